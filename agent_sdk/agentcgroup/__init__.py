@@ -1,0 +1,1 @@
+"""agentcgroup: resource control for AI agents, one tool call at a time."""

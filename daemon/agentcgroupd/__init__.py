@@ -1,0 +1,1 @@
+"""agentcgroupd: the privileged daemon of agentcgroup."""
