@@ -1,0 +1,71 @@
+"""`agentcgroupd`: run the daemon."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+
+from agentcgroupd.config import Config, load_config
+from agentcgroupd.errors import AgentcgroupdError
+from agentcgroupd.service import VERSION, Daemon
+
+log = logging.getLogger("agentcgroupd")
+
+EXIT_CONFIG = 78
+"""EX_CONFIG of sysexits.h: trying again will not help."""
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="agentcgroupd",
+        description="Controls what sandboxed AI agents may use, one tool call at a time.",
+        epilog="exit status: 0 stopped; 1 could not go on; 2 usage; 78 unusable configuration",
+    )
+    parser.add_argument("--config", type=Path, help="TOML file (default: none, all defaults)")
+    parser.add_argument("--check", action="store_true", help="read the configuration and stop")
+    parser.add_argument("--verbose", action="store_true", help="log every step")
+    parser.add_argument("--version", action="version", version=f"agentcgroupd {VERSION}")
+    return parser.parse_args()
+
+
+async def _run(config: Config) -> int:
+    daemon = Daemon(config)
+    try:
+        await daemon.start()
+        await daemon.stopped()
+    finally:
+        await daemon.stop()
+    return 0
+
+
+def main() -> int:
+    """Parse, run, and turn what is known to go wrong into one line and an exit status."""
+    arguments = _arguments()
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.verbose else logging.INFO,
+        format="%(levelname)s %(message)s" if "JOURNAL_STREAM" in os.environ
+        else "%(asctime)s %(levelname)s %(message)s",
+    )  # fmt: skip
+    try:
+        config = load_config(arguments.config)
+        if arguments.check:
+            print(config.model_dump_json(indent=2))
+            return 0
+        if os.geteuid() != 0:
+            log.error("agentcgroupd must run as root: it makes cgroups and moves processes")
+            return 1
+        return asyncio.run(_run(config))
+    except AgentcgroupdError as error:
+        log.error("%s", error)
+        return EXIT_CONFIG
+    except OSError as error:
+        log.error("cannot start: %s", error)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""From an intent to a grant: pure arithmetic over the session's limits and what the host has.
+
+Three outcomes: the grant as asked; a smaller one, with a sentence for each thing given otherwise;
+or an error, when what the caller says it needs cannot fit at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from agentcgroupd.errors import InvalidField
+from agentcgroupd.intent import Intent
+from agentcgroupd.units import BYTES_MIN, show_bytes, show_usec
+
+CALL_MEMORY_LEAST = 4 << 20
+"""No call is given less: below this a process cannot even start."""
+
+
+HINT_LOW_BYTES = 512 << 20
+"""What the older form's word `low` stands for; `high` is all that the session may use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a call may use. None: no limit of its own."""
+
+    memory_expected_bytes: int
+    memory_high_bytes: int | None
+    memory_max_bytes: int | None
+    cpu_weight: int
+    cpu_max_millicores: int | None
+    pids_max: int | None
+    timeout_usec: int | None
+    priority: int
+    on_pressure: str
+    advice: tuple[str, ...] = ()
+    not_enforced: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """The limits above a call: the session's, the pool's and the host's."""
+
+    memory_max_bytes: int | None
+    """The tightest memory.max above the call."""
+    agent_memory_bytes: int
+    """What the session's agent leaf holds now; a call's limit leaves room for it."""
+    cpu_millicores: int
+    pids_max: int | None
+    priority: int
+    default_pids_max: int | None
+    default_timeout_usec: int | None
+    timeout_max_usec: int
+
+
+def weight_of_priority(priority: int) -> int:
+    """cpu.weight for a priority: 100 (the kernel's default) at 50, doubled for every 15 above.
+
+    So important (80) gets four times the weight of normal (50), which gets four times batch (20).
+    """
+    return max(1, min(10_000, round(100 * 2 ** ((priority - 50) / 15))))
+
+
+def _memory(intent: Intent, above: Ceiling, advice: list[str]) -> tuple[int, int | None]:
+    """(expected, max) in bytes."""
+    expected, most = intent.memory, intent.memory_max
+    roof = above.memory_max_bytes
+    if intent.hint == "high":
+        most = most or roof
+    elif intent.hint == "low":
+        most = most or min(HINT_LOW_BYTES, roof or HINT_LOW_BYTES)
+    elif intent.hint is not None:
+        most = most or int(intent.hint)
+    if roof is None:
+        return expected or 0, most
+    room = max(CALL_MEMORY_LEAST, roof - above.agent_memory_bytes)
+    if expected is not None and expected > roof:
+        raise InvalidField(
+            "memory", show_bytes(expected), f"at most {show_bytes(roof)}",
+            f"this session may use at most {show_bytes(roof)}, so the call would never fit",
+        )  # fmt: skip
+    if most is not None and most > room:
+        advice.append(
+            f"memory_max: you asked for {show_bytes(most)}; this session may use "
+            f"{show_bytes(roof)} and its agent holds {show_bytes(above.agent_memory_bytes)}, "
+            f"so the call got {show_bytes(room)}."
+        )
+    return expected or 0, min(most or room, room)
+
+
+def _memory_high(intent: Intent, most: int | None) -> int | None:
+    """A call that would rather be slowed than killed is braked shortly below its limit."""
+    if intent.on_pressure != "throttle" or most is None:
+        return None
+    return max(BYTES_MIN, most - max(most // 16, 4 << 20))
+
+
+def grant_for(intent: Intent, above: Ceiling) -> Grant:
+    """The grant for an intent. Raises InvalidField when it can never fit."""
+    advice: list[str] = []
+    expected, memory_max = _memory(intent, above, advice)
+
+    cpu_max = intent.cpu_max
+    if cpu_max is not None and cpu_max > above.cpu_millicores:
+        advice.append(
+            f"cpu_max: you asked for {cpu_max / 1000:g} cores; there are "
+            f"{above.cpu_millicores / 1000:g} here, which is what the call may use."
+        )
+        cpu_max = None
+
+    pids_max = intent.pids_max or above.default_pids_max
+    if pids_max is not None and above.pids_max is not None and pids_max > above.pids_max:
+        if intent.pids_max:
+            advice.append(
+                f"pids_max: you asked for {pids_max}; this session may have {above.pids_max}, "
+                "which is what the call got."
+            )
+        pids_max = above.pids_max
+
+    timeout = intent.timeout or above.default_timeout_usec
+    if timeout is not None and timeout > above.timeout_max_usec:
+        advice.append(
+            f"timeout: you asked for {show_usec(timeout)}; the longest allowed is "
+            f"{show_usec(above.timeout_max_usec)}, which is what the call got."
+        )
+        timeout = above.timeout_max_usec
+
+    priority = above.priority if intent.priority is None else intent.priority
+    if priority > above.priority:
+        advice.append(
+            f"priority: you asked for {priority}; this session has {above.priority}, "
+            "which is what the call got."
+        )
+        priority = above.priority
+
+    return Grant(
+        memory_expected_bytes=expected,
+        memory_high_bytes=_memory_high(intent, memory_max),
+        memory_max_bytes=memory_max,
+        cpu_weight=intent.cpu_weight or weight_of_priority(priority),
+        cpu_max_millicores=cpu_max,
+        pids_max=pids_max,
+        timeout_usec=timeout,
+        priority=priority,
+        on_pressure=intent.on_pressure or "freeze",
+        advice=tuple(advice),
+    )
+
+
+def merge(old: Grant, update: Intent, above: Ceiling, current_bytes: int | None) -> Grant:
+    """The grant after UpdateIntent: fields left out stay. A memory limit below what the call holds
+    now is refused, because setting it would kill the call. Raises InvalidField."""
+    fresh = grant_for(update, above)
+    most = old.memory_max_bytes
+    if update.memory_max is not None or update.hint is not None:
+        most = fresh.memory_max_bytes
+    if most is not None and current_bytes is not None and most < current_bytes:
+        raise InvalidField("memory_max", show_bytes(most),
+                           f"at least {show_bytes(current_bytes)}, which the call holds now",
+                           "it would kill the call")  # fmt: skip
+    on_pressure = update.on_pressure or old.on_pressure
+    throttled = Intent.model_construct(on_pressure=on_pressure)
+    return replace(
+        old,
+        memory_expected_bytes=fresh.memory_expected_bytes or old.memory_expected_bytes,
+        memory_max_bytes=most,
+        memory_high_bytes=_memory_high(throttled, most),
+        cpu_weight=fresh.cpu_weight
+        if update.cpu_weight is not None or update.priority is not None
+        else old.cpu_weight,
+        cpu_max_millicores=fresh.cpu_max_millicores
+        if update.cpu_max is not None
+        else old.cpu_max_millicores,
+        pids_max=fresh.pids_max if update.pids_max is not None else old.pids_max,
+        timeout_usec=fresh.timeout_usec if update.timeout is not None else old.timeout_usec,
+        priority=fresh.priority if update.priority is not None else old.priority,
+        on_pressure=on_pressure,
+        advice=fresh.advice,
+    )

@@ -1,0 +1,506 @@
+"""The life of a call: begin, attach, end; every way out removes its cgroup and leaves a report.
+
+A call ends when its cgroup is empty, whoever forgot to say so. One that was begun through gRPC is
+held open by its owner, so that several commands can run in it; it ends when the owner says so, or
+when the owner is gone and the cgroup is empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+
+from agentcgroupd.admission import Ceiling, Grant, grant_for, merge
+from agentcgroupd.audit import Audit
+from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.events import FileEvents
+from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.config import CallDefaults
+from agentcgroupd.convert import call_to_proto, grant_to_proto
+from agentcgroupd.ending import report_of
+from agentcgroupd.errors import (
+    CgroupGone,
+    FailedPrecondition,
+    KnobError,
+    NotFound,
+    RequestError,
+    ResourceExhausted,
+    Unavailable,
+)
+from agentcgroupd.evidence import gather, main_status, oom_count, signal_all
+from agentcgroupd.feed import Feed
+from agentcgroupd.intent import check_name, cut_argv, parse_intent
+from agentcgroupd.metrics import Metrics
+from agentcgroupd.owners import Owners
+from agentcgroupd.session import (
+    CALL_PREFIX,
+    Call,
+    Process,
+    Session,
+    boottime_usec,
+    unix_usec,
+)
+from agentcgroupd.syscalls import pidfd_alive
+
+log = logging.getLogger(__name__)
+
+END_TIMEOUT_S = 15.0
+"""How long EndCall waits for killed processes; one in uninterruptible sleep can take longer, and
+the call then ends in the background."""
+
+
+class Calls:
+    """All open calls. Runs on the event loop; nothing here blocks on anything but the kernel."""
+
+    def __init__(
+        self,
+        config: CallDefaults,
+        events: FileEvents,
+        audit: Audit,
+        metrics: Metrics,
+        feed: Feed,
+        ceiling: Callable[[Session], Ceiling],
+        pool: Cgroup,
+    ) -> None:
+        self._config = config
+        self._events = events
+        self._audit = audit
+        self._metrics = metrics
+        self._feed = feed
+        self._ceiling = ceiling
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._owners = Owners(self._owner_gone)
+        self.open: dict[str, Call] = {}
+        self.begun = 0
+        self.ended = 0
+
+    # Beginning
+
+    def begin(
+        self,
+        session: Session,
+        name: str,
+        intent: Mapping[str, str],
+        argv: list[str],
+        owner: Process | None,
+    ) -> Call:
+        """A new call with its cgroup, limits set, no process in it yet.
+
+        `owner` holds the call open; None: the call ends when it is empty. Raises
+        RequestError, and then nothing is left behind.
+        """
+        try:
+            with self._metrics.time("begin"):
+                return self._begin(session, name, intent, argv, owner)
+        except RequestError as error:
+            self._metrics.calls_refused.labels(error.code).inc()
+            self._audit.write("call_refused", session=session.id, name=name[:128],
+                              code=error.code, sentence=error.sentence)  # fmt: skip
+            raise
+
+    def _begin(
+        self,
+        session: Session,
+        name: str,
+        intent: Mapping[str, str],
+        argv: list[str],
+        owner: Process | None,
+    ) -> Call:
+        check_name(name)
+        if session.closing:
+            raise FailedPrecondition(f"session {session.id} is being closed")
+        if len(session.calls) >= session.limits.calls_max:
+            raise ResourceExhausted(
+                f"calls: {len(session.calls)} calls of this session are open, which is all it may "
+                "have; end one first", "calls_max", str(len(session.calls) + 1),
+                f"at most {session.limits.calls_max}",
+            )  # fmt: skip
+        grant = grant_for(parse_intent(intent), self._ceiling(session))
+        call_id = secrets.token_hex(6)
+        try:
+            cgroup = session.cgroup.make_child(CALL_PREFIX + call_id)
+        except CgroupGone:
+            raise NotFound(f"the cgroup of session {session.id} is gone") from None
+        except KnobError as error:
+            raise Unavailable(f"the call's cgroup could not be made: {error}") from None
+        call = Call(
+            id=call_id, session=session, name=name, argv=cut_argv(argv), grant=grant, cgroup=cgroup,
+            began_unix_usec=unix_usec(), began_boot_usec=boottime_usec(),
+            held=owner is not None, owner=owner,
+            session_ooms_before=oom_count(session.cgroup), pool_ooms_before=oom_count(self._pool),
+        )  # fmt: skip
+        try:
+            call.grant = self._write_grant(session, cgroup, grant)
+            cgroup.set_xattr(call.record())
+            self._adopt(call)
+        except (KnobError, OSError) as error:
+            self._forget(call)
+            cgroup.remove()
+            raise Unavailable(f"the call's limits could not be set: {error}") from None
+        self.begun += 1
+        self._metrics.calls_begun.inc()
+        if call.grant.advice:
+            self._metrics.calls_reduced.inc()
+        self._audit.write("call_begun", session=session.id, call=call.id, name=name,
+                          argv=list(call.argv), grant=grant_to_proto(call.grant))  # fmt: skip
+        if self._feed.listening:
+            self._feed.publish(session.id, pb.Event(begun=call_to_proto(call, admin=True)))
+        return call
+
+    def _write_grant(self, session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
+        """Set the interface files; those this kernel does not offer are named in the grant."""
+        missing: list[str] = []
+
+        def put(knob: knobs.Knob[knobs.T], value: knobs.T, wanted: bool) -> None:
+            if not wanted:
+                return
+            if knob.file in session.offered:
+                cgroup.write(knob, value)
+            else:
+                missing.append(knob.file)
+
+        put(knobs.MEMORY_MAX, grant.memory_max_bytes, grant.memory_max_bytes is not None)
+        put(knobs.MEMORY_HIGH, grant.memory_high_bytes, grant.memory_high_bytes is not None)
+        if knobs.MEMORY_OOM_GROUP.file in session.offered:
+            cgroup.write(knobs.MEMORY_OOM_GROUP, True)
+        put(knobs.PIDS_MAX, grant.pids_max, grant.pids_max is not None)
+        put(knobs.CPU_WEIGHT, grant.cpu_weight, grant.cpu_weight != 100)
+        if grant.cpu_max_millicores is not None:
+            put(knobs.CPU_MAX, knobs.CpuMax(grant.cpu_max_millicores * 100), True)
+        return replace(grant, not_enforced=tuple(missing)) if missing else grant
+
+    def _adopt(self, call: Call) -> None:
+        """Start to look after a call, new or found again."""
+        call.watch = self._events.watch(
+            call.cgroup, knobs.CGROUP_EVENTS, lambda: self._changed(call)
+        )
+        self.open[call.id] = call
+        call.session.calls[call.id] = call
+        if call.owner is not None:
+            self._owners.add(call)
+        if not call.entered:
+            self._timer(call, "attach", self._config.attach_timeout, self._not_entered)
+        if call.grant.timeout_usec is not None:
+            used = boottime_usec() - call.began_boot_usec
+            self._timer(call, "timeout", call.grant.timeout_usec - used, self._timed_out)
+
+    def _timer(self, call: Call, name: str, usec: int, action: Callable[[Call], None]) -> None:
+        self._cancel_timer(call, name)
+        call.timers[name] = self._loop.call_later(max(0, usec) / 1e6, action, call)
+
+    @staticmethod
+    def _cancel_timer(call: Call, name: str) -> None:
+        timer = call.timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+    # Entering
+
+    def attach(self, call: Call, pid: int, pidfd: int) -> None:
+        """Move the process of `pidfd` (taken over) into the call. Raises RequestError or
+        KnobError."""
+        try:
+            if call.state == pb.CALL_STATE_ENDING:
+                raise FailedPrecondition(f"call {call.id} is ending")
+            with self._metrics.time("attach"):
+                process = Process.of_pidfd(pid, pidfd)
+                call.cgroup.attach(pid)
+                if not pidfd_alive(pidfd):
+                    raise ProcessLookupError(pid)
+        except (ProcessLookupError, FileNotFoundError):
+            os.close(pidfd)
+            raise FailedPrecondition(f"process {pid} ended before it could enter") from None
+        except BaseException:
+            os.close(pidfd)
+            raise
+        _prefer_as_oom_victim(pid, call.grant.priority)
+        if call.main is not None:
+            call.main.close()
+        call.main = process
+        call.client_status = None
+        call.entered = True
+        if call.state == pb.CALL_STATE_PENDING:
+            call.state = pb.CALL_STATE_RUNNING
+        self._cancel_timer(call, "attach")
+        self._cancel_timer(call, "idle")
+        call.cgroup.set_xattr(call.record())
+
+    def update(self, call: Call, intent: Mapping[str, str]) -> Call:
+        """Change an open call's grant. Raises RequestError, with nothing changed."""
+        current = call.cgroup.read_if(knobs.MEMORY_CURRENT)
+        grant = merge(call.grant, parse_intent(intent), self._ceiling(call.session), current)
+        grant = self._write_grant(call.session, call.cgroup, grant)
+        if grant.memory_high_bytes is None and call.grant.memory_high_bytes is not None:
+            call.cgroup.write(knobs.MEMORY_HIGH, None)
+        if grant.cpu_weight == 100 and call.grant.cpu_weight != 100:
+            call.cgroup.write(knobs.CPU_WEIGHT, 100)
+        call.grant = grant
+        call.cgroup.set_xattr(call.record())
+        if grant.timeout_usec is not None:
+            used = boottime_usec() - call.began_boot_usec
+            self._timer(call, "timeout", grant.timeout_usec - used, self._timed_out)
+        self._audit.write("call_updated", session=call.session.id, call=call.id,
+                          grant=grant_to_proto(grant))  # fmt: skip
+        return call
+
+    # Pausing
+
+    def freeze(self, call: Call, why: str) -> None:
+        """Pause a call; no error if it is paused already. Raises CgroupGone."""
+        if call.frozen_since_usec is not None:
+            return
+        call.cgroup.write(knobs.CGROUP_FREEZE, True)
+        call.frozen_since_usec = boottime_usec()
+        call.state = pb.CALL_STATE_FROZEN
+        self._acted("freeze", call, why, pb.FEEDBACK_CODE_FROZEN)
+
+    def thaw(self, call: Call, why: str) -> None:
+        """Let a paused call go on; no error if it runs. Raises CgroupGone."""
+        if call.frozen_since_usec is None:
+            return
+        call.cgroup.write(knobs.CGROUP_FREEZE, False)
+        call.frozen_usec += boottime_usec() - call.frozen_since_usec
+        call.frozen_since_usec = None
+        call.state = pb.CALL_STATE_RUNNING
+        self._acted("thaw", call, why, pb.FEEDBACK_CODE_THAWED)
+        call.cgroup.set_xattr(call.record())
+
+    def stop(self, call: Call, why: str) -> None:
+        """End a call by policy. Raises CgroupGone."""
+        call.ended_by, call.ended_why = "stopped", why
+        call.state = pb.CALL_STATE_ENDING
+        call.held = False
+        call.cgroup.kill()
+        self._acted("kill", call, why, None)
+
+    def _acted(
+        self, action: str, call: Call, why: str, code: pb.FeedbackCode.ValueType | None
+    ) -> None:
+        self._metrics.actions.labels(action).inc()
+        session = call.session.id
+        self._audit.write(action, session=session, call=call.id, why=why)
+        log.info("%s call %s (%s) of session %s: %s", action, call.id, call.name, session, why)
+        if code is not None:
+            self._tell(call, pb.Feedback(code=code, sentence=why))
+
+    def _tell(self, call: Call, feedback: pb.Feedback) -> None:
+        feedback.call_id, feedback.session_id = call.id, call.session.id
+        feedback.at_unix_usec = feedback.at_unix_usec or unix_usec()
+        self._metrics.feedback.labels(_short(pb.FeedbackCode.Name(feedback.code), 14)).inc()
+        if self._feed.listening:
+            self._feed.publish(call.session.id, pb.Event(feedback=feedback))
+
+    # Ending
+
+    async def end(self, call: Call, detach: bool, status: int | None, why: str) -> pb.Report:
+        """End a call and give its report; with `detach`, only let go of it."""
+        call.client_status = status
+        call.held = False
+        if not self._populated(call):
+            return self._finish(call) or pb.Report(call_id=call.id)
+        if detach:
+            call.cgroup.set_xattr(call.record())
+            return pb.Report(call_id=call.id, session_id=call.session.id, name=call.name,
+                             grant=grant_to_proto(call.grant),
+                             sentence="The call goes on until its last process ends.")  # fmt: skip
+        self._kill(call, "cancelled", why)
+        return await self._ended(call)
+
+    async def _ended(self, call: Call) -> pb.Report:
+        if call.done is None:
+            call.done = self._loop.create_future()
+        try:
+            return await asyncio.wait_for(asyncio.shield(call.done), END_TIMEOUT_S)
+        except TimeoutError:
+            raise Unavailable(
+                f"call {call.id} was killed, but a process of it does not die (it waits in the "
+                "kernel); its report comes when it does"
+            ) from None
+
+    def _kill(self, call: Call, ended_by: str, why: str) -> None:
+        """SIGKILL to what is left. If the main process has ended, only leftovers die, and the
+        call's verdict is that of the main process."""
+        if main_status(call)[0] is not None:
+            call.leftovers = max(call.leftovers, len(call.cgroup.procs()))
+        elif not call.ended_by:
+            call.ended_by, call.ended_why = ended_by, why
+        call.state = pb.CALL_STATE_ENDING
+        try:
+            call.cgroup.kill()
+        except CgroupGone:
+            self._finish(call)
+
+    def _populated(self, call: Call) -> bool:
+        try:
+            return call.cgroup.populated()
+        except CgroupGone:
+            call.ended_by = call.ended_by or "removed"
+            return False
+
+    def _changed(self, call: Call) -> None:
+        """cgroup.events changed: someone entered, or the last one left, or it was frozen."""
+        if call.id not in self.open or self._populated(call):
+            return
+        if call.held and call.entered and call.state != pb.CALL_STATE_ENDING:
+            self._timer(call, "idle", self._config.idle_timeout, self._idle)
+        elif call.entered or call.ended_by == "removed":
+            self._finish(call)
+
+    def _owner_gone(self, call: Call) -> None:
+        """The process that held the call open has ended."""
+        call.held = False
+        if not self._populated(call):
+            self._finish(call)
+        else:
+            call.cgroup.set_xattr(call.record())
+
+    def _not_entered(self, call: Call) -> None:
+        if call.id in self.open and not self._populated(call):
+            self._finish(call)
+
+    def _idle(self, call: Call) -> None:
+        if call.id in self.open and call.held and not self._populated(call):
+            self._finish(call)
+
+    def _timed_out(self, call: Call) -> None:
+        """The timeout, not counting time that the daemon itself kept the call frozen."""
+        frozen = call.frozen_usec
+        if call.frozen_since_usec is not None:
+            frozen += boottime_usec() - call.frozen_since_usec
+        used = boottime_usec() - call.began_boot_usec - frozen
+        left = (call.grant.timeout_usec or 0) - used
+        if left > 0 or call.frozen_since_usec is not None:
+            self._timer(call, "timeout", max(left, 100_000), self._timed_out)
+            return
+        call.held = False
+        if not self._populated(call):
+            self._finish(call)
+            return
+        if main_status(call)[0] is None:
+            call.ended_by = call.ended_by or "timeout"
+        call.state = pb.CALL_STATE_ENDING
+        try:
+            signal_all(call.cgroup, signal.SIGTERM)
+        except KnobError:
+            log.debug("call %s ended at its timeout", call.id)
+        self._timer(call, "kill", self._config.term_grace, self._kill_after_term)
+
+    def _kill_after_term(self, call: Call) -> None:
+        if call.id in self.open:
+            self._kill(call, "timeout", "")
+
+    def _finish(self, call: Call) -> pb.Report | None:
+        """The cgroup is empty: report, remove, tell everyone. Once for each call."""
+        if call.id not in self.open:
+            return call.session.report(call.id)
+        with self._metrics.time("finish"):
+            report = report_of(gather(call, self._pool))
+            try:
+                call.cgroup.remove()
+            except KnobError as error:
+                if error.errno == errno.EBUSY:
+                    # A process entered between the event and now; its end brings us back.
+                    return None
+                log.error("call %s: its cgroup could not be removed: %s", call.id, error)
+            self._forget(call)
+            report.call_id, report.session_id, report.name = call.id, call.session.id, call.name
+            report.argv.extend(call.argv)
+            report.grant.CopyFrom(grant_to_proto(call.grant))
+            report.began_unix_usec = call.began_unix_usec
+            for feedback in report.feedback:
+                self._tell(call, feedback)
+            self._count(report)
+            call.session.reports.append(report)
+            call.session.calls_ended += 1
+            self.ended += 1
+            self._audit.write("call_ended", session=call.session.id, call=call.id, report=report)
+            if self._feed.listening:
+                self._feed.publish(call.session.id, pb.Event(ended=report))
+        if call.done is not None and not call.done.done():
+            call.done.set_result(report)
+        return report
+
+    def _count(self, report: pb.Report) -> None:
+        metrics = self._metrics
+        metrics.calls_ended.labels(_short(pb.Verdict.Name(report.verdict), 8)).inc()
+        metrics.call_wall.observe(report.wall_usec / 1e6)
+        if report.HasField("memory_peak_bytes"):
+            metrics.call_peak.observe(report.memory_peak_bytes)
+        metrics.throttled.labels("cpu").inc(report.cpu_throttled_usec / 1e6)
+        metrics.throttled.labels("memory").inc(report.memory_throttled_usec / 1e6)
+        metrics.throttled.labels("frozen").inc(report.frozen_usec / 1e6)
+
+    def _forget(self, call: Call) -> None:
+        self.open.pop(call.id, None)
+        call.session.calls.pop(call.id, None)
+        if call.watch is not None:
+            self._events.unwatch(call.watch)
+        for timer in call.timers.values():
+            timer.cancel()
+        call.timers.clear()
+        self._owners.drop(call)
+        if call.main is not None:
+            call.main.close()
+            call.main = None
+
+    def withdraw(self, call: Call) -> None:
+        """Undo a call whose process could not enter."""
+        self._finish(call)
+
+    # Finding again
+
+    def restore(self, session: Session, call: Call) -> None:
+        """Take up a call that an earlier daemon began; it may have ended meanwhile."""
+        call.held = call.held and call.owner is not None
+        self._adopt(call)
+        if call.owner is not None:
+            # Owners keeps a pidfd of its own.
+            call.owner.close()
+        frozen = call.cgroup.read(knobs.CGROUP_EVENTS).get("frozen", 0)
+        if frozen:
+            call.frozen_since_usec = boottime_usec()
+            self.thaw(call, "The daemon was restarted; what it had paused goes on.")
+        if self._populated(call):
+            call.entered = True
+            call.state = pb.CALL_STATE_RUNNING
+            self._cancel_timer(call, "attach")
+        elif not call.held:
+            self._finish(call)
+
+    def recheck(self) -> None:
+        """For the periodic sweep: look at every call as if its events file had just changed."""
+        for call in list(self.open.values()):
+            self._changed(call)
+
+    def let_go(self) -> None:
+        """The daemon stops; calls stay as they are for the next one."""
+        for call in list(self.open.values()):
+            try:
+                self.thaw(call, "The daemon is stopping.")
+            except KnobError:
+                log.debug("call %s is gone", call.id)
+            self._forget(call)
+
+
+def _short(name: str, prefix_chars: int) -> str:
+    return name[prefix_chars:].lower()
+
+
+def _prefer_as_oom_victim(pid: int, priority: int) -> None:
+    """When a limit above the call is reached, the kernel is to choose a call, and the least
+    important one, rather than the agent. 300..900 thousandths of the limit are added to its badness
+    (mm/oom_kill.c: oom_badness); the agent's own processes stay at 0."""
+    try:
+        with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
+            file.write(str(300 + (100 - priority) * 6))
+    except OSError as error:
+        log.debug("oom_score_adj of %d: %s", pid, error)

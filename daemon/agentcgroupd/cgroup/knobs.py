@@ -1,0 +1,139 @@
+"""Interface files of cgroup v2, with the type of what each holds.
+
+Names and formats are those of Documentation/admin-guide/cgroup-v2.rst. A `Knob` knows only how text
+becomes a value and back; reading and writing are in `tree.Cgroup`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Knob(Generic[T]):
+    """One interface file: its name, and the two directions between its text and its value."""
+
+    file: str
+    parse: Callable[[str], T]
+    format: Callable[[T], str] = str
+
+
+def parse_limit(text: str) -> int | None:
+    """A number, or `max` as None."""
+    word = text.strip()
+    return None if word == "max" else int(word)
+
+
+def format_limit(value: int | None) -> str:
+    """The inverse of `parse_limit`."""
+    return "max" if value is None else str(value)
+
+
+def parse_flat_keyed(text: str) -> dict[str, int]:
+    """Lines of `key value`, as in memory.events or cpu.stat."""
+    pairs = (line.split() for line in text.splitlines() if line)
+    return {key: int(value) for key, value in pairs}
+
+
+def parse_nested_keyed(text: str) -> dict[str, dict[str, int]]:
+    """Lines of `name key=value key=value`, as in io.stat."""
+    result = {}
+    for line in text.splitlines():
+        name, *pairs = line.split()
+        result[name] = {key: int(value) for key, _, value in (p.partition("=") for p in pairs)}
+    return result
+
+
+def parse_words(text: str) -> tuple[str, ...]:
+    """Words apart by blanks or lines, as in cgroup.controllers."""
+    return tuple(text.split())
+
+
+def parse_pids(text: str) -> tuple[int, ...]:
+    """Lines of one number, as in cgroup.procs. 0 stands for a process of another pid namespace."""
+    return tuple(int(line) for line in text.split())
+
+
+def parse_flag(text: str) -> bool:
+    """`0` or `1`."""
+    return text.strip() == "1"
+
+
+def format_flag(value: bool) -> str:
+    """The inverse of `parse_flag`."""
+    return "1" if value else "0"
+
+
+@dataclass(frozen=True, slots=True)
+class CpuMax:
+    """cpu.max: at most quota_usec of CPU time (None: no limit) in each period_usec."""
+
+    quota_usec: int | None
+    period_usec: int = 100_000
+
+
+def parse_cpu_max(text: str) -> CpuMax:
+    """`max 100000` or `50000 100000`."""
+    quota, period = text.split()
+    return CpuMax(parse_limit(quota), int(period))
+
+
+def format_cpu_max(value: CpuMax) -> str:
+    """The inverse of `parse_cpu_max`."""
+    return f"{format_limit(value.quota_usec)} {value.period_usec}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pressure:
+    """One line of a PSI file: averages in percent, total stall time in microseconds."""
+
+    avg10: float
+    avg60: float
+    avg300: float
+    total_usec: int
+
+
+def parse_pressure(text: str) -> dict[str, Pressure]:
+    """The lines `some` and `full` of a PSI file (Documentation/accounting/psi.rst)."""
+    result = {}
+    for line in text.splitlines():
+        kind, *pairs = line.split()
+        fields = dict(pair.split("=", 1) for pair in pairs)
+        result[kind] = Pressure(float(fields["avg10"]), float(fields["avg60"]),
+                                float(fields["avg300"]), int(fields["total"]))  # fmt: skip
+    return result
+
+
+CGROUP_CONTROLLERS = Knob("cgroup.controllers", parse_words)
+CGROUP_SUBTREE_CONTROL = Knob("cgroup.subtree_control", parse_words)
+CGROUP_EVENTS = Knob("cgroup.events", parse_flat_keyed)
+CGROUP_PROCS = Knob("cgroup.procs", parse_pids)
+CGROUP_FREEZE = Knob("cgroup.freeze", parse_flag, format_flag)
+CGROUP_KILL = Knob("cgroup.kill", parse_flag, format_flag)
+CGROUP_STAT = Knob("cgroup.stat", parse_flat_keyed)
+
+MEMORY_CURRENT = Knob("memory.current", int)
+MEMORY_PEAK = Knob("memory.peak", int)
+MEMORY_MIN = Knob("memory.min", parse_limit, format_limit)
+MEMORY_LOW = Knob("memory.low", parse_limit, format_limit)
+MEMORY_HIGH = Knob("memory.high", parse_limit, format_limit)
+MEMORY_MAX = Knob("memory.max", parse_limit, format_limit)
+MEMORY_OOM_GROUP = Knob("memory.oom.group", parse_flag, format_flag)
+MEMORY_EVENTS = Knob("memory.events", parse_flat_keyed)
+MEMORY_EVENTS_LOCAL = Knob("memory.events.local", parse_flat_keyed)
+MEMORY_PRESSURE = Knob("memory.pressure", parse_pressure)
+
+CPU_STAT = Knob("cpu.stat", parse_flat_keyed)
+CPU_WEIGHT = Knob("cpu.weight", int)
+CPU_MAX = Knob("cpu.max", parse_cpu_max, format_cpu_max)
+
+PIDS_CURRENT = Knob("pids.current", int)
+PIDS_PEAK = Knob("pids.peak", int)
+PIDS_MAX = Knob("pids.max", parse_limit, format_limit)
+PIDS_EVENTS = Knob("pids.events", parse_flat_keyed)
+
+IO_STAT = Knob("io.stat", parse_nested_keyed)

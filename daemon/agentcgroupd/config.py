@@ -1,0 +1,178 @@
+"""Configuration: one TOML file, checked by pydantic models before anything is touched.
+
+Quantities are written as in an intent ("512M", "1.5", "30s"). An unknown key is an error that names
+it and the nearest known one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tomllib
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from agentcgroupd.errors import ConfigError, InvalidField
+from agentcgroupd.units import (
+    parse_bytes,
+    parse_cores,
+    parse_count,
+    parse_duration,
+    parse_priority,
+    suggestion,
+)
+
+T = TypeVar("T")
+
+
+def quantity(parse: Callable[[str, str], T], field: str) -> BeforeValidator:
+    """A validator that reads text (or a bare number) with one of the parsers of `units`."""
+
+    def convert(value: object) -> object:
+        if value is None or value == "":
+            return None
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise InvalidField(field, repr(value), "text or a number")
+        return parse(field, str(value))
+
+    return BeforeValidator(convert)
+
+
+def _count(least: int, most: int) -> Callable[[str, str], int]:
+    return lambda field, text: parse_count(field, text, least, most)
+
+
+MemorySize = Annotated[int | None, quantity(parse_bytes, "size")]
+Cores = Annotated[int | None, quantity(parse_cores, "cores")]
+OptionalDuration = Annotated[int | None, quantity(parse_duration, "duration")]
+Duration = Annotated[int, quantity(parse_duration, "duration")]
+Priority = Annotated[int, quantity(parse_priority, "priority")]
+Pids = Annotated[int | None, quantity(_count(1, 4_194_304), "pids")]
+
+
+class Section(BaseModel):
+    """Base of all parts: frozen, and nothing unknown is let in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class PoolConfig(Section):
+    """The cgroup below which all sessions live."""
+
+    cgroup: str = "/agentcg"
+    """Below the cgroup2 mount; made if it is missing (its parent must exist)."""
+    memory_max: MemorySize = None
+    """The pool's budget; empty: 85 % of the host's memory or of the nearest limit above."""
+    memory_high: MemorySize = None
+
+
+class SessionDefaults(Section):
+    """What a session gets where its spec is silent."""
+
+    priority: Priority = 50
+    pids_max: Pids = 16_384
+    calls_max: Annotated[int, Field(ge=1, le=100_000)] = 256
+    reports_kept: Annotated[int, Field(ge=1, le=100_000)] = 256
+    connections_max: Annotated[int, Field(ge=1, le=10_000)] = 64
+
+
+class CallDefaults(Section):
+    """What a call gets where its intent is silent, and the times of its life."""
+
+    pids_max: Pids = 4096
+    timeout: OptionalDuration = None
+    timeout_max: Duration = 86_400_000_000
+    attach_timeout: Duration = 30_000_000
+    """A call that no process has entered after this time is ended as abandoned."""
+    idle_timeout: Duration = 600_000_000
+    """A call that is held open by its owner with no process in it is ended after this time."""
+    term_grace: Duration = 2_000_000
+    """Between SIGTERM and SIGKILL when the timeout passes."""
+
+
+class GuardConfig(Section):
+    """The pool guard (policy/engine.py)."""
+
+    enabled: bool = True
+    margin_percent: Annotated[float, Field(gt=0, lt=50)] = 6.0
+    """Free part of the pool below which growing calls are frozen."""
+    resume_percent: Annotated[float, Field(gt=0, lt=80)] = 12.0
+    """Free part of the pool above which frozen calls go on."""
+    tick: Duration = 20_000
+    lease: Duration = 120_000_000
+    """A frozen call goes on, or one call is ended, after this time at the latest."""
+
+
+class ServerConfig(Section):
+    """Sockets and the metrics port."""
+
+    run_dir: Path = Path("/run/agentcgroup")
+    metrics_address: str = "127.0.0.1:9464"
+    """Loopback only; empty: no metrics port."""
+
+
+class AuditConfig(Section):
+    """The audit log: one JSON object a line."""
+
+    path: Path | None = Path("/var/log/agentcgroup/audit.jsonl")
+    max_bytes: MemorySize = 64 << 20
+
+
+class Config(Section):
+    """The whole file."""
+
+    pool: PoolConfig = PoolConfig()
+    sessions: SessionDefaults = SessionDefaults()
+    calls: CallDefaults = CallDefaults()
+    guard: GuardConfig = GuardConfig()
+    server: ServerConfig = ServerConfig()
+    audit: AuditConfig = AuditConfig()
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section: type[BaseModel] = model
+        for part in first["loc"][:-1]:
+            section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
+        hint = suggestion(str(first["loc"][-1]), section.model_fields)
+        return f"{key}: no such key; {hint or 'known are ' + ', '.join(section.model_fields)}"
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InvalidField):
+        return f"{key}: {cause.value!r} cannot be used; allowed is {cause.allowed}"
+    return f"{key}: {first['input']!r} cannot be used: {first['msg']}"
+
+
+def parse_config(data: dict[str, Any], source: str = "configuration") -> Config:
+    """A Config from parsed TOML. Raises ConfigError naming the key, the value and what is
+    allowed."""
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error, Config)}") from None
+    if config.guard.resume_percent <= config.guard.margin_percent:
+        raise ConfigError(
+            f"{source}: guard.resume_percent: {config.guard.resume_percent} cannot be used; "
+            f"allowed is more than guard.margin_percent ({config.guard.margin_percent})"
+        )
+    address = config.server.metrics_address
+    host = address.rpartition(":")[0]
+    if address and host not in ("127.0.0.1", "[::1]", "localhost"):
+        raise ConfigError(
+            f"{source}: server.metrics_address: {address!r} cannot be used; "
+            "allowed is a loopback address with a port, such as 127.0.0.1:9464, or nothing"
+        )
+    return config
+
+
+def load_config(path: Path | None) -> Config:
+    """The file's Config, or the defaults for None. Raises ConfigError."""
+    if path is None:
+        return Config()
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return parse_config(data, str(path))

@@ -1,0 +1,132 @@
+"""What Prometheus scrapes. Labels are bounded: verdicts, codes and phases, never names or ids."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+SECONDS_BUCKETS = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5,
+)  # fmt: skip
+WALL_BUCKETS = (0.01, 0.03, 0.07, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 1800)
+BYTES_BUCKETS = tuple(float(1 << shift) for shift in range(22, 37))
+
+
+class Metrics:
+    """All metrics of one daemon, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"agentcg_{name}", text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"agentcg_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
+            return Histogram(f"agentcg_{name}", text, labels, buckets=tuple(buckets),
+                             registry=self.registry)  # fmt: skip
+
+        self.pool_memory_current = gauge("pool_memory_bytes", "Memory charged to the pool")
+        self.pool_memory_max = gauge("pool_memory_max_bytes", "The pool's limit (NaN: none)")
+        self.sessions_open = gauge("sessions_open", "Open sessions")
+        self.calls_open = gauge("calls_open", "Open calls", "state")
+        self.calls_begun = counter("calls_begun", "Calls granted")
+        self.calls_refused = counter("calls_refused", "Calls refused", "code")
+        self.calls_reduced = counter("calls_reduced", "Calls granted less than they asked for")
+        self.calls_ended = counter("calls_ended", "Calls ended", "verdict")
+        self.feedback = counter("feedback", "Feedback given to agents", "code")
+        self.actions = counter("actions", "Actions of the policy", "action")
+        self.call_wall = histogram("call_wall_seconds", "Wall time of calls", WALL_BUCKETS)
+        self.call_peak = histogram("call_memory_peak_bytes", "Peak memory of calls", BYTES_BUCKETS)
+        self.throttled = counter("throttled_seconds", "Time calls were held back", "resource")
+        self.phase = histogram(
+            "phase_seconds", "Time of the daemon's own steps", SECONDS_BUCKETS, "phase"
+        )
+        self.rpc = histogram("rpc_seconds", "Time to answer a request", SECONDS_BUCKETS, "method")
+        self.rpc_errors = counter("rpc_errors", "Requests answered by an error", "method", "code")
+        self.peers_refused = counter("peers_refused", "Connections refused", "reason")
+        self.leftovers = counter("leftovers_removed", "Cgroups found without an owner and removed")
+        self.audit_lost = gauge("audit_entries_lost", "Audit entries that could not be written")
+        self.loop_lag = histogram("loop_lag_seconds", "Lateness of the event loop", SECONDS_BUCKETS)
+
+    def time(self, phase: str) -> Any:
+        """A context manager that times one of the daemon's own steps."""
+        return self.phase.labels(phase).time()
+
+
+class _ThreadingServer(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Scrapes are not logged."""
+
+
+class MetricsServer:
+    """/metrics and /healthz on a loopback port, in a thread of its own, so that a stuck daemon can
+    still be seen to be stuck."""
+
+    def __init__(self, address: str, metrics: Metrics, health: Callable[[], str]) -> None:
+        """`health` returns nothing when all is well, else what is wrong. OSError if the port is
+        taken."""
+        host, _, port = address.rpartition(":")
+        scrape = make_wsgi_app(metrics.registry)
+
+        def app(environ: dict[str, Any], start_response: Any) -> Any:
+            if environ["PATH_INFO"] == "/healthz":
+                wrong = health()
+                status = "503 Service Unavailable" if wrong else "200 OK"
+                start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+                return [f"{wrong or 'ok'}\n".encode()]
+            if environ["PATH_INFO"] == "/metrics":
+                return scrape(environ, start_response)
+            start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+            return [b"see /metrics and /healthz\n"]
+
+        self._server = make_server(
+            host.strip("[]"), int(port), app, server_class=_ThreadingServer,
+            handler_class=_QuietHandler,
+        )  # fmt: skip
+        self.port = self._server.server_port
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name="metrics", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class Heartbeat:
+    """Written by the event loop, read by /healthz from another thread."""
+
+    def __init__(self, limit_s: float = 5.0) -> None:
+        self._limit_s = limit_s
+        self._last = time.monotonic()
+
+    def beat(self) -> None:
+        """The loop is alive."""
+        self._last = time.monotonic()
+
+    def wrong(self) -> str:
+        """Nothing, or how long the loop has not answered."""
+        silent_s = time.monotonic() - self._last
+        return (
+            f"the event loop has not run for {silent_s:.1f} s" if silent_s > self._limit_s else ""
+        )

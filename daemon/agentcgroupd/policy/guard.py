@@ -1,0 +1,136 @@
+"""Looks at the pool, asks the engine, and applies what it decides.
+
+How often it looks depends on how soon the pool could be full: at the fastest growth that is assumed
+possible, several looks fall into the time that the reserve lasts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from agentcgroupd.calls import Calls
+from agentcgroupd.cgroup import knobs
+from agentcgroupd.config import GuardConfig
+from agentcgroupd.errors import KnobError
+from agentcgroupd.policy.engine import Action, CallView, Decision, Snapshot, decide
+from agentcgroupd.pool import Pool
+from agentcgroupd.session import boottime_usec
+
+log = logging.getLogger(__name__)
+
+BURST_BYTES_PER_S = 2 << 30
+"""Recorded agents' tool calls grew by up to 1.7 GB/s (arXiv 2602.09345)."""
+CALM_INTERVAL_S = 0.25
+IDLE_INTERVAL_S = 1.0
+COOLDOWN_USEC = 250_000
+
+
+class Guard:
+    """Keeps the pool below its limit. `start` and `stop` on a running loop."""
+
+    def __init__(self, config: GuardConfig, pool: Pool, calls: Calls) -> None:
+        """`pool.memory_max_bytes` must be known."""
+        assert pool.memory_max_bytes is not None
+        self._config = config
+        self._pool = pool
+        self._calls = calls
+        self._limit = pool.memory_max_bytes
+        self._reserve = int(self._limit * config.margin_percent / 100)
+        self._resume = int(self._limit * config.resume_percent / 100)
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._before: dict[str, tuple[int, int]] = {}
+        """(time in usec, bytes) at the last look, by call; the pool's own under an empty id."""
+        self._growth: dict[str, float] = {}
+        self._thawed_usec = 0
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._timer = self._loop.call_soon(self._tick)  # type: ignore[assignment]
+
+    def stop(self) -> None:
+        """No more looks."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _tick(self) -> None:
+        started = self._loop.time()
+        interval = IDLE_INTERVAL_S
+        try:
+            interval = self._look()
+        except KnobError as error:
+            log.error("the pool cannot be read: %s", error)
+        cost = self._loop.time() - started
+        # On a slow machine looking must not become the main work.
+        self._timer = self._loop.call_later(max(interval, cost * 4), self._tick)
+
+    def _look(self) -> float:
+        """One look; returns seconds until the next."""
+        if not self._calls.open:
+            self._before.clear()
+            self._growth.clear()
+            return CALM_INTERVAL_S
+        usage = self._pool.cgroup.read(knobs.MEMORY_CURRENT)
+        pool_growth = self._rate("", usage)
+        free = self._limit - usage
+        frozen = any(c.frozen_since_usec is not None for c in self._calls.open.values())
+        to_reserve_s = (free - self._reserve) / BURST_BYTES_PER_S
+        if not frozen and free > 3 * self._resume and to_reserve_s > self._config.tick / 1e6:
+            return min(CALM_INTERVAL_S, to_reserve_s)
+        for decision in decide(self._snapshot(usage, pool_growth)):
+            self._apply(decision)
+        return max(self._config.tick / 1e6, min(CALM_INTERVAL_S, to_reserve_s / 2))
+
+    def _rate(self, key: str, value: int) -> float:
+        """Bytes per second since the last look, falling off over a few looks after growth ends."""
+        now = boottime_usec()
+        then, before = self._before.get(key, (now, value))
+        self._before[key] = (now, value)
+        fresh = (value - before) * 1e6 / (now - then) if now > then else 0.0
+        self._growth[key] = max(fresh, self._growth.get(key, 0.0) * 0.7)
+        return self._growth[key]
+
+    def _snapshot(self, usage: int, pool_growth: float) -> Snapshot:
+        now, views = boottime_usec(), []
+        for call in self._calls.open.values():
+            try:
+                memory = call.cgroup.read(knobs.MEMORY_CURRENT)
+                cpu = call.cgroup.read(knobs.CPU_STAT)["usage_usec"]
+            except KnobError:
+                continue  # it has just ended
+            since = call.frozen_since_usec
+            views.append(CallView(
+                id=call.id, name=call.name, priority=call.grant.priority,
+                began_usec=call.began_boot_usec, memory_bytes=memory,
+                growth_bytes_per_s=self._rate(call.id, memory), cpu_usec=cpu,
+                frozen_for_usec=None if since is None else now - since,
+                on_pressure=call.grant.on_pressure,
+            ))  # fmt: skip
+        for gone in self._before.keys() - {v.id for v in views} - {""}:
+            del self._before[gone], self._growth[gone]
+        return Snapshot(
+            limit_bytes=self._limit, usage_bytes=usage, growth_bytes_per_s=pool_growth,
+            reserve_bytes=self._reserve, resume_bytes=self._resume,
+            lease_usec=self._config.lease, since_thaw_usec=now - self._thawed_usec,
+            cooldown_usec=COOLDOWN_USEC, calls=tuple(views),
+        )  # fmt: skip
+
+    def _apply(self, decision: Decision) -> None:
+        call = self._calls.open.get(decision.call_id)
+        if call is None:
+            return
+        actions: dict[Action, Callable[[], None]] = {
+            Action.FREEZE: lambda: self._calls.freeze(call, decision.why),
+            Action.THAW: lambda: self._calls.thaw(call, decision.why),
+            Action.KILL: lambda: self._calls.stop(call, decision.why),
+        }
+        try:
+            actions[decision.action]()
+        except KnobError as error:
+            log.warning("%s of call %s failed: %s", decision.action.value, call.id, error)
+            return
+        if decision.action is Action.THAW:
+            self._thawed_usec = boottime_usec()

@@ -1,0 +1,206 @@
+"""The attach socket: a process asks to be moved into a cgroup, and becomes the tool there.
+
+See docs/protocol.md. Everything is answered in one go on the event loop; a caller that dawdles is
+disconnected, and one that dies is noticed by its pidfd.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from agentcgroupd.calls import Calls
+from agentcgroupd.errors import (
+    AgentcgroupdError,
+    InvalidField,
+    NotFound,
+    PermissionDenied,
+    as_request_error,
+)
+from agentcgroupd.intent import Intent
+from agentcgroupd.metrics import Metrics
+from agentcgroupd.rpc.identity import Peer, check_operator, session_of
+from agentcgroupd.sessions import Sessions
+from agentcgroupd.units import suggestion
+
+log = logging.getLogger(__name__)
+
+PACKET_BYTES_MAX = 16_384
+SILENT_TIMEOUT_S = 5.0
+MAGIC = "ACG1"
+_BEGIN_KEYS = ("name", "argc", "arg", *Intent.model_fields)
+
+
+class Request:
+    """A parsed request packet."""
+
+    def __init__(self, data: bytes) -> None:
+        """Raises InvalidField if it is not of the protocol's form."""
+        if len(data) > PACKET_BYTES_MAX:
+            raise InvalidField("request", f"{len(data)} bytes or more",
+                               f"at most {PACKET_BYTES_MAX} bytes")  # fmt: skip
+        if not data.endswith(b"\0"):
+            raise InvalidField("request", repr(data[:80]), "strings each ended by a NUL byte")
+        try:
+            words = data[:-1].decode("utf-8", "surrogateescape").split("\0")
+        except ValueError:
+            raise InvalidField("request", repr(data[:80]), "UTF-8 text") from None
+        if words[0] != MAGIC or len(words) < 2:
+            raise InvalidField("request", words[0], f"{MAGIC}, then a verb", "another protocol")
+        self.verb = words[1]
+        self.values: dict[str, str] = {}
+        self.args: list[str] = []
+        for word in words[2:]:
+            key, separator, value = word.partition("=")
+            if not separator:
+                raise InvalidField("request", word, "key=value")
+            if key == "arg":
+                self.args.append(
+                    value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+                )
+            elif key in self.values:
+                raise InvalidField(key, value, "each key once", "it is given twice")
+            else:
+                self.values[key] = value
+
+    def only(self, *keys: str) -> None:
+        """Raises InvalidField for a key that the verb does not have."""
+        for key, value in self.values.items():
+            if key not in keys:
+                raise InvalidField(key, value, "one of the fields " + ", ".join(keys),
+                                   suggestion(key, keys) or "there is no such field")  # fmt: skip
+
+    def value(self, key: str) -> str:
+        """A value that must be there. Raises InvalidField."""
+        if not self.values.get(key):
+            raise InvalidField(key, "", f"a value for {key}", "it is missing")
+        return self.values[key]
+
+
+class AttachServer:
+    """Listens on one path; `admin` decides which verbs there are."""
+
+    def __init__(
+        self, path: Path, mode: int, admin: bool, sessions: Sessions, calls: Calls, metrics: Metrics
+    ) -> None:
+        self._path = path
+        self._mode = mode
+        self._sessions = sessions
+        self._calls = calls
+        self._metrics = metrics
+        self._verbs: dict[str, Callable[[Peer, Request], list[str]]] = (
+            {"enter": self._enter} if admin else {"attach": self._attach, "begin": self._begin}
+        )
+        self._loop = asyncio.get_running_loop()
+        self._socket: socket.socket | None = None
+        self._open: dict[int, tuple[socket.socket, asyncio.TimerHandle]] = {}
+
+    def start(self) -> None:
+        """Listen. OSError if the path cannot be bound."""
+        self._path.unlink(missing_ok=True)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        sock.setblocking(False)
+        sock.bind(str(self._path))
+        self._path.chmod(self._mode)
+        sock.listen(512)
+        self._socket = sock
+        self._loop.add_reader(sock.fileno(), self._accept)
+
+    def stop(self) -> None:
+        """Stop listening; half-open connections are closed."""
+        if self._socket is not None:
+            self._loop.remove_reader(self._socket.fileno())
+            self._socket.close()
+            self._socket = None
+        for client, _ in list(self._open.values()):
+            self._close(client)
+        self._path.unlink(missing_ok=True)
+
+    def _accept(self) -> None:
+        assert self._socket is not None
+        try:
+            client, _ = self._socket.accept()
+        except OSError as error:
+            # BlockingIOError: the caller hung up. EMFILE and friends: it stays in the backlog.
+            if not isinstance(error, BlockingIOError):
+                log.error("%s: accept: %s", self._path, error)
+            return
+        client.setblocking(False)
+        timer = self._loop.call_later(SILENT_TIMEOUT_S, self._close, client)
+        self._open[client.fileno()] = (client, timer)
+        self._loop.add_reader(client.fileno(), self._readable, client)
+
+    def _close(self, client: socket.socket) -> None:
+        entry = self._open.pop(client.fileno(), None)
+        if entry is not None:
+            entry[1].cancel()
+            self._loop.remove_reader(client.fileno())
+        client.close()
+
+    def _readable(self, client: socket.socket) -> None:
+        try:
+            data = client.recv(PACKET_BYTES_MAX + 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            reply = self._answer(client, data)
+            packet = b"".join(word.encode("utf-8", "replace") + b"\0" for word in reply)
+            try:
+                client.send(packet, socket.MSG_NOSIGNAL)
+            except OSError as error:
+                log.debug("%s: the caller is gone before the answer: %s", self._path, error)
+        self._close(client)
+
+    def _answer(self, client: socket.socket, data: bytes) -> list[str]:
+        peer: Peer | None = None
+        try:
+            request = Request(data)
+            verb = self._verbs.get(request.verb)
+            if verb is None:
+                raise InvalidField("verb", request.verb, " or ".join(self._verbs))
+            peer = Peer(client)
+            return verb(peer, request)
+        except AgentcgroupdError as error:
+            refused = as_request_error(error)
+            self._metrics.rpc_errors.labels("attach", refused.code).inc()
+            sentence = " ".join(refused.sentence.replace("\0", " ").split())
+            return ["ERR", refused.code, sentence]
+        finally:
+            if peer is not None:
+                peer.close()
+
+    def _attach(self, peer: Peer, request: Request) -> list[str]:
+        request.only("call")
+        session = session_of(peer, self._sessions.of_cgroup)
+        call = session.calls.get(request.value("call"))
+        if call is None:
+            raise NotFound(f"no call {request.value('call')[:64]!r} is open in this session")
+        self._calls.attach(call, peer.process.pid, os.dup(peer.process.pidfd))
+        return ["OK", f"call={call.id}"]
+
+    def _begin(self, peer: Peer, request: Request) -> list[str]:
+        request.only(*_BEGIN_KEYS)
+        session = session_of(peer, self._sessions.of_cgroup)
+        intent = {key: value for key, value in request.values.items() if key in Intent.model_fields}
+        call = self._calls.begin(session, request.value("name"), intent, request.args, None)
+        try:
+            self._calls.attach(call, peer.process.pid, os.dup(peer.process.pidfd))
+        except AgentcgroupdError:
+            self._calls.withdraw(call)
+            raise
+        return ["OK", f"call={call.id}"]
+
+    def _enter(self, peer: Peer, request: Request) -> list[str]:
+        request.only("session")
+        check_operator(peer, self._sessions.of_cgroup)
+        session = self._sessions.get(request.value("session"))
+        if session.closing:
+            raise PermissionDenied(f"session {session.id} is being closed")
+        session.agent.attach(peer.process.pid)
+        return ["OK", f"session={session.id}"]

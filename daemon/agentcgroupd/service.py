@@ -1,0 +1,424 @@
+"""The daemon: its parts, in the order in which they start and stop.
+
+Where is it decided? What a call gets: admission.grant_for. What happens when memory runs short:
+policy.engine.decide. How a call ended: ending.judge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import resource
+import signal
+from pathlib import Path
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
+
+from agentcgroupd.audit import Audit
+from agentcgroupd.calls import Calls
+from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.events import FileEvents
+from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.config import Config
+from agentcgroupd.convert import call_to_proto, session_to_proto
+from agentcgroupd.errors import (
+    AgentcgroupdError,
+    CgroupGone,
+    ConfigError,
+    FailedPrecondition,
+    KnobError,
+)
+from agentcgroupd.feed import Feed
+from agentcgroupd.metrics import Heartbeat, Metrics, MetricsServer
+from agentcgroupd.notify import notify, watchdog_interval_s
+from agentcgroupd.policy.guard import Guard
+from agentcgroupd.pool import Pool, prepare_pool
+from agentcgroupd.rpc.attach import AttachServer
+from agentcgroupd.rpc.identity import Relay
+from agentcgroupd.rpc.server import AdminService, AgentService, GrpcServer
+from agentcgroupd.session import RECORD_VERSION, Call, Session, read_record, unix_usec
+from agentcgroupd.sessions import Sessions
+from agentcgroupd.units import show_bytes
+
+log = logging.getLogger(__name__)
+
+VERSION = "0.1.0"
+SWEEP_INTERVAL_S = 10.0
+BEAT_INTERVAL_S = 0.5
+FILES_WANTED = 262_144
+
+
+class Daemon:
+    """All parts of one running daemon. Use: `await start()`, `await stopped()`, `await stop()`."""
+
+    def __init__(self, config: Config) -> None:
+        """Nothing is touched yet."""
+        self.config = config
+        self.metrics = Metrics()
+        self.feed = Feed()
+        self.heartbeat = Heartbeat()
+        self.started_unix_usec = unix_usec()
+        self.leftovers_removed = 0
+        self._stop = asyncio.Event()
+        self._lock_fd = -1
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.pool: Pool
+        self.sessions: Sessions
+        self.calls: Calls
+
+    async def start(self) -> None:
+        """Take the pool, take up what is there, open the sockets. Raises ConfigError, KnobError or
+        OSError; then stop() undoes what was done."""
+        _raise_file_limit()
+        run = self.config.server.run_dir
+        self._lock(run)
+        self.audit = Audit(self.config.audit.path, self.config.audit.max_bytes or 64 << 20)
+        self.pool = prepare_pool(self.config.pool)
+        self._mark_pool()
+        self.events = FileEvents()
+        self.sessions = Sessions(self.config, self.pool)
+        self.calls = Calls(self.config.calls, self.events, self.audit, self.metrics, self.feed,
+                           self.sessions.ceiling, self.pool.cgroup)  # fmt: skip
+        self._restore()
+        self.sweep()
+        await self._open_sockets(run)
+        self.guard: Guard | None = None
+        if self.config.guard.enabled and self.pool.memory_max_bytes is not None:
+            self.guard = Guard(self.config.guard, self.pool, self.calls)
+            self.guard.start()
+        for coroutine in (self._sweep_forever(), self._beat_forever()):
+            task = asyncio.get_running_loop().create_task(coroutine)
+            self._tasks.add(task)
+            task.add_done_callback(self._task_ended)
+        for name in self.pool.missing:
+            log.warning("controller %s is not available below %s: its limits are not enforced; "
+                        "see `agentcg doctor`", name, self.pool.cgroup.path)  # fmt: skip
+        notify("READY=1", f"STATUS=pool {self.pool.path}, {len(self.sessions.open)} sessions")
+        log.info("ready: pool %s, controllers %s, sockets in %s", self.pool.cgroup.path,
+                 " ".join(self.pool.controllers) or "none", run)  # fmt: skip
+
+    def _lock(self, run: Path) -> None:
+        """One daemon for each run directory; the kernel gives the lock back however it ends."""
+        for name, mode in (("", 0o755), ("agent", 0o755), ("admin", 0o700), ("private", 0o700)):
+            directory = run / name
+            directory.mkdir(parents=True, exist_ok=True)
+            directory.chmod(mode)
+        self._lock_fd = os.open(run / "private/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"server.run_dir: another daemon is running in {run}") from None
+
+    def _mark_pool(self) -> None:
+        record = {"v": RECORD_VERSION, "kind": "pool", "run_dir": str(self.config.server.run_dir)}
+        raw = self.pool.cgroup.get_xattr()
+        before = read_record(raw, "pool")
+        if raw is not None and before is None:
+            raise ConfigError(f"pool.cgroup: {self.pool.path} is marked as something else: {raw!r}")
+        self.pool.cgroup.set_xattr(json.dumps(record).encode())
+
+    def _restore(self) -> None:
+        """Sessions, their calls and their reports, as an earlier daemon left them."""
+        for session in self.sessions.restore():
+            self._watch(session)
+            for name in session.cgroup.children():
+                cgroup = session.cgroup.child(name)
+                data = read_record(cgroup.get_xattr(), "call")
+                if data is None:
+                    continue
+                try:
+                    self.calls.restore(session, Call.from_record(session, cgroup, data))
+                except (KeyError, TypeError, ValueError) as error:
+                    log.error("%s has a record that cannot be read: %s", cgroup.path, error)
+        if not self.sessions.open:
+            return
+        ended = {r.call_id for s in self.sessions.open.values() for r in s.reports}
+        restored: dict[str, list[pb.Report]] = {}
+        for report in self.audit.ended_reports():
+            if report.session_id in self.sessions.open and report.call_id not in ended:
+                restored.setdefault(report.session_id, []).append(report)
+        for session_id, reports in restored.items():
+            session = self.sessions.open[session_id]
+            mine = [r for r in reports if r.began_unix_usec >= session.opened_unix_usec]
+            session.reports.extendleft(reversed(mine[-(session.reports.maxlen or 0) :]))
+            session.calls_ended += len(mine)
+        log.info("took up %d sessions and %d calls", len(self.sessions.open), len(self.calls.open))
+
+    async def _open_sockets(self, run: Path) -> None:
+        most = self.config.sessions.connections_max
+        self._relays, self._servers, self._attaches = [], [], []
+        for role, mode, service in (("agent", 0o666, "Agent"), ("admin", 0o600, "Admin")):
+            backend = run / f"private/{role}.sock"
+            relay = Relay(run / role / "grpc.sock", mode, backend, self.metrics, most)
+            server = GrpcServer(backend, f"agentcgroup.v1.{service}")
+            if role == "agent":
+                pb_grpc.add_AgentServicer_to_server(AgentService(self, relay), server.server)
+            else:
+                pb_grpc.add_AdminServicer_to_server(AdminService(self, relay), server.server)
+            attach = AttachServer(run / role / "attach.sock", mode, role == "admin", self.sessions,
+                                  self.calls, self.metrics)  # fmt: skip
+            await server.start()
+            await relay.start()
+            attach.start()
+            self._servers.append(server)
+            self._relays.append(relay)
+            self._attaches.append(attach)
+        self.metrics_server: MetricsServer | None = None
+        if self.config.server.metrics_address:
+            try:
+                self.metrics_server = MetricsServer(
+                    self.config.server.metrics_address, self.metrics, self.heartbeat.wrong
+                )
+            except OSError as error:
+                address, why = self.config.server.metrics_address, os.strerror(error.errno or 0)
+                raise ConfigError(
+                    f"server.metrics_address: {address!r} cannot be used: {why}"
+                ) from None
+
+    async def stopped(self) -> None:
+        """Until SIGTERM, SIGINT or the failure of a part."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        await self._stop.wait()
+
+    async def stop(self) -> None:
+        """Close the sockets and let go. Sessions and calls stay for the next daemon."""
+        notify("STOPPING=1")
+        if getattr(self, "guard", None) is not None:
+            assert self.guard is not None
+            self.guard.stop()
+        for task in self._tasks:
+            task.cancel()
+        self.feed.end()
+        for relay in getattr(self, "_relays", []):
+            await relay.stop()
+        for attach in getattr(self, "_attaches", []):
+            attach.stop()
+        for server in getattr(self, "_servers", []):
+            await server.stop()
+        if hasattr(self, "calls"):
+            self.calls.let_go()
+            self.events.close()
+        if getattr(self, "metrics_server", None) is not None:
+            assert self.metrics_server is not None
+            await asyncio.get_running_loop().run_in_executor(None, self.metrics_server.close)
+        if hasattr(self, "audit"):
+            self.audit.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+
+    # Sessions
+
+    def open_session(self, spec: pb.SessionSpec) -> Session:
+        """See Sessions.open_session."""
+        return self._opened(self.sessions.open_session(spec))
+
+    def adopt_session(self, cgroup_path: str, spec: pb.SessionSpec) -> Session:
+        """See Sessions.adopt_session."""
+        return self._opened(self.sessions.adopt_session(cgroup_path, spec))
+
+    def _opened(self, session: Session) -> Session:
+        self._watch(session)
+        self.audit.write("session_opened", session=session.id, cgroup=session.cgroup_path,
+                         adopted=session.adopted)  # fmt: skip
+        self.feed.publish(session.id, pb.Event(session_opened=self.describe(session, admin=True)))
+        return session
+
+    def _watch(self, session: Session) -> None:
+        """An adopted cgroup belongs to its runtime: when it is empty, the session is over."""
+        if session.adopted:
+            session.watch = self.events.watch(
+                session.cgroup, knobs.CGROUP_EVENTS, lambda: self._adopted_changed(session)
+            )
+
+    def _adopted_changed(self, session: Session) -> None:
+        try:
+            if session.closing or session.cgroup.populated():
+                return
+        except CgroupGone:
+            log.debug("session %s: its cgroup is gone", session.id)
+        self._spawn_close(session)
+
+    def _spawn_close(self, session: Session) -> None:
+        task = asyncio.get_running_loop().create_task(self._close_quietly(session))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _close_quietly(self, session: Session) -> None:
+        try:
+            await self.close_session(session)
+        except AgentcgroupdError as error:
+            log.warning("session %s could not be closed: %s", session.id, error)
+
+    async def close_session(self, session: Session) -> int:
+        """End a session's calls, then its agent; returns how many calls were ended.
+        RequestError."""
+        if session.closing:
+            raise FailedPrecondition(f"session {session.id} is being closed already")
+        session.closing = True
+        calls = list(session.calls.values())
+        try:
+            await asyncio.gather(
+                *(self.calls.end(call, False, None, "its session was closed") for call in calls)
+            )
+            last = self.describe(session, admin=True) if session.cgroup.exists() else None
+            await asyncio.get_running_loop().run_in_executor(None, self.sessions.remove, session)
+        except BaseException:
+            session.closing = False
+            raise
+        if session.watch is not None:
+            self.events.unwatch(session.watch)
+        self.audit.write("session_closed", session=session.id, calls_ended=len(calls))
+        self.feed.publish(session.id, pb.Event(session_closed=last or pb.Session(id=session.id)))
+        self.feed.end(session.id)
+        return len(calls)
+
+    # Answers
+
+    def describe(self, session: Session, admin: bool) -> pb.Session:
+        """A session as sent. Raises CgroupGone."""
+        return session_to_proto(session, admin, self.sessions.not_enforced())
+
+    def list_calls(self, sessions: list[Session], admin: bool) -> pb.ListCallsResponse:
+        """Open calls with what they use now."""
+        calls = []
+        for session in sessions:
+            for call in session.calls.values():
+                try:
+                    calls.append(call_to_proto(call, admin, usage=True))
+                except CgroupGone:
+                    continue
+        return pb.ListCallsResponse(calls=calls)
+
+    def describe_pool(self) -> pb.Pool:
+        """The pool as sent."""
+        return pb.Pool(
+            cgroup_path=self.pool.path,
+            memory_max_bytes=self.pool.memory_max_bytes,
+            memory_current_bytes=self.pool.cgroup.read_if(knobs.MEMORY_CURRENT),
+            cpu_millicores=self.pool.cpu_millicores,
+            sessions_open=len(self.sessions.open),
+            calls_open=len(self.calls.open),
+            calls_begun=self.calls.begun,
+            calls_ended=self.calls.ended,
+            leftovers_removed=self.leftovers_removed,
+            controllers=self.pool.controllers,
+            not_enforced=self.sessions.not_enforced(),
+            version=VERSION,
+            kernel=os.uname().release,
+            started_unix_usec=self.started_unix_usec,
+        )
+
+    def budget(self, session: Session) -> pb.Budget:
+        """What is left for a session: the tightest of its own limit and the pool's."""
+        limits, cgroup = session.limits, session.cgroup
+        used = cgroup.read_if(knobs.MEMORY_CURRENT)
+        left: list[int] = []
+        if used is not None and limits.memory_max_bytes is not None:
+            left.append(limits.memory_max_bytes - used)
+        pool_used = self.pool.cgroup.read_if(knobs.MEMORY_CURRENT)
+        if pool_used is not None and self.pool.memory_max_bytes is not None:
+            left.append(self.pool.memory_max_bytes - pool_used)
+        tops = [top for top in (limits.memory_max_bytes, self.pool.memory_max_bytes) if top]
+        pids = cgroup.read_if(knobs.PIDS_CURRENT)
+        cores = min(limits.cpu_max_millicores or self.pool.cpu_millicores, self.pool.cpu_millicores)
+        idle = max(0, round((len(os.sched_getaffinity(0)) - os.getloadavg()[0]) * 1000))
+        available = max(0, min(left)) if left else None
+        memory = (
+            f"{show_bytes(available)} of memory"
+            if available is not None
+            else "memory without a limit"
+        )
+        open_calls = f"{len(session.calls)} of {limits.calls_max} calls open"
+        sentence = f"You have {memory} and {cores / 1000:g} cores; {open_calls}."
+        return pb.Budget(
+            memory_limit_bytes=min(tops) if tops else None,
+            memory_used_bytes=used,
+            memory_available_bytes=available,
+            cpu_limit_millicores=cores,
+            cpu_available_millicores=min(cores, idle),
+            pids_limit=limits.pids_max if pids is not None else None,
+            pids_available=limits.pids_max - pids if pids is not None and limits.pids_max else None,
+            calls_open=len(session.calls),
+            calls_max=limits.calls_max,
+            sentence=sentence,
+        )
+
+    # Housekeeping
+
+    def sweep(self) -> None:
+        """Calls whose end was missed, cgroups that nobody owns, sessions whose cgroup is gone."""
+        self.calls.recheck()
+        for cgroup in list(self.sessions.unknown()):
+            self._remove_leftover(cgroup)
+        for session in list(self.sessions.open.values()):
+            if not session.cgroup.exists() and not session.closing:
+                log.warning("session %s: its cgroup was removed by someone else", session.id)
+                self._spawn_close(session)
+
+    def _remove_leftover(self, cgroup: Cgroup) -> None:
+        """Empty ones go; one with processes is not ours to kill, and is said aloud."""
+        try:
+            if cgroup.populated():
+                log.warning("%s has processes but no record; it is left alone", cgroup.path)
+                return
+            cgroup.remove()
+        except KnobError as error:
+            log.warning("leftover %s: %s", cgroup.path, error)
+            return
+        self.leftovers_removed += 1
+        self.metrics.leftovers.inc()
+        log.info("removed leftover %s", cgroup.path)
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+            self.sweep()
+
+    async def _beat_forever(self) -> None:
+        """Gauges, the loop's lateness, and systemd's watchdog."""
+        loop = asyncio.get_running_loop()
+        watchdog_s = watchdog_interval_s()
+        due = loop.time()
+        while True:
+            due += min(BEAT_INTERVAL_S, watchdog_s or BEAT_INTERVAL_S)
+            await asyncio.sleep(max(0.0, due - loop.time()))
+            self.metrics.loop_lag.observe(max(0.0, loop.time() - due))
+            due = max(due, loop.time())
+            self.heartbeat.beat()
+            if watchdog_s:
+                notify("WATCHDOG=1")
+            self._set_gauges()
+
+    def _set_gauges(self) -> None:
+        metrics = self.metrics
+        current = self.pool.cgroup.read_if(knobs.MEMORY_CURRENT)
+        metrics.pool_memory_current.set(float("nan") if current is None else current)
+        most = self.pool.memory_max_bytes
+        metrics.pool_memory_max.set(float("nan") if most is None else most)
+        metrics.sessions_open.set(len(self.sessions.open))
+        states = dict.fromkeys(("pending", "running", "frozen", "ending"), 0)
+        for call in self.calls.open.values():
+            states[pb.CallState.Name(call.state)[len("CALL_STATE_") :].lower()] += 1
+        for state, count in states.items():
+            metrics.calls_open.labels(state).set(count)
+        metrics.audit_lost.set(self.audit.lost)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a part of the daemon failed", exc_info=task.exception())
+            self._stop.set()
+
+
+def _raise_file_limit() -> None:
+    """Each open call may keep a descriptor; the usual soft limit of 1,024 is for programs that use
+    select(2)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(FILES_WANTED, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,230 @@
+"""Sessions and calls: what the daemon keeps of each, and the record of it on the cgroup itself.
+
+The record, JSON in an extended attribute of the cgroup's directory, is all that a restarted daemon
+needs; memory holds nothing that cannot be read back from the kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+
+from agentcgroupd.admission import Grant
+from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.syscalls import pidfd_alive, process_stat
+
+RECORD_VERSION = 1
+AGENT_LEAF = "agent"
+CALL_PREFIX = "call-"
+ARGV_RECORD_CHARS = 512
+
+
+def boottime_usec() -> int:
+    """Time since boot with suspends, which a restarted daemon shares with the one before it."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
+
+
+def unix_usec() -> int:
+    """Wall clock, for people only; no decision depends on it."""
+    return time.time_ns() // 1000
+
+
+@dataclass(slots=True)
+class Process:
+    """A process that cannot be confused with a later one of the same pid."""
+
+    pid: int
+    start_ticks: int
+    pidfd: int
+
+    @classmethod
+    def of_pidfd(cls, pid: int, pidfd: int) -> Process:
+        """Takes over `pidfd`. ProcessLookupError or FileNotFoundError if it has been reaped."""
+        stat = process_stat(pid)
+        if not pidfd_alive(pidfd):
+            raise ProcessLookupError(pid)
+        return cls(pid, stat.start_ticks, pidfd)
+
+    @classmethod
+    def find(cls, pid: int, start_ticks: int) -> Process | None:
+        """The process of a record, if that very one still exists."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except (ProcessLookupError, OSError):
+            return None
+        try:
+            if process_stat(pid).start_ticks == start_ticks and pidfd_alive(pidfd):
+                return cls(pid, start_ticks, pidfd)
+        except (ProcessLookupError, FileNotFoundError):
+            pass
+        os.close(pidfd)
+        return None
+
+    def close(self) -> None:
+        """Give up the pidfd."""
+        os.close(self.pidfd)
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """An open call."""
+
+    id: str
+    session: Session
+    name: str
+    argv: tuple[str, ...]
+    grant: Grant
+    cgroup: Cgroup
+    began_unix_usec: int
+    began_boot_usec: int
+    held: bool
+    """The owner has not ended it yet: it outlives being empty."""
+    owner: Process | None = None
+    main: Process | None = None
+    """The process that entered last; its wait status is the call's."""
+    entered: bool = False
+    state: pb.CallState.ValueType = pb.CALL_STATE_PENDING
+    ended_by: str = ""
+    ended_why: str = ""
+    leftovers: int = 0
+    client_status: int | None = None
+    frozen_since_usec: int | None = None
+    frozen_usec: int = 0
+    session_ooms_before: int = 0
+    pool_ooms_before: int = 0
+    watch: int | None = None
+    timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
+    done: asyncio.Future[pb.Report] | None = None
+    """Made by the first who waits; a call nobody waits for costs no future."""
+
+    def record(self) -> bytes:
+        """What is kept on the cgroup."""
+        return json.dumps(
+            {
+                "v": RECORD_VERSION,
+                "kind": "call",
+                "id": self.id,
+                "name": self.name,
+                "argv": _cut(self.argv),
+                "grant": asdict(self.grant),
+                "began_unix_usec": self.began_unix_usec,
+                "began_boot_usec": self.began_boot_usec,
+                "held": self.held,
+                "owner": [self.owner.pid, self.owner.start_ticks] if self.owner else None,
+                "main": [self.main.pid, self.main.start_ticks] if self.main else None,
+                "entered": self.entered,
+                "frozen_usec": self.frozen_usec,
+                "session_ooms_before": self.session_ooms_before,
+                "pool_ooms_before": self.pool_ooms_before,
+            },
+            separators=(",", ":"),
+        ).encode()
+
+    @classmethod
+    def from_record(cls, session: Session, cgroup: Cgroup, data: dict[str, Any]) -> Call:
+        """A call found again. KeyError, TypeError or ValueError if the record is not ours."""
+        grant = data["grant"]
+        grant = Grant(**{**grant, "advice": tuple(grant["advice"]),
+                         "not_enforced": tuple(grant["not_enforced"])})  # fmt: skip
+        call = cls(
+            id=str(data["id"]), session=session, name=str(data["name"]),
+            argv=tuple(data["argv"]), grant=grant, cgroup=cgroup,
+            began_unix_usec=int(data["began_unix_usec"]),
+            began_boot_usec=int(data["began_boot_usec"]),
+            held=bool(data["held"]), entered=bool(data["entered"]),
+            frozen_usec=int(data["frozen_usec"]),
+            session_ooms_before=int(data["session_ooms_before"]),
+            pool_ooms_before=int(data["pool_ooms_before"]),
+        )  # fmt: skip
+        call.owner = Process.find(*data["owner"]) if data["owner"] else None
+        call.main = Process.find(*data["main"]) if data["main"] else None
+        return call
+
+
+def _cut(argv: tuple[str, ...]) -> list[str]:
+    kept, left = [], ARGV_RECORD_CHARS
+    for argument in argv:
+        if left <= 0:
+            break
+        kept.append(argument[:left])
+        left -= len(argument) + 1
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """A session's own limits. None: none of its own."""
+
+    memory_low_bytes: int | None
+    memory_high_bytes: int | None
+    memory_max_bytes: int | None
+    cpu_weight: int
+    cpu_max_millicores: int | None
+    pids_max: int | None
+    priority: int
+    calls_max: int
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """An open session."""
+
+    id: str
+    cgroup: Cgroup
+    agent: Cgroup
+    cgroup_path: str
+    """Below the cgroup2 mount, as /proc/<pid>/cgroup shows it."""
+    limits: SessionLimits
+    opened_unix_usec: int
+    adopted: bool = False
+    found: dict[str, str] = field(default_factory=dict)
+    """Interface files of an adopted cgroup as they were before, to be put back."""
+    offered: frozenset[str] = frozenset()
+    """Interface files that a call's leaf has here."""
+    calls: dict[str, Call] = field(default_factory=dict)
+    reports: deque[pb.Report] = field(default_factory=deque)
+    calls_ended: int = 0
+    connections: int = 0
+    closing: bool = False
+    watch: int | None = None
+
+    def record(self) -> bytes:
+        """What is kept on the cgroup."""
+        return json.dumps(
+            {
+                "v": RECORD_VERSION,
+                "kind": "session",
+                "id": self.id,
+                "limits": asdict(self.limits),
+                "opened_unix_usec": self.opened_unix_usec,
+                "adopted": self.adopted,
+                "found": self.found,
+            },
+            separators=(",", ":"),
+        ).encode()
+
+    def report(self, call_id: str) -> pb.Report | None:
+        """The kept report of an ended call, or the newest one for an empty id."""
+        if not call_id:
+            return self.reports[-1] if self.reports else None
+        return next((r for r in reversed(self.reports) if r.call_id == call_id), None)
+
+
+def read_record(raw: bytes | None, kind: str) -> dict[str, Any] | None:
+    """A record of this version and kind, None for anything else."""
+    if raw is None:
+        return None
+    try:
+        data = json.loads(raw)
+    except ValueError:
+        return None
+    if not isinstance(data, dict) or data.get("v") != RECORD_VERSION or data.get("kind") != kind:
+        return None
+    return data

@@ -1,0 +1,148 @@
+"""System calls that the standard library does not have, each wrapped once.
+
+Every function raises OSError with the call's name and its subject.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import signal
+import socket
+import struct
+from dataclasses import dataclass
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.inotify_init1.argtypes = [ctypes.c_int]
+_libc.inotify_init1.restype = ctypes.c_int
+_libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
+_libc.inotify_add_watch.restype = ctypes.c_int
+_libc.inotify_rm_watch.argtypes = [ctypes.c_int, ctypes.c_int]
+_libc.inotify_rm_watch.restype = ctypes.c_int
+
+IN_MODIFY = 0x2
+IN_IGNORED = 0x8000
+IN_Q_OVERFLOW = 0x4000
+
+SO_PEERPIDFD = 77
+"""include/uapi/asm-generic/socket.h; Linux 6.5."""
+
+_PIDFD_INFO = struct.Struct(
+    "=QQ11Ii"
+)  # struct pidfd_info, first 64 bytes; include/uapi/linux/pidfd.h
+_PIDFD_INFO_EXIT = 1 << 3
+_PIDFD_GET_INFO = (3 << 30) | (_PIDFD_INFO.size << 16) | (0xFF << 8) | 11
+
+
+def _check(result: int, call: str, subject: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{call}: {os.strerror(number)}", subject)
+    return result
+
+
+def inotify_init() -> int:
+    """A new inotify descriptor, non-blocking and close-on-exec."""
+    return _check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify_init1", "")
+
+
+def inotify_add_watch(fd: int, path: str, mask: int) -> int:
+    """Watch `path`; returns the watch descriptor."""
+    return _check(_libc.inotify_add_watch(fd, os.fsencode(path), mask), "inotify_add_watch", path)
+
+
+def inotify_rm_watch(fd: int, watch: int) -> bool:
+    """End a watch; False if the kernel already did, because the file is gone."""
+    if _libc.inotify_rm_watch(fd, watch) == 0:
+        return True
+    if ctypes.get_errno() == errno.EINVAL:
+        return False
+    _check(-1, "inotify_rm_watch", str(watch))
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCredentials:
+    """Who opened the other end of a Unix socket, as the kernel recorded it at connect(2)."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_credentials(sock: socket.socket) -> PeerCredentials:
+    """SO_PEERCRED. pid is 0 when the peer's pid namespace is not below ours."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return PeerCredentials(*struct.unpack("iII", raw))
+
+
+def peer_pidfd(sock: socket.socket) -> int:
+    """A pidfd of the peer process. SO_PEERPIDFD names the very process; before Linux 6.5 the pid of
+    SO_PEERCRED is opened instead, and a pid recycled in between would not be noticed."""
+    try:
+        fd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
+        return os.pidfd_open(peer_credentials(sock).pid)
+    os.set_inheritable(fd, False)
+    return fd
+
+
+def has_peer_pidfd() -> bool:
+    """Whether this kernel has SO_PEERPIDFD."""
+    left, right = socket.socketpair(socket.AF_UNIX)
+    with left, right:
+        try:
+            os.close(left.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD))
+        except OSError:
+            return False
+    return True
+
+
+def pidfd_alive(fd: int) -> bool:
+    """Whether the process of a pidfd has not been waited for (a zombie still holds its pid)."""
+    try:
+        signal.pidfd_send_signal(fd, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def pidfd_exit_status(fd: int) -> int | None:
+    """Wait status of a process that has ended and was reaped, from the kernel (Linux 6.15).
+
+    None while it has not been reaped, or on kernels that do not keep it.
+    """
+    buffer = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, 0, *([0] * 11), 0))
+    try:
+        fcntl.ioctl(fd, _PIDFD_GET_INFO, buffer)
+    except OSError as error:
+        # ESRCH: reaped, on a kernel without PIDFD_INFO_EXIT. ENOTTY, EINVAL: no PIDFD_GET_INFO.
+        if error.errno in (errno.ESRCH, errno.ENOTTY, errno.EINVAL):
+            return None
+        raise
+    fields = _PIDFD_INFO.unpack(buffer)
+    mask, exit_code = int(fields[0]), int(fields[-1])
+    return exit_code if mask & _PIDFD_INFO_EXIT else None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStat:
+    """The fields of /proc/<pid>/stat that are used here (proc_pid_stat(5))."""
+
+    state: str
+    start_ticks: int
+    exit_status: int
+    """Wait status; meaningful while state is Z."""
+
+
+def process_stat(pid: int) -> ProcessStat:
+    """Read /proc/<pid>/stat; FileNotFoundError or ProcessLookupError when there is no such
+    process."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        text = file.read().decode("utf-8", "replace")
+    fields = text[text.rindex(")") + 2 :].split()
+    return ProcessStat(state=fields[0], start_ticks=int(fields[19]), exit_status=int(fields[49]))
