@@ -151,10 +151,11 @@ def _missing_controller(controller: str, name: str, fallback: str) -> Feature:
 
 
 def _held_by_v1(controller: str) -> str:
+    name = {"io": "blkio"}.get(controller, controller)
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
         left, _, right = line.partition(" - ")
         kind, _source, options = right.split()[:3]
-        if kind == "cgroup" and controller in options.split(","):
+        if kind == "cgroup" and name in options.split(","):
             return left.split()[4]
     return ""
 

@@ -1,0 +1,67 @@
+"""The process inside a session that tests speak through: reads pickled code, answers its result."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+import agentcgroup
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
+from tests.harness import EXEC, RemoteRpcError
+
+RUN_DIR = Path(os.environ["AGENTCG_RUN_DIR"])
+
+
+def packet(verb: str, *pairs: str, role: str = "agent") -> list[str]:
+    """One exchange of the attach protocol by hand; moves this very process if it succeeds."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.connect(str(RUN_DIR / role / "attach.sock"))
+        sock.send(b"".join(word.encode() + b"\0" for word in ("ACG1", verb, *pairs)))
+        return sock.recv(16384).decode().split("\0")[:-1]
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    channel = grpc.insecure_channel(f"unix:{RUN_DIR}/agent/grpc.sock")
+    scope: dict[str, Any] = {
+        "agent": agentcgroup.Agent(), "stub": pb_grpc.AgentStub(channel), "pb": pb, "grpc": grpc,
+        "os": os, "signal": signal, "socket": socket, "subprocess": subprocess, "sys": sys,
+        "threading": threading, "time": time, "packet": packet, "EXEC": EXEC, "RUN_DIR": RUN_DIR,
+        "pb_grpc": pb_grpc, "agentcgroup": agentcgroup,
+    }  # fmt: skip
+    while True:
+        try:
+            code, values = pickle.load(stdin)
+        except EOFError:
+            return
+        scope.update(values)
+        scope["result"] = None
+        answer: tuple[bool, Any]
+        try:
+            exec(code, scope)
+            answer = (True, scope["result"])
+            data = pickle.dumps(answer)
+        except grpc.RpcError as error:
+            raw = dict(error.trailing_metadata() or ()).get("agentcg-error-bin", b"")
+            data = pickle.dumps((False, RemoteRpcError(error.code().name, error.details(), raw)))
+        except BaseException as error:  # noqa: BLE001 (whatever it was, the test is to see it)
+            data = pickle.dumps((False, AssertionError(f"{type(error).__name__}: {error}")))
+        stdout.write(data)
+        stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""A real daemon on this kernel for tests: started, killed and started again, with agents inside its
+sessions. Everything it makes lies below one cgroup of its own and is removed at the end."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import grpc
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
+from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
+
+ROOT = Path(__file__).resolve().parent.parent
+_VENDOR = Path("/sys/class/dmi/id/sys_vendor")
+SLOW = 25.0 if _VENDOR.exists() and "QEMU" in _VENDOR.read_text() else 1.0
+"""How much slower an emulated CPU is; only waiting times are multiplied by it."""
+EXEC = os.environ.get("AGENTCG_EXEC") or str(Path(sys.executable).parent / "agentcg-exec")
+
+
+def wait_until(what: str, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Poll until `condition` holds; AssertionError naming `what` if it does not in time."""
+    deadline = time.monotonic() + timeout_s * SLOW
+    while not condition():
+        assert time.monotonic() < deadline, f"timed out: {what}"
+        time.sleep(0.005)
+
+
+def controllers() -> set[str]:
+    """Controllers that this kernel's cgroup2 mount offers."""
+    return set((cgroup2_mount() / "cgroup.controllers").read_text().split())
+
+
+class AgentProcess:
+    """A Python process inside a session's agent leaf that runs what it is sent."""
+
+    def __init__(self, run_dir: Path, session_id: str) -> None:
+        env = {**os.environ, "AGENTCG_RUN_DIR": str(run_dir), "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            [EXEC, "--session", session_id, "--", sys.executable, "-m", "tests.agent_worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT,
+        )  # fmt: skip
+
+    def run(self, code: str, **values: Any) -> Any:
+        """Execute `code` there with `values`, `agent`, `stub`, `pb` and the usual modules at hand;
+        returns its `result`, or raises what it raised (grpc errors as RemoteRpcError)."""
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None and stdout is not None
+        pickle.dump((code, values), stdin)
+        stdin.flush()
+        ok, result = _load(stdout)
+        if not ok:
+            raise result
+        return result
+
+    def close(self) -> None:
+        """End it."""
+        if self.process.poll() is None:
+            assert self.process.stdin is not None and self.process.stdout is not None
+            self.process.stdin.close()
+            try:
+                self.process.wait(10 * SLOW)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self.process.stdout.close()
+
+
+def _load(stream: BinaryIO | Any) -> tuple[bool, Any]:
+    loaded: tuple[bool, Any] = pickle.load(stream)
+    return loaded
+
+
+class RemoteRpcError(Exception):
+    """A gRPC error as the worker saw it."""
+
+    def __init__(self, code: str, details: str, error: bytes) -> None:
+        super().__init__(code, details, error)
+        self.code, self.details = code, details
+        self.error = pb.Error.FromString(error)
+
+
+class DaemonProcess:
+    """A daemon with a pool, sockets and files of its own."""
+
+    def __init__(self, directory: Path, config: str = "") -> None:
+        """`config`: TOML sections beside pool.cgroup, server and audit."""
+        self.directory = directory
+        self.run_dir = directory / "run"
+        self.audit_path = directory / "audit.jsonl"
+        self.pool_path = f"/agentcg-test-{secrets.token_hex(4)}"
+        self.cgroup_dir = cgroup2_mount() / self.pool_path.strip("/")
+        self.config = directory / "agentcgroupd.toml"
+        pool = f'[pool]\ncgroup = "{self.pool_path}"\n'
+        if config.startswith("[pool]\n"):
+            pool, config = pool + config.removeprefix("[pool]\n"), ""
+        self.config.write_text(
+            f"{pool}\n[server]\nrun_dir = {str(self.run_dir)!r}\nmetrics_address = ''\n"
+            f"[audit]\npath = {str(self.audit_path)!r}\n{config}"
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+        self.agents: list[AgentProcess] = []
+        self.log = directory / "log"
+        self._channel: grpc.Channel | None = None
+
+    @property
+    def admin(self) -> pb_grpc.AdminStub:
+        """The operator's stub."""
+        if self._channel is None:
+            self._channel = grpc.insecure_channel(f"unix:{self.run_dir}/admin/grpc.sock")
+        return pb_grpc.AdminStub(self._channel)
+
+    def start(self) -> None:
+        """Start and wait until it is ready."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "agentcgroupd", "--config", str(self.config)],
+                stdout=log, stderr=log, cwd=ROOT,
+            )  # fmt: skip
+        wait_until("the daemon is ready", self._ready, 15)
+        stub = self.admin
+        stub.GetPool(pb.GetPoolRequest(), wait_for_ready=True, timeout=10 * SLOW)
+
+    def _ready(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, f"the daemon ended: {self.log.read_text()}"
+        # Both sockets are new ones once the last of them is there.
+        return (self.run_dir / "admin/attach.sock").exists()
+
+    def kill(self) -> None:
+        """kill -9."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        (self.run_dir / "admin/attach.sock").unlink()
+
+    def stop(self) -> None:
+        """SIGTERM, and wait."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(20 * SLOW)
+
+    def open(self, session_id: str, **limits: str) -> AgentProcess:
+        """Open a session with an agent in it."""
+        spec = pb.SessionSpec(id=session_id, **limits)  # type: ignore[arg-type]
+        self.admin.OpenSession(pb.OpenSessionRequest(spec=spec))
+        return self.enter(session_id)
+
+    def enter(self, session_id: str) -> AgentProcess:
+        """One more process in a session's agent leaf."""
+        agent = AgentProcess(self.run_dir, session_id)
+        self.agents.append(agent)
+        return agent
+
+    def call_dirs(self) -> list[Path]:
+        """All call cgroups that exist now."""
+        return sorted(self.cgroup_dir.glob("*/call-*"))
+
+    def close(self) -> None:
+        """Stop, and remove everything."""
+        for agent in self.agents:
+            agent.close()
+        if self._channel is not None:
+            self._channel.close()
+        self.stop()
+        if self.cgroup_dir.exists():
+            pool = Cgroup.open(self.cgroup_dir)
+            pool.kill_and_remove(20)
+            pool.close()

@@ -1,0 +1,164 @@
+"""Cgroup directories and interface files on this kernel's own cgroup2 mount."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.events import FileEvents
+from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount, move_all
+from agentcgroupd.errors import CgroupGone, KnobError
+from tests.harness import wait_until
+
+
+@pytest.fixture
+def top() -> Iterator[Cgroup]:
+    """A cgroup of our own, removed with all below it."""
+    root = Cgroup.open(cgroup2_mount())
+    made = root.make_child(f"agentcg-test-{secrets.token_hex(4)}")
+    root.close()
+    held = Cgroup.open(made.path)
+    yield held
+    held.kill_and_remove()
+    held.close()
+
+
+def spawn(cgroup: Cgroup, *argv: str) -> subprocess.Popen[bytes]:
+    """A process in `cgroup`."""
+    process = subprocess.Popen(argv)
+    cgroup.attach(process.pid)
+    return process
+
+
+def test_id_is_the_inode_and_names_this_directory_only(top: Cgroup) -> None:
+    first = top.make_child("x")
+    assert first.id == os.stat(first.path).st_ino
+    assert first.exists()
+    first.remove()
+    assert not first.exists()
+    second = top.make_child("x")
+    assert second.id != first.id
+    assert second.exists() and not first.exists()
+
+
+def test_a_file_that_is_not_there_is_an_error_and_is_never_made(top: Cgroup) -> None:
+    with pytest.raises(KnobError) as caught:
+        top.write_text("memory.maxx", "1")
+    assert caught.value.errno in (errno.ENOENT, errno.EACCES, errno.EPERM)
+    assert not isinstance(caught.value, CgroupGone)
+    assert not (top.path / "memory.maxx").exists()
+
+
+def test_a_removed_cgroup_is_gone_and_not_merely_missing_a_file(top: Cgroup) -> None:
+    child = top.make_child("x")
+    child.remove()
+    for action in (child.procs, child.populated, child.kill, lambda: child.attach(os.getpid())):
+        with pytest.raises(CgroupGone):
+            action()
+    child.remove()  # a second time is no error
+
+
+def test_the_kernels_word_on_a_bad_value_reaches_the_error(top: Cgroup) -> None:
+    with pytest.raises(KnobError) as caught:
+        top.write_text("cgroup.freeze", "2")
+    assert caught.value.errno == errno.ERANGE
+    assert "cgroup.freeze" in str(caught.value) and "ERANGE" in str(caught.value)
+
+
+def test_kill_and_remove_takes_everything_below(top: Cgroup) -> None:
+    call = top.make_child("call")
+    nested = call.make_child("nested")
+    processes = [spawn(call, "sleep", "100"), spawn(nested, "sleep", "100")]
+    assert call.populated()
+    with pytest.raises(KnobError) as caught:
+        call.remove()
+    assert caught.value.errno == errno.EBUSY
+    call.kill_and_remove()
+    assert not call.exists()
+    assert [p.wait(10) for p in processes] == [-9, -9]
+
+
+def test_move_all_moves_every_process(top: Cgroup) -> None:
+    source, target = top.make_child("a"), top.make_child("b")
+    processes = [spawn(source, "sleep", "100") for _ in range(5)]
+    assert move_all(source, target) == 5
+    assert source.procs() == ()
+    assert sorted(target.procs()) == sorted(p.pid for p in processes)
+    target.kill()
+    for process in processes:
+        process.wait(10)
+
+
+def test_xattrs_are_kept_and_replaced(top: Cgroup) -> None:
+    child = top.make_child("x")
+    assert child.get_xattr() is None
+    child.set_xattr(b"a" * 2000)
+    child.set_xattr(b"b" * 3000)
+    assert child.get_xattr() == b"b" * 3000
+    assert "trusted.agentcgroup" in child.list_xattrs()
+    child.remove_xattr()
+    child.remove_xattr()
+    assert child.get_xattr() is None
+
+
+def test_events_tell_of_the_last_process_and_of_freezing(top: Cgroup) -> None:
+    child = top.make_child("x")
+    seen: list[dict[str, int]] = []
+
+    async def watch() -> None:
+        events = FileEvents()
+        ended = asyncio.Event()
+
+        def changed() -> None:
+            seen.append(child.read(knobs.CGROUP_EVENTS))
+            if len(seen) > 2 and seen[-1]["populated"] == 0:
+                ended.set()
+
+        handle = events.watch(child, knobs.CGROUP_EVENTS, changed)
+        process = spawn(child, "sleep", "100")
+        await asyncio.sleep(0)
+        child.write(knobs.CGROUP_FREEZE, True)
+        while not any(s["frozen"] for s in seen):
+            await asyncio.sleep(0.001)
+        child.kill()
+        await asyncio.wait_for(ended.wait(), 10)
+        process.wait(10)
+        events.unwatch(handle)
+        child.remove()
+        await asyncio.sleep(0.01)
+        events.close()
+
+    asyncio.run(watch())
+    assert any(s["populated"] == 1 for s in seen)
+    assert any(s["frozen"] == 1 for s in seen)
+
+
+def test_a_thousand_leaves_come_and_go(top: Cgroup) -> None:
+    before = set(top.children())
+    for number in range(1000):
+        top.make_child(f"call-{number}").remove()
+    assert set(top.children()) == before
+
+
+def test_psi_is_read_with_its_units(top: Cgroup) -> None:
+    pressure = top.read_if(knobs.MEMORY_PRESSURE)
+    if pressure is None:
+        pytest.skip("this kernel has no PSI")
+    assert set(pressure) == {"some", "full"}
+    assert pressure["some"].total_usec >= pressure["full"].total_usec >= 0
+
+
+def test_enable_names_what_the_kernel_refuses(top: Cgroup) -> None:
+    assert top.enable(("no_such_controller",)) == ("no_such_controller",)
+
+
+def test_wait_until_fails_loudly() -> None:
+    with pytest.raises(AssertionError, match="timed out: the moon"):
+        wait_until("the moon", lambda: False, 0.01)
