@@ -497,10 +497,11 @@ def _short(name: str, prefix_chars: int) -> str:
 
 def _prefer_as_oom_victim(pid: int, priority: int) -> None:
     """When a limit above the call is reached, the kernel is to choose a call, and the least
-    important one, rather than the agent. 300..900 thousandths of the limit are added to its badness
-    (mm/oom_kill.c: oom_badness); the agent's own processes stay at 0."""
+    important one, rather than the agent. Thousandths of the limit are added to its badness: 200 for
+    an important call, 500 for a normal one, 800 for batch (mm/oom_kill.c: oom_badness); the agent's
+    own processes stay at 0."""
     try:
         with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
-            file.write(str(300 + (100 - priority) * 6))
+            file.write(str(max(50, (100 - priority) * 10)))
     except OSError as error:
         log.debug("oom_score_adj of %d: %s", pid, error)

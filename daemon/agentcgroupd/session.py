@@ -194,6 +194,9 @@ class Session:
     connections: int = 0
     closing: bool = False
     watch: int | None = None
+    agent_memory_bytes: int = 0
+    """What its agent leaf could not give back at `agent_memory_at` (time.monotonic)."""
+    agent_memory_at: float = float("-inf")
 
     def record(self) -> bytes:
         """What is kept on the cgroup."""

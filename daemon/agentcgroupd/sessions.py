@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 
 ID_ALLOWED = "1 to 63 characters of a-z, 0-9, '_', '.' and '-', starting with a letter or digit"
 _ID = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+AGENT_MEMORY_INTERVAL_S = 1.0
 ADOPTED_XATTR = "trusted.agentcgroup.adopted."
 """On the pool, one for each adopted cgroup: its id in the name, its path as the value."""
 
@@ -78,10 +80,9 @@ class Sessions:
         """The limits above a new call of this session."""
         limits, calls = session.limits, self._config.calls
         tops = [top for top in (limits.memory_max_bytes, self._pool.memory_max_bytes) if top]
-        agent = session.agent.read_if(knobs.MEMORY_CURRENT) if tops else None
         return Ceiling(
             memory_max_bytes=min(tops) if tops else None,
-            agent_memory_bytes=agent or 0,
+            agent_memory_bytes=self._agent_memory(session) if tops else 0,
             cpu_millicores=min(limits.cpu_max_millicores or self._pool.cpu_millicores,
                                self._pool.cpu_millicores),
             pids_max=limits.pids_max,
@@ -90,6 +91,17 @@ class Sessions:
             default_timeout_usec=calls.timeout,
             timeout_max_usec=calls.timeout_max,
         )  # fmt: skip
+
+    def _agent_memory(self, session: Session) -> int:
+        """What the agent leaf holds and cannot give back: page cache does not count, because the
+        kernel drops it before it kills. Read at most once a second: memory.stat makes the kernel
+        gather its per-CPU counters, and this is on every call's way."""
+        now = time.monotonic()
+        if now - session.agent_memory_at >= AGENT_MEMORY_INTERVAL_S:
+            stat = session.agent.read_if(knobs.MEMORY_STAT)
+            session.agent_memory_at = now
+            session.agent_memory_bytes = stat["anon"] + stat.get("kernel", 0) if stat else 0
+        return session.agent_memory_bytes
 
     def not_enforced(self) -> list[str]:
         """Limits of a session that cannot be kept here, by interface file."""

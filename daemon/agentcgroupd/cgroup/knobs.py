@@ -125,6 +125,7 @@ MEMORY_MAX = Knob("memory.max", parse_limit, format_limit)
 MEMORY_OOM_GROUP = Knob("memory.oom.group", parse_flag, format_flag)
 MEMORY_EVENTS = Knob("memory.events", parse_flat_keyed)
 MEMORY_EVENTS_LOCAL = Knob("memory.events.local", parse_flat_keyed)
+MEMORY_STAT = Knob("memory.stat", parse_flat_keyed)
 MEMORY_PRESSURE = Knob("memory.pressure", parse_pressure)
 
 CPU_STAT = Knob("cpu.stat", parse_flat_keyed)

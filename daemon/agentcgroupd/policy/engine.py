@@ -1,9 +1,11 @@
 """Where it is decided: `decide(snapshot) -> decisions`. Pure: no I/O, no clock.
 
 The pool is the first line: calls are frozen before its limit is touched, so that the kernel's OOM
-killer has nothing to do. Freezing costs a call time and nothing else; the most important running
-call, and among equals the oldest, is never frozen, so that something always ends and gives its
-memory back. Only when frozen calls hold what that one still needs does one of them go.
+killer has nothing to do. Freezing costs a call time and nothing else. The most important running
+call, and among equals the oldest, is the leader: it is never frozen, so that something always ends
+and gives its memory back. While it grows, room is kept for it: what it said it expects, or else as
+much as it holds already, because two calls that grow side by side until the pool is full could
+neither of them end. Only when frozen calls hold what the leader still needs does one of them go.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ class CallView:
     frozen_for_usec: int | None = None
     """None: it runs."""
     on_pressure: str = "freeze"
+    memory_expected_bytes: int = 0
+    memory_max_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +88,24 @@ def _leader(calls: list[CallView]) -> CallView:
     return min(calls, key=lambda c: (-c.priority, c.began_usec, c.id))
 
 
-def _freeze(now: Snapshot, running: list[CallView], leader: CallView) -> list[Decision]:
+def _room_for(now: Snapshot, leader: CallView) -> int:
+    """Bytes kept free for the leader beyond the reserve. One that does not grow keeps nobody out."""
+    if leader.growth_bytes_per_s <= GROWING_BYTES_PER_S:
+        return 0
+    wanted = max(leader.memory_expected_bytes - leader.memory_bytes, leader.memory_bytes)
+    if leader.memory_max_bytes is not None:
+        wanted = min(wanted, leader.memory_max_bytes - leader.memory_bytes)
+    return max(0, min(wanted, now.limit_bytes // 2))
+
+
+def _freeze(now: Snapshot, running: list[CallView], leader: CallView, room: int) -> list[Decision]:
     """Least important first, fastest growing first, until what still grows fits what is left."""
     others = [c for c in running if c is not leader and c.growth_bytes_per_s > GROWING_BYTES_PER_S]
     others.sort(key=lambda c: (c.priority, -c.growth_bytes_per_s, -c.began_usec, c.id))
     growth = max(now.growth_bytes_per_s, sum(c.growth_bytes_per_s for c in running))
     decisions: list[Decision] = []
     for call in others:
-        if decisions and growth * LOOKAHEAD_S <= max(0, now.free_bytes - now.reserve_bytes // 2):
+        if decisions and growth * LOOKAHEAD_S <= now.free_bytes - now.reserve_bytes - room:
             break
         decisions.append(Decision(
             Action.FREEZE, call.id,
@@ -122,10 +136,13 @@ def _kill(now: Snapshot, leader: CallView, others: list[CallView]) -> list[Decis
     )]  # fmt: skip
 
 
-def _thaw(now: Snapshot, running: list[CallView], frozen: list[CallView]) -> list[Decision]:
+def _thaw(
+    now: Snapshot, running: list[CallView], frozen: list[CallView], room: int
+) -> list[Decision]:
     best = _leader(frozen)
     expired = (best.frozen_for_usec or 0) >= now.lease_usec and now.free_bytes > now.reserve_bytes
-    roomy = now.free_bytes > now.resume_bytes and now.since_thaw_usec >= now.cooldown_usec
+    settled = now.since_thaw_usec >= now.cooldown_usec
+    roomy = now.free_bytes > now.resume_bytes + room and settled
     if not running:
         why = "nothing else is running"
     elif roomy or expired:
@@ -141,11 +158,12 @@ def decide(now: Snapshot) -> list[Decision]:
     running = [c for c in now.calls if c.frozen_for_usec is None]
     frozen = [c for c in now.calls if c.frozen_for_usec is not None]
     if not running:
-        return _thaw(now, running, frozen) if frozen else []
-    if now.free_bytes >= now.reserve_bytes:
-        return _thaw(now, running, frozen) if frozen else []
+        return _thaw(now, running, frozen, 0) if frozen else []
     leader = _leader(running)
-    decisions = _freeze(now, running, leader)
+    room = _room_for(now, leader)
+    if now.free_bytes >= now.reserve_bytes + room:
+        return _thaw(now, running, frozen, room) if frozen else []
+    decisions = _freeze(now, running, leader, room)
     critical = now.free_bytes < now.reserve_bytes * CRITICAL_SHARE
     if not decisions and critical and now.growth_bytes_per_s > GROWING_BYTES_PER_S:
         return _kill(now, leader, [c for c in now.calls if c is not leader])

@@ -78,7 +78,8 @@ class Guard:
         free = self._limit - usage
         frozen = any(c.frozen_since_usec is not None for c in self._calls.open.values())
         to_reserve_s = (free - self._reserve) / BURST_BYTES_PER_S
-        if not frozen and free > 3 * self._resume and to_reserve_s > self._config.tick / 1e6:
+        # The engine keeps at most half of the pool free for a growing leader.
+        if not frozen and free > self._limit // 2 + self._reserve:
             return min(CALM_INTERVAL_S, to_reserve_s)
         for decision in decide(self._snapshot(usage, pool_growth)):
             self._apply(decision)
@@ -108,6 +109,8 @@ class Guard:
                 growth_bytes_per_s=self._rate(call.id, memory), cpu_usec=cpu,
                 frozen_for_usec=None if since is None else now - since,
                 on_pressure=call.grant.on_pressure,
+                memory_expected_bytes=call.grant.memory_expected_bytes,
+                memory_max_bytes=call.grant.memory_max_bytes,
             ))  # fmt: skip
         for gone in self._before.keys() - {v.id for v in views} - {""}:
             del self._before[gone], self._growth[gone]

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * agentcg-exec: asks the daemon to put this process into a cgroup, then becomes the tool. It stays
+ * one process with one pid, so that stdio, signals and exit status need no forwarding.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <getopt.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+enum { REFUSED = 125, CANNOT_EXEC = 126, NOT_FOUND = 127 }; /* as env(1) has them */
+enum { PACKET_MAX = 16384, ARGS_MAX = 4096, CALL_NAME_MAX = 128, TIMEOUT_S = 10 };
+
+/* Those before KEYS are keys of the request, those from NAME on of `begin` alone. */
+enum { CALL, SESSION, NAME, HINT, KEYS = NAME + 10, SOCKET = KEYS, AWAY, HELP, VERSION, OPTIONS };
+static const char *const verbs[] = { [CALL] = "attach", [SESSION] = "enter", [NAME] = "begin" };
+static const char *const names[OPTIONS] = {
+	"call",	      "session",	"name",	    "hint",    "memory",   "memory-max",
+	"cpu-weight", "cpu-max",	"pids-max", "timeout", "priority", "on-pressure",
+	"socket",     "on-unavailable", "help",	    "version"
+};
+static char *values[OPTIONS];
+static const char help[] =
+	"usage: agentcg-exec [OPTION VALUE]... [--] cmd [arg]...\n"
+	"Runs cmd as a new call: --name --memory --memory-max --cpu-weight --cpu-max --pids-max\n"
+	"  --timeout --priority --on-pressure --hint (default: $AGENT_RESOURCE_HINT);\n"
+	"or in an open call: --call ID; or in the agent leaf of a session, as root: --session ID.\n"
+	"Daemon: --socket PATH (default: below $AGENTCG_RUN_DIR or /run/agentcgroup)\n"
+	"  --on-unavailable run|refuse (default: $AGENTCG_ON_UNAVAILABLE, or run for a new call)\n"
+	"Exit status: of cmd; 125 refused or bad usage, 126 cmd cannot run, 127 cmd not found\n";
+
+static struct sockaddr_un server = { .sun_family = AF_UNIX };
+static char request[PACKET_MAX], reply[PACKET_MAX + 3]; /* what was not sent reads as "" */
+static size_t request_len;
+
+/* One line on stderr. A stderr that nobody reads must not kill what is to become the tool. */
+__attribute__((format(printf, 1, 2))) static void say(const char *format, ...)
+{
+	sighandler_t before = signal(SIGPIPE, SIG_IGN);
+	va_list args;
+
+	va_start(args, format);
+	vdprintf(STDERR_FILENO, format, args);
+	va_end(args);
+	signal(SIGPIPE, before);
+}
+
+#define die(status, format, ...) exit((say("agentcg-exec: " format "\n", ##__VA_ARGS__), status))
+
+/* Returns the index of the command. */
+static int parse_options(int argc, char **argv)
+{
+	struct option options[OPTIONS + 1] = {};
+	int o;
+
+	for (o = 0; o < OPTIONS; o++)
+		options[o] = (struct option){ names[o], o < HELP, NULL, o };
+	while ((o = getopt_long(argc, argv, "+", options, NULL)) >= 0) {
+		if (o == '?')
+			exit(REFUSED);
+		if (o == HELP || o == VERSION)
+			exit(fputs(o == HELP ? help : "agentcg-exec 0.1.0\n", stdout) < 0);
+		values[o] = optarg;
+	}
+	return optind;
+}
+
+/* Appends at most `max` bytes of value, cut between UTF-8 characters; returns how many. */
+static size_t add(const char *key, const char *value, size_t max)
+{
+	size_t len = strnlen(value, max), room = sizeof(request) - request_len;
+	char *at = request + request_len;
+
+	while (len && (value[len] & 0xc0) == 0x80)
+		len--;
+	if (strlen(key) + len + 2 > room)
+		die(REFUSED, "request too long: '%s' has %zu bytes", key, len);
+	request_len += sprintf(at, "%s=%.*s", key, (int)len, value) + 1;
+	for (; *at != '='; at++)
+		*at = *at == '-' ? '_' : *at;
+	return len;
+}
+
+static void make_request(int what, int argc, char **argv)
+{
+	const char *base = strrchr(argv[0], '/');
+	ssize_t left = ARGS_MAX, room, len;
+	char count[16];
+
+	request_len = sprintf(request, "ACG1%c%s", 0, verbs[what]) + 1;
+	if (what == NAME && !values[HINT])
+		values[HINT] = getenv("AGENT_RESOURCE_HINT");
+	for (int o = 0; o < KEYS; o++)
+		if (values[o])
+			add(names[o], values[o], -1);
+	if (what != NAME)
+		return;
+	if (!values[NAME])
+		add("name", base && base[1] ? base + 1 : argv[0], CALL_NAME_MAX);
+	sprintf(count, "%d", argc);
+	add("argc", count, -1);
+	/* What is left of the packet holds what it can of the arguments. */
+	for (; *argv && left > 0 && (room = PACKET_MAX - request_len - sizeof("arg=")) > 0;
+	     argv++) {
+		len = add("arg", *argv, left < room ? left : room);
+		left = (*argv)[len] ? 0 : left - len;
+	}
+}
+
+/* Returns NULL when this process is in its cgroup, or why the daemon is taken to be away. */
+static const char *enter_cgroup(int what)
+{
+	const char *done = what == SESSION ? "session=" : "call=", *second = reply;
+	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	struct timeval timeout = { .tv_sec = TIMEOUT_S };
+	unsigned int seconds;
+	ssize_t len;
+	char rest;
+
+	if (fd < 0)
+		die(REFUSED, "socket: %s", strerror(errno));
+	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout));
+	len = TEMP_FAILURE_RETRY(connect(fd, (struct sockaddr *)&server, sizeof(server)));
+	if (!len)
+		len = TEMP_FAILURE_RETRY(send(fd, request, request_len, MSG_NOSIGNAL));
+	/* A daemon may refuse and hang up before it reads the request: its reply still counts. */
+	while (len > 0 || errno == EPIPE || errno == ECONNRESET) {
+		setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout));
+		memset(reply, 0, sizeof(reply));
+		len = TEMP_FAILURE_RETRY(recv(fd, reply, PACKET_MAX, MSG_TRUNC));
+		if (len > PACKET_MAX || (len > 0 && reply[len - 1]))
+			*reply = 0;
+		second = reply + strlen(reply) + 1;
+		if (len >= 0 && (strcmp(reply, "WAIT") ||
+				 sscanf(second, "seconds=%5u%c", &seconds, &rest) != 1))
+			break;
+		timeout.tv_sec = TIMEOUT_S + (len > 0 ? seconds : 0);
+	}
+	if (len < 0 && errno != ENOENT && errno != ECONNREFUSED && errno != EAGAIN)
+		die(REFUSED, "cannot ask the daemon at '%s': %s", server.sun_path, strerror(errno));
+	close(fd);
+	if (len <= 0)
+		return !len ? "it hung up" : errno == EAGAIN ? "no reply in time" : strerror(errno);
+	if (!strcmp(reply, "OK") && !strncmp(second, done, strlen(done)))
+		return NULL;
+	if (strcmp(reply, "ERR"))
+		die(REFUSED, "'%s' does not speak the attach protocol", server.sun_path);
+	/* A terminal must not take the sentence for commands (C0 and C1 controls). */
+	second += strlen(second) + 1;
+	for (unsigned char *c = (unsigned char *)second; *c; c++)
+		if (*c < ' ' || *c == 0x7f || (*c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0))
+			*c = *c == 0xc2 ? (c[1] = '?') : '?';
+	die(REFUSED, "%s", *second ? second : "refused without a reason");
+}
+
+int main(int argc, char **argv)
+{
+	int i = parse_options(argc, argv);
+	int what = values[CALL] ? CALL : values[SESSION] ? SESSION : NAME;
+	const char *policy = values[AWAY], *run = getenv("AGENTCG_RUN_DIR"), *away;
+	const char *file = what == SESSION ? "admin/attach.sock" : "agent/attach.sock";
+
+	if (i >= argc || !*argv[i])
+		die(REFUSED, "no command given (see --help)");
+	for (int o = SESSION; o < KEYS && what != NAME; o++)
+		if (values[o] && o != what)
+			die(REFUSED, "option '--%s' cannot go with '--%s'", names[o], names[what]);
+	if (!policy && what == NAME)
+		policy = getenv("AGENTCG_ON_UNAVAILABLE");
+	if (!policy || !*policy)
+		policy = what == NAME ? "run" : "refuse";
+	if (strcmp(policy, "run") && strcmp(policy, "refuse"))
+		die(REFUSED, "--on-unavailable '%s' is neither 'run' nor 'refuse'", policy);
+	if (!run || !*run)
+		run = "/run/agentcgroup";
+	if (!values[SOCKET] && asprintf(&values[SOCKET], "%s/%s", run, file) < 0)
+		die(REFUSED, "out of memory");
+	if (strlen(values[SOCKET]) >= sizeof(server.sun_path))
+		die(REFUSED, "socket path too long: '%s'", values[SOCKET]);
+	strcpy(server.sun_path, values[SOCKET]);
+
+	make_request(what, argc - i, argv + i);
+	away = enter_cgroup(what);
+	if (away && !strcmp(policy, "refuse"))
+		die(REFUSED, "daemon at '%s' is away: %s; command not run", server.sun_path, away);
+	if (away)
+		say("agentcg-exec: warning: daemon at '%s' is away: %s; running without limits\n",
+		    server.sun_path, away);
+	execvp(argv[i], argv + i);
+	die(errno == ENOENT ? NOT_FOUND : CANNOT_EXEC, "%s: %s", argv[i], strerror(errno));
+}

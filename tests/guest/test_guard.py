@@ -1,0 +1,82 @@
+"""The pool guard on a real kernel: a pool too small for all, and nobody dies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+
+from tests.harness import EXEC, SLOW, DaemonProcess, wait_until
+
+pytestmark = pytest.mark.controllers
+
+LOAD = str(Path(EXEC).with_name("agentcg-load"))
+MIB = 1 << 20
+
+
+@pytest.fixture
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """A daemon with a pool of 640 MiB."""
+    running = DaemonProcess(tmp_path_factory.mktemp("g"), '[pool]\nmemory_max = "640M"\n')
+    try:
+        running.start()
+        yield running
+    finally:
+        running.close()
+        print(running.log.read_text())
+
+
+def test_three_calls_that_do_not_fit_together_all_end_well(daemon: DaemonProcess) -> None:
+    agents = {
+        name: daemon.open(name, priority=priority)
+        for name, priority in (("vip", "important"), ("b1", "batch"), ("b2", "batch"))
+    }
+    # Each grows to 200 MiB in 6 s, holds it for 2 s and ends: 600 MiB in a pool of 640, and the
+    # agents hold some 60 each.
+    start = """
+tool = subprocess.Popen([EXEC, "--name", name, "--", LOAD], stdin=subprocess.PIPE, text=True)
+tool.stdin.write(f"6000 {200 << 20} 10\\n2000 {200 << 20} 10\\n")
+tool.stdin.close()
+"""
+    for name, agent in agents.items():
+        agent.run(start, name=name, LOAD=LOAD)
+    results = {name: agent.run("result = tool.wait()") for name, agent in agents.items()}
+    assert results == {"vip": 0, "b1": 0, "b2": 0}
+    wait_until("all have ended", lambda: not daemon.call_dirs())
+    reports = {r.session_id: r for r in daemon.admin.ListReports(pb.ListReportsRequest()).reports}
+    assert {r.verdict for r in reports.values()} == {pb.VERDICT_OK}
+    assert reports["vip"].frozen_usec == 0
+    assert reports["b1"].frozen_usec + reports["b2"].frozen_usec > 0
+    paused = next(r for r in (reports["b1"], reports["b2"]) if r.frozen_usec)
+    assert pb.FEEDBACK_CODE_FROZEN in {f.code for f in paused.feedback}
+    events = (daemon.cgroup_dir / "memory.events").read_text()
+    assert "oom_kill 0" in events
+    log = [json.loads(line)["event"] for line in daemon.audit_path.read_text().splitlines()]
+    assert log.count("freeze") == log.count("thaw") >= 1
+
+
+def test_when_frozen_calls_hold_what_the_leader_needs_one_of_them_goes(
+    daemon: DaemonProcess,
+) -> None:
+    vip, batch = daemon.open("vip", priority="important"), daemon.open("b", priority="batch")
+    code = """
+tool = subprocess.Popen([EXEC, "--name", name, "--", LOAD], stdin=subprocess.PIPE, text=True)
+tool.stdin.write(schedule)
+tool.stdin.close()
+"""
+    hold = int(200_000 * SLOW)
+    batch.run(code, name="batch", LOAD=LOAD, schedule=f"500 {300 * MIB} 0\n{hold} {300 * MIB} 0\n")
+    memory = daemon.cgroup_dir / "b/memory.current"
+    wait_until("the batch call holds its memory", lambda: int(memory.read_text()) > 300 * MIB)
+    vip.run(code, name="vip", LOAD=LOAD, schedule=f"3000 {300 * MIB} 0\n")
+    assert vip.run("result = tool.wait()") == 0
+    assert batch.run("result = tool.wait()") == -9
+    wait_until("all have ended", lambda: not daemon.call_dirs())
+    reports = {r.session_id: r for r in daemon.admin.ListReports(pb.ListReportsRequest()).reports}
+    assert reports["vip"].verdict == pb.VERDICT_OK
+    assert reports["b"].verdict == pb.VERDICT_STOPPED
+    assert "vip" in reports["b"].sentence and "MiB" in reports["b"].sentence
+    assert reports["b"].feedback[0].code == pb.FEEDBACK_CODE_STOPPED

@@ -1,0 +1,327 @@
+"""What needs cgroup v2 controllers: limits that hold, and verdicts that tell them apart."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
+
+from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, RemoteRpcError, wait_until
+
+pytestmark = pytest.mark.controllers
+
+LOAD = str(Path(EXEC).with_name("agentcg-load"))
+MIB = 1 << 20
+START = """
+tool = subprocess.Popen([EXEC, *options, "--", LOAD], stdin=subprocess.PIPE, text=True)
+tool.stdin.write(schedule)
+tool.stdin.close()
+"""
+RUN = START + "result = tool.wait()"
+SH = """
+done = subprocess.run([EXEC, *options, "--", "sh", "-c", script], capture_output=True, text=True)
+result = (done.returncode, done.stdout, done.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """A daemon with a pool of 512 MiB whose guard is off: what is shown here is the kernel's."""
+    running = DaemonProcess(
+        tmp_path_factory.mktemp("d"), '[pool]\nmemory_max = "512M"\n[guard]\nenabled = false\n'
+    )
+    try:
+        running.start()
+        yield running
+    finally:
+        running.close()
+        print(running.log.read_text())
+
+
+@pytest.fixture(scope="module")
+def agent(daemon: DaemonProcess) -> AgentProcess:
+    """An agent whose session may use 300 MiB."""
+    return daemon.open("alpha", memory_max="300M", pids_max="200")
+
+
+def load(agent: AgentProcess, schedule: str, *options: str) -> int:
+    """Run agentcg-load in a call; its exit status."""
+    status: int = agent.run(RUN, schedule=schedule, options=list(options), LOAD=LOAD)
+    return status
+
+
+def last(daemon: DaemonProcess, session: str = "alpha") -> pb.Report:
+    """The newest report, once all calls have ended."""
+    wait_until(
+        "all calls have ended", lambda: not list(daemon.cgroup_dir.glob(f"{session}/call-*"))
+    )
+    request = pb.ListReportsRequest(session_id=session, limit=1)
+    return daemon.admin.ListReports(request).reports[0]
+
+
+def test_knobs_are_what_the_grant_says(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    grant = agent.run(
+        """
+call = stub.BeginCall(pb.BeginCallRequest(name="x", intent=pb.Intent(
+    memory_max="100M", cpu_max="500m", cpu_weight="250", pids_max="50", on_pressure="throttle")))
+result = (call.id, call.grant.SerializeToString())
+"""
+    )
+    directory = daemon.cgroup_dir / "alpha" / f"call-{grant[0]}"
+
+    def read(file: str) -> str:
+        return (directory / file).read_text().strip()
+
+    assert read("memory.max") == str(100 * MIB)
+    assert read("memory.high") == str(100 * MIB - 100 * MIB // 16)
+    assert read("memory.oom.group") == "1"
+    assert read("cpu.max") == "50000 100000"
+    assert read("cpu.weight") == "250"
+    assert read("pids.max") == "50"
+    assert not pb.Grant.FromString(grant[1]).not_enforced
+    agent.run("stub.EndCall(pb.EndCallRequest(call_id=call_id))", call_id=grant[0])
+
+
+def test_a_call_over_its_limit_dies_alone_and_is_told_why(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    agent.run("sibling = subprocess.Popen([EXEC, '--name', 'sibling', '--', 'sleep', '1000'])")
+    # A child of the tool must go with it: memory.oom.group.
+    script = f"sleep 1000 & echo '1 {200 * MIB} 0' | {LOAD}"
+    status, _, _ = agent.run(SH, options=["--name", "hog", "--memory-max", "60M"], script=script)
+    assert status == -9
+    wait_until("the hog is gone", lambda: len(daemon.call_dirs()) == 1)
+    report = daemon.admin.ListReports(pb.ListReportsRequest(session_id="alpha", limit=1)).reports[0]
+    assert report.verdict == pb.VERDICT_OOM_CALL
+    assert report.evidence == pb.EVIDENCE_KERNEL and report.term_signal == 9
+    assert report.oom_kills >= 1
+    assert report.memory_peak_bytes == 60 * MIB
+    feedback = report.feedback[0]
+    assert feedback.code == pb.FEEDBACK_CODE_OOM
+    assert "60 MiB" in feedback.sentence
+    assert feedback.numbers["memory_max_bytes"] == 60 * MIB
+    assert agent.run("result = sibling.poll()") is None
+    assert agent.process.poll() is None
+    agent.run("sibling.kill(); sibling.wait()")
+
+
+def test_sigkill_is_not_out_of_memory(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    status, _, _ = agent.run(SH, options=["--memory-max", "60M"], script="kill -9 $$")
+    assert status == -9
+    report = last(daemon)
+    assert report.verdict == pb.VERDICT_SIGNALED and report.term_signal == 9
+    assert report.oom_kills == 0
+    assert report.feedback[0].code == pb.FEEDBACK_CODE_KILLED
+    assert "counts no OOM kill" in report.sentence
+
+
+def test_exit_137_is_not_out_of_memory(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    agent.run(SH, options=["--memory-max", "60M"], script="exit 137")
+    report = last(daemon)
+    assert (report.verdict, report.exit_code) == (pb.VERDICT_FAILED, 137)
+
+
+def test_a_handled_child_oom_in_a_group_is_still_oom(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    """The kernel counts the kill; what the shell would have made of it does not matter."""
+    script = f"echo '1 {200 * MIB} 0' | {LOAD}; exit 0"
+    agent.run(SH, options=["--memory-max", "60M"], script=script)
+    assert last(daemon).verdict == pb.VERDICT_OOM_CALL
+
+
+def test_at_the_sessions_limit_a_call_goes_and_the_agent_stays(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    code = """
+tools = []
+for size in (120, 180):
+    tool = subprocess.Popen([EXEC, "--name", str(size), "--", LOAD],
+                            stdin=subprocess.PIPE, text=True)
+    tool.stdin.write(f"1 {size << 20} 0\\n{hold} {size << 20} 0\\n")
+    tool.stdin.close()
+    tools.append(tool)
+    time.sleep(pause)
+result = [tool.wait() for tool in tools]
+"""
+    statuses = agent.run(code, LOAD=LOAD, hold=int(600 * SLOW), pause=0.2 * SLOW)
+    assert sorted(statuses) == [-9, 0]
+    assert agent.process.poll() is None
+    last(daemon)
+    reports = daemon.admin.ListReports(pb.ListReportsRequest(session_id="alpha", limit=2)).reports
+    assert sorted(r.verdict for r in reports) == [pb.VERDICT_OK, pb.VERDICT_OOM_SESSION]
+    killed = next(r for r in reports if r.verdict != pb.VERDICT_OK)
+    assert "300 MiB" in killed.sentence
+
+
+def test_at_the_pools_limit_the_less_important_call_goes(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    important = daemon.open("vip", priority="important")
+    agent.run(START, schedule=f"1 {200 * MIB} 0\n{100_000} {200 * MIB} 0\n",
+              options=["--name", "batch"], LOAD=LOAD)  # fmt: skip
+    wait_until("it has grown", lambda: _memory(daemon, "alpha") > 200 * MIB)
+    assert load(important, f"1 {350 * MIB} 0\n", "--name", "vip") == 0
+    assert agent.run("result = tool.wait()") == -9
+    assert last(daemon).verdict == pb.VERDICT_OOM_POOL
+    assert last(daemon, "vip").verdict == pb.VERDICT_OK
+
+
+def _memory(daemon: DaemonProcess, session: str) -> int:
+    return int((daemon.cgroup_dir / session / "memory.current").read_text())
+
+
+def test_a_fork_bomb_stops_at_pids_max(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    bomb = "import os, time\nfor _ in range(100):\n    try:\n        if not os.fork(): time.sleep(100)\n"
+    bomb += "    except BlockingIOError: pass\n"
+    code = """
+done = subprocess.run([EXEC, "--name", "bomb", "--pids-max", "20", "--", sys.executable, "-c", bomb])
+result = done.returncode
+"""
+    assert agent.run(code, bomb=bomb) == 0
+    assert len(daemon.call_dirs()) == 1, "its children go on"
+    call_id = daemon.call_dirs()[0].name.removeprefix("call-")
+    assert int((daemon.call_dirs()[0] / "pids.current").read_text()) <= 20
+    report = daemon.admin.EndCall(pb.EndCallRequest(call_id=call_id))
+    assert report.pids_peak == 20
+    assert report.pids_max_events >= 81
+    codes = {f.code for f in report.feedback}
+    assert {pb.FEEDBACK_CODE_PIDS_LIMIT, pb.FEEDBACK_CODE_LEFTOVERS} <= codes
+    assert agent.process.poll() is None
+
+
+def test_cpu_max_is_kept_and_told(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    seconds = 2
+    assert load(agent, f"{seconds * 1000} {MIB} 100\n", "--cpu-max", "300m") == 0
+    report = last(daemon)
+    share = report.cpu_usage_usec / report.wall_usec
+    assert 0.2 < share < 0.4
+    assert report.cpu_throttled_usec > 0
+    assert pb.FEEDBACK_CODE_CPU_THROTTLED in {f.code for f in report.feedback}
+
+
+def test_more_than_the_session_has_is_given_as_less_with_advice(agent: AgentProcess) -> None:
+    call = agent.run(
+        "call = stub.BeginCall(pb.BeginCallRequest(name='x', intent=pb.Intent(memory_max='64G', "
+        "pids_max='5000', cpu_max='64', priority='99')))\n"
+        "stub.EndCall(pb.EndCallRequest(call_id=call.id))\n"
+        "result = call.SerializeToString()"
+    )
+    grant = pb.Call.FromString(call).grant
+    assert grant.memory_max_bytes < 300 * MIB
+    assert (grant.pids_max, grant.priority) == (200, 50)
+    assert [a.split(":")[0] for a in grant.advice] == [
+        "memory_max", "cpu_max", "pids_max", "priority",
+    ]  # fmt: skip
+    assert "64 GiB" in grant.advice[0] and "300 MiB" in grant.advice[0]
+
+
+def test_what_would_never_fit_is_refused(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    with pytest.raises(RemoteRpcError) as caught:
+        agent.run("stub.BeginCall(pb.BeginCallRequest(name='x', intent=pb.Intent(memory='64G')))")
+    assert (caught.value.code, caught.value.error.field) == ("INVALID_ARGUMENT", "memory")
+    assert daemon.call_dirs() == []
+    for limits, field in (({"memory_max": "64G"}, "memory_max"),
+                          ({"memory_max": "64M", "memory_low": "65M"}, "memory_low"),
+                          ({"pids_max": "0"}, "pids_max"), ({"priority": "-1"}, "priority")):  # fmt: skip
+        with pytest.raises(Exception, match=field):
+            daemon.open("greedy", **limits)
+    assert not (daemon.cgroup_dir / "greedy").exists()
+
+
+def test_an_update_below_what_the_call_holds_is_refused(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    code = """
+call_id = stub.BeginCall(pb.BeginCallRequest(name="x", intent=pb.Intent(memory_max="200M"))).id
+tool = subprocess.Popen([EXEC, "--call", call_id, "--", LOAD], stdin=subprocess.PIPE, text=True)
+tool.stdin.write(f"1 {100 << 20} 0\\n100000 {100 << 20} 0\\n")
+tool.stdin.close()
+result = call_id
+"""
+    call_id = agent.run(code, LOAD=LOAD)
+    directory = daemon.cgroup_dir / "alpha" / f"call-{call_id}"
+    current = directory / "memory.current"
+    wait_until("it has grown", lambda: int(current.read_text()) > 100 * MIB)
+    update = "stub.UpdateIntent(pb.UpdateIntentRequest(call_id=call_id, intent=pb.Intent(**new)))"
+    with pytest.raises(RemoteRpcError) as caught:
+        agent.run(update, call_id=call_id, new={"memory_max": "50M"})
+    assert caught.value.error.field == "memory_max"
+    assert (directory / "memory.max").read_text().strip() == str(200 * MIB)
+    agent.run(update, call_id=call_id, new={"memory_max": "150M", "cpu_max": "1"})
+    assert (directory / "memory.max").read_text().strip() == str(150 * MIB)
+    assert (directory / "cpu.max").read_text().strip() == "100000 100000"
+    agent.run("stub.EndCall(pb.EndCallRequest(call_id=call_id)); tool.wait()", call_id=call_id)
+
+
+def test_the_budget_is_what_is_left(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    code = "result = stub.GetBudget(pb.GetBudgetRequest()).SerializeToString()"
+    budget = pb.Budget.FromString(agent.run(code))
+    assert budget.memory_limit_bytes == 300 * MIB
+    used = _memory(daemon, "alpha")
+    assert abs(budget.memory_used_bytes - used) < 8 * MIB
+    assert budget.memory_available_bytes <= 300 * MIB - budget.memory_used_bytes
+    assert budget.pids_limit == 200 and 0 < budget.pids_available < 200
+    assert "MiB" in budget.sentence
+
+
+def test_a_containers_cgroup_is_split_in_place_and_given_back(daemon: DaemonProcess) -> None:
+    root = Cgroup.open(cgroup2_mount())
+    made = root.make_child(f"container-{daemon.pool_path.strip('/')}")
+    container = Cgroup.open(made.path)
+    container.write_text("memory.max", str(200 * MIB))
+    inside = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(10000)"])
+    container.attach(inside.pid)
+    path = "/" + made.path.name
+    request = pb.AdoptSessionRequest(
+        cgroup_path=path, spec=pb.SessionSpec(id="box", memory_max="400M", pids_max="100")
+    )
+    try:
+        session = daemon.admin.AdoptSession(request)
+        assert session.adopted
+        assert session.memory_max_bytes == 200 * MIB, "never above the runtime's own limit"
+        assert (made.path / "memory.max").read_text().strip() == str(200 * MIB)
+        assert (made.path / "agent/cgroup.procs").read_text().split() == [str(inside.pid)]
+        agent = daemon.enter("box")
+        assert load(agent, f"1 {20 * MIB} 0\n", "--name", "t") == 0
+        daemon.kill()
+        daemon.start()
+        assert {s.id for s in daemon.admin.ListSessions(pb.ListSessionsRequest()).sessions} >= {
+            "box"
+        }
+        agent.close()
+        daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="box"))
+        assert (made.path / "cgroup.procs").read_text().split() == [str(inside.pid)]
+        assert not (made.path / "agent").exists()
+        assert (made.path / "pids.max").read_text().strip() == "max"
+        assert (made.path / "cgroup.subtree_control").read_text().strip() == ""
+        assert inside.poll() is None
+    finally:
+        inside.kill()
+        inside.wait()
+        container.kill_and_remove()
+        container.close()
+        root.close()
+
+
+def test_five_hundred_calls_leave_nothing(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    before = daemon.admin.GetPool(pb.GetPoolRequest())
+    agent.run(
+        """
+from concurrent.futures import ThreadPoolExecutor
+def one(number):
+    return subprocess.call([EXEC, "--name", "t", "--memory-max", "32M", "--", "true"])
+with ThreadPoolExecutor(16) as pool:
+    codes = list(pool.map(one, range(500)))
+assert codes == [0] * 500, codes
+"""
+    )
+    wait_until("all have ended", lambda: not daemon.call_dirs())
+    after = daemon.admin.GetPool(pb.GetPoolRequest())
+    assert after.calls_ended - before.calls_ended == 500
+    assert after.leftovers_removed == before.leftovers_removed
