@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from agentcgroup.v1 import agentcgroup_pb2 as pb
 from google.protobuf import json_format, message
 
+from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.session import unix_usec
 
 log = logging.getLogger(__name__)

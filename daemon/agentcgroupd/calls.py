@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-
 from agentcgroupd.admission import Ceiling, Grant, grant_for, merge
 from agentcgroupd.audit import Audit
 from agentcgroupd.cgroup import knobs
@@ -404,6 +403,7 @@ class Calls:
             return call.session.report(call.id)
         with self._metrics.time("finish"):
             report = report_of(gather(call, self._pool))
+            removed = True
             try:
                 call.cgroup.remove()
             except KnobError as error:
@@ -411,7 +411,8 @@ class Calls:
                     # A process entered between the event and now; its end brings us back.
                     return None
                 log.error("call %s: its cgroup could not be removed: %s", call.id, error)
-            self._forget(call)
+                removed = False
+            self._forget(call, removed)
             report.call_id, report.session_id, report.name = call.id, call.session.id, call.name
             report.argv.extend(call.argv)
             report.grant.CopyFrom(grant_to_proto(call.grant))
@@ -439,11 +440,11 @@ class Calls:
         metrics.throttled.labels("memory").inc(report.memory_throttled_usec / 1e6)
         metrics.throttled.labels("frozen").inc(report.frozen_usec / 1e6)
 
-    def _forget(self, call: Call) -> None:
+    def _forget(self, call: Call, removed: bool = False) -> None:
         self.open.pop(call.id, None)
         call.session.calls.pop(call.id, None)
         if call.watch is not None:
-            self._events.unwatch(call.watch)
+            (self._events.forget if removed else self._events.unwatch)(call.watch)
         for timer in call.timers.values():
             timer.cancel()
         call.timers.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-
 from agentcgroupd.admission import Grant
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup

@@ -12,7 +12,6 @@ import signal
 from dataclasses import dataclass, field
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-
 from agentcgroupd.admission import Grant
 from agentcgroupd.units import show_bytes, show_usec
 

@@ -8,7 +8,6 @@ import signal
 from dataclasses import replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.ending import EndFacts

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
-
 from agentcgroupd.audit import Audit
 from agentcgroupd.calls import Calls
 from agentcgroupd.cgroup import knobs

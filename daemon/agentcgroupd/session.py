@@ -11,11 +11,10 @@ import json
 import os
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-
 from agentcgroupd.admission import Grant
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.syscalls import pidfd_alive, process_stat
@@ -113,7 +112,7 @@ class Call:
                 "id": self.id,
                 "name": self.name,
                 "argv": _cut(self.argv),
-                "grant": asdict(self.grant),
+                "grant": _plain(self.grant),
                 "began_unix_usec": self.began_unix_usec,
                 "began_boot_usec": self.began_boot_usec,
                 "held": self.held,
@@ -146,6 +145,11 @@ class Call:
         call.owner = Process.find(*data["owner"]) if data["owner"] else None
         call.main = Process.find(*data["main"]) if data["main"] else None
         return call
+
+
+def _plain(value: Grant | SessionLimits) -> dict[str, Any]:
+    """dataclasses.asdict copies deeply, which is most of a record's cost; these are flat."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
 def _cut(argv: tuple[str, ...]) -> list[str]:
@@ -205,7 +209,7 @@ class Session:
                 "v": RECORD_VERSION,
                 "kind": "session",
                 "id": self.id,
-                "limits": asdict(self.limits),
+                "limits": _plain(self.limits),
                 "opened_unix_usec": self.opened_unix_usec,
                 "adopted": self.adopted,
                 "found": self.found,

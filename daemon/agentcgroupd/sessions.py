@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-
 from agentcgroupd.admission import Ceiling, weight_of_priority
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.knobs import Knob, T

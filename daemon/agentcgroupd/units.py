@@ -28,7 +28,7 @@ PRIORITY_ALLOWED = "a whole number from 0 to 100, or batch (20), normal (50) or 
 
 _TEXT_CHARS_MAX = 64
 _NUMBER = re.compile(r"([0-9]{1,30}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})\s*([A-Za-z]*)")
-_BYTE_UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_BYTE_UNIT = re.compile(r"([kmgtpe])(?:i?b)?|b?")
 _TIME_UNITS = {"": 10**6, "us": 1, "ms": 10**3, "s": 10**6, "sec": 10**6, "m": 60 * 10**6,
                "min": 60 * 10**6, "h": 3600 * 10**6, "d": 86400 * 10**6}  # fmt: skip
 
@@ -54,12 +54,12 @@ def parse_bytes(field: str, text: str, least: int = BYTES_MIN) -> Bytes:
     """Bytes from `512M`, `2GiB`, `1.5g`, `1048576`; K to E are powers of 1,024, with or without
     iB."""
     number, unit = _split(field, text, BYTES_ALLOWED)
-    key = unit.lower().removesuffix("ib") if unit.lower().endswith("ib") else unit.lower()
-    key = key.removesuffix("b") if key != "b" else ""
-    if key not in _BYTE_UNITS:
+    known = _BYTE_UNIT.fullmatch(unit.lower())
+    if known is None:
         raise InvalidField(field, text, BYTES_ALLOWED, f"{unit!r} is no unit of size")
-    value = number * (1 << _BYTE_UNITS[key])
-    if key == "" and value != int(value):
+    prefix = known[1] or ""
+    value = number * (1 << 10 * " kmgtpe".index(prefix or " "))
+    if not prefix and value != int(value):
         raise InvalidField(field, text, BYTES_ALLOWED, f"a part of a byte (was {text}G meant?)")
     if value < least:
         raise InvalidField(field, text, BYTES_ALLOWED, f"it is below {show_bytes(least)}")

@@ -156,7 +156,8 @@ def test_an_identity_is_looked_up_anew_for_each_request(
 
 GARBAGE = [
     b"", b"\0", b"ACG1", b"ACG1\0", b"ACG2\0begin\0name=x\0", b"ACG1\0begin\0name\0",
-    b"ACG1\0begin\0name=x\0name=y\0", b"ACG1\0begin\0\xff\xfe=x\0", b"ACG1\0begin\0name=x\0nmae=y\0",
+    b"ACG1\0begin\0name=x\0name=y\0", b"ACG1\0begin\0\xff\xfe=x\0",
+    b"ACG1\0begin\0name=x\0nmae=y\0",
     b"ACG1\0attach\0", b"ACG1\0attach\0call=\0", b"ACG1\0end\0call=x\0", b"x" * 20_000,
     b"ACG1\0begin\0name=" + b"n" * 200 + b"\0", b"ACG1\0begin\0name=a\nb\0",
 ]  # fmt: skip

@@ -114,10 +114,12 @@ def test_events_tell_of_the_last_process_and_of_freezing(top: Cgroup) -> None:
 
     async def watch() -> None:
         events = FileEvents()
-        ended = asyncio.Event()
+        ended, frozen = asyncio.Event(), asyncio.Event()
 
         def changed() -> None:
             seen.append(child.read(knobs.CGROUP_EVENTS))
+            if seen[-1]["frozen"]:
+                frozen.set()
             if len(seen) > 2 and seen[-1]["populated"] == 0:
                 ended.set()
 
@@ -125,8 +127,7 @@ def test_events_tell_of_the_last_process_and_of_freezing(top: Cgroup) -> None:
         process = spawn(child, "sleep", "100")
         await asyncio.sleep(0)
         child.write(knobs.CGROUP_FREEZE, True)
-        while not any(s["frozen"] for s in seen):
-            await asyncio.sleep(0.001)
+        await asyncio.wait_for(frozen.wait(), 10)
         child.kill()
         await asyncio.wait_for(ended.wait(), 10)
         process.wait(10)

@@ -57,6 +57,11 @@ class FileEvents:
         if self._callbacks.pop(watch, None) is not None:
             inotify_rm_watch(self._fd, watch)
 
+    def forget(self, watch: int) -> None:
+        """As `unwatch`, once the cgroup is removed: the kernel has ended the watch itself, and
+        asking it to would wait for a grace period."""
+        self._callbacks.pop(watch, None)
+
     def _drain(self) -> None:
         try:
             data = os.read(self._fd, _BUFFER_BYTES)

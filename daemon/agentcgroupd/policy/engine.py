@@ -89,7 +89,8 @@ def _leader(calls: list[CallView]) -> CallView:
 
 
 def _room_for(now: Snapshot, leader: CallView) -> int:
-    """Bytes kept free for the leader beyond the reserve. One that does not grow keeps nobody out."""
+    """Bytes kept free for the leader beyond the reserve. One that is not growing keeps nobody
+    out."""
     if leader.growth_bytes_per_s <= GROWING_BYTES_PER_S:
         return 0
     wanted = max(leader.memory_expected_bytes - leader.memory_bytes, leader.memory_bytes)

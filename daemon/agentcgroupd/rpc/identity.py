@@ -80,7 +80,7 @@ def session_of(peer: Peer, find: SessionFinder) -> Session:
     """The session a peer belongs to. Raises PermissionDenied if it is in none."""
     session = find(peer.cgroup_path())
     if session is None:
-        raise PermissionDenied(NOT_IN_SESSION)
+        raise PermissionDenied(NOT_IN_SESSION, "session", "", "a process of an open session")
     return session
 
 

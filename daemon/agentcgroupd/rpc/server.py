@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
-from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
 from google.protobuf import message, unknown_fields
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
 from agentcgroupd.convert import call_to_proto
 from agentcgroupd.errors import (
     AgentcgroupdError,

@@ -1,0 +1,57 @@
+# Entry points. What they do is in setup.sh, tests/run.py and tests/guest/.
+
+PYTHON ?= python3
+VENV := .venv/bin
+BENCH ?= calls
+CMD ?= uname -a
+export PYTHON CMD
+
+.PHONY: help setup lock demo test lint bench guest clean
+
+help:
+	@echo 'make setup                install what is missing, build, fetch the test kernel where it is needed'
+	@echo 'make demo [TRACES=dir]    replay recorded agents with no control, a static split, and the daemon'
+	@echo 'make test                 unit tests, and tests on a real kernel (AGENTCG_NO_SKIP=1: no skips)'
+	@echo 'make lint                 ruff, mypy, clang-format'
+	@echo 'make bench BENCH=name     a benchmark; results in build/bench/name.json'
+	@echo "make guest CMD='...'      run something in the test guest (GUEST_ARGS: see GUEST_ARGS=--help)"
+	@echo 'make lock                 write requirements.lock anew from pyproject.toml'
+	@echo 'make clean                remove what was built here (kernels stay in the cache)'
+	@echo
+	@echo 'AGENTCG_WHERE=native|guest overrides where demo, test and bench run.'
+
+setup:
+	@./setup.sh
+
+demo: setup
+	@$(VENV)/python -m tests.guest.where --memory 2048 --timeout 900 -- \
+		$(VENV)/python -m bench.demo $(DEMO_ARGS)
+
+test: setup
+	@$(VENV)/python -m tests.run
+
+lint: setup
+	$(VENV)/ruff check
+	$(VENV)/ruff format --check
+	$(VENV)/mypy
+	git ls-files -co --exclude-standard '*.c' '*.h' | xargs -r $(VENV)/clang-format --dry-run -Werror
+
+bench: setup
+	@$(VENV)/python -m tests.guest.where --memory 2048 --timeout 1800 -- \
+		$(VENV)/python -m bench.$(BENCH) $(BENCH_ARGS)
+
+guest: setup
+	@$(VENV)/python -m tests.guest.kernel >/dev/null
+	@$(VENV)/python -m tests.guest.vm $(GUEST_ARGS) -- sh -c "$$CMD"
+
+# Exact versions for every Python and platform at once, each with its hashes.
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet uv
+	build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev \
+		--generate-hashes --no-emit-index-url --custom-compile-command 'make lock' \
+		--upgrade pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis agent_sdk/agentcgroup/v1
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,264 @@
+"""The asyncio client: `AsyncAgent`, of the same shape as `Agent`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+
+from agentcgroup import flow
+from agentcgroup.call import AgentSettings, CallBase, RunArguments, split_run_arguments
+from agentcgroup.errors import from_rpc_error
+from agentcgroup.intent import Intent, command, name_of
+from agentcgroup.process import communicate
+from agentcgroup.results import Result, raise_if_not_started
+from agentcgroup.streams import AsyncStream
+from agentcgroup.types import Budget, CallInfo, Feedback, Grant, Report, SessionInfo
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroup.v1.agentcgroup_pb2_grpc import AgentStub
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+T = TypeVar("T")
+
+
+class AsyncCall(CallBase):
+    """One tool call. Made by `AsyncAgent.tool_call`; `async with` begins and ends it."""
+
+    def __init__(self, agent: AsyncAgent, name: str, intent: Intent, argv: tuple[str, ...]) -> None:
+        super().__init__(agent.settings, name, intent, argv)
+        self._agent = agent
+        self._returncode: int | None = None
+        self._last: asyncio.subprocess.Process | None = None
+        self._popened: list[asyncio.subprocess.Process] = []
+
+    async def begin(self) -> Self:
+        """Begin the call, as `async with` does. Errors as those of `Call.begin`."""
+        launcher = self._launcher()
+        settings = self._settings
+        self._begun(
+            launcher,
+            await self._agent.carry(
+                flow.begin(self._request, settings.on_unavailable, settings.seen)
+            ),
+        )
+        return self
+
+    async def end(self) -> Report | None:
+        """End the call, as leaving `async with` does. Returns its report."""
+        if self._state == "open":
+            outcome = None
+            if self.confined:
+                returncode = self._last.returncode if self._last is not None else self._returncode
+                outcome = await self._agent.carry(flow.end(self._end_request(returncode)))
+            else:
+                for process in self._popened:
+                    if process.returncode is None:
+                        process.kill()
+            self._ended(outcome)
+        return self.report
+
+    async def __aenter__(self) -> Self:
+        return await self.begin()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            await self.end()
+        else:
+            # Being cancelled once more must not leave the call open.
+            await asyncio.shield(asyncio.ensure_future(self.end()))
+
+    async def run(
+        self,
+        args: Any,
+        *,
+        input: Any = None,
+        capture_output: bool = False,
+        timeout: float | None = None,
+        check: bool = False,
+        **kwargs: Any,
+    ) -> Result:
+        """Run a command in the call and wait for it; arguments as those of `subprocess.run`.
+
+        Returns and raises what `Call.run` does. When the task is cancelled the process is killed.
+        """
+        arguments = RunArguments(args, input, capture_output, kwargs)
+        self._last, self._returncode = None, None
+        argv = self._argv(arguments.argv)
+        try:
+            done = await communicate(argv, args, input, timeout, arguments.popen)
+        except (subprocess.TimeoutExpired, asyncio.CancelledError):
+            self._returncode = -signal.SIGKILL
+            raise
+        self._returncode = done.returncode
+        if self.confined:
+            raise_if_not_started(
+                arguments.argv, done.returncode, kwargs.get("cwd"), kwargs.get("env")
+            )
+        result = Result(self, args, done.returncode, done.stdout, done.stderr)
+        if check:
+            result.check_returncode()
+        return result
+
+    async def popen(self, args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
+        """Start a command in the call without waiting.
+
+        Arguments as those of `asyncio.create_subprocess_exec`, the command as one list. The process
+        is ended with the call, if it has not ended before.
+        """
+        argv = command(args, kwargs.pop("shell", False), kwargs.pop("executable", None))
+        process = await asyncio.create_subprocess_exec(*self._argv(argv), **kwargs)
+        self._last = process
+        self._popened.append(process)
+        return process
+
+    async def update(self, **intent: Unpack[Intent]) -> Grant | None:
+        """Change what the open call may use; what is not named stays. Returns the new grant."""
+        request = self._update_request(intent)
+        if self.confined:
+            reply = await self._agent.carry(flow.unary("UpdateIntent", request))
+            self.grant = Grant.from_proto(reply.grant)
+        return self.grant
+
+
+class AsyncAgent:
+    """An agent's connection to the daemon, for asyncio. Arguments as those of `Agent`.
+
+    It may be used from one event loop after another (each gets its own channel), not from two at
+    the same time.
+    """
+
+    def __init__(self, run_dir: str | None = None, *, on_unavailable: str | None = None) -> None:
+        self.settings = AgentSettings(run_dir, on_unavailable)
+        self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
+        self._channel: grpc.aio.Channel | None = None
+        self._stub: Any = None
+        # Channels of a parent process: closing them here would disturb it.
+        self._inherited: list[grpc.aio.Channel] = []
+
+    @property
+    def stub(self) -> Any:
+        """The stub of this process and event loop."""
+        home = (os.getpid(), asyncio.get_running_loop())
+        if self._home != home:
+            if self._channel is not None:
+                self._inherited.append(self._channel)
+            self._channel = grpc.aio.insecure_channel(
+                self.settings.target, options=flow.CHANNEL_OPTIONS
+            )
+            self._stub = AgentStub(self._channel)
+            self._home = home
+        return self._stub
+
+    async def carry(self, conversation: flow.Flow[T]) -> T:
+        """Carry a conversation's messages to the daemon and back; returns its outcome."""
+        stub = self.stub
+        try:
+            rpc = next(conversation)
+            while True:
+                if rpc.pause:
+                    await asyncio.sleep(rpc.pause)
+                try:
+                    reply = await getattr(stub, rpc.method)(
+                        rpc.request, timeout=rpc.timeout, wait_for_ready=rpc.wait
+                    )
+                except grpc.RpcError as error:
+                    rpc = conversation.throw(from_rpc_error(error))
+                else:
+                    rpc = conversation.send(reply)
+        except StopIteration as stop:
+            outcome: T = stop.value
+            return outcome
+
+    async def close(self) -> None:
+        """Close the connection; a later use opens a new one."""
+        channel, self._channel, self._stub, self._home = self._channel, None, None, None
+        if channel is not None:
+            await channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def tool_call(self, name: str, *, argv: Any = (), **intent: Unpack[Intent]) -> AsyncCall:
+        """A call to be begun by `async with`. Arguments as those of `Agent.tool_call`."""
+        return AsyncCall(self, name, intent, tuple(argv))
+
+    async def run(
+        self,
+        args: Any,
+        *,
+        name: str | None = None,
+        call_timeout: str | float | None = None,
+        check: bool = False,
+        **kwargs: Any,
+    ) -> Result:
+        """Run a command as a call of its own. Arguments and result as those of `Agent.run`."""
+        intent, rest = split_run_arguments(kwargs, call_timeout)
+        argv = command(args, rest.get("shell", False), rest.get("executable"))
+        async with self.tool_call(name or name_of(argv), argv=argv, **intent) as call:
+            result = await call.run(args, **rest)
+        if check:
+            result.check_returncode()
+        return result
+
+    async def session(self) -> SessionInfo:
+        """The session that this process is in."""
+        return SessionInfo.from_proto(await self._ask("GetSession", pb.GetSessionRequest()))
+
+    async def budget(self) -> Budget:
+        """What is left for this session: bytes, cores, processes."""
+        return Budget.from_proto(await self._ask("GetBudget", pb.GetBudgetRequest()))
+
+    async def calls(self) -> list[CallInfo]:
+        """The session's open calls."""
+        reply = await self._ask("ListCalls", pb.ListCallsRequest())
+        return [CallInfo.from_proto(call) for call in reply.calls]
+
+    async def report(self, call_id: str | None = None) -> Report:
+        """The report of an ended call, or the newest one."""
+        request = pb.GetReportRequest(call_id=call_id or "")
+        return Report.from_proto(await self._ask("GetReport", request))
+
+    async def reports(self, limit: int = 20) -> list[Report]:
+        """The newest reports, newest first."""
+        reply = await self._ask("ListReports", pb.ListReportsRequest(limit=limit))
+        return [Report.from_proto(report) for report in reply.reports]
+
+    async def end_call(self, call_id: str, *, detach: bool = False) -> Report:
+        """End an open call of this session by its id; with `detach`, leave its processes alone."""
+        request = pb.EndCallRequest(call_id=call_id, detach=detach)
+        return Report.from_proto(await self._ask("EndCall", request))
+
+    def feedback(self, call_id: str | None = None) -> AsyncStream[Feedback]:
+        """Feedback as it happens: `async for item in agent.feedback()`. See `Agent.feedback`."""
+        request = pb.WatchFeedbackRequest(call_id=call_id or "")
+        return AsyncStream(
+            lambda: self.stub.WatchFeedback(request, wait_for_ready=True),
+            Feedback.from_proto,
+            self.session,
+            endless=call_id is None,
+        )
+
+    async def _ask(self, method: str, request: Any) -> Any:
+        reply = await self.carry(flow.unary(method, request))
+        self.settings.seen = True
+        return reply

@@ -1,0 +1,198 @@
+"""What a call is, apart from waiting: shared by the sync and the asyncio client."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from typing import Any, get_args
+
+from agentcgroup import paths
+from agentcgroup.errors import AgentcgError, AgentcgWarning, InvalidIntent, ReportNotReady
+from agentcgroup.flow import OnUnavailable
+from agentcgroup.intent import (
+    INTENT_FIELDS,
+    Intent,
+    Quantity,
+    begin_request,
+    command,
+    cut_name,
+    intent_message,
+)
+from agentcgroup.results import wait_status
+from agentcgroup.types import Grant, Report
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+def warn(sentence: str) -> None:
+    """Issue an AgentcgWarning that points at the first caller outside this package."""
+    level, frame = 2, sys._getframe(1)  # stacklevel 1 is this function
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(sentence, AgentcgWarning, stacklevel=level)
+
+
+def choose_on_unavailable(value: str | None) -> OnUnavailable:
+    """The policy for when the daemon is away: `value`, else $AGENTCG_ON_UNAVAILABLE, else "run"."""
+    chosen = value or os.environ.get("AGENTCG_ON_UNAVAILABLE") or "run"
+    for known in get_args(OnUnavailable):
+        if chosen == known:
+            return known  # type: ignore[no-any-return]
+    raise InvalidIntent(
+        f"on_unavailable is {chosen!r}, but must be 'run' or 'refuse'",
+        field="on_unavailable",
+        value=chosen,
+        allowed="run, refuse",
+    )
+
+
+class AgentSettings:
+    """What an agent's client was told; shared by both clients.
+
+    Attributes:
+        run_dir: directory of the daemon's sockets.
+        on_unavailable: what a call does when the daemon is away.
+        seen: the daemon has answered this client and not been given up since.
+    """
+
+    def __init__(self, run_dir: str | None, on_unavailable: str | None) -> None:
+        self.run_dir = os.path.abspath(run_dir or paths.run_dir())
+        self.on_unavailable: OnUnavailable = choose_on_unavailable(on_unavailable)
+        self.seen = False
+
+    @property
+    def target(self) -> str:
+        """The gRPC target of the agent socket."""
+        return f"unix:{paths.agent_socket(self.run_dir)}"
+
+
+class CallBase:
+    """A call: not begun, open, or ended.
+
+    Attributes:
+        name: the tool's name.
+        id: the call's id; empty before it is begun and where it runs without control.
+        grant: what the daemon granted; None where it runs without control.
+        confined: the call is begun and has a cgroup.
+    """
+
+    def __init__(
+        self, settings: AgentSettings, name: str, intent: Intent, argv: tuple[str, ...]
+    ) -> None:
+        self.name = cut_name(name)
+        self.id = ""
+        self.grant: Grant | None = None
+        self.confined = False
+        self._settings = settings
+        self._request = begin_request(self.name, intent, argv)
+        self._launch: list[str] = []
+        self._state = "new"
+        self._report: Report | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} id={self.id!r} {self._state}>"
+
+    @property
+    def report(self) -> Report | None:
+        """How the call ended; None where it ran without control or its report was lost.
+
+        Raises:
+            ReportNotReady: the call is still open.
+        """
+        if self._state != "ended":
+            raise ReportNotReady(
+                f"call {self.id or self.name} has not ended: its report can be read after the "
+                "'with' block"
+            )
+        return self._report
+
+    def _launcher(self) -> str:
+        """To be called before the call is begun: a missing launcher must leave nothing behind."""
+        if self._state != "new":
+            raise RuntimeError(f"{self!r} was begun already; each call is begun once")
+        return paths.find_launcher()
+
+    def _begun(self, launcher: str, outcome: pb.Call | AgentcgError) -> None:
+        self._state = "open"
+        if isinstance(outcome, AgentcgError):
+            self._settings.seen = False
+            warn(f"{self.name} runs without resource control: {outcome}")
+            return
+        self._settings.seen = True
+        self.confined = True
+        self.id = outcome.id
+        self.grant = Grant.from_proto(outcome.grant)
+        self._launch = [
+            launcher,
+            f"--call={outcome.id}",
+            f"--socket={paths.attach_socket(self._settings.run_dir)}",
+            f"--on-unavailable={self._settings.on_unavailable}",
+            "--",
+        ]
+
+    def _argv(self, command: list[str]) -> list[str]:
+        """The command line that starts `command` in this call."""
+        if self._state != "open":
+            raise RuntimeError(f"{self!r} is not open; use 'with agent.tool_call(...) as call:'")
+        return self._launch + command
+
+    def _end_request(self, returncode: int | None) -> pb.EndCallRequest:
+        request = pb.EndCallRequest(call_id=self.id)
+        if returncode is not None:
+            request.wait_status = wait_status(returncode)
+        return request
+
+    def _ended(self, outcome: Report | AgentcgError | None) -> None:
+        self._state = "ended"
+        if isinstance(outcome, AgentcgError):
+            self._settings.seen = False
+            warn(f"the report of call {self.id} ({self.name}) is lost: {outcome}")
+        else:
+            self._report = outcome
+
+    def _update_request(self, intent: Intent) -> pb.UpdateIntentRequest:
+        if self._state != "open":
+            raise RuntimeError(f"{self!r} is not open")
+        return pb.UpdateIntentRequest(call_id=self.id, intent=intent_message(intent))
+
+
+class RunArguments:
+    """Arguments of `subprocess.run` sorted: `argv` is the command, `popen` goes to Popen.
+
+    Raises:
+        ValueError: they contradict each other, as in subprocess.run.
+    """
+
+    def __init__(self, args: Any, input: Any, capture_output: bool, kwargs: dict[str, Any]) -> None:
+        self.popen = dict(kwargs)
+        self.argv = command(
+            args, self.popen.pop("shell", False), self.popen.pop("executable", None)
+        )
+        if input is not None:
+            if self.popen.get("stdin") is not None:
+                raise ValueError("stdin and input arguments may not both be used.")
+            self.popen["stdin"] = subprocess.PIPE
+        if capture_output:
+            if self.popen.get("stdout") is not None or self.popen.get("stderr") is not None:
+                raise ValueError("stdout and stderr arguments may not be used with capture_output.")
+            self.popen["stdout"] = self.popen["stderr"] = subprocess.PIPE
+
+
+def split_run_arguments(
+    kwargs: dict[str, Any], call_timeout: Quantity | None
+) -> tuple[Intent, dict[str, Any]]:
+    """Keywords of `Agent.run` as (intent, arguments of subprocess.run).
+
+    `timeout` is subprocess's there; the intent's comes as `call_timeout`.
+    """
+    intent = Intent(timeout=call_timeout)
+    rest = {}
+    for key, value in kwargs.items():
+        if key in INTENT_FIELDS and key != "timeout":
+            intent[key] = value  # type: ignore[literal-required]
+        else:
+            rest[key] = value
+    return intent, rest

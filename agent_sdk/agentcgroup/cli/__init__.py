@@ -1,0 +1,94 @@
+"""The command `agentcg` (everything but `exec`, which its C front does itself).
+
+One module a group: status (status, sessions, budget, version), calls (calls, end, report), session,
+streams (feedback, events), trace (doctor, record, replay).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from agentcgroup import errors, paths
+
+from . import calls, common, session, status, streams, trace
+from .output import print_json
+
+GROUPS = (status, calls, session, streams)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (else the process's own). Returns the exit code.
+
+    Raises:
+        SystemExit: --help, or wrong usage (2).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["exec"]:
+        return _exec(arguments[1:])
+    try:
+        return _run(arguments)
+    except errors.AgentcgError as error:
+        if "--json" in _options(arguments):
+            print_json({"error": error.to_dict()})
+        return common.explain(error)
+    except trace.MissingExtra as error:
+        print(f"agentcg: {error}", file=sys.stderr)
+        return common.BAD
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader (head, less) has what it wants. Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(arguments: list[str]) -> int:
+    words = [argument for argument in _options(arguments) if not argument.startswith("-")]
+    tail: list[str] = []
+    # By hand, because argparse would take options behind NAME for the command's.
+    if words[:2] == ["session", "run"] and "--" in arguments:
+        split = arguments.index("--")
+        arguments, tail = arguments[:split], arguments[split + 1 :]
+    args = build_parser(words[0] if words else None).parse_args(arguments)
+    if tail:
+        args.command = tail
+    code: int = args.run(args)
+    sys.stdout.flush()
+    return code
+
+
+def _options(arguments: list[str]) -> list[str]:
+    """The arguments that are ours: those before a "--"."""
+    return arguments[: arguments.index("--")] if "--" in arguments else arguments
+
+
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The parser; of the delegated commands only the one `chosen` knows its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="agentcg",
+        description="Resource control for AI agents, one tool call at a time.",
+        epilog=common.EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    subparsers.add_parser(
+        "exec", help="Run a command as a tool call: agentcg exec [intent] -- COMMAND."
+    )
+    for group in GROUPS:
+        group.add_commands(subparsers)
+    trace.add_commands(subparsers, chosen)
+    return parser
+
+
+def _exec(arguments: list[str]) -> int:
+    """Become agentcg-exec, as the C front does."""
+    try:
+        launcher = paths.find_launcher()
+    except errors.LauncherNotFound as error:
+        print(f"agentcg: {error}", file=sys.stderr)
+        return 127
+    os.execv(launcher, ["agentcg-exec", *arguments])

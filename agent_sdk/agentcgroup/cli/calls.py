@@ -1,0 +1,146 @@
+"""`calls`, `end`, `report`: open and ended calls."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from agentcgroup.admin import Admin
+from agentcgroup.types import Report, Verdict
+
+from . import common
+from .output import duration, number, paint, print_fields, print_json, print_table, size
+from .status import print_calls
+
+
+def add_commands(subparsers: common.Subparsers) -> None:
+    """Add this module's commands."""
+    parser = common.command(
+        subparsers,
+        "calls",
+        run_calls,
+        "List the open calls: of all sessions as root, else one's own.",
+    )
+    parser.add_argument("--session", default="", metavar="ID", help="only of this session (root)")
+    parser = common.command(
+        subparsers, "end", run_end, "End an open call: its processes are killed. Prints its report."
+    )
+    parser.add_argument("call", metavar="CALL", help="the call's id")
+    parser.add_argument(
+        "--detach", action="store_true",
+        help="leave its processes alone; it ends when the last one has",
+    )  # fmt: skip
+    parser = common.command(
+        subparsers, "report", run_report, "Show how a call ended and what it used."
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("call", nargs="?", metavar="CALL", help="the call's id; else the newest")
+    which.add_argument("--last", action="store_true", help="the newest (as without CALL)")
+    which.add_argument("--limit", type=_positive, metavar="N", help="a table of the newest N")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 unless the verdict is 'ok'"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+def run_calls(args: argparse.Namespace) -> int:
+    """Open calls."""
+    with common.either() as client:
+        calls = client.calls(args.session) if isinstance(client, Admin) else client.calls()
+    if args.json:
+        print_json([call.to_dict() for call in calls])
+    elif calls:
+        print_calls(calls)
+    else:
+        print("no call is open")
+    return common.OK
+
+
+def run_end(args: argparse.Namespace) -> int:
+    """End a call."""
+    with common.either() as client:
+        report = client.end_call(args.call, detach=args.detach)
+    if args.json:
+        print_json(report.to_dict())
+    elif args.detach:
+        print(f"call {args.call} ends when its last process has")
+    else:
+        print_report(report)
+    return common.OK
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """The report of one call, or a table."""
+    with common.either() as client:
+        if args.limit:
+            reports = client.reports(args.limit)
+        else:
+            reports = [client.report(args.call)]
+    if args.json:
+        dicts = [report.to_dict() for report in reports]
+        print_json(dicts if args.limit else dicts[0])
+    elif args.limit:
+        print_reports(reports)
+    else:
+        print_report(reports[0])
+    bad = any(report.verdict is not Verdict.OK for report in reports)
+    return common.BAD if args.check and bad else common.OK
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """A verdict in its colour."""
+    return paint(str(verdict), "green" if verdict is Verdict.OK else "red")
+
+
+def print_report(report: Report) -> None:
+    """A report for people; what was not measured is left out."""
+    grant = report.grant
+    limit = grant.memory_max_bytes if grant is not None else None
+    throttled = report.memory_throttled_usec
+    fields = [
+        ("call", f"{report.call_id}  {report.name}  (session {report.session_id})"),
+        ("command", " ".join(report.argv)),
+        ("verdict", f"{verdict_text(report.verdict)}: {report.sentence}"),
+        ("evidence", str(report.evidence)),
+        ("exit status", number(report.exit_code)),
+        ("signal", number(report.term_signal)),
+        ("wall time", duration(report.wall_usec)),
+        ("memory peak", size(report.memory_peak_bytes) + (f" of {size(limit)}" if limit else "")),
+        ("cpu time", f"{duration(report.cpu_usage_usec)} (user {duration(report.cpu_user_usec)}, "
+                     f"system {duration(report.cpu_system_usec)})"),
+        ("cpu throttled", duration(report.cpu_throttled_usec)),
+        ("memory throttled", duration(throttled)),
+        ("frozen", duration(report.frozen_usec) if report.frozen_usec else "-"),
+        ("processes peak", number(report.pids_peak)),
+        ("read", size(report.io_read_bytes)),
+        ("written", size(report.io_write_bytes)),
+        ("oom kills", number(report.oom_kills or None)),
+    ]  # fmt: skip
+    print_fields([(name, value) for name, value in fields if value not in ("", "-")])
+    for item in report.feedback:
+        print(f"{paint('feedback', 'yellow')}: {item.code}: {item.sentence}")
+
+
+def print_reports(reports: Sequence[Report]) -> None:
+    """A table of reports."""
+    headers = ["CALL", "SESSION", "TOOL", "VERDICT", ">EXIT", ">WALL", ">PEAK", ">CPU"]
+    rows = [
+        [
+            report.call_id,
+            report.session_id,
+            report.name,
+            str(report.verdict),
+            number(report.exit_code),
+            duration(report.wall_usec),
+            size(report.memory_peak_bytes),
+            duration(report.cpu_usage_usec),
+        ]
+        for report in reports
+    ]
+    print_table(headers, rows)

@@ -1,0 +1,105 @@
+"""How the command prints: tables, readable numbers, JSON; colours only where they are welcome."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+NONE = "-"
+
+_CODES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
+
+
+def wants_color(stream: TextIO) -> bool:
+    """Colours are for a terminal, unless NO_COLOR is set (to anything) or TERM is dumb."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, color: str) -> str:
+    """`text` in a colour ("bold", "red", ...), if stdout shows colours."""
+    return f"\033[{_CODES[color]}m{text}\033[0m" if wants_color(sys.stdout) else text
+
+
+def print_json(value: Any) -> None:
+    """One JSON document, indented."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_json_line(value: Any) -> None:
+    """One line of a stream of JSON documents, at once."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """An aligned table; a column whose header starts with ">" is aligned to the right."""
+    titles = [header.lstrip(">") for header in headers]
+    right = [header.startswith(">") for header in headers]
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    for number, row in enumerate([titles, *rows]):
+        cells = [
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        ]
+        line = "  ".join(cells).rstrip()
+        print(paint(line, "bold") if number == 0 else line)
+
+
+def print_fields(fields: Sequence[tuple[str, str]]) -> None:
+    """Lines of name and value, the values aligned."""
+    width = max(len(name) for name, _ in fields)
+    for name, value in fields:
+        print(f"{paint(name.ljust(width), 'bold')}  {value}")
+
+
+def size(count: int | None) -> str:
+    """Bytes, as people read them: "512 MiB"."""
+    if count is None:
+        return NONE
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def duration(usec: int | None) -> str:
+    """Microseconds, as people read them: "1.25 s", "3 h 20 min"."""
+    if usec is None:
+        return NONE
+    if usec < 1000:
+        return f"{usec} us"
+    if usec < 1_000_000:
+        return f"{usec / 1000:.1f} ms"
+    seconds = usec / 1_000_000
+    if seconds < 60:
+        return f"{seconds:.2f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    if seconds < 86400:
+        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+    return f"{seconds // 86400:.0f} d {seconds % 86400 // 3600:.0f} h"
+
+
+def since(unix_usec: int) -> str:
+    """How long ago a moment was; "-" where it is not known."""
+    return duration(max(0, int(time.time() * 1e6) - unix_usec)) if unix_usec else NONE
+
+
+def clock(unix_usec: int) -> str:
+    """The local time of a moment: "14:03:21"."""
+    return time.strftime("%H:%M:%S", time.localtime(unix_usec / 1e6))
+
+
+def cores(millicores: int | None) -> str:
+    """Millicores as cores: "1.5"."""
+    return NONE if millicores is None else f"{millicores / 1000:g}"
+
+
+def number(value: int | None) -> str:
+    """A count, or "-"."""
+    return NONE if value is None else str(value)

@@ -1,0 +1,196 @@
+"""`status`, `sessions`, `budget`, `version`: what there is."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+from agentcgroup import errors
+from agentcgroup.admin import Admin
+from agentcgroup.client import Agent
+from agentcgroup.types import Budget, CallInfo, PoolInfo, SessionInfo
+
+from . import common
+from .output import cores, number, print_fields, print_json, print_table, since, size
+
+
+def add_commands(subparsers: common.Subparsers) -> None:
+    """Add this module's commands."""
+    common.command(
+        subparsers, "status", run_status, "Show the pool with its sessions and calls, or one's own."
+    )
+    common.command(subparsers, "sessions", run_sessions, "List the open sessions (root).")
+    common.command(subparsers, "budget", run_budget, "Show what is left for the session one is in.")
+    common.command(subparsers, "version", run_version, "Show the versions of command and daemon.")
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """The pool for the operator, the session for an agent."""
+    with common.either() as client:
+        if isinstance(client, Admin):
+            _pool_status(client, args.json)
+        else:
+            _session_status(client, args.json)
+    return common.OK
+
+
+def _pool_status(client: Admin, as_json: bool) -> None:
+    pool, sessions, calls = client.pool(), client.sessions(), client.calls()
+    if as_json:
+        print_json({
+            "view": "pool",
+            "pool": pool.to_dict(),
+            "sessions": [session.to_dict() for session in sessions],
+            "calls": [call.to_dict() for call in calls],
+        })  # fmt: skip
+        return
+    print_fields(_pool_fields(pool))
+    if sessions:
+        print()
+        print_sessions(sessions)
+    if calls:
+        print()
+        print_calls(calls)
+
+
+def _pool_fields(pool: PoolInfo) -> list[tuple[str, str]]:
+    fields = [
+        ("pool", pool.cgroup_path),
+        ("memory", f"{size(pool.memory_current_bytes)} of {size(pool.memory_max_bytes)}"),
+        ("cpu", f"{cores(pool.cpu_millicores)} cores"),
+        ("sessions", f"{pool.sessions_open} open"),
+        ("calls", f"{pool.calls_open} open, {pool.calls_begun} begun, {pool.calls_ended} ended"),
+        ("controllers", " ".join(pool.controllers) or "none"),
+    ]
+    if pool.not_enforced:
+        fields.append(("not enforced", " ".join(pool.not_enforced) + "  (see 'agentcg doctor')"))
+    running = f"{pool.version} on kernel {pool.kernel}"
+    if pool.started_unix_usec:
+        running += f", up {since(pool.started_unix_usec)}"
+    return [*fields, ("daemon", running)]
+
+
+def _session_status(client: Agent, as_json: bool) -> None:
+    session, budget, calls = client.session(), client.budget(), client.calls()
+    if as_json:
+        print_json({
+            "view": "session",
+            "session": session.to_dict(),
+            "budget": budget.to_dict(),
+            "calls": [call.to_dict() for call in calls],
+        })  # fmt: skip
+        return
+    print_sessions([session])
+    print()
+    print_fields(_budget_fields(budget))
+    if calls:
+        print()
+        print_calls(calls)
+
+
+def print_sessions(sessions: Sequence[SessionInfo]) -> None:
+    """A table of sessions."""
+    headers = ["SESSION", ">PRIORITY", ">MEMORY", ">GUARANTEE", ">LIMIT", ">CORES", ">CALLS",
+               ">ENDED", ">OPEN FOR", "KIND"]  # fmt: skip
+    rows = [
+        [
+            session.id,
+            str(session.priority),
+            size(session.usage.memory_current_bytes if session.usage else None),
+            size(session.memory_low_bytes),
+            size(session.memory_max_bytes),
+            cores(session.cpu_max_millicores),
+            f"{session.calls_open}/{session.calls_max}",
+            str(session.calls_ended),
+            since(session.opened_unix_usec),
+            "adopted" if session.adopted else "own",
+        ]
+        for session in sessions
+    ]
+    print_table(headers, rows)
+
+
+def print_calls(calls: Sequence[CallInfo]) -> None:
+    """A table of open calls."""
+    headers = ["CALL", "SESSION", "TOOL", "STATE", ">MEMORY", ">PEAK", ">LIMIT", ">PIDS", ">FOR"]
+    rows = [
+        [
+            call.id,
+            call.session_id,
+            call.name,
+            str(call.state),
+            size(call.usage.memory_current_bytes if call.usage else None),
+            size(call.usage.memory_peak_bytes if call.usage else None),
+            size(call.grant.memory_max_bytes if call.grant else None),
+            number(call.usage.pids_current if call.usage else None),
+            since(call.began_unix_usec),
+        ]
+        for call in calls
+    ]
+    print_table(headers, rows)
+
+
+def run_sessions(args: argparse.Namespace) -> int:
+    """All sessions."""
+    with common.admin() as client:
+        sessions = client.sessions()
+    if args.json:
+        print_json([session.to_dict() for session in sessions])
+    elif sessions:
+        print_sessions(sessions)
+    else:
+        print("no session is open; 'agentcg session run NAME -- COMMAND' opens one")
+    return common.OK
+
+
+def _budget_fields(budget: Budget) -> list[tuple[str, str]]:
+    def left(available: str, limit: str) -> str:
+        return f"{available} left of {limit}"
+
+    return [
+        ("memory", left(size(budget.memory_available_bytes), size(budget.memory_limit_bytes))
+         + f", session uses {size(budget.memory_used_bytes)}"),
+        ("cores", left(cores(budget.cpu_available_millicores), cores(budget.cpu_limit_millicores))),
+        ("processes", left(number(budget.pids_available), number(budget.pids_limit))),
+        ("calls", f"{budget.calls_open} open of {budget.calls_max}"),
+        ("in short", budget.sentence),
+    ]  # fmt: skip
+
+
+def run_budget(args: argparse.Namespace) -> int:
+    """What is left for the session."""
+    with common.agent() as client:
+        budget = client.budget()
+    if args.json:
+        print_json(budget.to_dict())
+    else:
+        print_fields(_budget_fields(budget))
+    return common.OK
+
+
+def run_version(args: argparse.Namespace) -> int:
+    """Versions; a daemon that is away is no error here."""
+    from agentcgroup import __version__
+
+    daemon: str | None = None
+    try:
+        with common.admin() as client:
+            daemon = client.pool().version
+    except errors.AgentcgError:
+        daemon = None  # Not reachable, or not for us.
+    found: dict[str, Any] = {
+        "agentcg": __version__,
+        "daemon": daemon,
+        "grpcio": grpc.__version__,
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+    }
+    if args.json:
+        print_json(found)
+    else:
+        print_fields([(name, value or "not reachable") for name, value in found.items()])
+    return common.OK

@@ -1,0 +1,262 @@
+"""The sync client: `Agent`, and the calls it makes."""
+
+from __future__ import annotations
+
+import subprocess
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from agentcgroup import flow
+from agentcgroup.call import AgentSettings, CallBase, RunArguments, split_run_arguments
+from agentcgroup.channel import Connection
+from agentcgroup.intent import Intent, command, name_of
+from agentcgroup.results import CallPopen, Result, raise_if_not_started
+from agentcgroup.streams import Stream
+from agentcgroup.types import Budget, CallInfo, Feedback, Grant, Report, SessionInfo
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroup.v1.agentcgroup_pb2_grpc import AgentStub
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+
+class Call(CallBase):
+    """One tool call. Made by `Agent.tool_call`; a `with` block begins and ends it.
+
+    Every process started in it is in the call's cgroup; what is left of them at the end is ended.
+    """
+
+    def __init__(self, agent: Agent, name: str, intent: Intent, argv: tuple[str, ...]) -> None:
+        super().__init__(agent.settings, name, intent, argv)
+        self._connection = agent.connection
+        self._process: CallPopen | None = None
+        self._popened: list[CallPopen] = []
+
+    def begin(self) -> Self:
+        """Begin the call, as `with` does: ask for the grant. Waits while the daemon queues it.
+
+        Raises:
+            InvalidIntent, Refused, NotInSession: the daemon's answer.
+            Unavailable: the daemon is away and `on_unavailable` is "refuse".
+            LauncherNotFound: agentcg-exec is not installed.
+        """
+        launcher = self._launcher()
+        settings = self._settings
+        self._begun(
+            launcher,
+            self._connection.carry(
+                flow.begin(self._request, settings.on_unavailable, settings.seen)
+            ),
+        )
+        return self
+
+    def end(self) -> Report | None:
+        """End the call, as leaving `with` does. Returns its report; a second time, the same."""
+        if self._state == "open":
+            returncode = self._process.poll() if self._process is not None else None
+            outcome = None
+            if self.confined:
+                outcome = self._connection.carry(flow.end(self._end_request(returncode)))
+            else:
+                for process in self._popened:
+                    process.kill()
+            self._ended(outcome)
+        return self.report
+
+    def __enter__(self) -> Self:
+        return self.begin()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end()
+
+    def run(
+        self,
+        args: Any,
+        *,
+        input: Any = None,
+        capture_output: bool = False,
+        timeout: float | None = None,
+        check: bool = False,
+        **kwargs: Any,
+    ) -> Result:
+        """Run a command in the call and wait for it; arguments as those of `subprocess.run`.
+
+        Returns a `subprocess.CompletedProcess` with `.call_id`, and with `.report` and `.feedback`
+        once the call has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: after `timeout` seconds; the process is killed, whatever it
+                started is ended with the call.
+            CheckFailed: with `check`, for an exit status other than 0 (a CalledProcessError).
+            FileNotFoundError, PermissionError: the command cannot be run.
+        """
+        arguments = RunArguments(args, input, capture_output, kwargs)
+        with self._spawn(arguments.argv, args, arguments.popen) as process:
+            try:
+                stdout, stderr = process.communicate(input, timeout=timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                # Not communicate(): something it started may hold the pipes open until the end.
+                process.wait()
+                raise
+            except BaseException:
+                process.kill()
+                raise
+        if self.confined:
+            raise_if_not_started(
+                arguments.argv, process.returncode, kwargs.get("cwd"), kwargs.get("env")
+            )
+        result = Result(self, args, process.returncode, stdout, stderr)
+        if check:
+            result.check_returncode()
+        return result
+
+    def popen(self, args: Any, **kwargs: Any) -> CallPopen:
+        """Start a command in the call without waiting; arguments as those of `subprocess.Popen`.
+
+        The process is ended with the call, if it has not ended before.
+        """
+        argv = command(args, kwargs.pop("shell", False), kwargs.pop("executable", None))
+        process = self._spawn(argv, args, kwargs)
+        self._popened.append(process)
+        return process
+
+    def _spawn(self, argv: list[str], args: Any, kwargs: dict[str, Any]) -> CallPopen:
+        self._process = CallPopen(self._argv(argv), args, **kwargs)
+        return self._process
+
+    def update(self, **intent: Unpack[Intent]) -> Grant | None:
+        """Change what the open call may use; what is not named stays. Returns the new grant.
+
+        Without control (`confined` is False) nothing happens and None is returned.
+        """
+        request = self._update_request(intent)
+        if self.confined:
+            reply = self._connection.carry(flow.unary("UpdateIntent", request))
+            self.grant = Grant.from_proto(reply.grant)
+        return self.grant
+
+
+class Agent:
+    """An agent's connection to the daemon. Connects when first needed; may be used by several
+    threads, and in a forked child.
+
+    Args:
+        run_dir: directory of the daemon's sockets; else $AGENTCG_RUN_DIR, else /run/agentcgroup.
+        on_unavailable: when the daemon is away, "run" runs tools without control and warns
+            (AgentcgWarning), "refuse" raises Unavailable; else $AGENTCG_ON_UNAVAILABLE, else "run".
+    """
+
+    def __init__(self, run_dir: str | None = None, *, on_unavailable: str | None = None) -> None:
+        self.settings = AgentSettings(run_dir, on_unavailable)
+        self.connection = Connection(self.settings.target, AgentStub)
+
+    def close(self) -> None:
+        """Close the connection; a later use opens a new one."""
+        self.connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def tool_call(self, name: str, *, argv: Any = (), **intent: Unpack[Intent]) -> Call:
+        """A call to be begun by `with`.
+
+        Args:
+            name: the tool, e.g. "pytest".
+            argv: the command line, if it is known already; only shown to people.
+            **intent: what it may use, see `Intent`: text, or numbers of bytes, cores, seconds.
+        """
+        return Call(self, name, intent, tuple(argv))
+
+    def run(
+        self,
+        args: Any,
+        *,
+        name: str | None = None,
+        call_timeout: str | float | None = None,
+        check: bool = False,
+        **kwargs: Any,
+    ) -> Result:
+        """Run a command as a call of its own; in place of `subprocess.run`.
+
+        Args:
+            args: the command.
+            name: the tool's name; else the program's.
+            call_timeout: the intent's `timeout`: the daemon ends the call then, and says so in the
+                report. (`timeout` is that of subprocess.run: it raises TimeoutExpired.)
+            check: raise CheckFailed, with the report, for an exit status other than 0.
+            **kwargs: the other fields of `Intent`, and arguments of `subprocess.run`.
+
+        Returns:
+            The result with its report. Errors as those of `Call.begin` and `Call.run`.
+        """
+        intent, rest = split_run_arguments(kwargs, call_timeout)
+        argv = command(args, rest.get("shell", False), rest.get("executable"))
+        with self.tool_call(name or name_of(argv), argv=argv, **intent) as call:
+            result = call.run(args, **rest)
+        if check:
+            result.check_returncode()
+        return result
+
+    def session(self) -> SessionInfo:
+        """The session that this process is in."""
+        return SessionInfo.from_proto(self._ask("GetSession", pb.GetSessionRequest()))
+
+    def budget(self) -> Budget:
+        """What is left for this session: bytes, cores, processes."""
+        return Budget.from_proto(self._ask("GetBudget", pb.GetBudgetRequest()))
+
+    def calls(self) -> list[CallInfo]:
+        """The session's open calls."""
+        reply = self._ask("ListCalls", pb.ListCallsRequest())
+        return [CallInfo.from_proto(call) for call in reply.calls]
+
+    def report(self, call_id: str | None = None) -> Report:
+        """The report of an ended call, or the newest one.
+
+        Raises:
+            CallNotFound: there is none.
+        """
+        return Report.from_proto(self._ask("GetReport", pb.GetReportRequest(call_id=call_id or "")))
+
+    def reports(self, limit: int = 20) -> list[Report]:
+        """The newest reports, newest first."""
+        reply = self._ask("ListReports", pb.ListReportsRequest(limit=limit))
+        return [Report.from_proto(report) for report in reply.reports]
+
+    def end_call(self, call_id: str, *, detach: bool = False) -> Report:
+        """End an open call of this session by its id; with `detach`, leave its processes alone."""
+        request = pb.EndCallRequest(call_id=call_id, detach=detach)
+        return Report.from_proto(self._ask("EndCall", request))
+
+    def feedback(self, call_id: str | None = None) -> Stream[Feedback]:
+        """Feedback about the session (or one call) as it happens: an iterator without end.
+
+        Raises:
+            Unavailable, NotInSession: at once. Later, a daemon that is away is waited for.
+        """
+        self.session()
+        request = pb.WatchFeedbackRequest(call_id=call_id or "")
+        return Stream(
+            lambda: self.connection.stub.WatchFeedback(request, wait_for_ready=True),
+            Feedback.from_proto,
+            endless=call_id is None,
+        )
+
+    def _ask(self, method: str, request: Any) -> Any:
+        reply = self.connection.carry(flow.unary(method, request))
+        self.settings.seen = True
+        return reply

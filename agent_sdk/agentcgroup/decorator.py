@@ -1,0 +1,108 @@
+"""`@tool`: a function whose every invocation is a call of its own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Concatenate, Protocol, TypeVar, cast, overload
+
+from agentcgroup.aio import AsyncAgent, AsyncCall
+from agentcgroup.client import Agent, Call
+from agentcgroup.intent import Intent
+
+if TYPE_CHECKING:
+    from typing_extensions import ParamSpec, Unpack
+
+    P = ParamSpec("P")
+else:
+    from typing import ParamSpec
+
+    P = ParamSpec("P")
+
+R = TypeVar("R")
+
+
+class ToolDecorator(Protocol):
+    """Takes the call off the front of a function's parameters, sync or async."""
+
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[AsyncCall, P], Coroutine[Any, Any, R]], /
+    ) -> Callable[P, Coroutine[Any, Any, R]]: ...
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[Call, P], R], /) -> Callable[P, R]: ...
+
+
+@functools.cache
+def default_agent() -> Agent:
+    """The agent that `@tool` uses where none is given."""
+    return Agent()
+
+
+@functools.cache
+def default_async_agent() -> AsyncAgent:
+    """The agent that `@tool` uses for coroutines where none is given."""
+    return AsyncAgent()
+
+
+def tool(
+    *,
+    name: str | None = None,
+    agent: Agent | AsyncAgent | None = None,
+    **intent: Unpack[Intent],
+) -> ToolDecorator:
+    """Decorator: the function gets an open call as its first argument, callers do not pass it.
+
+        @tool(memory="512M")
+        def run_tests(call: Call, path: str) -> str:
+            return call.run(["pytest", path], capture_output=True, text=True).stdout
+
+        run_tests("tests/unit")
+
+    A coroutine function gets an `AsyncCall`. The signature that others see (agent frameworks make
+    the tool's schema of it) is that without the call.
+
+    Args:
+        name: the tool's name; else the function's.
+        agent: whose calls they are; else one made at first use with the defaults of `Agent`.
+        **intent: what each call may use, see `Intent`.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        called = name or function.__name__
+        if inspect.iscoroutinefunction(function):
+            if isinstance(agent, Agent):
+                raise TypeError(f"{called} is a coroutine function: its agent is an AsyncAgent")
+
+            @functools.wraps(function)
+            async def run_async(*args: Any, **kwargs: Any) -> Any:
+                owner = agent if isinstance(agent, AsyncAgent) else default_async_agent()
+                async with owner.tool_call(called, **intent) as call:
+                    return await function(call, *args, **kwargs)
+
+            return _without_call(run_async, function)
+        if isinstance(agent, AsyncAgent):
+            raise TypeError(f"{called} is no coroutine function: its agent is an Agent")
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            owner = agent if isinstance(agent, Agent) else default_agent()
+            with owner.tool_call(called, **intent) as call:
+                return function(call, *args, **kwargs)
+
+        return _without_call(run, function)
+
+    return cast(ToolDecorator, decorate)
+
+
+def _without_call(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(function)
+    first, *rest = signature.parameters.values()
+    wrapper.__signature__ = signature.replace(parameters=rest)  # type: ignore[attr-defined]
+    hidden = {first.name} - {parameter.name for parameter in rest}
+    wrapper.__annotations__ = {
+        key: value for key, value in function.__annotations__.items() if key not in hidden
+    }
+    return wrapper

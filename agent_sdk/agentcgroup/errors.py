@@ -1,0 +1,173 @@
+"""Everything that can go wrong, as types; the one place where a gRPC error becomes one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+
+ERROR_TRAILER = "agentcg-error-bin"
+
+
+class AgentcgWarning(UserWarning):
+    """A tool ran without control, or its report was lost; the tool's own result is not affected."""
+
+
+class AgentcgError(Exception):
+    """Base of all errors of this package. `str(error)` is one plain sentence.
+
+    Attributes:
+        code: gRPC status name, e.g. "INVALID_ARGUMENT"; empty where no daemon was involved.
+        field: what was refused, as named in the protocol, e.g. "memory_max"; may be empty.
+        value: what the caller wrote there; may be empty.
+        allowed: what may be written there; may be empty.
+    """
+
+    default_code: ClassVar[str] = ""
+
+    def __init__(
+        self, sentence: str, *, code: str = "", field: str = "", value: str = "", allowed: str = ""
+    ) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+        self.code = code or self.default_code
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would lose the keyword arguments on the way through a process pool.
+        return (_rebuild, (type(self), self.sentence, self.to_dict()))
+
+    def to_dict(self) -> dict[str, str]:
+        """The error in parts, keys as in the protocol's message Error."""
+        return {
+            "code": self.code,
+            "field": self.field,
+            "value": self.value,
+            "allowed": self.allowed,
+            "sentence": self.sentence,
+        }
+
+
+def _rebuild(kind: type[AgentcgError], sentence: str, parts: Mapping[str, str]) -> AgentcgError:
+    rest = {key: value for key, value in parts.items() if key != "sentence"}
+    return kind(sentence, **rest)
+
+
+class Unavailable(AgentcgError):
+    """The daemon is away, or did not answer in time."""
+
+    default_code = "UNAVAILABLE"
+
+
+class NotInSession(AgentcgError):
+    """This process is in no session, so there is nothing a call could be part of."""
+
+    default_code = "UNAUTHENTICATED"
+
+
+class PermissionDenied(AgentcgError):
+    """This process may not do that (e.g. it is not root, or it is inside a session)."""
+
+    default_code = "PERMISSION_DENIED"
+
+
+class InvalidIntent(AgentcgError):
+    """Something written in an intent or a session's limits makes no sense; see `field`."""
+
+    default_code = "INVALID_ARGUMENT"
+
+
+class Refused(AgentcgError):
+    """The intent makes sense but cannot be granted now (no room, too many calls, wrong state)."""
+
+    default_code = "RESOURCE_EXHAUSTED"
+
+
+class AlreadyExists(Refused):
+    """There is a session of that name already."""
+
+    default_code = "ALREADY_EXISTS"
+
+
+class NotFound(AgentcgError):
+    """There is no session or cgroup of that name."""
+
+    default_code = "NOT_FOUND"
+
+
+class CallNotFound(NotFound):
+    """There is no call of that id in reach of the caller, or no report of it any more."""
+
+
+class LauncherNotFound(AgentcgError):
+    """The program agentcg-exec is not installed where it is looked for."""
+
+
+class ReportNotReady(AgentcgError):
+    """A report was asked for while its call is still open."""
+
+
+_BY_CODE: dict[str, type[AgentcgError]] = {
+    "UNAVAILABLE": Unavailable,
+    "DEADLINE_EXCEEDED": Unavailable,
+    "UNAUTHENTICATED": NotInSession,
+    "PERMISSION_DENIED": PermissionDenied,
+    "INVALID_ARGUMENT": InvalidIntent,
+    "OUT_OF_RANGE": InvalidIntent,
+    "RESOURCE_EXHAUSTED": Refused,
+    "FAILED_PRECONDITION": Refused,
+    "ABORTED": Refused,
+    "ALREADY_EXISTS": AlreadyExists,
+    "NOT_FOUND": NotFound,
+}
+
+# NOT_FOUND says no call, unless the daemon names another field.
+_NOT_A_CALL = frozenset({"session_id", "id", "cgroup_path"})
+
+
+def from_rpc_error(error: grpc.RpcError) -> AgentcgError:
+    """The typed error for a failed RPC, sync or asyncio.
+
+    The daemon's sentence is the status message; its parts come from the trailer. An error that no
+    daemon wrote (nobody listens, no answer in time) gets a sentence of our own.
+    """
+    status = error.code()
+    code: str = status.name if status is not None else "UNKNOWN"
+    parts = _trailer(error)
+    if parts is not None:
+        sentence = parts.sentence or error.details() or code
+        kind = _BY_CODE.get(code, AgentcgError)
+        if kind is NotFound and parts.field not in _NOT_A_CALL:
+            kind = CallNotFound
+        elif kind in (PermissionDenied, Refused) and parts.field == "session":
+            kind = NotInSession
+        return kind(
+            sentence, code=code, field=parts.field, value=parts.value, allowed=parts.allowed
+        )
+    details = error.details() or ""
+    if code == "CANCELLED":
+        # Not by us: so says gRPC where the daemon stops while it is being asked.
+        code, details = "UNAVAILABLE", "it has just stopped"
+    if code == "UNAVAILABLE":
+        details = f"agentcgroupd cannot be reached: {details or 'no reason given'}"
+    elif code == "DEADLINE_EXCEEDED":
+        details = "agentcgroupd did not answer in time"
+    kind = CallNotFound if code == "NOT_FOUND" else _BY_CODE.get(code, AgentcgError)
+    return kind(details or code, code=code)
+
+
+def _trailer(error: grpc.RpcError) -> pb.Error | None:
+    trailer: Any = error.trailing_metadata() or ()
+    for key, value in trailer:
+        if key == ERROR_TRAILER:
+            try:
+                return pb.Error.FromString(value)
+            except DecodeError:
+                return None
+    return None

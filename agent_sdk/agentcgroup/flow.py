@@ -1,0 +1,114 @@
+"""The conversation with the daemon, written once for the sync and the asyncio client.
+
+Each function is a generator that yields an `Rpc` and is sent its reply, or thrown the typed error;
+what it returns is the outcome. It does no I/O, so both clients only carry its messages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from google.protobuf.message import Message
+
+from agentcgroup.errors import AgentcgError, CallNotFound, Unavailable
+from agentcgroup.types import Report
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+
+OnUnavailable = Literal["run", "refuse"]
+T = TypeVar("T")
+
+RPC_TIMEOUT_S = 5.0
+BEGIN_TIMEOUT_S = 60.0
+"""A call may wait in the daemon's queue before it is granted."""
+RETURN_TIMEOUT_S = 2.0
+"""How long a begin waits for a daemon that was there before, e.g. while it is being restarted."""
+END_TIMEOUT_S = 10.0
+"""How long an end waits altogether for its report."""
+END_PAUSE_S = 0.05
+"""Between attempts: a daemon that is shutting down answers "unavailable" at once."""
+
+CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    # Other channels of the process must not share our back-off: a new Agent tries at once.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+@dataclass(slots=True)
+class Rpc:
+    """One request to the daemon.
+
+    method: its name in the protocol. timeout, pause: seconds, the latter slept before it is sent.
+    wait: wait within the timeout for a daemon that is away.
+    """
+
+    method: str
+    request: Message
+    timeout: float = RPC_TIMEOUT_S
+    wait: bool = False
+    pause: float = 0.0
+
+
+Flow = Generator[Rpc, Any, T]
+
+
+def unary(method: str, request: Message) -> Flow[Any]:
+    """A single request; the outcome is its reply."""
+    return (yield Rpc(method, request))
+
+
+def begin(
+    request: pb.BeginCallRequest, on_unavailable: OnUnavailable, seen: bool
+) -> Flow[pb.Call | Unavailable]:
+    """Begin a call. The outcome is the call, or why it has to run without control.
+
+    Args:
+        request: what to begin.
+        on_unavailable: "refuse" raises Unavailable instead of returning it.
+        seen: this client has reached the daemon before, so it may be about to return.
+    """
+    try:
+        try:
+            call: pb.Call = yield Rpc("BeginCall", request, BEGIN_TIMEOUT_S)
+        except Unavailable as away:
+            if not seen or away.code != "UNAVAILABLE":
+                raise
+            # A second BeginCall is safe: a call that the first one made is ended as abandoned.
+            yield Rpc("GetSession", pb.GetSessionRequest(), RETURN_TIMEOUT_S, wait=True)
+            call = yield Rpc("BeginCall", request, BEGIN_TIMEOUT_S)
+    except Unavailable as away:
+        if on_unavailable == "refuse":
+            raise
+        return away
+    return call
+
+
+def end(request: pb.EndCallRequest) -> Flow[Report | AgentcgError]:
+    """End a call, over a restart of the daemon if need be.
+
+    The outcome is the report, or why there is none: an error here must not cost the caller the
+    tool's own result.
+    """
+    deadline = time.monotonic() + END_TIMEOUT_S
+    message: Message = request
+    method, left, wait, pause = "EndCall", END_TIMEOUT_S, False, 0.0
+    while True:
+        try:
+            reply = yield Rpc(method, message, left, wait, pause)
+            return Report.from_proto(reply)
+        except Unavailable as away:
+            left, wait, pause = deadline - time.monotonic() - END_PAUSE_S, True, END_PAUSE_S
+            if left <= 0 or away.code != "UNAVAILABLE":
+                return away
+        except CallNotFound as error:
+            # It ended by itself, or by an EndCall whose answer was lost with the daemon.
+            if method == "GetReport":
+                return error
+            method, message = "GetReport", pb.GetReportRequest(call_id=request.call_id)
+        except AgentcgError as error:
+            return error

@@ -1,0 +1,136 @@
+"""From Python values to the requests of the protocol."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, TypedDict
+
+from agentcgroup.errors import InvalidIntent
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+
+Quantity = str | int | float
+"""Text as the protocol has it ("512M", "1.5", "30s"), or a number in the plain unit."""
+
+ARGV_MAX_BYTES = 4096
+NAME_MAX_CHARS = 128
+
+
+class Intent(TypedDict, total=False):
+    """What may be said about a call; everything left out (or None) is the session's default.
+
+    memory, memory_max: bytes, or text such as "512M". cpu_weight: 1..10000. cpu_max: cores, or text
+    such as "250m". pids_max: processes and threads. timeout: seconds, or text such as "10m".
+    priority: 0..100, or "batch", "normal", "important". on_pressure: "freeze", "throttle" or
+    "kill". hint: the older form, "memory:high", "memory:2g".
+    """
+
+    memory: Quantity | None
+    memory_max: Quantity | None
+    cpu_weight: Quantity | None
+    cpu_max: Quantity | None
+    pids_max: Quantity | None
+    timeout: Quantity | None
+    priority: Quantity | None
+    on_pressure: str | None
+    hint: str | None
+
+
+INTENT_FIELDS = frozenset(Intent.__annotations__)
+
+
+def to_text(field: str, value: object) -> str:
+    """The protocol's text for a Python value; the daemon alone judges what it means.
+
+    Raises:
+        InvalidIntent: it is neither text nor a number (a bool is neither).
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidIntent(
+            f"{field} is {value!r}, but must be text or a number",
+            field=field,
+            value=repr(value)[:200],
+            allowed="str, int, float",
+        )
+    if isinstance(value, int):
+        return str(value)
+    # Not 1e-05 or 1e+16: the daemon takes plain decimal numbers only. NaN and inf stay words.
+    text = repr(value)
+    return f"{value:.9f}".rstrip("0").rstrip(".") if "e" in text else text.removesuffix(".0")
+
+
+def intent_message(intent: Intent) -> pb.Intent:
+    """The message Intent; fields that are absent or None stay empty."""
+    message = pb.Intent()
+    for field, value in intent.items():
+        if field not in INTENT_FIELDS:
+            raise TypeError(f"unknown field of an intent: {field!r}")
+        if value is not None:
+            setattr(message, field, to_text(field, value))
+    return message
+
+
+def spec_message(session_id: str, limits: dict[str, Any]) -> pb.SessionSpec:
+    """The message SessionSpec from its fields; those that are None stay empty."""
+    spec = pb.SessionSpec(id=session_id)
+    for field, value in limits.items():
+        if field not in pb.SessionSpec.DESCRIPTOR.fields_by_name:
+            raise TypeError(f"unknown limit of a session: {field!r}")
+        if value is not None:
+            setattr(spec, field, to_text(field, value))
+    return spec
+
+
+def begin_request(name: str, intent: Intent, argv: Iterable[str] = ()) -> pb.BeginCallRequest:
+    """The message BeginCallRequest; `argv` is cut to what the daemon keeps of it."""
+    request = pb.BeginCallRequest(name=name, argv=cut_argv(argv))
+    if intent:
+        request.intent.CopyFrom(intent_message(intent))
+    return request
+
+
+def cut_argv(argv: Iterable[str]) -> list[str]:
+    """Arguments as valid UTF-8 text, cut to 4,096 bytes altogether."""
+    cut: list[str] = []
+    left = ARGV_MAX_BYTES
+    for argument in argv:
+        if left <= 0:
+            break
+        text = os.fsencode(argument)[:left].decode("utf-8", "replace")
+        raw = text.encode()[:left]
+        left -= len(raw)
+        cut.append(raw.decode("utf-8", "ignore"))
+    return cut
+
+
+def command(args: object, shell: bool = False, executable: object = None) -> list[str]:
+    """The argument vector for `args` as subprocess understands it.
+
+    With `shell`, text goes to /bin/sh (or `executable`). Without, `executable` cannot be had: the
+    launcher runs argv[0].
+    """
+    if isinstance(args, (str, bytes, os.PathLike)):
+        argv = [os.fsdecode(args)]
+    elif isinstance(args, Sequence):
+        argv = [os.fsdecode(argument) for argument in args]
+    else:
+        argv = [os.fsdecode(argument) for argument in args]  # type: ignore[attr-defined]
+    if not argv:
+        raise ValueError("the command is empty")
+    if shell:
+        return [os.fsdecode(executable) if executable else "/bin/sh", "-c", *argv]  # type: ignore[arg-type]
+    if executable is not None:
+        raise ValueError("executable= works only with shell=True; put the program into args[0]")
+    return argv
+
+
+def name_of(argv: Sequence[str]) -> str:
+    """The call's name where none was given: the program's file name."""
+    return cut_name(os.path.basename(argv[0]) or argv[0])
+
+
+def cut_name(name: str) -> str:
+    """A name as the daemon takes it: valid text, at most 128 characters."""
+    return os.fsencode(name).decode("utf-8", "replace")[:NAME_MAX_CHARS]

@@ -1,0 +1,68 @@
+"""Where the daemon's sockets and the launcher are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from functools import cache
+
+from agentcgroup.errors import LauncherNotFound
+
+LAUNCHER = "agentcg-exec"
+DEFAULT_RUN_DIR = "/run/agentcgroup"
+
+
+def run_dir() -> str:
+    """The directory of the daemon's sockets: $AGENTCG_RUN_DIR, else /run/agentcgroup."""
+    return os.environ.get("AGENTCG_RUN_DIR") or DEFAULT_RUN_DIR
+
+
+def agent_socket(directory: str) -> str:
+    """Path of the gRPC socket for agents below a run directory."""
+    return f"{directory}/agent/grpc.sock"
+
+
+def attach_socket(directory: str) -> str:
+    """Path of the attach socket for agents below a run directory."""
+    return f"{directory}/agent/attach.sock"
+
+
+def admin_socket(directory: str) -> str:
+    """Path of the gRPC socket for the operator below a run directory."""
+    return f"{directory}/admin/grpc.sock"
+
+
+def admin_attach_socket(directory: str) -> str:
+    """Path of the attach socket for the operator below a run directory."""
+    return f"{directory}/admin/attach.sock"
+
+
+def find_launcher() -> str:
+    """Absolute path of agentcg-exec.
+
+    Looked for in $AGENTCG_EXEC (a path, believed as it is), then beside this interpreter's scripts,
+    then in $PATH; found once per process and value of $AGENTCG_EXEC.
+
+    Raises:
+        LauncherNotFound: it is in none of these places.
+    """
+    return _find(os.environ.get("AGENTCG_EXEC", ""))
+
+
+@cache
+def _find(override: str) -> str:
+    if override:
+        if os.access(override, os.X_OK) and not os.path.isdir(override):
+            return os.path.abspath(override)
+        raise LauncherNotFound(f"AGENTCG_EXEC is {override}, which is not a program")
+    beside = os.path.join(sysconfig.get_path("scripts"), LAUNCHER)
+    if os.access(beside, os.X_OK):
+        return beside
+    found = shutil.which(LAUNCHER)
+    if found is not None:
+        return os.path.abspath(found)
+    raise LauncherNotFound(
+        f"{LAUNCHER} is neither in {os.path.dirname(beside)} nor in PATH; it comes with "
+        "'pip install agentcgroup', or set AGENTCG_EXEC to where it is"
+    )

@@ -1,0 +1,115 @@
+"""What a finished or running process of a call looks like to the caller: as subprocess has it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from typing import TYPE_CHECKING, Any, Protocol
+
+from agentcgroup.types import Feedback, Report
+
+if TYPE_CHECKING:
+    PopenAny = subprocess.Popen[Any]
+    Completed = subprocess.CompletedProcess[Any]
+else:
+    PopenAny = subprocess.Popen
+    Completed = subprocess.CompletedProcess
+
+
+class OpenCall(Protocol):
+    """The part of a call that a result looks at."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def report(self) -> Report | None: ...
+
+
+class Result(Completed):
+    """A `subprocess.CompletedProcess` that knows its call.
+
+    args, returncode, stdout, stderr and check_returncode() are those of subprocess.
+    """
+
+    def __init__(
+        self, call: OpenCall, args: Any, returncode: int, stdout: Any = None, stderr: Any = None
+    ) -> None:
+        super().__init__(args, returncode, stdout, stderr)
+        self._call = call
+
+    @property
+    def call_id(self) -> str:
+        """The call's id; empty where the tool ran without control."""
+        return self._call.id
+
+    @property
+    def report(self) -> Report | None:
+        """How the whole call ended; None where it ran without control or its report was lost.
+
+        Raises:
+            ReportNotReady: the call is still open.
+        """
+        return self._call.report
+
+    @property
+    def feedback(self) -> tuple[Feedback, ...]:
+        """What the daemon had to say about the call; empty where there is no report."""
+        report = self._call.report
+        return report.feedback if report is not None else ()
+
+    def check_returncode(self) -> None:
+        """Raise CheckFailed (a subprocess.CalledProcessError) if the exit status is not 0."""
+        if self.returncode:
+            raise CheckFailed(self)
+
+
+class CheckFailed(subprocess.CalledProcessError):
+    """The tool's exit status was not 0 and `check` was asked for; `result` has the report."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(result.returncode, result.args, result.stdout, result.stderr)
+        self.result = result
+
+
+class CallPopen(PopenAny):
+    """A `subprocess.Popen` of a process in a call; `args` is the tool's command, not ours."""
+
+    def __init__(self, argv: list[str], args: Any, **kwargs: Any) -> None:
+        super().__init__(argv, **kwargs)
+        self.args = args
+
+
+def wait_status(returncode: int) -> int:
+    """The waitpid(2) status for a return code as subprocess gives it (negative: signal)."""
+    return -returncode if returncode < 0 else returncode << 8
+
+
+CANNOT_EXEC, NOT_FOUND = 126, 127
+
+
+def raise_if_not_started(argv: list[str], returncode: int, cwd: Any, env: Any) -> None:
+    """Raise what subprocess raises for a program that is not there or cannot be run.
+
+    The launcher can only say it by exit status 126 or 127, which a tool may use for itself, so we
+    look for the program too.
+
+    Raises:
+        FileNotFoundError, PermissionError: as subprocess.
+    """
+    if returncode not in (CANNOT_EXEC, NOT_FOUND):
+        return
+    program = argv[0]
+    if os.path.dirname(program):
+        path = os.path.join(os.fsdecode(cwd), program) if cwd is not None else program
+        exists, runs = os.path.exists(path), os.access(path, os.X_OK) and os.path.isfile(path)
+    else:
+        search = os.pathsep.join(os.get_exec_path(env))
+        runs = shutil.which(program, path=search) is not None
+        exists = shutil.which(program, mode=os.F_OK, path=search) is not None
+    if not exists:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
+    if not runs:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), program)

@@ -1,0 +1,329 @@
+"""What the daemon answers, as frozen dataclasses.
+
+Fields have the names and units of the protocol's messages. An optional field that the daemon left
+out is None: not limited, or not measured here, never zero. `from_proto` takes a message of the same
+name, `to_dict` gives plain data for JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, TypeVar
+
+from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
+from google.protobuf.message import Message
+
+M = TypeVar("M", bound="_Answer")
+
+
+class Verdict(str, Enum):
+    """How a call ended."""
+
+    UNSPECIFIED = "unspecified"
+    OK = "ok"
+    FAILED = "failed"
+    SIGNALED = "signaled"
+    OOM_CALL = "oom_call"
+    OOM_SESSION = "oom_session"
+    OOM_POOL = "oom_pool"
+    OOM_HOST = "oom_host"
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+    STOPPED = "stopped"
+    ABANDONED = "abandoned"
+    UNKNOWN = "unknown"
+
+    __str__ = str.__str__
+
+
+class Evidence(str, Enum):
+    """Where the wait status behind a verdict comes from."""
+
+    UNSPECIFIED = "unspecified"
+    KERNEL = "kernel"
+    CLIENT = "client"
+    NONE = "none"
+
+    __str__ = str.__str__
+
+
+class CallState(str, Enum):
+    """What an open call is doing."""
+
+    UNSPECIFIED = "unspecified"
+    PENDING = "pending"
+    RUNNING = "running"
+    FROZEN = "frozen"
+    ENDING = "ending"
+
+    __str__ = str.__str__
+
+
+class FeedbackCode(str, Enum):
+    """What a piece of feedback is about."""
+
+    UNSPECIFIED = "unspecified"
+    OOM = "oom"
+    TIMEOUT = "timeout"
+    PIDS_LIMIT = "pids_limit"
+    CPU_THROTTLED = "cpu_throttled"
+    MEMORY_THROTTLED = "memory_throttled"
+    FROZEN = "frozen"
+    THAWED = "thawed"
+    STOPPED = "stopped"
+    CANCELLED = "cancelled"
+    ABANDONED = "abandoned"
+    OVERSTATED = "overstated"
+    KILLED = "killed"
+    LEFTOVERS = "leftovers"
+
+    __str__ = str.__str__
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Base: conversion from the message of the same name and to plain data."""
+
+    __slots__ = ()
+
+    @classmethod
+    def from_proto(cls: type[M], message: Message) -> M:
+        """The dataclass for `message`, a protobuf message with fields of the same names."""
+        readers = _readers(cls, message.DESCRIPTOR)  # type: ignore[arg-type]  # a TypeVar's hash
+        return cls(**{name: read(message) for name, read in readers})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: keys as in the protocol, enums as lower-case words, absent as None."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Grant(_Answer):
+    """What a call may use. None means: no limit of its own. Bytes, microseconds, millicores."""
+
+    memory_expected_bytes: int
+    memory_high_bytes: int | None
+    memory_max_bytes: int | None
+    cpu_weight: int
+    cpu_max_millicores: int | None
+    pids_max: int | None
+    timeout_usec: int | None
+    priority: int
+    on_pressure: str
+    advice: tuple[str, ...]
+    not_enforced: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage(_Answer):
+    """What a cgroup uses now. None means: this kernel does not measure it here."""
+
+    memory_current_bytes: int | None
+    memory_peak_bytes: int | None
+    cpu_usage_usec: int
+    pids_current: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CallInfo(_Answer):
+    """An open call."""
+
+    id: str
+    session_id: str
+    name: str
+    argv: tuple[str, ...]
+    state: CallState
+    grant: Grant | None
+    cgroup_id: int
+    cgroup_path: str
+    began_unix_usec: int
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback(_Answer):
+    """One thing that happened to a call: a code, numbers (names end in their unit), a sentence."""
+
+    call_id: str
+    session_id: str
+    code: FeedbackCode
+    sentence: str
+    numbers: Mapping[str, float]
+    at_unix_usec: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report(_Answer):
+    """How a call ended and what it used."""
+
+    call_id: str
+    session_id: str
+    name: str
+    argv: tuple[str, ...]
+    grant: Grant | None
+    verdict: Verdict
+    sentence: str
+    evidence: Evidence
+    exit_code: int | None
+    term_signal: int | None
+    began_unix_usec: int
+    wall_usec: int
+    memory_peak_bytes: int | None
+    cpu_usage_usec: int
+    cpu_user_usec: int
+    cpu_system_usec: int
+    cpu_throttled_usec: int | None
+    pids_peak: int | None
+    io_read_bytes: int | None
+    io_write_bytes: int | None
+    memory_throttled_usec: int | None
+    memory_high_events: int | None
+    oom_kills: int | None
+    pids_max_events: int | None
+    frozen_usec: int
+    feedback: tuple[Feedback, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget(_Answer):
+    """What is left for the caller's session, and one sentence saying so."""
+
+    memory_limit_bytes: int | None
+    memory_used_bytes: int | None
+    memory_available_bytes: int | None
+    cpu_limit_millicores: int
+    cpu_available_millicores: int
+    pids_limit: int | None
+    pids_available: int | None
+    calls_open: int
+    calls_max: int
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo(_Answer):
+    """A session: its limits and what it uses."""
+
+    id: str
+    cgroup_path: str
+    cgroup_id: int
+    adopted: bool
+    priority: int
+    memory_low_bytes: int | None
+    memory_high_bytes: int | None
+    memory_max_bytes: int | None
+    cpu_weight: int
+    cpu_max_millicores: int | None
+    pids_max: int | None
+    calls_max: int
+    calls_open: int
+    calls_ended: int
+    usage: Usage | None
+    not_enforced: tuple[str, ...]
+    opened_unix_usec: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolInfo(_Answer):
+    """The pool as a whole, and the daemon that keeps it."""
+
+    cgroup_path: str
+    memory_max_bytes: int | None
+    memory_current_bytes: int | None
+    cpu_millicores: int
+    sessions_open: int
+    calls_open: int
+    calls_begun: int
+    calls_ended: int
+    leftovers_removed: int
+    controllers: tuple[str, ...]
+    not_enforced: tuple[str, ...]
+    version: str
+    kernel: str
+    started_unix_usec: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event(_Answer):
+    """Something that happened in the pool: exactly one field is set."""
+
+    begun: CallInfo | None
+    ended: Report | None
+    feedback: Feedback | None
+    session_opened: SessionInfo | None
+    session_closed: SessionInfo | None
+
+
+_MESSAGES: dict[str, type[_Answer]] = {
+    "Grant": Grant,
+    "Usage": Usage,
+    "Call": CallInfo,
+    "Feedback": Feedback,
+    "Report": Report,
+    "Budget": Budget,
+    "Session": SessionInfo,
+    "Pool": PoolInfo,
+    "Event": Event,
+}
+_ENUMS: dict[str, type[Enum]] = {
+    "Verdict": Verdict,
+    "Evidence": Evidence,
+    "CallState": CallState,
+    "FeedbackCode": FeedbackCode,
+}
+
+Reader = Callable[[Any], Any]
+
+
+@cache
+def _readers(cls: Any, descriptor: Any) -> tuple[tuple[str, Reader], ...]:
+    """For each field of `cls`: its name and the function that reads it from a message."""
+    return tuple(
+        (f.name, _reader(descriptor.fields_by_name[f.name])) for f in dataclasses.fields(cls)
+    )
+
+
+def _reader(field: FieldDescriptor) -> Reader:
+    name = field.name
+    enum_type: EnumDescriptor | None = field.enum_type
+    if enum_type is not None:
+        words = _words(enum_type, _ENUMS[enum_type.name])
+        # A newer daemon may send a number that this version has no word for.
+        return lambda message: words.get(getattr(message, name), words[0])
+    message_type = field.message_type
+    if message_type is not None and message_type.GetOptions().map_entry:
+        return lambda message: dict(getattr(message, name))
+    if message_type is not None:
+        convert = _MESSAGES[message_type.name].from_proto
+        if field.is_repeated:
+            return lambda message: tuple(convert(item) for item in getattr(message, name))
+        return lambda m: convert(getattr(m, name)) if m.HasField(name) else None
+    if field.is_repeated:
+        return lambda message: tuple(getattr(message, name))
+    if field.has_presence:
+        return lambda m: getattr(m, name) if m.HasField(name) else None
+    return lambda message: getattr(message, name)
+
+
+def _words(descriptor: EnumDescriptor, words: type[Enum]) -> dict[int, Enum]:
+    """Enum numbers of the protocol -> members here, by name: VERDICT_OOM_CALL -> OOM_CALL."""
+    prefix = next(v.name for v in descriptor.values if v.number == 0)[: -len("UNSPECIFIED")]
+    known = words.__members__
+    found = {v.number: known.get(v.name[len(prefix) :]) for v in descriptor.values}
+    return {number: member for number, member in found.items() if member is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Answer):
+        return value.to_dict()
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value

@@ -1,0 +1,66 @@
+"""What every benchmark prints and writes: build/bench/<name>.json, the same keys for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "build/bench"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One number with what it should be. `met` is decided by whoever measured it."""
+
+    name: str
+    value: float
+    unit: str
+    target: str
+    met: bool
+
+
+@dataclass(slots=True)
+class BenchReport:
+    """The result of one benchmark."""
+
+    bench: str
+    where: str
+    n: int
+    targets: list[Target]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def write(self) -> Path:
+        """Write the file; returns its path."""
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path = RESULTS / f"{self.bench}.json"
+        document = {"bench": self.bench, "where": self.where, "kernel": os.uname().release,
+                    "cpus": os.cpu_count(), "n": self.n,
+                    "targets": [asdict(t) for t in self.targets], **self.details}  # fmt: skip
+        path.write_text(json.dumps(document, indent=2) + "\n")
+        return path
+
+    def show(self) -> None:
+        """Print the table of targets."""
+        print(f"\n{self.bench}: {self.where}, kernel {os.uname().release}, n = {self.n}")
+        width = max(len(t.name) for t in self.targets)
+        for t in self.targets:
+            mark = "met   " if t.met else "MISSED"
+            print(f"  {mark}  {t.name:<{width}}  {t.value:10.3f} {t.unit:<5} target {t.target}")
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of all are not above."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, extremes and p99."""
+    return {"p50": statistics.median(values), "p99": quantile(values, 0.99),
+            "min": min(values), "max": max(values)}  # fmt: skip

@@ -1,0 +1,205 @@
+"""The units of systemd/ as an operator would install them, under systemd as PID 1."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
+from tests.harness import ROOT, AgentProcess, wait_until
+
+pytestmark = pytest.mark.skipif(
+    not Path("/run/systemd/system").is_dir() or os.geteuid() != 0,
+    reason="systemd is not PID 1 here, or this is not root",
+)
+
+UNITS = ("agentcg.slice", "agentcg-pool.service", "agentcgroupd.service")
+ETC = Path("/etc/systemd/system")
+RUN = Path("/run/agentcgroup")
+POOL = Path("/sys/fs/cgroup/agentcg.slice/agentcg-pool.service")
+
+
+def systemctl(*arguments: str) -> str:
+    """Run systemctl; AssertionError with what it said if it fails."""
+    done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True)
+    said = f"{arguments}: {done.stdout}{done.stderr}"
+    if done.returncode and arguments[0] in ("start", "restart"):
+        said += subprocess.run(
+            ["journalctl", "-n", "30", "--no-pager"], capture_output=True, text=True
+        ).stdout
+    assert done.returncode == 0, said
+    return done.stdout.strip()
+
+
+def show(unit: str, key: str) -> str:
+    """One property of a unit."""
+    return systemctl("show", "--value", "--property", key, unit)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> Iterator[None]:
+    """The units and the configuration as they are shipped, the programs from this checkout."""
+    for unit in UNITS:
+        (ETC / unit).write_text((ROOT / "systemd" / unit).read_text())
+    Path("/etc/agentcgroup").mkdir(exist_ok=True)
+    shipped = (ROOT / "systemd/agentcgroupd.toml").read_text()
+    Path("/etc/agentcgroup/agentcgroupd.toml").write_text(shipped)
+    drop_in = ETC / "agentcgroupd.service.d"
+    drop_in.mkdir(exist_ok=True)
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    (drop_in / "test.conf").write_text(f"[Service]\nEnvironment=PATH={path}\nWatchdogSec=20\n")
+    systemctl("daemon-reload")
+    systemctl("start", "agentcgroupd.service")
+    yield
+    systemctl("stop", "agentcgroupd.service", "agentcg-pool.service")
+
+
+@pytest.fixture(scope="module")
+def admin() -> pb_grpc.AdminStub:
+    """The operator's stub."""
+    return pb_grpc.AdminStub(grpc.insecure_channel(f"unix:{RUN}/admin/grpc.sock"))
+
+
+@pytest.fixture(scope="module")
+def agent(admin: pb_grpc.AdminStub) -> Iterator[AgentProcess]:
+    """An agent in a session of 200 MiB, holding one call with a sleeping tool."""
+    spec = pb.SessionSpec(id="alpha", memory_max="200M")
+    admin.OpenSession(pb.OpenSessionRequest(spec=spec))
+    process = AgentProcess(RUN, "alpha")
+    process.run(
+        """
+call_id = stub.BeginCall(pb.BeginCallRequest(name="tool")).id
+tool = subprocess.Popen([EXEC, "--call", call_id, "--", "sleep", "100000"])
+"""
+    )
+    yield process
+    process.close()
+
+
+def calls(admin: pb_grpc.AdminStub) -> list[str]:
+    """Ids of the open calls, once the daemon answers."""
+    reply = admin.ListCalls(pb.ListCallsRequest(), wait_for_ready=True, timeout=60)
+    return [call.id for call in reply.calls]
+
+
+def test_units_verify() -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *(str(ETC / unit) for unit in UNITS)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    ours = [line for line in done.stderr.splitlines() if "agentcg" in line]
+    assert (done.returncode, ours) == (0, [])
+
+
+def test_it_is_up_in_a_leaf_of_its_own_with_every_controller(admin: pb_grpc.AdminStub) -> None:
+    assert show("agentcgroupd.service", "ActiveState") == "active"
+    assert show("agentcgroupd.service", "Type") == "notify"
+    assert show("agentcgroupd.service", "StatusText").startswith("pool /agentcg.slice/")
+    for unit in ("agentcgroupd.service", "agentcg-pool.service"):
+        assert show(unit, "Delegate") == "yes"
+    main = show("agentcgroupd.service", "MainPID")
+    own = Path(f"/proc/{main}/cgroup").read_text().strip()
+    assert own == "0::/agentcg.slice/agentcgroupd.service"
+    pool = admin.GetPool(pb.GetPoolRequest())
+    assert pool.cgroup_path == "/agentcg.slice/agentcg-pool.service/pool"
+    assert {"memory", "cpu", "pids"} <= set(pool.controllers)
+    assert not pool.not_enforced
+    assert (POOL / "cgroup.procs").read_text() == ""
+    assert (POOL / "supervisor/cgroup.procs").read_text().split() == [
+        show("agentcg-pool.service", "MainPID")
+    ]
+
+
+def test_sessions_and_calls_outlive_a_restart(
+    admin: pb_grpc.AdminStub, agent: AgentProcess
+) -> None:
+    before = calls(admin)
+    assert len(before) == 1
+    first = show("agentcgroupd.service", "MainPID")
+    systemctl("restart", "agentcgroupd.service")
+    assert show("agentcgroupd.service", "MainPID") != first
+    assert calls(admin) == before
+    assert agent.run("result = tool.poll()") is None
+    assert agent.run(
+        "result = stub.GetSession(pb.GetSessionRequest(), wait_for_ready=True).id"
+    ) == ("alpha")
+
+
+def test_systemd_starts_a_killed_daemon_again(
+    admin: pb_grpc.AdminStub, agent: AgentProcess
+) -> None:
+    before = calls(admin)
+    first = int(show("agentcgroupd.service", "MainPID"))
+    os.kill(first, signal.SIGKILL)
+    wait_until(
+        "it runs again",
+        lambda: (
+            show("agentcgroupd.service", "MainPID") not in ("0", str(first))
+            and show("agentcgroupd.service", "ActiveState") == "active"
+        ),
+    )
+    assert calls(admin) == before
+    assert agent.run("result = tool.poll()") is None
+
+
+def test_the_watchdog_ends_a_daemon_that_hangs(admin: pb_grpc.AdminStub) -> None:
+    first = int(show("agentcgroupd.service", "MainPID"))
+    os.kill(first, signal.SIGSTOP)
+    wait_until(
+        "it runs again",
+        lambda: (
+            show("agentcgroupd.service", "MainPID") not in ("0", str(first))
+            and show("agentcgroupd.service", "ActiveState") == "active"
+        ),
+    )
+    assert len(calls(admin)) == 1
+
+
+def test_a_stop_leaves_the_agents_at_work_and_a_start_finds_them(
+    admin: pb_grpc.AdminStub, agent: AgentProcess
+) -> None:
+    before = calls(admin)
+    systemctl("stop", "agentcgroupd.service")
+    assert show("agentcg-pool.service", "ActiveState") == "active"
+    assert agent.run("result = tool.poll()") is None
+    systemctl("start", "agentcgroupd.service")
+    assert calls(admin) == before
+
+
+def test_an_unusable_configuration_is_said_once_and_not_tried_again(
+    admin: pb_grpc.AdminStub,
+) -> None:
+    path = Path("/etc/agentcgroup/agentcgroupd.toml")
+    good = path.read_text()
+    systemctl("stop", "agentcgroupd.service")
+    path.write_text(good.replace("cgroup =", "cgruop ="))
+    try:
+        done = subprocess.run(["systemctl", "start", "agentcgroupd.service"], capture_output=True)
+        assert done.returncode != 0
+        assert show("agentcgroupd.service", "ExecMainStatus") == "78"
+        wait_until(
+            "systemd gives up", lambda: show("agentcgroupd.service", "ActiveState") == "failed"
+        )
+        assert show("agentcgroupd.service", "NRestarts") in ("0", "1", "2")
+        log = systemctl_log()
+        assert "pool.cgruop: no such key; did you mean 'cgroup'?" in log
+    finally:
+        path.write_text(good)
+        systemctl("reset-failed", "agentcgroupd.service")
+        systemctl("start", "agentcgroupd.service")
+
+
+def systemctl_log() -> str:
+    """What the daemon has logged."""
+    done = subprocess.run(
+        ["journalctl", "-u", "agentcgroupd.service", "--no-pager"], capture_output=True, text=True
+    )
+    return done.stdout

@@ -1,0 +1,371 @@
+"""A daemon without cgroups: both gRPC services on temporary sockets, and a launcher in sh.
+
+It keeps the protocol's promises as far as the SDK can see them: calls and reports survive a
+restart, EndCall ends what entered the call. What has no cgroup cannot be measured: numbers are made
+up.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+import pytest
+
+from agentcgroup.errors import ERROR_TRAILER
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroup.v1 import agentcgroup_pb2_grpc as rpc
+
+MIB = 1 << 20
+LAUNCHER = """\
+#!/bin/sh
+for option; do
+    case $option in
+    --call=*) call=${option#--call=} ;;
+    --session=*) call=${option#--session=} ;;
+    --socket=*) socket=${option#--socket=} ;;
+    --) break ;;
+    esac
+done
+printf '%s\\n' "$$" >> "${socket%/*}/entered-$call"
+while [ "$1" != -- ]; do shift; done
+shift
+exec "$@"
+"""
+
+
+def refuse(
+    context: grpc.ServicerContext, code: grpc.StatusCode, sentence: str, **parts: str
+) -> NoReturn:
+    """Fail an RPC as the daemon does: a sentence, and the same in parts as a trailer."""
+    error = pb.Error(code=code.name, sentence=sentence, **parts)
+    context.set_trailing_metadata(((ERROR_TRAILER, error.SerializeToString()),))
+    context.abort(code, sentence)
+
+
+class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
+    """Start and stop it as often as needed; what it knows stays.
+
+    Attributes:
+        begun: every BeginCallRequest, oldest first. ended: every EndCallRequest.
+        before: by method name, what to do before it is served (e.g. stop the daemon).
+        attempts: by method name, how often it was asked for.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        for service in ("agent", "admin"):
+            (run_dir / service).mkdir(parents=True, exist_ok=True)
+        self.begun: list[pb.BeginCallRequest] = []
+        self.ended: list[pb.EndCallRequest] = []
+        self.before: dict[str, Callable[[Any], None]] = {}
+        self.attempts: dict[str, int] = {}
+        self.calls: dict[str, pb.Call] = {}
+        self.reports: dict[str, pb.Report] = {}
+        self.sessions: dict[str, pb.Session] = {"s1": pb.Session(id="s1", priority=50)}
+        self._lock = threading.Condition()
+        self._feedback: list[pb.Feedback] = []
+        self._server: grpc.Server | None = None
+        self.in_session = True
+        self.operator = True
+        launcher = run_dir / "agentcg-exec"
+        launcher.write_text(LAUNCHER)
+        launcher.chmod(0o755)
+        self.launcher = launcher
+
+    def start(self) -> None:
+        """Listen on both sockets."""
+        self._server = grpc.server(futures.ThreadPoolExecutor(16))
+        rpc.add_AgentServicer_to_server(self, self._server)
+        rpc.add_AdminServicer_to_server(self, self._server)
+        for service in ("agent", "admin"):
+            self._server.add_insecure_port(f"unix:{self.run_dir}/{service}/grpc.sock")
+        self._server.start()
+
+    def stop(self) -> None:
+        """Go away at once, with whatever is being served; the sockets go too."""
+        server, self._server = self._server, None
+        if server is not None:
+            # gRPC unlinks the sockets' paths when it is done, which must not be those of the next
+            # start. From within an RPC it cannot be done before that RPC is.
+            server.stop(0).wait(timeout=1)
+            with self._lock:
+                self._lock.notify_all()
+            for service in ("agent", "admin"):
+                (self.run_dir / service / "grpc.sock").unlink(missing_ok=True)
+
+    def entered(self, call_id: str, service: str = "agent") -> list[int]:
+        """The processes that entered a call (or, as admin, a session)."""
+        path = self.run_dir / service / f"entered-{call_id}"
+        return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+    def say(self, sentence: str, call_id: str = "") -> None:
+        """Send feedback to whoever watches."""
+        with self._lock:
+            self._feedback.append(
+                pb.Feedback(
+                    call_id=call_id,
+                    session_id="s1",
+                    code=pb.FEEDBACK_CODE_FROZEN,
+                    sentence=sentence,
+                    numbers={"frozen_usec": 1500.0},
+                    at_unix_usec=1_700_000_000_000_000,
+                )
+            )
+            self._lock.notify_all()
+
+    def _hook(self, method: str, context: grpc.ServicerContext, request: Any = None) -> None:
+        self.attempts[method] = self.attempts.get(method, 0) + 1
+        hook = self.before.pop(method, None)
+        if hook is not None:
+            hook(request)
+            while self._server is None and context.is_active():
+                time.sleep(0.01)  # It has died in there: no answer.
+        if not self.in_session:
+            refuse(
+                context,
+                grpc.StatusCode.PERMISSION_DENIED,
+                "process 7 is in no session",
+                field="session",
+            )
+
+    # Agent
+
+    def GetSession(self, request: Any, context: grpc.ServicerContext) -> pb.Session:
+        self._hook("GetSession", context)
+        return self.sessions["s1"]
+
+    def GetBudget(self, request: Any, context: grpc.ServicerContext) -> pb.Budget:
+        self._hook("GetBudget", context)
+        return pb.Budget(
+            memory_limit_bytes=4096 * MIB,
+            memory_available_bytes=1024 * MIB,
+            cpu_limit_millicores=2000,
+            cpu_available_millicores=1500,
+            calls_open=len(self.calls),
+            calls_max=64,
+            sentence="1.0 GiB of 4.0 GiB is free.",
+        )
+
+    def BeginCall(self, request: pb.BeginCallRequest, context: grpc.ServicerContext) -> pb.Call:
+        self._hook("BeginCall", context, request)
+        if request.intent.memory_max == "lots":
+            refuse(
+                context,
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "memory_max: 'lots' cannot be used",
+                field="memory_max",
+                value="lots",
+                allowed="bytes, e.g. 512M",
+            )
+        if request.intent.memory == "1P":
+            refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "64 calls are open already")
+        self.begun.append(request)
+        call = pb.Call(
+            id=f"c{len(self.begun)}",
+            session_id="s1",
+            name=request.name,
+            argv=request.argv,
+            state=pb.CALL_STATE_PENDING,
+            began_unix_usec=1_700_000_000_000_000,
+            usage=pb.Usage(memory_current_bytes=3 * MIB, cpu_usage_usec=1000),
+            grant=pb.Grant(cpu_weight=100, priority=50, on_pressure="freeze", pids_max=512),
+        )
+        if request.intent.memory_max == "512M":
+            call.grant.memory_max_bytes = 512 * MIB
+        self.calls[call.id] = call
+        return call
+
+    def EndCall(self, request: pb.EndCallRequest, context: grpc.ServicerContext) -> pb.Report:
+        self._hook("EndCall", context, request)
+        self.ended.append(request)
+        call = self.calls.pop(request.call_id, None)
+        if call is None:
+            refuse(
+                context,
+                grpc.StatusCode.NOT_FOUND,
+                f"no call {request.call_id} is open",
+                field="call_id",
+                value=request.call_id,
+            )
+        if not request.detach:
+            for pid in self.entered(call.id):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+        report = self.report_of(call, request)
+        self.reports[call.id] = report
+        return report
+
+    def report_of(self, call: pb.Call, request: pb.EndCallRequest) -> pb.Report:
+        """The report that an end makes, from the wait status alone."""
+        report = pb.Report(
+            call_id=call.id,
+            session_id=call.session_id,
+            name=call.name,
+            argv=call.argv,
+            grant=call.grant,
+            wall_usec=12_345,
+            memory_peak_bytes=190 * MIB,
+            evidence=pb.EVIDENCE_CLIENT,
+        )
+        status = request.wait_status if request.HasField("wait_status") else None
+        if status is None:
+            report.verdict, report.evidence = pb.VERDICT_CANCELLED, pb.EVIDENCE_NONE
+        elif os.WIFSIGNALED(status):
+            report.verdict, report.term_signal = pb.VERDICT_SIGNALED, os.WTERMSIG(status)
+        else:
+            report.exit_code = os.WEXITSTATUS(status)
+            report.verdict = pb.VERDICT_FAILED if report.exit_code else pb.VERDICT_OK
+        report.sentence = f"{call.name} ended."
+        report.feedback.add(
+            call_id=call.id, code=pb.FEEDBACK_CODE_THAWED, sentence="It was frozen."
+        )
+        return report
+
+    def UpdateIntent(
+        self, request: pb.UpdateIntentRequest, context: grpc.ServicerContext
+    ) -> pb.Call:
+        self._hook("UpdateIntent", context)
+        call = self.calls[request.call_id]
+        if request.intent.memory_max == "1G":
+            call.grant.memory_max_bytes = 1024 * MIB
+        return call
+
+    def ListCalls(self, request: Any, context: grpc.ServicerContext) -> pb.ListCallsResponse:
+        self._hook("ListCalls", context)
+        return pb.ListCallsResponse(calls=self.calls.values())
+
+    def GetReport(self, request: pb.GetReportRequest, context: grpc.ServicerContext) -> pb.Report:
+        self._hook("GetReport", context)
+        found = list(self.reports.values())[-1:]
+        if request.call_id:
+            found = [r for r in self.reports.values() if r.call_id == request.call_id]
+        if not found:
+            refuse(
+                context,
+                grpc.StatusCode.NOT_FOUND,
+                f"there is no report of call {request.call_id!r}",
+                field="call_id",
+                value=request.call_id,
+            )
+        return found[0]
+
+    def ListReports(self, request: Any, context: grpc.ServicerContext) -> pb.ListReportsResponse:
+        self._hook("ListReports", context)
+        newest = list(self.reports.values())[::-1]
+        return pb.ListReportsResponse(reports=newest[: request.limit or 20])
+
+    def WatchFeedback(
+        self, request: pb.WatchFeedbackRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.Feedback]:
+        self._hook("WatchFeedback", context)
+        yield from self._follow(context)
+
+    def _follow(self, context: grpc.ServicerContext) -> Iterator[pb.Feedback]:
+        server = self._server
+        while True:
+            with self._lock:
+                self._lock.wait_for(
+                    lambda: bool(self._feedback) or self._server is not server, timeout=0.2
+                )
+                if self._server is not server or not context.is_active():
+                    return
+                new, self._feedback = self._feedback, []
+            yield from new
+
+    # Admin
+
+    def _check_operator(self, context: grpc.ServicerContext) -> None:
+        if not self.operator:
+            refuse(
+                context,
+                grpc.StatusCode.PERMISSION_DENIED,
+                "a process of session s1 may not act as the operator",
+            )
+
+    def GetPool(self, request: Any, context: grpc.ServicerContext) -> pb.Pool:
+        self._check_operator(context)
+        return pb.Pool(
+            cgroup_path="/agentcg",
+            memory_max_bytes=8192 * MIB,
+            memory_current_bytes=300 * MIB,
+            cpu_millicores=4000,
+            sessions_open=len(self.sessions),
+            calls_open=len(self.calls),
+            controllers=["cpu", "memory", "pids"],
+            version="0.1.0",
+            kernel="7.3.4",
+        )
+
+    def OpenSession(
+        self, request: pb.OpenSessionRequest, context: grpc.ServicerContext
+    ) -> pb.Session:
+        self._hook("OpenSession", context)
+        spec = request.spec
+        if spec.id in self.sessions:
+            refuse(context, grpc.StatusCode.ALREADY_EXISTS, f"session {spec.id} is open already")
+        session = pb.Session(id=spec.id, priority=50, cgroup_path=f"/agentcg/{spec.id}")
+        if spec.memory_max == "2G":
+            session.memory_max_bytes = 2048 * MIB
+        self.sessions[spec.id] = session
+        return session
+
+    def AdoptSession(
+        self, request: pb.AdoptSessionRequest, context: grpc.ServicerContext
+    ) -> pb.Session:
+        session = pb.Session(id=request.spec.id, adopted=True, cgroup_path=request.cgroup_path)
+        self.sessions[session.id] = session
+        return session
+
+    def CloseSession(
+        self, request: pb.CloseSessionRequest, context: grpc.ServicerContext
+    ) -> pb.CloseSessionResponse:
+        if self.sessions.pop(request.session_id, None) is None:
+            refuse(
+                context,
+                grpc.StatusCode.NOT_FOUND,
+                f"no session {request.session_id!r} is open",
+                field="session_id",
+                value=request.session_id,
+            )
+        return pb.CloseSessionResponse(calls_ended=2)
+
+    def ListSessions(self, request: Any, context: grpc.ServicerContext) -> pb.ListSessionsResponse:
+        self._check_operator(context)
+        return pb.ListSessionsResponse(sessions=self.sessions.values())
+
+    def WatchEvents(
+        self, request: pb.WatchEventsRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.Event]:
+        for feedback in self._follow(context):
+            yield pb.Event(feedback=feedback)
+
+
+def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
+    """Body of a fixture: a started daemon that the environment points to."""
+    # Not tmp_path: a socket's path has at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="acg-") as directory:
+        fake = FakeDaemon(Path(directory))
+        monkeypatch.setenv("AGENTCG_RUN_DIR", directory)
+        monkeypatch.setenv("AGENTCG_EXEC", str(fake.launcher))
+        monkeypatch.delenv("AGENTCG_ON_UNAVAILABLE", raising=False)
+        fake.start()
+        yield fake
+        fake.stop()
+
+
+def later(delay: float, action: Callable[[], None]) -> threading.Timer:
+    """Do something in a moment, while the caller waits for its effect."""
+    timer = threading.Timer(delay, action)
+    timer.start()
+    return timer
