@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
-from agentcgroup import flow
+from agentcgroup import flow, packets
 from agentcgroup.call import AgentSettings, CallBase, RunArguments, split_run_arguments
-from agentcgroup.errors import from_rpc_error
+from agentcgroup.errors import AgentcgError, from_rpc_error
 from agentcgroup.intent import Intent, command, name_of
 from agentcgroup.process import communicate
 from agentcgroup.results import Result, raise_if_not_started
@@ -163,23 +163,33 @@ class AsyncAgent:
 
     async def carry(self, conversation: flow.Flow[T]) -> T:
         """Carry a conversation's messages to the daemon and back; returns its outcome."""
-        stub = self.stub
         try:
             rpc = next(conversation)
             while True:
                 if rpc.pause:
                     await asyncio.sleep(rpc.pause)
                 try:
-                    reply = await getattr(stub, rpc.method)(
-                        rpc.request, timeout=rpc.timeout, wait_for_ready=rpc.wait
-                    )
-                except grpc.RpcError as error:
-                    rpc = conversation.throw(from_rpc_error(error))
+                    reply = await self._send(rpc)
+                except AgentcgError as error:
+                    rpc = conversation.throw(error)
                 else:
                     rpc = conversation.send(reply)
         except StopIteration as stop:
             outcome: T = stop.value
             return outcome
+
+    async def _send(self, rpc: flow.Rpc) -> Any:
+        # Only gRPC can wait for a daemon that is away.
+        data = packets.packet(rpc.method, rpc.request)
+        if data is not None and not rpc.wait:
+            path = self.settings.attach_path
+            return await packets.ask_async(path, rpc.method, data, rpc.timeout)
+        try:
+            return await getattr(self.stub, rpc.method)(
+                rpc.request, timeout=rpc.timeout, wait_for_ready=rpc.wait
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
 
     async def close(self) -> None:
         """Close the connection; a later use opens a new one."""

@@ -68,6 +68,11 @@ class AgentSettings:
         """The gRPC target of the agent socket."""
         return f"unix:{paths.agent_socket(self.run_dir)}"
 
+    @property
+    def attach_path(self) -> str:
+        """The agents' attach socket."""
+        return paths.attach_socket(self.run_dir)
+
 
 class CallBase:
     """A call: not begun, open, or ended.

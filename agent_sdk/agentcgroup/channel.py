@@ -9,8 +9,9 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from agentcgroup.errors import from_rpc_error
-from agentcgroup.flow import CHANNEL_OPTIONS, Flow
+from agentcgroup import packets
+from agentcgroup.errors import AgentcgError, from_rpc_error
+from agentcgroup.flow import CHANNEL_OPTIONS, Flow, Rpc
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -22,10 +23,14 @@ class Connection(Generic[S]):
     Args:
         target: gRPC target, "unix:/path".
         make_stub: the stub's class.
+        attach_path: the attach socket, for what can go in a packet; empty: all goes over gRPC.
     """
 
-    def __init__(self, target: str, make_stub: Callable[[grpc.Channel], S]) -> None:
+    def __init__(
+        self, target: str, make_stub: Callable[[grpc.Channel], S], attach_path: str = ""
+    ) -> None:
         self._target = target
+        self._attach_path = attach_path
         self._make_stub = make_stub
         # By pid: a channel inherited over fork() must be neither used nor closed in the child.
         # dict.setdefault is atomic, so no lock is needed that a fork could leave held.
@@ -50,23 +55,33 @@ class Connection(Generic[S]):
         Raises:
             AgentcgError: what the conversation let through.
         """
-        stub: Any = self.stub
         try:
             rpc = next(flow)
             while True:
                 if rpc.pause:
                     time.sleep(rpc.pause)
                 try:
-                    reply = getattr(stub, rpc.method)(
-                        rpc.request, timeout=rpc.timeout, wait_for_ready=rpc.wait
-                    )
-                except grpc.RpcError as error:
-                    rpc = flow.throw(from_rpc_error(error))
+                    reply = self._send(rpc)
+                except AgentcgError as error:
+                    rpc = flow.throw(error)
                 else:
                     rpc = flow.send(reply)
         except StopIteration as stop:
             outcome: T = stop.value
             return outcome
+
+    def _send(self, rpc: Rpc) -> Any:
+        # Only gRPC can wait for a daemon that is away.
+        data = packets.packet(rpc.method, rpc.request) if self._attach_path else None
+        if data is not None and not rpc.wait:
+            return packets.ask(self._attach_path, rpc.method, data, rpc.timeout)
+        stub: Any = self.stub
+        try:
+            return getattr(stub, rpc.method)(
+                rpc.request, timeout=rpc.timeout, wait_for_ready=rpc.wait
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
 
     def close(self) -> None:
         """Close this process's channel; a later use opens a new one."""

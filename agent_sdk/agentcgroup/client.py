@@ -154,7 +154,7 @@ class Agent:
 
     def __init__(self, run_dir: str | None = None, *, on_unavailable: str | None = None) -> None:
         self.settings = AgentSettings(run_dir, on_unavailable)
-        self.connection = Connection(self.settings.target, AgentStub)
+        self.connection = Connection(self.settings.target, AgentStub, self.settings.attach_path)
 
     def close(self) -> None:
         """Close the connection; a later use opens a new one."""

@@ -141,15 +141,9 @@ def from_rpc_error(error: grpc.RpcError) -> AgentcgError:
     code: str = status.name if status is not None else "UNKNOWN"
     parts = _trailer(error)
     if parts is not None:
-        sentence = parts.sentence or error.details() or code
-        kind = _BY_CODE.get(code, AgentcgError)
-        if kind is NotFound and parts.field not in _NOT_A_CALL:
-            kind = CallNotFound
-        elif kind in (PermissionDenied, Refused) and parts.field == "session":
-            kind = NotInSession
-        return kind(
-            sentence, code=code, field=parts.field, value=parts.value, allowed=parts.allowed
-        )
+        parts.code = code
+        parts.sentence = parts.sentence or error.details() or code
+        return from_message(parts)
     details = error.details() or ""
     if code == "CANCELLED":
         # Not by us: so says gRPC where the daemon stops while it is being asked.
@@ -160,6 +154,22 @@ def from_rpc_error(error: grpc.RpcError) -> AgentcgError:
         details = "agentcgroupd did not answer in time"
     kind = CallNotFound if code == "NOT_FOUND" else _BY_CODE.get(code, AgentcgError)
     return kind(details or code, code=code)
+
+
+def from_message(parts: pb.Error) -> AgentcgError:
+    """The typed error for an Error of the daemon."""
+    kind = _BY_CODE.get(parts.code, AgentcgError)
+    if kind is NotFound and parts.field not in _NOT_A_CALL:
+        kind = CallNotFound
+    elif kind in (PermissionDenied, Refused) and parts.field == "session":
+        kind = NotInSession
+    return kind(
+        parts.sentence or parts.code,
+        code=parts.code,
+        field=parts.field,
+        value=parts.value,
+        allowed=parts.allowed,
+    )
 
 
 def _trailer(error: grpc.RpcError) -> pb.Error | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
 import secrets
 import signal
 from collections.abc import Callable, Mapping
@@ -34,7 +33,7 @@ from agentcgroupd.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from agentcgroupd.evidence import gather, main_status, oom_count, signal_all
+from agentcgroupd.evidence import gather, main_status, oom_counts, signal_all
 from agentcgroupd.feed import Feed
 from agentcgroupd.intent import check_name, cut_argv, parse_intent
 from agentcgroupd.metrics import Metrics
@@ -45,6 +44,7 @@ from agentcgroupd.session import (
     Process,
     Session,
     boottime_usec,
+    plain,
     unix_usec,
 )
 from agentcgroupd.syscalls import pidfd_alive
@@ -126,6 +126,7 @@ class Calls:
         grant = grant_for(parse_intent(intent), self._ceiling(session))
         call_id = secrets.token_hex(6)
         try:
+            session_ooms, pool_ooms = oom_counts(session, self._pool)
             cgroup = session.cgroup.make_child(CALL_PREFIX + call_id)
         except CgroupGone:
             raise NotFound(f"the cgroup of session {session.id} is gone") from None
@@ -135,7 +136,7 @@ class Calls:
             id=call_id, session=session, name=name, argv=cut_argv(argv), grant=grant, cgroup=cgroup,
             began_unix_usec=unix_usec(), began_boot_usec=boottime_usec(),
             held=owner is not None, owner=owner,
-            session_ooms_before=oom_count(session.cgroup), pool_ooms_before=oom_count(self._pool),
+            session_ooms_before=session_ooms, pool_ooms_before=pool_ooms,
         )  # fmt: skip
         try:
             call.grant = self._write_grant(session, cgroup, grant)
@@ -150,7 +151,7 @@ class Calls:
         if call.grant.advice:
             self._metrics.calls_reduced.inc()
         self._audit.write("call_begun", session=session.id, call=call.id, name=name,
-                          argv=list(call.argv), grant=grant_to_proto(call.grant))  # fmt: skip
+                          argv=list(call.argv), grant=plain(call.grant))  # fmt: skip
         if self._feed.listening:
             self._feed.publish(session.id, pb.Event(begun=call_to_proto(call, admin=True)))
         return call
@@ -204,27 +205,18 @@ class Calls:
 
     # Entering
 
-    def attach(self, call: Call, pid: int, pidfd: int) -> None:
-        """Move the process of `pidfd` (taken over) into the call. Raises RequestError or
-        KnobError."""
-        try:
-            if call.state == pb.CALL_STATE_ENDING:
-                raise FailedPrecondition(f"call {call.id} is ending")
-            with self._metrics.time("attach"):
-                process = Process.of_pidfd(pid, pidfd)
-                call.cgroup.attach(pid)
-                if not pidfd_alive(pidfd):
-                    raise ProcessLookupError(pid)
-        except (ProcessLookupError, FileNotFoundError):
-            os.close(pidfd)
-            raise FailedPrecondition(f"process {pid} ended before it could enter") from None
-        except BaseException:
-            os.close(pidfd)
-            raise
-        _prefer_as_oom_victim(pid, call.grant.priority)
+    def attach(self, call: Call, process: Process) -> None:
+        """Move a process into the call. Raises RequestError or KnobError."""
+        if call.state == pb.CALL_STATE_ENDING:
+            raise FailedPrecondition(f"call {call.id} is ending")
+        with self._metrics.time("attach"):
+            call.cgroup.attach(process.pid)
+            if not pidfd_alive(process.pidfd):
+                raise FailedPrecondition(f"process {process.pid} ended before it could enter")
+        _prefer_as_oom_victim(process.pid, call.grant.priority)
         if call.main is not None:
             call.main.close()
-        call.main = process
+        call.main = process.copy()
         call.client_status = None
         call.entered = True
         if call.state == pb.CALL_STATE_PENDING:
@@ -248,7 +240,7 @@ class Calls:
             used = boottime_usec() - call.began_boot_usec
             self._timer(call, "timeout", grant.timeout_usec - used, self._timed_out)
         self._audit.write("call_updated", session=call.session.id, call=call.id,
-                          grant=grant_to_proto(grant))  # fmt: skip
+                          grant=plain(grant))  # fmt: skip
         return call
 
     # Pausing

@@ -6,6 +6,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.admission import Grant
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.errors import RequestError
 from agentcgroupd.session import Call, Session
 
 
@@ -33,6 +34,17 @@ def usage_of(cgroup: Cgroup) -> pb.Usage:
         memory_peak_bytes=cgroup.read_if(knobs.MEMORY_PEAK),
         cpu_usage_usec=cgroup.read(knobs.CPU_STAT)["usage_usec"],
         pids_current=cgroup.read_if(knobs.PIDS_CURRENT),
+    )
+
+
+def error_to_proto(error: RequestError) -> pb.Error:
+    """A refusal in parts."""
+    return pb.Error(
+        code=error.code,
+        field=error.field,
+        value=error.value,
+        allowed=error.allowed,
+        sentence=error.sentence,
     )
 
 

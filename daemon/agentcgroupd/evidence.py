@@ -12,7 +12,7 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.ending import EndFacts
 from agentcgroupd.errors import CgroupGone, KnobError
-from agentcgroupd.session import Call, boottime_usec
+from agentcgroupd.session import Call, Session, boottime_usec
 from agentcgroupd.syscalls import pidfd_exit_status, process_stat
 
 log = logging.getLogger(__name__)
@@ -73,33 +73,37 @@ def gather(call: Call, pool: Cgroup) -> EndFacts:
         return base
 
 
-def oom_count(cgroup: Cgroup) -> int:
-    """OOM events at this very cgroup's limit; 0 where there is no memory controller."""
-    counts = cgroup.read_if(knobs.MEMORY_EVENTS_LOCAL)
-    return counts["oom"] if counts else 0
+def oom_counts(session: Session, pool: Cgroup) -> tuple[int, int]:
+    """OOM events at the session's and at the pool's own limit; 0 without a memory controller."""
+    if knobs.MEMORY_EVENTS_LOCAL.file not in session.offered:
+        return 0, 0
+    local = knobs.MEMORY_EVENTS_LOCAL
+    return session.cgroup.read(local)["oom"], pool.read(local)["oom"]
 
 
 def _with_counters(facts: EndFacts, call: Call, pool: Cgroup) -> EndFacts:
-    cgroup = call.cgroup
-    events = cgroup.read_if(knobs.MEMORY_EVENTS)
-    pressure = cgroup.read_if(knobs.MEMORY_PRESSURE)
-    pids_events = cgroup.read_if(knobs.PIDS_EVENTS)
-    io = cgroup.read_if(knobs.IO_STAT)
+    offered = call.session.offered
+
+    def read(knob: knobs.Knob[knobs.T]) -> knobs.T | None:
+        return call.cgroup.read(knob) if knob.file in offered else None
+
+    events, pids_events = read(knobs.MEMORY_EVENTS), read(knobs.PIDS_EVENTS)
+    pressure, io = call.cgroup.read_if(knobs.MEMORY_PRESSURE), read(knobs.IO_STAT)
     oom_kills = events["oom_kill"] if events else None
+    # Limits above are looked at only after a kill: that is rare, and this is on every call's way.
+    session_ooms, pool_ooms = oom_counts(call.session, pool) if oom_kills else (0, 0)
     return replace(
         facts,
         oom_kills=oom_kills,
         call_ooms=events["oom"] if events else 0,
-        # Limits above are looked at only after a kill: that is rare, and this is on every call's
-        # way.
-        session_ooms=oom_count(call.session.cgroup) - call.session_ooms_before if oom_kills else 0,
-        pool_ooms=oom_count(pool) - call.pool_ooms_before if oom_kills else 0,
+        session_ooms=session_ooms - call.session_ooms_before if oom_kills else 0,
+        pool_ooms=pool_ooms - call.pool_ooms_before if oom_kills else 0,
         pool_max_bytes=pool.read_if(knobs.MEMORY_MAX) if oom_kills else None,
-        memory_peak_bytes=cgroup.read_if(knobs.MEMORY_PEAK),
+        memory_peak_bytes=read(knobs.MEMORY_PEAK),
         memory_high_events=events["high"] if events else None,
         memory_throttled_usec=pressure["some"].total_usec if pressure else None,
-        cpu=cgroup.read(knobs.CPU_STAT),
-        pids_peak=cgroup.read_if(knobs.PIDS_PEAK),
+        cpu=call.cgroup.read(knobs.CPU_STAT),
+        pids_peak=read(knobs.PIDS_PEAK),
         pids_max_events=pids_events["max"] if pids_events else None,
         io_read_bytes=sum(d.get("rbytes", 0) for d in io.values()) if io is not None else None,
         io_write_bytes=sum(d.get("wbytes", 0) for d in io.values()) if io is not None else None,

@@ -66,6 +66,10 @@ class Process:
         os.close(pidfd)
         return None
 
+    def copy(self) -> Process:
+        """The same process with a pidfd of its own."""
+        return Process(self.pid, self.start_ticks, os.dup(self.pidfd))
+
     def close(self) -> None:
         """Give up the pidfd."""
         os.close(self.pidfd)
@@ -112,7 +116,7 @@ class Call:
                 "id": self.id,
                 "name": self.name,
                 "argv": _cut(self.argv),
-                "grant": _plain(self.grant),
+                "grant": plain(self.grant),
                 "began_unix_usec": self.began_unix_usec,
                 "began_boot_usec": self.began_boot_usec,
                 "held": self.held,
@@ -147,7 +151,7 @@ class Call:
         return call
 
 
-def _plain(value: Grant | SessionLimits) -> dict[str, Any]:
+def plain(value: Grant | SessionLimits) -> dict[str, Any]:
     """dataclasses.asdict copies deeply, which is most of a record's cost; these are flat."""
     return {f.name: getattr(value, f.name) for f in fields(value)}
 
@@ -191,7 +195,7 @@ class Session:
     found: dict[str, str] = field(default_factory=dict)
     """Interface files of an adopted cgroup as they were before, to be put back."""
     offered: frozenset[str] = frozenset()
-    """Interface files that a call's leaf has here."""
+    """Interface files that a leaf of this session has, so that those it lacks are not asked for."""
     calls: dict[str, Call] = field(default_factory=dict)
     reports: deque[pb.Report] = field(default_factory=deque)
     calls_ended: int = 0
@@ -209,7 +213,7 @@ class Session:
                 "v": RECORD_VERSION,
                 "kind": "session",
                 "id": self.id,
-                "limits": _plain(self.limits),
+                "limits": plain(self.limits),
                 "opened_unix_usec": self.opened_unix_usec,
                 "adopted": self.adopted,
                 "found": self.found,

@@ -196,7 +196,7 @@ class Sessions:
             session = Session(
                 id=session_id, cgroup=cgroup, agent=agent, cgroup_path=path, limits=limits,
                 opened_unix_usec=unix_usec(), adopted=adopted, found=found,
-                offered=_offered(agent),
+                offered=agent.files(),
             )  # fmt: skip
             cgroup.set_xattr(session.record())
         except BaseException:
@@ -322,7 +322,7 @@ class Sessions:
                 id=str(data["id"]), cgroup=cgroup, agent=agent, cgroup_path=path,
                 limits=SessionLimits(**data["limits"]),
                 opened_unix_usec=int(data["opened_unix_usec"]), adopted=bool(data["adopted"]),
-                found=dict(data["found"]), offered=_offered(agent),
+                found=dict(data["found"]), offered=agent.files(),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, KnobError) as error:
             log.warning("%s is not a session that can be taken up: %s", directory, error)
@@ -341,15 +341,6 @@ class Sessions:
             for name in session.cgroup.children():
                 if name.startswith(CALL_PREFIX) and name not in known:
                     yield session.cgroup.child(name)
-
-
-def _offered(leaf: Cgroup) -> frozenset[str]:
-    return frozenset(
-        knob.file
-        for knob in (knobs.MEMORY_MAX, knobs.MEMORY_HIGH, knobs.MEMORY_OOM_GROUP, knobs.PIDS_MAX,
-                     knobs.CPU_WEIGHT, knobs.CPU_MAX)
-        if leaf.has(knob)
-    )  # fmt: skip
 
 
 def _write_limits(cgroup: Cgroup, limits: SessionLimits) -> None:

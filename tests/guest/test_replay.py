@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from agentcgroupd.cgroup.tree import cgroup2_mount
 from agentcgroupd.replay import engine, plan, record, trace
 from agentcgroupd.replay.result import SessionResult, StrategyResult
-
 from tests.harness import EXEC, SLOW, DaemonProcess
 
 pytestmark = pytest.mark.controllers

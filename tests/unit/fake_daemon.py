@@ -7,8 +7,11 @@ up.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
+import struct
 import tempfile
 import threading
 import time
@@ -51,6 +54,61 @@ def refuse(
     context.abort(code, sentence)
 
 
+class AttachSocket:
+    """The attach socket: gRPC's messages in packets are passed on to the gRPC socket beside it;
+    every other request is answered with `reply` and remembered as (pid, words)."""
+
+    def __init__(self, directory: Path) -> None:
+        self.reply = b"OK\0call=c1\0"
+        self.requests: list[tuple[int, list[str]]] = []
+        self._path = directory / "attach.sock"
+        self._channel = grpc.insecure_channel(
+            f"unix:{directory}/grpc.sock", options=(("grpc.use_local_subchannel_pool", 1),)
+        )
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.bind(str(self._path))
+        self._socket.listen(64)
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                peer, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._answer, args=(peer,), daemon=True).start()
+
+    def _answer(self, peer: socket.socket) -> None:
+        with peer:
+            data = peer.recv(65536)
+            if data.startswith(b"ACG1\0rpc\0"):
+                method, _, raw = data[len(b"ACG1\0rpc\0") :].partition(b"\0")
+                answer = self._forward(method.decode(), raw)
+            else:
+                raw_credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                pid: int = struct.unpack("3i", raw_credentials)[0]
+                self.requests.append((pid, data.decode().split("\0")[:-1]))
+                answer = self.reply
+            if answer:
+                with contextlib.suppress(OSError):
+                    peer.send(answer)
+
+    def _forward(self, method: str, raw: bytes) -> bytes:
+        try:
+            reply: bytes = self._channel.unary_unary(f"/agentcgroup.v1.Agent/{method}")(raw)
+        except grpc.RpcError as error:
+            trailer = dict(error.trailing_metadata() or ()).get(ERROR_TRAILER)
+            return b"ERR\0" + trailer if trailer is not None else b""
+        return b"OK\0" + reply
+
+    def close(self) -> None:
+        """Stop listening; whoever waits for an answer gets none."""
+        self._path.unlink(missing_ok=True)
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._channel.close()
+
+
 class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
     """Start and stop it as often as needed; what it knows stays.
 
@@ -74,6 +132,7 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
         self._lock = threading.Condition()
         self._feedback: list[pb.Feedback] = []
         self._server: grpc.Server | None = None
+        self.attach: AttachSocket | None = None
         self.in_session = True
         self.operator = True
         launcher = run_dir / "agentcg-exec"
@@ -89,10 +148,14 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
         for service in ("agent", "admin"):
             self._server.add_insecure_port(f"unix:{self.run_dir}/{service}/grpc.sock")
         self._server.start()
+        self.attach = AttachSocket(self.run_dir / "agent")
 
     def stop(self) -> None:
         """Go away at once, with whatever is being served; the sockets go too."""
         server, self._server = self._server, None
+        attach, self.attach = self.attach, None
+        if attach is not None:
+            attach.close()
         if server is not None:
             # gRPC unlinks the sockets' paths when it is done, which must not be those of the next
             # start. From within an RPC it cannot be done before that RPC is.

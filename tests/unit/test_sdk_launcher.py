@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,37 +11,7 @@ import pytest
 
 from agentcgroup import Agent, AsyncAgent
 
-from .fake_daemon import FakeDaemon, running
-
-
-class AttachSocket:
-    """Answers every request with `reply`; remembers (pid, request)."""
-
-    def __init__(self, path: Path) -> None:
-        self.reply = b"OK\0call=c1\0"
-        self.requests: list[tuple[int, list[str]]] = []
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.bind(str(path))
-        self._socket.listen()
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                peer, _ = self._socket.accept()
-            except OSError:
-                return
-            with peer:
-                credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-                words = peer.recv(16384).decode().split("\0")[:-1]
-                self.requests.append((struct.unpack("3i", credentials)[0], words))
-                peer.send(self.reply)
-
-    def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self._thread.join()
+from .fake_daemon import AttachSocket, FakeDaemon, running
 
 
 @pytest.fixture
@@ -55,10 +22,9 @@ def daemon(monkeypatch: pytest.MonkeyPatch, programs: Path) -> Iterator[FakeDaem
 
 
 @pytest.fixture
-def attach(daemon: FakeDaemon) -> Iterator[AttachSocket]:
-    server = AttachSocket(daemon.run_dir / "agent/attach.sock")
-    yield server
-    server.close()
+def attach(daemon: FakeDaemon) -> AttachSocket:
+    assert daemon.attach is not None
+    return daemon.attach
 
 
 def test_the_process_that_enters_is_the_tool(daemon: FakeDaemon, attach: AttachSocket) -> None:
@@ -92,8 +58,9 @@ def test_refused_to_enter(daemon: FakeDaemon, attach: AttachSocket, tmp_path: Pa
 
 @pytest.mark.parametrize(("policy", "returncode"), [("run", 0), ("refuse", 125)])
 def test_daemon_away_between_begin_and_start(
-    daemon: FakeDaemon, policy: str, returncode: int
+    daemon: FakeDaemon, attach: AttachSocket, policy: str, returncode: int
 ) -> None:
+    attach.reply = b""
     with Agent(on_unavailable=policy) as agent:
         result = agent.run(["true"], stderr=subprocess.PIPE)
     assert result.returncode == returncode

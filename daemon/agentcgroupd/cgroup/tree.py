@@ -76,6 +76,19 @@ class Cgroup:
         # A removed directory that is held open still answers fstat, with no links left.
         return found.st_ino == self.id and found.st_nlink > 0
 
+    def files(self) -> frozenset[str]:
+        """Names of the interface files that are there. Raises KnobError, or CgroupGone."""
+        try:
+            fd = os.open(
+                f"{self._prefix}.", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.dir_fd
+            )
+        except OSError as error:
+            raise self._error(error, ".") from None
+        try:
+            return frozenset(os.listdir(fd))
+        finally:
+            os.close(fd)
+
     def has(self, knob: Knob[Any]) -> bool:
         """Whether the interface file is there (its controller is enabled, the kernel knows it)."""
         return os.access(self._prefix + knob.file, os.F_OK, dir_fd=self.dir_fd)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from google.protobuf import message
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls import Calls
+from agentcgroupd.convert import error_to_proto
 from agentcgroupd.errors import (
     AgentcgroupdError,
     InvalidField,
@@ -23,6 +26,7 @@ from agentcgroupd.errors import (
 )
 from agentcgroupd.intent import Intent
 from agentcgroupd.metrics import Metrics
+from agentcgroupd.rpc.agent import AgentCalls, refuse_unknown
 from agentcgroupd.rpc.identity import Peer, check_operator, session_of
 from agentcgroupd.sessions import Sessions
 from agentcgroupd.units import suggestion
@@ -32,7 +36,29 @@ log = logging.getLogger(__name__)
 PACKET_BYTES_MAX = 16_384
 SILENT_TIMEOUT_S = 5.0
 MAGIC = "ACG1"
+RPC_PREFIX = b"ACG1\0rpc\0"
+_RPC_METHODS: dict[str, type[pb.BeginCallRequest | pb.EndCallRequest]] = {
+    "BeginCall": pb.BeginCallRequest,
+    "EndCall": pb.EndCallRequest,
+}
 _BEGIN_KEYS = ("name", "argc", "arg", *Intent.model_fields)
+
+
+def _rpc_request(data: bytes) -> tuple[str, pb.BeginCallRequest | pb.EndCallRequest]:
+    """Method and message of an `rpc` packet. Raises InvalidField."""
+    if len(data) > PACKET_BYTES_MAX:
+        raise InvalidField("request", f"{len(data)} bytes", f"at most {PACKET_BYTES_MAX} bytes")
+    method, separator, raw = data[len(RPC_PREFIX) :].partition(b"\0")
+    name = method[:64].decode("utf-8", "replace")
+    kind = _RPC_METHODS.get(name)
+    if kind is None or not separator:
+        raise InvalidField("method", name, " or ".join(_RPC_METHODS))
+    try:
+        request = kind.FromString(raw)
+    except message.DecodeError:
+        raise InvalidField("request", f"{len(raw)} bytes", f"a {kind.__name__} message") from None
+    refuse_unknown(request)
+    return name, request
 
 
 class Request:
@@ -95,6 +121,8 @@ class AttachServer:
         self._verbs: dict[str, Callable[[Peer, Request], list[str]]] = (
             {"enter": self._enter} if admin else {"attach": self._attach, "begin": self._begin}
         )
+        self._agent_calls = None if admin else AgentCalls(sessions, calls)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
         self._open: dict[int, tuple[socket.socket, asyncio.TimerHandle]] = {}
@@ -116,6 +144,8 @@ class AttachServer:
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
             self._socket = None
+        for task in self._tasks:
+            task.cancel()
         for client, _ in list(self._open.values()):
             self._close(client)
         self._path.unlink(missing_ok=True)
@@ -148,14 +178,48 @@ class AttachServer:
             return
         except OSError:
             data = b""
+        if data.startswith(RPC_PREFIX) and self._agent_calls is not None:
+            self._disarm(client)
+            task = self._loop.create_task(self._rpc(client, data, self._agent_calls))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return
         if data:
             reply = self._answer(client, data)
-            packet = b"".join(word.encode("utf-8", "replace") + b"\0" for word in reply)
-            try:
-                client.send(packet, socket.MSG_NOSIGNAL)
-            except OSError as error:
-                log.debug("%s: the caller is gone before the answer: %s", self._path, error)
+            self._reply(client, b"".join(word.encode("utf-8", "replace") + b"\0" for word in reply))
         self._close(client)
+
+    def _disarm(self, client: socket.socket) -> None:
+        """The request is there; from now on the daemon takes the time that it takes."""
+        self._open[client.fileno()][1].cancel()
+        self._loop.remove_reader(client.fileno())
+
+    def _reply(self, client: socket.socket, packet: bytes) -> None:
+        try:
+            client.send(packet, socket.MSG_NOSIGNAL)
+        except OSError as error:
+            log.debug("%s: the caller is gone before the answer: %s", self._path, error)
+
+    async def _rpc(self, client: socket.socket, data: bytes, calls: AgentCalls) -> None:
+        """A message of agentcgroup.proto, answered by one: see docs/protocol.md."""
+        peer: Peer | None = None
+        try:
+            peer = Peer(client)
+            method, request = _rpc_request(data)
+            with self._metrics.rpc.labels(method).time():
+                if isinstance(request, pb.BeginCallRequest):
+                    answer: message.Message = calls.begin(peer, request)
+                else:
+                    answer = await calls.end(peer, request)
+            self._reply(client, b"OK\0" + answer.SerializeToString())
+        except AgentcgroupdError as error:
+            refused = as_request_error(error)
+            self._metrics.rpc_errors.labels("packet", refused.code).inc()
+            self._reply(client, b"ERR\0" + error_to_proto(refused).SerializeToString())
+        finally:
+            if peer is not None:
+                peer.close()
+            self._close(client)
 
     def _answer(self, client: socket.socket, data: bytes) -> list[str]:
         peer: Peer | None = None
@@ -181,7 +245,7 @@ class AttachServer:
         call = session.calls.get(request.value("call"))
         if call is None:
             raise NotFound(f"no call {request.value('call')[:64]!r} is open in this session")
-        self._calls.attach(call, peer.process.pid, os.dup(peer.process.pidfd))
+        self._calls.attach(call, peer.process)
         return ["OK", f"call={call.id}"]
 
     def _begin(self, peer: Peer, request: Request) -> list[str]:
@@ -190,7 +254,7 @@ class AttachServer:
         intent = {key: value for key, value in request.values.items() if key in Intent.model_fields}
         call = self._calls.begin(session, request.value("name"), intent, request.args, None)
         try:
-            self._calls.attach(call, peer.process.pid, os.dup(peer.process.pidfd))
+            self._calls.attach(call, peer.process)
         except AgentcgroupdError:
             self._calls.withdraw(call)
             raise

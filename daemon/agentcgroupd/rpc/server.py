@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -12,22 +11,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
-from google.protobuf import message, unknown_fields
+from google.protobuf import message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
-from agentcgroupd.convert import call_to_proto
+from agentcgroupd.convert import call_to_proto, error_to_proto
 from agentcgroupd.errors import (
     AgentcgroupdError,
     FailedPrecondition,
-    InvalidField,
     NotFound,
     as_request_error,
 )
-from agentcgroupd.rpc.identity import Relay, check_operator, session_of
-from agentcgroupd.session import Call, Session
+from agentcgroupd.rpc.agent import AgentCalls, intent_fields, refuse_unknown
+from agentcgroupd.rpc.identity import Relay, check_operator
+from agentcgroupd.session import Session
 
 if TYPE_CHECKING:
     from agentcgroupd.service import Daemon
@@ -42,20 +41,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Service = TypeVar("Service", bound="_Service")
 Request = TypeVar("Request", bound=message.Message)
 Response = TypeVar("Response")
-
-
-def refuse_unknown(request: message.Message) -> None:
-    """A field that this version does not know was meant to do something; better said than dropped.
-    Raises InvalidField."""
-    # Typed as a sequence only: it has no __iter__.
-    found = unknown_fields.UnknownFieldSet(request)
-    if len(found):
-        name = f"{request.DESCRIPTOR.name} field {found[0].field_number}"
-        allowed = "the fields of this version of agentcgroup.proto"
-        raise InvalidField(name, "", allowed, "it is unknown here")
-    for descriptor, value in request.ListFields():
-        if descriptor.type == descriptor.TYPE_MESSAGE and isinstance(value, message.Message):
-            refuse_unknown(value)
 
 
 def answers(
@@ -89,12 +74,12 @@ class _Service:
         """Abort with the error's code and sentence."""
         refused = as_request_error(error)
         self.daemon.metrics.rpc_errors.labels(name, refused.code).inc()
-        detail = pb.Error(code=refused.code, field=refused.field, value=refused.value,
-                          allowed=refused.allowed, sentence=refused.sentence)  # fmt: skip
+        detail = error_to_proto(refused)
         await context.abort(
-            grpc.StatusCode[refused.code], refused.sentence,
+            grpc.StatusCode[refused.code],
+            refused.sentence,
             ((ERROR_TRAILER, detail.SerializeToString()),),
-        )  # fmt: skip
+        )
 
     def reports(self, sessions: list[Session], limit: int) -> pb.ListReportsResponse:
         """The newest reports of some sessions, newest first."""
@@ -103,22 +88,15 @@ class _Service:
         return pb.ListReportsResponse(reports=found[: limit or REPORTS_DEFAULT])
 
 
-def _fields(intent: pb.Intent) -> dict[str, str]:
-    return {descriptor.name: value for descriptor, value in intent.ListFields()}
-
-
 class AgentService(_Service, pb_grpc.AgentServicer):
     """What an agent may ask, about its own session only."""
 
-    def _session(self, context: Context) -> Session:
-        return session_of(self.relay.peer(context.peer()), self.daemon.sessions.of_cgroup)
+    def __init__(self, daemon: Daemon, relay: Relay) -> None:
+        super().__init__(daemon, relay)
+        self._calls = AgentCalls(daemon.sessions, daemon.calls)
 
-    def _call(self, call_id: str, context: Context) -> Call:
-        session = self._session(context)
-        call = session.calls.get(call_id)
-        if call is None:
-            raise NotFound(f"no call {call_id[:64]!r} is open in this session", "call_id", call_id)
-        return call
+    def _session(self, context: Context) -> Session:
+        return self._calls.session(self.relay.peer(context.peer()))
 
     @answers
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.Session:
@@ -128,31 +106,19 @@ class AgentService(_Service, pb_grpc.AgentServicer):
     @answers
     async def BeginCall(self, request: pb.BeginCallRequest, context: Context) -> pb.Call:
         """See the proto."""
-        session = self._session(context)
-        owner = self.relay.peer(context.peer()).process
-        call = self.daemon.calls.begin(
-            session, request.name, _fields(request.intent), list(request.argv), owner
-        )
-        return call_to_proto(call, admin=False)
+        return self._calls.begin(self.relay.peer(context.peer()), request)
 
     @answers
     async def EndCall(self, request: pb.EndCallRequest, context: Context) -> pb.Report:
         """See the proto."""
-        session = self._session(context)
-        ended = session.report(request.call_id) if request.call_id else None
-        if ended is not None:
-            return ended
-        call = self._call(request.call_id, context)
-        status = request.wait_status if request.HasField("wait_status") else None
-        if status is not None and not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
-            raise InvalidField("wait_status", str(status), "a wait status of an ended process")
-        return await self.daemon.calls.end(call, request.detach, status, "its agent ended the call")
+        return await self._calls.end(self.relay.peer(context.peer()), request)
 
     @answers
     async def UpdateIntent(self, request: pb.UpdateIntentRequest, context: Context) -> pb.Call:
         """See the proto."""
-        call = self._call(request.call_id, context)
-        return call_to_proto(self.daemon.calls.update(call, _fields(request.intent)), admin=False)
+        call = self._calls.call(self.relay.peer(context.peer()), request.call_id)
+        updated = self.daemon.calls.update(call, intent_fields(request.intent))
+        return call_to_proto(updated, admin=False)
 
     @answers
     async def ListCalls(
