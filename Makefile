@@ -24,8 +24,7 @@ setup:
 	@./setup.sh
 
 demo: setup
-	@$(VENV)/python -m tests.guest.where --memory 2048 --timeout 900 -- \
-		$(VENV)/python -m bench.demo $(DEMO_ARGS)
+	@$(VENV)/python -m bench.demo $(DEMO_ARGS)
 
 test: setup
 	@$(VENV)/python -m tests.run
@@ -37,8 +36,7 @@ lint: setup
 	git ls-files -co --exclude-standard '*.c' '*.h' | xargs -r $(VENV)/clang-format --dry-run -Werror
 
 bench: setup
-	@$(VENV)/python -m tests.guest.where --memory 2048 --timeout 1800 -- \
-		$(VENV)/python -m bench.$(BENCH) $(BENCH_ARGS)
+	@$(VENV)/python -m bench.run $(BENCH) $(BENCH_ARGS)
 
 guest: setup
 	@$(VENV)/python -m tests.guest.kernel >/dev/null

@@ -7,7 +7,9 @@ cd "$(dirname "$0")/.."
 
 OUT=$(realpath -m "${1:-bench/recordings}")
 PYTHON=${PYTHON:-.venv/bin/python}
-AGENTS=(build_cpp fix_tests history analyse packages)
+# Which agents, and the part of the inputs that each needs.
+declare -A NEEDS=([build_cpp]=cpp [fix_tests]=suite [history]=repo [analyse]=data [packages]=wheels)
+read -ra AGENTS <<<"${AGENTS:-build_cpp fix_tests history analyse packages}"
 BIN=build/bin
 [ -x "$BIN/agentcg" ] || { echo "record_all: run 'make setup' first" >&2; exit 1; }
 for tool in git g++; do
@@ -16,7 +18,7 @@ done
 PYTHON=$(realpath -s "$PYTHON")
 BIN=$(realpath "$BIN")
 
-WORK=$(mktemp -d /var/tmp/agentcg-record-XXXXXX)
+WORK=$(mktemp -d "${TMPDIR:-/var/tmp}/agentcg-record-XXXXXX")
 POOL=agentcg-record-$$
 export AGENTCG_RUN_DIR=$WORK/run AGENTCG_EXEC=$BIN/agentcg-exec
 DAEMON=
@@ -67,7 +69,7 @@ record_one() {
 
 echo "record_all: making the inputs"
 for name in "${AGENTS[@]}"; do
-	"$PYTHON" -m bench.agents.prepare "$WORK/$name" &
+	"$PYTHON" -m bench.agents.prepare "$WORK/$name" "${NEEDS[$name]}" &
 	pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid"; done

@@ -3,15 +3,13 @@ it."""
 
 from __future__ import annotations
 
-import sys
-
 from bench.agents.runner import Agent, work_dir
 
 
 def main() -> None:
     """The run."""
     agent = Agent("fix_tests", work_dir())
-    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    pytest = ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider")
     agent.think(3)
     agent.bash("ls -la; head -40 test_part0.py", cwd="suite")
     agent.think(2)
@@ -27,7 +25,7 @@ def main() -> None:
     agent.think(4)
     agent.call("pytest", *pytest, "test_part2.py", "-k", "round_trip or index", cwd="suite")
     agent.think(5)
-    agent.bash("git -C ../repo log --oneline | head -5")
+    agent.bash("head -30 test_part2.py; python3 -m py_compile test_part1.py", cwd="suite")
     agent.think(2)
     agent.call("pytest", *pytest, cwd="suite")
     agent.think(4)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from bench.agents.runner import Agent, work_dir
 
 IMPORT_ALL = """
@@ -21,7 +19,7 @@ def main() -> None:
     agent.think(3)
     agent.bash("ls -la wheels; python3 --version")
     agent.think(2)
-    agent.call("venv", sys.executable, "-m", "venv", "env")
+    agent.call("venv", "python3", "-m", "venv", "env")
     agent.think(3)
     agent.call("pip", *pip, "install", *offline, "bigpkg")
     agent.think(4)

@@ -1,6 +1,6 @@
 """Makes the inputs of the recorded agents, all of them here, from nothing but the standard library.
 
-    python -m bench.agents.prepare WORK
+    python -m bench.agents.prepare WORK [PART...]
 
 WORK/repo     a git repository with some hundred commits of text and of data
 WORK/wheels   a wheel with a thousand modules, to be installed without a network
@@ -17,6 +17,7 @@ import random
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 WORDS = [f"{a}{b}{c}" for a in "bdgklmnprst" for b in "aeiou" for c in "lmnrst"]
@@ -198,15 +199,19 @@ def make_suite(directory: Path) -> None:
 
 
 def main() -> None:
-    """Make all of it below the given directory, which must be empty or absent."""
-    work = Path(sys.argv[1])
-    work.mkdir(parents=True, exist_ok=True)
+    """Make the named parts (all, if none is named) below the given directory."""
+    work, names = Path(sys.argv[1]), sys.argv[2:]
     rng = random.Random(7)
-    make_repo(work / "repo", rng)
-    make_wheel(work / "wheels", rng)
-    make_data(work / "data", rng)
-    make_cpp(work / "cpp")
-    make_suite(work / "suite")
+    parts: dict[str, Callable[[Path], None]] = {
+        "repo": lambda directory: make_repo(directory, rng),
+        "wheels": lambda directory: make_wheel(directory, rng),
+        "data": lambda directory: make_data(directory, rng),
+        "cpp": make_cpp,
+        "suite": make_suite,
+    }
+    work.mkdir(parents=True, exist_ok=True)
+    for name in names or parts:
+        parts[name](work / name)
 
 
 if __name__ == "__main__":

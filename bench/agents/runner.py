@@ -45,6 +45,9 @@ class Agent:
         self.work = work
         self._random = random.Random(name)
         self._agentcg = find_agentcg()
+        # Tools are named, not spelled out as paths: what is recorded should not depend on where.
+        tools = os.path.dirname(sys.executable)
+        self._environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
         # Half of it compresses to nothing, as a garbage-collected heap does.
         block = os.urandom(2048) + bytes(2048)
         self._runtime = bytearray(block * (RUNTIME_BYTES // len(block)))
@@ -59,6 +62,7 @@ class Agent:
         done = subprocess.run(
             [self._agentcg, "exec", "--name", name, "--", *argv],
             cwd=self.work / cwd,
+            env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -77,7 +81,7 @@ class Agent:
 
     def python(self, source: str, *argv: str, cwd: str = ".") -> bytes:
         """A script that the agent wrote."""
-        return self.call("python", sys.executable, "-c", source, *argv, cwd=cwd)
+        return self.call("python", "python3", "-c", source, *argv, cwd=cwd)
 
 
 def work_dir(argv: Sequence[str] | None = None) -> Path:

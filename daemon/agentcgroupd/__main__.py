@@ -9,9 +9,10 @@ import os
 import sys
 from pathlib import Path
 
+from agentcgroupd.answers import VERSION
 from agentcgroupd.config import Config, load_config
 from agentcgroupd.errors import AgentcgroupdError
-from agentcgroupd.service import VERSION, Daemon
+from agentcgroupd.service import Daemon
 
 log = logging.getLogger("agentcgroupd")
 

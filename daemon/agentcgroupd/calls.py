@@ -13,10 +13,9 @@ import logging
 import secrets
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.admission import Ceiling, Grant, grant_for, merge
+from agentcgroupd.admission import Ceiling, grant_for, merge
 from agentcgroupd.audit import Audit
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
@@ -36,6 +35,7 @@ from agentcgroupd.errors import (
 from agentcgroupd.evidence import gather, main_status, oom_counts, signal_all
 from agentcgroupd.feed import Feed
 from agentcgroupd.intent import check_name, cut_argv, parse_intent
+from agentcgroupd.leaf import prefer_as_oom_victim, write_grant
 from agentcgroupd.metrics import Metrics
 from agentcgroupd.owners import Owners
 from agentcgroupd.session import (
@@ -139,7 +139,7 @@ class Calls:
             session_ooms_before=session_ooms, pool_ooms_before=pool_ooms,
         )  # fmt: skip
         try:
-            call.grant = self._write_grant(session, cgroup, grant)
+            call.grant = write_grant(session, cgroup, grant)
             cgroup.set_xattr(call.record())
             self._adopt(call)
         except (KnobError, OSError) as error:
@@ -155,28 +155,6 @@ class Calls:
         if self._feed.listening:
             self._feed.publish(session.id, pb.Event(begun=call_to_proto(call, admin=True)))
         return call
-
-    def _write_grant(self, session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
-        """Set the interface files; those this kernel does not offer are named in the grant."""
-        missing: list[str] = []
-
-        def put(knob: knobs.Knob[knobs.T], value: knobs.T, wanted: bool) -> None:
-            if not wanted:
-                return
-            if knob.file in session.offered:
-                cgroup.write(knob, value)
-            else:
-                missing.append(knob.file)
-
-        put(knobs.MEMORY_MAX, grant.memory_max_bytes, grant.memory_max_bytes is not None)
-        put(knobs.MEMORY_HIGH, grant.memory_high_bytes, grant.memory_high_bytes is not None)
-        if knobs.MEMORY_OOM_GROUP.file in session.offered:
-            cgroup.write(knobs.MEMORY_OOM_GROUP, True)
-        put(knobs.PIDS_MAX, grant.pids_max, grant.pids_max is not None)
-        put(knobs.CPU_WEIGHT, grant.cpu_weight, grant.cpu_weight != 100)
-        if grant.cpu_max_millicores is not None:
-            put(knobs.CPU_MAX, knobs.CpuMax(grant.cpu_max_millicores * 100), True)
-        return replace(grant, not_enforced=tuple(missing)) if missing else grant
 
     def _adopt(self, call: Call) -> None:
         """Start to look after a call, new or found again."""
@@ -213,7 +191,7 @@ class Calls:
             call.cgroup.attach(process.pid)
             if not pidfd_alive(process.pidfd):
                 raise FailedPrecondition(f"process {process.pid} ended before it could enter")
-        _prefer_as_oom_victim(process.pid, call.grant.priority)
+        prefer_as_oom_victim(process.pid, call.grant.priority)
         if call.main is not None:
             call.main.close()
         call.main = process.copy()
@@ -229,7 +207,7 @@ class Calls:
         """Change an open call's grant. Raises RequestError, with nothing changed."""
         current = call.cgroup.read_if(knobs.MEMORY_CURRENT)
         grant = merge(call.grant, parse_intent(intent), self._ceiling(call.session), current)
-        grant = self._write_grant(call.session, call.cgroup, grant)
+        grant = write_grant(call.session, call.cgroup, grant)
         if grant.memory_high_bytes is None and call.grant.memory_high_bytes is not None:
             call.cgroup.write(knobs.MEMORY_HIGH, None)
         if grant.cpu_weight == 100 and call.grant.cpu_weight != 100:
@@ -286,7 +264,7 @@ class Calls:
     def _tell(self, call: Call, feedback: pb.Feedback) -> None:
         feedback.call_id, feedback.session_id = call.id, call.session.id
         feedback.at_unix_usec = feedback.at_unix_usec or unix_usec()
-        self._metrics.feedback.labels(_short(pb.FeedbackCode.Name(feedback.code), 14)).inc()
+        self._metrics.count_feedback(feedback)
         if self._feed.listening:
             self._feed.publish(call.session.id, pb.Event(feedback=feedback))
 
@@ -411,7 +389,7 @@ class Calls:
             report.began_unix_usec = call.began_unix_usec
             for feedback in report.feedback:
                 self._tell(call, feedback)
-            self._count(report)
+            self._metrics.count_end(report)
             call.session.reports.append(report)
             call.session.calls_ended += 1
             self.ended += 1
@@ -421,16 +399,6 @@ class Calls:
         if call.done is not None and not call.done.done():
             call.done.set_result(report)
         return report
-
-    def _count(self, report: pb.Report) -> None:
-        metrics = self._metrics
-        metrics.calls_ended.labels(_short(pb.Verdict.Name(report.verdict), 8)).inc()
-        metrics.call_wall.observe(report.wall_usec / 1e6)
-        if report.HasField("memory_peak_bytes"):
-            metrics.call_peak.observe(report.memory_peak_bytes)
-        metrics.throttled.labels("cpu").inc(report.cpu_throttled_usec / 1e6)
-        metrics.throttled.labels("memory").inc(report.memory_throttled_usec / 1e6)
-        metrics.throttled.labels("frozen").inc(report.frozen_usec / 1e6)
 
     def _forget(self, call: Call, removed: bool = False) -> None:
         self.open.pop(call.id, None)
@@ -482,19 +450,3 @@ class Calls:
             except KnobError:
                 log.debug("call %s is gone", call.id)
             self._forget(call)
-
-
-def _short(name: str, prefix_chars: int) -> str:
-    return name[prefix_chars:].lower()
-
-
-def _prefer_as_oom_victim(pid: int, priority: int) -> None:
-    """When a limit above the call is reached, the kernel is to choose a call, and the least
-    important one, rather than the agent. Thousandths of the limit are added to its badness: 200 for
-    an important call, 500 for a normal one, 800 for batch (mm/oom_kill.c: oom_badness); the agent's
-    own processes stay at 0."""
-    try:
-        with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
-            file.write(str(max(50, (100 - priority) * 10)))
-    except OSError as error:
-        log.debug("oom_score_adj of %d: %s", pid, error)

@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+
 SECONDS_BUCKETS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5,
 )  # fmt: skip
@@ -61,9 +63,28 @@ class Metrics:
         self.audit_lost = gauge("audit_entries_lost", "Audit entries that could not be written")
         self.loop_lag = histogram("loop_lag_seconds", "Lateness of the event loop", SECONDS_BUCKETS)
 
+    def count_end(self, report: pb.Report) -> None:
+        """An ended call."""
+        verdict = _word(pb.Verdict.Name(report.verdict), "VERDICT_")
+        self.calls_ended.labels(verdict).inc()
+        self.call_wall.observe(report.wall_usec / 1e6)
+        if report.HasField("memory_peak_bytes"):
+            self.call_peak.observe(report.memory_peak_bytes)
+        self.throttled.labels("cpu").inc(report.cpu_throttled_usec / 1e6)
+        self.throttled.labels("memory").inc(report.memory_throttled_usec / 1e6)
+        self.throttled.labels("frozen").inc(report.frozen_usec / 1e6)
+
+    def count_feedback(self, feedback: pb.Feedback) -> None:
+        """One thing told to an agent."""
+        self.feedback.labels(_word(pb.FeedbackCode.Name(feedback.code), "FEEDBACK_CODE_")).inc()
+
     def time(self, phase: str) -> Any:
         """A context manager that times one of the daemon's own steps."""
         return self.phase.labels(phase).time()
+
+
+def _word(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).lower()
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):

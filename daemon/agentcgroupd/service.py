@@ -17,13 +17,13 @@ from pathlib import Path
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
+from agentcgroupd.answers import Answers
 from agentcgroupd.audit import Audit
 from agentcgroupd.calls import Calls
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.config import Config
-from agentcgroupd.convert import call_to_proto, session_to_proto
 from agentcgroupd.errors import (
     AgentcgroupdError,
     CgroupGone,
@@ -39,13 +39,11 @@ from agentcgroupd.pool import Pool, prepare_pool
 from agentcgroupd.rpc.attach import AttachServer
 from agentcgroupd.rpc.identity import Relay
 from agentcgroupd.rpc.server import AdminService, AgentService, GrpcServer
-from agentcgroupd.session import RECORD_VERSION, Call, Session, read_record, unix_usec
+from agentcgroupd.session import RECORD_VERSION, Call, Session, read_record
 from agentcgroupd.sessions import Sessions
-from agentcgroupd.units import show_bytes
 
 log = logging.getLogger(__name__)
 
-VERSION = "0.1.0"
 SWEEP_INTERVAL_S = 10.0
 BEAT_INTERVAL_S = 0.5
 FILES_WANTED = 262_144
@@ -60,14 +58,13 @@ class Daemon:
         self.metrics = Metrics()
         self.feed = Feed()
         self.heartbeat = Heartbeat()
-        self.started_unix_usec = unix_usec()
-        self.leftovers_removed = 0
         self._stop = asyncio.Event()
         self._lock_fd = -1
         self._tasks: set[asyncio.Task[None]] = set()
         self.pool: Pool
         self.sessions: Sessions
         self.calls: Calls
+        self.answers: Answers
 
     async def start(self) -> None:
         """Take the pool, take up what is there, open the sockets. Raises ConfigError, KnobError or
@@ -82,6 +79,7 @@ class Daemon:
         self.sessions = Sessions(self.config, self.pool)
         self.calls = Calls(self.config.calls, self.events, self.audit, self.metrics, self.feed,
                            self.sessions.ceiling, self.pool.cgroup)  # fmt: skip
+        self.answers = Answers(self.pool, self.sessions, self.calls)
         self._restore()
         self.sweep()
         await self._open_sockets(run)
@@ -225,7 +223,9 @@ class Daemon:
         self._watch(session)
         self.audit.write("session_opened", session=session.id, cgroup=session.cgroup_path,
                          adopted=session.adopted)  # fmt: skip
-        self.feed.publish(session.id, pb.Event(session_opened=self.describe(session, admin=True)))
+        self.feed.publish(
+            session.id, pb.Event(session_opened=self.answers.describe(session, admin=True))
+        )
         return session
 
     def _watch(self, session: Session) -> None:
@@ -265,7 +265,7 @@ class Daemon:
             await asyncio.gather(
                 *(self.calls.end(call, False, None, "its session was closed") for call in calls)
             )
-            last = self.describe(session, admin=True) if session.cgroup.exists() else None
+            last = self.answers.describe(session, admin=True) if session.cgroup.exists() else None
             await asyncio.get_running_loop().run_in_executor(None, self.sessions.remove, session)
         except BaseException:
             session.closing = False
@@ -276,77 +276,6 @@ class Daemon:
         self.feed.publish(session.id, pb.Event(session_closed=last or pb.Session(id=session.id)))
         self.feed.end(session.id)
         return len(calls)
-
-    # Answers
-
-    def describe(self, session: Session, admin: bool) -> pb.Session:
-        """A session as sent. Raises CgroupGone."""
-        return session_to_proto(session, admin, self.sessions.not_enforced())
-
-    def list_calls(self, sessions: list[Session], admin: bool) -> pb.ListCallsResponse:
-        """Open calls with what they use now."""
-        calls = []
-        for session in sessions:
-            for call in session.calls.values():
-                try:
-                    calls.append(call_to_proto(call, admin, usage=True))
-                except CgroupGone:
-                    continue
-        return pb.ListCallsResponse(calls=calls)
-
-    def describe_pool(self) -> pb.Pool:
-        """The pool as sent."""
-        return pb.Pool(
-            cgroup_path=self.pool.path,
-            memory_max_bytes=self.pool.memory_max_bytes,
-            memory_current_bytes=self.pool.cgroup.read_if(knobs.MEMORY_CURRENT),
-            cpu_millicores=self.pool.cpu_millicores,
-            sessions_open=len(self.sessions.open),
-            calls_open=len(self.calls.open),
-            calls_begun=self.calls.begun,
-            calls_ended=self.calls.ended,
-            leftovers_removed=self.leftovers_removed,
-            controllers=self.pool.controllers,
-            not_enforced=self.sessions.not_enforced(),
-            version=VERSION,
-            kernel=os.uname().release,
-            started_unix_usec=self.started_unix_usec,
-        )
-
-    def budget(self, session: Session) -> pb.Budget:
-        """What is left for a session: the tightest of its own limit and the pool's."""
-        limits, cgroup = session.limits, session.cgroup
-        used = cgroup.read_if(knobs.MEMORY_CURRENT)
-        left: list[int] = []
-        if used is not None and limits.memory_max_bytes is not None:
-            left.append(limits.memory_max_bytes - used)
-        pool_used = self.pool.cgroup.read_if(knobs.MEMORY_CURRENT)
-        if pool_used is not None and self.pool.memory_max_bytes is not None:
-            left.append(self.pool.memory_max_bytes - pool_used)
-        tops = [top for top in (limits.memory_max_bytes, self.pool.memory_max_bytes) if top]
-        pids = cgroup.read_if(knobs.PIDS_CURRENT)
-        cores = min(limits.cpu_max_millicores or self.pool.cpu_millicores, self.pool.cpu_millicores)
-        idle = max(0, round((len(os.sched_getaffinity(0)) - os.getloadavg()[0]) * 1000))
-        available = max(0, min(left)) if left else None
-        memory = (
-            f"{show_bytes(available)} of memory"
-            if available is not None
-            else "memory without a limit"
-        )
-        open_calls = f"{len(session.calls)} of {limits.calls_max} calls open"
-        sentence = f"You have {memory} and {cores / 1000:g} cores; {open_calls}."
-        return pb.Budget(
-            memory_limit_bytes=min(tops) if tops else None,
-            memory_used_bytes=used,
-            memory_available_bytes=available,
-            cpu_limit_millicores=cores,
-            cpu_available_millicores=min(cores, idle),
-            pids_limit=limits.pids_max if pids is not None else None,
-            pids_available=limits.pids_max - pids if pids is not None and limits.pids_max else None,
-            calls_open=len(session.calls),
-            calls_max=limits.calls_max,
-            sentence=sentence,
-        )
 
     # Housekeeping
 
@@ -370,7 +299,7 @@ class Daemon:
         except KnobError as error:
             log.warning("leftover %s: %s", cgroup.path, error)
             return
-        self.leftovers_removed += 1
+        self.answers.leftovers_removed += 1
         self.metrics.leftovers.inc()
         log.info("removed leftover %s", cgroup.path)
 

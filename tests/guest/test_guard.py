@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agentcgroup.v1 import agentcgroup_pb2 as pb
 
+from agentcgroup.v1 import agentcgroup_pb2 as pb
 from tests.harness import EXEC, SLOW, DaemonProcess, wait_until
 
 pytestmark = pytest.mark.controllers

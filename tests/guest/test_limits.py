@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
-
 from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, RemoteRpcError, wait_until
 
 pytestmark = pytest.mark.controllers

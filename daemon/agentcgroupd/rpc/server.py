@@ -101,7 +101,7 @@ class AgentService(_Service, pb_grpc.AgentServicer):
     @answers
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.Session:
         """See the proto."""
-        return self.daemon.describe(self._session(context), admin=False)
+        return self.daemon.answers.describe(self._session(context), admin=False)
 
     @answers
     async def BeginCall(self, request: pb.BeginCallRequest, context: Context) -> pb.Call:
@@ -128,12 +128,12 @@ class AgentService(_Service, pb_grpc.AgentServicer):
         session = self._session(context)
         if request.session_id not in ("", session.id):
             raise NotFound("an agent sees its own session only", "session_id", request.session_id)
-        return self.daemon.list_calls([session], admin=False)
+        return self.daemon.answers.list_calls([session], admin=False)
 
     @answers
     async def GetBudget(self, request: pb.GetBudgetRequest, context: Context) -> pb.Budget:
         """See the proto."""
-        return self.daemon.budget(self._session(context))
+        return self.daemon.answers.budget(self._session(context))
 
     @answers
     async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:
@@ -195,20 +195,20 @@ class AdminService(_Service, pb_grpc.AdminServicer):
     async def GetPool(self, request: pb.GetPoolRequest, context: Context) -> pb.Pool:
         """See the proto."""
         self._check(context)
-        return self.daemon.describe_pool()
+        return self.daemon.answers.describe_pool()
 
     @answers
     async def OpenSession(self, request: pb.OpenSessionRequest, context: Context) -> pb.Session:
         """See the proto."""
         self._check(context)
-        return self.daemon.describe(self.daemon.open_session(request.spec), admin=True)
+        return self.daemon.answers.describe(self.daemon.open_session(request.spec), admin=True)
 
     @answers
     async def AdoptSession(self, request: pb.AdoptSessionRequest, context: Context) -> pb.Session:
         """See the proto."""
         self._check(context)
         session = self.daemon.adopt_session(request.cgroup_path, request.spec)
-        return self.daemon.describe(session, admin=True)
+        return self.daemon.answers.describe(session, admin=True)
 
     @answers
     async def CloseSession(
@@ -225,7 +225,7 @@ class AdminService(_Service, pb_grpc.AdminServicer):
     ) -> pb.ListSessionsResponse:
         """See the proto."""
         self._check(context)
-        sessions = [self.daemon.describe(s, admin=True) for s in self._sessions("")]
+        sessions = [self.daemon.answers.describe(s, admin=True) for s in self._sessions("")]
         return pb.ListSessionsResponse(sessions=sessions)
 
     @answers
@@ -234,7 +234,7 @@ class AdminService(_Service, pb_grpc.AdminServicer):
     ) -> pb.ListCallsResponse:
         """See the proto."""
         self._check(context)
-        return self.daemon.list_calls(self._sessions(request.session_id), admin=True)
+        return self.daemon.answers.list_calls(self._sessions(request.session_id), admin=True)
 
     @answers
     async def EndCall(self, request: pb.EndCallRequest, context: Context) -> pb.Report:

@@ -1,0 +1,97 @@
+"""What the daemon says of itself when asked: pool, sessions, calls, and what is left."""
+
+from __future__ import annotations
+
+import os
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.calls import Calls
+from agentcgroupd.cgroup import knobs
+from agentcgroupd.convert import call_to_proto, session_to_proto
+from agentcgroupd.errors import CgroupGone
+from agentcgroupd.pool import Pool
+from agentcgroupd.session import Session, unix_usec
+from agentcgroupd.sessions import Sessions
+from agentcgroupd.units import show_bytes
+
+VERSION = "0.1.0"
+
+
+class Answers:
+    """Reads what is there; changes nothing."""
+
+    def __init__(self, pool: Pool, sessions: Sessions, calls: Calls) -> None:
+        self.pool = pool
+        self.sessions = sessions
+        self.calls = calls
+        self.started_unix_usec = unix_usec()
+        self.leftovers_removed = 0
+
+    def describe(self, session: Session, admin: bool) -> pb.Session:
+        """A session as sent. Raises CgroupGone."""
+        return session_to_proto(session, admin, self.sessions.not_enforced())
+
+    def list_calls(self, sessions: list[Session], admin: bool) -> pb.ListCallsResponse:
+        """Open calls with what they use now."""
+        calls = []
+        for session in sessions:
+            for call in session.calls.values():
+                try:
+                    calls.append(call_to_proto(call, admin, usage=True))
+                except CgroupGone:
+                    continue
+        return pb.ListCallsResponse(calls=calls)
+
+    def describe_pool(self) -> pb.Pool:
+        """The pool as sent."""
+        return pb.Pool(
+            cgroup_path=self.pool.path,
+            memory_max_bytes=self.pool.memory_max_bytes,
+            memory_current_bytes=self.pool.cgroup.read_if(knobs.MEMORY_CURRENT),
+            cpu_millicores=self.pool.cpu_millicores,
+            sessions_open=len(self.sessions.open),
+            calls_open=len(self.calls.open),
+            calls_begun=self.calls.begun,
+            calls_ended=self.calls.ended,
+            leftovers_removed=self.leftovers_removed,
+            controllers=self.pool.controllers,
+            not_enforced=self.sessions.not_enforced(),
+            version=VERSION,
+            kernel=os.uname().release,
+            started_unix_usec=self.started_unix_usec,
+        )
+
+    def budget(self, session: Session) -> pb.Budget:
+        """What is left for a session: the tightest of its own limit and the pool's."""
+        limits, cgroup = session.limits, session.cgroup
+        used = cgroup.read_if(knobs.MEMORY_CURRENT)
+        left: list[int] = []
+        if used is not None and limits.memory_max_bytes is not None:
+            left.append(limits.memory_max_bytes - used)
+        pool_used = self.pool.cgroup.read_if(knobs.MEMORY_CURRENT)
+        if pool_used is not None and self.pool.memory_max_bytes is not None:
+            left.append(self.pool.memory_max_bytes - pool_used)
+        tops = [top for top in (limits.memory_max_bytes, self.pool.memory_max_bytes) if top]
+        pids = cgroup.read_if(knobs.PIDS_CURRENT)
+        cores = min(limits.cpu_max_millicores or self.pool.cpu_millicores, self.pool.cpu_millicores)
+        idle = max(0, round((len(os.sched_getaffinity(0)) - os.getloadavg()[0]) * 1000))
+        available = max(0, min(left)) if left else None
+        memory = (
+            f"{show_bytes(available)} of memory"
+            if available is not None
+            else "memory without a limit"
+        )
+        open_calls = f"{len(session.calls)} of {limits.calls_max} calls open"
+        sentence = f"You have {memory} and {cores / 1000:g} cores; {open_calls}."
+        return pb.Budget(
+            memory_limit_bytes=min(tops) if tops else None,
+            memory_used_bytes=used,
+            memory_available_bytes=available,
+            cpu_limit_millicores=cores,
+            cpu_available_millicores=min(cores, idle),
+            pids_limit=limits.pids_max if pids is not None else None,
+            pids_available=limits.pids_max - pids if pids is not None and limits.pids_max else None,
+            calls_open=len(session.calls),
+            calls_max=limits.calls_max,
+            sentence=sentence,
+        )

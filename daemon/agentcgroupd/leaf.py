@@ -1,0 +1,48 @@
+"""A call's leaf: its interface files from the grant, and what the kernel thinks of its processes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from agentcgroupd.admission import Grant
+from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.session import Session
+
+log = logging.getLogger(__name__)
+
+
+def write_grant(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
+    """Set the interface files; those this kernel does not offer are named in the grant."""
+    missing: list[str] = []
+
+    def put(knob: knobs.Knob[knobs.T], value: knobs.T, wanted: bool) -> None:
+        if not wanted:
+            return
+        if knob.file in session.offered:
+            cgroup.write(knob, value)
+        else:
+            missing.append(knob.file)
+
+    put(knobs.MEMORY_MAX, grant.memory_max_bytes, grant.memory_max_bytes is not None)
+    put(knobs.MEMORY_HIGH, grant.memory_high_bytes, grant.memory_high_bytes is not None)
+    if knobs.MEMORY_OOM_GROUP.file in session.offered:
+        cgroup.write(knobs.MEMORY_OOM_GROUP, True)
+    put(knobs.PIDS_MAX, grant.pids_max, grant.pids_max is not None)
+    put(knobs.CPU_WEIGHT, grant.cpu_weight, grant.cpu_weight != 100)
+    if grant.cpu_max_millicores is not None:
+        put(knobs.CPU_MAX, knobs.CpuMax(grant.cpu_max_millicores * 100), True)
+    return replace(grant, not_enforced=tuple(missing)) if missing else grant
+
+
+def prefer_as_oom_victim(pid: int, priority: int) -> None:
+    """When a limit above the call is reached, the kernel is to choose a call, and the least
+    important one, rather than the agent. Thousandths of the limit are added to its badness: 200 for
+    an important call, 500 for a normal one, 800 for batch (mm/oom_kill.c: oom_badness); the agent's
+    own processes stay at 0."""
+    try:
+        with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
+            file.write(str(max(50, (100 - priority) * 10)))
+    except OSError as error:
+        log.debug("oom_score_adj of %d: %s", pid, error)

@@ -1,0 +1,210 @@
+"""What a replay found, as plain values: written as JSON, read again by the plot and by
+benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+SCHEMA = "agentcgroup-replay/1"
+
+Outcome = Literal["finished", "killed", "failed", "refused", "not run"]
+OUTCOMES: tuple[Outcome, ...] = ("finished", "killed", "failed", "refused", "not run")
+SessionState = Literal["finished", "lost", "timed out"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of time, seconds since the strategy's start."""
+
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """One planned call and what became of it. Times are seconds since the strategy's start."""
+
+    index: int
+    tool: str
+    outcome: Outcome
+    planned_s: float
+    planned_peak_bytes: int
+    began_s: float | None = None
+    ended_s: float | None = None
+    exit_code: int | None = None
+    term_signal: int | None = None
+    verdict: str | None = None
+    sentence: str | None = None
+    frozen: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """How long single allocations took, over all calls of a session."""
+
+    n: int
+    p50_usec: float
+    p95_usec: float
+    p99_usec: float
+    max_usec: float
+
+
+@dataclass(frozen=True, slots=True)
+class SessionResult:
+    """One session under one strategy."""
+
+    id: str
+    recording: str
+    important: bool
+    state: SessionState
+    began_s: float
+    ended_s: float
+    planned_s: float
+    planned_peak_bytes: int
+    peak_bytes: int | None
+    oom_kills: int
+    calls: tuple[CallResult, ...]
+    alloc_latency: Latency | None = None
+
+    def count(self, outcome: Outcome) -> int:
+        """How many calls had this outcome."""
+        return sum(call.outcome == outcome for call in self.calls)
+
+    @property
+    def seconds(self) -> float:
+        """From the session's start to its end."""
+        return self.ended_s - self.began_s
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """memory.current over time; `sessions_bytes` by session id, as long as `at_s`."""
+
+    at_s: tuple[float, ...]
+    pool_bytes: tuple[int, ...]
+    sessions_bytes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyResult:
+    """One strategy's run of all sessions."""
+
+    strategy: str
+    limit_bytes: int
+    seconds: float
+    sessions: tuple[SessionResult, ...]
+    timeline: Timeline
+    leaks: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayResult:
+    """Several strategies on the same input, where they ran, and the rules that set the numbers."""
+
+    kernel: str
+    where: str
+    memory_scale: float
+    speed: float
+    strategies: tuple[StrategyResult, ...]
+    rules: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values with the schema's name."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    def write(self, path: Path) -> None:
+        """Write as JSON; the file appears whole or not at all."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def _call(value: Mapping[str, Any]) -> CallResult:
+    frozen = tuple(Span(**span) for span in value["frozen"])
+    return CallResult(**{**value, "frozen": frozen})
+
+
+def _session(value: Mapping[str, Any]) -> SessionResult:
+    latency = value["alloc_latency"]
+    return SessionResult(
+        **{
+            **value,
+            "calls": tuple(_call(call) for call in value["calls"]),
+            "alloc_latency": Latency(**latency) if latency else None,
+        }
+    )
+
+
+def _strategy(value: Mapping[str, Any]) -> StrategyResult:
+    timeline = value["timeline"]
+    series = timeline["sessions_bytes"]
+    return StrategyResult(
+        **{
+            **value,
+            "sessions": tuple(_session(session) for session in value["sessions"]),
+            "timeline": Timeline(
+                tuple(timeline["at_s"]),
+                tuple(timeline["pool_bytes"]),
+                {name: tuple(values) for name, values in series.items()},
+            ),
+            "leaks": tuple(value["leaks"]),
+            "notes": tuple(value["notes"]),
+        }
+    )
+
+
+def read(path: Path) -> ReplayResult:
+    """Read a result. Raises ValueError where it is not one, OSError as open does."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict) or value.pop("schema", None) != SCHEMA:
+        raise ValueError(f"{path}: not a replay result of schema {SCHEMA}")
+    strategies = tuple(_strategy(strategy) for strategy in value["strategies"])
+    return ReplayResult(**{**value, "strategies": strategies})
+
+
+_COLUMNS = ("strategy", "session", "finished", "killed", "failed", "not run", "time", "peak", "end")
+
+
+def table(results: Sequence[StrategyResult]) -> str:
+    """One line per strategy and session, and one with the leaks of each strategy."""
+    rows: list[tuple[str, ...]] = [_COLUMNS]
+    for result in results:
+        for position, session in enumerate(result.sessions):
+            peak = "-" if session.peak_bytes is None else f"{session.peak_bytes / 1e6:.0f} MB"
+            rows.append(
+                (
+                    "" if position else result.strategy,
+                    session.id + (" *" if session.important else ""),
+                    f"{session.count('finished')}/{len(session.calls)}",
+                    str(session.count("killed")),
+                    str(session.count("failed") + session.count("refused")),
+                    str(session.count("not run")),
+                    f"{session.seconds:.1f} s",
+                    peak,
+                    session.state,
+                )
+            )
+        leaks = len(result.leaks)
+        rows.append(
+            ("", f"cgroups leaked: {leaks}", "", "", "", "", f"{result.seconds:.1f} s", "", "")
+        )
+    # Text in the leak rows may run over into the empty columns beside it.
+    widths = [max(len(row[i]) for row in rows if i != 1 or row[2]) for i in range(len(_COLUMNS))]
+    lines = []
+    for row in rows:
+        if row[2]:
+            cells = [
+                cell.ljust(width) if i in (0, 1, 8) else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(cells).rstrip())
+        else:
+            lines.append(f"{'':{widths[0]}}  {row[1]}; {row[6]} in all")
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*lines, "* the important session"])
