@@ -55,8 +55,10 @@ def main() -> None:
             answer = (True, scope["result"])
             data = pickle.dumps(answer)
         except grpc.RpcError as error:
-            raw = dict(error.trailing_metadata() or ()).get("agentcg-error-bin", b"")
-            data = pickle.dumps((False, RemoteRpcError(error.code().name, error.details(), raw)))
+            trailer: Any = error.trailing_metadata() or ()
+            raw = dict(trailer).get("agentcg-error-bin", b"")
+            remote = RemoteRpcError(error.code().name, error.details() or "", raw)
+            data = pickle.dumps((False, remote))
         except BaseException as error:  # noqa: BLE001 (whatever it was, the test is to see it)
             data = pickle.dumps((False, AssertionError(f"{type(error).__name__}: {error}")))
         stdout.write(data)

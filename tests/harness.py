@@ -151,7 +151,7 @@ class DaemonProcess:
 
     def open(self, session_id: str, **limits: str) -> AgentProcess:
         """Open a session with an agent in it."""
-        spec = pb.SessionSpec(id=session_id, **limits)  # type: ignore[arg-type]
+        spec = pb.SessionSpec(id=session_id, **limits)
         self.admin.OpenSession(pb.OpenSessionRequest(spec=spec))
         return self.enter(session_id)
 

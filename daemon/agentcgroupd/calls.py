@@ -372,32 +372,44 @@ class Calls:
         if call.id not in self.open:
             return call.session.report(call.id)
         with self._metrics.time("finish"):
-            report = report_of(gather(call, self._pool))
+            report = self._report(call)
+            # Before the cgroup goes: a daemon killed in between would lose the report. One killed
+            # after this finds the empty cgroup and writes the entry again; the later one counts.
+            self._audit.write("call_ended", session=call.session.id, call=call.id, report=report)
             removed = True
             try:
                 call.cgroup.remove()
             except KnobError as error:
                 if error.errno == errno.EBUSY:
                     # A process entered between the event and now; its end brings us back.
+                    self._audit.write("call_goes_on", session=call.session.id, call=call.id)
                     return None
                 log.error("call %s: its cgroup could not be removed: %s", call.id, error)
                 removed = False
             self._forget(call, removed)
-            report.call_id, report.session_id, report.name = call.id, call.session.id, call.name
-            report.argv.extend(call.argv)
-            report.grant.CopyFrom(grant_to_proto(call.grant))
-            report.began_unix_usec = call.began_unix_usec
-            for feedback in report.feedback:
-                self._tell(call, feedback)
-            self._metrics.count_end(report)
             call.session.reports.append(report)
             call.session.calls_ended += 1
             self.ended += 1
-            self._audit.write("call_ended", session=call.session.id, call=call.id, report=report)
+            self._metrics.count_end(report)
+            for feedback in report.feedback:
+                # How long it was paused is in the report; that it was, has been told then.
+                if feedback.code != pb.FEEDBACK_CODE_FROZEN:
+                    self._tell(call, feedback)
             if self._feed.listening:
                 self._feed.publish(call.session.id, pb.Event(ended=report))
         if call.done is not None and not call.done.done():
             call.done.set_result(report)
+        return report
+
+    def _report(self, call: Call) -> pb.Report:
+        report = report_of(gather(call, self._pool))
+        report.call_id, report.session_id, report.name = call.id, call.session.id, call.name
+        report.argv.extend(call.argv)
+        report.grant.CopyFrom(grant_to_proto(call.grant))
+        report.began_unix_usec = call.began_unix_usec
+        for feedback in report.feedback:
+            feedback.call_id, feedback.session_id = call.id, call.session.id
+            feedback.at_unix_usec = unix_usec()
         return report
 
     def _forget(self, call: Call, removed: bool = False) -> None:

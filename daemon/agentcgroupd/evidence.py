@@ -55,7 +55,8 @@ def gather(call: Call, pool: Cgroup) -> EndFacts:
     base = EndFacts(
         grant=call.grant,
         wall_usec=max(0, boottime_usec() - call.began_boot_usec),
-        ever_entered=call.entered,
+        # The record may be older than the entering: a daemon can be killed between the two.
+        ever_entered=call.entered or status is not None,
         wait_status=status,
         evidence=evidence,
         ended_by=call.ended_by,
@@ -89,6 +90,7 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup) -> EndFacts:
 
     events, pids_events = read(knobs.MEMORY_EVENTS), read(knobs.PIDS_EVENTS)
     pressure, io = call.cgroup.read_if(knobs.MEMORY_PRESSURE), read(knobs.IO_STAT)
+    cpu = call.cgroup.read(knobs.CPU_STAT)
     oom_kills = events["oom_kill"] if events else None
     # Limits above are looked at only after a kill: that is rare, and this is on every call's way.
     session_ooms, pool_ooms = oom_counts(call.session, pool) if oom_kills else (0, 0)
@@ -102,7 +104,8 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup) -> EndFacts:
         memory_peak_bytes=read(knobs.MEMORY_PEAK),
         memory_high_events=events["high"] if events else None,
         memory_throttled_usec=pressure["some"].total_usec if pressure else None,
-        cpu=call.cgroup.read(knobs.CPU_STAT),
+        cpu=cpu,
+        ever_entered=facts.ever_entered or cpu["usage_usec"] > 0,
         pids_peak=read(knobs.PIDS_PEAK),
         pids_max_events=pids_events["max"] if pids_events else None,
         io_read_bytes=sum(d.get("rbytes", 0) for d in io.values()) if io is not None else None,

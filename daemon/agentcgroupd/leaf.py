@@ -1,4 +1,4 @@
-"""A call's leaf: its interface files from the grant, and what the kernel thinks of its processes."""
+"""A call's leaf: interface files from the grant, and who goes first when memory ends."""
 
 from __future__ import annotations
 

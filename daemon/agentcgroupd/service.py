@@ -134,13 +134,14 @@ class Daemon:
         if not self.sessions.open:
             return
         ended = {r.call_id for s in self.sessions.open.values() for r in s.reports}
-        restored: dict[str, list[pb.Report]] = {}
+        restored: dict[str, dict[str, pb.Report]] = {}
         for report in self.audit.ended_reports():
-            if report.session_id in self.sessions.open and report.call_id not in ended:
-                restored.setdefault(report.session_id, []).append(report)
+            known = report.call_id in ended or report.call_id in self.calls.open
+            if report.session_id in self.sessions.open and not known:
+                restored.setdefault(report.session_id, {})[report.call_id] = report
         for session_id, reports in restored.items():
             session = self.sessions.open[session_id]
-            mine = [r for r in reports if r.began_unix_usec >= session.opened_unix_usec]
+            mine = [r for r in reports.values() if r.began_unix_usec >= session.opened_unix_usec]
             session.reports.extendleft(reversed(mine[-(session.reports.maxlen or 0) :]))
             session.calls_ended += len(mine)
         log.info("took up %d sessions and %d calls", len(self.sessions.open), len(self.calls.open))

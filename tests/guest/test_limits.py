@@ -177,11 +177,18 @@ def _memory(daemon: DaemonProcess, session: str) -> int:
 
 
 def test_a_fork_bomb_stops_at_pids_max(daemon: DaemonProcess, agent: AgentProcess) -> None:
-    bomb = "import os, time\nfor _ in range(100):\n    try:\n        if not os.fork(): time.sleep(100)\n"
-    bomb += "    except BlockingIOError: pass\n"
+    bomb = """
+import os, time
+for _ in range(100):
+    try:
+        if not os.fork():
+            time.sleep(100)
+    except BlockingIOError:
+        pass
+"""
     code = """
-done = subprocess.run([EXEC, "--name", "bomb", "--pids-max", "20", "--", sys.executable, "-c", bomb])
-result = done.returncode
+argv = [EXEC, "--name", "bomb", "--pids-max", "20", "--", sys.executable, "-c", bomb]
+result = subprocess.call(argv)
 """
     assert agent.run(code, bomb=bomb) == 0
     assert len(daemon.call_dirs()) == 1, "its children go on"
@@ -226,9 +233,12 @@ def test_what_would_never_fit_is_refused(daemon: DaemonProcess, agent: AgentProc
         agent.run("stub.BeginCall(pb.BeginCallRequest(name='x', intent=pb.Intent(memory='64G')))")
     assert (caught.value.code, caught.value.error.field) == ("INVALID_ARGUMENT", "memory")
     assert daemon.call_dirs() == []
-    for limits, field in (({"memory_max": "64G"}, "memory_max"),
-                          ({"memory_max": "64M", "memory_low": "65M"}, "memory_low"),
-                          ({"pids_max": "0"}, "pids_max"), ({"priority": "-1"}, "priority")):  # fmt: skip
+    for limits, field in (
+        ({"memory_max": "64G"}, "memory_max"),
+        ({"memory_max": "64M", "memory_low": "65M"}, "memory_low"),
+        ({"pids_max": "0"}, "pids_max"),
+        ({"priority": "-1"}, "priority"),
+    ):
         with pytest.raises(Exception, match=field):
             daemon.open("greedy", **limits)
     assert not (daemon.cgroup_dir / "greedy").exists()

@@ -133,6 +133,7 @@ def test_a_frozen_call_goes_on_within_two_seconds_of_a_restart(fresh: DaemonProc
 
 def test_leftovers_are_swept_and_what_is_not_ours_is_left_alone(fresh: DaemonProcess) -> None:
     agent = fresh.open("alpha")
+    agent.run("pass")  # it is in
     fresh.stop()
     session = Cgroup.open(fresh.cgroup_dir / "alpha")
     # As after a crash between mkdir and the record.
@@ -168,12 +169,12 @@ def test_the_sdk_rides_over_a_restart(fresh: DaemonProcess) -> None:
 import threading
 box = {}
 def work():
-    box["done"] = agent.run(["sh", "-c", "sleep 1; exit 6"])
+    box["done"] = agent.run(["sh", "-c", "sleep 2; exit 6"])
 thread = threading.Thread(target=work)
 thread.start()
 """
     )
-    wait_until("the tool runs", lambda: bool(fresh.call_dirs()) and _populated(fresh))
+    wait_until("the tool runs", lambda: bool(fresh.call_dirs()) and _tool_runs(fresh))
     fresh.kill()
     fresh.start()
     result = agent.run(
@@ -183,8 +184,13 @@ thread.start()
     assert fresh.call_dirs() == []
 
 
-def _populated(daemon: DaemonProcess) -> bool:
-    return "populated 1" in (daemon.call_dirs()[0] / "cgroup.events").read_text()
+def _tool_runs(daemon: DaemonProcess) -> bool:
+    """The launcher has its answer and has become the tool."""
+    for pid in (daemon.call_dirs()[0] / "cgroup.procs").read_text().split():
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            if file.read().startswith(b"sh\0"):
+                return True
+    return False
 
 
 def test_a_session_closed_while_calls_run_takes_them_along(fresh: DaemonProcess) -> None:

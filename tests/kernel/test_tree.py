@@ -120,7 +120,7 @@ def test_events_tell_of_the_last_process_and_of_freezing(top: Cgroup) -> None:
             seen.append(child.read(knobs.CGROUP_EVENTS))
             if seen[-1]["frozen"]:
                 frozen.set()
-            if len(seen) > 2 and seen[-1]["populated"] == 0:
+            if frozen.is_set() and seen[-1]["populated"] == 0:
                 ended.set()
 
         handle = events.watch(child, knobs.CGROUP_EVENTS, changed)

@@ -95,9 +95,11 @@ class AttachSocket:
 
     def _forward(self, method: str, raw: bytes) -> bytes:
         try:
-            reply: bytes = self._channel.unary_unary(f"/agentcgroup.v1.Agent/{method}")(raw)
+            ask: Any = self._channel.unary_unary(f"/agentcgroup.v1.Agent/{method}")
+            reply: bytes = ask(raw)
         except grpc.RpcError as error:
-            trailer = dict(error.trailing_metadata() or ()).get(ERROR_TRAILER)
+            metadata: Any = error.trailing_metadata() or ()
+            trailer = dict(metadata).get(ERROR_TRAILER)
             return b"ERR\0" + trailer if trailer is not None else b""
         return b"OK\0" + reply
 
