@@ -44,7 +44,8 @@ class AgentProcess:
     """A Python process inside a session's agent leaf that runs what it is sent."""
 
     def __init__(self, run_dir: Path, session_id: str) -> None:
-        env = {**os.environ, "AGENTCG_RUN_DIR": str(run_dir), "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        env = {**os.environ, "AGENTCG_RUN_DIR": str(run_dir), "PYTHONPATH": path}
         self.process = subprocess.Popen(
             [EXEC, "--session", session_id, "--", sys.executable, "-m", "tests.agent_worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT,
