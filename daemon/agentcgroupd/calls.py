@@ -12,7 +12,8 @@ import errno
 import logging
 import secrets
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.admission import Ceiling, grant_for, merge
@@ -270,8 +271,11 @@ class Calls:
 
     # Ending
 
-    async def end(self, call: Call, detach: bool, status: int | None, why: str) -> pb.Report:
-        """End a call and give its report; with `detach`, only let go of it."""
+    def end(
+        self, call: Call, detach: bool, status: int | None, why: str
+    ) -> pb.Report | Coroutine[Any, Any, pb.Report]:
+        """End a call and give its report; with `detach`, only let go of it. Where processes have
+        to die first, the report is to be awaited."""
         call.client_status = status
         call.held = False
         if not self._populated(call):
@@ -282,7 +286,7 @@ class Calls:
                              grant=grant_to_proto(call.grant),
                              sentence="The call goes on until its last process ends.")  # fmt: skip
         self._kill(call, "cancelled", why)
-        return await self._ended(call)
+        return self._ended(call)
 
     async def _ended(self, call: Call) -> pb.Report:
         if call.done is None:

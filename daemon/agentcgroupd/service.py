@@ -263,9 +263,8 @@ class Daemon:
         session.closing = True
         calls = list(session.calls.values())
         try:
-            await asyncio.gather(
-                *(self.calls.end(call, False, None, "its session was closed") for call in calls)
-            )
+            endings = [self.calls.end(c, False, None, "its session was closed") for c in calls]
+            await asyncio.gather(*(e for e in endings if not isinstance(e, pb.Report)))
             last = self.answers.describe(session, admin=True) if session.cgroup.exists() else None
             await asyncio.get_running_loop().run_in_executor(None, self.sessions.remove, session)
         except BaseException:

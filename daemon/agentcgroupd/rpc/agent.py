@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf import message, unknown_fields
 
@@ -63,8 +64,11 @@ class AgentCalls:
         )  # fmt: skip
         return call_to_proto(call, admin=False)
 
-    async def end(self, peer: Peer, request: pb.EndCallRequest) -> pb.Report:
-        """EndCall; for a call that has ended by itself, its report. Raises RequestError."""
+    def end(
+        self, peer: Peer, request: pb.EndCallRequest
+    ) -> pb.Report | Coroutine[Any, Any, pb.Report]:
+        """EndCall; for a call that has ended by itself, its report. Where processes have to die
+        first, the report is to be awaited. Raises RequestError."""
         ended = self.session(peer).report(request.call_id) if request.call_id else None
         if ended is not None:
             return ended
@@ -72,4 +76,4 @@ class AgentCalls:
         status = request.wait_status if request.HasField("wait_status") else None
         if status is not None and not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
             raise InvalidField("wait_status", str(status), "a wait status of an ended process")
-        return await self._calls.end(call, request.detach, status, "its agent ended the call")
+        return self._calls.end(call, request.detach, status, "its agent ended the call")

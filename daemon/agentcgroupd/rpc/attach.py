@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from google.protobuf import message
@@ -163,6 +164,8 @@ class AttachServer:
         timer = self._loop.call_later(SILENT_TIMEOUT_S, self._close, client)
         self._open[client.fileno()] = (client, timer)
         self._loop.add_reader(client.fileno(), self._readable, client)
+        # Mostly the request came with the connection: no need to go round the loop for it.
+        self._readable(client)
 
     def _close(self, client: socket.socket) -> None:
         entry = self._open.pop(client.fileno(), None)
@@ -179,10 +182,7 @@ class AttachServer:
         except OSError:
             data = b""
         if data.startswith(RPC_PREFIX) and self._agent_calls is not None:
-            self._disarm(client)
-            task = self._loop.create_task(self._rpc(client, data, self._agent_calls))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._rpc(client, data, self._agent_calls)
             return
         if data:
             reply = self._answer(client, data)
@@ -200,26 +200,50 @@ class AttachServer:
         except OSError as error:
             log.debug("%s: the caller is gone before the answer: %s", self._path, error)
 
-    async def _rpc(self, client: socket.socket, data: bytes, calls: AgentCalls) -> None:
-        """A message of agentcgroup.proto, answered by one: see docs/protocol.md."""
+    def _rpc(self, client: socket.socket, data: bytes, calls: AgentCalls) -> None:
+        """A message of agentcgroup.proto, answered by one: see docs/protocol.md. Only the end of a
+        call whose processes must die first takes longer than this call."""
+        started = time.perf_counter()
         peer: Peer | None = None
+        method = "packet"
         try:
             peer = Peer(client)
             method, request = _rpc_request(data)
-            with self._metrics.rpc.labels(method).time():
-                if isinstance(request, pb.BeginCallRequest):
-                    answer: message.Message = calls.begin(peer, request)
-                else:
-                    answer = await calls.end(peer, request)
-            self._reply(client, b"OK\0" + answer.SerializeToString())
+            answer: message.Message | Awaitable[message.Message]
+            if isinstance(request, pb.BeginCallRequest):
+                answer = calls.begin(peer, request)
+            else:
+                answer = calls.end(peer, request)
         except AgentcgroupdError as error:
-            refused = as_request_error(error)
-            self._metrics.rpc_errors.labels("packet", refused.code).inc()
-            self._reply(client, b"ERR\0" + error_to_proto(refused).SerializeToString())
+            self._refuse(client, error)
+        else:
+            if not isinstance(answer, message.Message):
+                self._disarm(client)
+                task = self._loop.create_task(self._answer_later(client, answer))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+                return
+            self._reply(client, b"OK\0" + answer.SerializeToString())
         finally:
+            self._metrics.rpc.labels(method).observe(time.perf_counter() - started)
             if peer is not None:
                 peer.close()
+        self._close(client)
+
+    async def _answer_later(
+        self, client: socket.socket, answer: Awaitable[message.Message]
+    ) -> None:
+        try:
+            self._reply(client, b"OK\0" + (await answer).SerializeToString())
+        except AgentcgroupdError as error:
+            self._refuse(client, error)
+        finally:
             self._close(client)
+
+    def _refuse(self, client: socket.socket, error: AgentcgroupdError) -> None:
+        refused = as_request_error(error)
+        self._metrics.rpc_errors.labels("packet", refused.code).inc()
+        self._reply(client, b"ERR\0" + error_to_proto(refused).SerializeToString())
 
     def _answer(self, client: socket.socket, data: bytes) -> list[str]:
         peer: Peer | None = None

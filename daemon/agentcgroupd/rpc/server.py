@@ -111,7 +111,8 @@ class AgentService(_Service, pb_grpc.AgentServicer):
     @answers
     async def EndCall(self, request: pb.EndCallRequest, context: Context) -> pb.Report:
         """See the proto."""
-        return await self._calls.end(self.relay.peer(context.peer()), request)
+        report = self._calls.end(self.relay.peer(context.peer()), request)
+        return report if isinstance(report, pb.Report) else await report
 
     @answers
     async def UpdateIntent(self, request: pb.UpdateIntentRequest, context: Context) -> pb.Call:
@@ -243,9 +244,8 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         call = self.daemon.calls.open.get(request.call_id)
         if call is None:
             raise NotFound(f"no call {request.call_id[:64]!r} is open", "call_id", request.call_id)
-        return await self.daemon.calls.end(
-            call, request.detach, None, "the operator ended the call"
-        )
+        report = self.daemon.calls.end(call, request.detach, None, "the operator ended the call")
+        return report if isinstance(report, pb.Report) else await report
 
     @answers
     async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:
