@@ -165,7 +165,8 @@ def test_at_the_pools_limit_the_less_important_call_goes(
     important = daemon.open("vip", priority="important")
     agent.run(START, schedule=f"1 {200 * MIB} 0\n{100_000} {200 * MIB} 0\n",
               options=["--name", "batch"], LOAD=LOAD)  # fmt: skip
-    batch = next(daemon.cgroup_dir.glob("alpha/call-*/memory.current"))
+    wait_until("it has begun", lambda: bool(daemon.call_dirs()))
+    batch = daemon.call_dirs()[0] / "memory.current"
     wait_until("it has grown", lambda: int(batch.read_text()) > 200 * MIB)
     assert load(important, f"1 {350 * MIB} 0\n", "--name", "vip") == 0
     assert agent.run("result = tool.wait()") == -9
