@@ -278,21 +278,22 @@ class Calls:
         to die first, the report is to be awaited."""
         call.client_status = status
         call.held = False
-        if not self._populated(call):
-            return self._finish(call) or pb.Report(call_id=call.id)
+        report = None if self._populated(call) else self._finish(call)
+        if report is not None:
+            return report
         if detach:
             call.cgroup.set_xattr(call.record())
             return pb.Report(call_id=call.id, session_id=call.session.id, name=call.name,
                              grant=grant_to_proto(call.grant),
                              sentence="The call goes on until its last process ends.")  # fmt: skip
-        self._kill(call, "cancelled", why)
-        return self._ended(call)
-
-    async def _ended(self, call: Call) -> pb.Report:
         if call.done is None:
             call.done = self._loop.create_future()
+        self._kill(call, "cancelled", why)
+        return self._ended(call, call.done)
+
+    async def _ended(self, call: Call, done: asyncio.Future[pb.Report]) -> pb.Report:
         try:
-            return await asyncio.wait_for(asyncio.shield(call.done), END_TIMEOUT_S)
+            return await asyncio.wait_for(asyncio.shield(done), END_TIMEOUT_S)
         except TimeoutError:
             raise Unavailable(
                 f"call {call.id} was killed, but a process of it does not die (it waits in the "
@@ -302,12 +303,12 @@ class Calls:
     def _kill(self, call: Call, ended_by: str, why: str) -> None:
         """SIGKILL to what is left. If the main process has ended, only leftovers die, and the
         call's verdict is that of the main process."""
-        if main_status(call)[0] is not None:
-            call.leftovers = max(call.leftovers, len(call.cgroup.procs()))
-        elif not call.ended_by:
-            call.ended_by, call.ended_why = ended_by, why
         call.state = pb.CALL_STATE_ENDING
         try:
+            if main_status(call)[0] is not None:
+                call.leftovers = max(call.leftovers, len(call.cgroup.procs()))
+            elif not call.ended_by:
+                call.ended_by, call.ended_why = ended_by, why
             call.cgroup.kill()
         except CgroupGone:
             self._finish(call)
