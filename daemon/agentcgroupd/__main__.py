@@ -12,7 +12,7 @@ from pathlib import Path
 from agentcgroupd.answers import VERSION
 from agentcgroupd.config import Config, load_config
 from agentcgroupd.errors import AgentcgroupdError
-from agentcgroupd.service import Daemon
+from agentcgroupd.service import Daemon, PartFailed
 
 log = logging.getLogger("agentcgroupd")
 
@@ -60,6 +60,9 @@ def main() -> int:
             log.error("agentcgroupd must run as root: it makes cgroups and moves processes")
             return 1
         return asyncio.run(_run(config))
+    except PartFailed as error:
+        log.error("%s", error)
+        return 1
     except AgentcgroupdError as error:
         log.error("%s", error)
         return EXIT_CONFIG

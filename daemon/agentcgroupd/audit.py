@@ -59,8 +59,9 @@ class Audit:
         try:
             if self._size + len(line) > self._max_bytes:
                 os.replace(self._path, self._path.with_suffix(".1.jsonl"))
-                self.close()
+                old = self._fd
                 self._open(self._path)
+                os.close(old)
             self._size += os.write(self._fd, line)
         except OSError as error:
             if self.lost == 0:

@@ -206,11 +206,16 @@ class Calls:
 
     def update(self, call: Call, intent: Mapping[str, str]) -> Call:
         """Change an open call's grant. Raises RequestError, with nothing changed."""
+        if call.state == pb.CALL_STATE_ENDING:
+            raise FailedPrecondition(f"call {call.id} is ending")
         current = call.cgroup.read_if(knobs.MEMORY_CURRENT)
         grant = merge(call.grant, parse_intent(intent), self._ceiling(call.session), current)
         grant = write_grant(call.session, call.cgroup, grant)
-        if grant.memory_high_bytes is None and call.grant.memory_high_bytes is not None:
+        old = call.grant
+        if grant.memory_high_bytes is None and old.memory_high_bytes is not None:
             call.cgroup.write(knobs.MEMORY_HIGH, None)
+        if grant.cpu_max_millicores is None and knobs.CPU_MAX.file in call.session.offered:
+            call.cgroup.write(knobs.CPU_MAX, knobs.CpuMax(None))
         if grant.cpu_weight == 100 and call.grant.cpu_weight != 100:
             call.cgroup.write(knobs.CPU_WEIGHT, 100)
         call.grant = grant
@@ -226,7 +231,7 @@ class Calls:
 
     def freeze(self, call: Call, why: str) -> None:
         """Pause a call; no error if it is paused already. Raises CgroupGone."""
-        if call.frozen_since_usec is not None:
+        if call.frozen_since_usec is not None or call.state == pb.CALL_STATE_ENDING:
             return
         call.cgroup.write(knobs.CGROUP_FREEZE, True)
         call.frozen_since_usec = boottime_usec()
@@ -240,7 +245,8 @@ class Calls:
         call.cgroup.write(knobs.CGROUP_FREEZE, False)
         call.frozen_usec += boottime_usec() - call.frozen_since_usec
         call.frozen_since_usec = None
-        call.state = pb.CALL_STATE_RUNNING
+        if call.state == pb.CALL_STATE_FROZEN:
+            call.state = pb.CALL_STATE_RUNNING
         self._acted("thaw", call, why, pb.FEEDBACK_CODE_THAWED)
         call.cgroup.set_xattr(call.record())
 
@@ -276,7 +282,8 @@ class Calls:
     ) -> pb.Report | Coroutine[Any, Any, pb.Report]:
         """End a call and give its report; with `detach`, only let go of it. Where processes have
         to die first, the report is to be awaited."""
-        call.client_status = status
+        if status is not None:
+            call.client_status = status
         call.held = False
         report = None if self._populated(call) else self._finish(call)
         if report is not None:
@@ -325,7 +332,8 @@ class Calls:
         if call.id not in self.open or self._populated(call):
             return
         if call.held and call.entered and call.state != pb.CALL_STATE_ENDING:
-            self._timer(call, "idle", self._config.idle_timeout, self._idle)
+            if "idle" not in call.timers:
+                self._timer(call, "idle", self._config.idle_timeout, self._idle)
         elif call.entered or call.ended_by == "removed":
             self._finish(call)
 
@@ -338,7 +346,11 @@ class Calls:
             call.cgroup.set_xattr(call.record())
 
     def _not_entered(self, call: Call) -> None:
-        if call.id in self.open and not self._populated(call):
+        if call.id not in self.open:
+            return
+        if self._populated(call):
+            call.entered = True  # by another way than the attach socket
+        else:
             self._finish(call)
 
     def _idle(self, call: Call) -> None:
@@ -457,7 +469,11 @@ class Calls:
     def recheck(self) -> None:
         """For the periodic sweep: look at every call as if its events file had just changed."""
         for call in list(self.open.values()):
-            self._changed(call)
+            try:
+                self._changed(call)
+            except (KnobError, OSError, ValueError) as error:
+                # One call that cannot be read must not take the others with it.
+                log.error("call %s: %s", call.id, error)
 
     def let_go(self) -> None:
         """The daemon stops; calls stay as they are for the next one."""

@@ -74,7 +74,7 @@ class SessionDefaults(Section):
     pids_max: Pids = 16_384
     calls_max: Annotated[int, Field(ge=1, le=100_000)] = 256
     reports_kept: Annotated[int, Field(ge=1, le=100_000)] = 256
-    connections_max: Annotated[int, Field(ge=1, le=10_000)] = 64
+    connections_max: Annotated[int, Field(ge=1, le=10_000)] = 256
 
 
 class CallDefaults(Section):

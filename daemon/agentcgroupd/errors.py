@@ -101,6 +101,12 @@ class Unavailable(RequestError):
     code = "UNAVAILABLE"
 
 
+class Internal(RequestError):
+    """The daemon itself failed."""
+
+    code = "INTERNAL"
+
+
 def as_request_error(error: AgentcgroupdError) -> RequestError:
     """What a caller is told of `error`: requests' own errors as they are, others by this table."""
     if isinstance(error, RequestError):

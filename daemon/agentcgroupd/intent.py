@@ -111,7 +111,8 @@ _NAME = re.compile(r"[^\x00-\x1f\x7f]+")
 
 def check_name(name: str) -> str:
     """A call's name: 1 to 128 printable characters. Raises InvalidField."""
-    if not 1 <= len(name) <= NAME_CHARS_MAX or not _NAME.fullmatch(name):
+    text = name.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent or stored
+    if not 1 <= len(name) <= NAME_CHARS_MAX or not _NAME.fullmatch(name) or text != name:
         raise InvalidField("name", name, f"1 to {NAME_CHARS_MAX} characters, none of them control")
     return name
 

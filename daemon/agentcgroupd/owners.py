@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 
+from agentcgroupd.errors import KnobError
 from agentcgroupd.session import Call
+
+log = logging.getLogger(__name__)
 
 
 class Owners:
@@ -53,4 +57,7 @@ class Owners:
         self._close(key)
         for call in calls:
             call.owner = None
-            self._gone(call)
+            try:
+                self._gone(call)
+            except (KnobError, OSError, ValueError) as error:
+                log.error("call %s: its owner ended: %s", call.id, error)

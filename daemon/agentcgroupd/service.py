@@ -49,6 +49,10 @@ BEAT_INTERVAL_S = 0.5
 FILES_WANTED = 262_144
 
 
+class PartFailed(AgentcgroupdError):
+    """The daemon cannot go on; systemd is to start it again."""
+
+
 class Daemon:
     """All parts of one running daemon. Use: `await start()`, `await stopped()`, `await stop()`."""
 
@@ -59,6 +63,7 @@ class Daemon:
         self.feed = Feed()
         self.heartbeat = Heartbeat()
         self._stop = asyncio.Event()
+        self._failure: BaseException | None = None
         self._lock_fd = -1
         self._tasks: set[asyncio.Task[None]] = set()
         self.pool: Pool
@@ -129,8 +134,8 @@ class Daemon:
                     continue
                 try:
                     self.calls.restore(session, Call.from_record(session, cgroup, data))
-                except (KeyError, TypeError, ValueError) as error:
-                    log.error("%s has a record that cannot be read: %s", cgroup.path, error)
+                except (KeyError, TypeError, ValueError, KnobError, OSError) as error:
+                    log.error("%s cannot be taken up: %s", cgroup.path, error)
         if not self.sessions.open:
             return
         ended = {r.call_id for s in self.sessions.open.values() for r in s.reports}
@@ -151,7 +156,8 @@ class Daemon:
         self._relays, self._servers, self._attaches = [], [], []
         for role, mode, service in (("agent", 0o666, "Agent"), ("admin", 0o600, "Admin")):
             backend = run / f"private/{role}.sock"
-            relay = Relay(run / role / "grpc.sock", mode, backend, self.metrics, most)
+            find = self.sessions.of_cgroup
+            relay = Relay(run / role / "grpc.sock", mode, backend, self.metrics, find, most)
             server = GrpcServer(backend, f"agentcgroup.v1.{service}")
             if role == "agent":
                 pb_grpc.add_AgentServicer_to_server(AgentService(self, relay), server.server)
@@ -178,11 +184,13 @@ class Daemon:
                 ) from None
 
     async def stopped(self) -> None:
-        """Until SIGTERM, SIGINT or the failure of a part."""
+        """Until SIGTERM or SIGINT. Raises PartFailed if a part of the daemon ends by itself."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         await self._stop.wait()
+        if self._failure is not None:
+            raise PartFailed("a part of the daemon failed") from self._failure
 
     async def stop(self) -> None:
         """Close the sockets and let go. Sessions and calls stay for the next daemon."""
@@ -266,7 +274,9 @@ class Daemon:
             endings = [self.calls.end(c, False, None, "its session was closed") for c in calls]
             await asyncio.gather(*(e for e in endings if not isinstance(e, pb.Report)))
             last = self.answers.describe(session, admin=True) if session.cgroup.exists() else None
+            # Only the kernel's part waits in a thread; the books are the loop's alone.
             await asyncio.get_running_loop().run_in_executor(None, self.sessions.remove, session)
+            self.sessions.forget(session)
         except BaseException:
             session.closing = False
             raise
@@ -285,7 +295,7 @@ class Daemon:
         for cgroup in list(self.sessions.unknown()):
             self._remove_leftover(cgroup)
         for session in list(self.sessions.open.values()):
-            if not session.cgroup.exists() and not session.closing:
+            if not session.closing and not session.cgroup.exists():
                 log.warning("session %s: its cgroup was removed by someone else", session.id)
                 self._spawn_close(session)
 
@@ -321,7 +331,10 @@ class Daemon:
             self.heartbeat.beat()
             if watchdog_s:
                 notify("WATCHDOG=1")
-            self._set_gauges()
+            try:
+                self._set_gauges()
+            except KnobError as error:
+                log.error("the pool cannot be read: %s", error)
 
     def _set_gauges(self) -> None:
         metrics = self.metrics
@@ -341,6 +354,7 @@ class Daemon:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a part of the daemon failed", exc_info=task.exception())
+            self._failure = task.exception()
             self._stop.set()
 
 

@@ -56,7 +56,7 @@ class Process:
         """The process of a record, if that very one still exists."""
         try:
             pidfd = os.pidfd_open(pid)
-        except (ProcessLookupError, OSError):
+        except ProcessLookupError:
             return None
         try:
             if process_stat(pid).start_ticks == start_ticks and pidfd_alive(pidfd):
@@ -137,8 +137,8 @@ class Call:
         grant = Grant(**{**grant, "advice": tuple(grant["advice"]),
                          "not_enforced": tuple(grant["not_enforced"])})  # fmt: skip
         call = cls(
-            id=str(data["id"]), session=session, name=str(data["name"]),
-            argv=tuple(data["argv"]), grant=grant, cgroup=cgroup,
+            id=str(data["id"]), session=session, name=_sendable(data["name"]),
+            argv=tuple(map(_sendable, data["argv"])), grant=grant, cgroup=cgroup,
             began_unix_usec=int(data["began_unix_usec"]),
             began_boot_usec=int(data["began_boot_usec"]),
             held=bool(data["held"]), entered=bool(data["entered"]),
@@ -149,6 +149,11 @@ class Call:
         call.owner = Process.find(*data["owner"]) if data["owner"] else None
         call.main = Process.find(*data["main"]) if data["main"] else None
         return call
+
+
+def _sendable(text: str) -> str:
+    """Text without lone surrogates, which protobuf does not take."""
+    return str(text).encode("utf-8", "replace").decode()
 
 
 def plain(value: Grant | SessionLimits) -> dict[str, Any]:

@@ -242,6 +242,7 @@ class Sessions:
         except (KnobError, OSError) as error:
             again = Cgroup.open(self._pool.mount / path.strip("/"))
             self._give_back(again, found)
+            again.close()
             raise Unavailable(f"cgroup {path} could not be adopted: {error}") from None
 
     def _check_adoptable(self, path: str) -> None:
@@ -253,41 +254,39 @@ class Sessions:
     # Closing
 
     def remove(self, session: Session) -> None:
-        """Remove a session whose calls have ended: its agent is killed, or, for an adopted cgroup,
-        put back to where it was found."""
+        """Remove the cgroup of a session whose calls have ended: its agent is killed, or, for an
+        adopted cgroup, put back to where it was found. May block: for a thread of its own.
+
+        Raises KnobError, and the session is then still there.
+        """
         try:
             if session.adopted:
                 self._give_back(session.cgroup, session.found)
             else:
                 session.cgroup.kill_and_remove()
-                session.cgroup.close()
         except CgroupGone:
             log.info("session %s: its cgroup is gone already", session.id)
-        finally:
-            self.forget(session)
 
     def forget(self, session: Session) -> None:
-        """Drop a session from the books; its cgroup is not touched."""
+        """Drop a session from the books and give up its directory; its cgroup is not touched."""
         self.open.pop(session.id, None)
         self._by_path.pop(session.cgroup_path, None)
         if session.adopted:
             self._pool.cgroup.remove_xattr(f"{ADOPTED_XATTR}{session.cgroup.id}")
+        session.cgroup.close()
 
     def _give_back(self, cgroup: Cgroup, found: dict[str, str]) -> None:
         """Undo a split: controllers off, processes back, agent leaf gone, limits as they were."""
-        try:
-            for name in cgroup.read(knobs.CGROUP_SUBTREE_CONTROL):
-                cgroup.write_text(knobs.CGROUP_SUBTREE_CONTROL.file, f"-{name}")
-            if AGENT_LEAF in set(cgroup.children()):
-                agent = cgroup.child(AGENT_LEAF)
-                move_all(agent, cgroup)
-                agent.remove()
-            for file, text in found.items():
-                cgroup.write_text(file, text)
-            cgroup.remove_xattr()
-            self._pool.cgroup.remove_xattr(f"{ADOPTED_XATTR}{cgroup.id}")
-        finally:
-            cgroup.close()
+        for name in cgroup.read(knobs.CGROUP_SUBTREE_CONTROL):
+            cgroup.write_text(knobs.CGROUP_SUBTREE_CONTROL.file, f"-{name}")
+        if AGENT_LEAF in set(cgroup.children()):
+            agent = cgroup.child(AGENT_LEAF)
+            move_all(agent, cgroup)
+            agent.remove()
+        for file, text in found.items():
+            cgroup.write_text(file, text)
+        cgroup.remove_xattr()
+        self._pool.cgroup.remove_xattr(f"{ADOPTED_XATTR}{cgroup.id}")
 
     # Finding again
 
@@ -335,12 +334,23 @@ class Sessions:
         """Cgroups in the pool that are no session, and those in sessions that are no open call."""
         for name in self._pool.cgroup.children():
             if name not in self.open:
-                yield self._pool.cgroup.child(name)
-        for session in self.open.values():
+                yield from _child_if_there(self._pool.cgroup, name)
+        for session in list(self.open.values()):
             known = {call.cgroup.path.name for call in session.calls.values()}
-            for name in session.cgroup.children():
+            try:
+                names = [] if session.closing else list(session.cgroup.children())
+            except CgroupGone:
+                continue  # the sweep closes it
+            for name in names:
                 if name.startswith(CALL_PREFIX) and name not in known:
-                    yield session.cgroup.child(name)
+                    yield from _child_if_there(session.cgroup, name)
+
+
+def _child_if_there(parent: Cgroup, name: str) -> Iterator[Cgroup]:
+    try:
+        yield parent.child(name)
+    except CgroupGone:
+        log.debug("%s/%s has just gone", parent.path, name)
 
 
 def _write_limits(cgroup: Cgroup, limits: SessionLimits) -> None:

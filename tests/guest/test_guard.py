@@ -34,11 +34,11 @@ def test_three_calls_that_do_not_fit_together_all_end_well(daemon: DaemonProcess
         name: daemon.open(name, priority=priority)
         for name, priority in (("vip", "important"), ("b1", "batch"), ("b2", "batch"))
     }
-    # Each grows to 200 MiB in 6 s, holds it for 2 s and ends: 600 MiB in a pool of 640, and the
+    # Each grows to 200 MiB in 15 s, holds it for 5 s and ends: 600 MiB in a pool of 640, and the
     # agents hold some 60 each.
     start = """
 tool = subprocess.Popen([EXEC, "--name", name, "--", LOAD], stdin=subprocess.PIPE, text=True)
-tool.stdin.write(f"6000 {200 << 20} 10\\n2000 {200 << 20} 10\\n")
+tool.stdin.write(f"15000 {200 << 20} 10\\n5000 {200 << 20} 10\\n")
 tool.stdin.close()
 """
     for name, agent in agents.items():

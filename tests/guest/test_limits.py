@@ -168,7 +168,7 @@ def test_at_the_pools_limit_the_less_important_call_goes(
     wait_until("it has begun", lambda: bool(daemon.call_dirs()))
     batch = daemon.call_dirs()[0] / "memory.current"
     wait_until("it has grown", lambda: int(batch.read_text()) > 200 * MIB)
-    assert load(important, f"1 {350 * MIB} 0\n", "--name", "vip") == 0
+    assert load(important, f"1 {300 * MIB} 0\n", "--name", "vip") == 0
     assert agent.run("result = tool.wait()") == -9
     assert last(daemon).verdict == pb.VERDICT_OOM_POOL
     assert last(daemon, "vip").verdict == pb.VERDICT_OK

@@ -28,8 +28,9 @@ def test_the_python_example_runs(agent: AgentProcess) -> None:
 def test_the_tour_of_the_cli_runs(daemon: DaemonProcess) -> None:
     assert "agentcg session run web --memory-max 4G --priority important -- bash" in README
     limits = ["--memory-max", "4G", "--priority", "important"]
-    if not (daemon.cgroup_dir / "memory.max").exists():
-        limits = limits[2:]
+    pool = daemon.cgroup_dir / "memory.max"
+    if not pool.exists() or int(pool.read_text()) < 4 << 30:
+        limits = limits[2:]  # a smaller machine than the reader's
     inside = f"{FRONT} exec --memory-max 2G --timeout 10m -- true && {FRONT} report --json"
     done = subprocess.run(
         [FRONT, "session", "run", "web", *limits, "--", "sh", "-c", f"{inside} && {FRONT} budget"],

@@ -71,10 +71,11 @@ class Cgroup:
         """Whether the directory is still the cgroup that this object was made for."""
         try:
             found = os.stat(f"{self._prefix}.", dir_fd=self.dir_fd, follow_symlinks=False)
+            # A removed directory that is held open still answers stat; its files are gone.
+            os.stat(f"{self._prefix}{CGROUP_PROCS.file}", dir_fd=self.dir_fd)
         except OSError:
             return False
-        # A removed directory that is held open still answers fstat, with no links left.
-        return found.st_ino == self.id and found.st_nlink > 0
+        return found.st_ino == self.id
 
     def files(self) -> frozenset[str]:
         """Names of the interface files that are there. Raises KnobError, or CgroupGone."""

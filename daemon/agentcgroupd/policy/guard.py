@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls import Calls
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.config import GuardConfig
@@ -63,9 +64,10 @@ class Guard:
             interval = self._look()
         except KnobError as error:
             log.error("the pool cannot be read: %s", error)
-        cost = self._loop.time() - started
-        # On a slow machine looking must not become the main work.
-        self._timer = self._loop.call_later(max(interval, cost * 4), self._tick)
+        finally:
+            # On a slow machine looking must not become the main work.
+            cost = self._loop.time() - started
+            self._timer = self._loop.call_later(max(interval, cost * 4), self._tick)
 
     def _look(self) -> float:
         """One look; returns seconds until the next."""
@@ -97,6 +99,8 @@ class Guard:
     def _snapshot(self, usage: int, pool_growth: float) -> Snapshot:
         now, views = boottime_usec(), []
         for call in self._calls.open.values():
+            if call.state == pb.CALL_STATE_ENDING:
+                continue
             try:
                 memory = call.cgroup.read(knobs.MEMORY_CURRENT)
                 cpu = call.cgroup.read(knobs.CPU_STAT)["usage_usec"]

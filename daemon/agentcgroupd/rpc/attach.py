@@ -20,6 +20,7 @@ from agentcgroupd.calls import Calls
 from agentcgroupd.convert import error_to_proto
 from agentcgroupd.errors import (
     AgentcgroupdError,
+    Internal,
     InvalidField,
     NotFound,
     PermissionDenied,
@@ -36,6 +37,10 @@ log = logging.getLogger(__name__)
 
 PACKET_BYTES_MAX = 16_384
 SILENT_TIMEOUT_S = 5.0
+CONNECTIONS_MAX = 512
+"""Open at a time. A request is answered in one go, so what stays open is silent, or waits for a
+call to end."""
+ACCEPT_PAUSE_S = 0.1
 MAGIC = "ACG1"
 RPC_PREFIX = b"ACG1\0rpc\0"
 _RPC_METHODS: dict[str, type[pb.BeginCallRequest | pb.EndCallRequest]] = {
@@ -72,10 +77,8 @@ class Request:
                                f"at most {PACKET_BYTES_MAX} bytes")  # fmt: skip
         if not data.endswith(b"\0"):
             raise InvalidField("request", repr(data[:80]), "strings each ended by a NUL byte")
-        try:
-            words = data[:-1].decode("utf-8", "surrogateescape").split("\0")
-        except ValueError:
-            raise InvalidField("request", repr(data[:80]), "UTF-8 text") from None
+        # Names and arguments of Linux programs are bytes; what is no UTF-8 is shown as U+FFFD.
+        words = data[:-1].decode("utf-8", "replace").split("\0")
         if words[0] != MAGIC or len(words) < 2:
             raise InvalidField("request", words[0], f"{MAGIC}, then a verb", "another protocol")
         self.verb = words[1]
@@ -86,9 +89,7 @@ class Request:
             if not separator:
                 raise InvalidField("request", word, "key=value")
             if key == "arg":
-                self.args.append(
-                    value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-                )
+                self.args.append(value)
             elif key in self.values:
                 raise InvalidField(key, value, "each key once", "it is given twice")
             else:
@@ -155,17 +156,27 @@ class AttachServer:
         assert self._socket is not None
         try:
             client, _ = self._socket.accept()
+        except BlockingIOError:
+            return  # the caller hung up
         except OSError as error:
-            # BlockingIOError: the caller hung up. EMFILE and friends: it stays in the backlog.
-            if not isinstance(error, BlockingIOError):
-                log.error("%s: accept: %s", self._path, error)
+            # EMFILE and friends: it stays in the backlog, and is not asked for again at once.
+            log.error("%s: accept: %s", self._path, error)
+            self._loop.remove_reader(self._socket.fileno())
+            self._loop.call_later(ACCEPT_PAUSE_S, self._listen_again)
             return
+        if len(self._open) >= CONNECTIONS_MAX:
+            # The oldest has been silent longest: a request is answered when it comes.
+            self._close(next(iter(self._open.values()))[0])
         client.setblocking(False)
         timer = self._loop.call_later(SILENT_TIMEOUT_S, self._close, client)
         self._open[client.fileno()] = (client, timer)
         self._loop.add_reader(client.fileno(), self._readable, client)
         # Mostly the request came with the connection: no need to go round the loop for it.
         self._readable(client)
+
+    def _listen_again(self) -> None:
+        if self._socket is not None:
+            self._loop.add_reader(self._socket.fileno(), self._accept)
 
     def _close(self, client: socket.socket) -> None:
         entry = self._open.pop(client.fileno(), None)
@@ -216,6 +227,9 @@ class AttachServer:
                 answer = calls.end(peer, request)
         except AgentcgroupdError as error:
             self._refuse(client, error)
+        except Exception:
+            log.exception("%s: %s failed", self._path, method)
+            self._refuse(client, Internal("the daemon failed; its log says how"))
         else:
             if not isinstance(answer, message.Message):
                 self._disarm(client)
@@ -256,12 +270,15 @@ class AttachServer:
             return verb(peer, request)
         except AgentcgroupdError as error:
             refused = as_request_error(error)
-            self._metrics.rpc_errors.labels("attach", refused.code).inc()
-            sentence = " ".join(refused.sentence.replace("\0", " ").split())
-            return ["ERR", refused.code, sentence]
+        except Exception:
+            # Silence would make the launcher run the tool without limits.
+            log.exception("%s: a request failed", self._path)
+            refused = Internal("the daemon failed; its log says how")
         finally:
             if peer is not None:
                 peer.close()
+        self._metrics.rpc_errors.labels("attach", refused.code).inc()
+        return ["ERR", refused.code, " ".join(refused.sentence.replace("\0", " ").split())]
 
     def _attach(self, peer: Peer, request: Request) -> list[str]:
         request.only("call")

@@ -153,8 +153,19 @@ class Relay:
     """Accepts on `path`, passes on to the gRPC server at `backend`, and knows every peer by
     name."""
 
-    def __init__(self, path: Path, mode: int, backend: Path, metrics: Metrics, most: int) -> None:
-        """`most`: connections of one user id, or of one session's processes, at a time."""
+    def __init__(
+        self,
+        path: Path,
+        mode: int,
+        backend: Path,
+        metrics: Metrics,
+        find: SessionFinder,
+        most: int,
+    ) -> None:
+        """`most`: connections of one session's processes, or of one process outside, at a time."""
+        self._find = find
+        self._crowds: dict[str, str] = {}
+        """By the name of each connection: whose it is."""
         self._path = path
         self._mode = mode
         self._backend = backend
@@ -198,12 +209,11 @@ class Relay:
         assert front.transport is not None
         try:
             peer = Peer(front.transport.get_extra_info("socket"))
-            crowd = sum(
-                1 for other in self._peers.values() if other.process.pid == peer.process.pid
-            )
+            whose = self._whose(peer)
+            crowd = sum(1 for other in self._crowds.values() if other == whose)
             if crowd >= self._most:
                 peer.close()
-                raise PermissionDenied(f"process {peer.process.pid} has {crowd} connections open")
+                raise PermissionDenied(f"{whose} has {crowd} connections open")
         except PermissionDenied as error:
             log.warning("%s: connection refused: %s", self._path, error)
             self._metrics.peers_refused.labels("identity").inc()
@@ -212,11 +222,20 @@ class Relay:
         # Random, so that nobody can bind it first.
         name = f"agentcg-{peer.process.pid}-{secrets.token_hex(16)}"
         self._peers[name] = peer
+        self._crowds[name] = whose
         self._fronts[name] = front
         task = asyncio.get_running_loop().create_task(self._join(front, name))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return name
+
+    def _whose(self, peer: Peer) -> str:
+        try:
+            session = self._find(peer.cgroup_path())
+        except PermissionDenied:
+            peer.close()
+            raise
+        return f"session {session.id}" if session else f"process {peer.process.pid}"
 
     async def _join(self, front: _Front, name: str) -> None:
         loop = asyncio.get_running_loop()
@@ -240,6 +259,7 @@ class Relay:
     def left(self, name: str) -> None:
         """The caller has hung up."""
         self._fronts.pop(name, None)
+        self._crowds.pop(name, None)
         peer = self._peers.pop(name, None)
         if peer is not None:
             peer.close()

@@ -20,6 +20,7 @@ from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
 from agentcgroupd.convert import call_to_proto, error_to_proto
 from agentcgroupd.errors import (
     AgentcgroupdError,
+    CgroupGone,
     FailedPrecondition,
     NotFound,
     as_request_error,
@@ -226,8 +227,13 @@ class AdminService(_Service, pb_grpc.AdminServicer):
     ) -> pb.ListSessionsResponse:
         """See the proto."""
         self._check(context)
-        sessions = [self.daemon.answers.describe(s, admin=True) for s in self._sessions("")]
-        return pb.ListSessionsResponse(sessions=sessions)
+        found = []
+        for session in self._sessions(""):
+            try:
+                found.append(self.daemon.answers.describe(session, admin=True))
+            except CgroupGone:
+                continue  # the sweep closes it
+        return pb.ListSessionsResponse(sessions=found)
 
     @answers
     async def ListCalls(
