@@ -11,7 +11,7 @@ import time
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from tests.harness import EXEC, AgentProcess, DaemonProcess, RemoteRpcError, wait_until
+from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, RemoteRpcError, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ for _ in range(300):
     sock.connect(str(RUN_DIR / "agent/grpc.sock"))
     sock.settimeout(1)
     socks.append(sock)
-time.sleep(0.5)
+time.sleep(wait)
 closed = 0
 for sock in socks:
     sock.setblocking(False)
@@ -240,7 +240,7 @@ for sock in socks:
     sock.close()
 result = closed
 """
-    assert other.run(code) >= 300 - 256
+    assert other.run(code, wait=0.5 * SLOW) >= 300 - 256
     assert (
         daemon.open("gamma").run("result = stub.GetSession(pb.GetSessionRequest()).id") == "gamma"
     )
