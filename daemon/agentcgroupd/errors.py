@@ -40,6 +40,19 @@ class CgroupGone(KnobError):
     """The cgroup itself no longer exists; expected in races with its removal."""
 
 
+class BpfError(AgentcgroupdError):
+    """A BPF object could not be opened, loaded, attached or used."""
+
+    def __init__(self, what: str, number: int, detail: str = "") -> None:
+        self.errno = number
+        self.what = what
+        self.detail = detail
+        """The part of the verifier's or libbpf's messages that matters, or nothing."""
+        name = errno.errorcode.get(number, str(number))
+        text = f"{what}: {name} ({os.strerror(number)})" if number else what
+        super().__init__(f"{text}\n{detail}" if detail else text)
+
+
 class RequestError(AgentcgroupdError):
     """Something that a caller asked for cannot be done."""
 

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Never loaded: its type information is what daemon/agentcgroupd/bpf/abi.py is made from. */
+#include <linux/types.h>
+
+#include "abi.h"
+
+enum abi abi;
+enum cgroup_kind cgroup_kind;
+enum event_type event_type;
+enum deny_mode deny_mode;
+struct managed managed;
+struct fork_event fork_event;
+struct exec_event exec_event;
+struct exit_event exit_event;
+struct oom_event oom_event;
+struct lifecycle_counters lifecycle_counters;
+struct memory_limits memory_limits;
+struct memory_state memory_state;
+struct mark_event mark_event;
+struct high_event high_event;
+struct rates_event rates_event;
+struct denied_event denied_event;
+struct urgent_event urgent_event;
+struct memory_control memory_control;
+struct protection protection;

@@ -1,0 +1,215 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the programs and the daemon both know: the only place where a shared struct or constant is
+ * written. daemon/agentcgroupd/bpf/abi.py is made from the type information of the compiled
+ * abi.bpf.c (`python -m agentcgroupd.bpf.generate`); a test fails when the two differ.
+ *
+ * Units are in the names. Times named at_ns are CLOCK_MONOTONIC; start_ns is CLOCK_BOOTTIME, as in
+ * /proc/<pid>/stat. Members are aligned by hand, so that there is no padding to leak or to guess.
+ */
+#ifndef AGENTCG_ABI_H
+#define AGENTCG_ABI_H
+
+enum abi {
+	ABI_VERSION = 1,
+	ABI_ARGV_BYTES = 256,
+	ABI_COMM_BYTES = 16,
+	ABI_PROTECTED_MAX = 64,
+	ABI_SMALL_REQUEST_BYTES = 1114112, /* an allocator's arena of 1 MiB, and its own head */
+	ABI_DEPTH_MAX = 8,		   /* levels looked up above a task's own cgroup */
+};
+
+/* What a managed cgroup is. */
+enum cgroup_kind {
+	KIND_NONE = 0,
+	KIND_POOL = 1,
+	KIND_SESSION = 2,
+	KIND_AGENT = 3, /* the agent leaf of a session */
+	KIND_CALL = 4,
+};
+
+enum event_type {
+	EVENT_NONE = 0,
+	EVENT_FORK = 1,
+	EVENT_EXEC = 2,
+	EVENT_EXIT = 3,
+	EVENT_OOM_VICTIM = 4,
+	EVENT_MARK = 5,	  /* usage rose above a soft mark, or fell below its lower edge */
+	EVENT_HIGH = 6,	  /* memory.high was passed */
+	EVENT_RATES = 7,  /* faults or refaults passed their rate, or fell below half of it */
+	EVENT_DENIED = 8, /* growth was refused for the first time since it was denied */
+	EVENT_URGENT = 9, /* a protected session stalled; the program denies growth by itself */
+	EVENT_TYPES = 10,
+};
+
+/* lifecycle.bpf.c: one entry for each managed cgroup, by cgroup id. */
+struct managed {
+	__u32 kind;
+	__u32 reserved;
+};
+
+/* The start of every event. */
+struct event {
+	__u32 type;
+	__u32 size_bytes;
+	__u64 at_ns;
+	__u64 cgroup_id; /* the managed cgroup */
+};
+
+struct process {
+	__u64 start_ns;
+	__s32 pid; /* thread group id in the daemon's pid namespace; 0: not visible there */
+	__s32 parent_pid;
+	char comm[ABI_COMM_BYTES];
+};
+
+struct fork_event {
+	struct event event;
+	struct process child;
+	__u64 parent_start_ns;
+};
+
+struct exec_event {
+	struct event event;
+	struct process process;
+	__u64 own_cgroup_id; /* at or below event.cgroup_id */
+	__u32 argv_bytes;    /* of argv that are meant; arguments end in a NUL */
+	__u32 argv_cut;	     /* 1: there was more */
+	__u8 argv[ABI_ARGV_BYTES];
+};
+
+struct exit_event {
+	struct event event;
+	struct process process;
+	__u64 user_ns;
+	__u64 system_ns;
+	__u64 rss_peak_bytes; /* of the process alone */
+	__u32 wait_status;    /* as waitpid(2) gives it */
+	__u32 reserved;
+};
+
+struct oom_event {
+	struct event event;
+	struct process process;
+};
+
+/* lifecycle.bpf.c: counts since load. */
+struct lifecycle_counters {
+	__u64 sent[EVENT_TYPES];
+	__u64 lost[EVENT_TYPES]; /* no room in the ring buffer */
+};
+
+/* memory.bpf.c: what the daemon asks for, by cgroup id. */
+enum deny_mode {
+	DENY_NEVER = 0,
+	DENY_OVER_MARK = 1,
+};
+
+struct memory_limits {
+	__u64 parent_id; /* the managed cgroup above, 0: none */
+	__u64 soft_mark_bytes;
+	__u64 soft_low_bytes; /* lower edge: the mark is armed again below it */
+	__u64 deny_mark_bytes;
+	__u64 allowance_bytes; /* small requests pass up to this far above the mark */
+	__u64 faults_per_s;    /* 0: not watched */
+	__u64 refaults_per_s;
+	__u32 deny_mode;
+	__u32 kind;
+	__u32 priority;
+	__u32 reserved;
+};
+
+/* memory.bpf.c: what the program has seen, by cgroup id. */
+struct memory_state {
+	__u64 window_ns; /* start of the running window */
+	__u64 window_faults;
+	__u64 window_refaults;
+	__u64 faults; /* of tasks that charged memory, since the watch began */
+	__u64 major_faults;
+	__u64 refaults;
+	__u64 high_events;
+	__u64 high_told_ns;
+	__u64 marks_crossed;
+	__u64 denied;
+	__u64 denied_bytes;
+	__u32 above_mark;
+	__u32 above_rate;
+	__u32 told_denied;
+	__u32 reserved;
+};
+
+struct mark_event {
+	struct event event;
+	__u64 usage_bytes;
+	__u64 mark_bytes;
+	__u32 above;
+	__s32 pid; /* of the task that was charged */
+};
+
+struct high_event {
+	struct event event;
+	__u64 usage_bytes;
+	__u64 high_bytes;
+	__u64 count;
+};
+
+struct rates_event {
+	struct event event;
+	__u64 faults_per_s;
+	__u64 refaults_per_s;
+	__u32 above;
+	__u32 reserved;
+};
+
+struct denied_event {
+	struct event event;
+	__u64 usage_bytes;
+	__u64 mark_bytes;
+	__u64 request_bytes;
+	__u32 urgent; /* 1: by the program itself, because a protected session stalled */
+	__s32 pid;
+};
+
+struct urgent_event {
+	struct event event; /* cgroup_id: the protected session */
+	__u64 stalled_ns;   /* within the window */
+	__u64 until_ns;
+	__u32 priority;
+	__s32 pid;
+};
+
+/* memory.bpf.c: sessions whose stalls make less important calls wait; written by the daemon. */
+struct protected_session {
+	__u64 cgroup_id;
+	__u32 priority;
+	__u32 stalling; /* tasks in a memory stall now */
+	__u64 stalling_since_ns;
+	__u64 window_ns;
+	__u64 stalled_ns; /* in the running window, ended stalls only */
+};
+
+/* One for the whole object, in mapped memory. */
+struct memory_control {
+	__u64 stall_threshold_ns;
+	__u64 stall_window_ns;
+	__u64 urgent_lease_ns;
+	__u64 pool_id;	       /* whose soft mark must be passed; 0: none needed */
+	__u64 urgent_until_ns; /* growth of calls below urgent_priority is denied until then */
+	__u64 urgent_count;
+	__u64 lost;	 /* events without room in the ring buffer */
+	__u64 untracked; /* states without room in their map */
+	__u32 urgent_priority;
+	__u32 protected_count;
+	struct protected_session protected_sessions[ABI_PROTECTED_MAX];
+};
+
+/* memcg_ops.bpf.c: by cgroup id of the session that is looked after. */
+struct protection {
+	__u64 delay_cap_ms;
+	__u32 protect; /* 1: stays below its low and min while it is stalled */
+	__u32 stalled;
+	__u32 delay_percent; /* ms of delay for each percent above memory.high */
+	__u32 reserved;
+};
+
+#endif

@@ -1,0 +1,90 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* What the programs share: finding out who a task is, in the daemon's terms. */
+#ifndef AGENTCG_COMPAT_H
+#define AGENTCG_COMPAT_H
+
+/* The kernel's types before the uapi header: libbpf's helpers name both. */
+#include "kernel.h"
+
+#include <linux/bpf.h>
+
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#include "abi.h"
+
+/* Read by the loader before anything else: an object made from another abi.h is refused. */
+const volatile __u32 abi_version = ABI_VERSION;
+
+const volatile __u32 page_bytes = 4096; /* set before the load */
+
+/* Inode of the daemon's pid namespace, set before the load. */
+const volatile __u32 daemon_pid_ns;
+
+/**
+ * visible_pid - a task's thread group id as the daemon sees it
+ * @task: any thread of the group
+ *
+ * Return: the id, or 0 for a task outside the daemon's pid namespace.
+ */
+static __always_inline s32 visible_pid(struct task_struct *task)
+{
+	struct pid *pid = BPF_CORE_READ(task, group_leader, thread_pid);
+	u32 level = BPF_CORE_READ(pid, level);
+	u32 offset = bpf_core_field_offset(struct pid, numbers);
+	u32 size = bpf_core_type_size(struct upid);
+
+	for (u32 i = 0; i < ABI_DEPTH_MAX && i <= level; i++) {
+		struct upid *upid = (void *)pid + offset + i * size;
+
+		if (BPF_CORE_READ(upid, ns, ns.inum) == daemon_pid_ns)
+			return BPF_CORE_READ(upid, nr);
+	}
+	return 0;
+}
+
+static __always_inline struct cgroup *task_cgroup(struct task_struct *task)
+{
+	return BPF_CORE_READ(task, cgroups, dfl_cgrp);
+}
+
+static __always_inline u64 cgroup_id(struct cgroup *cgroup)
+{
+	return BPF_CORE_READ(cgroup, kn, id);
+}
+
+/* The ancestor at a level; the cgroup itself at its own. NULL when it cannot be read. */
+static __always_inline struct cgroup *ancestor(struct cgroup *cgroup, int level)
+{
+	struct cgroup *found = NULL;
+	u32 offset = bpf_core_field_offset(struct cgroup, ancestors);
+
+	bpf_probe_read_kernel(&found, sizeof(found), (void *)cgroup + offset + level * 8);
+	return found;
+}
+
+/* The system call that a task is in, from the registers it entered the kernel with. */
+#ifdef __TARGET_ARCH_x86
+#define NR_CLONE  56
+#define NR_FORK	  57
+#define NR_VFORK  58
+#define NR_CLONE3 435
+static __always_inline long syscall_number(struct pt_regs *regs)
+{
+	return BPF_CORE_READ(regs, orig_ax);
+}
+#elif defined(__TARGET_ARCH_arm64)
+#define NR_CLONE  220
+#define NR_FORK	  -2 /* there is none */
+#define NR_VFORK  -2
+#define NR_CLONE3 435
+static __always_inline long syscall_number(struct pt_regs *regs)
+{
+	return BPF_CORE_READ(regs, syscallno);
+}
+#else
+#error "the numbers of fork's system calls on this architecture"
+#endif
+
+#endif

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Which processes come and go below managed cgroups. Only BTF tracepoints, so that it loads on
+ * kernels that refuse trampolines. Nothing is sent for processes elsewhere.
+ *
+ * All events go through one ring buffer, so the daemon sees them in the order in which they were
+ * reserved: a process's fork before its exec, its exec before its exit. An event that finds no room
+ * is counted by type; the daemon compares the counts and looks at the cgroups itself.
+ */
+#include "compat.h"
+
+char LICENSE[] SEC("license") = "GPL";
+
+#define SIGNAL_GROUP_EXIT 0x4 /* include/linux/sched/signal.h */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, u64);
+	__type(value, struct managed);
+} managed SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 8 << 20);
+} events SEC(".maps");
+
+struct lifecycle_counters counters = {};
+
+/**
+ * find_managed - the managed cgroup that a task is in
+ * @task: the task
+ * @own: set to the id of its own cgroup
+ * @id: set to the id of the managed one, which may be further up: a container makes cgroups of its
+ *      own
+ *
+ * Return: its entry, or NULL.
+ */
+static __always_inline struct managed *find_managed(struct task_struct *task, u64 *own, u64 *id)
+{
+	struct cgroup *cgroup = task_cgroup(task);
+	int level = BPF_CORE_READ(cgroup, level);
+	struct managed *entry;
+
+	*own = *id = cgroup_id(cgroup);
+	entry = bpf_map_lookup_elem(&managed, id);
+	for (int i = 1; !entry && i <= ABI_DEPTH_MAX && i < level; i++) {
+		*id = cgroup_id(ancestor(cgroup, level - i));
+		entry = bpf_map_lookup_elem(&managed, id);
+	}
+	return entry;
+}
+
+/* Room for an event with its head filled in; NULL, and counted, if there is none. */
+static __always_inline void *reserve(u32 type, u32 size_bytes, u64 id)
+{
+	struct event *event = bpf_ringbuf_reserve(&events, size_bytes, 0);
+
+	if (!event) {
+		__sync_fetch_and_add(&counters.lost[type], 1);
+		return NULL;
+	}
+	__sync_fetch_and_add(&counters.sent[type], 1);
+	event->type = type;
+	event->size_bytes = size_bytes;
+	event->at_ns = bpf_ktime_get_ns();
+	event->cgroup_id = id;
+	return event;
+}
+
+static __always_inline void describe(struct process *process, struct task_struct *task)
+{
+	process->pid = visible_pid(task);
+	process->parent_pid = visible_pid(BPF_CORE_READ(task, real_parent));
+	process->start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
+	BPF_CORE_READ_INTO(&process->comm, task, comm);
+}
+
+SEC("tp_btf/sched_process_fork")
+int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
+{
+	struct fork_event *event;
+	u64 own, id;
+
+	if (BPF_CORE_READ(child, pid) != BPF_CORE_READ(child, tgid) ||
+	    !find_managed(child, &own, &id))
+		return 0;
+	event = reserve(EVENT_FORK, sizeof(*event), id);
+	if (!event)
+		return 0;
+	describe(&event->child, child);
+	/* Who forked it, also where CLONE_PARENT gave it another parent. */
+	event->child.parent_pid = visible_pid(parent);
+	event->parent_start_ns = BPF_CORE_READ(parent, group_leader, start_boottime);
+	bpf_ringbuf_submit(event, 0);
+	return 0;
+}
+
+SEC("tp_btf/sched_process_exec")
+int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
+{
+	unsigned long start, length;
+	struct exec_event *event;
+	u64 own, id;
+
+	if (!find_managed(task, &own, &id))
+		return 0;
+	event = reserve(EVENT_EXEC, sizeof(*event), id);
+	if (!event)
+		return 0;
+	describe(&event->process, task);
+	event->own_cgroup_id = own;
+	start = BPF_CORE_READ(task, mm, arg_start);
+	length = BPF_CORE_READ(task, mm, arg_end) - start;
+	event->argv_cut = length > ABI_ARGV_BYTES;
+	if (length > ABI_ARGV_BYTES)
+		length = ABI_ARGV_BYTES;
+	/* The page was written by this exec, so it is there; if not, the daemon asks /proc. */
+	if (bpf_probe_read_user(event->argv, length, (void *)start))
+		length = 0;
+	event->argv_bytes = length;
+	bpf_ringbuf_submit(event, 0);
+	return 0;
+}
+
+SEC("tp_btf/sched_process_exit")
+int BPF_PROG(on_exit, struct task_struct *task)
+{
+	struct task_struct *leader = BPF_CORE_READ(task, group_leader);
+	struct signal_struct *signal = BPF_CORE_READ(task, signal);
+	struct exit_event *event;
+	u64 own, id;
+
+	/* Only the last thread ends the process; do_exit() has counted it down before. */
+	if (BPF_CORE_READ(signal, live.counter) || !find_managed(task, &own, &id))
+		return 0;
+	event = reserve(EVENT_EXIT, sizeof(*event), id);
+	if (!event)
+		return 0;
+	describe(&event->process, task);
+	event->user_ns = BPF_CORE_READ(signal, utime) + BPF_CORE_READ(task, utime);
+	event->system_ns = BPF_CORE_READ(signal, stime) + BPF_CORE_READ(task, stime);
+	if (leader != task) {
+		event->user_ns += BPF_CORE_READ(leader, utime);
+		event->system_ns += BPF_CORE_READ(leader, stime);
+	}
+	event->rss_peak_bytes = BPF_CORE_READ(signal, maxrss) * page_bytes;
+	/* As wait_task_zombie() in kernel/exit.c. */
+	event->wait_status = BPF_CORE_READ(signal, flags) & SIGNAL_GROUP_EXIT ?
+				     BPF_CORE_READ(signal, group_exit_code) :
+				     BPF_CORE_READ(leader, exit_code);
+	event->reserved = 0;
+	bpf_ringbuf_submit(event, 0);
+	return 0;
+}
+
+SEC("tp_btf/mark_victim")
+int BPF_PROG(on_oom_victim, struct task_struct *task)
+{
+	struct oom_event *event;
+	u64 own, id;
+
+	if (!find_managed(task, &own, &id))
+		return 0;
+	event = reserve(EVENT_OOM_VICTIM, sizeof(*event), id);
+	if (!event)
+		return 0;
+	describe(&event->process, task);
+	bpf_ringbuf_submit(event, 0);
+	return 0;
+}

@@ -1,0 +1,381 @@
+"""Constants and structs that the programs and the daemon share.
+
+Made from bpf/abi.h by `python -m agentcgroupd.bpf.generate`; do not edit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+
+ABI_VERSION = 1
+ABI_ARGV_BYTES = 256
+ABI_COMM_BYTES = 16
+ABI_PROTECTED_MAX = 64
+ABI_SMALL_REQUEST_BYTES = 1114112
+ABI_DEPTH_MAX = 8
+
+
+class CgroupKind(enum.IntEnum):
+    """enum cgroup_kind"""
+
+    NONE = 0
+    POOL = 1
+    SESSION = 2
+    AGENT = 3
+    CALL = 4
+
+
+class EventType(enum.IntEnum):
+    """enum event_type"""
+
+    NONE = 0
+    FORK = 1
+    EXEC = 2
+    EXIT = 3
+    OOM_VICTIM = 4
+    MARK = 5
+    HIGH = 6
+    RATES = 7
+    DENIED = 8
+    URGENT = 9
+    TYPES = 10
+
+
+class DenyMode(enum.IntEnum):
+    """enum deny_mode"""
+
+    NEVER = 0
+    OVER_MARK = 1
+
+
+class Managed(ctypes.Structure):
+    """struct managed, 8 bytes"""
+
+    _fields_ = (
+        ("kind", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+    kind: int
+    reserved: int
+
+
+class Event(ctypes.Structure):
+    """struct event, 24 bytes"""
+
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("size_bytes", ctypes.c_uint32),
+        ("at_ns", ctypes.c_uint64),
+        ("cgroup_id", ctypes.c_uint64),
+    )
+    type: int
+    size_bytes: int
+    at_ns: int
+    cgroup_id: int
+
+
+class Process(ctypes.Structure):
+    """struct process, 32 bytes"""
+
+    _fields_ = (
+        ("start_ns", ctypes.c_uint64),
+        ("pid", ctypes.c_int32),
+        ("parent_pid", ctypes.c_int32),
+        ("comm", ctypes.c_char * 16),
+    )
+    start_ns: int
+    pid: int
+    parent_pid: int
+    comm: bytes
+
+
+class ForkEvent(ctypes.Structure):
+    """struct fork_event, 64 bytes"""
+
+    _fields_ = (
+        ("event", Event),
+        ("child", Process),
+        ("parent_start_ns", ctypes.c_uint64),
+    )
+    event: Event
+    child: Process
+    parent_start_ns: int
+
+
+class ExecEvent(ctypes.Structure):
+    """struct exec_event, 328 bytes"""
+
+    _fields_ = (
+        ("event", Event),
+        ("process", Process),
+        ("own_cgroup_id", ctypes.c_uint64),
+        ("argv_bytes", ctypes.c_uint32),
+        ("argv_cut", ctypes.c_uint32),
+        ("argv", ctypes.c_uint8 * 256),
+    )
+    event: Event
+    process: Process
+    own_cgroup_id: int
+    argv_bytes: int
+    argv_cut: int
+    argv: ctypes.Array[ctypes.c_uint8]
+
+
+class ExitEvent(ctypes.Structure):
+    """struct exit_event, 88 bytes"""
+
+    _fields_ = (
+        ("event", Event),
+        ("process", Process),
+        ("user_ns", ctypes.c_uint64),
+        ("system_ns", ctypes.c_uint64),
+        ("rss_peak_bytes", ctypes.c_uint64),
+        ("wait_status", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+    event: Event
+    process: Process
+    user_ns: int
+    system_ns: int
+    rss_peak_bytes: int
+    wait_status: int
+    reserved: int
+
+
+class OomEvent(ctypes.Structure):
+    """struct oom_event, 56 bytes"""
+
+    _fields_ = (
+        ("event", Event),
+        ("process", Process),
+    )
+    event: Event
+    process: Process
+
+
+class LifecycleCounters(ctypes.Structure):
+    """struct lifecycle_counters, 160 bytes"""
+
+    _fields_ = (
+        ("sent", ctypes.c_uint64 * 10),
+        ("lost", ctypes.c_uint64 * 10),
+    )
+    sent: ctypes.Array[ctypes.c_uint64]
+    lost: ctypes.Array[ctypes.c_uint64]
+
+
+class MemoryLimits(ctypes.Structure):
+    """struct memory_limits, 72 bytes"""
+
+    _fields_ = (
+        ("parent_id", ctypes.c_uint64),
+        ("soft_mark_bytes", ctypes.c_uint64),
+        ("soft_low_bytes", ctypes.c_uint64),
+        ("deny_mark_bytes", ctypes.c_uint64),
+        ("allowance_bytes", ctypes.c_uint64),
+        ("faults_per_s", ctypes.c_uint64),
+        ("refaults_per_s", ctypes.c_uint64),
+        ("deny_mode", ctypes.c_uint32),
+        ("kind", ctypes.c_uint32),
+        ("priority", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+    parent_id: int
+    soft_mark_bytes: int
+    soft_low_bytes: int
+    deny_mark_bytes: int
+    allowance_bytes: int
+    faults_per_s: int
+    refaults_per_s: int
+    deny_mode: int
+    kind: int
+    priority: int
+    reserved: int
+
+
+class MemoryState(ctypes.Structure):
+    """struct memory_state, 104 bytes"""
+
+    _fields_ = (
+        ("window_ns", ctypes.c_uint64),
+        ("window_faults", ctypes.c_uint64),
+        ("window_refaults", ctypes.c_uint64),
+        ("faults", ctypes.c_uint64),
+        ("major_faults", ctypes.c_uint64),
+        ("refaults", ctypes.c_uint64),
+        ("high_events", ctypes.c_uint64),
+        ("high_told_ns", ctypes.c_uint64),
+        ("marks_crossed", ctypes.c_uint64),
+        ("denied", ctypes.c_uint64),
+        ("denied_bytes", ctypes.c_uint64),
+        ("above_mark", ctypes.c_uint32),
+        ("above_rate", ctypes.c_uint32),
+        ("told_denied", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+    window_ns: int
+    window_faults: int
+    window_refaults: int
+    faults: int
+    major_faults: int
+    refaults: int
+    high_events: int
+    high_told_ns: int
+    marks_crossed: int
+    denied: int
+    denied_bytes: int
+    above_mark: int
+    above_rate: int
+    told_denied: int
+    reserved: int
+
+
+class MarkEvent(ctypes.Structure):
+    """struct mark_event, 48 bytes"""
+
+    _fields_ = (
+        ("event", Event),
+        ("usage_bytes", ctypes.c_uint64),
+        ("mark_bytes", ctypes.c_uint64),
+        ("above", ctypes.c_uint32),
+        ("pid", ctypes.c_int32),
+    )
+    event: Event
+    usage_bytes: int
+    mark_bytes: int
+    above: int
+    pid: int
+
+
+class HighEvent(ctypes.Structure):
+    """struct high_event, 48 bytes"""
+
+    _fields_ = (
+        ("event", Event),
+        ("usage_bytes", ctypes.c_uint64),
+        ("high_bytes", ctypes.c_uint64),
+        ("count", ctypes.c_uint64),
+    )
+    event: Event
+    usage_bytes: int
+    high_bytes: int
+    count: int
+
+
+class RatesEvent(ctypes.Structure):
+    """struct rates_event, 48 bytes"""
+
+    _fields_ = (
+        ("event", Event),
+        ("faults_per_s", ctypes.c_uint64),
+        ("refaults_per_s", ctypes.c_uint64),
+        ("above", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+    event: Event
+    faults_per_s: int
+    refaults_per_s: int
+    above: int
+    reserved: int
+
+
+class DeniedEvent(ctypes.Structure):
+    """struct denied_event, 56 bytes"""
+
+    _fields_ = (
+        ("event", Event),
+        ("usage_bytes", ctypes.c_uint64),
+        ("mark_bytes", ctypes.c_uint64),
+        ("request_bytes", ctypes.c_uint64),
+        ("urgent", ctypes.c_uint32),
+        ("pid", ctypes.c_int32),
+    )
+    event: Event
+    usage_bytes: int
+    mark_bytes: int
+    request_bytes: int
+    urgent: int
+    pid: int
+
+
+class UrgentEvent(ctypes.Structure):
+    """struct urgent_event, 48 bytes"""
+
+    _fields_ = (
+        ("event", Event),
+        ("stalled_ns", ctypes.c_uint64),
+        ("until_ns", ctypes.c_uint64),
+        ("priority", ctypes.c_uint32),
+        ("pid", ctypes.c_int32),
+    )
+    event: Event
+    stalled_ns: int
+    until_ns: int
+    priority: int
+    pid: int
+
+
+class ProtectedSession(ctypes.Structure):
+    """struct protected_session, 40 bytes"""
+
+    _fields_ = (
+        ("cgroup_id", ctypes.c_uint64),
+        ("priority", ctypes.c_uint32),
+        ("stalling", ctypes.c_uint32),
+        ("stalling_since_ns", ctypes.c_uint64),
+        ("window_ns", ctypes.c_uint64),
+        ("stalled_ns", ctypes.c_uint64),
+    )
+    cgroup_id: int
+    priority: int
+    stalling: int
+    stalling_since_ns: int
+    window_ns: int
+    stalled_ns: int
+
+
+class MemoryControl(ctypes.Structure):
+    """struct memory_control, 2632 bytes"""
+
+    _fields_ = (
+        ("stall_threshold_ns", ctypes.c_uint64),
+        ("stall_window_ns", ctypes.c_uint64),
+        ("urgent_lease_ns", ctypes.c_uint64),
+        ("pool_id", ctypes.c_uint64),
+        ("urgent_until_ns", ctypes.c_uint64),
+        ("urgent_count", ctypes.c_uint64),
+        ("lost", ctypes.c_uint64),
+        ("untracked", ctypes.c_uint64),
+        ("urgent_priority", ctypes.c_uint32),
+        ("protected_count", ctypes.c_uint32),
+        ("protected_sessions", ProtectedSession * 64),
+    )
+    stall_threshold_ns: int
+    stall_window_ns: int
+    urgent_lease_ns: int
+    pool_id: int
+    urgent_until_ns: int
+    urgent_count: int
+    lost: int
+    untracked: int
+    urgent_priority: int
+    protected_count: int
+    protected_sessions: ctypes.Array[ProtectedSession]
+
+
+class Protection(ctypes.Structure):
+    """struct protection, 24 bytes"""
+
+    _fields_ = (
+        ("delay_cap_ms", ctypes.c_uint64),
+        ("protect", ctypes.c_uint32),
+        ("stalled", ctypes.c_uint32),
+        ("delay_percent", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+    delay_cap_ms: int
+    protect: int
+    stalled: int
+    delay_percent: int
+    reserved: int

@@ -1,0 +1,296 @@
+"""One BPF object: opened, checked, loaded, attached, and taken back in the opposite order.
+
+    with BpfObject.open("lifecycle") as bpf:
+        bpf.load()
+        bpf.attach("on_exec")
+
+Nothing half-attached stays: an error in between closes what was opened.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
+
+from agentcgroupd.bpf import abi
+from agentcgroupd.bpf.btf import Btf
+from agentcgroupd.bpf.libbpf import libbpf, pid_namespace
+from agentcgroupd.errors import BpfError
+
+OBJECTS = Path(__file__).parent / "objects"
+LOG_LINES = 12
+"""Of the verifier's log; the reason stands at its end."""
+CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
+ENOTSUPP = 524
+"""The kernel's own, without a name in errno.h."""
+LOCKDOWN = Path("/sys/kernel/security/lockdown")
+
+V = TypeVar("V", bound=ctypes.Structure)
+
+
+class BpfMap(Generic[V]):
+    """A map from 64-bit ids to values of one type."""
+
+    def __init__(self, fd: int, name: str, value: type[V], most: int) -> None:
+        self._fd, self._name, self._value, self.max_entries = fd, name, value, most
+
+    def __setitem__(self, key: int, value: V) -> None:
+        """Raises BpfError; E2BIG: the map is full."""
+        libbpf().check(
+            f"map {self._name}: entry {key}", "bpf_map_update_elem", self._fd,
+            ctypes.byref(ctypes.c_uint64(key)), ctypes.byref(value), 0,
+        )  # fmt: skip
+
+    def get(self, key: int) -> V | None:
+        """The entry, or None. Raises BpfError."""
+        value = self._value()
+        result = libbpf().call("bpf_map_lookup_elem", self._fd,
+                               ctypes.byref(ctypes.c_uint64(key)), ctypes.byref(value))  # fmt: skip
+        if result == -errno.ENOENT:
+            return None
+        if result < 0:
+            raise BpfError(f"map {self._name}: entry {key}", -result)
+        return value
+
+    def pop(self, key: int) -> None:
+        """Remove the entry; no error if there is none. Raises BpfError."""
+        result = libbpf().call("bpf_map_delete_elem", self._fd,
+                               ctypes.byref(ctypes.c_uint64(key)))  # fmt: skip
+        if result < 0 and result != -errno.ENOENT:
+            raise BpfError(f"map {self._name}: entry {key}", -result)
+
+    def keys(self) -> Iterator[int]:
+        """All keys; one removed meanwhile makes it start over, so a key may come twice."""
+        before: Any = None
+        while True:
+            key = ctypes.c_uint64()
+            result = libbpf().call("bpf_map_get_next_key", self._fd, before, ctypes.byref(key))
+            if result == -errno.ENOENT:
+                return
+            if result < 0:
+                raise BpfError(f"map {self._name}: keys", -result)
+            yield key.value
+            before = ctypes.byref(key)
+
+
+class BpfObject:
+    """One object file and everything that was made from it."""
+
+    def __init__(self, name: str, path: Path, handle: int) -> None:
+        self.name, self.path = name, path
+        self._handle = handle
+        self._links: list[tuple[str, int]] = []
+
+    @classmethod
+    def open(cls, name: str, path: Path | None = None) -> Self:
+        """Open `objects/<name>.bpf.o` and set its constants. Raises BpfError, also for an object
+        that was built for another abi.h."""
+        path = path or OBJECTS / f"{name}.bpf.o"
+        if not path.is_file():
+            raise BpfError(f"{path} is not there: the installation is incomplete", errno.ENOENT)
+        with libbpf().messages() as said:
+            try:
+                handle = libbpf().pointer(
+                    f"opening {path}", "bpf_object__open_file", str(path).encode(), None
+                )
+            except BpfError as error:
+                raise BpfError(error.what, error.errno, _last(said)) from None
+        self = cls(name, path, handle)
+        try:
+            self._check_abi()
+            self._constant("daemon_pid_ns").value = pid_namespace()
+            self._constant("page_bytes").value = mmap.PAGESIZE
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Before the load
+
+    def _check_abi(self) -> None:
+        found = self._constant("abi_version").value
+        if found != abi.ABI_VERSION:
+            raise BpfError(
+                f"{self.path} was built for version {found} of the interface, the daemon has "
+                f"{abi.ABI_VERSION}: install both from one release", errno.EPROTO,
+            )  # fmt: skip
+
+    def skip_program(self, name: str) -> None:
+        """Leave a program out of the load."""
+        program = self._program(name)
+        libbpf().check(f"program {name}", "bpf_program__set_autoload", program, False)
+
+    def programs(self) -> list[str]:
+        """Names of all programs in the object."""
+        names, program = [], libbpf().call("bpf_object__next_program", self._handle, None)
+        while program:
+            names.append(str(libbpf().call("bpf_program__name", program).decode()))
+            program = libbpf().call("bpf_object__next_program", self._handle, program)
+        return names
+
+    def load(self) -> None:
+        """Make the maps and let the verifier check the programs. Raises BpfError with the end of
+        the verifier's log."""
+        with libbpf().messages() as said:
+            result = int(libbpf().call("bpf_object__load", self._handle))
+        if result < 0:
+            why = why_refused(-result)
+            what = f"loading {self.name}" + (f" ({why})" if why else "")
+            raise BpfError(what, -result, verifier_end(said))
+
+    # After the load
+
+    def attach(self, *names: str) -> None:
+        """Attach programs where their sections say. Raises BpfError; those attached before stay
+        until close()."""
+        for name in names:
+            with libbpf().messages() as said:
+                try:
+                    link = libbpf().pointer(
+                        f"attaching {self.name}/{name}", "bpf_program__attach", self._program(name)
+                    )
+                except BpfError as error:
+                    why = why_refused(error.errno)
+                    what = error.what + (f" ({why})" if why else "")
+                    raise BpfError(what, error.errno, _last(said)) from None
+            self._links.append((name, link))
+
+    def attached(self) -> tuple[str, ...]:
+        """Names of the programs that are attached."""
+        return tuple(name for name, _ in self._links)
+
+    def detach(self, name: str) -> None:
+        """Take one program back."""
+        for entry in [e for e in self._links if e[0] == name]:
+            self._links.remove(entry)
+            libbpf().call("bpf_link__destroy", entry[1])
+
+    def map(self, name: str, value: type[V]) -> BpfMap[V]:
+        """A map by 64-bit ids. Raises BpfError if its sizes are not those of the daemon's types."""
+        handle = self._map(name)
+        sizes = (libbpf().call("bpf_map__key_size", handle),
+                 libbpf().call("bpf_map__value_size", handle))  # fmt: skip
+        if sizes != (8, ctypes.sizeof(value)):
+            raise BpfError(f"map {name}: entries of {sizes} bytes, the daemon has "
+                           f"{(8, ctypes.sizeof(value))}", errno.EPROTO)  # fmt: skip
+        fd = libbpf().check(f"map {name}", "bpf_map__fd", handle)
+        return BpfMap(fd, name, value, libbpf().call("bpf_map__max_entries", handle))
+
+    def map_fd(self, name: str) -> int:
+        """Descriptor of a map, which stays the object's."""
+        return libbpf().check(f"map {name}", "bpf_map__fd", self._map(name))
+
+    def program_fd(self, name: str) -> int:
+        """Descriptor of a loaded program, which stays the object's."""
+        return libbpf().check(f"program {name}", "bpf_program__fd", self._program(name))
+
+    def shared(self, name: str, kind: type[V]) -> V:
+        """A global variable in mapped memory: reading and writing it is reading and writing the
+        program's own. It stays readable after close()."""
+        offset = self._place(".bss", name, kind)
+        fd = self.map_fd(".bss")
+        size = libbpf().call("bpf_map__value_size", self._map(".bss"))
+        pages = mmap.mmap(fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        return kind.from_buffer(pages, offset)
+
+    def close(self) -> None:
+        """Detach, newest first, and give up programs and maps; no error if that was done."""
+        while self._links:
+            libbpf().call("bpf_link__destroy", self._links.pop()[1])
+        handle, self._handle = self._handle, 0
+        if handle:
+            libbpf().call("bpf_object__close", handle)
+
+    # Parts
+
+    def _program(self, name: str) -> int:
+        return libbpf().pointer(
+            f"{self.name} has no program {name}", "bpf_object__find_program_by_name",
+            self._handle, name.encode(),
+        )  # fmt: skip
+
+    def _map(self, name: str) -> int:
+        return libbpf().pointer(
+            f"{self.name} has no map {name}", "bpf_object__find_map_by_name",
+            self._handle, name.encode(),
+        )  # fmt: skip
+
+    def _place(self, section: str, name: str, kind: type[ctypes.c_uint32 | V]) -> int:
+        """Offset in bytes of a variable in a data section."""
+        types = libbpf().pointer(f"{self.name}: no types", "bpf_object__btf", self._handle)
+        place = Btf(types).variables(section).get(name)
+        if place is None or place[1] != ctypes.sizeof(kind):
+            raise BpfError(f"{self.name}: no variable {name} of {ctypes.sizeof(kind)} bytes in "
+                           f"{section}", errno.EPROTO)  # fmt: skip
+        return place[0]
+
+    def _constant(self, name: str) -> ctypes.c_uint32:
+        """A constant as it will be at the load."""
+        offset = self._place(".rodata", name, ctypes.c_uint32)
+        size = ctypes.c_size_t()
+        start = libbpf().pointer(f"{self.name}: no constants", "bpf_map__initial_value",
+                                 self._map(".rodata"), ctypes.byref(size))  # fmt: skip
+        return ctypes.c_uint32.from_address(start + offset)
+
+
+def capabilities() -> int:
+    """This process's effective capabilities as a bit mask."""
+    text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", text, re.MULTILINE)
+    return int(found[1], 16) if found else 0
+
+
+def why_refused(number: int) -> str:
+    """What is likely behind an errno of bpf(2) here, or nothing."""
+    held = capabilities()
+    if number in (errno.EPERM, errno.EACCES):
+        wanted = {CAP_BPF: "CAP_BPF", CAP_PERFMON: "CAP_PERFMON"}
+        missing = [name for bit, name in wanted.items() if not held >> bit & 1]
+        if missing and not held >> CAP_SYS_ADMIN & 1:
+            return f"the daemon lacks {' and '.join(missing)}"
+        if lockdown() == "confidentiality":
+            return "the kernel is locked down: lockdown=confidentiality keeps programs from "\
+                   "reading its memory"  # fmt: skip
+    if number in (errno.EPERM, errno.ENOMEM) and not held >> CAP_SYS_ADMIN & 1:
+        soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        if soft != resource.RLIM_INFINITY:
+            return f"RLIMIT_MEMLOCK is {soft}: before Linux 5.11 maps count against it"
+    if number in (errno.EPERM, errno.EBUSY, ENOTSUPP):
+        return "the kernel, or a policy on it, refuses programs of this kind: they need " \
+               "CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS"  # fmt: skip
+    return ""
+
+
+def lockdown() -> str:
+    """The kernel's lockdown mode: none, integrity or confidentiality."""
+    try:
+        found = re.search(r"\[(\w+)\]", LOCKDOWN.read_text(encoding="ascii"))
+    except OSError:
+        return "none"  # this kernel has no lockdown
+    return found[1] if found else "none"
+
+
+def verifier_end(said: list[str]) -> str:
+    """The end of the verifier's log in libbpf's messages: which program, and why."""
+    text = "".join(said)
+    found = re.search(r"prog '(\w+)': -- BEGIN PROG LOAD LOG --\n(.*?)-- END PROG", text, re.DOTALL)
+    if found is None:
+        return _last(said)
+    lines = [line for line in found[2].splitlines() if not re.match(r"processed \d+ insns", line)]
+    return "\n".join([f"program {found[1]}:", *lines[-LOG_LINES:]])
+
+
+def _last(said: list[str]) -> str:
+    return "".join(said[-LOG_LINES:]).strip()
