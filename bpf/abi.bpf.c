@@ -23,3 +23,5 @@ struct denied_event denied_event;
 struct urgent_event urgent_event;
 struct memory_control memory_control;
 struct protection protection;
+struct memcg_ops_counters memcg_ops_counters;
+struct memcg_decision memcg_decision;

@@ -17,6 +17,7 @@ enum abi {
 	ABI_PROTECTED_MAX = 64,
 	ABI_SMALL_REQUEST_BYTES = 1114112, /* an allocator's arena of 1 MiB, and its own head */
 	ABI_DEPTH_MAX = 8,		   /* levels looked up above a task's own cgroup */
+	ABI_DELAY_CAP_MS = 2000,	   /* MEMCG_MAX_HIGH_DELAY_JIFFIES, mm/memcontrol.c */
 };
 
 /* What a managed cgroup is. */
@@ -203,12 +204,33 @@ struct memory_control {
 	struct protected_session protected_sessions[ABI_PROTECTED_MAX];
 };
 
-/* memcg_ops.bpf.c: by cgroup id of the session that is looked after. */
+/* memcg_ops.bpf.c: by cgroup id of the session that it is for. */
 struct protection {
-	__u64 delay_cap_ms;
-	__u32 protect; /* 1: stays below its low and min while it is stalled */
+	__u32 protect; /* 1: reclaim spares it while it is stalled, and its charges are not delayed
+			*/
 	__u32 stalled;
-	__u32 delay_percent; /* ms of delay for each percent above memory.high */
+	__u32 delay_percent; /* ms of delay for each percent above memory.high; 0: none */
+	__u32 delay_cap_ms;
+};
+
+/* memcg_ops.bpf.c: counts since load. */
+struct memcg_ops_counters {
+	__u64 online; /* memory cgroups made below one that the hooks are attached to */
+	__u64 offline;
+	__u64 spared_low;
+	__u64 spared_min;
+	__u64 delayed;
+};
+
+/* memcg_ops.bpf.c: what the hooks would answer for a cgroup now; context of a test program. */
+struct memcg_decision {
+	__u64 cgroup_id;
+	__u64 session_id; /* 0: of no session */
+	__u64 usage_bytes;
+	__u64 high_bytes;
+	__u32 below_low;
+	__u32 below_min;
+	__u32 delay_ms;
 	__u32 reserved;
 };
 

@@ -13,17 +13,14 @@ import logging
 import secrets
 import signal
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.admission import Ceiling, grant_for, merge
-from agentcgroupd.audit import Audit
+from agentcgroupd.admission import grant_for, merge
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
-from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.config import CallDefaults
 from agentcgroupd.convert import call_to_proto, grant_to_proto
-from agentcgroupd.ending import report_of
 from agentcgroupd.errors import (
     CgroupGone,
     FailedPrecondition,
@@ -33,12 +30,11 @@ from agentcgroupd.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from agentcgroupd.evidence import gather, main_status, oom_counts, signal_all
-from agentcgroupd.feed import Feed
+from agentcgroupd.evidence import main_status, oom_counts, signal_all
 from agentcgroupd.intent import check_name, cut_argv, parse_intent
 from agentcgroupd.leaf import prefer_as_oom_victim, write_grant
-from agentcgroupd.metrics import Metrics
 from agentcgroupd.owners import Owners
+from agentcgroupd.reports import Reports
 from agentcgroupd.session import (
     CALL_PREFIX,
     Call,
@@ -57,6 +53,16 @@ END_TIMEOUT_S = 15.0
 the call then ends in the background."""
 
 
+class CallWatcher(Protocol):
+    """Who has to know of a call's cgroup before a process enters it, and when it is gone."""
+
+    def call_opened(self, call: Call) -> None:
+        """Its cgroup is there, with no process in it or, after a restart, with some."""
+
+    def call_closed(self, call: Call) -> None:
+        """Its cgroup is gone or given up."""
+
+
 class Calls:
     """All open calls. Runs on the event loop; nothing here blocks on anything but the kernel."""
 
@@ -64,19 +70,19 @@ class Calls:
         self,
         config: CallDefaults,
         events: FileEvents,
-        audit: Audit,
-        metrics: Metrics,
-        feed: Feed,
-        ceiling: Callable[[Session], Ceiling],
-        pool: Cgroup,
+        reports: Reports,
+        watcher: CallWatcher,
     ) -> None:
         self._config = config
         self._events = events
-        self._audit = audit
-        self._metrics = metrics
-        self._feed = feed
-        self._ceiling = ceiling
-        self._pool = pool
+        self._reports = reports
+        self.actions = reports.actions
+        self._audit = self.actions.audit
+        self._metrics = self.actions.metrics
+        self._feed = self.actions.feed
+        self._ceiling = reports.ceiling
+        self._pool = reports.pool
+        self._watcher = watcher
         self._loop = asyncio.get_running_loop()
         self._owners = Owners(self._owner_gone)
         self.open: dict[str, Call] = {}
@@ -92,15 +98,16 @@ class Calls:
         intent: Mapping[str, str],
         argv: list[str],
         owner: Process | None,
+        observed: bool = False,
     ) -> Call:
         """A new call with its cgroup, limits set, no process in it yet.
 
-        `owner` holds the call open; None: the call ends when it is empty. Raises
-        RequestError, and then nothing is left behind.
+        `owner` holds the call open; None: the call ends when it is empty. `observed`: nobody asked
+        for it. Raises RequestError, and then nothing is left behind.
         """
         try:
             with self._metrics.time("begin"):
-                return self._begin(session, name, intent, argv, owner)
+                return self._begin(session, name, intent, argv, owner, observed)
         except RequestError as error:
             self._metrics.calls_refused.labels(error.code).inc()
             self._audit.write("call_refused", session=session.id, name=name[:128],
@@ -114,6 +121,7 @@ class Calls:
         intent: Mapping[str, str],
         argv: list[str],
         owner: Process | None,
+        observed: bool,
     ) -> Call:
         check_name(name)
         if session.closing:
@@ -136,7 +144,7 @@ class Calls:
         call = Call(
             id=call_id, session=session, name=name, argv=cut_argv(argv), grant=grant, cgroup=cgroup,
             began_unix_usec=unix_usec(), began_boot_usec=boottime_usec(),
-            held=owner is not None, owner=owner,
+            held=owner is not None, owner=owner, observed=observed,
             session_ooms_before=session_ooms, pool_ooms_before=pool_ooms,
         )  # fmt: skip
         try:
@@ -149,6 +157,8 @@ class Calls:
             raise Unavailable(f"the call's limits could not be set: {error}") from None
         self.begun += 1
         self._metrics.calls_begun.inc()
+        if observed:
+            self._metrics.calls_observed.labels("yes").inc()
         if call.grant.advice:
             self._metrics.calls_reduced.inc()
         self._audit.write("call_begun", session=session.id, call=call.id, name=name,
@@ -164,6 +174,7 @@ class Calls:
         )
         self.open[call.id] = call
         call.session.calls[call.id] = call
+        self._watcher.call_opened(call)
         if call.owner is not None:
             self._owners.add(call)
         if not call.entered:
@@ -185,18 +196,27 @@ class Calls:
     # Entering
 
     def attach(self, call: Call, process: Process) -> None:
-        """Move a process into the call. Raises RequestError or KnobError."""
+        """Move a process into the call and take it for the main one, whose end is the call's.
+        Raises RequestError or KnobError."""
         if call.state == pb.CALL_STATE_ENDING:
             raise FailedPrecondition(f"call {call.id} is ending")
         with self._metrics.time("attach"):
             call.cgroup.attach(process.pid)
             if not pidfd_alive(process.pidfd):
                 raise FailedPrecondition(f"process {process.pid} ended before it could enter")
-        prefer_as_oom_victim(process.pid, call.grant.priority)
         if call.main is not None:
             call.main.close()
         call.main = process.copy()
-        call.client_status = None
+        call.client_status = call.exit_status = None
+        self._entered(call, process)
+
+    def admit(self, call: Call, process: Process) -> None:
+        """Move one more process into the call. Raises KnobError."""
+        call.cgroup.attach(process.pid)
+        self._entered(call, process)
+
+    def _entered(self, call: Call, process: Process) -> None:
+        prefer_as_oom_victim(process.pid, call.grant.priority)
         call.entered = True
         if call.state == pb.CALL_STATE_PENDING:
             call.state = pb.CALL_STATE_RUNNING
@@ -226,54 +246,6 @@ class Calls:
         self._audit.write("call_updated", session=call.session.id, call=call.id,
                           grant=plain(grant))  # fmt: skip
         return call
-
-    # Pausing
-
-    def freeze(self, call: Call, why: str) -> None:
-        """Pause a call; no error if it is paused already. Raises CgroupGone."""
-        if call.frozen_since_usec is not None or call.state == pb.CALL_STATE_ENDING:
-            return
-        call.cgroup.write(knobs.CGROUP_FREEZE, True)
-        call.frozen_since_usec = boottime_usec()
-        call.state = pb.CALL_STATE_FROZEN
-        self._acted("freeze", call, why, pb.FEEDBACK_CODE_FROZEN)
-
-    def thaw(self, call: Call, why: str) -> None:
-        """Let a paused call go on; no error if it runs. Raises CgroupGone."""
-        if call.frozen_since_usec is None:
-            return
-        call.cgroup.write(knobs.CGROUP_FREEZE, False)
-        call.frozen_usec += boottime_usec() - call.frozen_since_usec
-        call.frozen_since_usec = None
-        if call.state == pb.CALL_STATE_FROZEN:
-            call.state = pb.CALL_STATE_RUNNING
-        self._acted("thaw", call, why, pb.FEEDBACK_CODE_THAWED)
-        call.cgroup.set_xattr(call.record())
-
-    def stop(self, call: Call, why: str) -> None:
-        """End a call by policy. Raises CgroupGone."""
-        call.ended_by, call.ended_why = "stopped", why
-        call.state = pb.CALL_STATE_ENDING
-        call.held = False
-        call.cgroup.kill()
-        self._acted("kill", call, why, None)
-
-    def _acted(
-        self, action: str, call: Call, why: str, code: pb.FeedbackCode.ValueType | None
-    ) -> None:
-        self._metrics.actions.labels(action).inc()
-        session = call.session.id
-        self._audit.write(action, session=session, call=call.id, why=why)
-        log.info("%s call %s (%s) of session %s: %s", action, call.id, call.name, session, why)
-        if code is not None:
-            self._tell(call, pb.Feedback(code=code, sentence=why))
-
-    def _tell(self, call: Call, feedback: pb.Feedback) -> None:
-        feedback.call_id, feedback.session_id = call.id, call.session.id
-        feedback.at_unix_usec = feedback.at_unix_usec or unix_usec()
-        self._metrics.count_feedback(feedback)
-        if self._feed.listening:
-            self._feed.publish(call.session.id, pb.Event(feedback=feedback))
 
     # Ending
 
@@ -389,10 +361,10 @@ class Calls:
         if call.id not in self.open:
             return call.session.report(call.id)
         with self._metrics.time("finish"):
-            report = self._report(call)
+            report = self._reports.of(call)
             # Before the cgroup goes: a daemon killed in between would lose the report. One killed
             # after this finds the empty cgroup and writes the entry again; the later one counts.
-            self._audit.write("call_ended", session=call.session.id, call=call.id, report=report)
+            self._reports.write(report)
             removed = True
             try:
                 call.cgroup.remove()
@@ -404,29 +376,10 @@ class Calls:
                 log.error("call %s: its cgroup could not be removed: %s", call.id, error)
                 removed = False
             self._forget(call, removed)
-            call.session.reports.append(report)
-            call.session.calls_ended += 1
             self.ended += 1
-            self._metrics.count_end(report)
-            for feedback in report.feedback:
-                # How long it was paused is in the report; that it was, has been told then.
-                if feedback.code != pb.FEEDBACK_CODE_FROZEN:
-                    self._tell(call, feedback)
-            if self._feed.listening:
-                self._feed.publish(call.session.id, pb.Event(ended=report))
+            self._reports.keep(call.session, report)
         if call.done is not None and not call.done.done():
             call.done.set_result(report)
-        return report
-
-    def _report(self, call: Call) -> pb.Report:
-        report = report_of(gather(call, self._pool))
-        report.call_id, report.session_id, report.name = call.id, call.session.id, call.name
-        report.argv.extend(call.argv)
-        report.grant.CopyFrom(grant_to_proto(call.grant))
-        report.began_unix_usec = call.began_unix_usec
-        for feedback in report.feedback:
-            feedback.call_id, feedback.session_id = call.id, call.session.id
-            feedback.at_unix_usec = unix_usec()
         return report
 
     def _forget(self, call: Call, removed: bool = False) -> None:
@@ -438,9 +391,23 @@ class Calls:
             timer.cancel()
         call.timers.clear()
         self._owners.drop(call)
+        self._watcher.call_closed(call)
         if call.main is not None:
             call.main.close()
             call.main = None
+
+    def record_short(
+        self, session: Session, name: str, argv: list[str], wall_usec: int,
+        status: int | None, cpu: dict[str, int],
+    ) -> None:  # fmt: skip
+        """A call that had ended before it could have a cgroup: only its report is left."""
+        report = self._reports.of_short(session, name, argv, wall_usec, status, cpu)
+        self._reports.write(report)
+        self._reports.keep(session, report)
+        self.begun += 1
+        self.ended += 1
+        self._metrics.calls_begun.inc()
+        self._metrics.calls_observed.labels("no").inc()
 
     def withdraw(self, call: Call) -> None:
         """Undo a call whose process could not enter."""
@@ -458,12 +425,17 @@ class Calls:
         frozen = call.cgroup.read(knobs.CGROUP_EVENTS).get("frozen", 0)
         if frozen:
             call.frozen_since_usec = boottime_usec()
-            self.thaw(call, "The daemon was restarted; what it had paused goes on.")
+            self.actions.thaw(call, "The daemon was restarted; what it had paused goes on.")
         if self._populated(call):
             call.entered = True
             call.state = pb.CALL_STATE_RUNNING
             self._cancel_timer(call, "attach")
         elif not call.held:
+            self._finish(call)
+
+    def look(self, call: Call) -> None:
+        """As if its events file had just changed; for who knows better than to wait for that."""
+        if call.id in self.open and not self._populated(call):
             self._finish(call)
 
     def recheck(self) -> None:
@@ -478,8 +450,5 @@ class Calls:
     def let_go(self) -> None:
         """The daemon stops; calls stay as they are for the next one."""
         for call in list(self.open.values()):
-            try:
-                self.thaw(call, "The daemon is stopping.")
-            except KnobError:
-                log.debug("call %s is gone", call.id)
+            self.actions.let_go(call, "The daemon is stopping.")
             self._forget(call)

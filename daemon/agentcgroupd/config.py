@@ -102,6 +102,51 @@ class GuardConfig(Section):
     tick: Duration = 20_000
     lease: Duration = 120_000_000
     """A frozen call goes on, or one call is ended, after this time at the latest."""
+    deny_allowance: Annotated[int, quantity(parse_bytes, "size")] = 16 << 20
+    """Small requests that a call may still make after its growth was denied."""
+    protect_priority: Priority = 80
+    """Sessions of at least this priority are protected: when they stall on memory, the program in
+    the kernel denies growth to less important calls by itself."""
+    stall_threshold: Duration = 10_000
+    """Stalled this long within `stall_window`."""
+    stall_window: Duration = 100_000
+    urgent_lease: Duration = 500_000
+    """How long the program denies before the daemon has confirmed it."""
+    faults_per_s: Annotated[int, Field(ge=0)] = 0
+    """Page faults a second of a session above which it is said so; 0: never."""
+    refaults_per_s: Annotated[int, Field(ge=0)] = 1000
+    """Pages that come back after they were reclaimed, a second, of a session."""
+
+
+class BoundaryRule(Section):
+    """Which programs begin a call when an agent's own process starts them."""
+
+    program: tuple[str, ...]
+    """Globs on the program's name as in /proc/<pid>/comm: its first 15 characters."""
+    first_argument: str = "*"
+    """Glob on the first argument; an empty one where there is none."""
+    begins_call: bool = True
+
+
+SHELL_COMMANDS = BoundaryRule(
+    program=("sh", "bash", "dash", "zsh", "ash", "ksh", "busybox"), first_argument="-*c"
+)
+
+
+class BoundariesConfig(Section):
+    """Tool calls of agents that declare none (boundaries.py)."""
+
+    enabled: bool = True
+    rules: tuple[BoundaryRule, ...] = (SHELL_COMMANDS,)
+    """The first that fits decides; none: no call."""
+
+
+class BpfConfig(Section):
+    """Programs in the kernel (bpf/plane.py)."""
+
+    enabled: bool = True
+    objects: Path | None = None
+    """Directory of the compiled programs; none: those that came with the daemon."""
 
 
 class ServerConfig(Section):
@@ -126,6 +171,8 @@ class Config(Section):
     sessions: SessionDefaults = SessionDefaults()
     calls: CallDefaults = CallDefaults()
     guard: GuardConfig = GuardConfig()
+    boundaries: BoundariesConfig = BoundariesConfig()
+    bpf: BpfConfig = BpfConfig()
     server: ServerConfig = ServerConfig()
     audit: AuditConfig = AuditConfig()
 

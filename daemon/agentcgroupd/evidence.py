@@ -29,6 +29,8 @@ def main_status(call: Call) -> tuple[int | None, pb.Evidence.ValueType]:
             status = pidfd_exit_status(call.main.pidfd)
         if status is not None:
             return status, pb.EVIDENCE_KERNEL
+    if call.exit_status is not None:
+        return call.exit_status, pb.EVIDENCE_KERNEL
     if call.client_status is not None:
         return call.client_status, pb.EVIDENCE_CLIENT
     return None, pb.EVIDENCE_NONE

@@ -25,7 +25,7 @@ from agentcgroupd.units import (
 
 NAME_CHARS_MAX = 128
 ARGV_BYTES_MAX = 4096
-ON_PRESSURE = ("freeze", "throttle", "kill")
+ON_PRESSURE = ("freeze", "deny", "throttle", "kill")
 HINT_ALLOWED = "memory:high, memory:low or memory:<size>, such as memory:2g"
 PIDS_MOST = 4_194_304
 """PID_MAX_LIMIT, include/linux/threads.h."""

@@ -56,6 +56,16 @@ class Metrics:
         self.phase = histogram(
             "phase_seconds", "Time of the daemon's own steps", SECONDS_BUCKETS, "phase"
         )
+        self.moved = histogram(
+            "exec_to_moved_seconds", "From an exec in an agent leaf to its call's leaf",
+            SECONDS_BUCKETS,
+        )  # fmt: skip
+        self.calls_observed = counter("calls_observed", "Calls that no agent declared", "moved")
+        self.features = gauge("feature", "1: the feature works in this kernel", "feature")
+        self.events_lost = counter("events_lost", "Events without room in a ring buffer", "type")
+        self.bpf_failures = gauge("bpf_failures", "What the programs were asked and refused")
+        self.oom_victims = counter("oom_victims", "Processes that the kernel's OOM killer chose")
+        self.signals = counter("signals", "Signals from the kernel's programs", "signal")
         self.rpc = histogram("rpc_seconds", "Time to answer a request", SECONDS_BUCKETS, "method")
         self.rpc_errors = counter("rpc_errors", "Requests answered by an error", "method", "code")
         self.peers_refused = counter("peers_refused", "Connections refused", "reason")

@@ -34,13 +34,16 @@ from agentcgroupd.errors import (
 from agentcgroupd.feed import Feed
 from agentcgroupd.metrics import Heartbeat, Metrics, MetricsServer
 from agentcgroupd.notify import notify, watchdog_interval_s
+from agentcgroupd.policy.actions import Actions
 from agentcgroupd.policy.guard import Guard
 from agentcgroupd.pool import Pool, prepare_pool
+from agentcgroupd.reports import Reports
 from agentcgroupd.rpc.attach import AttachServer
 from agentcgroupd.rpc.identity import Relay
 from agentcgroupd.rpc.server import AdminService, AgentService, GrpcServer
 from agentcgroupd.session import RECORD_VERSION, Call, Session, read_record
 from agentcgroupd.sessions import Sessions
+from agentcgroupd.watchers import Watchers
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,7 @@ class Daemon:
         self._failure: BaseException | None = None
         self._lock_fd = -1
         self._tasks: set[asyncio.Task[None]] = set()
+        self.watchers = Watchers(config, lambda: self.actions)
         self.pool: Pool
         self.sessions: Sessions
         self.calls: Calls
@@ -82,16 +86,22 @@ class Daemon:
         self._mark_pool()
         self.events = FileEvents()
         self.sessions = Sessions(self.config, self.pool)
-        self.calls = Calls(self.config.calls, self.events, self.audit, self.metrics, self.feed,
-                           self.sessions.ceiling, self.pool.cgroup)  # fmt: skip
+        self.watchers.plane.open()
+        self.actions = Actions(
+            self.audit, self.metrics, self.feed, self.config.guard, lambda: self.watchers.memory
+        )
+        reports = Reports(self.actions, self.pool.cgroup, self.sessions.ceiling)
+        self.calls = Calls(self.config.calls, self.events, reports, self.watchers)
         self.answers = Answers(self.pool, self.sessions, self.calls)
+        self.watchers.follow(self.pool, self.calls, self.sessions.open.values)
         self._restore()
         self.sweep()
         await self._open_sockets(run)
         self.guard: Guard | None = None
         if self.config.guard.enabled and self.pool.memory_max_bytes is not None:
-            self.guard = Guard(self.config.guard, self.pool, self.calls)
+            self.guard = Guard(self.config.guard, self.pool, self.calls, self.watchers.can_deny)
             self.guard.start()
+        self.watchers.start(self.guard)
         for coroutine in (self._sweep_forever(), self._beat_forever()):
             task = asyncio.get_running_loop().create_task(coroutine)
             self._tasks.add(task)
@@ -210,6 +220,7 @@ class Daemon:
         if hasattr(self, "calls"):
             self.calls.let_go()
             self.events.close()
+        self.watchers.close()
         if getattr(self, "metrics_server", None) is not None:
             assert self.metrics_server is not None
             await asyncio.get_running_loop().run_in_executor(None, self.metrics_server.close)
@@ -239,6 +250,7 @@ class Daemon:
 
     def _watch(self, session: Session) -> None:
         """An adopted cgroup belongs to its runtime: when it is empty, the session is over."""
+        self.watchers.session_opened(session)
         if session.adopted:
             session.watch = self.events.watch(
                 session.cgroup, knobs.CGROUP_EVENTS, lambda: self._adopted_changed(session)
@@ -282,6 +294,7 @@ class Daemon:
             raise
         if session.watch is not None:
             self.events.unwatch(session.watch)
+        self.watchers.session_closed(session)
         self.audit.write("session_closed", session=session.id, calls_ended=len(calls))
         self.feed.publish(session.id, pb.Event(session_closed=last or pb.Session(id=session.id)))
         self.feed.end(session.id)
@@ -292,6 +305,7 @@ class Daemon:
     def sweep(self) -> None:
         """Calls whose end was missed, cgroups that nobody owns, sessions whose cgroup is gone."""
         self.calls.recheck()
+        self.watchers.sweep()
         for cgroup in list(self.sessions.unknown()):
             self._remove_leftover(cgroup)
         for session in list(self.sessions.open.values()):

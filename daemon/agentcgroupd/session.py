@@ -97,7 +97,13 @@ class Call:
     ended_by: str = ""
     ended_why: str = ""
     leftovers: int = 0
+    observed: bool = False
+    """Begun by the daemon itself, which saw an exec in the agent leaf."""
+    exit_status: int | None = None
+    """Wait status of the main process as its exit event told it."""
     client_status: int | None = None
+    denied: bool = False
+    """It may not grow; a small allowance apart."""
     frozen_since_usec: int | None = None
     frozen_usec: int = 0
     session_ooms_before: int = 0
@@ -120,6 +126,7 @@ class Call:
                 "began_unix_usec": self.began_unix_usec,
                 "began_boot_usec": self.began_boot_usec,
                 "held": self.held,
+                "observed": self.observed,
                 "owner": [self.owner.pid, self.owner.start_ticks] if self.owner else None,
                 "main": [self.main.pid, self.main.start_ticks] if self.main else None,
                 "entered": self.entered,
@@ -142,6 +149,7 @@ class Call:
             began_unix_usec=int(data["began_unix_usec"]),
             began_boot_usec=int(data["began_boot_usec"]),
             held=bool(data["held"]), entered=bool(data["entered"]),
+            observed=bool(data.get("observed")),
             frozen_usec=int(data["frozen_usec"]),
             session_ooms_before=int(data["session_ooms_before"]),
             pool_ooms_before=int(data["pool_ooms_before"]),

@@ -134,6 +134,7 @@ class ProcessStat:
     """The fields of /proc/<pid>/stat that are used here (proc_pid_stat(5))."""
 
     state: str
+    parent_pid: int
     start_ticks: int
     exit_status: int
     """Wait status; meaningful while state is Z."""
@@ -145,4 +146,13 @@ def process_stat(pid: int) -> ProcessStat:
     with open(f"/proc/{pid}/stat", "rb") as file:
         text = file.read().decode("utf-8", "replace")
     fields = text[text.rindex(")") + 2 :].split()
-    return ProcessStat(state=fields[0], start_ticks=int(fields[19]), exit_status=int(fields[49]))
+    return ProcessStat(state=fields[0], parent_pid=int(fields[1]), start_ticks=int(fields[19]),
+                       exit_status=int(fields[49]))  # fmt: skip
+
+
+def cgroup_of(pid: int) -> str:
+    """The cgroup v2 path of a process, below the mount; FileNotFoundError or ProcessLookupError
+    when there is no such process."""
+    with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="replace") as file:
+        lines = file.read().splitlines()
+    return next((line[3:] for line in lines if line.startswith("0::")), "")

@@ -14,6 +14,7 @@ ABI_COMM_BYTES = 16
 ABI_PROTECTED_MAX = 64
 ABI_SMALL_REQUEST_BYTES = 1114112
 ABI_DEPTH_MAX = 8
+ABI_DELAY_CAP_MS = 2000
 
 
 class CgroupKind(enum.IntEnum):
@@ -365,17 +366,55 @@ class MemoryControl(ctypes.Structure):
 
 
 class Protection(ctypes.Structure):
-    """struct protection, 24 bytes"""
+    """struct protection, 16 bytes"""
 
     _fields_ = (
-        ("delay_cap_ms", ctypes.c_uint64),
         ("protect", ctypes.c_uint32),
         ("stalled", ctypes.c_uint32),
         ("delay_percent", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("delay_cap_ms", ctypes.c_uint32),
     )
-    delay_cap_ms: int
     protect: int
     stalled: int
     delay_percent: int
+    delay_cap_ms: int
+
+
+class MemcgOpsCounters(ctypes.Structure):
+    """struct memcg_ops_counters, 40 bytes"""
+
+    _fields_ = (
+        ("online", ctypes.c_uint64),
+        ("offline", ctypes.c_uint64),
+        ("spared_low", ctypes.c_uint64),
+        ("spared_min", ctypes.c_uint64),
+        ("delayed", ctypes.c_uint64),
+    )
+    online: int
+    offline: int
+    spared_low: int
+    spared_min: int
+    delayed: int
+
+
+class MemcgDecision(ctypes.Structure):
+    """struct memcg_decision, 48 bytes"""
+
+    _fields_ = (
+        ("cgroup_id", ctypes.c_uint64),
+        ("session_id", ctypes.c_uint64),
+        ("usage_bytes", ctypes.c_uint64),
+        ("high_bytes", ctypes.c_uint64),
+        ("below_low", ctypes.c_uint32),
+        ("below_min", ctypes.c_uint32),
+        ("delay_ms", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+    cgroup_id: int
+    session_id: int
+    usage_bytes: int
+    high_bytes: int
+    below_low: int
+    below_min: int
+    delay_ms: int
     reserved: int

@@ -44,10 +44,11 @@ class Need:
             return "" if btf.has_function(self.name) else f"no function {self.name}()"
         if self.kind == "tracepoint":
             return "" if btf.has_tracepoint(self.name) else f"no tracepoint {self.name}"
-        if btf.has_struct(self.name, self.member):
-            return ""
-        member = f".{self.member}" if self.member else ""
-        return f"no struct {self.name}{member}"
+        if not btf.has_struct(self.name):
+            return f"no struct {self.name}"
+        if not btf.has_struct(self.name, self.member):
+            return f"no struct {self.name}.{self.member}"
+        return ""
 
 
 def _function(name: str) -> Need:
@@ -110,6 +111,13 @@ DEFINITIONS = (
                             "security_vm_enough_memory_mm")), *_MEMCG)),),
         "the guard reacts a tick later, by pausing",
     ),
+    # Callbacks of a struct_ops: any of them is of use, and memcg_ops.load takes all there are.
+    Definition(
+        RECLAIM_HOOKS, "memcg_ops",
+        tuple(((name,), (Need("struct", "memcg_bpf_ops"), Need("struct", "memcg_bpf_ops", name)))
+              for name in ("below_low", "below_min", "get_high_delay_ms", "memcg_charged")),
+        "memory.low and memory.high alone",
+    ),
 )  # fmt: skip
 
 
@@ -147,7 +155,8 @@ def missing(definition: Definition, reason: str) -> FeatureState:
 
 
 def load(name: str, objects: Path | None = None) -> tuple[BpfObject | None, list[FeatureState]]:
-    """Load and attach all features of an object that this kernel can have.
+    """Load and attach all features of an object that this kernel can have; not for the reclaim
+    hooks, which are attached to a cgroup: see memcg_ops.load.
 
     Returns the object (None: not one of its features works) and what became of each feature.
     Never raises BpfError: what went wrong is in the states. Nothing of a missing feature stays.
@@ -157,7 +166,7 @@ def load(name: str, objects: Path | None = None) -> tuple[BpfObject | None, list
         btf = kernel_btf()
         states = [gate(definition, btf) for definition in definitions]
     except BpfError as error:
-        return None, [missing(d, _words(error)) for d in definitions]
+        return None, [missing(d, one_line(error)) for d in definitions]
     path = objects / f"{name}.bpf.o" if objects else None
     while any(state.works for state in states):
         try:
@@ -165,7 +174,7 @@ def load(name: str, objects: Path | None = None) -> tuple[BpfObject | None, list
         except BpfError as error:
             log.debug("%s", error)
             rejected = re.match(r"program (\w+):", error.detail)
-            states = [_without(s, rejected[1] if rejected else "", _words(error)) for s in states]
+            states = [_without(s, rejected[1] if rejected else "", one_line(error)) for s in states]
             continue
         return _attach(bpf, states)
     return None, states
@@ -204,7 +213,7 @@ def _attach(
                 bpf.attach(program)
             except BpfError as error:
                 log.debug("%s", error)
-                states = [_without(s, program, _words(error)) for s in states]
+                states = [_without(s, program, one_line(error)) for s in states]
                 break
     needed = {program for state in states for program in state.programs}
     for program in bpf.attached():
@@ -216,7 +225,7 @@ def _attach(
     return bpf, states
 
 
-def _words(error: BpfError) -> str:
+def one_line(error: BpfError) -> str:
     """An error in one line for people."""
     reason = str(error).partition("\n")[0]
     if "(" not in error.what and error.detail:

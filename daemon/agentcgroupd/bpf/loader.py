@@ -79,6 +79,25 @@ class BpfMap(Generic[V]):
             before = ctypes.byref(key)
 
 
+class _RunOptions(ctypes.Structure):
+    """struct bpf_test_run_opts of libbpf, up to what is given or read here."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("data_in", ctypes.c_void_p),
+        ("data_out", ctypes.c_void_p),
+        ("data_size_in", ctypes.c_uint32),
+        ("data_size_out", ctypes.c_uint32),
+        ("ctx_in", ctypes.c_void_p),
+        ("ctx_out", ctypes.c_void_p),
+        ("ctx_size_in", ctypes.c_uint32),
+        ("ctx_size_out", ctypes.c_uint32),
+        ("retval", ctypes.c_int32),
+        ("repeat", ctypes.c_int),
+    )
+    retval: int
+
+
 class BpfObject:
     """One object file and everything that was made from it."""
 
@@ -204,6 +223,15 @@ class BpfObject:
         size = libbpf().call("bpf_map__value_size", self._map(".bss"))
         pages = mmap.mmap(fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         return kind.from_buffer(pages, offset)
+
+    def run(self, name: str, context: ctypes.Structure) -> int:
+        """Run a loaded program of type syscall, which reads and writes `context`; what it
+        returned. Raises BpfError."""
+        options = _RunOptions(sz=ctypes.sizeof(_RunOptions), ctx_in=ctypes.addressof(context),
+                              ctx_size_in=ctypes.sizeof(context))  # fmt: skip
+        libbpf().check(f"running {self.name}/{name}", "bpf_prog_test_run_opts",
+                       self.program_fd(name), ctypes.byref(options))  # fmt: skip
+        return int(options.retval)
 
     def close(self) -> None:
         """Detach, newest first, and give up programs and maps; no error if that was done."""

@@ -38,6 +38,8 @@ class CallView:
     """Work done so far, which is lost if the call is killed."""
     frozen_for_usec: int | None = None
     """None: it runs."""
+    denied: bool = False
+    """It may not grow."""
     on_pressure: str = "freeze"
     memory_expected_bytes: int = 0
     memory_max_bytes: int | None = None
@@ -59,6 +61,8 @@ class Snapshot:
     """Time since the last thaw: its effect must be seen before the next."""
     cooldown_usec: int
     calls: tuple[CallView, ...]
+    can_deny: bool = False
+    """Growth can be denied here."""
 
     @property
     def free_bytes(self) -> int:
@@ -69,6 +73,8 @@ class Snapshot:
 class Action(enum.Enum):
     """What can be done to a call."""
 
+    DENY = "deny"
+    ALLOW = "allow"
     FREEZE = "freeze"
     THAW = "thaw"
     KILL = "kill"
@@ -108,14 +114,24 @@ def _freeze(now: Snapshot, running: list[CallView], leader: CallView, room: int)
     for call in others:
         if decisions and growth * LOOKAHEAD_S <= now.free_bytes - now.reserve_bytes - room:
             break
-        decisions.append(Decision(
-            Action.FREEZE, call.id,
-            f"Paused: {show_bytes(max(0, now.free_bytes))} of the pool's "
+        why = (
+            f"{show_bytes(max(0, now.free_bytes))} of the pool's "
             f"{show_bytes(now.limit_bytes)} are left and this call grows by "
             f"{show_bytes(call.growth_bytes_per_s)} a second, while {leader.name!r} is "
-            f"{'more important' if leader.priority > call.priority else 'older'}. "
-            "It goes on by itself; nothing is lost.",
-        ))  # fmt: skip
+            f"{'more important' if leader.priority > call.priority else 'older'}."
+        )
+        # One that grows although it is denied uses memory that it was promised before.
+        if now.can_deny and call.on_pressure == "deny" and not call.denied:
+            decisions.append(Decision(
+                Action.DENY, call.id,
+                f"No more memory for now: {why} What it asks for is refused (ENOMEM, MemoryError) "
+                "until there is room; work in smaller parts, or try again later.",
+            ))  # fmt: skip
+        else:
+            decisions.append(Decision(
+                Action.FREEZE, call.id,
+                f"Paused: {why} It goes on by itself; nothing is lost.",
+            ))  # fmt: skip
         growth -= call.growth_bytes_per_s
     return decisions
 
@@ -154,8 +170,19 @@ def _thaw(
     return [Decision(Action.THAW, best.id, f"Going on after {paused}: {why}.")]
 
 
+def _allow(now: Snapshot) -> list[Decision]:
+    if now.free_bytes <= now.resume_bytes:
+        return []
+    why = f"Memory may be asked for again: {show_bytes(now.free_bytes)} of the pool are free."
+    return [Decision(Action.ALLOW, call.id, why) for call in now.calls if call.denied]
+
+
 def decide(now: Snapshot) -> list[Decision]:
     """What to do now. The same snapshot always gives the same decisions."""
+    return [*_allow(now), *_decide(now)]
+
+
+def _decide(now: Snapshot) -> list[Decision]:
     running = [c for c in now.calls if c.frozen_for_usec is None]
     frozen = [c for c in now.calls if c.frozen_for_usec is not None]
     if not running:

@@ -14,7 +14,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls import Calls
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.config import GuardConfig
-from agentcgroupd.errors import KnobError
+from agentcgroupd.errors import BpfError, KnobError
 from agentcgroupd.policy.engine import Action, CallView, Decision, Snapshot, decide
 from agentcgroupd.pool import Pool
 from agentcgroupd.session import boottime_usec
@@ -31,12 +31,14 @@ COOLDOWN_USEC = 250_000
 class Guard:
     """Keeps the pool below its limit. `start` and `stop` on a running loop."""
 
-    def __init__(self, config: GuardConfig, pool: Pool, calls: Calls) -> None:
-        """`pool.memory_max_bytes` must be known."""
+    def __init__(self, config: GuardConfig, pool: Pool, calls: Calls, can_deny: bool) -> None:
+        """`pool.memory_max_bytes` must be known. `can_deny`: growth can be denied here."""
         assert pool.memory_max_bytes is not None
         self._config = config
         self._pool = pool
         self._calls = calls
+        self._actions = calls.actions
+        self._can_deny = can_deny
         self._limit = pool.memory_max_bytes
         self._reserve = int(self._limit * config.margin_percent / 100)
         self._resume = int(self._limit * config.resume_percent / 100)
@@ -56,6 +58,22 @@ class Guard:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    @property
+    def mark_bytes(self) -> tuple[int, int]:
+        """Use of the pool at which to look at once, and below which that is over."""
+        return self._limit - self._reserve, self._limit - self._resume
+
+    def look_now(self) -> None:
+        """Something says that the pool is short; the timer goes on from here."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._tick()
+
+    def still_short(self) -> bool:
+        """Whether less of the pool is free than frozen calls wait for. Raises KnobError."""
+        usage = self._pool.cgroup.read(knobs.MEMORY_CURRENT)
+        return self._limit - usage <= self._resume
 
     def _tick(self) -> None:
         started = self._loop.time()
@@ -78,7 +96,8 @@ class Guard:
         usage = self._pool.cgroup.read(knobs.MEMORY_CURRENT)
         pool_growth = self._rate("", usage)
         free = self._limit - usage
-        frozen = any(c.frozen_since_usec is not None for c in self._calls.open.values())
+        frozen = any(c.denied or c.frozen_since_usec is not None
+                     for c in self._calls.open.values())  # fmt: skip
         to_reserve_s = (free - self._reserve) / BURST_BYTES_PER_S
         # The engine keeps at most half of the pool free for a growing leader.
         if not frozen and free > self._limit // 2 + self._reserve:
@@ -114,7 +133,7 @@ class Guard:
                 frozen_for_usec=None if since is None else now - since,
                 on_pressure=call.grant.on_pressure,
                 memory_expected_bytes=call.grant.memory_expected_bytes,
-                memory_max_bytes=call.grant.memory_max_bytes,
+                memory_max_bytes=call.grant.memory_max_bytes, denied=call.denied,
             ))  # fmt: skip
         for gone in self._before.keys() - {v.id for v in views} - {""}:
             del self._before[gone], self._growth[gone]
@@ -122,7 +141,7 @@ class Guard:
             limit_bytes=self._limit, usage_bytes=usage, growth_bytes_per_s=pool_growth,
             reserve_bytes=self._reserve, resume_bytes=self._resume,
             lease_usec=self._config.lease, since_thaw_usec=now - self._thawed_usec,
-            cooldown_usec=COOLDOWN_USEC, calls=tuple(views),
+            cooldown_usec=COOLDOWN_USEC, calls=tuple(views), can_deny=self._can_deny,
         )  # fmt: skip
 
     def _apply(self, decision: Decision) -> None:
@@ -130,13 +149,15 @@ class Guard:
         if call is None:
             return
         actions: dict[Action, Callable[[], None]] = {
-            Action.FREEZE: lambda: self._calls.freeze(call, decision.why),
-            Action.THAW: lambda: self._calls.thaw(call, decision.why),
-            Action.KILL: lambda: self._calls.stop(call, decision.why),
+            Action.DENY: lambda: self._actions.deny(call, decision.why),
+            Action.ALLOW: lambda: self._actions.allow(call, decision.why),
+            Action.FREEZE: lambda: self._actions.freeze(call, decision.why),
+            Action.THAW: lambda: self._actions.thaw(call, decision.why),
+            Action.KILL: lambda: self._actions.stop(call, decision.why),
         }
         try:
             actions[decision.action]()
-        except KnobError as error:
+        except (KnobError, BpfError) as error:
             log.warning("%s of call %s failed: %s", decision.action.value, call.id, error)
             return
         if decision.action is Action.THAW:

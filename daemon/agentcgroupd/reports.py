@@ -1,0 +1,80 @@
+"""Reports of ended calls: made from the kernel's evidence, kept with the session, told to all."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.admission import Ceiling, grant_for
+from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.convert import grant_to_proto
+from agentcgroupd.ending import EndFacts, report_of
+from agentcgroupd.evidence import gather
+from agentcgroupd.intent import cut_argv, parse_intent
+from agentcgroupd.policy.actions import Actions
+from agentcgroupd.session import Call, Session, unix_usec
+
+
+@dataclass(slots=True)
+class Reports:
+    """Makes and keeps them."""
+
+    actions: Actions
+    pool: Cgroup
+    ceiling: Callable[[Session], Ceiling]
+
+    def of(self, call: Call) -> pb.Report:
+        """The report of a call whose cgroup is empty and still there."""
+        report = report_of(gather(call, self.pool))
+        report.call_id, report.session_id, report.name = call.id, call.session.id, call.name
+        report.argv.extend(call.argv)
+        report.grant.CopyFrom(grant_to_proto(call.grant))
+        report.began_unix_usec = call.began_unix_usec
+        report.observed = call.observed
+        for feedback in report.feedback:
+            feedback.call_id, feedback.session_id = call.id, call.session.id
+            feedback.at_unix_usec = unix_usec()
+        return report
+
+    def of_short(
+        self,
+        session: Session,
+        name: str,
+        argv: list[str],
+        wall_usec: int,
+        status: int | None,
+        cpu: dict[str, int],
+    ) -> pb.Report:
+        """The report of a call that had ended before it could have a cgroup. `status`: as
+        waitpid(2) gives it; `cpu`: keys as in cpu.stat."""
+        grant = grant_for(parse_intent({}), self.ceiling(session))
+        report = report_of(EndFacts(
+            grant=grant, wall_usec=wall_usec, ever_entered=True, wait_status=status, cpu=cpu,
+            evidence=pb.EVIDENCE_NONE if status is None else pb.EVIDENCE_KERNEL,
+        ))  # fmt: skip
+        report.call_id, report.session_id, report.name = secrets.token_hex(6), session.id, name
+        report.argv.extend(cut_argv(argv))
+        report.grant.CopyFrom(grant_to_proto(grant))
+        report.began_unix_usec = unix_usec() - wall_usec
+        report.observed = True
+        return report
+
+    def write(self, report: pb.Report) -> None:
+        """To the audit log; before the call's cgroup goes, so that a crash loses nothing."""
+        self.actions.audit.write(
+            "call_ended", session=report.session_id, call=report.call_id, report=report
+        )
+
+    def keep(self, session: Session, report: pb.Report) -> None:
+        """With the session, in the metrics, and to whoever listens."""
+        session.reports.append(report)
+        session.calls_ended += 1
+        self.actions.metrics.count_end(report)
+        for feedback in report.feedback:
+            # How long it was paused is in the report; that it was, has been told then.
+            if feedback.code != pb.FEEDBACK_CODE_FROZEN:
+                self.actions.tell(session, report.call_id, feedback)
+        if self.actions.feed.listening:
+            self.actions.feed.publish(session.id, pb.Event(ended=report))

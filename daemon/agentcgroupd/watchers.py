@@ -1,0 +1,103 @@
+"""Everything that follows the kernel's programs, behind one door: who needs them asks here, and
+works the same where this kernel has none of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from agentcgroupd.boundaries import Boundaries
+from agentcgroupd.bpf import features
+from agentcgroupd.bpf.memory import MemoryPrograms
+from agentcgroupd.bpf.plane import DataPlane
+from agentcgroupd.calls import Calls
+from agentcgroupd.config import Config
+from agentcgroupd.policy.actions import Actions
+from agentcgroupd.policy.guard import Guard
+from agentcgroupd.pool import Pool
+from agentcgroupd.session import Call, Session
+from agentcgroupd.signals import Signals
+
+log = logging.getLogger(__name__)
+
+
+class Watchers:
+    """The data plane with its signals and boundaries. Is told of sessions and calls."""
+
+    def __init__(self, config: Config, actions: Callable[[], Actions]) -> None:
+        """Nothing is loaded yet. `actions` is asked from `follow` on."""
+        self._config = config
+        self._actions = actions
+        self.plane = DataPlane(config.bpf, config.guard)
+        self._signals: Signals | None = None
+        self._boundaries: Boundaries | None = None
+
+    @property
+    def memory(self) -> MemoryPrograms | None:
+        """The memory programs, if they work here."""
+        return self.plane.memory
+
+    @property
+    def can_deny(self) -> bool:
+        """Whether a call's growth can be denied."""
+        return self._signals is not None and self.plane.works(features.DENY)
+
+    def follow(self, pool: Pool, calls: Calls, sessions: Callable[[], Iterable[Session]]) -> None:
+        """Make what follows the programs; before the first session is told of."""
+        actions, plane, config = self._actions(), self.plane, self._config
+        if plane.memory is not None and "memory" in pool.controllers:
+            signals = Signals(config.guard, plane.memory, pool, sessions, actions)
+            if plane.attempt("the pool cannot be watched", signals.watch_pool):
+                self._signals = signals
+        if plane.lifecycle is not None and plane.works(features.LIFECYCLE) and (
+            config.boundaries.enabled
+        ):  # fmt: skip
+            self._boundaries = Boundaries(
+                config.boundaries, plane.lifecycle, calls, sessions, actions
+            )
+        for state in plane.states.values():
+            actions.metrics.features.labels(state.name).set(int(state.works))
+
+    def start(self, guard: Guard | None) -> None:
+        """Listen from now on."""
+        if self._signals is not None:
+            self._signals.start(guard)
+        if self._boundaries is not None:
+            self._boundaries.start()
+
+    # What is watched
+
+    def _each(self) -> tuple[Signals | Boundaries, ...]:
+        return tuple(w for w in (self._signals, self._boundaries) if w is not None)
+
+    def session_opened(self, session: Session) -> None:
+        """Its agent leaf is there."""
+        for watcher in self._each():
+            self.plane.attempt("a session cannot be watched", watcher.session_opened, session)
+
+    def session_closed(self, session: Session) -> None:
+        """Its cgroup is gone or given back."""
+        for watcher in self._each():
+            self.plane.attempt("a session cannot be let go", watcher.session_closed, session)
+
+    def call_opened(self, call: Call) -> None:
+        """See calls.CallWatcher."""
+        for watcher in self._each():
+            self.plane.attempt("a call cannot be watched", watcher.call_opened, call)
+
+    def call_closed(self, call: Call) -> None:
+        """See calls.CallWatcher."""
+        for watcher in self._each():
+            self.plane.attempt("a call cannot be let go", watcher.call_closed, call)
+
+    def sweep(self) -> None:
+        """Now and then: forget what nobody will tell the end of."""
+        if self._boundaries is not None:
+            self._boundaries.prune()
+        self._actions().metrics.bpf_failures.set(self.plane.failures)
+
+    def close(self) -> None:
+        """Detach everything; no error if nothing is loaded."""
+        self._signals = self._boundaries = None
+        self.plane.close()

@@ -1,0 +1,181 @@
+"""Tool calls that no agent declares, found by the lifecycle program on this kernel."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.bpf.features import LIFECYCLE, load
+from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, wait_until
+
+RUN = """
+done = subprocess.run(argv, capture_output=True, text=True)
+result = (done.returncode, done.stdout)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _works() -> None:
+    """All of this needs the program."""
+    bpf, states = load("lifecycle")
+    if bpf is None:
+        pytest.skip(f"no lifecycle program here: {states[0].reason}")
+    bpf.close()
+    assert {s.name for s in states if s.works} >= {LIFECYCLE}
+
+
+def shell(agent: AgentProcess, script: str, *argv: str) -> tuple[int, str]:
+    """Run `bash -c` as a child of the agent, undeclared: exit status and output."""
+    code, out = agent.run(RUN, argv=["bash", "-c", script, "bash", *argv])
+    return code, out
+
+
+def reports(daemon: DaemonProcess, session: str = "alpha") -> list[pb.Report]:
+    """All kept reports of a session, newest first, when all calls have ended."""
+    wait_until("all calls have ended", lambda: not daemon.call_dirs())
+    request = pb.ListReportsRequest(session_id=session, limit=100_000)
+    return list(daemon.admin.ListReports(request).reports)
+
+
+def ended(daemon: DaemonProcess) -> int:
+    """Calls ended so far."""
+    return daemon.admin.GetPool(pb.GetPoolRequest()).calls_ended
+
+
+def cgroup_line(out: str) -> str:
+    """The cgroup v2 line of /proc/<pid>/cgroup."""
+    return next(line for line in out.splitlines() if line.startswith("0::"))
+
+
+def test_a_shell_command_gets_a_call_of_its_own(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    code, out = shell(agent, "sleep 0.3; cat /proc/self/cgroup; exit 7")
+    assert code == 7
+    assert "/alpha/call-" in cgroup_line(out)
+    report = reports(daemon)[0]
+    assert report.observed
+    assert report.name == "sleep"
+    assert list(report.argv[:2]) == ["bash", "-c"]
+    assert (report.verdict, report.exit_code) == (pb.VERDICT_FAILED, 7)
+    assert report.evidence == pb.EVIDENCE_KERNEL
+    assert report.wall_usec >= 300_000
+
+
+def test_a_program_that_no_rule_names_stays_with_the_agent(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    before = ended(daemon)
+    code, out = agent.run(RUN, argv=["cat", "/proc/self/cgroup"])
+    assert code == 0 and cgroup_line(out).endswith("/alpha/agent")
+    code, out = agent.run(RUN, argv=["bash", "/dev/null"])
+    assert (code, ended(daemon)) == (0, before)
+
+
+def test_nested_shells_stay_in_their_call(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    before = ended(daemon)
+    script = "sleep 0.2; bash -c 'sh -c \"cat /proc/self/cgroup\"; true'; cat /proc/self/cgroup"
+    code, out = shell(agent, script)
+    lines = [line for line in out.splitlines() if line.startswith("0::")]
+    assert code == 0 and len(lines) == 2
+    assert lines[0] == lines[1] and "/call-" in lines[0]
+    reports(daemon)
+    assert ended(daemon) == before + 1
+
+
+def test_what_is_forked_before_the_move_follows(
+    daemon: DaemonProcess, agent: AgentProcess, tmp_path: Path
+) -> None:
+    """A shell whose first act is to leave children behind: in a session of its own and forked
+    twice, so that neither parent nor process group leads back to it."""
+    out = tmp_path / "cgroups"
+    inner = f"sleep 1; cat /proc/self/cgroup >> {out}; sleep 1"
+    script = f"(setsid sh -c '{inner}' &) ; (sh -c '{inner}' &) ; exit 0"
+    for _ in range(5):
+        out.unlink(missing_ok=True)
+        assert shell(agent, script)[0] == 0
+        wait_until("the children speak",
+                   lambda: out.exists() and out.read_text().count("0::") == 2)  # fmt: skip
+        lines = {line for line in out.read_text().splitlines() if line.startswith("0::")}
+        assert len(lines) == 1, lines
+        assert "/alpha/call-" in lines.pop()
+    assert reports(daemon)[0].wall_usec >= 1_900_000
+
+
+def test_a_declared_call_is_not_seen_twice(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    before = ended(daemon)
+    code, _ = agent.run(RUN, argv=[EXEC, "--name", "mine", "--", "bash", "-c", "sleep 0.1"])
+    assert code == 0
+    newest = reports(daemon)[0]
+    assert (newest.name, newest.observed) == ("mine", False)
+    assert ended(daemon) == before + 1
+
+
+def test_a_shell_that_declares_a_call_has_both(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    code, out = shell(agent, f"{EXEC} --name inner -- cat /proc/self/cgroup; cat /proc/self/cgroup")
+    assert code == 0
+    lines = [line for line in out.splitlines() if line.startswith("0::")]
+    assert len(set(lines)) == 2 and all("/call-" in line for line in lines)
+    names = {report.name: report.observed for report in reports(daemon)[:2]}
+    assert names.pop("inner") is False and list(names.values()) == [True]
+
+
+def test_a_killed_call_says_so(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    agent.run("tool = subprocess.Popen(['sh', '-c', 'sleep 60; true'])")
+    wait_until("it has a leaf", lambda: len(daemon.call_dirs()) == 1)
+    agent.run("tool.kill(); result = tool.wait()")
+    pids = [int(pid) for d in daemon.call_dirs() for pid in (d / "cgroup.procs").read_text().split()]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    report = reports(daemon)[0]
+    assert (report.verdict, report.term_signal) == (pb.VERDICT_SIGNALED, signal.SIGKILL)
+
+
+def test_a_storm_loses_no_call(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    """Shells that end at once, faster than each could be moved: each has its report."""
+    count = int(20_000 / (SLOW if SLOW > 1 else 1))
+    before = ended(daemon)
+    started = time.monotonic()
+    agent.run("""
+from concurrent.futures import ThreadPoolExecutor
+def one(_):
+    pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 3"], {})
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+with ThreadPoolExecutor(16) as pool:
+    codes = set(pool.map(one, range(count)))
+result = codes
+assert codes == {3}, codes
+""", count=count)  # fmt: skip
+    took = time.monotonic() - started
+    wait_until("all have been seen", lambda: ended(daemon) >= before + count, 60)
+    assert ended(daemon) == before + count
+    newest = reports(daemon)
+    assert {(r.verdict, r.exit_code) for r in newest[:200]} == {(pb.VERDICT_FAILED, 3)}
+    events = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
+    lost = [e["counts"] for e in events if e["event"] == "events_lost"]
+    print(f"{count} calls in {took:.1f} s; lost events, repaired: {lost}")
+    assert sum(e["event"] == "call_ended" and e["report"].get("observed", False)
+               for e in events) >= count  # fmt: skip
+    assert not daemon.call_dirs()
+
+
+def test_a_restarted_daemon_takes_up_what_began_without_it(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    daemon.kill()
+    agent.run("tool = subprocess.Popen(['sh', '-c', 'sleep 60; true'])")
+    time.sleep(0.2)
+    daemon.start()
+    wait_until("it has a leaf", lambda: len(daemon.call_dirs()) == 1)
+    call = daemon.admin.ListCalls(pb.ListCallsRequest()).calls[0]
+    assert call.observed and call.name == "sleep"
+    agent.run("tool.kill(); tool.wait()")
+    for directory in daemon.call_dirs():
+        (directory / "cgroup.kill").write_text("1")
+    reports(daemon)
