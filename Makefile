@@ -52,4 +52,5 @@ lock:
 
 clean:
 	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis agent_sdk/agentcgroup/v1
+	rm -rf daemon/agentcgroupd/bpf/lib daemon/agentcgroupd/bpf/objects
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

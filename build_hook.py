@@ -1,4 +1,4 @@
-"""Build step run by hatchling: gRPC code from proto/, and the static C programs.
+"""Build step run by hatchling: gRPC code from proto/, the static C programs, and bpf/.
 
 Runs for wheels and for editable installs alike, so that a checkout and an installed wheel hold the
 same files. Nothing it makes is committed.
@@ -6,14 +6,22 @@ same files. Nothing it makes is committed.
 
 from __future__ import annotations
 
+import ctypes
+import filecmp
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # hatchling loads this file alone
+from bpf_toolchain import MULTIARCH, Libbpf, ToolchainError, ensure_libbpf, find_clang
 
 PROTO = Path("proto/agentcgroup/v1/agentcgroup.proto")
 CFLAGS = ["-std=c11", "-O2", "-g0", "-static", "-Wall", "-Wextra", "-Werror", "-Wl,--build-id=none"]
@@ -22,6 +30,12 @@ PROGRAMS = {
     "agentcg": Path("agent_sdk/exec/agentcg.c"),
     "agentcg-load": Path("daemon/load/agentcg-load.c"),
 }
+BPF_OUT = Path("daemon/agentcgroupd/bpf")
+# The next instruction set, v4, needs Linux 6.6.
+BPF_FLAGS = ["-target", "bpf", "-mcpu=v3", "-O2", "-g",
+             "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"]  # fmt: skip
+# What libbpf's headers call a machine, whose registers hold a traced function's arguments.
+BPF_MACHINES = {"x86_64": "x86", "aarch64": "arm64"}
 
 
 def generate_grpc(root: Path) -> None:
@@ -57,6 +71,91 @@ def compile_programs(root: Path) -> None:
         subprocess.run([compiler, *CFLAGS, "-o", str(target), str(path)], check=True)
 
 
+def build_bpf(root: Path) -> None:
+    """Compile bpf/*.bpf.c, and put libbpf with its licence beside. Raises ToolchainError."""
+    libbpf = ensure_libbpf(root / "build/libbpf")
+    compile_bpf(root, libbpf)
+    out = root / BPF_OUT / "lib"
+    out.mkdir(exist_ok=True)
+    for source, name in ((libbpf.library, "libbpf.so.1"), (libbpf.licence, "LICENSE.libbpf")):
+        target = out / name
+        if target.exists() and filecmp.cmp(source, target, shallow=False):
+            continue
+        # A daemon that has the old library mapped keeps it: it is replaced, not written over.
+        new = target.with_name(f".{name}.{os.getpid()}")
+        shutil.copyfile(source, new)
+        new.replace(target)
+
+
+def compile_bpf(root: Path, libbpf: Libbpf) -> None:
+    """Compile each program that is older than its source or any header. Raises ToolchainError."""
+    out = root / BPF_OUT / "objects"
+    out.mkdir(parents=True, exist_ok=True)
+    sources = {path.with_suffix(".o").name: path for path in (root / "bpf").glob("*.bpf.c")}
+    for path in out.glob("*.bpf.o"):
+        if path.name not in sources:
+            path.unlink()
+    newest_header = max(path.stat().st_mtime for path in (root / "bpf").glob("*.h"))
+    clang = ""
+    for name, source in sorted(sources.items()):
+        target = out / name
+        newest = max(source.stat().st_mtime, newest_header)
+        if target.exists() and target.stat().st_mtime > newest:
+            continue
+        clang = clang or find_clang()
+        with tempfile.TemporaryDirectory(dir=out, prefix=".") as work:
+            whole, linked = Path(work) / "whole.o", Path(work) / "linked.o"
+            compile_object(root, clang, libbpf, source, whole)
+            drop_dwarf(libbpf, whole, linked)
+            linked.replace(target)
+
+
+def compile_object(root: Path, clang: str, libbpf: Libbpf, source: Path, target: Path) -> None:
+    """Run clang. Raises ToolchainError, after what clang says."""
+    machine = os.uname().machine
+    if machine not in BPF_MACHINES:
+        raise ToolchainError(f"bpf/ is for {' and '.join(BPF_MACHINES)}; this is {machine}")
+    argv = [
+        clang, *BPF_FLAGS, f"-D__TARGET_ARCH_{BPF_MACHINES[machine]}",
+        # Clang knows no include directory for this target.
+        "-isystem", f"/usr/include/{MULTIARCH}", "-isystem", str(libbpf.include),
+        f"-ffile-prefix-map={root}=.", "-c", str(source), "-o", str(target),
+    ]  # fmt: skip
+    done = subprocess.run(argv, stderr=subprocess.PIPE, text=True, check=False)
+    sys.stderr.write(done.stderr)
+    if done.returncode != 0:
+        what = f"{clang} could not compile {source.relative_to(root)}"
+        header = re.search(r"'((?:linux|asm|asm-generic)/\S+)' file not found", done.stderr)
+        if header:
+            what += f": {header[1]} is missing (Debian: linux-libc-dev)"
+        raise ToolchainError(what)
+
+
+def drop_dwarf(libbpf: Libbpf, source: Path, target: Path) -> None:
+    """Pass an object through libbpf's linker, as `bpftool gen object` does: it keeps the programs
+    and their BTF and leaves the debugging information, two thirds of the file, behind.
+    Raises ToolchainError.
+    """
+    try:
+        library = ctypes.CDLL(str(libbpf.library), use_errno=True)
+    except OSError as error:
+        raise ToolchainError(f"{error} (Debian: libelf1, zlib1g)") from error
+    pointer, text = ctypes.c_void_p, ctypes.c_char_p
+    library.bpf_linker__new.restype = pointer
+    library.bpf_linker__new.argtypes = (text, pointer)
+    library.bpf_linker__add_file.argtypes = (pointer, text, pointer)
+    library.bpf_linker__finalize.argtypes = (pointer,)
+    library.bpf_linker__free.argtypes = (pointer,)
+    linker = library.bpf_linker__new(bytes(target), None)
+    if not linker:
+        raise ToolchainError(f"libbpf's linker: {os.strerror(ctypes.get_errno())}")
+    result = library.bpf_linker__add_file(linker, bytes(source), None)
+    result = result or library.bpf_linker__finalize(linker)
+    library.bpf_linker__free(linker)
+    if result < 0:
+        raise ToolchainError(f"libbpf's linker: {os.strerror(-result)}")
+
+
 class BuildHook(BuildHookInterface):  # type: ignore[type-arg]
     """Hatchling's entry point."""
 
@@ -65,5 +164,9 @@ class BuildHook(BuildHookInterface):  # type: ignore[type-arg]
         root = Path(self.root)
         generate_grpc(root)
         compile_programs(root)
+        try:
+            build_bpf(root)
+        except ToolchainError as error:
+            self.app.abort(f"agentcgroup: {error}")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-linux_{os.uname().machine}"

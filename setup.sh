@@ -1,9 +1,11 @@
 #!/bin/bash
 # Make this checkout ready to use: Debian packages that are missing, .venv from requirements.lock,
-# the build, and the test kernel where this machine cannot run the daemon itself.
+# libbpf where the system's is too old, the build, and the test kernel where this machine cannot run
+# the daemon itself.
 # Each step says what it does and is skipped when its result is there: a second run starts at once.
 #
 # PYTHON  the interpreter for .venv, 3.11 or later (default python3)
+# CLANG   the compiler for bpf/, 16 or later (default: found in PATH)
 
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -32,6 +34,7 @@ missing_packages() {
 	elif ! "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
 		echo python3-venv
 	fi
+	if have "$PYTHON"; then "$PYTHON" -m bpf_toolchain missing; fi
 	if [ "$WHERE" != native ]; then missing_guest_packages; fi
 }
 
@@ -76,6 +79,12 @@ ensure_packages() {
 	if have "$PYTHON"; then WHERE=$("$PYTHON" -m tests.guest.where 2>"$STAMPS/where") || die "$(<"$STAMPS/where")"; fi
 	read -ra packages <<<"$(missing_packages | tr '\n' ' ')"
 	if [ ${#packages[@]} = 0 ]; then return; fi
+	# Some names depend on the Debian release, and a new machine may have no index to ask.
+	if [ "$(id -u)" = 0 ] && have apt-get && ! compgen -G '/var/lib/apt/lists/*_Packages*' >/dev/null; then
+		say "reading Debian's package index"
+		apt_get update >"$STAMPS/apt.log" 2>&1 || true # the installation says what is wrong
+		read -ra packages <<<"$(missing_packages | tr '\n' ' ')"
+	fi
 	install_packages "${packages[@]}"
 	packages=()
 	WHERE=$("$PYTHON" -m tests.guest.where 2>"$STAMPS/where") || die "$(<"$STAMPS/where")"
@@ -95,7 +104,7 @@ once() {
 	echo "$key" >"$stamp"
 }
 
-hash_of() { cat -- "$@" | sha256sum | cut -c1-32; }
+hash_of() { sha256sum -- "$@" | sha256sum | cut -c1-32; }
 
 make_venv() {
 	rm -rf .venv
@@ -130,9 +139,10 @@ if [ ! -x .venv/bin/python ]; then rm -f "$STAMPS"/{venv,lock,project}; fi
 if [ "$(cat "$STAMPS/venv" 2>/dev/null)" != "$here" ]; then rm -f "$STAMPS"/{lock,project}; fi
 once venv "$here" "making .venv with Python ${version% *}" make_venv
 once lock "$(hash_of requirements.lock)" "installing requirements.lock" install_lock
-mapfile -t sources < <(find agent_sdk/exec daemon/load proto -type f | LC_ALL=C sort)
-once project "$(hash_of pyproject.toml build_hook.py "${sources[@]}")" \
-	"building gRPC code and C programs, installing agentcgroup" install_project
+"$PYTHON" -m bpf_toolchain libbpf >/dev/null # asks the system and build/libbpf, not a stamp
+mapfile -t sources < <(find agent_sdk/exec bpf daemon/load proto -type f | LC_ALL=C sort)
+once project "$(hash_of pyproject.toml build_hook.py bpf_toolchain.py "${sources[@]}")" \
+	"building gRPC code, C and BPF programs, installing agentcgroup" install_project
 
 if [ "$WHERE" = guest ]; then
 	once guest "$(<"$STAMPS/where")" "tests and demo run in a QEMU guest ($(<"$STAMPS/where"))" true

@@ -1,8 +1,7 @@
 """Fetch a Debian kernel for the test guest, without installing anything on this machine.
 
-apt runs with a private state directory and this machine's own Debian mirror, so any suite can be
-read without pinning or upgrades. Kernels live in a cache outside every checkout, one directory per
-release, each moved into place only when whole:
+Kernels live in a cache outside every checkout, one directory per release, each moved into place
+only when whole:
 
     <cache>/kernels/<release>/vmlinux                    unpacked image: QEMU starts it 1.5 s sooner
     <cache>/kernels/<release>/lib/modules/<release>/     uncompressed modules, with depmod's indexes
@@ -14,7 +13,6 @@ Needs only the standard library, because setup runs it before there is a virtual
 from __future__ import annotations
 
 import argparse
-import fcntl
 import gzip
 import lzma
 import os
@@ -24,12 +22,12 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+
+from debian_suites import Apt, Log, SuiteError, find_mirror, locked, twice, unpack
 
 NEWEST = "newest"
 META_PACKAGE = "linux-image-cloud-amd64"
@@ -39,9 +37,6 @@ SUITES = ("trixie-backports", "trixie")
 # Debian splits a kernel into several packages since 7.x; before, linux-image-* held everything.
 _PART = re.compile(r"linux-(?:image|binary|modules|base)-(\d\S*-cloud-amd64)$")
 _SPEC = re.compile(r"\d+(?:\.\d+)*$")
-
-T = TypeVar("T")
-Log = Callable[[str], None]
 
 
 class KernelError(Exception):
@@ -95,10 +90,13 @@ def ensure(
     if not refresh and (found := cached(cache, spec)):
         return found
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / "lock", log):
+    with locked(cache / "lock", log):
         if not refresh and (found := cached(cache, spec)):
             return found  # another run fetched it while this one waited for the lock
-        kernel = _fetch(cache, spec, log)
+        try:
+            kernel = _fetch(cache, spec, log)
+        except SuiteError as error:
+            raise KernelError(str(error)) from error
         if spec == NEWEST:
             _write_atomically(cache / "newest", kernel.release + "\n")
         return kernel
@@ -133,155 +131,7 @@ def version_key(release: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.group().split("."))
 
 
-# --- the mirror --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Mirror:
-    """A Debian archive: deb822 field values, as in sources.list(5)."""
-
-    uris: str
-    signed_by: str = ""
-
-    def stanza(self, suite: str) -> str:
-        """A deb822 source for `suite`."""
-        keyring = f"Signed-By: {self.signed_by}\n" if self.signed_by else ""
-        return f"Types: deb\nURIs: {self.uris}\nSuites: {suite}\nComponents: main\n{keyring}"
-
-
-def find_mirror(
-    etc_apt: Path = Path("/etc/apt"), environ: Mapping[str, str] = os.environ
-) -> Mirror:
-    """This machine's Debian mirror, or $AGENTCG_DEBIAN_MIRROR. Raises KernelError."""
-    if uris := environ.get("AGENTCG_DEBIAN_MIRROR"):
-        return Mirror(uris, environ.get("AGENTCG_DEBIAN_KEYRING", ""))
-    texts = [path.read_text() for path in sorted(etc_apt.glob("sources.list.d/*.sources"))]
-    for text in texts:
-        for mirror, suites in parse_deb822(text):
-            if _is_debian(mirror, suites):
-                return mirror
-    for path in [etc_apt / "sources.list", *sorted(etc_apt.glob("sources.list.d/*.list"))]:
-        for mirror, suites in parse_one_line(path.read_text() if path.exists() else ""):
-            if _is_debian(mirror, suites):
-                return mirror
-    raise KernelError(
-        "no Debian mirror among apt's sources; set AGENTCG_DEBIAN_MIRROR to the URI of one "
-        "(and AGENTCG_DEBIAN_KEYRING to its keyring)"
-    )
-
-
-def parse_deb822(text: str) -> Iterator[tuple[Mirror, str]]:
-    """Yield (mirror, suites) of each enabled binary source; a folded key stays folded."""
-    for block in re.split(r"\n[ \t]*\n", text):
-        fields: dict[str, str] = {}
-        name = ""
-        for line in block.splitlines():
-            if line.startswith("#"):
-                continue
-            if line[:1] in (" ", "\t"):
-                fields[name] = f"{fields.get(name, '')}\n{line}"
-            elif ":" in line:
-                name, value = line.split(":", 1)
-                name = name.lower()
-                fields[name] = value.strip()
-        enabled = fields.get("enabled", "yes").lower() not in ("no", "false", "0")
-        if enabled and "deb" in fields.get("types", "").split() and "uris" in fields:
-            yield Mirror(fields["uris"], fields.get("signed-by", "")), fields.get("suites", "")
-
-
-def parse_one_line(text: str) -> Iterator[tuple[Mirror, str]]:
-    """Yield (mirror, suite) of each `deb [options] uri suite component...` line."""
-    for line in text.splitlines():
-        match = re.match(r"deb\s+(?:\[(?P<options>[^]]*)\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)", line)
-        if match:
-            keyring = re.search(r"signed-by=(\S+)", match["options"] or "")
-            yield Mirror(match["uri"], keyring[1] if keyring else ""), match["suite"]
-
-
-def _is_debian(mirror: Mirror, suites: str) -> bool:
-    """Debian's own archive, not its security one and nobody else's."""
-    names = suites.split()
-    known = {"stable", "testing", "unstable", "sid", "bookworm", "trixie", "forky", "duke"}
-    path = mirror.uris.split()[0].rstrip("/") if mirror.uris else ""
-    return "security" not in path and "debian" in path and bool(known & set(names))
-
-
-class Apt:
-    """apt with a state of its own for one suite. Nothing of the machine's own state changes."""
-
-    def __init__(self, state: Path, suite: str, mirror: Mirror) -> None:
-        self.suite = suite
-        self._state = state
-        for name in ("lists/partial", "archives/partial", "sources"):
-            (state / name).mkdir(parents=True, exist_ok=True)
-        (state / "status").touch()
-        (state / "sources/suite.sources").write_text(mirror.stanza(suite))
-
-    def update(self) -> None:
-        """Read the suite's index again."""
-        self._run("apt-get", "-q", "update", timeout_sec=300)
-
-    def images(self) -> list[str]:
-        """Releases of all cloud kernels in the suite."""
-        names = self._run("apt-cache", "pkgnames", "linux-image-").split()
-        matches = (re.fullmatch(r"linux-image-(\d\S*-cloud-amd64)", name) for name in names)
-        return [match[1] for match in matches if match]
-
-    def depends(self, package: str) -> list[str]:
-        """Names in the package's Depends field; [] for a package that the suite lacks."""
-        try:
-            return parse_depends(self._run("apt-cache", "--no-all-versions", "show", package))
-        except KernelError:
-            return []
-
-    def download(self, packages: list[str], into: Path) -> list[Path]:
-        """Fetch .deb files, checked by apt against the signed index."""
-        self._run("apt-get", "-q", "download", *packages, cwd=into, timeout_sec=600)
-        return sorted(into.glob("*.deb"))
-
-    def _run(self, *argv: str, cwd: Path | None = None, timeout_sec: float = 60) -> str:
-        state = self._state
-        options = {
-            "Dir::Etc::sourcelist": "/dev/null",
-            "Dir::Etc::sourceparts": state / "sources",
-            "Dir::Etc::preferences": "/dev/null",
-            "Dir::Etc::preferencesparts": "/dev/null",
-            "Dir::State::lists": state / "lists",
-            "Dir::State::status": state / "status",
-            "Dir::Cache::archives": state / "archives",
-            "Dir::Cache::pkgcache": "",
-            "Dir::Cache::srcpkgcache": "",
-            "APT::Sandbox::User": "root",
-            "APT::Update::Error-Mode": "any",
-            "Acquire::Languages": "none",
-            "Acquire::Retries": "3",
-        }
-        flags = [flag for key, value in options.items() for flag in ("-o", f"{key}={value}")]
-        try:
-            done = subprocess.run(
-                [argv[0], *flags, *argv[1:]],
-                cwd=cwd,
-                capture_output=True,
-                text=True,
-                timeout=timeout_sec,
-                env={**os.environ, "LC_ALL": "C.UTF-8"},
-                check=False,
-            )
-        except FileNotFoundError as error:
-            raise KernelError(f"{argv[0]} is missing: the test kernel comes from Debian") from error
-        except subprocess.TimeoutExpired as error:
-            raise KernelError(f"{' '.join(argv)}: no answer within {timeout_sec:.0f} s") from error
-        if done.returncode != 0:
-            raise KernelError(f"{' '.join(argv)} ({self.suite}): {done.stderr.strip()}")
-        return done.stdout
-
-
-def parse_depends(stanza: str) -> list[str]:
-    """Package names of the first Depends field, first alternatives only, versions dropped."""
-    match = re.search(r"^Depends: (.*)$", stanza, re.MULTILINE)
-    if match is None:
-        return []
-    return [item.split("|")[0].split()[0].split(":")[0] for item in match[1].split(",")]
+# --- packages ----------------------------------------------------------------------------------
 
 
 def parts_of(package: str, depends: Callable[[str], list[str]]) -> list[str]:
@@ -309,7 +159,7 @@ def _fetch(cache: Path, spec: str, log: Log) -> Kernel:
     for suite in SUITES[:1] if spec == NEWEST else SUITES:
         log(f"kernel {spec}: reading the index of {suite}")
         apt = Apt(cache / "apt" / suite, suite, mirror)
-        _twice(apt.update, log)
+        twice(apt.update, log)
         packages = _choose(apt, spec)
         if packages:
             return _obtain(cache, apt, packages, log)
@@ -319,7 +169,9 @@ def _fetch(cache: Path, spec: str, log: Log) -> Kernel:
 def _choose(apt: Apt, spec: str) -> list[str]:
     if spec == NEWEST:
         return parts_of(META_PACKAGE, apt.depends)
-    release = latest(spec, apt.images())
+    names = apt.names("linux-image-")
+    matches = (re.fullmatch(r"linux-image-(\d\S*-cloud-amd64)", name) for name in names)
+    release = latest(spec, [match[1] for match in matches if match])
     return parts_of(f"linux-image-{release}", apt.depends) if release else []
 
 
@@ -335,10 +187,9 @@ def _obtain(cache: Path, apt: Apt, packages: list[str], log: Log) -> Kernel:
     with tempfile.TemporaryDirectory(dir=cache, prefix="new-") as name:
         work = Path(name)
         log(f"kernel {release}: downloading {', '.join(packages)}")
-        debs = _twice(lambda: apt.download(packages, work), log)
+        debs = twice(lambda: apt.download(packages, work), log)
         log(f"kernel {release}: unpacking")
-        for deb in debs:
-            subprocess.run(["dpkg-deb", "-x", str(deb), str(work / "files")], check=True)
+        unpack(debs, work / "files")
         whole = work / "kernel"
         _assemble(work / "files", release, whole)
         (whole / "complete").write_text("\n".join(deb.name for deb in debs) + "\n")
@@ -409,27 +260,6 @@ def extract_vmlinux(image: bytes) -> bytes:
 
 
 # --- small helpers -----------------------------------------------------------------------------
-
-
-def _twice(action: Callable[[], T], log: Log) -> T:
-    """A download that failed is tried once more: mirrors hiccup."""
-    try:
-        return action()
-    except KernelError as error:
-        log(f"{error}; trying once more")
-        return action()
-
-
-@contextmanager
-def _locked(path: Path, log: Log) -> Iterator[None]:
-    """Hold an exclusive lock: two setups at once fetch a kernel once."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f"waiting for another run that holds {path}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _write_atomically(path: Path, text: str) -> None:

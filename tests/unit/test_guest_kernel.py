@@ -1,4 +1,4 @@
-"""Which kernel is chosen, from which mirror, and how it is unpacked."""
+"""Which kernel is chosen, and how it is unpacked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from debian_suites import SuiteError
 from tests.guest import kernel
 
 RELEASES = [
@@ -61,65 +62,6 @@ def test_cache_directory() -> None:
     assert kernel.cache_dir({}) == Path.home() / ".cache/agentcgroup/guest"
 
 
-DEB822 = """\
-# a comment
-Types: deb
-URIs: http://mirror.example/debian-security
-Suites: trixie-security
-Components: main
-
-Types: deb deb-src
-URIs: http://mirror.example/debian
-# another
-Suites: trixie trixie-updates
-Components: main
-Signed-By:
- -----BEGIN PGP PUBLIC KEY BLOCK-----
- .
- abc
-"""
-
-
-def test_mirror_from_deb822_keeps_a_key_in_place(tmp_path: Path) -> None:
-    (tmp_path / "sources.list.d").mkdir()
-    (tmp_path / "sources.list.d/debian.sources").write_text(DEB822)
-    mirror = kernel.find_mirror(tmp_path, {})
-    assert mirror.uris == "http://mirror.example/debian"
-    stanza = mirror.stanza("trixie-backports")
-    assert "Suites: trixie-backports\n" in stanza
-    assert stanza.endswith(" -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n abc\n")
-
-
-def test_mirror_from_one_line_sources(tmp_path: Path) -> None:
-    (tmp_path / "sources.list").write_text(
-        "# deb http://no.example/debian trixie main\n"
-        "deb http://sec.example/debian-security bookworm-security main\n"
-        "deb [arch=amd64 signed-by=/k.gpg] http://yes.example/debian bookworm main contrib\n"
-    )
-    assert kernel.find_mirror(tmp_path, {}) == kernel.Mirror("http://yes.example/debian", "/k.gpg")
-
-
-def test_disabled_and_foreign_sources_do_not_count(tmp_path: Path) -> None:
-    (tmp_path / "sources.list.d").mkdir()
-    (tmp_path / "sources.list.d/a.sources").write_text(
-        "Enabled: no\nTypes: deb\nURIs: http://a.example/debian\nSuites: trixie\n\n"
-        "Types: deb\nURIs: http://b.example/ubuntu\nSuites: noble\n"
-    )
-    with pytest.raises(kernel.KernelError, match="AGENTCG_DEBIAN_MIRROR"):
-        kernel.find_mirror(tmp_path, {})
-    given = {"AGENTCG_DEBIAN_MIRROR": "http://c.example/d", "AGENTCG_DEBIAN_KEYRING": "/c"}
-    assert kernel.find_mirror(tmp_path, given) == kernel.Mirror("http://c.example/d", "/c")
-
-
-def test_depends_field() -> None:
-    stanza = (
-        "Package: p\nDepends: dracut | initramfs-tools (>= 0.1), linux-base-7.3.4 (= 7.3.4-1), "
-        "python3:any\nRecommends: x\n"
-    )
-    assert kernel.parse_depends(stanza) == ["dracut", "linux-base-7.3.4", "python3"]
-    assert kernel.parse_depends("Package: p\n") == []
-
-
 def test_parts_of_a_split_kernel() -> None:
     release = "7.3.4+deb13-cloud-amd64"
     tree = {
@@ -166,3 +108,14 @@ def test_vmlinux_is_found_through_the_setup_header() -> None:
 def test_other_images_are_named(image: bytes, message: str) -> None:
     with pytest.raises(kernel.KernelError, match=message):
         kernel.extract_vmlinux(image)
+
+
+def test_a_mirror_out_of_reach_is_a_kernel_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(*_: object) -> kernel.Kernel:
+        raise SuiteError("no answer")
+
+    monkeypatch.setattr(kernel, "_fetch", fetch)
+    with pytest.raises(kernel.KernelError, match="no answer"):
+        kernel.ensure("6.12", cache=tmp_path)
