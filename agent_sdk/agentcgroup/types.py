@@ -80,6 +80,8 @@ class FeedbackCode(str, Enum):
     OVERSTATED = "overstated"
     KILLED = "killed"
     LEFTOVERS = "leftovers"
+    GROWTH_DENIED = "growth_denied"
+    GROWTH_ALLOWED = "growth_allowed"
 
     __str__ = str.__str__
 
@@ -142,6 +144,8 @@ class CallInfo(_Answer):
     cgroup_path: str
     began_unix_usec: int
     usage: Usage | None
+    observed: bool = False
+    """Nobody declared it: the daemon saw the agent execute a tool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +190,7 @@ class Report(_Answer):
     pids_max_events: int | None
     frozen_usec: int
     feedback: tuple[Feedback, ...]
+    observed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from its exit event.
 
 from __future__ import annotations
 
-import errno
 import fnmatch
 import logging
 import os
@@ -27,11 +26,11 @@ from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.calls import Calls
 from agentcgroupd.config import BoundariesConfig
-from agentcgroupd.errors import AgentcgroupdError, CgroupGone, KnobError
+from agentcgroupd.errors import AgentcgroupdError, CgroupGone, FailedPrecondition, KnobError
 from agentcgroupd.intent import NAME_CHARS_MAX
 from agentcgroupd.policy.actions import Actions
 from agentcgroupd.session import AGENT_LEAF, Call, Process, Session
-from agentcgroupd.syscalls import cgroup_of, process_stat
+from agentcgroupd.syscalls import cgroup_of, pidfd_alive, process_stat
 
 log = logging.getLogger(__name__)
 
@@ -293,8 +292,8 @@ class Boundaries:
                 self._actions.metrics.moved.observe((time.monotonic_ns() - sighting.at_ns) / 1e9)
             else:
                 self._calls.admit(call, process)
-        except KnobError as error:
-            if isinstance(error, CgroupGone) or error.errno != errno.ESRCH:
+        except (KnobError, FailedPrecondition):
+            if pidfd_alive(process.pidfd):
                 raise
             log.debug("process %d ended before it could be moved", process.pid)
         # What it forked before the move is in the buffer now, and is to be seen before anyone

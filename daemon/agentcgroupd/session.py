@@ -102,8 +102,8 @@ class Call:
     exit_status: int | None = None
     """Wait status of the main process as its exit event told it."""
     client_status: int | None = None
-    denied: bool = False
-    """It may not grow; a small allowance apart."""
+    denied_at_bytes: int | None = None
+    """What it held when its growth was denied; None: it may grow."""
     frozen_since_usec: int | None = None
     frozen_usec: int = 0
     session_ooms_before: int = 0

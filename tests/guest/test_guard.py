@@ -80,3 +80,43 @@ tool.stdin.close()
     assert reports["b"].verdict == pb.VERDICT_STOPPED
     assert "vip" in reports["b"].sentence and "MiB" in reports["b"].sentence
     assert reports["b"].feedback[0].code == pb.FEEDBACK_CODE_STOPPED
+
+
+def test_a_call_that_would_rather_be_refused_gets_an_error_and_lives(
+    daemon: DaemonProcess,
+) -> None:
+    """on_pressure = deny: MemoryError in the tool instead of a pause, and the agent is told."""
+    vip, batch = daemon.open("vip", priority="important"), daemon.open("b", priority="batch")
+    # 12 MiB at a time until it is refused; then what it had is given back, and it says so.
+    script = """
+import time
+held = []
+try:
+    while True:
+        held.append(bytearray(12 << 20))
+        time.sleep(PAUSE)
+except MemoryError:
+    refused = len(held)
+    held.clear()
+print("refused at", refused)
+"""
+    batch.run("""
+tool = subprocess.Popen([EXEC, "--name", "eager", "--on-pressure", "deny", "--", sys.executable,
+                         "-S", "-c", script], stdout=subprocess.PIPE, text=True)
+""", script=script.replace("PAUSE", str(0.01 * SLOW)))  # fmt: skip
+    vip.run("""
+tool = subprocess.Popen([EXEC, "--name", "vip", "--", LOAD], stdin=subprocess.PIPE, text=True)
+tool.stdin.write(schedule)
+tool.stdin.close()
+""", LOAD=LOAD, schedule=f"20000 {260 * MIB} 10\n")  # fmt: skip
+    out = batch.run("result = tool.communicate()[0], tool.returncode")
+    assert out[1] == 0 and out[0].startswith("refused at"), out
+    assert vip.run("result = tool.wait()") == 0
+    wait_until("all have ended", lambda: not daemon.call_dirs())
+    reports = {r.session_id: r for r in daemon.admin.ListReports(pb.ListReportsRequest()).reports}
+    assert {r.verdict for r in reports.values()} == {pb.VERDICT_OK}
+    events = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
+    actions = [e["event"] for e in events if e.get("call") == reports["b"].call_id]
+    assert "deny" in actions and "denied" in actions
+    why = next(e["why"] for e in events if e["event"] == "denied")
+    assert "ENOMEM" in why and "MiB" in why

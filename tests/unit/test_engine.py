@@ -154,3 +154,28 @@ def test_properties(calls: list[CallView], free: int) -> None:
         assert set(leaders) - frozen_now - killed, "the most important call is never held up"
     assert len(killed) <= 1 and len(thawed) <= 1
     assert not (killed and frozen_now), "killed only when freezing has nothing left to do"
+
+
+def test_a_call_that_would_rather_be_denied_is_denied_where_that_works() -> None:
+    vip = call("vip", priority=80, growth_bytes_per_s=FAST)
+    eager = call("eager", priority=20, growth_bytes_per_s=FAST, on_pressure="deny")
+    assert actions(snapshot(vip, eager, free=50, can_deny=True)) == [(Action.DENY, "eager")]
+    assert actions(snapshot(vip, eager, free=50)) == [(Action.FREEZE, "eager")]
+
+
+def test_denying_is_followed_by_freezing_only_when_it_was_not_enough() -> None:
+    vip = call("vip", priority=80, growth_bytes_per_s=FAST)
+    held = call("eager", priority=20, growth_bytes_per_s=FAST, on_pressure="deny",
+                denied_growth_bytes=10 * MIB)  # fmt: skip
+    assert actions(snapshot(vip, held, free=50, can_deny=True)) == []
+    loose = replace(held, denied_growth_bytes=100 * MIB)
+    assert actions(snapshot(vip, loose, free=50, can_deny=True)) == [(Action.FREEZE, "eager")]
+
+
+def test_growth_is_allowed_again_when_the_leader_has_its_room() -> None:
+    vip = call("vip", priority=80, growth_bytes_per_s=FAST, memory_bytes=200 * MIB)
+    held = call("eager", priority=20, denied_growth_bytes=0)
+    assert actions(snapshot(vip, held, free=300, can_deny=True)) == []
+    assert actions(snapshot(vip, held, free=330, can_deny=True)) == [(Action.ALLOW, "eager")]
+    still = replace(vip, growth_bytes_per_s=0.0)
+    assert actions(snapshot(still, held, free=130, can_deny=True)) == [(Action.ALLOW, "eager")]

@@ -54,20 +54,20 @@ class Actions:
         """Let a call have what it has and no more; no error if that is so already. Raises
         CgroupGone or BpfError."""
         memory = self.memory()
-        if call.denied or call.state == pb.CALL_STATE_ENDING or memory is None:
+        if call.denied_at_bytes is not None or call.state == pb.CALL_STATE_ENDING or memory is None:
             return
         usage = call.cgroup.read(knobs.MEMORY_CURRENT)
         memory.deny_above(call.cgroup.id, usage, self.config.deny_allowance)
-        call.denied = True
+        call.denied_at_bytes = usage
         self._acted("deny", call, why, pb.FEEDBACK_CODE_GROWTH_DENIED)
 
     def allow(self, call: Call, why: str) -> None:
         """Let a call grow again; no error if it may. Raises BpfError."""
         memory = self.memory()
-        if not call.denied or memory is None:
+        if call.denied_at_bytes is None or memory is None:
             return
         memory.allow(call.cgroup.id)
-        call.denied = False
+        call.denied_at_bytes = None
         self._acted("allow", call, why, pb.FEEDBACK_CODE_GROWTH_ALLOWED)
 
     def stop(self, call: Call, why: str) -> None:

@@ -20,6 +20,9 @@ LOOKAHEAD_S = 0.25
 well before their end."""
 GROWING_BYTES_PER_S = 4 << 20
 """Slower growth is left alone while others grow faster."""
+DENIED_SLACK_BYTES = 48 << 20
+"""A call whose growth is denied may come by this much more: its allowance, and what it had asked
+for before but not yet touched. Beyond it, denying was not enough."""
 CRITICAL_SHARE = 0.34
 """Of the reserve: with less than this left, and growth going on, waiting is no longer an option."""
 
@@ -38,8 +41,8 @@ class CallView:
     """Work done so far, which is lost if the call is killed."""
     frozen_for_usec: int | None = None
     """None: it runs."""
-    denied: bool = False
-    """It may not grow."""
+    denied_growth_bytes: int | None = None
+    """How much it has grown since its growth was denied; None: it may grow."""
     on_pressure: str = "freeze"
     memory_expected_bytes: int = 0
     memory_max_bytes: int | None = None
@@ -120,8 +123,13 @@ def _freeze(now: Snapshot, running: list[CallView], leader: CallView, room: int)
             f"{show_bytes(call.growth_bytes_per_s)} a second, while {leader.name!r} is "
             f"{'more important' if leader.priority > call.priority else 'older'}."
         )
-        # One that grows although it is denied uses memory that it was promised before.
-        if now.can_deny and call.on_pressure == "deny" and not call.denied:
+        if (call.denied_growth_bytes or 0) > DENIED_SLACK_BYTES:
+            denied = False  # it uses memory that it was promised before
+        elif call.denied_growth_bytes is not None:
+            continue
+        else:
+            denied = now.can_deny and call.on_pressure == "deny"
+        if denied:
             decisions.append(Decision(
                 Action.DENY, call.id,
                 f"No more memory for now: {why} What it asks for is refused (ENOMEM, MemoryError) "
@@ -170,19 +178,17 @@ def _thaw(
     return [Decision(Action.THAW, best.id, f"Going on after {paused}: {why}.")]
 
 
-def _allow(now: Snapshot) -> list[Decision]:
-    if now.free_bytes <= now.resume_bytes:
+def _allow(now: Snapshot, room: int) -> list[Decision]:
+    if now.free_bytes <= now.resume_bytes + room:
         return []
     why = f"Memory may be asked for again: {show_bytes(now.free_bytes)} of the pool are free."
-    return [Decision(Action.ALLOW, call.id, why) for call in now.calls if call.denied]
+    return [
+        Decision(Action.ALLOW, c.id, why) for c in now.calls if c.denied_growth_bytes is not None
+    ]
 
 
 def decide(now: Snapshot) -> list[Decision]:
     """What to do now. The same snapshot always gives the same decisions."""
-    return [*_allow(now), *_decide(now)]
-
-
-def _decide(now: Snapshot) -> list[Decision]:
     running = [c for c in now.calls if c.frozen_for_usec is None]
     frozen = [c for c in now.calls if c.frozen_for_usec is not None]
     if not running:
@@ -190,7 +196,7 @@ def _decide(now: Snapshot) -> list[Decision]:
     leader = _leader(running)
     room = _room_for(now, leader)
     if now.free_bytes >= now.reserve_bytes + room:
-        return _thaw(now, running, frozen, room) if frozen else []
+        return [*_allow(now, room), *(_thaw(now, running, frozen, room) if frozen else [])]
     decisions = _freeze(now, running, leader, room)
     critical = now.free_bytes < now.reserve_bytes * CRITICAL_SHARE
     if not decisions and critical and now.growth_bytes_per_s > GROWING_BYTES_PER_S:

@@ -96,7 +96,7 @@ class Guard:
         usage = self._pool.cgroup.read(knobs.MEMORY_CURRENT)
         pool_growth = self._rate("", usage)
         free = self._limit - usage
-        frozen = any(c.denied or c.frozen_since_usec is not None
+        frozen = any(c.denied_at_bytes is not None or c.frozen_since_usec is not None
                      for c in self._calls.open.values())  # fmt: skip
         to_reserve_s = (free - self._reserve) / BURST_BYTES_PER_S
         # The engine keeps at most half of the pool free for a growing leader.
@@ -125,7 +125,7 @@ class Guard:
                 cpu = call.cgroup.read(knobs.CPU_STAT)["usage_usec"]
             except KnobError:
                 continue  # it has just ended
-            since = call.frozen_since_usec
+            since, at = call.frozen_since_usec, call.denied_at_bytes
             views.append(CallView(
                 id=call.id, name=call.name, priority=call.grant.priority,
                 began_usec=call.began_boot_usec, memory_bytes=memory,
@@ -133,7 +133,8 @@ class Guard:
                 frozen_for_usec=None if since is None else now - since,
                 on_pressure=call.grant.on_pressure,
                 memory_expected_bytes=call.grant.memory_expected_bytes,
-                memory_max_bytes=call.grant.memory_max_bytes, denied=call.denied,
+                memory_max_bytes=call.grant.memory_max_bytes,
+                denied_growth_bytes=None if at is None else memory - at,
             ))  # fmt: skip
         for gone in self._before.keys() - {v.id for v in views} - {""}:
             del self._before[gone], self._growth[gone]
