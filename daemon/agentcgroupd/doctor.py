@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from agentcgroupd.bpf import features, memcg_ops
+from agentcgroupd.bpf.features import FeatureState
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import XATTR_NAME, Cgroup, cgroup2_mount
 from agentcgroupd.errors import KnobError
@@ -85,19 +87,19 @@ def run() -> Diagnosis:
         mount: Path | None = cgroup2_mount()
     except OSError:
         mount = None
-    features: list[Feature] = []
+    rows: list[Feature] = []
     if mount is None:
-        features.append(Feature("call cgroups", State.MISSING, "no cgroup2 file system is mounted",
+        rows.append(Feature("call cgroups", State.MISSING, "no cgroup2 file system is mounted",
                                 "boot with systemd.unified_cgroup_hierarchy=1"))  # fmt: skip
     elif os.geteuid() != 0:
-        features.append(Feature("call cgroups", State.UNKNOWN, "only root can try",
+        rows.append(Feature("call cgroups", State.UNKNOWN, "only root can try",
                                 "run `agentcg doctor` as root"))  # fmt: skip
     else:
-        features.extend(_cgroup_features(mount))
-    features.extend(_process_features())
-    features.extend(_memory_features())
-    features.extend(_bpf_features())
-    return Diagnosis(os.uname().release, str(mount or ""), tuple(features))
+        rows.extend(_cgroup_features(mount))
+    rows.extend(_process_features())
+    rows.extend(_memory_features())
+    rows.extend(_bpf_features())
+    return Diagnosis(os.uname().release, str(mount or ""), tuple(rows))
 
 
 @contextmanager
@@ -234,6 +236,34 @@ def _bpf_features() -> Iterator[Feature]:
     )  # fmt: skip
     for make in probes:
         yield make()
+    if os.geteuid() == 0:
+        yield from map(_bpf_row, _tried())
+        return
+    for definition in features.DEFINITIONS:
+        yield Feature(definition.name, State.UNKNOWN, "only root can try",
+                      "run `agentcg doctor` as root", definition.fallback)  # fmt: skip
+
+
+def _tried() -> Iterator[FeatureState]:
+    """Every feature of the programs, really loaded and attached, and taken back at once. The
+    reclaim hooks are loaded only: they are attached to a pool."""
+    for name in dict.fromkeys(definition.object for definition in features.DEFINITIONS):
+        if name == memcg_ops.OBJECT:
+            hooks, states = memcg_ops.load()
+            if hooks is not None:
+                hooks.close()
+        else:
+            programs, states = features.load(name)
+            if programs is not None:
+                programs.close()
+        yield from states
+
+
+def _bpf_row(state: FeatureState) -> Feature:
+    if state.works:
+        return Feature(state.name, State.WORKS, f"the kernel took {', '.join(state.programs)}",
+                       "", state.fallback)  # fmt: skip
+    return Feature(state.name, State.MISSING, state.reason, state.remedy, state.fallback)
 
 
 def main() -> int:

@@ -60,6 +60,10 @@ class Metrics:
             "exec_to_moved_seconds", "From an exec in an agent leaf to its call's leaf",
             SECONDS_BUCKETS,
         )  # fmt: skip
+        self.reaction = histogram(
+            "reaction_seconds", "From passing the pool's mark to the guard's decisions applied",
+            SECONDS_BUCKETS,
+        )  # fmt: skip
         self.calls_observed = counter("calls_observed", "Calls that no agent declared", "moved")
         self.features = gauge("feature", "1: the feature works in this kernel", "feature")
         self.events_lost = counter("events_lost", "Events without room in a ring buffer", "type")

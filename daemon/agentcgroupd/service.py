@@ -36,6 +36,7 @@ from agentcgroupd.metrics import Heartbeat, Metrics, MetricsServer
 from agentcgroupd.notify import notify, watchdog_interval_s
 from agentcgroupd.policy.actions import Actions
 from agentcgroupd.policy.guard import Guard
+from agentcgroupd.policy.tripwire import Tripwire
 from agentcgroupd.pool import Pool, prepare_pool
 from agentcgroupd.reports import Reports
 from agentcgroupd.rpc.attach import AttachServer
@@ -100,7 +101,7 @@ class Daemon:
         self.guard: Guard | None = None
         if self.config.guard.enabled and self.pool.memory_max_bytes is not None:
             self.guard = Guard(self.config.guard, self.pool, self.calls, self.watchers.can_deny)
-            self.guard.start()
+            self.guard.start(self._tripwire(self.guard))
         self.watchers.start(self.guard)
         for coroutine in (self._sweep_forever(), self._beat_forever()):
             task = asyncio.get_running_loop().create_task(coroutine)
@@ -112,6 +113,13 @@ class Daemon:
         notify("READY=1", f"STATUS=pool {self.pool.path}, {len(self.sessions.open)} sessions")
         log.info("ready: pool %s, controllers %s, sockets in %s", self.pool.cgroup.path,
                  " ".join(self.pool.controllers) or "none", run)  # fmt: skip
+
+    def _tripwire(self, guard: Guard) -> Tripwire | None:
+        """None where a program tells the mark, or where memory.high is the operator's."""
+        if self.watchers.tells_marks or self.config.pool.memory_high is not None:
+            return None
+        mark_bytes, low_bytes = guard.mark_bytes
+        return Tripwire(self.pool.cgroup, self.events, mark_bytes, low_bytes)
 
     def _lock(self, run: Path) -> None:
         """One daemon for each run directory; the kernel gives the lock back however it ends."""

@@ -6,13 +6,16 @@ each call.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.memory import MemoryPrograms
+from agentcgroupd.bpf.plane import DataPlane
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import KnobError
 from agentcgroupd.policy.actions import Actions
@@ -20,6 +23,10 @@ from agentcgroupd.policy.guard import Guard
 from agentcgroupd.pool import Pool
 from agentcgroupd.session import Call, Session
 from agentcgroupd.units import show_bytes
+
+DELAY_PERCENT = 20
+"""Milliseconds that a charge waits for each percent above memory.high while an important session
+stalls: the kernel's own cap of 2 s is reached at twice the high."""
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +40,16 @@ class Signals:
     def __init__(
         self,
         config: GuardConfig,
+        plane: DataPlane,
         memory: MemoryPrograms,
         pool: Pool,
         sessions: Callable[[], Iterable[Session]],
         actions: Actions,
     ) -> None:
         self._config = config
+        self._plane = plane
         self._memory = memory
+        self._calm_timer: asyncio.TimerHandle | None = None
         self._pool = pool
         self._sessions = sessions
         self._actions = actions
@@ -60,6 +70,9 @@ class Signals:
     def watch_pool(self) -> None:
         """Know the pool. Raises BpfError."""
         self._memory.watch(self._pool.cgroup.id, abi.CgroupKind.POOL, None)
+        if self._plane.reclaim is not None:
+            self._plane.attempt("the pool's reclaim cannot be hooked", self._plane.reclaim.attach,
+                                self._pool.cgroup.dir_fd)  # fmt: skip
 
     def session_opened(self, session: Session) -> None:
         """Know its cgroup and its agent leaf; protect it if it is important. Raises BpfError."""
@@ -71,12 +84,15 @@ class Signals:
         self._memory.set_rates(own, config.faults_per_s, config.refaults_per_s)
         self._of_cgroup[own] = session
         self._protect()
+        self._reclaim(session, stalled=False, urgent=False)
 
     def session_closed(self, session: Session) -> None:
         """No more. Raises BpfError."""
         self._of_cgroup.pop(session.cgroup.id, None)
         self._memory.forget(session.agent.id)
         self._memory.forget(session.cgroup.id)
+        if self._plane.reclaim is not None:
+            self._plane.reclaim.remove(session.cgroup.id)
         self._protect()
 
     def call_opened(self, call: Call) -> None:
@@ -92,7 +108,7 @@ class Signals:
 
     def _protect(self) -> None:
         important = [s for s in self._sessions()
-                     if s.limits.priority >= self._config.protect_priority]  # fmt: skip
+                     if self._important(s)]  # fmt: skip
         important.sort(key=lambda s: -s.limits.priority)
         chosen = ((s.cgroup.id, s.limits.priority) for s in important)
         pool = self._pool.cgroup.id if self._guard is not None else None
@@ -100,6 +116,29 @@ class Signals:
         if fitted < len(important):
             log.warning("%d sessions are important, %d fit into the kernel's table: the others "
                         "are not protected by it", len(important), fitted)  # fmt: skip
+
+    def _important(self, session: Session) -> bool:
+        return session.limits.priority >= self._config.protect_priority
+
+    def _reclaim(self, session: Session, stalled: bool, urgent: bool) -> None:
+        """What reclaim does for a session: spare an important one that stalls, and delay the
+        others above their memory.high meanwhile. Raises BpfError."""
+        if self._plane.reclaim is not None:
+            important = self._important(session)
+            self._plane.reclaim.set(
+                session.cgroup.id, protect=important, stalled=stalled,
+                delay_percent=DELAY_PERCENT if urgent and not important else 0,
+            )  # fmt: skip
+
+    def _reclaim_all(self, stalling: int | None) -> None:
+        """`stalling`: cgroup id of the session that stalls, None: that is over."""
+        if self._plane.reclaim is None:
+            return
+        for session in self._sessions():
+            self._plane.attempt(
+                "reclaim of a session cannot be changed", self._reclaim, session,
+                session.cgroup.id == stalling, stalling is not None,
+            )  # fmt: skip
 
     # Signals
 
@@ -119,8 +158,17 @@ class Signals:
 
     def _mark(self, event: abi.MarkEvent) -> None:
         self._metrics.signals.labels("mark_above" if event.above else "mark_below").inc()
-        if event.event.cgroup_id == self._pool.cgroup.id and self._guard is not None:
-            self._guard.look_now()
+        if event.event.cgroup_id != self._pool.cgroup.id or self._guard is None:
+            return
+        applied = self._guard.applied
+        self._guard.look_now()
+        reaction_ns = time.monotonic_ns() - event.event.at_ns
+        acted = self._guard.applied - applied
+        if event.above and acted:
+            self._metrics.reaction.observe(reaction_ns / 1e9)
+        self._audit.write("mark", above=bool(event.above), usage_bytes=event.usage_bytes,
+                          mark_bytes=event.mark_bytes, reaction_usec=reaction_ns // 1000,
+                          decisions=acted)  # fmt: skip
 
     def _rates(self, event: abi.RatesEvent) -> None:
         session = self._of_cgroup.get(event.event.cgroup_id)
@@ -143,7 +191,9 @@ class Signals:
             else f"it is held at {show_bytes(event.mark_bytes)} for now"
         )
         why = f"A request for {asked} was refused (ENOMEM): the call has {held} and {reason}."
-        self._audit.write("denied", session=call.session.id, call=call.id, pid=event.pid, why=why)
+        self._audit.write("denied", session=call.session.id, call=call.id, pid=event.pid, why=why,
+                          mark_bytes=event.mark_bytes, usage_bytes=event.usage_bytes,
+                          request_bytes=event.request_bytes)  # fmt: skip
         numbers = {"request_bytes": float(event.request_bytes),
                    "usage_bytes": float(event.usage_bytes)}  # fmt: skip
         self._actions.tell(call.session, call.id, pb.Feedback(
@@ -160,6 +210,12 @@ class Signals:
             agree = False
         if agree:
             self._memory.confirm_urgent(CONFIRM_USEC)
+            self._reclaim_all(event.event.cgroup_id)
+            if self._calm_timer is not None:
+                self._calm_timer.cancel()
+            self._calm_timer = asyncio.get_running_loop().call_later(
+                CONFIRM_USEC / 1e6, self._reclaim_all, None
+            )
         else:
             self._memory.lift_urgent()
         self._metrics.signals.labels("urgent").inc()

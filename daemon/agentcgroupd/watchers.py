@@ -43,11 +43,16 @@ class Watchers:
         """Whether a call's growth can be denied."""
         return self._signals is not None and self.plane.works(features.DENY)
 
+    @property
+    def tells_marks(self) -> bool:
+        """Whether passing the pool's mark is told by a program."""
+        return self._signals is not None and self.plane.works(features.MARKS)
+
     def follow(self, pool: Pool, calls: Calls, sessions: Callable[[], Iterable[Session]]) -> None:
         """Make what follows the programs; before the first session is told of."""
         actions, plane, config = self._actions(), self.plane, self._config
         if plane.memory is not None and "memory" in pool.controllers:
-            signals = Signals(config.guard, plane.memory, pool, sessions, actions)
+            signals = Signals(config.guard, plane, plane.memory, pool, sessions, actions)
             if plane.attempt("the pool cannot be watched", signals.watch_pool):
                 self._signals = signals
         if plane.lifecycle is not None and plane.works(features.LIFECYCLE) and (

@@ -7,14 +7,15 @@ and what is done without it; the others of its object work on.
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from agentcgroupd.bpf.btf import Btf, kernel_btf
-from agentcgroupd.bpf.loader import BpfObject
+from agentcgroupd.bpf.btf import VMLINUX, Btf, kernel_btf
+from agentcgroupd.bpf.loader import BpfObject, refusal
 from agentcgroupd.errors import BpfError
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,23 @@ class Need:
         if not btf.has_struct(self.name, self.member):
             return f"no struct {self.name}.{self.member}"
         return ""
+
+    @property
+    def remedy(self) -> str:
+        """What to do where it is missing."""
+        return _REMEDIES.get(self.name, "use a newer kernel")
+
+
+_REMEDIES = {
+    **dict.fromkeys(
+        ("mem_cgroup", "page_counter", "page_counter_try_charge", "__memcg_memory_event",
+         "mem_cgroup_handle_over_high"), "use a kernel with CONFIG_MEMCG"),
+    "security_vm_enough_memory_mm": "use a kernel with CONFIG_SECURITY",
+    "psi_memstall_enter": "use a kernel with CONFIG_PSI",
+    "psi_memstall_leave": "use a kernel with CONFIG_PSI",
+    "memcg_bpf_ops": "nothing yet: no release of Linux has it",
+}  # fmt: skip
+BTF_REMEDY = "use a kernel with CONFIG_DEBUG_INFO_BTF"
 
 
 def _function(name: str) -> Need:
@@ -130,6 +148,8 @@ class FeatureState:
     reason: str
     fallback: str
     programs: tuple[str, ...] = ()
+    remedy: str = ""
+    """What to do about it; empty where nothing is known, or where it works."""
 
 
 def definitions_of(name: str) -> tuple[Definition, ...]:
@@ -140,18 +160,25 @@ def definitions_of(name: str) -> tuple[Definition, ...]:
 def gate(definition: Definition, btf: Btf) -> FeatureState:
     """Whether the kernel's types allow it, and with which programs."""
     reasons: list[str] = []
+    remedies: list[str] = []
     for programs, needs in definition.alternatives:
         lacking = [text for need in needs if (text := need.missing(btf))]
+        remedies.extend(need.remedy for need in needs if need.missing(btf))
         if not lacking:
             return FeatureState(definition.name, True, "", definition.fallback, programs)
         reasons.extend(text for text in lacking if text not in reasons)
-    return FeatureState(definition.name, False, f"the kernel has {', '.join(reasons)}",
-                        definition.fallback)  # fmt: skip
+    return FeatureState(
+        definition.name,
+        False,
+        f"the kernel has {', '.join(reasons)}",
+        definition.fallback,
+        remedy="; ".join(dict.fromkeys(remedies)),
+    )
 
 
-def missing(definition: Definition, reason: str) -> FeatureState:
+def missing(definition: Definition, reason: str, remedy: str = "") -> FeatureState:
     """A feature that is missing for a reason of the moment."""
-    return FeatureState(definition.name, False, reason, definition.fallback)
+    return FeatureState(definition.name, False, reason, definition.fallback, remedy=remedy)
 
 
 def load(name: str, objects: Path | None = None) -> tuple[BpfObject | None, list[FeatureState]]:
@@ -166,7 +193,8 @@ def load(name: str, objects: Path | None = None) -> tuple[BpfObject | None, list
         btf = kernel_btf()
         states = [gate(definition, btf) for definition in definitions]
     except BpfError as error:
-        return None, [missing(d, one_line(error)) for d in definitions]
+        remedy = "" if VMLINUX.exists() else BTF_REMEDY
+        return None, [missing(d, one_line(error), remedy) for d in definitions]
     path = objects / f"{name}.bpf.o" if objects else None
     while any(state.works for state in states):
         try:
@@ -174,7 +202,7 @@ def load(name: str, objects: Path | None = None) -> tuple[BpfObject | None, list
         except BpfError as error:
             log.debug("%s", error)
             rejected = re.match(r"program (\w+):", error.detail)
-            states = [_without(s, rejected[1] if rejected else "", one_line(error)) for s in states]
+            states = [_without(s, rejected[1] if rejected else "", error) for s in states]
             continue
         return _attach(bpf, states)
     return None, states
@@ -194,11 +222,12 @@ def _load_once(name: str, path: Path | None, states: Iterable[FeatureState]) -> 
     return bpf
 
 
-def _without(state: FeatureState, rejected: str, reason: str) -> FeatureState:
+def _without(state: FeatureState, rejected: str, error: BpfError) -> FeatureState:
     """The state after a load that failed at the program `rejected`, or as a whole."""
     if not state.works or (rejected and rejected not in state.programs):
         return state
-    return replace(state, works=False, reason=reason, programs=())
+    return replace(state, works=False, reason=one_line(error), programs=(),
+                   remedy=remedy_of(error))  # fmt: skip
 
 
 def _attach(
@@ -213,7 +242,7 @@ def _attach(
                 bpf.attach(program)
             except BpfError as error:
                 log.debug("%s", error)
-                states = [_without(s, program, one_line(error)) for s in states]
+                states = [_without(s, program, error) for s in states]
                 break
     needed = {program for state in states for program in state.programs}
     for program in bpf.attached():
@@ -231,3 +260,13 @@ def one_line(error: BpfError) -> str:
     if "(" not in error.what and error.detail:
         reason = f"{reason}: {error.detail.strip().splitlines()[-1]}"
     return reason
+
+
+def remedy_of(error: BpfError) -> str:
+    """What to do about an error of loading or attaching, or nothing."""
+    refused = refusal(error.errno)
+    if refused is not None:
+        return refused.remedy
+    if error.errno in (errno.ENOENT, errno.ENOEXEC, errno.EPROTO):
+        return "install the daemon and its programs again, from one release"
+    return ""

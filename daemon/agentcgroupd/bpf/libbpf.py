@@ -22,6 +22,8 @@ BUNDLED = Path(__file__).parent / "lib/libbpf.so.1"
 LEAST_VERSION = (1, 4)
 """The first that loads struct_ops maps with optional programs."""
 MESSAGES_KEPT = 4000
+_OWN_ERRORS = 4000
+"""__LIBBPF_ERRNO__START in bpf/libbpf.h."""
 
 Pointer = c_void_p
 SampleCallback = CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t)
@@ -105,14 +107,12 @@ class Libbpf:
 
     @contextmanager
     def messages(self) -> Iterator[list[str]]:
-        """What libbpf warns of during the block. Not for two threads at once."""
-        self._messages.clear()
-        collected: list[str] = []
+        """What libbpf warns of during the block, as it comes. Not for two threads at once."""
+        outer, self._messages = self._messages, []
         try:
-            yield collected
+            yield self._messages
         finally:
-            collected.extend(self._messages)
-            self._messages.clear()
+            self._messages = outer
 
     def call(self, name: str, *arguments: Any) -> Any:
         """The function as it is: its result tells of errors, or nothing does."""
@@ -122,7 +122,7 @@ class Libbpf:
         """A function that returns an int; BpfError saying `what` was tried if it is negative."""
         result = int(self.call(name, *arguments))
         if result < 0:
-            raise BpfError(what, -result)
+            raise BpfError(what, errno_of(-result))
         return result
 
     def pointer(self, what: str, name: str, *arguments: Any) -> int:
@@ -130,7 +130,7 @@ class Libbpf:
         ctypes.set_errno(0)
         result = self.call(name, *arguments)
         if not result:
-            raise BpfError(what, ctypes.get_errno() or errno.EINVAL)
+            raise BpfError(what, errno_of(ctypes.get_errno() or errno.EINVAL))
         return int(result)
 
 
@@ -154,6 +154,12 @@ def libbpf() -> Libbpf:
         f"(Debian packages): {'; '.join(reasons)}",
         errno.ENOENT,
     )
+
+
+def errno_of(number: int) -> int:
+    """An errno for what libbpf returned: its own numbers say, one as another, that it can make
+    nothing of the file."""
+    return errno.ENOEXEC if number >= _OWN_ERRORS else number
 
 
 def pid_namespace() -> int:

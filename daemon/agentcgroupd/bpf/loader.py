@@ -15,12 +15,13 @@ import mmap
 import re
 import resource
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.btf import Btf
-from agentcgroupd.bpf.libbpf import libbpf, pid_namespace
+from agentcgroupd.bpf.libbpf import errno_of, libbpf, pid_namespace
 from agentcgroupd.errors import BpfError
 
 OBJECTS = Path(__file__).parent / "objects"
@@ -167,7 +168,7 @@ class BpfObject:
         if result < 0:
             why = why_refused(-result)
             what = f"loading {self.name}" + (f" ({why})" if why else "")
-            raise BpfError(what, -result, verifier_end(said))
+            raise BpfError(what, errno_of(-result), verifier_end(said))
 
     # After the load
 
@@ -270,6 +271,8 @@ class BpfObject:
         size = ctypes.c_size_t()
         start = libbpf().pointer(f"{self.name}: no constants", "bpf_map__initial_value",
                                  self._map(".rodata"), ctypes.byref(size))  # fmt: skip
+        if offset + ctypes.sizeof(ctypes.c_uint32) > size.value:
+            raise BpfError(f"{self.name}: {name} is outside of .rodata", errno.EPROTO)
         return ctypes.c_uint32.from_address(start + offset)
 
 
@@ -280,25 +283,49 @@ def capabilities() -> int:
     return int(found[1], 16) if found else 0
 
 
-def why_refused(number: int) -> str:
-    """What is likely behind an errno of bpf(2) here, or nothing."""
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why the kernel refuses programs, and what to do about it."""
+
+    why: str
+    remedy: str
+
+
+def refusal(number: int) -> Refusal | None:
+    """What is likely behind an errno of bpf(2) here; None where that is not known."""
     held = capabilities()
     if number in (errno.EPERM, errno.EACCES):
         wanted = {CAP_BPF: "CAP_BPF", CAP_PERFMON: "CAP_PERFMON"}
         missing = [name for bit, name in wanted.items() if not held >> bit & 1]
         if missing and not held >> CAP_SYS_ADMIN & 1:
-            return f"the daemon lacks {' and '.join(missing)}"
-        if lockdown() == "confidentiality":
-            return "the kernel is locked down: lockdown=confidentiality keeps programs from "\
-                   "reading its memory"  # fmt: skip
+            lacking = " and ".join(missing)
+            return Refusal(
+                f"the daemon lacks {lacking}",
+                f"run as root with {lacking} (systemd: CapabilityBoundingSet=)",
+            )
+    # EINVAL: the verifier knows no helper that reads memory then.
+    if number in (errno.EPERM, errno.EACCES, errno.EINVAL) and lockdown() == "confidentiality":
+        return Refusal("the kernel is locked down: lockdown=confidentiality keeps programs from "
+                       "reading its memory", "boot with lockdown=integrity")  # fmt: skip
     if number in (errno.EPERM, errno.ENOMEM) and not held >> CAP_SYS_ADMIN & 1:
         soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         if soft != resource.RLIM_INFINITY:
-            return f"RLIMIT_MEMLOCK is {soft}: before Linux 5.11 maps count against it"
+            return Refusal(
+                f"RLIMIT_MEMLOCK is {soft}: before Linux 5.11 maps count against it",
+                "raise it (systemd: LimitMEMLOCK=infinity)",
+            )
     if number in (errno.EPERM, errno.EBUSY, ENOTSUPP):
-        return "the kernel, or a policy on it, refuses programs of this kind: they need " \
-               "CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS"  # fmt: skip
-    return ""
+        return Refusal("the kernel, or a policy on it, refuses programs of this kind: they need "
+                       "CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS",
+                       "use a kernel with CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS, and no policy "
+                       "against fentry and fmod_ret programs")  # fmt: skip
+    return None
+
+
+def why_refused(number: int) -> str:
+    """As `refusal`, only the reason, or nothing."""
+    found = refusal(number)
+    return found.why if found else ""
 
 
 def lockdown() -> str:
@@ -316,7 +343,9 @@ def verifier_end(said: list[str]) -> str:
     found = re.search(r"prog '(\w+)': -- BEGIN PROG LOAD LOG --\n(.*?)-- END PROG", text, re.DOTALL)
     if found is None:
         return _last(said)
-    lines = [line for line in found[2].splitlines() if not re.match(r"processed \d+ insns", line)]
+    # Newer kernels (7.3) go on to explain; what is wrong stands before that, as ever.
+    log = found[2].partition("\nVerification failed:")[0].rstrip()
+    lines = [line for line in log.splitlines() if not re.match(r"processed \d+ insns", line)]
     return "\n".join([f"program {found[1]}:", *lines[-LOG_LINES:]])
 
 

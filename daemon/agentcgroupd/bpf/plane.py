@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import ParamSpec
 
-from agentcgroupd.bpf import features
+from agentcgroupd.bpf import features, memcg_ops
 from agentcgroupd.bpf.features import FeatureState
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.bpf.loader import BpfObject
+from agentcgroupd.bpf.memcg_ops import ReclaimHooks
 from agentcgroupd.bpf.memory import MemoryPrograms
 from agentcgroupd.config import BpfConfig, GuardConfig
 from agentcgroupd.errors import BpfError
@@ -36,6 +37,7 @@ class DataPlane:
         self.states: dict[str, FeatureState] = {}
         self.lifecycle: Lifecycle | None = None
         self.memory: MemoryPrograms | None = None
+        self.reclaim: ReclaimHooks | None = None
         self.failures = 0
         self._said: set[str] = set()
 
@@ -57,6 +59,8 @@ class DataPlane:
                 bpf.close()
                 for state in states:
                     self.states[state.name] = replace(state, works=False, reason=str(error))
+        self.reclaim, states = memcg_ops.load(self._config.objects)
+        self.states.update((state.name, state) for state in states)
         for state in self.states.values():
             if not state.works:
                 log.warning("%s: missing: %s; instead: %s", state.name, state.reason,
@@ -93,7 +97,7 @@ class DataPlane:
 
     def close(self) -> None:
         """Detach everything; no error if nothing is loaded."""
-        for part in (self.memory, self.lifecycle):
+        for part in (self.reclaim, self.memory, self.lifecycle):
             if part is not None:
                 part.close()
-        self.memory = self.lifecycle = None
+        self.reclaim = self.memory = self.lifecycle = None

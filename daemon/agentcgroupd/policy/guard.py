@@ -16,6 +16,7 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import BpfError, KnobError
 from agentcgroupd.policy.engine import Action, CallView, Decision, Snapshot, decide
+from agentcgroupd.policy.tripwire import Tripwire
 from agentcgroupd.pool import Pool
 from agentcgroupd.session import boottime_usec
 
@@ -48,9 +49,15 @@ class Guard:
         """(time in usec, bytes) at the last look, by call; the pool's own under an empty id."""
         self._growth: dict[str, float] = {}
         self._thawed_usec = 0
+        self._tripwire: Tripwire | None = None
+        self.applied = 0
+        """Decisions that were applied so far."""
 
-    def start(self) -> None:
-        """Begin to look."""
+    def start(self, tripwire: Tripwire | None) -> None:
+        """Begin to look. `tripwire`: what says that the mark is passed, if no program does."""
+        self._tripwire = tripwire
+        if tripwire is not None:
+            tripwire.start(self.look_now)
         self._timer = self._loop.call_soon(self._tick)  # type: ignore[assignment]
 
     def stop(self) -> None:
@@ -58,6 +65,8 @@ class Guard:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._tripwire is not None:
+            self._tripwire.stop()
 
     @property
     def mark_bytes(self) -> tuple[int, int]:
@@ -94,6 +103,8 @@ class Guard:
             self._growth.clear()
             return CALM_INTERVAL_S
         usage = self._pool.cgroup.read(knobs.MEMORY_CURRENT)
+        if self._tripwire is not None:
+            self._tripwire.arm_below(usage)
         pool_growth = self._rate("", usage)
         free = self._limit - usage
         frozen = any(c.denied_at_bytes is not None or c.frozen_since_usec is not None
@@ -106,10 +117,12 @@ class Guard:
             self._apply(decision)
         return max(self._config.tick / 1e6, min(CALM_INTERVAL_S, to_reserve_s / 2))
 
-    def _rate(self, key: str, value: int) -> float:
-        """Bytes per second since the last look, falling off over a few looks after growth ends."""
+    def _rate(self, key: str, value: int, since_usec: int | None = None) -> float:
+        """Bytes per second since the last look, or since `since_usec` at the first, falling off
+        over a few looks after growth ends."""
         now = boottime_usec()
-        then, before = self._before.get(key, (now, value))
+        first = (now, value) if since_usec is None else (since_usec, 0)
+        then, before = self._before.get(key, first)
         self._before[key] = (now, value)
         fresh = (value - before) * 1e6 / (now - then) if now > then else 0.0
         self._growth[key] = max(fresh, self._growth.get(key, 0.0) * 0.7)
@@ -129,7 +142,7 @@ class Guard:
             views.append(CallView(
                 id=call.id, name=call.name, priority=call.grant.priority,
                 began_usec=call.began_boot_usec, memory_bytes=memory,
-                growth_bytes_per_s=self._rate(call.id, memory), cpu_usec=cpu,
+                growth_bytes_per_s=self._rate(call.id, memory, call.began_boot_usec), cpu_usec=cpu,
                 frozen_for_usec=None if since is None else now - since,
                 on_pressure=call.grant.on_pressure,
                 memory_expected_bytes=call.grant.memory_expected_bytes,
@@ -161,5 +174,6 @@ class Guard:
         except (KnobError, BpfError) as error:
             log.warning("%s of call %s failed: %s", decision.action.value, call.id, error)
             return
+        self.applied += 1
         if decision.action is Action.THAW:
             self._thawed_usec = boottime_usec()
