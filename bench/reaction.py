@@ -9,6 +9,7 @@ own word is not asked, and is only shown beside it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -28,7 +30,7 @@ from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, wait_until
 LOAD = str(Path(EXEC).with_name("agentcg-load"))
 MIB, GIB = 1 << 20, 1 << 30
 RATES_GB_S = (0.5, 1.0, 2.0, 4.0)
-ROUNDS = 12
+ROUNDS = 30
 QUIET_S = 0.15
 """Without growth for this long, the allocator has been stopped."""
 BATCH_BYTES = 2 * MIB
@@ -102,9 +104,9 @@ def _start(agent: AgentProcess, name: str, schedule: str, *options: str) -> None
 def _gone(daemon: DaemonProcess, agent: AgentProcess) -> None:
     """End the tool and wait for its memory."""
     agent.run("tool.kill(); tool.wait()")
-    for directory in daemon.call_dirs():
-        if directory.parent.name == "batch":
-            (directory / "cgroup.kill").write_text("1")
+    for call in daemon.admin.ListCalls(pb.ListCallsRequest(session_id="batch")).calls:
+        with contextlib.suppress(grpc.RpcError):  # it has ended in the meantime
+            daemon.admin.EndCall(pb.EndCallRequest(call_id=call.id))
     wait_until("its call has ended",
                lambda: not [d for d in daemon.call_dirs() if d.parent.name == "batch"])  # fmt: skip
 
@@ -116,6 +118,13 @@ def _said(daemon: DaemonProcess, since: int) -> float | None:
         events = [json.loads(line) for line in file]
     told = [e["reaction_usec"] for e in events if e["event"] == "mark" and e["decisions"]]
     return told[0] / 1e3 if told else None
+
+
+def _ramp(pool_bytes: int, rate_gb_s: float) -> str:
+    """Three quarters of the pool as fast as it goes, a pause, then all of it at the rate."""
+    start = pool_bytes * 3 // 4
+    ms = int((pool_bytes - start) / (rate_gb_s * 1e9) * 1e3)
+    return f"10 {start} 0\n{int(300 * SLOW**0.5)} {start} 0\n{ms} {pool_bytes} 0\n"
 
 
 def _wait_below(current: Path, low_bytes: int) -> None:
@@ -137,8 +146,7 @@ def daemon_rung(
     for rate in rates:
         for number in range(rounds):
             since = daemon.audit_path.stat().st_size
-            total_ms = int(pool_bytes / (rate * 1e9) * 1e3)
-            _start(batch, "burst", f"{total_ms} {pool_bytes} 0\n")
+            _start(batch, "burst", _ramp(pool_bytes, rate))
             samples = observer.watch(mark, 60 * SLOW)
             reached, seconds, past = judge(samples, mark)
             found.append(Reaction(rate, reached / 1e9, seconds * 1e3, past, _said(daemon, since)))
@@ -176,8 +184,7 @@ def deny_rung(daemon: DaemonProcess, pool_bytes: int, rates: list[float]) -> lis
     rows = []
     for rate in rates:
         since = daemon.audit_path.stat().st_size
-        total_ms = int(pool_bytes / (rate * 1e9) * 1e3)
-        _start(eager, "eager", f"{total_ms} {pool_bytes} 0\n", "--on-pressure", "deny")
+        _start(eager, "eager", _ramp(pool_bytes, rate), "--on-pressure", "deny")
         eager.run("result = tool.wait()")
         report = _last(daemon, "eager")
         with daemon.audit_path.open() as file:
@@ -212,7 +219,7 @@ def main() -> int:
     arguments = parser.parse_args()
     emulated = SLOW > 1
     memory = psutil.virtual_memory().total
-    pool_bytes = int(min(16 * GIB, memory // 3)) // MIB * MIB
+    pool_bytes = int(min(2 * GIB, memory // 3)) // MIB * MIB
     # Emulated memory is filled at some 150 MB/s at best.
     rates = [0.05, 0.1] if emulated else list(RATES_GB_S)
     with tempfile.TemporaryDirectory(prefix="agentcg-") as directory:

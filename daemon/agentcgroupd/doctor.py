@@ -121,7 +121,6 @@ _CONTROLLERS = {
     "cpu": ("cpu weights and limits", "the kernel's own fairness between processes"),
     "pids": ("process limits", "fork bombs are not stopped"),
     "io": ("io accounting", "no bytes read and written in reports"),
-    "cpuset": ("cpu placement", "calls run on any CPU"),
 }
 
 

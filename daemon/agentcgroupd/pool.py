@@ -21,7 +21,9 @@ from agentcgroupd.units import show_bytes
 
 log = logging.getLogger(__name__)
 
-CONTROLLERS = ("memory", "cpu", "pids", "io", "cpuset")
+CONTROLLERS = ("memory", "cpu", "pids", "io")
+"""What is enabled for sessions and calls, and no more: each controller makes the making and
+removing of a leaf dearer."""
 SUPERVISOR_LEAF = "supervisor"
 DELEGATE_XATTRS = ("trusted.delegate", "user.delegate")
 """Set by systemd on a cgroup it has delegated (systemd.resource-control(5), Delegate=)."""
@@ -45,6 +47,12 @@ class Pool:
     def missing(self) -> tuple[str, ...]:
         """Controllers that this kernel or parent does not give us."""
         return tuple(name for name in CONTROLLERS if name not in self.controllers)
+
+
+def offered_controllers(cgroup: Cgroup) -> tuple[str, ...]:
+    """Those of CONTROLLERS that a cgroup can give to its children. Raises KnobError."""
+    offered = cgroup.read(knobs.CGROUP_CONTROLLERS)
+    return tuple(name for name in CONTROLLERS if name in offered)
 
 
 def _memory_above(parent: Cgroup) -> int:
@@ -100,7 +108,7 @@ def prepare_pool(config: PoolConfig) -> Pool:
         parent.close()
 
     cgroup = Cgroup.open(mount / name)
-    refused = cgroup.enable(cgroup.read(knobs.CGROUP_CONTROLLERS))
+    refused = cgroup.enable(offered_controllers(cgroup))
     if refused:
         raise ConfigError(
             f"pool.cgroup: {config.cgroup!r} cannot be used: its controllers {', '.join(refused)} "

@@ -23,7 +23,7 @@ from agentcgroupd.errors import (
     NotFound,
     Unavailable,
 )
-from agentcgroupd.pool import Pool
+from agentcgroupd.pool import Pool, offered_controllers
 from agentcgroupd.session import (
     AGENT_LEAF,
     CALL_PREFIX,
@@ -188,7 +188,7 @@ class Sessions:
         adopted = path.rpartition("/")[0] != self._pool.path
         try:
             _write_limits(cgroup, limits)
-            cgroup.enable(cgroup.read(knobs.CGROUP_CONTROLLERS))
+            cgroup.enable(offered_controllers(cgroup))
             names = set(cgroup.children())
             agent = (
                 cgroup.child(AGENT_LEAF) if AGENT_LEAF in names else cgroup.make_child(AGENT_LEAF)

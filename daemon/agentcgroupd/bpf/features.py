@@ -204,7 +204,11 @@ def load(name: str, objects: Path | None = None) -> tuple[BpfObject | None, list
             rejected = re.match(r"program (\w+):", error.detail)
             states = [_without(s, rejected[1] if rejected else "", error) for s in states]
             continue
-        return _attach(bpf, states)
+        try:
+            return _attach(bpf, states)
+        except BaseException:
+            bpf.close()
+            raise
     return None, states
 
 

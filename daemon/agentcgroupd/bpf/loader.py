@@ -30,6 +30,7 @@ LOG_LINES = 12
 CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
 ENOTSUPP = 524
 """The kernel's own, without a name in errno.h."""
+_REFUSED = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOMEM, errno.EBUSY, ENOTSUPP)
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
 
 V = TypeVar("V", bound=ctypes.Structure)
@@ -293,6 +294,8 @@ class Refusal:
 
 def refusal(number: int) -> Refusal | None:
     """What is likely behind an errno of bpf(2) here; None where that is not known."""
+    if number not in _REFUSED:
+        return None
     held = capabilities()
     if number in (errno.EPERM, errno.EACCES):
         wanted = {CAP_BPF: "CAP_BPF", CAP_PERFMON: "CAP_PERFMON"}

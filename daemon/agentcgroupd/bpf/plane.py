@@ -46,6 +46,7 @@ class DataPlane:
         if not self._config.enabled:
             off = (features.missing(d, OFF) for d in features.DEFINITIONS)
             self.states = {state.name: state for state in off}
+            log.info("in the kernel: nothing: %s", OFF)
             return
         for name, make in (("lifecycle", self._open_lifecycle), ("memory", self._open_memory)):
             bpf, states = features.load(name, self._config.objects)
@@ -58,7 +59,11 @@ class DataPlane:
                 # Maps of other sizes than the daemon's types: an object of another release.
                 bpf.close()
                 for state in states:
-                    self.states[state.name] = replace(state, works=False, reason=str(error))
+                    if state.works:
+                        self.states[state.name] = replace(
+                            state, works=False, reason=features.one_line(error), programs=(),
+                            remedy=features.remedy_of(error),
+                        )  # fmt: skip
         self.reclaim, states = memcg_ops.load(self._config.objects)
         self.states.update((state.name, state) for state in states)
         for state in self.states.values():
