@@ -21,8 +21,8 @@ class Intent(TypedDict, total=False):
 
     memory, memory_max: bytes, or text such as "512M". cpu_weight: 1..10000. cpu_max: cores, or text
     such as "250m". pids_max: processes and threads. timeout: seconds, or text such as "10m".
-    priority: 0..100, or "batch", "normal", "important". on_pressure: "freeze", "deny", "throttle" or
-    "kill". hint: the older form, "memory:high", "memory:2g".
+    priority: 0..100, or "batch", "normal", "important". on_pressure: "freeze", "deny", "throttle"
+    or "kill". hint: the older form, "memory:high", "memory:2g".
     """
 
     memory: Quantity | None

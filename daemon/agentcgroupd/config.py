@@ -43,6 +43,13 @@ def _count(least: int, most: int) -> Callable[[str, str], int]:
     return lambda field, text: parse_count(field, text, least, most)
 
 
+def _power_of_two(field: str, text: str) -> int:
+    size = parse_bytes(field, text, least=4096)
+    if size & (size - 1) or not 4096 <= size <= 1 << 30:
+        raise InvalidField(field, text, "a power of two from 4K to 1G, such as 16M")
+    return size
+
+
 MemorySize = Annotated[int | None, quantity(parse_bytes, "size")]
 Cores = Annotated[int | None, quantity(parse_cores, "cores")]
 OptionalDuration = Annotated[int | None, quantity(parse_duration, "duration")]
@@ -147,6 +154,8 @@ class BpfConfig(Section):
     enabled: bool = True
     objects: Path | None = None
     """Directory of the compiled programs; none: those that came with the daemon."""
+    events_size: Annotated[int | None, quantity(_power_of_two, "size")] = None
+    """Of each ring buffer; none: 8 MiB for processes, 1 MiB for memory."""
 
 
 class ServerConfig(Section):

@@ -161,9 +161,46 @@ assert codes == {3}, codes
     assert not daemon.call_dirs()
 
 
+def test_events_without_room_are_counted_and_made_up_for(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """A stopped daemon and a ring buffer of 8 KiB: what still runs afterwards is in a call."""
+    directory = tmp_path_factory.mktemp("o")
+    daemon = DaemonProcess(directory, '[bpf]\nevents_size = "8K"\n')
+    try:
+        daemon.start()
+        agent = daemon.open("alpha")
+        agent.run("result = 'it has entered'")
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGSTOP)
+        agent.run("""
+for _ in range(30):
+    subprocess.run(["sh", "-c", "exit 3"])
+script = "sleep 60 & wait"
+tools = [subprocess.Popen(["sh", "-c", script]) for _ in range(3)]
+""")
+        daemon.process.send_signal(signal.SIGCONT)
+        wait_until("what runs is in calls", lambda: len(daemon.call_dirs()) == 3)
+        wait_until("with the children", lambda: all(
+            len((d / "cgroup.procs").read_text().split()) == 2 for d in daemon.call_dirs()
+        ))  # fmt: skip
+        leaf = (daemon.cgroup_dir / "alpha/agent/cgroup.procs").read_text().split()
+        assert leaf == [str(agent.process.pid)]
+        events = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
+        lost = [event["counts"] for event in events if event["event"] == "events_lost"]
+        assert lost and sum(lost[0].values()) > 50
+        assert "the ring buffer had no room" in daemon.log.read_text()
+        for directory in daemon.call_dirs():
+            (directory / "cgroup.kill").write_text("1")
+        assert agent.run("result = [tool.wait() for tool in tools]") == [-9, -9, -9]
+    finally:
+        daemon.close()
+
+
 def test_a_restarted_daemon_takes_up_what_began_without_it(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
+    agent.run("result = 'it has entered'")
     daemon.kill()
     agent.run("tool = subprocess.Popen(['sh', '-c', 'sleep 60; true'])")
     time.sleep(0.2)

@@ -181,10 +181,13 @@ def missing(definition: Definition, reason: str, remedy: str = "") -> FeatureSta
     return FeatureState(definition.name, False, reason, definition.fallback, remedy=remedy)
 
 
-def load(name: str, objects: Path | None = None) -> tuple[BpfObject | None, list[FeatureState]]:
+def load(
+    name: str, objects: Path | None = None, events_bytes: int | None = None
+) -> tuple[BpfObject | None, list[FeatureState]]:
     """Load and attach all features of an object that this kernel can have; not for the reclaim
     hooks, which are attached to a cgroup: see memcg_ops.load.
 
+    `events_bytes`: size of the ring buffer, a power of two; None: as compiled.
     Returns the object (None: not one of its features works) and what became of each feature.
     Never raises BpfError: what went wrong is in the states. Nothing of a missing feature stays.
     """
@@ -198,11 +201,13 @@ def load(name: str, objects: Path | None = None) -> tuple[BpfObject | None, list
     path = objects / f"{name}.bpf.o" if objects else None
     while any(state.works for state in states):
         try:
-            bpf = _load_once(name, path, states)
+            bpf = _load_once(name, path, states, events_bytes)
         except BpfError as error:
             log.debug("%s", error)
-            rejected = re.match(r"program (\w+):", error.detail)
-            states = [_without(s, rejected[1] if rejected else "", error) for s in states]
+            found = re.match(r"program (\w+):", error.detail)
+            used = {program for state in states for program in state.programs}
+            rejected = found[1] if found and found[1] in used else ""
+            states = [_without(s, rejected, error) for s in states]
             continue
         try:
             return _attach(bpf, states)
@@ -212,13 +217,17 @@ def load(name: str, objects: Path | None = None) -> tuple[BpfObject | None, list
     return None, states
 
 
-def _load_once(name: str, path: Path | None, states: Iterable[FeatureState]) -> BpfObject:
+def _load_once(
+    name: str, path: Path | None, states: Iterable[FeatureState], events_bytes: int | None
+) -> BpfObject:
     wanted = {program for state in states if state.works for program in state.programs}
     bpf = BpfObject.open(name, path)
     try:
         for program in bpf.programs():
             if program not in wanted:
                 bpf.skip_program(program)
+        if events_bytes is not None:
+            bpf.resize("events", events_bytes)
         bpf.load()
     except BaseException:
         bpf.close()

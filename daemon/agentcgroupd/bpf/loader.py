@@ -153,6 +153,10 @@ class BpfObject:
         program = self._program(name)
         libbpf().check(f"program {name}", "bpf_program__set_autoload", program, False)
 
+    def resize(self, name: str, entries: int) -> None:
+        """Give a map another number of entries; a ring buffer: of bytes, a power of two."""
+        libbpf().check(f"map {name}", "bpf_map__set_max_entries", self._map(name), entries)
+
     def programs(self) -> list[str]:
         """Names of all programs in the object."""
         names, program = [], libbpf().call("bpf_object__next_program", self._handle, None)

@@ -49,7 +49,7 @@ class DataPlane:
             log.info("in the kernel: nothing: %s", OFF)
             return
         for name, make in (("lifecycle", self._open_lifecycle), ("memory", self._open_memory)):
-            bpf, states = features.load(name, self._config.objects)
+            bpf, states = features.load(name, self._config.objects, self._config.events_size)
             self.states.update((state.name, state) for state in states)
             if bpf is None:
                 continue
