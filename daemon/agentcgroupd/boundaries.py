@@ -15,6 +15,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
+import re
 import shlex
 import time
 from collections import deque
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 OWN_LAUNCHERS = ("agentcg", "agentcg-exec")
 """They ask for a call themselves."""
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 Key = tuple[int, int]
@@ -59,9 +61,28 @@ def argv_of(event: abi.ExecEvent) -> list[str]:
 def tool_name(comm: str, argv: list[str]) -> str:
     """What the call is called: the program, or the first command of a shell's `-c`."""
     name = comm
-    if len(argv) > 2 and argv[1].startswith("-") and argv[1].endswith("c"):
-        name = _first_command(argv[2]) or comm
-    return (os.path.basename(name) or comm or "tool")[:NAME_CHARS_MAX]
+    script = shell_command(argv)
+    if script is not None:
+        name = _first_command(script) or comm
+    name = _CONTROLS.sub("?", os.path.basename(name) or comm)
+    return name[:NAME_CHARS_MAX] or "tool"
+
+
+def shell_command(argv: list[str]) -> str | None:
+    """The command of `sh -c COMMAND`, None for another way to start a shell: the first operand, if
+    a `c` is among the options (POSIX.1-2024, sh)."""
+    found, words = False, iter(argv[1:])
+    for word in words:
+        if word in ("-", "--") or word[:1] not in ("-", "+"):
+            return (next(words, None) if word in ("-", "--") else word) if found else None
+        if word.startswith("--"):
+            if word in ("--rcfile", "--init-file"):
+                next(words, None)
+            continue
+        found = found or (word[0] == "-" and "c" in word)
+        if word[-1] in "oO":
+            next(words, None)
+    return None
 
 
 def _first_command(script: str) -> str:
@@ -85,6 +106,8 @@ def begins_call(config: BoundariesConfig, comm: str, argv: list[str]) -> bool:
         if any(fnmatch.fnmatchcase(comm, pattern) for pattern in rule.program) and (
             fnmatch.fnmatchcase(argument, rule.first_argument)
         ):
+            if rule.shell_command and shell_command(argv) is None:
+                continue
             return rule.begins_call
     return False
 
@@ -222,7 +245,8 @@ class Boundaries:
         if session is None or key not in self._forked:
             return
         comm = event.process.comm.decode("utf-8", "replace")
-        argv = argv_of(event)
+        # Its page could not be read in the kernel: /proc waits for it.
+        argv = argv_of(event) or _cmdline(key[0])
         if not begins_call(self._config, comm, argv):
             return
         del self._forked[key]
@@ -382,8 +406,7 @@ class Boundaries:
         self._forked[key] = session
         with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
             comm = file.read().rstrip("\n")
-        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
-            argv = file.read(abi.ABI_ARGV_BYTES).split("\0")
+        argv = _cmdline(pid)
         if begins_call(self._config, comm, argv):
             del self._forked[key]
             self._begin(Sighting(session, tool_name(comm, argv), argv, key, time.monotonic_ns()))
@@ -394,6 +417,15 @@ class Boundaries:
         self._forked.clear()
         self._seen.clear()
         self._queue.clear()
+
+
+def _cmdline(pid: int) -> list[str]:
+    """The head of a process's arguments; none of one that has ended."""
+    try:
+        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
+            return file.read(abi.ABI_ARGV_BYTES).rstrip("\0").split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def _lives(key: Key) -> bool:

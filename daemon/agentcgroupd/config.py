@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import tomllib
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -132,11 +132,13 @@ class BoundaryRule(Section):
     """Globs on the program's name as in /proc/<pid>/comm: its first 15 characters."""
     first_argument: str = "*"
     """Glob on the first argument; an empty one where there is none."""
+    shell_command: bool = False
+    """Only with a command for a shell: `-c`, also among other options (`-lc`, `-o pipefail -c`)."""
     begins_call: bool = True
 
 
 SHELL_COMMANDS = BoundaryRule(
-    program=("sh", "bash", "dash", "zsh", "ash", "ksh", "busybox"), first_argument="-*c"
+    program=("sh", "bash", "dash", "zsh", "ash", "ksh"), shell_command=True
 )
 
 
@@ -186,13 +188,21 @@ class Config(Section):
     audit: AuditConfig = AuditConfig()
 
 
+def _model_in(annotation: Any) -> type[BaseModel]:
+    """The model that a field holds, itself or in a tuple."""
+    (model,) = [a for a in (annotation, *get_args(annotation))
+                if isinstance(a, type) and issubclass(a, BaseModel)]  # fmt: skip
+    return model
+
+
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         section: type[BaseModel] = model
         for part in first["loc"][:-1]:
-            section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
+            if isinstance(part, str):
+                section = _model_in(section.model_fields[part].annotation)
         hint = suggestion(str(first["loc"][-1]), section.model_fields)
         return f"{key}: no such key; {hint or 'known are ' + ', '.join(section.model_fields)}"
     cause = first.get("ctx", {}).get("error")
