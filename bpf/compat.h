@@ -22,6 +22,26 @@ const volatile __u32 page_bytes = 4096; /* set before the load */
 /* Inode of the daemon's pid namespace, set before the load. */
 const volatile __u32 daemon_pid_ns;
 
+/*
+ * A program that is interrupted by another task on its CPU is left out there (the kernel's guard
+ * against recursion, bpf_prog->active), so one that must see everything is not to be interrupted.
+ * Tracepoints no longer see to that themselves (Linux 7). The kfuncs came in 6.10.
+ */
+extern void bpf_preempt_disable(void) __ksym __weak;
+extern void bpf_preempt_enable(void) __ksym __weak;
+
+static __always_inline void preempt_off(void)
+{
+	if (bpf_ksym_exists(bpf_preempt_disable))
+		bpf_preempt_disable();
+}
+
+static __always_inline void preempt_on(void)
+{
+	if (bpf_ksym_exists(bpf_preempt_disable))
+		bpf_preempt_enable();
+}
+
 /**
  * visible_pid - a task's thread group id as the daemon sees it
  * @task: any thread of the group

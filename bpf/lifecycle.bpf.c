@@ -77,38 +77,44 @@ static __always_inline void describe(struct process *process, struct task_struct
 	BPF_CORE_READ_INTO(&process->comm, task, comm);
 }
 
-SEC("tp_btf/sched_process_fork")
-int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
+static __always_inline void tell_fork(struct task_struct *parent, struct task_struct *child)
 {
 	struct fork_event *event;
 	u64 own, id;
 
 	if (BPF_CORE_READ(child, pid) != BPF_CORE_READ(child, tgid) ||
 	    !find_managed(child, &own, &id))
-		return 0;
+		return;
 	event = reserve(EVENT_FORK, sizeof(*event), id);
 	if (!event)
-		return 0;
+		return;
 	describe(&event->child, child);
 	/* Who forked it, also where CLONE_PARENT gave it another parent. */
 	event->child.parent_pid = visible_pid(parent);
 	event->parent_start_ns = BPF_CORE_READ(parent, group_leader, start_boottime);
 	bpf_ringbuf_submit(event, 0);
+}
+
+SEC("tp_btf/sched_process_fork")
+int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
+{
+	preempt_off();
+	tell_fork(parent, child);
+	preempt_on();
 	return 0;
 }
 
-SEC("tp_btf/sched_process_exec")
-int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
+static __always_inline void tell_exec(struct task_struct *task)
 {
 	unsigned long start, length;
 	struct exec_event *event;
 	u64 own, id;
 
 	if (!find_managed(task, &own, &id))
-		return 0;
+		return;
 	event = reserve(EVENT_EXEC, sizeof(*event), id);
 	if (!event)
-		return 0;
+		return;
 	describe(&event->process, task);
 	event->own_cgroup_id = own;
 	start = BPF_CORE_READ(task, mm, arg_start);
@@ -121,11 +127,18 @@ int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm
 		length = 0;
 	event->argv_bytes = length;
 	bpf_ringbuf_submit(event, 0);
+}
+
+SEC("tp_btf/sched_process_exec")
+int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
+{
+	preempt_off();
+	tell_exec(task);
+	preempt_on();
 	return 0;
 }
 
-SEC("tp_btf/sched_process_exit")
-int BPF_PROG(on_exit, struct task_struct *task)
+static __always_inline void tell_exit(struct task_struct *task)
 {
 	struct task_struct *leader = BPF_CORE_READ(task, group_leader);
 	struct signal_struct *signal = BPF_CORE_READ(task, signal);
@@ -134,10 +147,10 @@ int BPF_PROG(on_exit, struct task_struct *task)
 
 	/* Only the last thread ends the process; do_exit() has counted it down before. */
 	if (BPF_CORE_READ(signal, live.counter) || !find_managed(task, &own, &id))
-		return 0;
+		return;
 	event = reserve(EVENT_EXIT, sizeof(*event), id);
 	if (!event)
-		return 0;
+		return;
 	describe(&event->process, task);
 	event->user_ns = BPF_CORE_READ(signal, utime) + BPF_CORE_READ(task, utime);
 	event->system_ns = BPF_CORE_READ(signal, stime) + BPF_CORE_READ(task, stime);
@@ -152,21 +165,36 @@ int BPF_PROG(on_exit, struct task_struct *task)
 				     BPF_CORE_READ(leader, exit_code);
 	event->reserved = 0;
 	bpf_ringbuf_submit(event, 0);
+}
+
+SEC("tp_btf/sched_process_exit")
+int BPF_PROG(on_exit, struct task_struct *task)
+{
+	preempt_off();
+	tell_exit(task);
+	preempt_on();
 	return 0;
 }
 
-SEC("tp_btf/mark_victim")
-int BPF_PROG(on_oom_victim, struct task_struct *task)
+static __always_inline void tell_oom_victim(struct task_struct *task)
 {
 	struct oom_event *event;
 	u64 own, id;
 
 	if (!find_managed(task, &own, &id))
-		return 0;
+		return;
 	event = reserve(EVENT_OOM_VICTIM, sizeof(*event), id);
 	if (!event)
-		return 0;
+		return;
 	describe(&event->process, task);
 	bpf_ringbuf_submit(event, 0);
+}
+
+SEC("tp_btf/mark_victim")
+int BPF_PROG(on_oom_victim, struct task_struct *task)
+{
+	preempt_off();
+	tell_oom_victim(task);
+	preempt_on();
 	return 0;
 }

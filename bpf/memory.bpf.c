@@ -13,9 +13,10 @@ char LICENSE[] SEC("license") = "GPL";
 
 #define ENOMEM		 12
 #define NSEC_PER_SEC	 1000000000ULL
-#define WINDOW_NS	 100000000ULL /* rates are taken over at least this long */
-#define HIGH_INTERVAL_NS 100000000ULL /* memory.high is passed at every charge above it */
-#define CHAIN_MAX	 3	      /* call, session, pool */
+#define WINDOW_NS	 100000000ULL  /* rates are taken over at least this long */
+#define HIGH_INTERVAL_NS 100000000ULL  /* memory.high is passed at every charge above it */
+#define STALL_MAX_NS	 2000000000ULL /* the longest that memory.high makes a task sleep */
+#define CHAIN_MAX	 3	       /* call, session, pool */
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -379,54 +380,76 @@ static __always_inline struct protected_session *my_protected(struct task_struct
 	return limit ? find_protected(limit->parent_id) : NULL;
 }
 
+/*
+ * Each stall has a beginning and an end, but a program is left out when it has been interrupted on
+ * its CPU; so nothing here counts on both, and what lasts too long is taken to be over.
+ */
+static __always_inline void begin_stall(struct task_struct *task)
+{
+	struct protected_session *slot = my_protected(task);
+	struct task_seen *seen, first = {};
+	u64 now, since;
+
+	if (!slot)
+		return;
+	seen = bpf_task_storage_get(&tasks, task, &first, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (!seen)
+		return;
+	now = bpf_ktime_get_ns();
+	if (seen->depth && now - seen->stalled_ns < STALL_MAX_NS) {
+		seen->depth++;
+		return;
+	}
+	seen->depth = 1;
+	seen->stalled_ns = now;
+	seen->session = slot->cgroup_id;
+	since = slot->stalling_since_ns;
+	if (!since || now - since >= STALL_MAX_NS)
+		__sync_val_compare_and_swap(&slot->stalling_since_ns, since, now);
+}
+
+static __always_inline void end_stall(struct task_struct *task)
+{
+	struct protected_session *slot;
+	struct task_seen *seen;
+	u64 now, took, stalled;
+
+	if (!control.protected_count)
+		return;
+	seen = bpf_task_storage_get(&tasks, task, 0, 0);
+	if (!seen || !seen->depth || --seen->depth)
+		return;
+	slot = find_protected(seen->session);
+	if (!slot)
+		return;
+	now = bpf_ktime_get_ns();
+	took = now - seen->stalled_ns;
+	if (slot->stalling_since_ns == seen->stalled_ns)
+		slot->stalling_since_ns = 0;
+	if (now - slot->window_ns > control.stall_window_ns) {
+		slot->window_ns = now;
+		slot->stalled_ns = 0;
+	}
+	stalled = __sync_fetch_and_add(&slot->stalled_ns, took) + took;
+	if (stalled >= control.stall_threshold_ns)
+		become_urgent(slot, stalled, now);
+}
+
 SEC("fentry/psi_memstall_enter")
 int BPF_PROG(on_stall)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
-	struct protected_session *slot = my_protected(task);
-	struct task_seen *seen, first = {};
-	u64 now;
-
-	if (!slot)
-		return 0;
-	seen = bpf_task_storage_get(&tasks, task, &first, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (!seen || seen->depth++)
-		return 0;
-	now = bpf_ktime_get_ns();
-	seen->stalled_ns = now;
-	seen->session = slot->cgroup_id;
-	if (!__sync_fetch_and_add(&slot->stalling, 1))
-		slot->stalling_since_ns = now;
+	preempt_off();
+	begin_stall(bpf_get_current_task_btf());
+	preempt_on();
 	return 0;
 }
 
 SEC("fentry/psi_memstall_leave")
 int BPF_PROG(on_stall_end)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
-	struct protected_session *slot;
-	struct task_seen *seen;
-	u64 now, stalled;
-
-	if (!control.protected_count)
-		return 0;
-	seen = bpf_task_storage_get(&tasks, task, 0, 0);
-	if (!seen || !seen->depth || --seen->depth)
-		return 0;
-	slot = find_protected(seen->session);
-	if (!slot)
-		return 0;
-	now = bpf_ktime_get_ns();
-	if (slot->stalling)
-		__sync_fetch_and_add(&slot->stalling, -1);
-	if (now - slot->window_ns > control.stall_window_ns) {
-		slot->window_ns = now;
-		slot->stalled_ns = 0;
-	}
-	stalled = __sync_fetch_and_add(&slot->stalled_ns, now - seen->stalled_ns) + now -
-		  seen->stalled_ns;
-	if (stalled >= control.stall_threshold_ns)
-		become_urgent(slot, stalled, now);
+	preempt_off();
+	end_stall(bpf_get_current_task_btf());
+	preempt_on();
 	return 0;
 }
 
@@ -435,11 +458,14 @@ static __always_inline void check_stalling(u64 now)
 {
 	for (u32 i = 0; i < ABI_PROTECTED_MAX; i++) {
 		struct protected_session *slot = &control.protected_sessions[i];
+		u64 since;
 
 		if (i >= control.protected_count)
 			break;
-		if (slot->stalling && now - slot->stalling_since_ns >= control.stall_threshold_ns)
-			become_urgent(slot, now - slot->stalling_since_ns, now);
+		since = slot->stalling_since_ns;
+		if (since && now - since >= control.stall_threshold_ns &&
+		    now - since < STALL_MAX_NS)
+			become_urgent(slot, now - since, now);
 	}
 }
 

@@ -12,6 +12,7 @@ from its exit event.
 
 from __future__ import annotations
 
+import asyncio
 import fnmatch
 import logging
 import os
@@ -27,7 +28,13 @@ from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.calls import Calls
 from agentcgroupd.config import BoundariesConfig
-from agentcgroupd.errors import AgentcgroupdError, CgroupGone, FailedPrecondition, KnobError
+from agentcgroupd.errors import (
+    AgentcgroupdError,
+    BpfError,
+    CgroupGone,
+    FailedPrecondition,
+    KnobError,
+)
 from agentcgroupd.intent import NAME_CHARS_MAX
 from agentcgroupd.policy.actions import Actions
 from agentcgroupd.session import AGENT_LEAF, Call, Process, Session
@@ -38,6 +45,9 @@ log = logging.getLogger(__name__)
 OWN_LAUNCHERS = ("agentcg", "agentcg-exec")
 """They ask for a call themselves."""
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+CHECK_AFTER_S = 0.2
+"""After events, until the kernel is asked whether it left some out; also how long a dead process's
+exit event may be on its way."""
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 Key = tuple[int, int]
@@ -112,6 +122,25 @@ def begins_call(config: BoundariesConfig, comm: str, argv: list[str]) -> bool:
     return False
 
 
+def may_begin_call(config: BoundariesConfig, comm: str) -> bool:
+    """Whether the rules could say so for some arguments."""
+    return comm not in OWN_LAUNCHERS and any(
+        rule.begins_call and any(fnmatch.fnmatchcase(comm, pattern) for pattern in rule.program)
+        for rule in config.rules
+    )
+
+
+@dataclass(slots=True)
+class Forked:
+    """A process that was forked in an agent leaf and has begun no call."""
+
+    session: Session
+    comm: str
+    """When it was forked: its parent's."""
+    at_ns: int
+    executed: bool = False
+
+
 @dataclass(slots=True, eq=False)
 class Sighting:
     """A call that began with an exec in an agent leaf."""
@@ -145,17 +174,20 @@ class Boundaries:
         self._actions = actions
         self._agents: dict[int, Session] = {}
         self._call_of_cgroup: dict[int, Call] = {}
-        self._forked: dict[Key, Session] = {}
-        """Processes that were forked in an agent leaf and have begun no call."""
+        self._forked: dict[Key, Forked] = {}
         self._seen: dict[Key, Sighting] = {}
         self._queue: deque[AnyEvent] = deque()
         self._busy = False
         self._dead: set[Key] = set()
         self._lost_before: dict[str, int] = {}
+        self._missed_before: dict[str, int] = {}
+        self._loop = asyncio.get_running_loop()
+        self._check: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Begin with what runs now."""
         self._lost_before = self._lifecycle.lost()
+        self._missed_before = self._lifecycle.missed()
         self._lifecycle.start(self.handle)
         self.resync()
 
@@ -200,6 +232,8 @@ class Boundaries:
                 self._work_off()
         finally:
             self._busy = False
+        if self._check is None:
+            self._check = self._loop.call_later(CHECK_AFTER_S, self._check_missed)
 
     def _work_off(self) -> None:
         while self._queue:
@@ -235,15 +269,18 @@ class Boundaries:
         parent = event.child.parent_pid, event.parent_start_ns // TICK_NS
         sighting = self._seen.get(parent)
         if sighting is None:
-            self._forked[child] = session
+            comm = event.child.comm.decode("utf-8", "replace")
+            self._forked[child] = Forked(session, comm, event.event.at_ns)
         else:
             self._follow(sighting, child)
 
     def _exec(self, event: abi.ExecEvent) -> None:
         session = self._agents.get(event.event.cgroup_id)
         key = key_of(event.process)
-        if session is None or key not in self._forked:
+        forked = self._forked.get(key)
+        if session is None or forked is None:
             return
+        forked.executed = True
         comm = event.process.comm.decode("utf-8", "replace")
         # Its page could not be read in the kernel: /proc waits for it.
         argv = argv_of(event) or _cmdline(key[0])
@@ -254,7 +291,10 @@ class Boundaries:
 
     def _exit(self, event: abi.ExitEvent) -> None:
         key = key_of(event.process)
-        self._forked.pop(key, None)
+        forked = self._forked.pop(key, None)
+        if forked is not None:
+            self._exec_was_missed(forked, event)
+            return
         sighting = self._seen.pop(key, None)
         if sighting is None:
             return
@@ -265,6 +305,16 @@ class Boundaries:
                 sighting.call.exit_status = event.wait_status
         if not sighting.members:
             self._over(sighting)
+
+    def _exec_was_missed(self, forked: Forked, event: abi.ExitEvent) -> None:
+        """A process that ends under another name than it was forked with has executed something,
+        whether or not that was told."""
+        comm = event.process.comm.decode("utf-8", "replace")
+        if forked.executed or comm == forked.comm or not may_begin_call(self._config, comm):
+            return
+        over = Sighting(forked.session, tool_name(comm, []), [], key_of(event.process),
+                        forked.at_ns, exit=event)  # fmt: skip
+        self._over(over)
 
     def _oom(self, event: abi.OomEvent) -> None:
         call = self._call_of_cgroup.get(event.event.cgroup_id)
@@ -319,7 +369,9 @@ class Boundaries:
         except (KnobError, FailedPrecondition):
             if pidfd_alive(process.pidfd):
                 raise
-            log.debug("process %d ended before it could be moved", process.pid)
+            log.debug("process %d ended while it was moved", process.pid)
+            # It may have been in the call for a moment: being empty is an end then.
+            call.entered = True
         # What it forked before the move is in the buffer now, and is to be seen before anyone
         # finds the call empty.
         self._lifecycle.drain()
@@ -352,6 +404,25 @@ class Boundaries:
         self._lost_before = lost
         self._actions.events_lost({kind: count for kind, count in fresh.items() if count})
         return True
+
+    def _check_missed(self) -> None:
+        """The kernel counts what it left out, but sends no event: asked a moment after others."""
+        self._check = None
+        try:
+            missed = self._lifecycle.missed()
+        except BpfError as error:
+            log.warning("%s", error)
+            return
+        if missed == self._missed_before:
+            return
+        before, self._missed_before = self._missed_before, missed
+        self._actions.events_lost(
+            {kind: count - before.get(kind, 0) for kind, count in missed.items()
+             if count > before.get(kind, 0)}
+        )  # fmt: skip
+        self.resync()
+        self.prune()
+        self._loop.call_later(CHECK_AFTER_S, self.prune)
 
     def resync(self) -> None:
         """Look at the agent leaves themselves: what should be in a call and is not, goes there."""
@@ -403,16 +474,19 @@ class Boundaries:
             return
         if parent is None and key not in self._forked:
             return  # put here from outside: the agent itself
-        self._forked[key] = session
+        forked = self._forked.setdefault(key, Forked(session, "", time.monotonic_ns()))
         with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
             comm = file.read().rstrip("\n")
         argv = _cmdline(pid)
+        forked.executed = forked.executed or comm != forked.comm
         if begins_call(self._config, comm, argv):
             del self._forked[key]
             self._begin(Sighting(session, tool_name(comm, argv), argv, key, time.monotonic_ns()))
 
     def close(self) -> None:
         """Forget everything; calls stay as they are."""
+        if self._check is not None:
+            self._check.cancel()
         self._agents.clear()
         self._forked.clear()
         self._seen.clear()

@@ -66,7 +66,7 @@ class Metrics:
         )  # fmt: skip
         self.calls_observed = counter("calls_observed", "Calls that no agent declared", "moved")
         self.features = gauge("feature", "1: the feature works in this kernel", "feature")
-        self.events_lost = counter("events_lost", "Events without room in a ring buffer", "type")
+        self.events_lost = counter("events_lost", "Events that were lost in the kernel", "type")
         self.bpf_failures = gauge("bpf_failures", "What the programs were asked and refused")
         self.oom_victims = counter("oom_victims", "Processes that the kernel's OOM killer chose")
         self.signals = counter("signals", "Signals from the kernel's programs", "signal")

@@ -104,5 +104,7 @@ class Watchers:
 
     def close(self) -> None:
         """Detach everything; no error if nothing is loaded."""
+        if self._boundaries is not None:
+            self._boundaries.close()
         self._signals = self._boundaries = None
         self.plane.close()

@@ -188,8 +188,8 @@ tools = [subprocess.Popen(["sh", "-c", script]) for _ in range(3)]
         assert leaf == [str(agent.process.pid)]
         events = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
         lost = [event["counts"] for event in events if event["event"] == "events_lost"]
-        assert lost and sum(lost[0].values()) > 50
-        assert "the ring buffer had no room" in daemon.log.read_text()
+        assert lost and sum(lost[0].values()) > 20
+        assert "lost in the kernel: " in daemon.log.read_text()
         for directory in daemon.call_dirs():
             (directory / "cgroup.kill").write_text("1")
         assert agent.run("result = [tool.wait() for tool in tools]") == [-9, -9, -9]

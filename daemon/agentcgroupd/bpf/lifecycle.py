@@ -43,6 +43,13 @@ class Lifecycle:
         return {kind.name.lower(): count for kind, count in
                 zip(abi.EventType, self.counters.lost, strict=False) if count}  # fmt: skip
 
+    def missed(self) -> dict[str, int]:
+        """Events for which a program did not run, because another task had interrupted it on that
+        CPU, by type. Raises BpfError."""
+        programs = {"fork": "on_fork", "exec": "on_exec", "exit": "on_exit"}
+        counts = {kind: self._bpf.missed(name) for kind, name in programs.items()}
+        return {kind: count for kind, count in counts.items() if count}
+
     def close(self) -> None:
         """Detach and give up everything."""
         if self._ring is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from agentcgroupd.bpf import abi
-from agentcgroupd.bpf.btf import Btf
+from agentcgroupd.bpf.btf import KIND_STRUCT, Btf, kernel_btf
 from agentcgroupd.bpf.libbpf import errno_of, libbpf, pid_namespace
 from agentcgroupd.errors import BpfError
 
@@ -229,6 +229,20 @@ class BpfObject:
         size = libbpf().call("bpf_map__value_size", self._map(".bss"))
         pages = mmap.mmap(fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         return kind.from_buffer(pages, offset)
+
+    def missed(self, name: str) -> int:
+        """How often a loaded program was left out because it was running on that CPU already; 0 on
+        kernels that do not count it (before 5.12). Raises BpfError."""
+        btf = kernel_btf()
+        record = btf.find("bpf_prog_info", KIND_STRUCT)
+        place = btf.member(record, "recursion_misses") if record else None
+        if record is None or place is None:
+            return 0
+        info = ctypes.create_string_buffer(btf.record(record)[3])
+        size = ctypes.c_uint32(len(info))
+        libbpf().check(f"program {name}", "bpf_obj_get_info_by_fd", self.program_fd(name), info,
+                       ctypes.byref(size))  # fmt: skip
+        return ctypes.c_uint64.from_buffer(info, place.offset_bits // 8).value
 
     def run(self, name: str, context: ctypes.Structure) -> int:
         """Run a loaded program of type syscall, which reads and writes `context`; what it

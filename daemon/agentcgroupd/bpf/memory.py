@@ -97,15 +97,15 @@ class MemoryPrograms:
         # Readers stop at the count: none, while the slots change.
         control.protected_count = 0
         for slot, (cgroup, priority) in zip(control.protected_sessions, chosen, strict=False):
-            old = before.get(cgroup, (0, 0, 0, 0))
+            old = before.get(cgroup, (0, 0, 0))
             slot.cgroup_id, slot.priority = cgroup, priority
-            slot.stalling, slot.stalling_since_ns, slot.window_ns, slot.stalled_ns = old
+            slot.stalling_since_ns, slot.window_ns, slot.stalled_ns = old
         control.protected_count = len(chosen)
         return len(chosen)
 
-    def _slots(self) -> dict[int, tuple[int, int, int, int]]:
+    def _slots(self) -> dict[int, tuple[int, int, int]]:
         slots = self.control.protected_sessions[: self.control.protected_count]
-        return {s.cgroup_id: (s.stalling, s.stalling_since_ns, s.window_ns, s.stalled_ns)
+        return {s.cgroup_id: (s.stalling_since_ns, s.window_ns, s.stalled_ns)
                 for s in slots}  # fmt: skip
 
     def confirm_urgent(self, usec: int) -> None:

@@ -95,12 +95,12 @@ class Actions:
                     session.id, where)  # fmt: skip
 
     def events_lost(self, counts: dict[str, int]) -> None:
-        """A ring buffer had no room."""
+        """Events of the kernel's that did not reach the daemon, by type."""
         for kind, count in counts.items():
             self.metrics.events_lost.labels(kind).inc(count)
         self.audit.write("events_lost", counts=counts)
         lost = ", ".join(f"{count} {kind} events" for kind, count in counts.items())
-        log.warning("the ring buffer had no room for %s: the cgroups are looked at instead", lost)
+        log.warning("lost in the kernel: %s; the cgroups are looked at instead", lost)
 
     def _acted(
         self, action: str, call: Call, why: str, code: pb.FeedbackCode.ValueType | None
