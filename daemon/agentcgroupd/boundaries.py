@@ -266,6 +266,8 @@ class Boundaries:
         if session is None or not event.child.pid:
             return
         child = key_of(event.child)
+        if child in self._seen:
+            return  # a resync was there first
         parent = event.child.parent_pid, event.parent_start_ns // TICK_NS
         sighting = self._seen.get(parent)
         if sighting is None:
@@ -420,6 +422,7 @@ class Boundaries:
             {kind: count - before.get(kind, 0) for kind, count in missed.items()
              if count > before.get(kind, 0)}
         )  # fmt: skip
+        self._lifecycle.drain()
         self.resync()
         self.prune()
         self._loop.call_later(CHECK_AFTER_S, self.prune)
