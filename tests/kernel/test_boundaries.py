@@ -151,11 +151,14 @@ assert codes == {3}, codes
     took = time.monotonic() - started
     wait_until("all have been seen", lambda: ended(daemon) >= before + count, 60)
     assert ended(daemon) == before + count
-    newest = reports(daemon)
-    assert {(r.verdict, r.exit_code) for r in newest[:200]} == {(pb.VERDICT_FAILED, 3)}
+    newest = reports(daemon)[:200]
     events = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
     lost = [e["counts"] for e in events if e["event"] == "events_lost"]
     print(f"{count} calls in {took:.1f} s; lost events, repaired: {lost}")
+    # Without its exit event a call that never had a cgroup leaves no status.
+    unknown = [r for r in newest if (r.verdict, r.exit_code) != (pb.VERDICT_FAILED, 3)]
+    assert {r.verdict for r in unknown} <= {pb.VERDICT_UNKNOWN}
+    assert len(unknown) <= sum(counts.get("exit", 0) for counts in lost)
     assert sum(e["event"] == "call_ended" and e["report"].get("observed", False)
                for e in events) >= count  # fmt: skip
     assert not daemon.call_dirs()
