@@ -86,7 +86,7 @@ struct exit_event {
 	__u64 system_ns;
 	__u64 rss_peak_bytes; /* of the process alone */
 	__u32 wait_status;    /* as waitpid(2) gives it */
-	__u32 reserved;
+	__u32 executed;	      /* 1: it has executed a program since it was forked */
 };
 
 struct oom_event {
@@ -111,13 +111,13 @@ struct memory_limits {
 	__u64 soft_mark_bytes;
 	__u64 soft_low_bytes; /* lower edge: the mark is armed again below it */
 	__u64 deny_mark_bytes;
-	__u64 allowance_bytes; /* small requests pass up to this far above the mark */
-	__u64 faults_per_s;    /* 0: not watched */
+
+	__u64 faults_per_s; /* 0: not watched */
 	__u64 refaults_per_s;
 	__u32 deny_mode;
 	__u32 kind;
 	__u32 priority;
-	__u32 reserved;
+	__u32 deny_round; /* raised with each new denial, which is told once */
 };
 
 /* memory.bpf.c: what the program has seen, by cgroup id. */
@@ -135,8 +135,9 @@ struct memory_state {
 	__u64 denied_bytes;
 	__u32 above_mark;
 	__u32 above_rate;
-	__u32 told_denied;
+	__u32 told_round; /* the last denial that was told; odd: an urgent one */
 	__u32 reserved;
+	__u64 allowed_bytes; /* small requests that passed in spite of a denial */
 };
 
 struct mark_event {
@@ -183,18 +184,20 @@ struct urgent_event {
 struct protected_session {
 	__u64 cgroup_id;
 	__u32 priority;
-	__u32 stalling; /* tasks in a memory stall now */
-	__u64 stalling_since_ns;
+	__u32 stalling;		 /* tasks in a memory stall now */
+	__u64 stalling_since_ns; /* since one of them is */
 	__u64 window_ns;
 	__u64 stalled_ns; /* in the running window, ended stalls only */
 };
 
 /* One for the whole object, in mapped memory. */
 struct memory_control {
+	__u64 allowance_bytes; /* of small requests of a call that is denied, altogether */
 	__u64 stall_threshold_ns;
 	__u64 stall_window_ns;
 	__u64 urgent_lease_ns;
-	__u64 pool_id;	       /* whose soft mark must be passed; 0: none needed */
+	__u64 pool_id;	       /* whose soft mark must be passed; 0: no urgent reaction */
+	__u64 lifted_until_ns; /* the daemon disagrees until then */
 	__u64 urgent_until_ns; /* growth of calls below urgent_priority is denied until then */
 	__u64 urgent_count;
 	__u64 lost;	 /* events without room in the ring buffer */

@@ -86,19 +86,23 @@ static __always_inline struct cgroup *ancestor(struct cgroup *cgroup, int level)
 
 /* The system call that a task is in, from the registers it entered the kernel with. */
 #ifdef __TARGET_ARCH_x86
-#define NR_CLONE  56
-#define NR_FORK	  57
-#define NR_VFORK  58
-#define NR_CLONE3 435
+#define NR_CLONE    56
+#define NR_FORK	    57
+#define NR_VFORK    58
+#define NR_EXECVE   59
+#define NR_EXECVEAT 322
+#define NR_CLONE3   435
 static __always_inline long syscall_number(struct pt_regs *regs)
 {
 	return BPF_CORE_READ(regs, orig_ax);
 }
 #elif defined(__TARGET_ARCH_arm64)
-#define NR_CLONE  220
-#define NR_FORK	  -2 /* there is none */
-#define NR_VFORK  -2
-#define NR_CLONE3 435
+#define NR_CLONE    220
+#define NR_FORK	    -2 /* there is none */
+#define NR_VFORK    -2
+#define NR_EXECVE   221
+#define NR_EXECVEAT 281
+#define NR_CLONE3   435
 static __always_inline long syscall_number(struct pt_regs *regs)
 {
 	return BPF_CORE_READ(regs, syscallno);

@@ -11,7 +11,8 @@
 
 char LICENSE[] SEC("license") = "GPL";
 
-#define SIGNAL_GROUP_EXIT 0x4 /* include/linux/sched/signal.h */
+#define SIGNAL_GROUP_EXIT 0x4  /* include/linux/sched/signal.h */
+#define PF_FORKNOEXEC	  0x40 /* include/linux/sched.h */
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -80,10 +81,14 @@ static __always_inline void describe(struct process *process, struct task_struct
 static __always_inline void tell_fork(struct task_struct *parent, struct task_struct *child)
 {
 	struct fork_event *event;
+	struct managed *entry;
 	u64 own, id;
 
-	if (BPF_CORE_READ(child, pid) != BPF_CORE_READ(child, tgid) ||
-	    !find_managed(child, &own, &id))
+	if (BPF_CORE_READ(child, pid) != BPF_CORE_READ(child, tgid))
+		return;
+	/* What a call forks is in it already. */
+	entry = find_managed(child, &own, &id);
+	if (!entry || entry->kind == KIND_CALL)
 		return;
 	event = reserve(EVENT_FORK, sizeof(*event), id);
 	if (!event)
@@ -108,9 +113,11 @@ static __always_inline void tell_exec(struct task_struct *task)
 {
 	unsigned long start, length;
 	struct exec_event *event;
+	struct managed *entry;
 	u64 own, id;
 
-	if (!find_managed(task, &own, &id))
+	entry = find_managed(task, &own, &id);
+	if (!entry || entry->kind == KIND_CALL)
 		return;
 	event = reserve(EVENT_EXEC, sizeof(*event), id);
 	if (!event)
@@ -151,7 +158,8 @@ static __always_inline void tell_exit(struct task_struct *task)
 	event = reserve(EVENT_EXIT, sizeof(*event), id);
 	if (!event)
 		return;
-	describe(&event->process, task);
+	/* By the name of its first thread, not of the one that ends last. */
+	describe(&event->process, leader);
 	event->user_ns = BPF_CORE_READ(signal, utime) + BPF_CORE_READ(task, utime);
 	event->system_ns = BPF_CORE_READ(signal, stime) + BPF_CORE_READ(task, stime);
 	if (leader != task) {
@@ -163,7 +171,7 @@ static __always_inline void tell_exit(struct task_struct *task)
 	event->wait_status = BPF_CORE_READ(signal, flags) & SIGNAL_GROUP_EXIT ?
 				     BPF_CORE_READ(signal, group_exit_code) :
 				     BPF_CORE_READ(leader, exit_code);
-	event->reserved = 0;
+	event->executed = !(BPF_CORE_READ(leader, flags) & PF_FORKNOEXEC);
 	bpf_ringbuf_submit(event, 0);
 }
 

@@ -329,21 +329,17 @@ int BPF_PROG(on_over_high)
 /* Deny growth from now on for everything less important than a session that stalls. */
 static __always_inline void become_urgent(struct protected_session *slot, u64 stalled_ns, u64 now)
 {
-	u64 before = control.urgent_until_ns;
 	struct urgent_event *event;
+	struct memory_state *pool;
 
-	/* A session at a limit of its own is not helped by others: the pool must be short. */
-	if (control.pool_id) {
-		struct memory_state *pool = bpf_map_lookup_elem(&states, &control.pool_id);
-
-		if (!pool || !pool->above_mark)
-			return;
-	}
-	if (before < now || control.urgent_priority < slot->priority)
-		control.urgent_priority = slot->priority;
-	control.urgent_until_ns = now + control.urgent_lease_ns;
-	if (before >= now)
+	if (now < control.urgent_until_ns || now < control.lifted_until_ns)
 		return;
+	/* A session at a limit of its own is not helped by others: the pool must be short. */
+	pool = bpf_map_lookup_elem(&states, &control.pool_id);
+	if (!pool || !pool->above_mark)
+		return;
+	control.urgent_priority = slot->priority;
+	control.urgent_until_ns = now + control.urgent_lease_ns;
 	__sync_fetch_and_add(&control.urgent_count, 1);
 	event = reserve(EVENT_URGENT, sizeof(*event), slot->cgroup_id);
 	if (!event)
@@ -388,7 +384,7 @@ static __always_inline void begin_stall(struct task_struct *task)
 {
 	struct protected_session *slot = my_protected(task);
 	struct task_seen *seen, first = {};
-	u64 now, since;
+	u64 now;
 
 	if (!slot)
 		return;
@@ -403,16 +399,17 @@ static __always_inline void begin_stall(struct task_struct *task)
 	seen->depth = 1;
 	seen->stalled_ns = now;
 	seen->session = slot->cgroup_id;
-	since = slot->stalling_since_ns;
-	if (!since || now - since >= STALL_MAX_NS)
-		__sync_val_compare_and_swap(&slot->stalling_since_ns, since, now);
+	if (slot->stalling && now - slot->stalling_since_ns >= STALL_MAX_NS)
+		slot->stalling = 0;
+	if (!__sync_fetch_and_add(&slot->stalling, 1))
+		slot->stalling_since_ns = now;
 }
 
 static __always_inline void end_stall(struct task_struct *task)
 {
 	struct protected_session *slot;
 	struct task_seen *seen;
-	u64 now, took, stalled;
+	u64 now;
 
 	if (!control.protected_count)
 		return;
@@ -422,17 +419,17 @@ static __always_inline void end_stall(struct task_struct *task)
 	slot = find_protected(seen->session);
 	if (!slot)
 		return;
+	/* Time in which some task stalls, as PSI counts it: until the last one has ended. */
+	if (!slot->stalling || __sync_fetch_and_add(&slot->stalling, -1) != 1)
+		return;
 	now = bpf_ktime_get_ns();
-	took = now - seen->stalled_ns;
-	if (slot->stalling_since_ns == seen->stalled_ns)
-		slot->stalling_since_ns = 0;
 	if (now - slot->window_ns > control.stall_window_ns) {
 		slot->window_ns = now;
 		slot->stalled_ns = 0;
 	}
-	stalled = __sync_fetch_and_add(&slot->stalled_ns, took) + took;
-	if (stalled >= control.stall_threshold_ns)
-		become_urgent(slot, stalled, now);
+	slot->stalled_ns += now - slot->stalling_since_ns;
+	if (slot->stalled_ns >= control.stall_threshold_ns)
+		become_urgent(slot, slot->stalled_ns, now);
 }
 
 SEC("fentry/psi_memstall_enter")
@@ -463,41 +460,45 @@ static __always_inline void check_stalling(u64 now)
 		if (i >= control.protected_count)
 			break;
 		since = slot->stalling_since_ns;
-		if (since && now - since >= control.stall_threshold_ns &&
+		if (slot->stalling && now - since >= control.stall_threshold_ns &&
 		    now - since < STALL_MAX_NS)
 			become_urgent(slot, now - since, now);
 	}
 }
 
 /*
- * A child's copy of the address space is asked for too, but costs nothing until it is written to;
- * refusing it would keep a call from running the helper that frees memory.
+ * A fork asks for the child's copy too, which costs nothing until it is written to. An exec that
+ * is refused halfway, and a stack that cannot grow (a fault, in no system call), kill the process
+ * instead of giving it an error.
  */
-static __always_inline bool in_fork(struct task_struct *task)
+static __always_inline bool must_not_fail(struct task_struct *task)
 {
 	long number = syscall_number((void *)bpf_task_pt_regs(task));
 
-	return number == NR_CLONE || number == NR_FORK || number == NR_VFORK || number == NR_CLONE3;
+	return number < 0 || number == NR_CLONE || number == NR_FORK || number == NR_VFORK ||
+	       number == NR_CLONE3 || number == NR_EXECVE || number == NR_EXECVEAT;
 }
 
 static __always_inline void tell_denied(struct memory_state *state, u64 id, u64 usage, u64 mark,
-					u64 request, u32 urgent)
+					u64 request, u32 round)
 {
 	struct denied_event *event;
+	u32 before = state->told_round;
 
 	__sync_fetch_and_add(&state->denied, 1);
 	__sync_fetch_and_add(&state->denied_bytes, request);
-	if (__sync_val_compare_and_swap(&state->told_denied, 0, 1))
+	if (before == round ||
+	    __sync_val_compare_and_swap(&state->told_round, before, round) != before)
 		return;
 	event = reserve(EVENT_DENIED, sizeof(*event), id);
 	if (!event) {
-		state->told_denied = 0;
+		state->told_round = before;
 		return;
 	}
 	event->usage_bytes = usage;
 	event->mark_bytes = mark;
 	event->request_bytes = request;
-	event->urgent = urgent;
+	event->urgent = round & 1;
 	event->pid = visible_pid(bpf_get_current_task_btf());
 	bpf_ringbuf_submit(event, 0);
 }
@@ -515,6 +516,7 @@ int BPF_PROG(on_enough_memory, struct mm_struct *mm, long pages, int ret)
 	struct memory_state *state;
 	u64 id, usage, request, now, mark;
 	bool urgent = false, over = false;
+	u32 round;
 
 	if (ret || pages <= 0 || !memcg)
 		return ret;
@@ -535,15 +537,19 @@ int BPF_PROG(on_enough_memory, struct mm_struct *mm, long pages, int ret)
 	if (limit->deny_mode == DENY_OVER_MARK)
 		over = usage + request > mark;
 	if (!urgent && !over) {
-		if (limit->deny_mode == DENY_NEVER && state->told_denied)
-			state->told_denied = 0;
+		if (limit->deny_mode == DENY_NEVER && state->allowed_bytes)
+			state->allowed_bytes = 0;
 		return 0;
 	}
+	if (must_not_fail(task))
+		return 0;
+	/* What is promised here may be used much later, so promises are added up. */
 	if (request <= ABI_SMALL_REQUEST_BYTES &&
-	    (!over || usage + request <= mark + limit->allowance_bytes))
+	    state->allowed_bytes + request <= control.allowance_bytes) {
+		__sync_fetch_and_add(&state->allowed_bytes, request);
 		return 0;
-	if (in_fork(task))
-		return 0;
-	tell_denied(state, id, usage, mark, request, !over);
+	}
+	round = over ? limit->deny_round << 1 : (u32)control.urgent_count << 1 | 1;
+	tell_denied(state, id, usage, mark, request, round);
 	return -ENOMEM;
 }

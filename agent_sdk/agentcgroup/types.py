@@ -82,6 +82,7 @@ class FeedbackCode(str, Enum):
     LEFTOVERS = "leftovers"
     GROWTH_DENIED = "growth_denied"
     GROWTH_ALLOWED = "growth_allowed"
+    NOT_IN_CALL = "not_in_call"
 
     __str__ = str.__str__
 

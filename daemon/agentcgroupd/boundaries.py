@@ -13,16 +13,14 @@ from its exit event.
 from __future__ import annotations
 
 import asyncio
-import fnmatch
 import logging
 import os
-import re
-import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.lifecycle import Lifecycle
@@ -31,24 +29,27 @@ from agentcgroupd.config import BoundariesConfig
 from agentcgroupd.errors import (
     AgentcgroupdError,
     BpfError,
-    CgroupGone,
     FailedPrecondition,
     KnobError,
+    RequestError,
 )
-from agentcgroupd.intent import NAME_CHARS_MAX
 from agentcgroupd.policy.actions import Actions
-from agentcgroupd.session import AGENT_LEAF, Call, Process, Session
+from agentcgroupd.rules import argv_of, begins_call, may_begin_call, tool_name
+from agentcgroupd.session import AGENT_LEAF, Call, Process, Session, boottime_usec
 from agentcgroupd.syscalls import cgroup_of, pidfd_alive, process_stat
 
 log = logging.getLogger(__name__)
 
-OWN_LAUNCHERS = ("agentcg", "agentcg-exec")
-"""They ask for a call themselves."""
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 CHECK_AFTER_S = 0.2
 """After events, until the kernel is asked whether it left some out; also how long a dead process's
 exit event may be on its way."""
+SLICE_S = 0.005
+QUEUE_EVENTS_MAX = 4096
+CMDLINE_BYTES_MAX = 65_536
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+SETTLE_TICKS = 1_000_000_000 // TICK_NS
+"""What is older than a second has been dealt with when no event waits."""
 
 Key = tuple[int, int]
 """(pid, start time in clock ticks), as in the daemon's other records of processes."""
@@ -57,77 +58,6 @@ Key = tuple[int, int]
 def key_of(process: abi.Process) -> Key:
     """Whose event it is."""
     return process.pid, process.start_ns // TICK_NS
-
-
-def argv_of(event: abi.ExecEvent) -> list[str]:
-    """The head of a program's arguments."""
-    raw = bytes(event.argv[: event.argv_bytes])
-    words = raw.split(b"\0")
-    if not event.argv_cut and words:
-        words.pop()  # what follows the last NUL
-    return [word.decode("utf-8", "replace") for word in words]
-
-
-def tool_name(comm: str, argv: list[str]) -> str:
-    """What the call is called: the program, or the first command of a shell's `-c`."""
-    name = comm
-    script = shell_command(argv)
-    if script is not None:
-        name = _first_command(script) or comm
-    name = _CONTROLS.sub("?", os.path.basename(name) or comm)
-    return name[:NAME_CHARS_MAX] or "tool"
-
-
-def shell_command(argv: list[str]) -> str | None:
-    """The command of `sh -c COMMAND`, None for another way to start a shell: the first operand, if
-    a `c` is among the options (POSIX.1-2024, sh)."""
-    found, words = False, iter(argv[1:])
-    for word in words:
-        if word in ("-", "--") or word[:1] not in ("-", "+"):
-            return (next(words, None) if word in ("-", "--") else word) if found else None
-        if word.startswith("--"):
-            if word in ("--rcfile", "--init-file"):
-                next(words, None)
-            continue
-        found = found or (word[0] == "-" and "c" in word)
-        if word[-1] in "oO":
-            next(words, None)
-    return None
-
-
-def _first_command(script: str) -> str:
-    try:
-        words = shlex.split(script, comments=True)
-    except ValueError:
-        words = script.split()
-    for word in words:
-        head, assigned, _ = word.partition("=")
-        if not (assigned and head.isidentifier()):
-            return word.strip("(){};&|")
-    return ""
-
-
-def begins_call(config: BoundariesConfig, comm: str, argv: list[str]) -> bool:
-    """Whether the rules say so; the first that fits decides, none: no."""
-    if comm in OWN_LAUNCHERS:
-        return False
-    argument = argv[1] if len(argv) > 1 else ""
-    for rule in config.rules:
-        if any(fnmatch.fnmatchcase(comm, pattern) for pattern in rule.program) and (
-            fnmatch.fnmatchcase(argument, rule.first_argument)
-        ):
-            if rule.shell_command and shell_command(argv) is None:
-                continue
-            return rule.begins_call
-    return False
-
-
-def may_begin_call(config: BoundariesConfig, comm: str) -> bool:
-    """Whether the rules could say so for some arguments."""
-    return comm not in OWN_LAUNCHERS and any(
-        rule.begins_call and any(fnmatch.fnmatchcase(comm, pattern) for pattern in rule.program)
-        for rule in config.rules
-    )
 
 
 @dataclass(slots=True)
@@ -154,6 +84,10 @@ class Sighting:
     call: Call | None = None
     members: set[Key] = field(default_factory=set)
     exit: abi.ExitEvent | None = None
+    refused: str = ""
+    """Why it has no call; tried again when another call of the session has ended."""
+    declared: bool = False
+    """Its main process asked for a call before it could be moved: that one has the report."""
 
 
 class Boundaries:
@@ -166,7 +100,10 @@ class Boundaries:
         calls: Calls,
         sessions: Callable[[], Iterable[Session]],
         actions: Actions,
+        settled_ticks: int,
     ) -> None:
+        """`settled_ticks`: processes that were in an agent leaf at this time (clock ticks since
+        boot) and in no call belong to the agent itself, because a daemon was there to see them."""
         self._config = config
         self._lifecycle = lifecycle
         self._calls = calls
@@ -183,6 +120,13 @@ class Boundaries:
         self._missed_before: dict[str, int] = {}
         self._loop = asyncio.get_running_loop()
         self._check: asyncio.TimerHandle | None = None
+        self._work_later: asyncio.Handle | None = None
+        self._settled_ticks = settled_ticks
+
+    @property
+    def behind(self) -> bool:
+        """Whether events wait to be dealt with."""
+        return bool(self._queue)
 
     def start(self) -> None:
         """Begin with what runs now."""
@@ -201,6 +145,10 @@ class Boundaries:
     def session_closed(self, session: Session) -> None:
         """No more. Raises BpfError."""
         self._agents.pop(session.agent.id, None)
+        for forked in [k for k, f in self._forked.items() if f.session is session]:
+            del self._forked[forked]
+        for seen in [k for k, s in self._seen.items() if s.session is session]:
+            del self._seen[seen]
         self._lifecycle.unmanage(session.agent.id)
 
     def call_opened(self, call: Call) -> None:
@@ -212,6 +160,9 @@ class Boundaries:
         """No more. Raises BpfError."""
         self._call_of_cgroup.pop(call.cgroup.id, None)
         self._lifecycle.unmanage(call.cgroup.id)
+        refused = {s for s in self._seen.values() if s.session is call.session and s.refused}
+        if refused and not call.session.closing:
+            self._loop.call_soon(self._try_again, refused)
 
     # Events
 
@@ -222,22 +173,27 @@ class Boundaries:
             if isinstance(event, abi.ExitEvent):
                 self._note_status(event)
         self._queue.extend(batch)
-        if self._busy:
-            return
+        if not self._busy and self._work_later is None:
+            self._work()
+
+    def _work(self) -> None:
+        """Deal with events for a while, then let the loop's other users have their turn; the ring
+        buffer keeps what comes meanwhile."""
+        self._work_later = None
         self._busy = True
+        deadline = self._loop.time() + SLICE_S
         try:
-            self._work_off()
-            while self._were_lost():
+            while self._queue and self._loop.time() < deadline:
+                self._one(self._queue.popleft())
+            if not self._queue and self._were_lost():
                 self.resync()
-                self._work_off()
         finally:
             self._busy = False
-        if self._check is None:
+        self._lifecycle.read(not self._queue)
+        if self._queue:
+            self._work_later = self._loop.call_soon(self._work)
+        elif self._check is None:
             self._check = self._loop.call_later(CHECK_AFTER_S, self._check_missed)
-
-    def _work_off(self) -> None:
-        while self._queue:
-            self._one(self._queue.popleft())
 
     def _one(self, event: AnyEvent) -> None:
         try:
@@ -284,9 +240,13 @@ class Boundaries:
             return
         forked.executed = True
         comm = event.process.comm.decode("utf-8", "replace")
-        # Its page could not be read in the kernel: /proc waits for it.
-        argv = argv_of(event) or _cmdline(key[0])
-        if not begins_call(self._config, comm, argv):
+        argv = argv_of(event)
+        begins = begins_call(self._config, comm, argv)
+        if not begins and (event.argv_cut or not argv):
+            # The head did not say it, or its page could not be read: /proc has all of it.
+            argv = _cmdline(key[0], whole=True) or argv
+            begins = begins_call(self._config, comm, argv)
+        if not begins:
             return
         del self._forked[key]
         self._begin(Sighting(session, tool_name(comm, argv), argv, key, event.event.at_ns))
@@ -309,10 +269,9 @@ class Boundaries:
             self._over(sighting)
 
     def _exec_was_missed(self, forked: Forked, event: abi.ExitEvent) -> None:
-        """A process that ends under another name than it was forked with has executed something,
-        whether or not that was told."""
+        """It has executed something, says its exit event, but no exec event did."""
         comm = event.process.comm.decode("utf-8", "replace")
-        if forked.executed or comm == forked.comm or not may_begin_call(self._config, comm):
+        if forked.executed or not event.executed or not may_begin_call(self._config, comm):
             return
         over = Sighting(forked.session, tool_name(comm, []), [], key_of(event.process),
                         forked.at_ns, exit=event)  # fmt: skip
@@ -330,40 +289,47 @@ class Boundaries:
     def _begin(self, sighting: Sighting) -> None:
         self._seen[sighting.main] = sighting
         sighting.members.add(sighting.main)
-        process = Process.find(*sighting.main)
-        if process is None:
-            return  # its exit event is on the way, and so are the fork events of its children
-        try:
-            self._enter(sighting, process, main=True)
-        finally:
-            process.close()
+        self._place(sighting, sighting.main)
 
     def _follow(self, sighting: Sighting, child: Key) -> None:
         """A child that was forked before its parent was moved."""
         self._seen[child] = sighting
         sighting.members.add(child)
-        process = Process.find(*child)
+        self._place(sighting, child)
+
+    def _place(self, sighting: Sighting, key: Key) -> None:
+        """Move a process into the sighting's call, unless it has ended or is there already, or has
+        gone to a call of its own. One that has ended has its exit event on the way."""
+        process = Process.find(*key)
         if process is None:
             return
+        leaf = f"{sighting.session.cgroup_path}/{AGENT_LEAF}"
         try:
-            # It may have been moved with its parent, or have gone to a call of its own.
-            if cgroup_of(child[0]) == f"{sighting.session.cgroup_path}/{AGENT_LEAF}":
-                self._enter(sighting, process, main=False)
-        except FileNotFoundError:
-            log.debug("process %d has ended", child[0])
+            path = cgroup_of(key[0])
+            if path == leaf or path.startswith(f"{leaf}/"):
+                self._enter(sighting, process)
+            elif key == sighting.main:
+                sighting.declared = True
+        except (FileNotFoundError, ProcessLookupError):
+            log.debug("process %d has ended", key[0])
         finally:
             process.close()
 
-    def _enter(self, sighting: Sighting, process: Process, main: bool) -> None:
-        """Move a process into the sighting's call, which is made if need be."""
+    def _enter(self, sighting: Sighting, process: Process) -> None:
         call = sighting.call
         if call is None or call.id not in self._calls.open:
-            call = self._calls.begin(
-                sighting.session, sighting.name, {}, sighting.argv, None, observed=True
-            )
+            if sighting.refused:
+                return
+            try:
+                call = self._calls.begin(
+                    sighting.session, sighting.name, {}, sighting.argv, None, observed=True
+                )
+            except RequestError as error:
+                self._refused(sighting, error)
+                return
             sighting.call = call
         try:
-            if main:
+            if (process.pid, process.start_ticks) == sighting.main:
                 self._calls.attach(call, process)
                 self._actions.metrics.moved.observe((time.monotonic_ns() - sighting.at_ns) / 1e9)
             else:
@@ -376,13 +342,35 @@ class Boundaries:
             call.entered = True
         # What it forked before the move is in the buffer now, and is to be seen before anyone
         # finds the call empty.
-        self._lifecycle.drain()
+        if len(self._queue) < QUEUE_EVENTS_MAX:
+            self._lifecycle.drain()
+
+    def _refused(self, sighting: Sighting, error: RequestError) -> None:
+        """It runs on in the agent leaf; said once, and tried again when there may be room."""
+        sighting.refused = error.sentence
+        self._actions.tell(sighting.session, "", pb.Feedback(
+            code=pb.FEEDBACK_CODE_NOT_IN_CALL,
+            sentence=f"{sighting.name!r} runs without a call of its own: {error.sentence}",
+        ))  # fmt: skip
+
+    def _try_again(self, refused: set[Sighting]) -> None:
+        for sighting in sorted(refused, key=lambda s: s.at_ns):
+            sighting.refused = ""
+            for key in sorted(sighting.members, key=lambda k: k != sighting.main):
+                try:
+                    self._place(sighting, key)
+                except (AgentcgroupdError, OSError) as error:
+                    log.warning("process %d: %s", key[0], error)
+            if sighting.refused:
+                return
 
     def _over(self, sighting: Sighting) -> None:
         """The last process that was seen has ended."""
         call, event = sighting.call, sighting.exit
         if call is not None:
             self._calls.look(call)
+            return
+        if sighting.declared:
             return
         cpu = {"user_usec": 0, "system_usec": 0, "usage_usec": 0}
         ended_ns = time.monotonic_ns()
@@ -393,6 +381,7 @@ class Boundaries:
         self._calls.record_short(
             sighting.session, sighting.name, sighting.argv,
             max(0, ended_ns - sighting.at_ns) // 1000, event.wait_status if event else None, cpu,
+            sighting.refused,
         )  # fmt: skip
 
     # When events were lost
@@ -416,6 +405,8 @@ class Boundaries:
             log.warning("%s", error)
             return
         if missed == self._missed_before:
+            if not self._queue:
+                self._settled_ticks = _now_ticks() - SETTLE_TICKS
             return
         before, self._missed_before = self._missed_before, missed
         self._actions.events_lost(
@@ -434,8 +425,8 @@ class Boundaries:
                 continue
             try:
                 self._resync_session(session)
-            except CgroupGone:
-                log.debug("session %s is gone", session.id)
+            except (AgentcgroupdError, OSError) as error:
+                log.warning("session %s: its agent leaf cannot be looked at: %s", session.id, error)
 
     def prune(self) -> None:
         """Forget processes whose exit event was lost: those found dead twice, with time for their
@@ -444,10 +435,14 @@ class Boundaries:
         for key in dead & self._dead:
             self._forked.pop(key, None)
             sighting = self._seen.pop(key, None)
-            if sighting is not None:
-                sighting.members.discard(key)
+            if sighting is None:
+                continue
+            sighting.members.discard(key)
+            try:
                 if not sighting.members:
                     self._over(sighting)
+            except (AgentcgroupdError, OSError) as error:
+                log.warning("process %d: %s", key[0], error)
         self._dead = dead
 
     def _resync_session(self, session: Session) -> None:
@@ -475,9 +470,11 @@ class Boundaries:
             self._forked.pop(key, None)
             self._follow(self._seen[parent], key)
             return
-        if parent is None and key not in self._forked:
-            return  # put here from outside: the agent itself
-        forked = self._forked.setdefault(key, Forked(session, "", time.monotonic_ns()))
+        if key not in self._forked:
+            if parent is None or key[1] <= self._settled_ticks:
+                return  # put here from outside, or seen before: the agent itself
+            self._forked[key] = Forked(session, "", time.monotonic_ns())
+        forked = self._forked[key]
         with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
             comm = file.read().rstrip("\n")
         argv = _cmdline(pid)
@@ -488,25 +485,31 @@ class Boundaries:
 
     def close(self) -> None:
         """Forget everything; calls stay as they are."""
-        if self._check is not None:
-            self._check.cancel()
+        for timer in (self._check, self._work_later):
+            if timer is not None:
+                timer.cancel()
         self._agents.clear()
         self._forked.clear()
         self._seen.clear()
         self._queue.clear()
 
 
-def _cmdline(pid: int) -> list[str]:
-    """The head of a process's arguments; none of one that has ended."""
+def _cmdline(pid: int, whole: bool = False) -> list[str]:
+    """A process's arguments, or their head; none of one that has ended."""
     try:
         with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
-            return file.read(abi.ABI_ARGV_BYTES).rstrip("\0").split("\0")
+            text = file.read(CMDLINE_BYTES_MAX if whole else abi.ABI_ARGV_BYTES)
     except (FileNotFoundError, ProcessLookupError):
         return []
+    return text.rstrip("\0").split("\0") if text else []
+
+
+def _now_ticks() -> int:
+    return boottime_usec() * 1000 // TICK_NS
 
 
 def _lives(key: Key) -> bool:
     try:
         return process_stat(key[0]).start_ticks == key[1]
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:
         return False

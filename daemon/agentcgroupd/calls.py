@@ -62,6 +62,9 @@ class CallWatcher(Protocol):
     def call_closed(self, call: Call) -> None:
         """Its cgroup is gone or given up."""
 
+    def behind(self) -> bool:
+        """Whether more processes of a call may still be on their way into it."""
+
 
 class Calls:
     """All open calls. Runs on the event loop; nothing here blocks on anything but the kernel."""
@@ -204,16 +207,30 @@ class Calls:
             call.cgroup.attach(process.pid)
             if not pidfd_alive(process.pidfd):
                 raise FailedPrecondition(f"process {process.pid} ended before it could enter")
+        self._leave_observed(call, process)
         if call.main is not None:
             call.main.close()
         call.main = process.copy()
         call.client_status = call.exit_status = None
         self._entered(call, process)
 
+    def _leave_observed(self, call: Call, process: Process) -> None:
+        """A shell that ends in `exec agentcg-exec ...` is found as a call before it asks for one;
+        the first is over then, and has nothing to say."""
+        for other in call.session.calls.values():
+            main = other.main
+            if other is not call and other.observed and main is not None and (
+                (main.pid, main.start_ticks) == (process.pid, process.start_ticks)
+            ):  # fmt: skip
+                other.ended_by, other.ended_why = "declared", f"It went on as call {call.id}."
+
     def admit(self, call: Call, process: Process) -> None:
-        """Move one more process into the call. Raises KnobError."""
+        """Move one more process into the call, which dies with it if it is ending. Raises
+        KnobError."""
         call.cgroup.attach(process.pid)
         self._entered(call, process)
+        if call.state == pb.CALL_STATE_ENDING:
+            call.cgroup.kill()
 
     def _entered(self, call: Call, process: Process) -> None:
         prefer_as_oom_victim(process.pid, call.grant.priority)
@@ -303,6 +320,8 @@ class Calls:
         """cgroup.events changed: someone entered, or the last one left, or it was frozen."""
         if call.id not in self.open or self._populated(call):
             return
+        if call.observed and self._watcher.behind():
+            return  # looked at again when the last of its processes is known to have ended
         if call.held and call.entered and call.state != pb.CALL_STATE_ENDING:
             if "idle" not in call.timers:
                 self._timer(call, "idle", self._config.idle_timeout, self._idle)
@@ -398,10 +417,11 @@ class Calls:
 
     def record_short(
         self, session: Session, name: str, argv: list[str], wall_usec: int,
-        status: int | None, cpu: dict[str, int],
+        status: int | None, cpu: dict[str, int], refused: str,
     ) -> None:  # fmt: skip
-        """A call that had ended before it could have a cgroup: only its report is left."""
-        report = self._reports.of_short(session, name, argv, wall_usec, status, cpu)
+        """A call that had ended before it could have a cgroup, or was `refused` one: only its
+        report is left."""
+        report = self._reports.of_short(session, name, argv, wall_usec, status, cpu, refused)
         self._reports.write(report)
         self._reports.keep(session, report)
         self.begun += 1

@@ -31,7 +31,8 @@ class EndFacts:
     wait_status: int | None = None
     evidence: pb.Evidence.ValueType = pb.EVIDENCE_NONE
     ended_by: str = ""
-    """`timeout`, `cancelled`, `stopped`, `removed`, or nothing: it ended by itself."""
+    """`timeout`, `cancelled`, `stopped`, `removed`, `declared` (it asked for another call), or
+    nothing: it ended by itself."""
     ended_why: str = ""
     leftovers: int = 0
     """Processes ended with the call after its main process had ended."""
@@ -95,6 +96,8 @@ def _by_daemon(facts: EndFacts) -> tuple[pb.Verdict.ValueType, str] | None:
         )
     if facts.ended_by == "cancelled":
         return pb.VERDICT_CANCELLED, f"The call was ended while running: {facts.ended_why}."
+    if facts.ended_by == "declared":
+        return pb.VERDICT_OK, facts.ended_why
     if facts.ended_by == "stopped":
         return pb.VERDICT_STOPPED, facts.ended_why
     return None

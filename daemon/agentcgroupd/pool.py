@@ -27,6 +27,8 @@ removing of a leaf dearer."""
 SUPERVISOR_LEAF = "supervisor"
 DELEGATE_XATTRS = ("trusted.delegate", "user.delegate")
 """Set by systemd on a cgroup it has delegated (systemd.resource-control(5), Delegate=)."""
+ALIVE_XATTR = "trusted.agentcgroup.alive"
+"""On the pool: clock ticks since boot, written by a running daemon again and again."""
 DEFAULT_SHARE = 0.85
 """Of the memory above: the rest is the host's own."""
 
@@ -42,6 +44,8 @@ class Pool:
     controllers: tuple[str, ...]
     memory_max_bytes: int | None
     cpu_millicores: int
+    settled_ticks: int = 0
+    """When a daemon was last there to see processes begin, in clock ticks since boot."""
 
     @property
     def missing(self) -> tuple[str, ...]:

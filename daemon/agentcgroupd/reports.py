@@ -46,9 +46,10 @@ class Reports:
         wall_usec: int,
         status: int | None,
         cpu: dict[str, int],
+        refused: str,
     ) -> pb.Report:
-        """The report of a call that had ended before it could have a cgroup. `status`: as
-        waitpid(2) gives it; `cpu`: keys as in cpu.stat."""
+        """The report of a call that had ended before it could have a cgroup, or was refused one,
+        and why. `status`: as waitpid(2) gives it; `cpu`: keys as in cpu.stat."""
         grant = grant_for(parse_intent({}), self.ceiling(session))
         report = report_of(EndFacts(
             grant=grant, wall_usec=wall_usec, ever_entered=True, wait_status=status, cpu=cpu,
@@ -59,6 +60,8 @@ class Reports:
         report.grant.CopyFrom(grant_to_proto(grant))
         report.began_unix_usec = unix_usec() - wall_usec
         report.observed = True
+        if refused:
+            report.sentence += f" It ran without limits of its own: {refused}"
         return report
 
     def write(self, report: pb.Report) -> None:

@@ -37,12 +37,12 @@ from agentcgroupd.notify import notify, watchdog_interval_s
 from agentcgroupd.policy.actions import Actions
 from agentcgroupd.policy.guard import Guard
 from agentcgroupd.policy.tripwire import Tripwire
-from agentcgroupd.pool import Pool, prepare_pool
+from agentcgroupd.pool import ALIVE_XATTR, Pool, prepare_pool
 from agentcgroupd.reports import Reports
 from agentcgroupd.rpc.attach import AttachServer
 from agentcgroupd.rpc.identity import Relay
 from agentcgroupd.rpc.server import AdminService, AgentService, GrpcServer
-from agentcgroupd.session import RECORD_VERSION, Call, Session, read_record
+from agentcgroupd.session import RECORD_VERSION, Call, Session, boottime_usec, read_record
 from agentcgroupd.sessions import Sessions
 from agentcgroupd.watchers import Watchers
 
@@ -94,6 +94,9 @@ class Daemon:
         reports = Reports(self.actions, self.pool.cgroup, self.sessions.ceiling)
         self.calls = Calls(self.config.calls, self.events, reports, self.watchers)
         self.answers = Answers(self.pool, self.sessions, self.calls)
+        before = self.pool.cgroup.get_xattr(ALIVE_XATTR)
+        self._note_alive()
+        self.pool.settled_ticks = int(before or self.pool.cgroup.get_xattr(ALIVE_XATTR) or 0)
         self.watchers.follow(self.pool, self.calls, self.sessions.open.values)
         self._restore()
         self.sweep()
@@ -351,6 +354,7 @@ class Daemon:
             self.metrics.loop_lag.observe(max(0.0, loop.time() - due))
             due = max(due, loop.time())
             self.heartbeat.beat()
+            self._note_alive()
             if watchdog_s:
                 notify("WATCHDOG=1")
             try:
@@ -371,6 +375,13 @@ class Daemon:
         for state, count in states.items():
             metrics.calls_open.labels(state).set(count)
         metrics.audit_lost.set(self.audit.lost)
+
+    def _note_alive(self) -> None:
+        ticks = boottime_usec() * os.sysconf("SC_CLK_TCK") // 1_000_000
+        try:
+            self.pool.cgroup.set_xattr(str(ticks).encode(), ALIVE_XATTR)
+        except KnobError as error:
+            log.error("the pool: %s", error)
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

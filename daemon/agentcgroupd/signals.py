@@ -49,6 +49,7 @@ class Signals:
         self._config = config
         self._plane = plane
         self._memory = memory
+        self._lost: dict[str, int] = {}
         self._calm_timer: asyncio.TimerHandle | None = None
         self._pool = pool
         self._sessions = sessions
@@ -63,6 +64,7 @@ class Signals:
         self._guard = guard
         if guard is not None:
             self._memory.set_mark(self._pool.cgroup.id, *guard.mark_bytes)
+            self._protect()
         self._memory.start(self._handle)
 
     # What is watched
@@ -139,6 +141,14 @@ class Signals:
                 "reclaim of a session cannot be changed", self._reclaim, session,
                 session.cgroup.id == stalling, stalling is not None,
             )  # fmt: skip
+
+    def sweep(self) -> None:
+        """Now and then: count what was lost."""
+        lost = self._memory.lost()
+        fresh = {kind: n - self._lost.get(kind, 0) for kind, n in lost.items()}
+        self._lost = lost
+        for kind, count in fresh.items():
+            self._metrics.events_lost.labels(kind).inc(count)
 
     # Signals
 
@@ -217,7 +227,7 @@ class Signals:
                 CONFIRM_USEC / 1e6, self._reclaim_all, None
             )
         else:
-            self._memory.lift_urgent()
+            self._memory.lift_urgent(CONFIRM_USEC)
         self._metrics.signals.labels("urgent").inc()
         self._metrics.actions.labels("confirm_urgent" if agree else "lift_urgent").inc()
         self._audit.write("urgent", session=session.id if isinstance(session, Session) else "",

@@ -55,11 +55,16 @@ class Watchers:
             signals = Signals(config.guard, plane, plane.memory, pool, sessions, actions)
             if plane.attempt("the pool cannot be watched", signals.watch_pool):
                 self._signals = signals
-        if plane.lifecycle is not None and plane.works(features.LIFECYCLE) and (
-            config.boundaries.enabled
-        ):  # fmt: skip
+        if self._signals is None:
+            plane.drop_memory("the pool has no memory controller")
+        if plane.lifecycle is not None:
             self._boundaries = Boundaries(
-                config.boundaries, plane.lifecycle, calls, sessions, actions
+                config.boundaries,
+                plane.lifecycle,
+                calls,
+                sessions,
+                actions,
+                pool.settled_ticks,
             )
         for state in plane.states.values():
             actions.metrics.features.labels(state.name).set(int(state.works))
@@ -69,7 +74,11 @@ class Watchers:
         if self._signals is not None:
             self._signals.start(guard)
         if self._boundaries is not None:
-            self._boundaries.start()
+            self.plane.attempt("processes cannot be followed", self._boundaries.start)
+
+    def behind(self) -> bool:
+        """Whether events of processes wait to be dealt with."""
+        return self._boundaries is not None and self._boundaries.behind
 
     # What is watched
 
@@ -98,6 +107,8 @@ class Watchers:
 
     def sweep(self) -> None:
         """Now and then: forget what nobody will tell the end of."""
+        if self._signals is not None:
+            self._signals.sweep()
         if self._boundaries is not None:
             self._boundaries.prune()
         self._actions().metrics.bpf_failures.set(self.plane.failures)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf.features import LIFECYCLE, load
+from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, wait_until
 
 RUN = """
@@ -123,6 +127,70 @@ def test_a_shell_that_declares_a_call_has_both(daemon: DaemonProcess, agent: Age
     assert names.pop("inner") is False and list(names.values()) == [True]
 
 
+def test_a_shell_that_becomes_a_declared_call_ends_well(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    code, _ = shell(agent, f"exec {EXEC} --name inner -- sh -c 'sleep 0.2; exit 4'")
+    assert code == 4
+    found = {report.name: report for report in reports(daemon)[:2]}
+    inner = found.pop("inner")
+    assert (inner.verdict, inner.exit_code, inner.observed) == (pb.VERDICT_FAILED, 4, False)
+    for report in found.values():  # the shell may have been too quick to be moved at all
+        if report.observed and report.began_unix_usec >= inner.began_unix_usec - 1_000_000:
+            assert report.verdict == pb.VERDICT_OK and inner.call_id in report.sentence
+
+
+def test_a_shell_without_room_for_a_call_gets_one_when_there_is(daemon: DaemonProcess) -> None:
+    agent = daemon.open("narrow", calls_max="1")
+    start = "tool = subprocess.Popen(['sh', '-c', 'sleep 60 & wait'])"
+    agent.run(f"first = {start.partition('= ')[2]}")
+    wait_until("the first has a call", lambda: len(daemon.call_dirs()) == 1)
+    agent.run(f"second = {start.partition('= ')[2]}")
+    leaf = daemon.cgroup_dir / "narrow/agent/cgroup.procs"
+    wait_until("the second and its child are there", lambda: len(leaf.read_text().split()) == 3)
+    (first,) = daemon.call_dirs()
+
+    def refusals() -> int:
+        lines = daemon.audit_path.read_text().splitlines()
+        return sum(json.loads(line)["event"] == "call_refused" for line in lines)
+
+    wait_until("it is refused", lambda: refusals() == 1)
+    (first / "cgroup.kill").write_text("1")
+    wait_until("the second has a call",
+               lambda: daemon.call_dirs() not in ([], [first]))  # fmt: skip
+    wait_until("with its child", lambda: len(leaf.read_text().split()) == 1)
+    assert refusals() == 1
+    for directory in daemon.call_dirs():
+        (directory / "cgroup.kill").write_text("1")
+    assert agent.run("result = first.wait(), second.wait()") == (-9, -9)
+
+
+def test_an_agent_that_was_there_before_the_daemon_is_no_call(daemon: DaemonProcess) -> None:
+    """An adopted cgroup whose agent is itself a shell's child: a restart changes nothing."""
+    root = Cgroup.open(cgroup2_mount())
+    container = root.make_child(f"agentcg-test-box-{os.getpid()}")
+    script = f"echo $$ > {container.path}/cgroup.procs; sh -c 'sleep 60 & wait'; true"
+    process = subprocess.Popen(["sh", "-c", script])
+    try:
+        wait_until("all are there", lambda: len(container.procs()) == 3)
+        path = "/" + container.path.name
+        spec = pb.SessionSpec(id="box")
+        daemon.admin.AdoptSession(pb.AdoptSessionRequest(cgroup_path=path, spec=spec))
+        agent = container.child("agent")
+        before = sorted(agent.procs())
+        assert len(before) == 3
+        time.sleep(1.2)  # the daemon says now and then that it is there
+        daemon.kill()
+        daemon.start()
+        calls = daemon.admin.ListCalls(pb.ListCallsRequest(session_id="box")).calls
+        assert (sorted(agent.procs()), list(calls)) == (before, [])
+        daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="box"))
+    finally:
+        container.kill_and_remove()
+        process.wait()
+        root.close()
+
+
 def test_a_killed_call_says_so(daemon: DaemonProcess, agent: AgentProcess) -> None:
     agent.run("tool = subprocess.Popen(['sh', '-c', 'sleep 60; true'])")
     wait_until("it has a leaf", lambda: len(daemon.call_dirs()) == 1)
@@ -138,6 +206,17 @@ def test_a_storm_loses_no_call(daemon: DaemonProcess, agent: AgentProcess) -> No
     count = int(20_000 / (SLOW if SLOW > 1 else 1))
     before = ended(daemon)
     started = time.monotonic()
+    waits: list[float] = []
+    over = threading.Event()
+
+    def someone_else() -> None:
+        while not over.wait(0.02 * SLOW):
+            asked = time.monotonic()
+            daemon.admin.GetPool(pb.GetPoolRequest())
+            waits.append(time.monotonic() - asked)
+
+    other = threading.Thread(target=someone_else)
+    other.start()
     agent.run("""
 from concurrent.futures import ThreadPoolExecutor
 def one(_):
@@ -149,6 +228,9 @@ result = codes
 assert codes == {3}, codes
 """, count=count)  # fmt: skip
     took = time.monotonic() - started
+    over.set()
+    other.join()
+    assert max(waits) < 1.0 * SLOW, "others wait for the storm"
     wait_until("all have been seen", lambda: ended(daemon) >= before + count, 60)
     assert ended(daemon) == before + count
     newest = reports(daemon)[:200]

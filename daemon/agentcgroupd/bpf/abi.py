@@ -133,7 +133,7 @@ class ExitEvent(ctypes.Structure):
         ("system_ns", ctypes.c_uint64),
         ("rss_peak_bytes", ctypes.c_uint64),
         ("wait_status", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("executed", ctypes.c_uint32),
     )
     event: Event
     process: Process
@@ -141,7 +141,7 @@ class ExitEvent(ctypes.Structure):
     system_ns: int
     rss_peak_bytes: int
     wait_status: int
-    reserved: int
+    executed: int
 
 
 class OomEvent(ctypes.Structure):
@@ -167,36 +167,34 @@ class LifecycleCounters(ctypes.Structure):
 
 
 class MemoryLimits(ctypes.Structure):
-    """struct memory_limits, 72 bytes"""
+    """struct memory_limits, 64 bytes"""
 
     _fields_ = (
         ("parent_id", ctypes.c_uint64),
         ("soft_mark_bytes", ctypes.c_uint64),
         ("soft_low_bytes", ctypes.c_uint64),
         ("deny_mark_bytes", ctypes.c_uint64),
-        ("allowance_bytes", ctypes.c_uint64),
         ("faults_per_s", ctypes.c_uint64),
         ("refaults_per_s", ctypes.c_uint64),
         ("deny_mode", ctypes.c_uint32),
         ("kind", ctypes.c_uint32),
         ("priority", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("deny_round", ctypes.c_uint32),
     )
     parent_id: int
     soft_mark_bytes: int
     soft_low_bytes: int
     deny_mark_bytes: int
-    allowance_bytes: int
     faults_per_s: int
     refaults_per_s: int
     deny_mode: int
     kind: int
     priority: int
-    reserved: int
+    deny_round: int
 
 
 class MemoryState(ctypes.Structure):
-    """struct memory_state, 104 bytes"""
+    """struct memory_state, 112 bytes"""
 
     _fields_ = (
         ("window_ns", ctypes.c_uint64),
@@ -212,8 +210,9 @@ class MemoryState(ctypes.Structure):
         ("denied_bytes", ctypes.c_uint64),
         ("above_mark", ctypes.c_uint32),
         ("above_rate", ctypes.c_uint32),
-        ("told_denied", ctypes.c_uint32),
+        ("told_round", ctypes.c_uint32),
         ("reserved", ctypes.c_uint32),
+        ("allowed_bytes", ctypes.c_uint64),
     )
     window_ns: int
     window_faults: int
@@ -228,8 +227,9 @@ class MemoryState(ctypes.Structure):
     denied_bytes: int
     above_mark: int
     above_rate: int
-    told_denied: int
+    told_round: int
     reserved: int
+    allowed_bytes: int
 
 
 class MarkEvent(ctypes.Structure):
@@ -337,13 +337,15 @@ class ProtectedSession(ctypes.Structure):
 
 
 class MemoryControl(ctypes.Structure):
-    """struct memory_control, 2632 bytes"""
+    """struct memory_control, 2648 bytes"""
 
     _fields_ = (
+        ("allowance_bytes", ctypes.c_uint64),
         ("stall_threshold_ns", ctypes.c_uint64),
         ("stall_window_ns", ctypes.c_uint64),
         ("urgent_lease_ns", ctypes.c_uint64),
         ("pool_id", ctypes.c_uint64),
+        ("lifted_until_ns", ctypes.c_uint64),
         ("urgent_until_ns", ctypes.c_uint64),
         ("urgent_count", ctypes.c_uint64),
         ("lost", ctypes.c_uint64),
@@ -352,10 +354,12 @@ class MemoryControl(ctypes.Structure):
         ("protected_count", ctypes.c_uint32),
         ("protected_sessions", ProtectedSession * 64),
     )
+    allowance_bytes: int
     stall_threshold_ns: int
     stall_window_ns: int
     urgent_lease_ns: int
     pool_id: int
+    lifted_until_ns: int
     urgent_until_ns: int
     urgent_count: int
     lost: int

@@ -27,8 +27,12 @@ _TYPES: dict[int, type[AnyEvent]] = {
 }
 
 
+BATCH_EVENTS = 256
+
+
 class RingBuffer:
-    """One ring buffer. All that is there is handed over at once, in order, as a list."""
+    """One ring buffer. What is there is handed over in order, as a list of at most BATCH_EVENTS;
+    the rest in the loop's next turn."""
 
     def __init__(self, fd: int, handle: Callable[[list[AnyEvent]], None]) -> None:
         """`fd` of the map, which stays the caller's. Raises BpfError."""
@@ -41,21 +45,33 @@ class RingBuffer:
         )  # fmt: skip
         self._epoll_fd = libbpf().check("ring buffer", "ring_buffer__epoll_fd", self._ring)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._reading = False
 
     def start(self) -> None:
         """Read on the running loop from now on."""
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._epoll_fd, self.drain)
+        self.read(True)
+
+    def read(self, on: bool) -> None:
+        """Read on the loop, or leave events where they are for a while."""
+        if self._loop is None or on == self._reading:
+            return
+        self._reading = on
+        if on:
+            self._loop.add_reader(self._epoll_fd, self.drain)
+        else:
+            self._loop.remove_reader(self._epoll_fd)
 
     def _sample(self, _context: int, data: int, size: int) -> int:
         kind = _TYPES.get(ctypes.c_uint32.from_address(data).value)
         if kind is not None and ctypes.sizeof(kind) <= size:
             self._batch.append(kind.from_buffer_copy(ctypes.string_at(data, ctypes.sizeof(kind))))
-        return 0
+        # Libbpf goes on for as long as there are events; a negative value stops it here.
+        return 0 if len(self._batch) < BATCH_EVENTS else -1
 
     def drain(self) -> None:
-        """Hand over what is there now. For use outside the loop's turn too, where the order with
-        another file's event matters."""
+        """Hand over what is there now, at most BATCH_EVENTS. For use outside the loop's turn too,
+        where the order with another file's event matters."""
         libbpf().call("ring_buffer__consume", self._ring)
         batch, self._batch = self._batch, []
         if batch:
@@ -64,7 +80,7 @@ class RingBuffer:
     def close(self) -> None:
         """Stop reading; no error if that was done."""
         if self._loop is not None:
-            self._loop.remove_reader(self._epoll_fd)
+            self.read(False)
             self._loop = None
         if self._ring:
             libbpf().call("ring_buffer__free", self._ring)

@@ -38,6 +38,11 @@ class Lifecycle:
         if self._ring is not None:
             self._ring.drain()
 
+    def read(self, on: bool) -> None:
+        """Go on handing over events, or leave them in the ring buffer for a while."""
+        if self._ring is not None:
+            self._ring.read(on)
+
     def lost(self) -> dict[str, int]:
         """Events without room in the ring buffer since the load, by type."""
         return {kind.name.lower(): count for kind, count in

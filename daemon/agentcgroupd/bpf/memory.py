@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterable
 
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.events import AnyEvent, RingBuffer
 from agentcgroupd.bpf.loader import BpfObject
+from agentcgroupd.config import GuardConfig
+from agentcgroupd.errors import BpfError
 from agentcgroupd.units import CgroupId
 
 
 class MemoryPrograms:
     """What the programs know of each managed cgroup."""
 
-    def __init__(
-        self, bpf: BpfObject, stall_threshold_usec: int, stall_window_usec: int, lease_usec: int
-    ) -> None:
-        """Takes over a loaded and attached object. The times are those of the urgent reaction."""
+    def __init__(self, bpf: BpfObject, config: GuardConfig) -> None:
+        """Takes over a loaded and attached object. Raises BpfError."""
         self._bpf = bpf
         self._limits = bpf.map("limits", abi.MemoryLimits)
         self._states = bpf.map("states", abi.MemoryState)
         self._entries: dict[CgroupId, abi.MemoryLimits] = {}
         self.control = bpf.shared("control", abi.MemoryControl)
-        self.control.stall_threshold_ns = stall_threshold_usec * 1000
-        self.control.stall_window_ns = stall_window_usec * 1000
-        self.control.urgent_lease_ns = lease_usec * 1000
+        self.control.allowance_bytes = config.deny_allowance
+        self.control.stall_threshold_ns = config.stall_threshold * 1000
+        self.control.stall_window_ns = config.stall_window * 1000
+        self.control.urgent_lease_ns = config.urgent_lease * 1000
         self._ring: RingBuffer | None = None
 
     def start(self, handle: Callable[[list[AnyEvent]], None]) -> None:
@@ -64,11 +66,15 @@ class MemoryPrograms:
         that; 0: not watched. Raises BpfError."""
         self._change(cgroup, faults_per_s=faults_per_s, refaults_per_s=refaults_per_s)
 
-    def deny_above(self, cgroup: CgroupId, mark_bytes: int, allowance_bytes: int) -> None:
+    def deny_above(self, cgroup: CgroupId, mark_bytes: int) -> None:
         """Refuse memory (ENOMEM) that would take a call above the mark. Small requests pass up to
-        `allowance_bytes` above it, so that a program can say what happened. Raises BpfError."""
+        the allowance, so that a program can say what happened. Raises BpfError, also for a call
+        that is not watched."""
+        entry = self._entries.get(cgroup)
+        if entry is None:
+            raise BpfError(f"cgroup {cgroup} is not watched", errno.ENOENT)
         self._change(cgroup, deny_mode=abi.DenyMode.OVER_MARK, deny_mark_bytes=mark_bytes,
-                     allowance_bytes=allowance_bytes)  # fmt: skip
+                     deny_round=(entry.deny_round + 1) & 0x7FFFFFFF)  # fmt: skip
 
     def allow(self, cgroup: CgroupId) -> None:
         """Refuse nothing any more. Raises BpfError."""
@@ -90,31 +96,38 @@ class MemoryPrograms:
 
     def protect(self, sessions: Iterable[tuple[CgroupId, int]], pool: CgroupId | None) -> int:
         """Who is protected: (session's cgroup, priority), most important first, as many as fit;
-        returns how many did. With `pool`, only while that is above its soft mark."""
+        returns how many did. Only while the pool is above its soft mark; None: nobody is."""
         control, before = self.control, self._slots()
         chosen = list(sessions)[: abi.ABI_PROTECTED_MAX]
         control.pool_id = pool or 0
-        # Readers stop at the count: none, while the slots change.
+        # Readers stop at the count: those beyond it are not looked at while the slots change.
         control.protected_count = 0
         for slot, (cgroup, priority) in zip(control.protected_sessions, chosen, strict=False):
-            old = before.get(cgroup, (0, 0, 0))
+            old = before.get(cgroup, (0, 0, 0, 0))
             slot.cgroup_id, slot.priority = cgroup, priority
-            slot.stalling_since_ns, slot.window_ns, slot.stalled_ns = old
+            slot.stalling, slot.stalling_since_ns, slot.window_ns, slot.stalled_ns = old
         control.protected_count = len(chosen)
         return len(chosen)
 
-    def _slots(self) -> dict[int, tuple[int, int, int]]:
+    def _slots(self) -> dict[int, tuple[int, int, int, int]]:
         slots = self.control.protected_sessions[: self.control.protected_count]
-        return {s.cgroup_id: (s.stalling_since_ns, s.window_ns, s.stalled_ns)
+        return {s.cgroup_id: (s.stalling, s.stalling_since_ns, s.window_ns, s.stalled_ns)
                 for s in slots}  # fmt: skip
 
     def confirm_urgent(self, usec: int) -> None:
         """Go on denying for this long from now."""
         self.control.urgent_until_ns = time.monotonic_ns() + usec * 1000
 
-    def lift_urgent(self) -> None:
-        """Deny no more."""
+    def lift_urgent(self, usec: int) -> None:
+        """Deny no more, and let the program not begin anew for this long."""
+        self.control.lifted_until_ns = time.monotonic_ns() + usec * 1000
         self.control.urgent_until_ns = 0
+
+    def lost(self) -> dict[str, int]:
+        """What has not reached the daemon since the load: events without room in the ring buffer,
+        and marks and rates of cgroups without a state."""
+        counts = {"memory": self.control.lost, "memory_state": self.control.untracked}
+        return {kind: count for kind, count in counts.items() if count}
 
     def close(self) -> None:
         """Detach and give up everything."""

@@ -77,10 +77,18 @@ class DataPlane:
         self.lifecycle = Lifecycle(bpf)
 
     def _open_memory(self, bpf: BpfObject) -> None:
-        guard = self._guard
-        self.memory = MemoryPrograms(
-            bpf, guard.stall_threshold, guard.stall_window, guard.urgent_lease
-        )
+        self.memory = MemoryPrograms(bpf, self._guard)
+
+    def drop_memory(self, reason: str) -> None:
+        """Unload programs that nobody could use here."""
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
+        for definition in features.definitions_of("memory"):
+            if self.works(definition.name):
+                self.states[definition.name] = features.missing(definition, reason)
+                log.warning("%s: missing: %s; instead: %s", definition.name, reason,
+                            definition.fallback)  # fmt: skip
 
     def works(self, name: str) -> bool:
         """Whether a feature does."""

@@ -14,6 +14,7 @@ from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import KnobError
 from agentcgroupd.feed import Feed
 from agentcgroupd.metrics import Metrics
+from agentcgroupd.rules import printable
 from agentcgroupd.session import Call, Session, boottime_usec, unix_usec
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Actions:
         if call.denied_at_bytes is not None or call.state == pb.CALL_STATE_ENDING or memory is None:
             return
         usage = call.cgroup.read(knobs.MEMORY_CURRENT)
-        memory.deny_above(call.cgroup.id, usage, self.config.deny_allowance)
+        memory.deny_above(call.cgroup.id, usage)
         call.denied_at_bytes = usage
         self._acted("deny", call, why, pb.FEEDBACK_CODE_GROWTH_DENIED)
 
@@ -87,6 +88,7 @@ class Actions:
 
     def oom_victim(self, session: Session, call: Call | None, pid: int, comm: str) -> None:
         """The kernel's OOM killer chose a process; `call` None: of the agent itself."""
+        comm = printable(comm)
         self.metrics.oom_victims.inc()
         self.audit.write("oom_victim", session=session.id, call=call.id if call else "", pid=pid,
                          comm=comm)  # fmt: skip
