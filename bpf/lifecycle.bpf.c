@@ -70,6 +70,22 @@ static __always_inline void *reserve(u32 type, u32 size_bytes, u64 id)
 	return event;
 }
 
+/*
+ * Only an exec in an agent leaf wakes the daemon: it is to be moved at once. What goes with it is
+ * read with it, and the end of a call is told by its cgroup; so nothing else is worth the wake-up,
+ * unless the buffer is filling.
+ */
+static __always_inline void submit(void *event, bool wake)
+{
+	/* Forced: the kernel wakes nobody for a record that comes after an unread one. */
+	u64 flags = wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
+
+	if (!wake && bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) >
+			     bpf_ringbuf_query(&events, BPF_RB_RING_SIZE) / 8)
+		flags = BPF_RB_FORCE_WAKEUP;
+	bpf_ringbuf_submit(event, flags);
+}
+
 static __always_inline void describe(struct process *process, struct task_struct *task)
 {
 	process->pid = visible_pid(task);
@@ -97,7 +113,7 @@ static __always_inline void tell_fork(struct task_struct *parent, struct task_st
 	/* Who forked it, also where CLONE_PARENT gave it another parent. */
 	event->child.parent_pid = visible_pid(parent);
 	event->parent_start_ns = BPF_CORE_READ(parent, group_leader, start_boottime);
-	bpf_ringbuf_submit(event, 0);
+	submit(event, false);
 }
 
 SEC("tp_btf/sched_process_fork")
@@ -133,7 +149,7 @@ static __always_inline void tell_exec(struct task_struct *task)
 	if (bpf_probe_read_user(event->argv, length, (void *)start))
 		length = 0;
 	event->argv_bytes = length;
-	bpf_ringbuf_submit(event, 0);
+	submit(event, true);
 }
 
 SEC("tp_btf/sched_process_exec")
@@ -172,7 +188,7 @@ static __always_inline void tell_exit(struct task_struct *task)
 				     BPF_CORE_READ(signal, group_exit_code) :
 				     BPF_CORE_READ(leader, exit_code);
 	event->executed = !(BPF_CORE_READ(leader, flags) & PF_FORKNOEXEC);
-	bpf_ringbuf_submit(event, 0);
+	submit(event, false);
 }
 
 SEC("tp_btf/sched_process_exit")
@@ -195,7 +211,7 @@ static __always_inline void tell_oom_victim(struct task_struct *task)
 	if (!event)
 		return;
 	describe(&event->process, task);
-	bpf_ringbuf_submit(event, 0);
+	submit(event, true);
 }
 
 SEC("tp_btf/mark_victim")

@@ -192,7 +192,9 @@ class Boundaries:
         self._lifecycle.read(not self._queue)
         if self._queue:
             self._work_later = self._loop.call_soon(self._work)
-        elif self._check is None:
+            return
+        self._calls.look_postponed()
+        if self._check is None:
             self._check = self._loop.call_later(CHECK_AFTER_S, self._check_missed)
 
     def _one(self, event: AnyEvent) -> None:
@@ -396,9 +398,25 @@ class Boundaries:
         self._actions.events_lost({kind: count for kind, count in fresh.items() if count})
         return True
 
+    def catch_up(self) -> None:
+        """Read what has not been worth a wake-up: statuses at once, the rest in its turn, because
+        whoever asks is in the middle of ending a call."""
+        before, self._busy = self._busy, True
+        try:
+            self._lifecycle.drain()
+        finally:
+            self._busy = before
+        if self._queue and not self._busy and self._work_later is None:
+            self._work_later = self._loop.call_soon(self._work)
+
     def _check_missed(self) -> None:
-        """The kernel counts what it left out, but sends no event: asked a moment after others."""
+        """A moment after events: read what did not wake the daemon, and ask the kernel, which
+        counts what it left out but sends no event."""
         self._check = None
+        self._lifecycle.drain()
+        if self._check is None and any(s.call is None for s in self._seen.values()):
+            # Short ones, whose end is told by nothing else.
+            self._check = self._loop.call_later(CHECK_AFTER_S, self._check_missed)
         try:
             missed = self._lifecycle.missed()
         except BpfError as error:
@@ -413,7 +431,6 @@ class Boundaries:
             {kind: count - before.get(kind, 0) for kind, count in missed.items()
              if count > before.get(kind, 0)}
         )  # fmt: skip
-        self._lifecycle.drain()
         self.resync()
         self.prune()
         self._loop.call_later(CHECK_AFTER_S, self.prune)

@@ -12,7 +12,7 @@ import errno
 import logging
 import secrets
 import signal
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -62,6 +62,9 @@ class CallWatcher(Protocol):
     def call_closed(self, call: Call) -> None:
         """Its cgroup is gone or given up."""
 
+    def catch_up(self) -> None:
+        """What is known of processes that have ended is to be known before a call is judged."""
+
     def behind(self) -> bool:
         """Whether more processes of a call may still be on their way into it."""
 
@@ -89,6 +92,7 @@ class Calls:
         self._loop = asyncio.get_running_loop()
         self._owners = Owners(self._owner_gone)
         self.open: dict[str, Call] = {}
+        self._postponed: dict[str, Call] = {}
         self.begun = 0
         self.ended = 0
 
@@ -321,7 +325,8 @@ class Calls:
         if call.id not in self.open or self._populated(call):
             return
         if call.observed and self._watcher.behind():
-            return  # looked at again when the last of its processes is known to have ended
+            self._postponed[call.id] = call
+            return
         if call.held and call.entered and call.state != pb.CALL_STATE_ENDING:
             if "idle" not in call.timers:
                 self._timer(call, "idle", self._config.idle_timeout, self._idle)
@@ -380,6 +385,7 @@ class Calls:
         if call.id not in self.open:
             return call.session.report(call.id)
         with self._metrics.time("finish"):
+            self._watcher.catch_up()
             report = self._reports.of(call)
             # Before the cgroup goes: a daemon killed in between would lose the report. One killed
             # after this finds the empty cgroup and writes the entry again; the later one counts.
@@ -458,9 +464,17 @@ class Calls:
         if call.id in self.open and not self._populated(call):
             self._finish(call)
 
+    def look_postponed(self) -> None:
+        """At calls that seemed empty while events of processes waited."""
+        postponed, self._postponed = self._postponed, {}
+        self._look_at(postponed.values())
+
     def recheck(self) -> None:
         """For the periodic sweep: look at every call as if its events file had just changed."""
-        for call in list(self.open.values()):
+        self._look_at(list(self.open.values()))
+
+    def _look_at(self, calls: Iterable[Call]) -> None:
+        for call in calls:
             try:
                 self._changed(call)
             except (KnobError, OSError, ValueError) as error:

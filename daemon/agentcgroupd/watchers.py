@@ -76,6 +76,11 @@ class Watchers:
         if self._boundaries is not None:
             self.plane.attempt("processes cannot be followed", self._boundaries.start)
 
+    def catch_up(self) -> None:
+        """Before a call is judged: its exit event may be there, unread."""
+        if self._boundaries is not None:
+            self._boundaries.catch_up()
+
     def behind(self) -> bool:
         """Whether events of processes wait to be dealt with."""
         return self._boundaries is not None and self._boundaries.behind
