@@ -12,7 +12,7 @@ import errno
 import logging
 import secrets
 import signal
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
