@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.guest.where import decide
 
-ANYWHERE = frozenset({"calls", "overhead"})
+ANYWHERE = frozenset({"calls", "boundaries", "overhead"})
 """Benchmarks that any cgroup2 mount will do for."""
 GUEST_OPTIONS = ("--memory", "2048", "--timeout", "1800")
 

@@ -333,7 +333,7 @@ class Boundaries:
         try:
             if (process.pid, process.start_ticks) == sighting.main:
                 self._calls.attach(call, process)
-                self._actions.metrics.moved.observe((time.monotonic_ns() - sighting.at_ns) / 1e9)
+                self._actions.moved(call, time.monotonic_ns() - sighting.at_ns)
             else:
                 self._calls.admit(call, process)
         except (KnobError, FailedPrecondition):

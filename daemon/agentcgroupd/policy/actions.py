@@ -86,6 +86,12 @@ class Actions:
         except KnobError:
             log.debug("call %s is gone", call.id)
 
+    def moved(self, call: Call, since_exec_ns: int) -> None:
+        """A process that began an undeclared call is in its leaf."""
+        self.metrics.moved.observe(since_exec_ns / 1e9)
+        self.audit.write("call_moved", session=call.session.id, call=call.id,
+                         since_exec_usec=since_exec_ns // 1000)  # fmt: skip
+
     def oom_victim(self, session: Session, call: Call | None, pid: int, comm: str) -> None:
         """The kernel's OOM killer chose a process; `call` None: of the agent itself."""
         comm = printable(comm)
