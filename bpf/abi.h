@@ -135,9 +135,9 @@ struct memory_state {
 	__u64 denied_bytes;
 	__u32 above_mark;
 	__u32 above_rate;
-	__u32 told_round; /* the last denial that was told; odd: an urgent one */
-	__u32 reserved;
-	__u64 allowed_bytes; /* small requests that passed in spite of a denial */
+	__u32 told_round;    /* the last denial that was told; odd: an urgent one */
+	__u32 allowed_round; /* the denial that allowed_bytes is of */
+	__u64 allowed_bytes; /* small requests that passed in spite of it */
 };
 
 struct mark_event {
@@ -202,6 +202,7 @@ struct memory_control {
 	__u64 urgent_count;
 	__u64 lost;	 /* events without room in the ring buffer */
 	__u64 untracked; /* states without room in their map */
+	__u64 denying;	 /* calls whose growth the daemon has denied */
 	__u32 urgent_priority;
 	__u32 protected_count;
 	struct protected_session protected_sessions[ABI_PROTECTED_MAX];

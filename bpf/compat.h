@@ -50,12 +50,15 @@ static __always_inline void preempt_on(void)
  */
 static __always_inline s32 visible_pid(struct task_struct *task)
 {
-	struct pid *pid = BPF_CORE_READ(task, group_leader, thread_pid);
-	u32 level = BPF_CORE_READ(pid, level);
-	u32 offset = bpf_core_field_offset(struct pid, numbers);
-	u32 size = bpf_core_type_size(struct upid);
+	struct pid *pid = task->group_leader->thread_pid;
+	u32 level, offset, size;
 
-	for (u32 i = 0; i < ABI_DEPTH_MAX && i <= level; i++) {
+	if (pid->numbers[0].ns->ns.inum == daemon_pid_ns)
+		return pid->numbers[0].nr;
+	level = pid->level;
+	offset = bpf_core_field_offset(struct pid, numbers);
+	size = bpf_core_type_size(struct upid);
+	for (u32 i = 1; i < ABI_DEPTH_MAX && i <= level; i++) {
 		struct upid *upid = (void *)pid + offset + i * size;
 
 		if (BPF_CORE_READ(upid, ns, ns.inum) == daemon_pid_ns)
@@ -66,22 +69,12 @@ static __always_inline s32 visible_pid(struct task_struct *task)
 
 static __always_inline struct cgroup *task_cgroup(struct task_struct *task)
 {
-	return BPF_CORE_READ(task, cgroups, dfl_cgrp);
+	return task->cgroups->dfl_cgrp;
 }
 
 static __always_inline u64 cgroup_id(struct cgroup *cgroup)
 {
-	return BPF_CORE_READ(cgroup, kn, id);
-}
-
-/* The ancestor at a level; the cgroup itself at its own. NULL when it cannot be read. */
-static __always_inline struct cgroup *ancestor(struct cgroup *cgroup, int level)
-{
-	struct cgroup *found = NULL;
-	u32 offset = bpf_core_field_offset(struct cgroup, ancestors);
-
-	bpf_probe_read_kernel(&found, sizeof(found), (void *)cgroup + offset + level * 8);
-	return found;
+	return cgroup->kn->id;
 }
 
 /* The system call that a task is in, from the registers it entered the kernel with. */

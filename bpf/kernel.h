@@ -66,7 +66,6 @@ struct cgroup {
 	struct cgroup_subsys_state self;
 	int level;
 	struct kernfs_node *kn;
-	struct cgroup *ancestors[0];
 };
 
 enum cgroup_subsys_id {

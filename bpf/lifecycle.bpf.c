@@ -41,13 +41,15 @@ struct lifecycle_counters counters = {};
 static __always_inline struct managed *find_managed(struct task_struct *task, u64 *own, u64 *id)
 {
 	struct cgroup *cgroup = task_cgroup(task);
-	int level = BPF_CORE_READ(cgroup, level);
+	struct cgroup_subsys_state *css = &cgroup->self;
+	int level = cgroup->level;
 	struct managed *entry;
 
 	*own = *id = cgroup_id(cgroup);
 	entry = bpf_map_lookup_elem(&managed, id);
 	for (int i = 1; !entry && i <= ABI_DEPTH_MAX && i < level; i++) {
-		*id = cgroup_id(ancestor(cgroup, level - i));
+		css = css->parent;
+		*id = cgroup_id(css->cgroup);
 		entry = bpf_map_lookup_elem(&managed, id);
 	}
 	return entry;
@@ -89,8 +91,8 @@ static __always_inline void submit(void *event, bool wake)
 static __always_inline void describe(struct process *process, struct task_struct *task)
 {
 	process->pid = visible_pid(task);
-	process->parent_pid = visible_pid(BPF_CORE_READ(task, real_parent));
-	process->start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
+	process->parent_pid = visible_pid(task->real_parent);
+	process->start_ns = task->group_leader->start_boottime;
 	BPF_CORE_READ_INTO(&process->comm, task, comm);
 }
 
@@ -100,7 +102,7 @@ static __always_inline void tell_fork(struct task_struct *parent, struct task_st
 	struct managed *entry;
 	u64 own, id;
 
-	if (BPF_CORE_READ(child, pid) != BPF_CORE_READ(child, tgid))
+	if (child->pid != child->tgid)
 		return;
 	/* What a call forks is in it already. */
 	entry = find_managed(child, &own, &id);
@@ -112,7 +114,7 @@ static __always_inline void tell_fork(struct task_struct *parent, struct task_st
 	describe(&event->child, child);
 	/* Who forked it, also where CLONE_PARENT gave it another parent. */
 	event->child.parent_pid = visible_pid(parent);
-	event->parent_start_ns = BPF_CORE_READ(parent, group_leader, start_boottime);
+	event->parent_start_ns = parent->group_leader->start_boottime;
 	submit(event, false);
 }
 
@@ -149,8 +151,8 @@ static __always_inline void tell_exec(struct task_struct *task)
 		return;
 	describe(&event->process, task);
 	event->own_cgroup_id = own;
-	start = BPF_CORE_READ(task, mm, arg_start);
-	length = BPF_CORE_READ(task, mm, arg_end) - start;
+	start = task->mm->arg_start;
+	length = task->mm->arg_end - start;
 	event->argv_cut = length > ABI_ARGV_BYTES;
 	if (length > ABI_ARGV_BYTES)
 		length = ABI_ARGV_BYTES;
@@ -172,31 +174,30 @@ int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm
 
 static __always_inline void tell_exit(struct task_struct *task)
 {
-	struct task_struct *leader = BPF_CORE_READ(task, group_leader);
-	struct signal_struct *signal = BPF_CORE_READ(task, signal);
+	struct task_struct *leader = task->group_leader;
+	struct signal_struct *signal = task->signal;
 	struct exit_event *event;
 	u64 own, id;
 
 	/* Only the last thread ends the process; do_exit() has counted it down before. */
-	if (BPF_CORE_READ(signal, live.counter) || !find_managed(task, &own, &id))
+	if (signal->live.counter || !find_managed(task, &own, &id))
 		return;
 	event = reserve(EVENT_EXIT, sizeof(*event), id);
 	if (!event)
 		return;
 	/* By the name of its first thread, not of the one that ends last. */
 	describe(&event->process, leader);
-	event->user_ns = BPF_CORE_READ(signal, utime) + BPF_CORE_READ(task, utime);
-	event->system_ns = BPF_CORE_READ(signal, stime) + BPF_CORE_READ(task, stime);
+	event->user_ns = signal->utime + task->utime;
+	event->system_ns = signal->stime + task->stime;
 	if (leader != task) {
-		event->user_ns += BPF_CORE_READ(leader, utime);
-		event->system_ns += BPF_CORE_READ(leader, stime);
+		event->user_ns += leader->utime;
+		event->system_ns += leader->stime;
 	}
-	event->rss_peak_bytes = BPF_CORE_READ(signal, maxrss) * page_bytes;
+	event->rss_peak_bytes = signal->maxrss * page_bytes;
 	/* As wait_task_zombie() in kernel/exit.c. */
-	event->wait_status = BPF_CORE_READ(signal, flags) & SIGNAL_GROUP_EXIT ?
-				     BPF_CORE_READ(signal, group_exit_code) :
-				     BPF_CORE_READ(leader, exit_code);
-	event->executed = !(BPF_CORE_READ(leader, flags) & PF_FORKNOEXEC);
+	event->wait_status =
+		signal->flags & SIGNAL_GROUP_EXIT ? signal->group_exit_code : leader->exit_code;
+	event->executed = !(leader->flags & PF_FORKNOEXEC);
 	submit(event, false);
 }
 

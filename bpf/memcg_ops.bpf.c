@@ -96,7 +96,7 @@ static __always_inline struct protection *find_session(struct mem_cgroup *memcg,
 	struct protection *found;
 
 	for (int i = 0; i <= ABI_DEPTH_MAX && memcg; i++) {
-		u64 id = cgroup_id(BPF_CORE_READ(memcg, css.cgroup));
+		u64 id = BPF_CORE_READ(memcg, css.cgroup, kn, id);
 
 		look_at(memcg, way);
 		found = bpf_map_lookup_elem(&protections, &id);

@@ -63,10 +63,9 @@ static __always_inline struct mem_cgroup *task_memcg(struct task_struct *task)
 {
 	u32 id = bpf_core_enum_value(enum cgroup_subsys_id, memory_cgrp_id);
 	u32 offset = bpf_core_field_offset(struct css_set, subsys);
-	struct css_set *set = BPF_CORE_READ(task, cgroups);
-	struct cgroup_subsys_state *css = NULL;
+	struct cgroup_subsys_state *css =
+		*(struct cgroup_subsys_state **)((void *)task->cgroups + offset + id * 8);
 
-	bpf_probe_read_kernel(&css, sizeof(css), (void *)set + offset + id * 8);
 	return css ? (void *)css - bpf_core_field_offset(struct mem_cgroup, css) : NULL;
 }
 
@@ -83,18 +82,19 @@ static __always_inline u64 usage_bytes(struct page_counter *counter)
 /* The managed cgroup at or above a memory cgroup; *memcg is moved up to it. */
 static __always_inline struct memory_limits *find_limits(struct mem_cgroup **memcg, u64 *id)
 {
-	struct cgroup *cgroup = BPF_CORE_READ(*memcg, css.cgroup);
-	int level = BPF_CORE_READ(cgroup, level);
+	u32 offset = bpf_core_field_offset(struct mem_cgroup, css);
+	struct cgroup_subsys_state *css = (void *)*memcg + offset;
+	int level = css->cgroup->level;
 	struct memory_limits *entry;
 
-	*id = cgroup_id(cgroup);
+	*id = cgroup_id(css->cgroup);
 	entry = bpf_map_lookup_elem(&limits, id);
 	for (int i = 1; !entry && i <= ABI_DEPTH_MAX && i < level; i++) {
-		*id = cgroup_id(ancestor(cgroup, level - i));
-		*memcg = (void *)BPF_CORE_READ(*memcg, css.parent) -
-			 bpf_core_field_offset(struct mem_cgroup, css);
+		css = css->parent;
+		*id = cgroup_id(css->cgroup);
 		entry = bpf_map_lookup_elem(&limits, id);
 	}
+	*memcg = (void *)css - offset;
 	return entry;
 }
 
@@ -200,7 +200,7 @@ static __always_inline void check_rates(struct memory_limits *limit, struct memo
 static __always_inline void count_faults(struct task_struct *task, u64 *faults, u64 *major)
 {
 	struct task_seen *seen = bpf_task_storage_get(&tasks, task, 0, 0);
-	u64 min_flt = BPF_CORE_READ(task, min_flt), maj_flt = BPF_CORE_READ(task, maj_flt);
+	u64 min_flt = task->min_flt, maj_flt = task->maj_flt;
 
 	*faults = *major = 0;
 	if (!seen) {
@@ -510,16 +510,21 @@ static __always_inline void tell_denied(struct memory_state *state, u64 id, u64 
 SEC("fmod_ret/security_vm_enough_memory_mm")
 int BPF_PROG(on_enough_memory, struct mm_struct *mm, long pages, int ret)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
-	struct mem_cgroup *memcg = task_memcg(task);
+	struct task_struct *task;
+	struct mem_cgroup *memcg;
 	struct memory_limits *limit;
 	struct memory_state *state;
 	u64 id, usage, request, now, mark;
 	bool urgent = false, over = false;
 	u32 round;
 
-	if (ret || pages <= 0 || !memcg)
+	/* Mostly nothing is denied and nobody is protected. */
+	if (ret || pages <= 0 || (!control.denying && !control.protected_count))
 		return ret;
+	task = bpf_get_current_task_btf();
+	memcg = task_memcg(task);
+	if (!memcg)
+		return 0;
 	limit = find_limits(&memcg, &id);
 	if (!limit || limit->kind != KIND_CALL)
 		return 0;
@@ -536,20 +541,19 @@ int BPF_PROG(on_enough_memory, struct mm_struct *mm, long pages, int ret)
 	}
 	if (limit->deny_mode == DENY_OVER_MARK)
 		over = usage + request > mark;
-	if (!urgent && !over) {
-		if (limit->deny_mode == DENY_NEVER && state->allowed_bytes)
-			state->allowed_bytes = 0;
+	if ((!urgent && !over) || must_not_fail(task))
 		return 0;
+	round = over ? limit->deny_round << 1 : (u32)control.urgent_count << 1 | 1;
+	if (state->allowed_round != round) {
+		state->allowed_round = round;
+		state->allowed_bytes = 0;
 	}
-	if (must_not_fail(task))
-		return 0;
 	/* What is promised here may be used much later, so promises are added up. */
 	if (request <= ABI_SMALL_REQUEST_BYTES &&
 	    state->allowed_bytes + request <= control.allowance_bytes) {
 		__sync_fetch_and_add(&state->allowed_bytes, request);
 		return 0;
 	}
-	round = over ? limit->deny_round << 1 : (u32)control.urgent_count << 1 | 1;
 	tell_denied(state, id, usage, mark, request, round);
 	return -ENOMEM;
 }

@@ -211,7 +211,7 @@ class MemoryState(ctypes.Structure):
         ("above_mark", ctypes.c_uint32),
         ("above_rate", ctypes.c_uint32),
         ("told_round", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("allowed_round", ctypes.c_uint32),
         ("allowed_bytes", ctypes.c_uint64),
     )
     window_ns: int
@@ -228,7 +228,7 @@ class MemoryState(ctypes.Structure):
     above_mark: int
     above_rate: int
     told_round: int
-    reserved: int
+    allowed_round: int
     allowed_bytes: int
 
 
@@ -337,7 +337,7 @@ class ProtectedSession(ctypes.Structure):
 
 
 class MemoryControl(ctypes.Structure):
-    """struct memory_control, 2648 bytes"""
+    """struct memory_control, 2656 bytes"""
 
     _fields_ = (
         ("allowance_bytes", ctypes.c_uint64),
@@ -350,6 +350,7 @@ class MemoryControl(ctypes.Structure):
         ("urgent_count", ctypes.c_uint64),
         ("lost", ctypes.c_uint64),
         ("untracked", ctypes.c_uint64),
+        ("denying", ctypes.c_uint64),
         ("urgent_priority", ctypes.c_uint32),
         ("protected_count", ctypes.c_uint32),
         ("protected_sessions", ProtectedSession * 64),
@@ -364,6 +365,7 @@ class MemoryControl(ctypes.Structure):
     urgent_count: int
     lost: int
     untracked: int
+    denying: int
     urgent_priority: int
     protected_count: int
     protected_sessions: ctypes.Array[ProtectedSession]

@@ -55,6 +55,8 @@ class MemoryPrograms:
         if self._entries.pop(cgroup, None) is not None:
             self._limits.pop(cgroup)
             self._states.pop(cgroup)
+            if self.control.denying:
+                self._count_denied()
 
     def set_mark(self, cgroup: CgroupId, soft_bytes: int, low_bytes: int) -> None:
         """Tell when usage rises above `soft_bytes`, and when it falls below `low_bytes` after
@@ -75,10 +77,17 @@ class MemoryPrograms:
             raise BpfError(f"cgroup {cgroup} is not watched", errno.ENOENT)
         self._change(cgroup, deny_mode=abi.DenyMode.OVER_MARK, deny_mark_bytes=mark_bytes,
                      deny_round=(entry.deny_round + 1) & 0x7FFFFFFF)  # fmt: skip
+        self._count_denied()
 
     def allow(self, cgroup: CgroupId) -> None:
         """Refuse nothing any more. Raises BpfError."""
         self._change(cgroup, deny_mode=abi.DenyMode.NEVER, deny_mark_bytes=0)
+        self._count_denied()
+
+    def _count_denied(self) -> None:
+        """While there are none, the program on the way of every mapping ends at once."""
+        entries = self._entries.values()
+        self.control.denying = sum(e.deny_mode != abi.DenyMode.NEVER for e in entries)
 
     def _change(self, cgroup: CgroupId, **values: int) -> None:
         entry = self._entries.get(cgroup)
