@@ -103,7 +103,7 @@ DEFINITIONS = (
     ),
     Definition(
         MARKS, "memory", ((("on_charge",), (_function("page_counter_try_charge"), *_MEMCG)),),
-        "the guard looks at the pool by a timer",
+        "the pool's memory.high, set back when it is passed, wakes the guard",
     ),
     Definition(
         DENY, "memory",
