@@ -115,6 +115,7 @@ class Watchers:
         if self._signals is not None:
             self._signals.sweep()
         if self._boundaries is not None:
+            self._boundaries.catch_up()
             self._boundaries.prune()
         self._actions().metrics.bpf_failures.set(self.plane.failures)
 
