@@ -3,6 +3,7 @@ sessions. Everything it makes lies below one cgroup of its own and is removed at
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import secrets
@@ -67,7 +68,8 @@ class AgentProcess:
         """End it."""
         if self.process.poll() is None:
             assert self.process.stdin is not None and self.process.stdout is not None
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # killed with its session just now
+                self.process.stdin.close()
             try:
                 self.process.wait(10 * SLOW)
             except subprocess.TimeoutExpired:
