@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -326,8 +327,8 @@ def test_colors_only_where_welcome(daemon: FakeDaemon) -> None:
         try:
             while chunk := os.read(master, 4096):
                 text += chunk
-        except OSError:
-            pass
+        except OSError as error:
+            assert error.errno == errno.EIO  # how a terminal says that its other side has closed
         os.close(master)
         assert process.wait() == 0
         return text
