@@ -45,6 +45,7 @@ CHECK_AFTER_S = 0.2
 exit event may be on its way."""
 SLICE_S = 0.005
 QUEUE_EVENTS_MAX = 4096
+OVER_MAX = 65_536
 CMDLINE_BYTES_MAX = 65_536
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
@@ -116,6 +117,9 @@ class Boundaries:
         self._queue: deque[AnyEvent] = deque()
         self._busy = False
         self._dead: set[Key] = set()
+        self._over_keys: dict[Key, None] = {}
+        """The newest that are known to have ended, the oldest first: a resync may find a process
+        before its events are read, or still in its cgroup after its exit event."""
         self._lost_before: dict[str, int] = {}
         self._missed_before: dict[str, int] = {}
         self._loop = asyncio.get_running_loop()
@@ -224,7 +228,7 @@ class Boundaries:
         if session is None or not event.child.pid:
             return
         child = key_of(event.child)
-        if child in self._seen:
+        if child in self._seen or child in self._over_keys:
             return  # a resync was there first
         parent = event.child.parent_pid, event.parent_start_ns // TICK_NS
         sighting = self._seen.get(parent)
@@ -256,10 +260,11 @@ class Boundaries:
     def _exit(self, event: abi.ExitEvent) -> None:
         key = key_of(event.process)
         forked = self._forked.pop(key, None)
+        sighting = self._seen.pop(key, None)
+        if forked is not None or sighting is not None:
+            self._forget(key)
         if forked is not None:
             self._exec_was_missed(forked, event)
-            return
-        sighting = self._seen.pop(key, None)
         if sighting is None:
             return
         sighting.members.discard(key)
@@ -269,6 +274,11 @@ class Boundaries:
                 sighting.call.exit_status = event.wait_status
         if not sighting.members:
             self._over(sighting)
+
+    def _forget(self, key: Key) -> None:
+        self._over_keys[key] = None
+        if len(self._over_keys) > OVER_MAX:
+            del self._over_keys[next(iter(self._over_keys))]
 
     def _exec_was_missed(self, forked: Forked, event: abi.ExitEvent) -> None:
         """It has executed something, says its exit event, but no exec event did."""
@@ -449,9 +459,14 @@ class Boundaries:
         """Forget processes whose exit event was lost: those found dead twice, with time for their
         event in between."""
         dead = {key for key in (*self._forked, *self._seen) if not _lives(key)}
+        self._lifecycle.drain()
+        if self._queue:
+            return  # their events may be among these; the next sweep prunes
         for key in dead & self._dead:
-            self._forked.pop(key, None)
+            forked = self._forked.pop(key, None)
             sighting = self._seen.pop(key, None)
+            if forked is not None or sighting is not None:
+                self._forget(key)
             if sighting is None:
                 continue
             sighting.members.discard(key)
@@ -472,7 +487,7 @@ class Boundaries:
                 continue
         # Parents before their children, so that a child finds its parent's call.
         for pid, key in sorted(keys.items(), key=lambda item: item[1][1]):
-            if key in self._seen:
+            if key in self._seen or key in self._over_keys:
                 continue
             try:
                 self._resync_process(session, keys, pid, key)

@@ -1,0 +1,293 @@
+"""The language of policies: one TOML document, checked by pydantic models.
+
+A policy is a list of rulesets, tried in order on every look. Each has detectors, which must all
+hold, and one action. A detector that has begun to hold goes on holding until its `until` is reached,
+so that nothing flaps, and what an action did is undone when its ruleset no longer holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from agentcgroupd.config import Duration, Priority, Section
+from agentcgroupd.errors import InvalidField
+from agentcgroupd.units import parse_bytes, show_bytes
+
+AMOUNT_ALLOWED = "a part of the pool such as 6%, from 0.1% to 100%, or a size such as 512M"
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """A part of the pool, or bytes."""
+
+    percent: float | None = None
+    size_bytes: int | None = None
+
+    def of(self, limit_bytes: int) -> int:
+        """In bytes, of a pool of this size."""
+        if self.size_bytes is not None:
+            return min(self.size_bytes, limit_bytes)
+        return int(limit_bytes * (self.percent or 0.0) / 100)
+
+    def __str__(self) -> str:
+        if self.size_bytes is not None:
+            return show_bytes(self.size_bytes)
+        return f"{self.percent:g}%"
+
+    def above(self, other: Amount) -> bool | None:
+        """Whether it is more than another; None where that depends on the pool."""
+        if self.percent is not None and other.percent is not None:
+            return self.percent > other.percent
+        if self.size_bytes is not None and other.size_bytes is not None:
+            return self.size_bytes > other.size_bytes
+        return None
+
+
+def parse_amount(field: str, text: str) -> Amount:
+    """`6%` or `512M`. Raises InvalidField."""
+    stripped = text.strip()
+    if not stripped.endswith("%"):
+        try:
+            return Amount(size_bytes=parse_bytes(field, stripped))
+        except InvalidField:
+            raise InvalidField(field, text, AMOUNT_ALLOWED) from None
+    try:
+        percent = float(Decimal(stripped[:-1].strip()))
+    except ArithmeticError:
+        raise InvalidField(field, text, AMOUNT_ALLOWED) from None
+    if not 0.1 <= percent <= 100:
+        raise InvalidField(field, text, AMOUNT_ALLOWED)
+    return Amount(percent=percent)
+
+
+def _amount(value: object) -> object:
+    if isinstance(value, Amount):
+        return value
+    if not isinstance(value, str):
+        raise InvalidField("amount", repr(value), AMOUNT_ALLOWED)
+    return parse_amount("amount", value)
+
+
+PoolAmount = Annotated[Amount, BeforeValidator(_amount)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def _wrong(field: str, value: object, allowed: str) -> InvalidField:
+    return InvalidField(field, str(value), allowed, "the policy contradicts itself")
+
+
+# Detectors
+
+
+class PoolFree(Section):
+    """Less of the pool is free than `below`, until `until` is free again."""
+
+    detector: Literal["pool_free"]
+    below: PoolAmount
+    until: PoolAmount
+    keep_room: bool = False
+    """Beside what the leader, the most important call that must get through, may still need."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PoolFree:
+        if self.below.above(self.until):
+            raise _wrong("until", self.until, f"at least below, which is {self.below}")
+        return self
+
+
+class PoolFills(Section):
+    """At its present growth the pool would be full within this time."""
+
+    detector: Literal["pool_fills"]
+    within: Duration
+
+
+class Stalled(Section):
+    """Tasks stall on memory (PSI some) for more than this part of the time."""
+
+    detector: Literal["stalled"]
+    scope: Literal["pool", "important"] = "pool"
+    above: Share
+    until: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Stalled:
+        if self.until >= self.above:
+            raise _wrong("until", self.until, f"less than above, which is {self.above:g}")
+        return self
+
+
+class Growing(Section):
+    """The pool grows faster than this, in bytes a second."""
+
+    detector: Literal["growing"]
+    above: Annotated[Amount, BeforeValidator(_amount)]
+
+
+Detector = Annotated[PoolFree | PoolFills | Stalled | Growing, Field(discriminator="detector")]
+
+
+# Actions
+
+
+class Reclaim(Section):
+    """Take cold memory back (memory.reclaim) without stopping anyone."""
+
+    action: Literal["reclaim"]
+    whom: Literal["waiting", "frozen"] = "waiting"
+    """Sessions whose agent waits for its model, or the calls that are paused."""
+    waiting_for: Duration = 1_000_000
+    step: PoolAmount = Amount(percent=2.0)
+    """At most so much of one session at a time."""
+    every: Duration = 2_000_000
+    """Not more often from the same session."""
+    refaults_per_s: Annotated[float, Field(ge=0)] = 200.0
+    """A session that needs more of it back than this is left alone."""
+
+
+class Throttle(Section):
+    """memory.high just above what a growing call holds: it goes on, slowly, while its cold memory
+    is swapped out."""
+
+    action: Literal["throttle"]
+    slack: PoolAmount = Amount(size_bytes=16 << 20)
+    needs_swap: bool = True
+    """Without swap, memory.high brings a program that allocates to a near standstill."""
+
+
+class Deny(Section):
+    """What a growing call asks for is refused (ENOMEM), where the kernel lets us."""
+
+    action: Literal["deny"]
+    whom: Literal["willing", "all"] = "willing"
+    """Willing: calls whose intent says on_pressure = deny."""
+
+
+class Freeze(Section):
+    """Growing calls are paused, the least important first."""
+
+    action: Literal["freeze"]
+
+
+class Kill(Section):
+    """One call is ended: only when nothing else could be done on this look."""
+
+    action: Literal["kill"]
+
+
+class Slow(Section):
+    """Sessions that stall on memory get less CPU: more would only be spent on reclaim."""
+
+    action: Literal["slow"]
+    percent: Annotated[int, Field(ge=1, le=99)] = 25
+    above: Share = 0.2
+    """Stalled for more than this part of the time."""
+
+
+AnyAction = Annotated[
+    Reclaim | Throttle | Deny | Freeze | Kill | Slow, Field(discriminator="action")
+]
+
+
+class Ruleset(Section):
+    """One rung: when, and what then."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+    description: str = ""
+    enabled: bool = True
+    dry_run: bool = False
+    """Decide and tell, but do nothing."""
+    cooldown: Duration | None = None
+    """Not again before this time has passed."""
+    spare_priority: Priority = 101
+    """Calls and sessions of at least this priority are left alone; 101: none is."""
+    when: Annotated[tuple[Detector, ...], Field(min_length=1)]
+    do: AnyAction
+
+
+class Headroom(Section):
+    """What is kept free, and for whom."""
+
+    lookahead: Duration = 250_000
+    """Growth is assumed to go on this long."""
+    leader_share: Share = 0.9
+    """Room is kept for the leader's growth up to what this part of the calls like it stayed
+    below."""
+    leader_most: PoolAmount = Amount(percent=50.0)
+    """But never more than this."""
+    lease: Duration = 120_000_000
+    """A paused call goes on after this time at the latest, as soon as there is any room."""
+    thaw_every: Duration = 250_000
+    """Its effect must be seen before the next is let go on."""
+
+
+class Admission(Section):
+    """Who may start."""
+
+    enabled: bool = True
+    small: PoolAmount = Amount(size_bytes=64 << 20)
+    """A call that expects no more starts at once, and so does one that says nothing."""
+    wait: Duration = 60_000_000
+    """A call waits at most this long where its intent does not say; then it starts, and may be
+    paused."""
+    waiting_max: Annotated[int, Field(ge=0, le=100_000)] = 1000
+    """More are refused."""
+    age_step: Duration = 5_000_000
+    """Waiting this long counts as much as one step of priority in ten."""
+    overcommit: Annotated[float, Field(ge=1, le=100)] = 1.0
+    """What running calls are expected to take may add up to this times what is free."""
+
+
+class CpuClasses(Section):
+    """CPU and IO by class; a call's class follows from its priority and its expected length."""
+
+    batch_below: Priority = 35
+    interactive_from: Priority = 65
+    batch_weight_percent: Annotated[int, Field(ge=1, le=1000)] = 50
+    interactive_weight_percent: Annotated[int, Field(ge=1, le=1000)] = 200
+    io_weight: bool = True
+    """Set io.weight beside cpu.weight where the device's scheduler keeps it."""
+
+
+class Learning(Section):
+    """What the last calls of the same shape took."""
+
+    enabled: bool = True
+    runs_least: Annotated[int, Field(ge=1, le=100)] = 2
+    runs_kept: Annotated[int, Field(ge=1, le=1000)] = 8
+    tell_ratio: Annotated[float, Field(gt=1)] = 4.0
+    """An intent is called wrong when it is this many times off."""
+
+
+class Policy(Section):
+    """A whole document."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")] = "unnamed"
+    description: str = ""
+    dry_run: bool = False
+    """Of all rulesets."""
+    headroom: Headroom = Headroom()
+    admission: Admission = Admission()
+    cpu: CpuClasses = CpuClasses()
+    learning: Learning = Learning()
+    rulesets: tuple[Ruleset, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Policy:
+        names = [r.name for r in self.rulesets]
+        twice = next((n for n in names if names.count(n) > 1), None)
+        if twice is not None:
+            raise _wrong("rulesets.name", twice, "each name once")
+        if self.cpu.batch_below > self.cpu.interactive_from:
+            raise _wrong("cpu.batch_below", self.cpu.batch_below,
+                         f"at most interactive_from, which is {self.cpu.interactive_from}")  # fmt: skip
+        kills = [i for i, r in enumerate(self.rulesets) if r.enabled and r.do.action == "kill"]
+        stops = [i for i, r in enumerate(self.rulesets) if r.enabled and r.do.action == "freeze"]
+        if kills and stops and min(kills) < max(stops):
+            raise _wrong("rulesets", self.rulesets[min(kills)].name,
+                         f"an order in which kill comes after {self.rulesets[max(stops)].name!r}")  # fmt: skip
+        return self
