@@ -169,4 +169,6 @@ class BuildHook(BuildHookInterface):  # type: ignore[type-arg]
         except ToolchainError as error:
             self.app.abort(f"agentcgroup: {error}")
         build_data["pure_python"] = False
+        if version == "standard":  # a checkout has them in their own place
+            build_data["force_include"][str(root / "policies")] = "agentcgroupd/policies"
         build_data["tag"] = f"py3-none-linux_{os.uname().machine}"

@@ -24,6 +24,8 @@ import psutil
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.config import GuardConfig
+from agentcgroupd.policy.engine import marks
+from agentcgroupd.policy.load import load_policy
 from bench.report import BenchReport, Target, quantile
 from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, wait_until
 
@@ -136,8 +138,7 @@ def daemon_rung(
     daemon: DaemonProcess, pool_bytes: int, rates: list[float], rounds: int
 ) -> list[Reaction]:
     """Crossings of the pool's mark at each rate."""
-    config = GuardConfig()
-    mark = int(pool_bytes * (1 - config.margin_percent / 100))
+    mark, low = marks(load_policy(None, None).policy, pool_bytes)
     vip, batch = daemon.open("vip", priority="important"), daemon.open("batch", priority="batch")
     _start(vip, "vip", f"100 {16 * MIB} 0\n3600000 {16 * MIB} 0\n")
     current = daemon.cgroup_dir / "memory.current"
@@ -153,7 +154,7 @@ def daemon_rung(
             print(f"reaction: {rate} GB/s, round {number + 1} of {rounds}: stopped after "
                   f"{seconds * 1e3:.2f} ms and {past / MIB:.1f} MiB", file=sys.stderr)  # fmt: skip
             _gone(daemon, batch)
-            _wait_below(current, int(pool_bytes * (1 - config.resume_percent / 100)) - 16 * MIB)
+            _wait_below(current, low - 16 * MIB)
     observer.close()
     vip.run("tool.kill(); tool.wait()")
     return found

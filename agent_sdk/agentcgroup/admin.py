@@ -10,7 +10,15 @@ from agentcgroup import flow, paths
 from agentcgroup.channel import Connection
 from agentcgroup.intent import Quantity, spec_message
 from agentcgroup.streams import Stream
-from agentcgroup.types import CallInfo, Event, PoolInfo, Report, SessionInfo
+from agentcgroup.types import (
+    CallInfo,
+    Event,
+    Explanation,
+    PolicyState,
+    PoolInfo,
+    Report,
+    SessionInfo,
+)
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1.agentcgroup_pb2_grpc import AdminStub
 
@@ -95,6 +103,23 @@ class Admin:
         """The newest reports, newest first, of one session or of all."""
         request = pb.ListReportsRequest(session_id=session_id, limit=limit)
         return [Report.from_proto(report) for report in self._ask("ListReports", request).reports]
+
+    def policy(self) -> PolicyState:
+        """The policy in force, and how its rulesets stand."""
+        return PolicyState.from_proto(self._ask("GetPolicy", pb.GetPolicyRequest()))
+
+    def reload_policy(self) -> PolicyState:
+        """Have the policy's files read anew.
+
+        Raises:
+            Refused: they cannot be used; the policy before stays in force.
+        """
+        return PolicyState.from_proto(self._ask("ReloadPolicy", pb.ReloadPolicyRequest()))
+
+    def explain_call(self, call_id: str) -> Explanation:
+        """How the policy sees an open call, what it did to it, and what it would do next."""
+        request = pb.ExplainCallRequest(call_id=call_id)
+        return Explanation.from_proto(self._ask("ExplainCall", request))
 
     def events(self, session_id: str = "") -> Stream[Event]:
         """What happens, in one session or all, as it happens: an iterator without end."""

@@ -21,8 +21,10 @@ OnUnavailable = Literal["run", "refuse"]
 T = TypeVar("T")
 
 RPC_TIMEOUT_S = 5.0
-BEGIN_TIMEOUT_S = 60.0
-"""A call may wait in the daemon's queue before it is granted."""
+BEGIN_TIMEOUT_S = 90.0
+"""A call may wait in the daemon's queue before it begins, by default for up to a minute."""
+WAIT_MOST_S = 3600.0
+"""What an intent may say at most of how long it waits."""
 RETURN_TIMEOUT_S = 2.0
 """How long a begin waits for a daemon that was there before, e.g. while it is being restarted."""
 END_TIMEOUT_S = 10.0
@@ -72,15 +74,16 @@ def begin(
         on_unavailable: "refuse" raises Unavailable instead of returning it.
         seen: this client has reached the daemon before, so it may be about to return.
     """
+    timeout = BEGIN_TIMEOUT_S + (WAIT_MOST_S if request.intent.wait else 0.0)
     try:
         try:
-            call: pb.Call = yield Rpc("BeginCall", request, BEGIN_TIMEOUT_S)
+            call: pb.Call = yield Rpc("BeginCall", request, timeout)
         except Unavailable as away:
             if not seen or away.code != "UNAVAILABLE":
                 raise
             # A second BeginCall is safe: a call that the first one made is ended as abandoned.
             yield Rpc("GetSession", pb.GetSessionRequest(), RETURN_TIMEOUT_S, wait=True)
-            call = yield Rpc("BeginCall", request, BEGIN_TIMEOUT_S)
+            call = yield Rpc("BeginCall", request, timeout)
     except Unavailable as away:
         if on_unavailable == "refuse":
             raise

@@ -22,7 +22,8 @@ class Intent(TypedDict, total=False):
     memory, memory_max: bytes, or text such as "512M". cpu_weight: 1..10000. cpu_max: cores, or text
     such as "250m". pids_max: processes and threads. timeout: seconds, or text such as "10m".
     priority: 0..100, or "batch", "normal", "important". on_pressure: "freeze", "deny", "throttle"
-    or "kill". hint: the older form, "memory:high", "memory:2g".
+    or "kill". hint: the older form, "memory:high", "memory:2g". wait: seconds, or text such as
+    "30s": how long it may wait for room before it is refused; 0: not at all.
     """
 
     memory: Quantity | None
@@ -34,6 +35,7 @@ class Intent(TypedDict, total=False):
     priority: Quantity | None
     on_pressure: str | None
     hint: str | None
+    wait: Quantity | None
 
 
 INTENT_FIELDS = frozenset(Intent.__annotations__)

@@ -36,6 +36,9 @@ def ask(path: str, method: str, data: bytes, timeout: float) -> Any:
             sock.connect(path)
             sock.send(data)
             reply = sock.recv(_REPLY_BYTES_MAX)
+            while (more := _asks_to_wait(reply)) is not None:
+                sock.settimeout(timeout + more)
+                reply = sock.recv(_REPLY_BYTES_MAX)
     except OSError as error:
         raise _away(error) from None
     return _parse(method, reply)
@@ -50,9 +53,19 @@ async def ask_async(path: str, method: str, data: bytes, timeout: float) -> Any:
             await asyncio.wait_for(loop.sock_connect(sock, path), timeout)
             await loop.sock_sendall(sock, data)
             reply = await asyncio.wait_for(loop.sock_recv(sock, _REPLY_BYTES_MAX), timeout)
+            while (more := _asks_to_wait(reply)) is not None:
+                receive = loop.sock_recv(sock, _REPLY_BYTES_MAX)
+                reply = await asyncio.wait_for(receive, timeout + more)
     except (OSError, asyncio.TimeoutError) as error:
         raise _away(error) from None
     return _parse(method, reply)
+
+
+def _asks_to_wait(reply: bytes) -> int | None:
+    """Seconds that the real answer may take; None: this is it."""
+    word, _, rest = reply.partition(b"\0")
+    seconds = rest.rstrip(b"\0").removeprefix(b"seconds=")
+    return int(seconds) if word == b"WAIT" and seconds.isdigit() else None
 
 
 def _socket() -> socket.socket:

@@ -59,6 +59,7 @@ class CallState(str, Enum):
     RUNNING = "running"
     FROZEN = "frozen"
     ENDING = "ending"
+    WAITING = "waiting"
 
     __str__ = str.__str__
 
@@ -83,6 +84,11 @@ class FeedbackCode(str, Enum):
     GROWTH_DENIED = "growth_denied"
     GROWTH_ALLOWED = "growth_allowed"
     NOT_IN_CALL = "not_in_call"
+    WAITING = "waiting"
+    STARTED = "started"
+    UNDERSTATED = "understated"
+    CPU_LOWERED = "cpu_lowered"
+    CPU_RESTORED = "cpu_restored"
 
     __str__ = str.__str__
 
@@ -132,6 +138,22 @@ class Usage(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
+class Place(_Answer):
+    """A call's place in the queue for room."""
+
+    position: int
+    """1: the next."""
+    waiting: int
+    waited_usec: int
+    estimate_usec: int | None
+    """Until it begins, judged by how fast the queue has moved; None: it has not."""
+    deadline_usec: int
+    """From now, when it begins all the same or, where its intent named the time, is refused."""
+    expected_bytes: int
+    room_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class CallInfo(_Answer):
     """An open call."""
 
@@ -147,6 +169,10 @@ class CallInfo(_Answer):
     usage: Usage | None
     observed: bool = False
     """Nobody declared it: the daemon saw the agent execute a tool."""
+    place: Place | None = None
+    """While it waits for room; it has no cgroup then."""
+    waited_usec: int = 0
+    """For room, before it began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +218,8 @@ class Report(_Answer):
     frozen_usec: int
     feedback: tuple[Feedback, ...]
     observed: bool = False
+    waited_usec: int = 0
+    """For room, before it began; not counted in wall_usec."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +282,43 @@ class PoolInfo(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
+class RulesetState(_Answer):
+    """One ruleset of the policy: what it does, and whether it is time to."""
+
+    name: str
+    action: str
+    dry_run: bool
+    holds: bool
+    detectors: tuple[str, ...]
+    decisions: int
+    acted_usec_ago: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyState(_Answer):
+    """The policy in force. `error`: why its files as they are now are not; empty: they are."""
+
+    name: str
+    document: str
+    sources: tuple[str, ...]
+    loaded_unix_usec: int
+    error: str
+    rulesets: tuple[RulesetState, ...]
+    dry_run: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation(_Answer):
+    """How the policy sees a call, what it did to it (oldest first), and what it would do next."""
+
+    call_id: str
+    sentence: str
+    numbers: Mapping[str, float]
+    history: tuple[Feedback, ...]
+    outlook: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Event(_Answer):
     """Something that happened in the pool: exactly one field is set."""
 
@@ -267,12 +332,16 @@ class Event(_Answer):
 _MESSAGES: dict[str, type[_Answer]] = {
     "Grant": Grant,
     "Usage": Usage,
+    "Place": Place,
     "Call": CallInfo,
     "Feedback": Feedback,
     "Report": Report,
     "Budget": Budget,
     "Session": SessionInfo,
     "Pool": PoolInfo,
+    "RulesetState": RulesetState,
+    "PolicyState": PolicyState,
+    "Explanation": Explanation,
     "Event": Event,
 }
 _ENUMS: dict[str, type[Enum]] = {

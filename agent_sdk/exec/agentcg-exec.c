@@ -19,18 +19,18 @@ enum { REFUSED = 125, CANNOT_EXEC = 126, NOT_FOUND = 127 }; /* as env(1) has the
 enum { PACKET_MAX = 16384, ARGS_MAX = 4096, CALL_NAME_MAX = 128, TIMEOUT_S = 10 };
 
 /* Those before KEYS are keys of the request, those from NAME on of `begin` alone. */
-enum { CALL, SESSION, NAME, HINT, KEYS = NAME + 10, SOCKET = KEYS, AWAY, HELP, VERSION, OPTIONS };
+enum { CALL, SESSION, NAME, HINT, KEYS = NAME + 11, SOCKET = KEYS, AWAY, HELP, VERSION, OPTIONS };
 static const char *const verbs[] = { [CALL] = "attach", [SESSION] = "enter", [NAME] = "begin" };
 static const char *const names[OPTIONS] = {
-	"call",	      "session",	"name",	    "hint",    "memory",   "memory-max",
-	"cpu-weight", "cpu-max",	"pids-max", "timeout", "priority", "on-pressure",
-	"socket",     "on-unavailable", "help",	    "version"
+	"call",	      "session", "name",	   "hint",    "memory",	  "memory-max",
+	"cpu-weight", "cpu-max", "pids-max",	   "timeout", "priority", "on-pressure",
+	"wait",	      "socket",	 "on-unavailable", "help",    "version"
 };
 static char *values[OPTIONS];
 static const char help[] =
 	"usage: agentcg-exec [OPTION VALUE]... [--] cmd [arg]...\n"
 	"Runs cmd as a new call: --name --memory --memory-max --cpu-weight --cpu-max --pids-max\n"
-	"  --timeout --priority --on-pressure --hint (default: $AGENT_RESOURCE_HINT);\n"
+	"  --timeout --priority --on-pressure --wait --hint (default: $AGENT_RESOURCE_HINT);\n"
 	"or in an open call: --call ID; or in the agent leaf of a session, as root: --session ID.\n"
 	"Daemon: --socket PATH (default: below $AGENTCG_RUN_DIR or /run/agentcgroup)\n"
 	"  --on-unavailable run|refuse (default: $AGENTCG_ON_UNAVAILABLE, or run for a new call)\n"

@@ -12,6 +12,7 @@ from pathlib import Path
 from agentcgroupd.answers import VERSION
 from agentcgroupd.config import Config, load_config
 from agentcgroupd.errors import AgentcgroupdError
+from agentcgroupd.policy.load import load_policy
 from agentcgroupd.service import Daemon, PartFailed
 
 log = logging.getLogger("agentcgroupd")
@@ -54,6 +55,7 @@ def main() -> int:
     try:
         config = load_config(arguments.config)
         if arguments.check:
+            load_policy(config.policy.path, config.policy.drop_in)
             print(config.model_dump_json(indent=2))
             return 0
         if os.geteuid() != 0:

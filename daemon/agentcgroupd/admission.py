@@ -6,10 +6,11 @@ or an error, when what the caller says it needs cannot fit at all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from agentcgroupd.errors import InvalidField
 from agentcgroupd.intent import Intent
+from agentcgroupd.policy.model import CpuClasses
 from agentcgroupd.units import BYTES_MIN, show_bytes, show_usec
 
 CALL_MEMORY_LEAST = 4 << 20
@@ -33,6 +34,10 @@ class Grant:
     timeout_usec: int | None
     priority: int
     on_pressure: str
+    io_weight: int | None = None
+    """Beside cpu.weight; None: not set."""
+    wait_usec: int | None = None
+    """How long it may wait to begin, after which it is refused; None: as the policy says."""
     advice: tuple[str, ...] = ()
     not_enforced: tuple[str, ...] = ()
 
@@ -51,6 +56,7 @@ class Ceiling:
     default_pids_max: int | None
     default_timeout_usec: int | None
     timeout_max_usec: int
+    cpu: CpuClasses = field(default_factory=CpuClasses)
 
 
 def weight_of_priority(priority: int) -> int:
@@ -59,6 +65,18 @@ def weight_of_priority(priority: int) -> int:
     So important (80) gets four times the weight of normal (50), which gets four times batch (20).
     """
     return max(1, min(10_000, round(100 * 2 ** ((priority - 50) / 15))))
+
+
+def _class_percent(cpu: CpuClasses, priority: int) -> int:
+    if priority < cpu.batch_below:
+        return cpu.batch_weight_percent
+    return cpu.interactive_weight_percent if priority >= cpu.interactive_from else 100
+
+
+def class_weight(cpu: CpuClasses, priority: int) -> int:
+    """cpu.weight of a call: by its priority and the policy's class of it."""
+    weight = weight_of_priority(priority) * _class_percent(cpu, priority) // 100
+    return max(1, min(10_000, weight))
 
 
 def _memory(intent: Intent, above: Ceiling, advice: list[str]) -> tuple[int, int | None]:
@@ -137,12 +155,14 @@ def grant_for(intent: Intent, above: Ceiling) -> Grant:
         memory_expected_bytes=expected,
         memory_high_bytes=_memory_high(intent, memory_max),
         memory_max_bytes=memory_max,
-        cpu_weight=intent.cpu_weight or weight_of_priority(priority),
+        cpu_weight=(weight := intent.cpu_weight or class_weight(above.cpu, priority)),
+        io_weight=weight if above.cpu.io_weight else None,
         cpu_max_millicores=cpu_max,
         pids_max=pids_max,
         timeout_usec=timeout,
         priority=priority,
         on_pressure=intent.on_pressure or "freeze",
+        wait_usec=intent.wait,
         advice=tuple(advice),
     )
 
@@ -159,15 +179,15 @@ def merge(old: Grant, update: Intent, above: Ceiling, current_bytes: int | None)
                            f"at least {show_bytes(current_bytes)}, which the call holds now",
                            "it would kill the call")  # fmt: skip
     on_pressure = update.on_pressure or old.on_pressure
+    weighed = update.cpu_weight is not None or update.priority is not None
     throttled = Intent.model_construct(on_pressure=on_pressure)
     return replace(
         old,
         memory_expected_bytes=fresh.memory_expected_bytes or old.memory_expected_bytes,
         memory_max_bytes=most,
         memory_high_bytes=_memory_high(throttled, most),
-        cpu_weight=fresh.cpu_weight
-        if update.cpu_weight is not None or update.priority is not None
-        else old.cpu_weight,
+        cpu_weight=(weight := fresh.cpu_weight if weighed else old.cpu_weight),
+        io_weight=weight if above.cpu.io_weight else None,
         cpu_max_millicores=fresh.cpu_max_millicores
         if update.cpu_max is not None
         else old.cpu_max_millicores,

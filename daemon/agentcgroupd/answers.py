@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls import Calls
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.convert import call_to_proto, session_to_proto
-from agentcgroupd.errors import CgroupGone
+from agentcgroupd.errors import CgroupGone, FailedPrecondition, NotFound
+from agentcgroupd.policy.explain import explain, policy_state
+from agentcgroupd.policy.files import PolicyFiles
 from agentcgroupd.pool import Pool
-from agentcgroupd.session import Session, unix_usec
+from agentcgroupd.session import Call, Session, unix_usec
 from agentcgroupd.sessions import Sessions
 from agentcgroupd.units import show_bytes
+
+if TYPE_CHECKING:
+    from agentcgroupd.policy.guard import Guard
 
 VERSION = "0.1.0"
 
@@ -26,6 +32,8 @@ class Answers:
         self.calls = calls
         self.started_unix_usec = unix_usec()
         self.leftovers_removed = 0
+        self.guard: Guard | None = None
+        """None: it does not run here."""
 
     def describe(self, session: Session, admin: bool) -> pb.Session:
         """A session as sent. Raises CgroupGone."""
@@ -34,7 +42,10 @@ class Answers:
     def list_calls(self, sessions: list[Session], admin: bool) -> pb.ListCallsResponse:
         """Open calls with what they use now."""
         calls = []
+        queue = self.calls.queue
         for session in sessions:
+            if queue is not None and len(queue):
+                calls += [queue.to_proto(asked) for asked in queue.of(session)]
             for call in session.calls.values():
                 try:
                     calls.append(call_to_proto(call, admin, usage=True))
@@ -95,3 +106,23 @@ class Answers:
             calls_max=limits.calls_max,
             sentence=sentence,
         )
+
+    def describe_policy(self, files: PolicyFiles) -> pb.PolicyState:
+        """The policy in force; how its rulesets stand, where the guard runs. Raises KnobError."""
+        state, guard = (files.loaded, files.error, files.loaded_unix_usec), self.guard
+        if guard is None:
+            return policy_state(*state)
+        return policy_state(*state, guard.snapshot(), guard.state)
+
+    def explain(self, call: Call) -> pb.Explanation:
+        """How the policy sees an open call, and what it did to it. Raises RequestError,
+        KnobError."""
+        if self.guard is None:
+            raise FailedPrecondition(
+                "the guard does not run here, so no policy acts on calls: it is disabled "
+                "(guard.enabled), or the pool has no limit"
+            )
+        snapshot = self.guard.snapshot()
+        if all(seen.id != call.id for seen in snapshot.calls):
+            raise NotFound(f"call {call.id} is ending", "call_id", call.id)
+        return explain(self.guard.policy, snapshot, self.guard.state, call.id, call.history)

@@ -12,7 +12,8 @@ import errno
 import logging
 import secrets
 import signal
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -45,6 +46,7 @@ from agentcgroupd.session import (
     unix_usec,
 )
 from agentcgroupd.syscalls import pidfd_alive
+from agentcgroupd.waiting import Asked, Queue
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class Calls:
     ) -> None:
         self._config = config
         self._events = events
-        self._reports = reports
+        self.reports = reports
         self.actions = reports.actions
         self._audit = self.actions.audit
         self._metrics = self.actions.metrics
@@ -91,12 +93,30 @@ class Calls:
         self._watcher = watcher
         self._loop = asyncio.get_running_loop()
         self._owners = Owners(self._owner_gone)
+        self.queue: Queue | None = None
+        """None: nobody waits for room here."""
+        self.on_end: Callable[[Call, int], None] = lambda call, held_bytes: None
+        """Told of each call whose cgroup is gone, and what it had taken at most."""
         self.open: dict[str, Call] = {}
         self._postponed: dict[str, Call] = {}
         self.begun = 0
         self.ended = 0
 
     # Beginning
+
+    def ask(
+        self, session: Session, name: str, intent: Mapping[str, str], argv: list[str]
+    ) -> Asked | None:
+        """A place in the queue where the call has to wait for room; None: `begin` it now. Raises
+        RequestError."""
+        if self.queue is None or not intent.get("memory"):
+            return None
+        with self._refusing(session, name):
+            check_name(name)
+            self._check_room(session)
+            grant = grant_for(parse_intent(intent), self._ceiling(session))
+            expected = self.reports.likely_bytes(session, name, argv, grant)
+            return self.queue.ask(session, name, argv, grant, expected)
 
     def begin(
         self,
@@ -106,15 +126,33 @@ class Calls:
         argv: list[str],
         owner: Process | None,
         observed: bool = False,
+        call_id: str = "",
     ) -> Call:
         """A new call with its cgroup, limits set, no process in it yet.
 
         `owner` holds the call open; None: the call ends when it is empty. `observed`: nobody asked
-        for it. Raises RequestError, and then nothing is left behind.
+        for it. `call_id`: what it was called while it waited. Raises RequestError, and then nothing
+        is left behind.
         """
+        with self._refusing(session, name), self._metrics.time("begin"):
+            return self._begin(session, name, intent, argv, owner, observed, call_id)
+
+    async def begin_later(
+        self, asked: Asked, intent: Mapping[str, str], argv: list[str], owner: Process | None
+    ) -> Call:
+        """Wait for its turn, then as `begin`. Whoever stops waiting leaves nothing behind."""
+        assert self.queue is not None
+        with self._refusing(asked.session, asked.name):
+            await self.queue.wait(asked)
+        call = self.begin(asked.session, asked.name, intent, argv, owner, call_id=asked.id)
+        self.queue.began(call, asked)
+        return call
+
+    @contextmanager
+    def _refusing(self, session: Session, name: str) -> Iterator[None]:
+        """Counts and notes a refusal on its way to the caller."""
         try:
-            with self._metrics.time("begin"):
-                return self._begin(session, name, intent, argv, owner, observed)
+            yield
         except RequestError as error:
             self._metrics.calls_refused.labels(error.code).inc()
             self._audit.write("call_refused", session=session.id, name=name[:128],
@@ -129,18 +167,12 @@ class Calls:
         argv: list[str],
         owner: Process | None,
         observed: bool,
+        call_id: str,
     ) -> Call:
         check_name(name)
-        if session.closing:
-            raise FailedPrecondition(f"session {session.id} is being closed")
-        if len(session.calls) >= session.limits.calls_max:
-            raise ResourceExhausted(
-                f"calls: {len(session.calls)} calls of this session are open, which is all it may "
-                "have; end one first", "calls_max", str(len(session.calls) + 1),
-                f"at most {session.limits.calls_max}",
-            )  # fmt: skip
+        self._check_room(session)
         grant = grant_for(parse_intent(intent), self._ceiling(session))
-        call_id = secrets.token_hex(6)
+        call_id = call_id or secrets.token_hex(6)
         try:
             session_ooms, pool_ooms = oom_counts(session, self._pool)
             cgroup = session.cgroup.make_child(CALL_PREFIX + call_id)
@@ -148,11 +180,13 @@ class Calls:
             raise NotFound(f"the cgroup of session {session.id} is gone") from None
         except KnobError as error:
             raise Unavailable(f"the call's cgroup could not be made: {error}") from None
+        likely = self.reports.likely_bytes(session, name, argv, grant)
+        grant = self.reports.with_advice(session, name, argv, grant)
         call = Call(
             id=call_id, session=session, name=name, argv=cut_argv(argv), grant=grant, cgroup=cgroup,
             began_unix_usec=unix_usec(), began_boot_usec=boottime_usec(),
             held=owner is not None, owner=owner, observed=observed,
-            session_ooms_before=session_ooms, pool_ooms_before=pool_ooms,
+            session_ooms_before=session_ooms, pool_ooms_before=pool_ooms, likely_bytes=likely,
         )  # fmt: skip
         try:
             call.grant = write_grant(session, cgroup, grant)
@@ -173,6 +207,20 @@ class Calls:
         if self._feed.listening:
             self._feed.publish(session.id, pb.Event(begun=call_to_proto(call, admin=True)))
         return call
+
+    def _check_room(self, session: Session) -> None:
+        """Raises FailedPrecondition or ResourceExhausted."""
+        if session.closing:
+            raise FailedPrecondition(f"session {session.id} is being closed")
+        count = len(session.calls)
+        if self.queue is not None and len(self.queue):
+            count += len(self.queue.of(session))
+        if count >= session.limits.calls_max:
+            raise ResourceExhausted(
+                f"calls: {count} calls of this session are open or waiting, which is all it may "
+                "have; end one first", "calls_max", str(count + 1),
+                f"at most {session.limits.calls_max}",
+            )  # fmt: skip
 
     def _adopt(self, call: Call) -> None:
         """Start to look after a call, new or found again."""
@@ -260,6 +308,7 @@ class Calls:
         if grant.cpu_weight == 100 and call.grant.cpu_weight != 100:
             call.cgroup.write(knobs.CPU_WEIGHT, 100)
         call.grant = grant
+        call.likely_bytes = self.reports.likely_bytes(call.session, call.name, call.argv, grant)
         call.cgroup.set_xattr(call.record())
         if grant.timeout_usec is not None:
             used = boottime_usec() - call.began_boot_usec
@@ -386,10 +435,10 @@ class Calls:
             return call.session.report(call.id)
         with self._metrics.time("finish"):
             self._watcher.catch_up()
-            report = self._reports.of(call)
+            report = self.reports.of(call)
             # Before the cgroup goes: a daemon killed in between would lose the report. One killed
             # after this finds the empty cgroup and writes the entry again; the later one counts.
-            self._reports.write(report)
+            self.reports.write(report)
             removed = True
             try:
                 call.cgroup.remove()
@@ -402,7 +451,9 @@ class Calls:
                 removed = False
             self._forget(call, removed)
             self.ended += 1
-            self._reports.keep(call.session, report)
+            self.reports.keep(call.session, report)
+            self.reports.learn(call.session, report)
+        self.on_end(call, report.memory_peak_bytes)
         if call.done is not None and not call.done.done():
             call.done.set_result(report)
         return report
@@ -427,9 +478,9 @@ class Calls:
     ) -> None:  # fmt: skip
         """A call that had ended before it could have a cgroup, or was `refused` one: only its
         report is left."""
-        report = self._reports.of_short(session, name, argv, wall_usec, status, cpu, refused)
-        self._reports.write(report)
-        self._reports.keep(session, report)
+        report = self.reports.of_short(session, name, argv, wall_usec, status, cpu, refused)
+        self.reports.write(report)
+        self.reports.keep(session, report)
         self.begun += 1
         self.ended += 1
         self._metrics.calls_begun.inc()
@@ -452,6 +503,7 @@ class Calls:
         if frozen:
             call.frozen_since_usec = boottime_usec()
             self.actions.thaw(call, "The daemon was restarted; what it had paused goes on.")
+        self.actions.restore_high(call)
         if self._populated(call):
             call.entered = True
             call.state = pb.CALL_STATE_RUNNING

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tomllib
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -50,6 +50,25 @@ def _power_of_two(field: str, text: str) -> int:
     return size
 
 
+def parse_zram(field: str, text: str) -> int | Literal["off", "auto"]:
+    """`off`, `auto`, or the size of the device. Raises InvalidField."""
+    try:
+        match text.strip().lower():
+            case "off":
+                return "off"
+            case "auto":
+                return "auto"
+        return parse_bytes(field, text)
+    except InvalidField:
+        raise InvalidField(field, text, "off, auto, or a size such as 8G") from None
+
+
+def _zram(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise InvalidField("zram", repr(value), "off, auto, or a size such as 8G")
+    return parse_zram("zram", str(value))
+
+
 MemorySize = Annotated[int | None, quantity(parse_bytes, "size")]
 Cores = Annotated[int | None, quantity(parse_cores, "cores")]
 OptionalDuration = Annotated[int | None, quantity(parse_duration, "duration")]
@@ -72,6 +91,8 @@ class PoolConfig(Section):
     memory_max: MemorySize = None
     """The pool's budget; empty: 85 % of the host's memory or of the nearest limit above."""
     memory_high: MemorySize = None
+    zram: Annotated[int | Literal["off", "auto"], BeforeValidator(_zram)] = "off"
+    """Swap in compressed memory, made where the host has no swap (zram.py)."""
 
 
 class SessionDefaults(Section):
@@ -99,16 +120,11 @@ class CallDefaults(Section):
 
 
 class GuardConfig(Section):
-    """The pool guard (policy/engine.py)."""
+    """How the pool is looked after (policy/guard.py); what is done is the policy's."""
 
     enabled: bool = True
-    margin_percent: Annotated[float, Field(gt=0, lt=50)] = 6.0
-    """Free part of the pool below which growing calls are frozen."""
-    resume_percent: Annotated[float, Field(gt=0, lt=80)] = 12.0
-    """Free part of the pool above which frozen calls go on."""
     tick: Duration = 20_000
-    lease: Duration = 120_000_000
-    """A frozen call goes on, or one call is ended, after this time at the latest."""
+    """Between looks while the pool is short."""
     deny_allowance: Annotated[int, quantity(parse_bytes, "size")] = 16 << 20
     """Small requests that a call may still make after its growth was denied."""
     protect_priority: Priority = 80
@@ -123,6 +139,18 @@ class GuardConfig(Section):
     """Page faults a second of a session above which it is said so; 0: never."""
     refaults_per_s: Annotated[int, Field(ge=0)] = 1000
     """Pages that come back after they were reclaimed, a second, of a session."""
+
+
+OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
+
+
+class PolicyConfig(Section):
+    """What is done when memory runs short (policy/load.py)."""
+
+    path: OptionalPath = Path("default")
+    """A file, or the name of a policy that came with the daemon; empty: its default."""
+    drop_in: OptionalPath = Path("/etc/agentcgroup/policy.d")
+    """Directory of files that change parts of it, and need not be there; empty: none."""
 
 
 class BoundaryRule(Section):
@@ -182,6 +210,7 @@ class Config(Section):
     sessions: SessionDefaults = SessionDefaults()
     calls: CallDefaults = CallDefaults()
     guard: GuardConfig = GuardConfig()
+    policy: PolicyConfig = PolicyConfig()
     boundaries: BoundariesConfig = BoundariesConfig()
     bpf: BpfConfig = BpfConfig()
     server: ServerConfig = ServerConfig()
@@ -218,11 +247,6 @@ def parse_config(data: dict[str, Any], source: str = "configuration") -> Config:
         config = Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_explain(error, Config)}") from None
-    if config.guard.resume_percent <= config.guard.margin_percent:
-        raise ConfigError(
-            f"{source}: guard.resume_percent: {config.guard.resume_percent} cannot be used; "
-            f"allowed is more than guard.margin_percent ({config.guard.margin_percent})"
-        )
     address = config.server.metrics_address
     host = address.rpartition(":")[0]
     if address and host not in ("127.0.0.1", "[::1]", "localhost"):

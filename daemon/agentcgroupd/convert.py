@@ -61,6 +61,7 @@ def call_to_proto(call: Call, admin: bool, usage: bool = False) -> pb.Call:
         cgroup_path=f"{call.session.cgroup_path}/{call.cgroup.path.name}" if admin else "",
         began_unix_usec=call.began_unix_usec,
         observed=call.observed,
+        waited_usec=call.waited_usec,
         usage=usage_of(call.cgroup) if usage else None,
     )
 

@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from agentcgroupd import zram
 from agentcgroupd.bpf import features, memcg_ops
 from agentcgroupd.bpf.features import FeatureState
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import XATTR_NAME, Cgroup, cgroup2_mount
 from agentcgroupd.errors import KnobError
 from agentcgroupd.syscalls import has_peer_pidfd, pidfd_exit_status
+from agentcgroupd.units import show_bytes
 
 
 class State(enum.Enum):
@@ -209,15 +211,24 @@ def _process_features() -> Iterator[Feature]:
 
 
 def _memory_features() -> Iterator[Feature]:
-    swaps = Path("/proc/swaps").read_text(encoding="ascii").splitlines()[1:]
-    if swaps:
-        names = ", ".join(line.split()[0] for line in swaps)
+    try:
+        areas = zram.swaps()
+    except OSError as error:
+        yield Feature("swap", State.UNKNOWN, f"/proc/swaps: {os.strerror(error.errno or 0)}")
+        return
+    if areas:
+        names = ", ".join(f"{a.path} ({show_bytes(a.size_bytes)})" for a in areas)
         yield Feature("swap", State.WORKS, f"cold pages can leave memory: {names}")
-    else:
-        yield Feature("swap", State.MISSING,
-                      "none: memory.high is then a wall for anonymous memory, not a brake",
-                      "set up zram: modprobe zram; zramctl; mkswap; swapon",
-                      "calls are paused rather than slowed")  # fmt: skip
+        return
+    why = zram.unavailable()
+    yield Feature(
+        "swap", State.MISSING,
+        "none: memory.high is then a wall for anonymous memory, not a brake, and what waiting "
+        "agents hold cannot leave memory",
+        f"add swap: zram cannot be had, {why}" if why else
+        'set pool.zram = "auto" in the configuration: compressed memory, half of the pool\'s size',
+        "calls are paused rather than slowed",
+    )  # fmt: skip
 
 
 def _bpf_features() -> Iterator[Feature]:

@@ -15,6 +15,8 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.admission import Grant
 from agentcgroupd.units import show_bytes, show_usec
 
+STATED_SLACK_BYTES = 64 << 20
+"""Taking this much more than was expected hurts nobody."""
 OVERSTATED_LEAST_BYTES = 64 << 20
 """Below this an overstated intent keeps nobody out."""
 THROTTLED_LEAST_USEC = 100_000
@@ -167,6 +169,25 @@ def _killed_from_outside(facts: EndFacts, verdict: pb.Verdict.ValueType) -> bool
     )
 
 
+def _misjudged(peak: int | None, expected: int) -> list[pb.Feedback]:
+    """What the intent said, against what the call took."""
+    if peak is None:
+        return []
+    if expected >= OVERSTATED_LEAST_BYTES and peak * 4 <= expected:
+        code = pb.FEEDBACK_CODE_OVERSTATED
+        advice = "at most. Ask for less, and calls will wait less for each other."
+    elif expected and peak >= max(2 * expected, expected + STATED_SLACK_BYTES):
+        code = pb.FEEDBACK_CODE_UNDERSTATED
+        advice = "at most. Ask for what it takes, and room is kept for it."
+    else:
+        return []
+    return [pb.Feedback(
+        code=code,
+        sentence=f"You expected {show_bytes(expected)}; the call took {show_bytes(peak)} {advice}",
+        numbers={"memory_expected_bytes": float(expected), "memory_peak_bytes": float(peak)},
+    )]  # fmt: skip
+
+
 def feedback_of(facts: EndFacts, verdict: pb.Verdict.ValueType, sentence: str) -> list[pb.Feedback]:
     """What the agent is told at the end of a call: the verdict where it is no plain end, and
     everything that slowed the call or could be asked for better next time."""
@@ -213,12 +234,7 @@ def feedback_of(facts: EndFacts, verdict: pb.Verdict.ValueType, sentence: str) -
              f"The call was paused for {show_usec(facts.frozen_usec)} while more important work "
              "needed the memory; nothing of it was lost.",
              frozen_usec=facts.frozen_usec)  # fmt: skip
-    expected = grant.memory_expected_bytes
-    if peak is not None and expected >= OVERSTATED_LEAST_BYTES and peak * 4 <= expected:
-        tell(pb.FEEDBACK_CODE_OVERSTATED,
-             f"You expected {show_bytes(expected)}; the call took {show_bytes(peak)} at most. "
-             "Ask for less, and calls will wait less for each other.",
-             memory_expected_bytes=expected, memory_peak_bytes=peak)  # fmt: skip
+    told += _misjudged(peak, grant.memory_expected_bytes)
     return told
 
 

@@ -20,6 +20,7 @@ from agentcgroupd.units import (
     parse_duration,
     parse_priority,
     parse_word,
+    show_usec,
     suggestion,
 )
 
@@ -27,6 +28,7 @@ NAME_CHARS_MAX = 128
 ARGV_BYTES_MAX = 4096
 ON_PRESSURE = ("freeze", "deny", "throttle", "kill")
 HINT_ALLOWED = "memory:high, memory:low or memory:<size>, such as memory:2g"
+WAIT_MOST_USEC = 3_600_000_000
 PIDS_MOST = 4_194_304
 """PID_MAX_LIMIT, include/linux/threads.h."""
 
@@ -56,6 +58,16 @@ def _parse_hint(text: str) -> str:
         raise InvalidField("hint", text, HINT_ALLOWED) from None
 
 
+def _parse_wait(text: str) -> int:
+    """Microseconds; 0: not at all."""
+    if text.strip() == "0":
+        return 0
+    wait = parse_duration("wait", text)
+    if wait > WAIT_MOST_USEC:
+        raise InvalidField("wait", text, f"0, or a time of at most {show_usec(WAIT_MOST_USEC)}")
+    return wait
+
+
 _PARSERS = {
     "memory": lambda text: parse_bytes("memory", text),
     "memory_max": lambda text: parse_bytes("memory_max", text),
@@ -64,6 +76,7 @@ _PARSERS = {
     "pids_max": lambda text: parse_count("pids_max", text, 1, PIDS_MOST),
     "timeout": lambda text: parse_duration("timeout", text),
     "priority": lambda text: parse_priority("priority", text),
+    "wait": lambda text: _parse_wait(text),
     "on_pressure": lambda text: parse_word("on_pressure", text, ON_PRESSURE),
     "hint": _parse_hint,
 }
@@ -83,6 +96,7 @@ class Intent(BaseModel):
     priority: Annotated[int | None, _text("priority")] = None
     on_pressure: Annotated[str | None, _text("on_pressure")] = None
     hint: Annotated[str | None, _text("hint")] = None
+    wait: Annotated[int | None, _text("wait")] = None
 
 
 def parse_intent(fields: Mapping[str, str]) -> Intent:

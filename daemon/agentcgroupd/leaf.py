@@ -31,6 +31,8 @@ def write_grant(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
         cgroup.write(knobs.MEMORY_OOM_GROUP, True)
     put(knobs.PIDS_MAX, grant.pids_max, grant.pids_max is not None)
     put(knobs.CPU_WEIGHT, grant.cpu_weight, grant.cpu_weight != 100)
+    if grant.io_weight not in (None, 100) and knobs.IO_WEIGHT.file in session.offered:
+        cgroup.write(knobs.IO_WEIGHT, grant.io_weight)
     if grant.cpu_max_millicores is not None:
         put(knobs.CPU_MAX, knobs.CpuMax(grant.cpu_max_millicores * 100), True)
     return replace(grant, not_enforced=tuple(missing)) if missing else grant

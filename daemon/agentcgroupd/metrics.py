@@ -46,10 +46,19 @@ class Metrics:
         self.calls_open = gauge("calls_open", "Open calls", "state")
         self.calls_begun = counter("calls_begun", "Calls granted")
         self.calls_refused = counter("calls_refused", "Calls refused", "code")
+        self.calls_waiting = gauge("calls_waiting", "Calls in the queue for room")
+        self.calls_waited = histogram(
+            "call_waited_seconds", "Time in the queue for room", WALL_BUCKETS, "result"
+        )
         self.calls_reduced = counter("calls_reduced", "Calls granted less than they asked for")
         self.calls_ended = counter("calls_ended", "Calls ended", "verdict")
         self.feedback = counter("feedback", "Feedback given to agents", "code")
         self.actions = counter("actions", "Actions of the policy", "action")
+        self.reclaimed = counter("reclaimed_bytes", "Memory taken back by the policy")
+        self.policy_reloads = counter("policy_reloads", "Policies read anew", "result")
+        self.policy_wrong = gauge(
+            "policy_wrong", "1: the policy's files cannot be used as they are"
+        )
         self.call_wall = histogram("call_wall_seconds", "Wall time of calls", WALL_BUCKETS)
         self.call_peak = histogram("call_memory_peak_bytes", "Peak memory of calls", BYTES_BUCKETS)
         self.throttled = counter("throttled_seconds", "Time calls were held back", "resource")

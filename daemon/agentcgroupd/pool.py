@@ -18,6 +18,8 @@ from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount, move_all
 from agentcgroupd.config import PoolConfig
 from agentcgroupd.errors import ConfigError, KnobError
 from agentcgroupd.units import show_bytes
+from agentcgroupd.zram import Zram, ZramError
+from agentcgroupd.zram import prepare as prepare_zram
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ class Pool:
     controllers: tuple[str, ...]
     memory_max_bytes: int | None
     cpu_millicores: int
+    zram: Zram | None = None
+    """The swap in compressed memory that is ours."""
     settled_ticks: int = 0
     """When a daemon was last there to see processes begin, in clock ticks since boot."""
 
@@ -127,8 +131,20 @@ def prepare_pool(config: PoolConfig) -> Pool:
         memory_max = cgroup.read(knobs.MEMORY_MAX)
         log.info("pool %s has %s", cgroup.path, show_bytes(memory_max or 0))
     return Pool(
-        cgroup, mount, f"/{name}", controllers, memory_max, len(os.sched_getaffinity(0)) * 1000
-    )
+        cgroup, mount, f"/{name}", controllers, memory_max, len(os.sched_getaffinity(0)) * 1000,
+        _swap(config, memory_max),
+    )  # fmt: skip
+
+
+def _swap(config: PoolConfig, memory_max_bytes: int | None) -> Zram | None:
+    """A host without it is worse off, but works."""
+    if memory_max_bytes is None:
+        return None
+    try:
+        return prepare_zram(config.zram, memory_max_bytes)
+    except ZramError as error:
+        log.warning("%s; see `agentcg doctor`", error)
+        return None
 
 
 def _refuse_nested(parent: Cgroup, mount: Path) -> None:

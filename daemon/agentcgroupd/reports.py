@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.admission import Ceiling, grant_for
+from agentcgroupd.admission import Ceiling, Grant, grant_for
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.convert import grant_to_proto
 from agentcgroupd.ending import EndFacts, report_of
 from agentcgroupd.evidence import gather
 from agentcgroupd.intent import cut_argv, parse_intent
 from agentcgroupd.policy.actions import Actions
+from agentcgroupd.policy.learning import Peaks, learn
+from agentcgroupd.policy.shape import shape_of
 from agentcgroupd.session import Call, Session, unix_usec
 
 
@@ -24,6 +26,7 @@ class Reports:
     actions: Actions
     pool: Cgroup
     ceiling: Callable[[Session], Ceiling]
+    peaks: Peaks = field(default_factory=Peaks)
 
     def of(self, call: Call) -> pb.Report:
         """The report of a call whose cgroup is empty and still there."""
@@ -32,7 +35,7 @@ class Reports:
         report.argv.extend(call.argv)
         report.grant.CopyFrom(grant_to_proto(call.grant))
         report.began_unix_usec = call.began_unix_usec
-        report.observed = call.observed
+        report.observed, report.waited_usec = call.observed, call.waited_usec
         for feedback in report.feedback:
             feedback.call_id, feedback.session_id = call.id, call.session.id
             feedback.at_unix_usec = unix_usec()
@@ -63,6 +66,24 @@ class Reports:
         if refused:
             report.sentence += f" It ran without limits of its own: {refused}"
         return report
+
+    def likely_bytes(self, session: Session, name: str, argv: Sequence[str], grant: Grant) -> int:
+        """What a call will take: as its intent says, corrected by the last ones of its shape; 0 for
+        one that says nothing. Only for the order in which calls start and go on."""
+        asked = grant.memory_expected_bytes
+        if not asked:
+            return 0
+        return session.learned.expect(shape_of(name, argv), asked).expected_bytes
+
+    def with_advice(self, session: Session, name: str, argv: Sequence[str], grant: Grant) -> Grant:
+        """The grant with a sentence where its session's last calls show that the intent is off."""
+        asked = grant.memory_expected_bytes
+        sentence = session.learned.advice(shape_of(name, argv), asked) if asked else ""
+        return replace(grant, advice=(*grant.advice, sentence)) if sentence else grant
+
+    def learn(self, session: Session, report: pb.Report) -> None:
+        """From an ended call."""
+        learn(session.learned, self.peaks, report)
 
     def write(self, report: pb.Report) -> None:
         """To the audit log; before the call's cgroup goes, so that a crash loses nothing."""

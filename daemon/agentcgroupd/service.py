@@ -35,6 +35,8 @@ from agentcgroupd.feed import Feed
 from agentcgroupd.metrics import Heartbeat, Metrics, MetricsServer
 from agentcgroupd.notify import notify, watchdog_interval_s
 from agentcgroupd.policy.actions import Actions
+from agentcgroupd.policy.control import Control
+from agentcgroupd.policy.files import PolicyFiles
 from agentcgroupd.policy.guard import Guard
 from agentcgroupd.policy.tripwire import Tripwire
 from agentcgroupd.pool import ALIVE_XATTR, Pool, prepare_pool
@@ -69,8 +71,10 @@ class Daemon:
         self._stop = asyncio.Event()
         self._failure: BaseException | None = None
         self._lock_fd = -1
+        self.control: Control | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.watchers = Watchers(config, lambda: self.actions)
+        self.policy_files = PolicyFiles(config.policy, self.metrics)
         self.pool: Pool
         self.sessions: Sessions
         self.calls: Calls
@@ -79,18 +83,21 @@ class Daemon:
     async def start(self) -> None:
         """Take the pool, take up what is there, open the sockets. Raises ConfigError, KnobError or
         OSError; then stop() undoes what was done."""
+        self.policy_files.load()
         _raise_file_limit()
         run = self.config.server.run_dir
         self._lock(run)
         self.audit = Audit(self.config.audit.path, self.config.audit.max_bytes or 64 << 20)
         self.pool = prepare_pool(self.config.pool)
         self._mark_pool()
+        self.policy_files.started(self.pool.memory_max_bytes, self.audit)
         self.events = FileEvents()
         self.sessions = Sessions(self.config, self.pool)
         self.watchers.plane.open()
         self.actions = Actions(
-            self.audit, self.metrics, self.feed, self.config.guard, lambda: self.watchers.memory
-        )
+            self.audit, self.metrics, self.feed, self.config.guard, lambda: self.watchers.memory,
+            self.pool.cgroup,
+        )  # fmt: skip
         reports = Reports(self.actions, self.pool.cgroup, self.sessions.ceiling)
         self.calls = Calls(self.config.calls, self.events, reports, self.watchers)
         self.answers = Answers(self.pool, self.sessions, self.calls)
@@ -101,13 +108,13 @@ class Daemon:
         self._restore()
         self.sweep()
         await self._open_sockets(run)
-        self.guard: Guard | None = None
-        if self.config.guard.enabled and self.pool.memory_max_bytes is not None:
-            self.guard = Guard(self.config.guard, self.pool, self.calls, self.watchers.can_deny)
-            self.guard.start(self._tripwire(self.guard))
-        self.watchers.start(self.guard)
-        for coroutine in (self._sweep_forever(), self._beat_forever()):
-            task = asyncio.get_running_loop().create_task(coroutine)
+        self.watchers.start(self._start_control())
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, self.policy_files.reload_quietly)
+        for coroutine in (
+            self._sweep_forever(), self._beat_forever(), self.policy_files.look_forever()
+        ):  # fmt: skip
+            task = loop.create_task(coroutine)
             self._tasks.add(task)
             task.add_done_callback(self._task_ended)
         for name in self.pool.missing:
@@ -116,6 +123,21 @@ class Daemon:
         notify("READY=1", f"STATUS=pool {self.pool.path}, {len(self.sessions.open)} sessions")
         log.info("ready: pool %s, controllers %s, sockets in %s", self.pool.cgroup.path,
                  " ".join(self.pool.controllers) or "none", run)  # fmt: skip
+
+    def _start_control(self) -> Guard | None:
+        """None where the pool has no limit on memory: there is nothing to keep then."""
+        if not self.config.guard.enabled or self.pool.memory_max_bytes is None:
+            return None
+        control = Control(
+            self.config.guard, self.policy_files.policy, self.pool, self.calls, self.sessions.open,
+            lambda: self.watchers.can_deny,
+        )  # fmt: skip
+        self.control = control
+        self.policy_files.on_change = control.change_policy
+        control.guard.start(self._tripwire(control.guard))
+        control.start()
+        self.answers.guard = control.guard
+        return control.guard
 
     def _tripwire(self, guard: Guard) -> Tripwire | None:
         """None where a program tells the mark, or where memory.high is the operator's."""
@@ -216,9 +238,8 @@ class Daemon:
     async def stop(self) -> None:
         """Close the sockets and let go. Sessions and calls stay for the next daemon."""
         notify("STOPPING=1")
-        if getattr(self, "guard", None) is not None:
-            assert self.guard is not None
-            self.guard.stop()
+        if self.control is not None:
+            self.control.stop()
         for task in self._tasks:
             task.cancel()
         self.feed.end()
@@ -262,6 +283,8 @@ class Daemon:
     def _watch(self, session: Session) -> None:
         """An adopted cgroup belongs to its runtime: when it is empty, the session is over."""
         self.watchers.session_opened(session)
+        if self.control is not None:
+            self.control.session_opened(session)
         if session.adopted:
             session.watch = self.events.watch(
                 session.cgroup, knobs.CGROUP_EVENTS, lambda: self._adopted_changed(session)
@@ -292,6 +315,8 @@ class Daemon:
         if session.closing:
             raise FailedPrecondition(f"session {session.id} is being closed already")
         session.closing = True
+        if self.calls.queue is not None:
+            self.calls.queue.close_session(session)
         calls = list(session.calls.values())
         try:
             endings = [self.calls.end(c, False, None, "its session was closed") for c in calls]

@@ -17,12 +17,14 @@ from typing import Any
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.admission import Grant
 from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.policy.learning import Learned
 from agentcgroupd.syscalls import pidfd_alive, process_stat
 
 RECORD_VERSION = 1
 AGENT_LEAF = "agent"
 CALL_PREFIX = "call-"
 ARGV_RECORD_CHARS = 512
+HISTORY_KEPT = 16
 
 
 def boottime_usec() -> int:
@@ -104,6 +106,16 @@ class Call:
     client_status: int | None = None
     denied_at_bytes: int | None = None
     """What it held when its growth was denied; None: it may grow."""
+    refused_before: int = 0
+    """How often it had been refused memory when its growth was denied."""
+    throttled_at_bytes: int | None = None
+    """What it held when it was throttled; None: memory.high is as granted."""
+    history: tuple[pb.Feedback, ...] = ()
+    """What it was told last, oldest first; at most HISTORY_KEPT."""
+    likely_bytes: int = 0
+    """What it expects, corrected by what the last ones like it took; 0: nothing is known."""
+    waited_usec: int = 0
+    """In the queue for room, before it began."""
     frozen_since_usec: int | None = None
     frozen_usec: int = 0
     session_ooms_before: int = 0
@@ -131,6 +143,7 @@ class Call:
                 "main": [self.main.pid, self.main.start_ticks] if self.main else None,
                 "entered": self.entered,
                 "frozen_usec": self.frozen_usec,
+                "waited_usec": self.waited_usec,
                 "session_ooms_before": self.session_ooms_before,
                 "pool_ooms_before": self.pool_ooms_before,
             },
@@ -150,7 +163,7 @@ class Call:
             began_boot_usec=int(data["began_boot_usec"]),
             held=bool(data["held"]), entered=bool(data["entered"]),
             observed=bool(data.get("observed")),
-            frozen_usec=int(data["frozen_usec"]),
+            frozen_usec=int(data["frozen_usec"]), waited_usec=int(data.get("waited_usec", 0)),
             session_ooms_before=int(data["session_ooms_before"]),
             pool_ooms_before=int(data["pool_ooms_before"]),
         )  # fmt: skip
@@ -211,9 +224,14 @@ class Session:
     """Interface files that a leaf of this session has, so that those it lacks are not asked for."""
     calls: dict[str, Call] = field(default_factory=dict)
     reports: deque[pb.Report] = field(default_factory=deque)
+    learned: Learned = field(default_factory=Learned)
     calls_ended: int = 0
     connections: int = 0
     closing: bool = False
+    slowed: bool = False
+    """Its cpu.weight is lowered."""
+    reclaimed_at_usec: int | None = None
+    """When memory was last reclaimed from it, since boot."""
     watch: int | None = None
     agent_memory_bytes: int = 0
     """What its agent leaf could not give back at `agent_memory_at` (time.monotonic)."""

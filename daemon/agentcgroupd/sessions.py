@@ -153,6 +153,19 @@ class Sessions:
             )
         return limits
 
+    def _check_guarantee(self, spec: pb.SessionSpec, limits: SessionLimits) -> None:
+        """What is guaranteed to all sessions together must be there. Raises InvalidField."""
+        low, most = limits.memory_low_bytes, self._pool.memory_max_bytes
+        if low is None or most is None:
+            return
+        others = [s.limits.memory_low_bytes or 0 for s in self.open.values()]
+        if low + sum(others) > most:
+            raise InvalidField(
+                "memory_low", spec.memory_low, f"at most {show_bytes(most - sum(others))}",
+                f"the pool has {show_bytes(most)}, of which {show_bytes(sum(others))} are "
+                "guaranteed to other sessions",
+            )  # fmt: skip
+
     def _check_id(self, session_id: str) -> None:
         if not _ID.fullmatch(session_id):
             raise InvalidField("id", session_id, ID_ALLOWED)
@@ -164,6 +177,7 @@ class Sessions:
         """Make a session's cgroup and agent leaf. Raises RequestError; then nothing is left."""
         limits = self.limits_of(spec)
         self._check_id(spec.id)
+        self._check_guarantee(spec, limits)
         try:
             made = self._pool.cgroup.make_child(spec.id)
         except KnobError as error:
@@ -215,6 +229,7 @@ class Sessions:
         calls beside it. Raises RequestError, with the cgroup as it was."""
         limits = self.limits_of(spec)
         self._check_id(spec.id)
+        self._check_guarantee(spec, limits)
         path = str(PurePosixPath("/") / cgroup_path.strip("/"))
         self._check_adoptable(path)
         try:
@@ -323,6 +338,9 @@ class Sessions:
                 opened_unix_usec=int(data["opened_unix_usec"]), adopted=bool(data["adopted"]),
                 found=dict(data["found"]), offered=agent.files(),
             )  # fmt: skip
+            if cgroup.has(knobs.CPU_WEIGHT):
+                # An earlier daemon may have been killed while it had lowered it.
+                cgroup.write(knobs.CPU_WEIGHT, session.limits.cpu_weight)
         except (KeyError, TypeError, ValueError, KnobError) as error:
             log.warning("%s is not a session that can be taken up: %s", directory, error)
             cgroup.close()

@@ -20,6 +20,7 @@ from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import KnobError
 from agentcgroupd.policy.actions import Actions
 from agentcgroupd.policy.guard import Guard
+from agentcgroupd.policy.snapshot import Signal, SignalKind
 from agentcgroupd.pool import Pool
 from agentcgroupd.session import Call, Session
 from agentcgroupd.units import show_bytes
@@ -171,7 +172,7 @@ class Signals:
         if event.event.cgroup_id != self._pool.cgroup.id or self._guard is None:
             return
         applied = self._guard.applied
-        self._guard.look_now()
+        self._guard.look_now(Signal(SignalKind.MARK))
         reaction_ns = time.monotonic_ns() - event.event.at_ns
         acted = self._guard.applied - applied
         if event.above and acted:
@@ -233,4 +234,4 @@ class Signals:
         self._audit.write("urgent", session=session.id if isinstance(session, Session) else "",
                           stalled_usec=event.stalled_ns // 1000, confirmed=agree)  # fmt: skip
         if agree and self._guard is not None:
-            self._guard.look_now()
+            self._guard.look_now(Signal(SignalKind.URGENT))

@@ -135,6 +135,7 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
         self._feedback: list[pb.Feedback] = []
         self._server: grpc.Server | None = None
         self.attach: AttachSocket | None = None
+        self.policy = pb.PolicyState(name="default")
         self.in_session = True
         self.operator = True
         launcher = run_dir / "agentcg-exec"
@@ -408,6 +409,30 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
     def ListSessions(self, request: Any, context: grpc.ServicerContext) -> pb.ListSessionsResponse:
         self._check_operator(context)
         return pb.ListSessionsResponse(sessions=self.sessions.values())
+
+    def GetPolicy(self, request: Any, context: grpc.ServicerContext) -> pb.PolicyState:
+        self._check_operator(context)
+        return self.policy
+
+    def ReloadPolicy(self, request: Any, context: grpc.ServicerContext) -> pb.PolicyState:
+        if self.policy.error:
+            refuse(context, grpc.StatusCode.FAILED_PRECONDITION, self.policy.error, field="policy")
+        return self.policy
+
+    def ExplainCall(
+        self, request: pb.ExplainCallRequest, context: grpc.ServicerContext
+    ) -> pb.Explanation:
+        if request.call_id not in self.calls:
+            sentence = f"no call {request.call_id!r} is open"
+            refuse(context, grpc.StatusCode.NOT_FOUND, sentence, field="call_id")
+        paused = pb.Feedback(code=pb.FEEDBACK_CODE_FROZEN, sentence="Paused.", at_unix_usec=1)
+        return pb.Explanation(
+            call_id=request.call_id,
+            sentence="It runs.",
+            numbers={"memory_bytes": 5.0},
+            history=[paused],
+            outlook=["freeze: soon"],
+        )
 
     def WatchEvents(
         self, request: pb.WatchEventsRequest, context: grpc.ServicerContext

@@ -1,4 +1,4 @@
-"""What a wheel holds of bpf/, and what the build says when something to build with is missing."""
+"""What a wheel holds of bpf/ and policies/, and what the build says when something is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bpf_toolchain import Libbpf, ToolchainError
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     ".gitignore", "LICENSE", "README.md", "agent_sdk", "bpf", "bpf_toolchain.py", "build_hook.py",
-    "daemon", "debian_suites.py", "proto", "pyproject.toml",
+    "daemon", "debian_suites.py", "policies", "proto", "pyproject.toml",
 )  # fmt: skip
 MADE = shutil.ignore_patterns("__pycache__", "v1", "objects", "lib")
 
@@ -65,6 +65,8 @@ def test_a_wheel_holds_programs_and_libbpf(tmp_path: Path) -> None:
         assert b".BTF" in content
         assert b".debug_" not in content
         assert bytes(tree) not in content
+    policies = {n for n in files if n.startswith("agentcgroupd/policies/")}
+    assert {f"agentcgroupd/policies/{p.name}" for p in (ROOT / "policies").iterdir()} == policies
     assert b"Redistribution" in files["agentcgroupd/bpf/lib/LICENSE.libbpf"]
     library = tmp_path / "libbpf.so.1"
     library.write_bytes(files["agentcgroupd/bpf/lib/libbpf.so.1"])

@@ -34,7 +34,7 @@ def test_the_shipped_file_is_valid() -> None:
         ({"sessions": {"calls_max": 0}}, "sessions.calls_max: 0 cannot be used"),
         ({"sessions": {"priority": "urgent"}}, "sessions.priority: 'urgent' cannot be used"),
         ({"server": {"metrics_address": "0.0.0.0:9464"}}, "server.metrics_address"),
-        ({"guard": {"margin_percent": 20.0, "resume_percent": 10.0}}, "guard.resume_percent"),
+        ({"guard": {"margin_percent": 20.0}}, "guard.margin_percent"),
         ({"guard": {"tick": True}}, "guard.tick"),
         ({"pool": "big"}, "pool: 'big' cannot be used"),
     ],

@@ -84,6 +84,9 @@ MESSAGES = [
     (types.Budget, pb.Budget),
     (types.SessionInfo, pb.Session),
     (types.PoolInfo, pb.Pool),
+    (types.RulesetState, pb.RulesetState),
+    (types.PolicyState, pb.PolicyState),
+    (types.Explanation, pb.Explanation),
     (types.Event, pb.Event),
 ]
 

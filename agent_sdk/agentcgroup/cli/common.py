@@ -21,7 +21,8 @@ EXIT_CODES = """\
 exit codes:
   0    done
   1    what was asked about is bad: nothing can be enforced here (doctor), a call
-       that did not end well (report --check), something is not installed
+       that did not end well (report --check), a policy with a mistake,
+       something is not installed
   2    wrong usage
   3    the daemon is away
   4    refused, not allowed, or a value that makes no sense

@@ -122,7 +122,9 @@ def print_calls(calls: Sequence[CallInfo]) -> None:
             call.id,
             call.session_id,
             call.name,
-            str(call.state),
+            f"{call.state} {call.place.position}/{call.place.waiting}"
+            if call.place
+            else str(call.state),
             size(call.usage.memory_current_bytes if call.usage else None),
             size(call.usage.memory_peak_bytes if call.usage else None),
             size(call.grant.memory_max_bytes if call.grant else None),

@@ -108,6 +108,37 @@ def parse_pressure(text: str) -> dict[str, Pressure]:
     return result
 
 
+@dataclass(frozen=True, slots=True)
+class Reclaim:
+    """memory.reclaim: how much is to leave memory, and how much rather anonymous than file memory
+    (swappiness, 0 to 200; None: as the host is set)."""
+
+    size_bytes: int
+    swappiness: int | None = None
+
+
+def format_reclaim(value: Reclaim) -> str:
+    """`16777216` or `16777216 swappiness=200` (the latter since Linux 6.9)."""
+    if value.swappiness is None:
+        return str(value.size_bytes)
+    return f"{value.size_bytes} swappiness={value.swappiness}"
+
+
+def _write_only(text: str) -> Reclaim:
+    raise ValueError(f"memory.reclaim cannot be read, yet gave {text!r}")
+
+
+def parse_default_weight(text: str) -> int:
+    """The line `default 100` of io.weight; lines of single devices are passed over."""
+    words = dict(line.split() for line in text.splitlines())
+    return int(words["default"])
+
+
+def format_default_weight(value: int) -> str:
+    """The inverse of `parse_default_weight`."""
+    return f"default {value}"
+
+
 CGROUP_CONTROLLERS = Knob("cgroup.controllers", parse_words)
 CGROUP_SUBTREE_CONTROL = Knob("cgroup.subtree_control", parse_words)
 CGROUP_EVENTS = Knob("cgroup.events", parse_flat_keyed)
@@ -127,10 +158,19 @@ MEMORY_EVENTS = Knob("memory.events", parse_flat_keyed)
 MEMORY_EVENTS_LOCAL = Knob("memory.events.local", parse_flat_keyed)
 MEMORY_STAT = Knob("memory.stat", parse_flat_keyed)
 MEMORY_PRESSURE = Knob("memory.pressure", parse_pressure)
+MEMORY_RECLAIM = Knob("memory.reclaim", _write_only, format_reclaim)
+"""Linux 5.19. The write blocks while the kernel reclaims, and fails with EAGAIN when it got less
+than it was asked for; what it got stays reclaimed."""
+MEMORY_SWAP_CURRENT = Knob("memory.swap.current", int)
+MEMORY_SWAP_MAX = Knob("memory.swap.max", parse_limit, format_limit)
+MEMORY_ZSWAP_CURRENT = Knob("memory.zswap.current", int)
+MEMORY_ZSWAP_MAX = Knob("memory.zswap.max", parse_limit, format_limit)
+MEMORY_ZSWAP_WRITEBACK = Knob("memory.zswap.writeback", parse_flag, format_flag)
 
 CPU_STAT = Knob("cpu.stat", parse_flat_keyed)
 CPU_WEIGHT = Knob("cpu.weight", int)
 CPU_MAX = Knob("cpu.max", parse_cpu_max, format_cpu_max)
+CPU_PRESSURE = Knob("cpu.pressure", parse_pressure)
 
 PIDS_CURRENT = Knob("pids.current", int)
 PIDS_PEAK = Knob("pids.peak", int)
@@ -138,3 +178,6 @@ PIDS_MAX = Knob("pids.max", parse_limit, format_limit)
 PIDS_EVENTS = Knob("pids.events", parse_flat_keyed)
 
 IO_STAT = Knob("io.stat", parse_nested_keyed)
+IO_PRESSURE = Knob("io.pressure", parse_pressure)
+IO_WEIGHT = Knob("io.weight", parse_default_weight, format_default_weight)
+"""Only there with the cost model of CONFIG_BLK_CGROUP_IOCOST."""

@@ -1,21 +1,26 @@
-"""What a decision does to a call: done, counted, written to the audit log, told to the agent."""
+"""What a decision does to a call or a session: done, counted, written to the audit log, told to the
+agent."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.audit import Audit
 from agentcgroupd.bpf.memory import MemoryPrograms
 from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import KnobError
 from agentcgroupd.feed import Feed
 from agentcgroupd.metrics import Metrics
+from agentcgroupd.policy.reclaim import Reclaimer
 from agentcgroupd.rules import printable
-from agentcgroupd.session import Call, Session, boottime_usec, unix_usec
+from agentcgroupd.session import HISTORY_KEPT, Call, Session, boottime_usec, unix_usec
+from agentcgroupd.units import show_bytes
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +34,11 @@ class Actions:
     feed: Feed
     config: GuardConfig
     memory: Callable[[], MemoryPrograms | None]
+    pool: Cgroup | None = None
+    """For reclaim_pool."""
+    reclaimer: Reclaimer = field(default_factory=Reclaimer)
+
+    # Of a call
 
     def freeze(self, call: Call, why: str) -> None:
         """Pause a call; no error if it is paused already. Raises CgroupGone."""
@@ -59,8 +69,15 @@ class Actions:
             return
         usage = call.cgroup.read(knobs.MEMORY_CURRENT)
         memory.deny_above(call.cgroup.id, usage)
+        call.refused_before = self.refused(call)
         call.denied_at_bytes = usage
         self._acted("deny", call, why, pb.FEEDBACK_CODE_GROWTH_DENIED)
+
+    def refused(self, call: Call) -> int:
+        """How often a call has been refused memory so far. Raises BpfError."""
+        memory = self.memory()
+        state = None if memory is None else memory.state(call.cgroup.id)
+        return 0 if state is None else state.denied
 
     def allow(self, call: Call, why: str) -> None:
         """Let a call grow again; no error if it may. Raises BpfError."""
@@ -71,6 +88,33 @@ class Actions:
         call.denied_at_bytes = None
         self._acted("allow", call, why, pb.FEEDBACK_CODE_GROWTH_ALLOWED)
 
+    def throttle(self, call: Call, slack_bytes: int, why: str) -> None:
+        """Let a call have what it has and `slack_bytes`; beyond, it is slowed while its cold memory
+        is swapped out. No error if that is so already. Raises KnobError."""
+        if call.throttled_at_bytes is not None or call.state == pb.CALL_STATE_ENDING:
+            return
+        usage = call.cgroup.read(knobs.MEMORY_CURRENT)
+        high = min(usage + slack_bytes, call.grant.memory_high_bytes or usage + slack_bytes)
+        call.cgroup.write(knobs.MEMORY_HIGH, high, wait=False)
+        call.throttled_at_bytes = usage
+        self._acted("throttle", call, why, pb.FEEDBACK_CODE_MEMORY_THROTTLED)
+
+    def unthrottle(self, call: Call, why: str) -> None:
+        """memory.high as granted; no error if it is. Raises KnobError."""
+        if call.throttled_at_bytes is None:
+            return
+        call.cgroup.write(knobs.MEMORY_HIGH, call.grant.memory_high_bytes, wait=False)
+        call.throttled_at_bytes = None
+        self._acted("unthrottle", call, why, None)
+
+    def restore_high(self, call: Call) -> None:
+        """Of a call found again: an earlier daemon may have been killed while it was throttled.
+        Raises KnobError."""
+        granted, knob = call.grant.memory_high_bytes, knobs.MEMORY_HIGH
+        if knob.file in call.session.offered and call.cgroup.read(knob) != granted:
+            call.cgroup.write(knob, granted, wait=False)
+            self._acted("unthrottle", call, "The daemon was restarted.", None)
+
     def stop(self, call: Call, why: str) -> None:
         """End a call by policy. Raises CgroupGone."""
         call.ended_by, call.ended_why = "stopped", why
@@ -80,11 +124,84 @@ class Actions:
         self._acted("kill", call, why, None)
 
     def let_go(self, call: Call, why: str) -> None:
-        """Undo what keeps a call from going on without the daemon."""
+        """Undo what keeps a call, or its session, from going on without the daemon."""
+        undo: tuple[Callable[[], None], ...] = (
+            lambda: self.thaw(call, why),
+            lambda: self.unthrottle(call, why),
+            lambda: self.restore(call.session, why),
+        )
+        for step in undo:
+            try:
+                step()
+            except KnobError:
+                log.debug("call %s is gone", call.id)
+
+    # Of a session
+
+    def reclaim(
+        self, session: Session, size_bytes: int, calls: Iterable[Call], why: str
+    ) -> asyncio.Task[int]:
+        """Take memory of a session back: from its agent leaf, until a call of it begins; or from
+        these calls of it, as long as they are paused. Returns at once; the task's result is by how
+        many bytes their use fell. While one of a session is going on, that one's task."""
+        paused = {call.cgroup: call for call in calls}
+        waits = not session.calls
+
+        def go_on(cgroup: Cgroup) -> bool:
+            if cgroup in paused:
+                return paused[cgroup].frozen_since_usec is not None
+            return not session.closing and waits == (not session.calls)
+
+        ids = [call.id for call in paused.values()]
+        cgroups = tuple(paused) or (session.agent,)
+        session.reclaimed_at_usec = boottime_usec()
+        work = self._reclaim(session.id, ids, cgroups, size_bytes, go_on, why)
+        return self.reclaimer.start(session.id, work)
+
+    def reclaim_pool(self, size_bytes: int, why: str) -> asyncio.Task[int]:
+        """As `reclaim`, from whatever of the pool is coldest."""
+        assert self.pool is not None, "Actions was not given the pool"
+        work = self._reclaim("", [], (self.pool,), size_bytes, lambda _: True, why)
+        return self.reclaimer.start("", work)
+
+    async def _reclaim(
+        self, session: str, calls: list[str], cgroups: Iterable[Cgroup], size_bytes: int,
+        go_on: Callable[[Cgroup], bool], why: str,
+    ) -> int:  # fmt: skip
+        began_usec = boottime_usec()
         try:
-            self.thaw(call, why)
-        except KnobError:
-            log.debug("call %s is gone", call.id)
+            got = await self.reclaimer.reclaim(cgroups, size_bytes, go_on)
+        except KnobError as error:
+            log.warning("memory of %s cannot be reclaimed: %s", session or "the pool", error)
+            return 0
+        self.metrics.actions.labels("reclaim").inc()
+        self.metrics.reclaimed.inc(got)
+        self.audit.write("reclaim", session=session, calls=calls, asked_bytes=size_bytes,
+                         reclaimed_bytes=got, took_usec=boottime_usec() - began_usec,
+                         why=why)  # fmt: skip
+        log.info("reclaimed %s of %s from %s: %s", show_bytes(got), show_bytes(size_bytes),
+                 f"session {session}" if session else "the pool", why)  # fmt: skip
+        return got
+
+    def slow(self, session: Session, percent: int, why: str) -> None:
+        """Give a session `percent` of its CPU weight; no error if it is slowed already. Raises
+        KnobError."""
+        if session.slowed or session.closing:
+            return
+        weight = max(1, session.limits.cpu_weight * percent // 100)
+        session.cgroup.write(knobs.CPU_WEIGHT, weight)
+        session.slowed = True
+        self._acted_on("slow", session, why, pb.FEEDBACK_CODE_CPU_LOWERED)
+
+    def restore(self, session: Session, why: str) -> None:
+        """Its CPU weight as it was; no error if it is. Raises KnobError."""
+        if not session.slowed:
+            return
+        session.cgroup.write(knobs.CPU_WEIGHT, session.limits.cpu_weight)
+        session.slowed = False
+        self._acted_on("restore", session, why, pb.FEEDBACK_CODE_CPU_RESTORED)
+
+    # What is told
 
     def moved(self, call: Call, since_exec_ns: int) -> None:
         """A process that began an undeclared call is in its leaf."""
@@ -110,6 +227,12 @@ class Actions:
         lost = ", ".join(f"{count} {kind} events" for kind, count in counts.items())
         log.warning("lost in the kernel: %s; the cgroups are looked at instead", lost)
 
+    def dry(self, action: str, subject: str, ruleset: str, why: str) -> None:
+        """What a dry run would do: told to the operator, not to the agent."""
+        self.metrics.actions.labels(f"dry_{action}").inc()
+        self.audit.write("dry_run", action=action, subject=subject, ruleset=ruleset, why=why)
+        log.info("dry run: %s of %s by %s: %s", action, subject or "the pool", ruleset, why)
+
     def _acted(
         self, action: str, call: Call, why: str, code: pb.FeedbackCode.ValueType | None
     ) -> None:
@@ -120,10 +243,20 @@ class Actions:
         if code is not None:
             self.tell(call.session, call.id, pb.Feedback(code=code, sentence=why))
 
+    def _acted_on(
+        self, action: str, session: Session, why: str, code: pb.FeedbackCode.ValueType
+    ) -> None:
+        self.metrics.actions.labels(action).inc()
+        self.audit.write(action, session=session.id, why=why)
+        log.info("%s session %s: %s", action, session.id, why)
+        self.tell(session, "", pb.Feedback(code=code, sentence=why))
+
     def tell(self, session: Session, call_id: str, feedback: pb.Feedback) -> None:
         """Feedback to whoever listens, counted."""
         feedback.call_id, feedback.session_id = call_id, session.id
         feedback.at_unix_usec = feedback.at_unix_usec or unix_usec()
         self.metrics.count_feedback(feedback)
+        if (call := session.calls.get(call_id)) is not None:
+            call.history = (*call.history, feedback)[-HISTORY_KEPT:]
         if self.feed.listening:
             self.feed.publish(session.id, pb.Event(feedback=feedback))

@@ -1,204 +1,217 @@
-"""Where it is decided: `decide(snapshot) -> decisions`. Pure: no I/O, no clock.
+"""Where it is decided: `decide(policy, snapshot, signal, state) -> outcome`. No I/O, no clock.
 
-The pool is the first line: calls are frozen before its limit is touched, so that the kernel's OOM
-killer has nothing to do. Freezing costs a call time and nothing else. The most important running
-call, and among equals the oldest, is the leader: it is never frozen, so that something always ends
-and gives its memory back. While it grows, room is kept for it: what it said it expects, or else as
-much as it holds already, because two calls that grow side by side until the pool is full could
-neither of them end. Only when frozen calls hold what the leader still needs does one of them go.
+The pool is the first line: rulesets act before its limit is touched, so that the kernel's OOM
+killer has nothing to do. Every detector of every ruleset is evaluated on every look. First what was
+done earlier is undone where its ruleset no longer holds, then the rulesets are tried in their
+order, and a call is ended only when none of them could stop anything on this look.
 """
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass
+from dataclasses import replace
 
+from agentcgroupd.policy.model import Growing, Policy, PoolFills, PoolFree, Ruleset, Stalled
+from agentcgroupd.policy.rungs import CHOOSERS
+from agentcgroupd.policy.situation import Situation, rank, still_needs
+from agentcgroupd.policy.snapshot import (
+    Action,
+    CallView,
+    Decision,
+    Outcome,
+    RuleState,
+    Signal,
+    SignalKind,
+    Snapshot,
+    State,
+)
 from agentcgroupd.units import show_bytes, show_usec
 
-LOOKAHEAD_S = 0.25
-"""Growth is assumed to go on this long: several ticks, and most recorded bursts (1-2 s) are held
-well before their end."""
-GROWING_BYTES_PER_S = 4 << 20
-"""Slower growth is left alone while others grow faster."""
-DENIED_SLACK_BYTES = 48 << 20
-"""A call whose growth is denied may come by this much more: its allowance, and what it had asked
-for before but not yet touched. Beyond it, denying was not enough."""
-CRITICAL_SHARE = 0.34
-"""Of the reserve: with less than this left, and growth going on, waiting is no longer an option."""
+IMPORTANT_PRIORITY = 80
+"""`important`, as operators write it."""
+THAW_SHARE = 0.5
+"""What is kept for a call that goes on: what half of the calls like it stayed below. It can be
+paused again, the leader cannot."""
+_STOPPING = frozenset({Action.THROTTLE, Action.DENY, Action.FREEZE})
 
 
-@dataclass(frozen=True, slots=True)
-class CallView:
-    """One open call as the policy sees it."""
-
-    id: str
-    name: str
-    priority: int
-    began_usec: int
-    memory_bytes: int
-    growth_bytes_per_s: float
-    cpu_usec: int
-    """Work done so far, which is lost if the call is killed."""
-    frozen_for_usec: int | None = None
-    """None: it runs."""
-    denied_growth_bytes: int | None = None
-    """How much it has grown since its growth was denied; None: it may grow."""
-    on_pressure: str = "freeze"
-    memory_expected_bytes: int = 0
-    memory_max_bytes: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The pool at one moment."""
-
-    limit_bytes: int
-    usage_bytes: int
-    growth_bytes_per_s: float
-    reserve_bytes: int
-    """Free memory below which growth is stopped."""
-    resume_bytes: int
-    """Free memory above which frozen calls go on."""
-    lease_usec: int
-    since_thaw_usec: int
-    """Time since the last thaw: its effect must be seen before the next."""
-    cooldown_usec: int
-    calls: tuple[CallView, ...]
-    can_deny: bool = False
-    """Growth can be denied here."""
-
-    @property
-    def free_bytes(self) -> int:
-        """What is left of the pool; negative when it is over."""
-        return self.limit_bytes - self.usage_bytes
-
-
-class Action(enum.Enum):
-    """What can be done to a call."""
-
-    DENY = "deny"
-    ALLOW = "allow"
-    FREEZE = "freeze"
-    THAW = "thaw"
-    KILL = "kill"
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """One action and why, in words that the agent of that call will read."""
-
-    action: Action
-    call_id: str
-    why: str
-
-
-def _leader(calls: list[CallView]) -> CallView:
-    """The call that must get through: the most important, and among equals the oldest."""
-    return min(calls, key=lambda c: (-c.priority, c.began_usec, c.id))
-
-
-def _room_for(now: Snapshot, leader: CallView) -> int:
-    """Bytes kept free for the leader beyond the reserve. One that is not growing keeps nobody
-    out."""
-    if leader.growth_bytes_per_s <= GROWING_BYTES_PER_S:
-        return 0
-    wanted = max(leader.memory_expected_bytes - leader.memory_bytes, leader.memory_bytes)
-    if leader.memory_max_bytes is not None:
-        wanted = min(wanted, leader.memory_max_bytes - leader.memory_bytes)
-    return max(0, min(wanted, now.limit_bytes // 2))
-
-
-def _freeze(now: Snapshot, running: list[CallView], leader: CallView, room: int) -> list[Decision]:
-    """Least important first, fastest growing first, until what still grows fits what is left."""
-    others = [c for c in running if c is not leader and c.growth_bytes_per_s > GROWING_BYTES_PER_S]
-    others.sort(key=lambda c: (c.priority, -c.growth_bytes_per_s, -c.began_usec, c.id))
-    growth = max(now.growth_bytes_per_s, sum(c.growth_bytes_per_s for c in running))
-    decisions: list[Decision] = []
-    for call in others:
-        if decisions and growth * LOOKAHEAD_S <= now.free_bytes - now.reserve_bytes - room:
-            break
-        why = (
-            f"{show_bytes(max(0, now.free_bytes))} of the pool's "
-            f"{show_bytes(now.limit_bytes)} are left and this call grows by "
-            f"{show_bytes(call.growth_bytes_per_s)} a second, while {leader.name!r} is "
-            f"{'more important' if leader.priority > call.priority else 'older'}."
-        )
-        if (call.denied_growth_bytes or 0) > DENIED_SLACK_BYTES:
-            denied = False  # it uses memory that it was promised before
-        elif call.denied_growth_bytes is not None:
+def decide(policy: Policy, now: Snapshot, signal: Signal, state: State) -> Outcome:
+    """What to do now. The same arguments always give the same outcome."""
+    at = Situation(policy, now)
+    rules: dict[str, RuleState] = {}
+    for ruleset in policy.rulesets:
+        before = state.rules.get(ruleset.name, RuleState())
+        rules[ruleset.name] = replace(before, holding=_holding(at, ruleset, before))
+    holds = {r.name: r.enabled and all(rules[r.name].holding) for r in policy.rulesets}
+    decisions, thawed = _ways_back(at, holds, signal, state)
+    taken = {d.subject for d in decisions}
+    stopped = False
+    for ruleset in policy.rulesets:
+        if not holds[ruleset.name] or not _cooled(ruleset, rules[ruleset.name], now):
             continue
-        else:
-            denied = now.can_deny and call.on_pressure == "deny"
-        if denied:
-            decisions.append(Decision(
-                Action.DENY, call.id,
-                f"No more memory for now: {why} What it asks for is refused (ENOMEM, MemoryError) "
-                "until there is room; work in smaller parts, or try again later.",
-            ))  # fmt: skip
-        else:
-            decisions.append(Decision(
-                Action.FREEZE, call.id,
-                f"Paused: {why} It goes on by itself; nothing is lost.",
-            ))  # fmt: skip
-        growth -= call.growth_bytes_per_s
+        if ruleset.do.action == "kill" and stopped:
+            continue
+        found = CHOOSERS[ruleset.do.action](at, ruleset, ruleset.do, taken)
+        if not found:
+            continue
+        dry = policy.dry_run or ruleset.dry_run
+        decisions += [replace(d, ruleset=ruleset.name, dry_run=dry) for d in found]
+        rules[ruleset.name] = replace(
+            rules[ruleset.name], acted_usec=now.now_usec,
+            decisions=rules[ruleset.name].decisions + len(found),
+        )  # fmt: skip
+        if not dry:
+            taken |= {d.subject for d in found} | {c for d in found for c in d.calls}
+            stopped = stopped or any(d.action in _STOPPING for d in found)
+    thawed_usec = now.now_usec if thawed else state.thawed_usec
+    return Outcome(tuple(decisions), State(rules, thawed_usec))
+
+
+def _cooled(ruleset: Ruleset, rule: RuleState, now: Snapshot) -> bool:
+    if ruleset.cooldown is None or rule.acted_usec is None:
+        return True
+    passed = now.now_usec - rule.acted_usec
+    return passed >= ruleset.cooldown or passed < 0
+
+
+# Detectors
+
+
+def _holding(at: Situation, ruleset: Ruleset, before: RuleState) -> tuple[bool, ...]:
+    """Each of its detectors. What held before the policy was changed says nothing."""
+    held = before.holding if len(before.holding) == len(ruleset.when) else ()
+    return tuple(
+        detector_holds(at, detector, held[index] if held else False)
+        for index, detector in enumerate(ruleset.when)
+    )
+
+
+def detector_holds(
+    at: Situation, detector: PoolFree | PoolFills | Stalled | Growing, held: bool
+) -> bool:
+    """Whether a detector holds; `held`: whether it did at the last look."""
+    now = at.now
+    match detector:
+        case PoolFree():
+            edge = (detector.until if held else detector.below).of(now.limit_bytes)
+            return now.free_bytes < edge + (at.room_bytes if detector.keep_room else 0)
+        case PoolFills():
+            growth = at.growth_bytes_per_s
+            return growth > 0 and now.free_bytes < growth * detector.within / 1e6
+        case Stalled():
+            share = stalled_share(at, detector.scope)
+            return share is not None and share > (detector.until if held else detector.above)
+        case Growing():
+            return at.growth_bytes_per_s > detector.above.of(now.limit_bytes)
+
+
+def stalled_share(at: Situation, scope: str) -> float | None:
+    """Of the pool, or the highest of an important session; None: this kernel does not tell."""
+    if at.now.stalled_share is None:
+        return None
+    if scope == "pool":
+        return at.now.stalled_share
+    shares = (s.stalled_share for s in at.now.sessions if s.priority >= IMPORTANT_PRIORITY)
+    return max(shares, default=0.0)
+
+
+# Ways back
+
+
+def _ways_back(
+    at: Situation, holds: dict[str, bool], signal: Signal, state: State
+) -> tuple[list[Decision], bool]:
+    """Undo what no ruleset wants any more; whether a call was let go on."""
+    wanted = {r.do.action for r in at.policy.rulesets if holds[r.name]}
+    decisions: list[Decision] = []
+    free = show_bytes(max(0, at.now.free_bytes))
+    if "deny" not in wanted:
+        why = f"Memory may be asked for again: {free} of the pool are free."
+        decisions += [Decision(Action.ALLOW, c.id, why) for c in at.now.calls
+                      if c.denied_growth_bytes is not None]  # fmt: skip
+    if "throttle" not in wanted:
+        why = f"At full speed again: {free} of the pool are free."
+        decisions += [Decision(Action.UNTHROTTLE, c.id, why) for c in at.now.calls
+                      if c.throttled_growth_bytes is not None]  # fmt: skip
+    if "slow" not in wanted:
+        why = "CPU as before: it no longer waits for memory."
+        decisions += [Decision(Action.RESTORE, s.id, why) for s in at.now.sessions if s.slowed]
+    thawed = _thaw(at, "freeze" in wanted, signal, state)
+    return decisions + thawed, bool(thawed)
+
+
+def _thaw(at: Situation, short: bool, signal: Signal, state: State) -> list[Decision]:
+    """Who goes on: the leader whenever it is paused (another led when it was), one when nothing
+    else runs, whoever fits when there is room, one whose lease is over when there is any at all."""
+    if not at.frozen:
+        return []
+    now, head = at.now, at.policy.headroom
+    free = show_bytes(max(0, now.free_bytes))
+    first = at.frozen[0]
+    leader = at.leader
+    if leader is not None and leader.frozen_for_usec is not None:
+        why = "it is its turn" if at.running else "nothing else is running"
+        return [_go_on(leader, f"{why}, and {free} of the pool are free")]
+    since = now.now_usec - state.thawed_usec
+    if 0 <= since < head.thaw_every and signal.kind is not SignalKind.ENDED:
+        return []
+    if not short:
+        return _as_many_as_fit(at, f"{free} of the pool are free")
+    expired = (first.frozen_for_usec or 0) >= head.lease
+    if expired and now.free_bytes > _stop_mark(at.policy, now.limit_bytes):
+        return [_go_on(first, f"{free} of the pool are free")]
+    return []
+
+
+def _as_many_as_fit(at: Situation, why: str) -> list[Decision]:
+    """In order of importance, while room is left for what they may still take; at least one."""
+    left = at.now.free_bytes - resume_mark(at.policy, at.now.limit_bytes) - at.room_bytes
+    decisions: list[Decision] = []
+    for call in at.frozen:
+        left -= still_needs(at.now, call, THAW_SHARE)
+        if decisions and left < 0:
+            break
+        decisions.append(_go_on(call, why))
     return decisions
 
 
-def _kill(now: Snapshot, leader: CallView, others: list[CallView]) -> list[Decision]:
-    """Last: the leader still grows into what others hold. One call goes, the least important, and
-    among equals the one that frees the most memory for each second of work lost."""
-    candidates = [c for c in others if c.priority <= leader.priority and c.memory_bytes > 0]
-    if not candidates:
-        return []
-    victim = min(candidates, key=lambda c: (
-        c.priority, c.on_pressure != "kill", -c.memory_bytes / (c.cpu_usec + 1_000_000), c.id,
-    ))  # fmt: skip
-    return [Decision(
-        Action.KILL, victim.id,
-        f"Stopped: the pool of {show_bytes(now.limit_bytes)} was full, {leader.name!r} could not "
-        f"go on, and this call held {show_bytes(victim.memory_bytes)} with the least work to lose "
-        f"({show_usec(victim.cpu_usec)} of CPU time). Try again later, or with less memory.",
-    )]  # fmt: skip
+def _go_on(call: CallView, why: str) -> Decision:
+    paused = show_usec(call.frozen_for_usec or 0)
+    return Decision(Action.THAW, call.id, f"Going on after {paused}: {why}.")
 
 
-def _thaw(
-    now: Snapshot, running: list[CallView], frozen: list[CallView], room: int
-) -> list[Decision]:
-    best = _leader(frozen)
-    expired = (best.frozen_for_usec or 0) >= now.lease_usec and now.free_bytes > now.reserve_bytes
-    settled = now.since_thaw_usec >= now.cooldown_usec
-    roomy = now.free_bytes > now.resume_bytes + room and settled
-    if not running:
-        why = "nothing else is running"
-    elif roomy or expired:
-        why = f"{show_bytes(now.free_bytes)} of the pool are free"
-    else:
-        return []
-    paused = show_usec(best.frozen_for_usec or 0)
-    return [Decision(Action.THAW, best.id, f"Going on after {paused}: {why}.")]
+# Marks
 
 
-def _allow(now: Snapshot, room: int) -> list[Decision]:
-    if now.free_bytes <= now.resume_bytes + room:
-        return []
-    why = f"Memory may be asked for again: {show_bytes(now.free_bytes)} of the pool are free."
-    return [
-        Decision(Action.ALLOW, c.id, why) for c in now.calls if c.denied_growth_bytes is not None
-    ]
+def _freezing(policy: Policy) -> list[PoolFree]:
+    return [d for r in policy.rulesets if r.enabled and r.do.action in ("freeze", "deny")
+            for d in r.when if isinstance(d, PoolFree)]  # fmt: skip
 
 
-def decide(now: Snapshot) -> list[Decision]:
-    """What to do now. The same snapshot always gives the same decisions."""
-    running = [c for c in now.calls if c.frozen_for_usec is None]
-    frozen = [c for c in now.calls if c.frozen_for_usec is not None]
-    if not running:
-        return _thaw(now, running, frozen, 0) if frozen else []
-    leader = _leader(running)
-    room = _room_for(now, leader)
-    if now.free_bytes >= now.reserve_bytes + room:
-        return [*_allow(now, room), *(_thaw(now, running, frozen, room) if frozen else [])]
-    decisions = _freeze(now, running, leader, room)
-    critical = now.free_bytes < now.reserve_bytes * CRITICAL_SHARE
-    if not decisions and critical and now.growth_bytes_per_s > GROWING_BYTES_PER_S:
-        return _kill(now, leader, [c for c in now.calls if c is not leader])
-    return decisions
+def _stop_mark(policy: Policy, limit_bytes: int) -> int:
+    """Free bytes below which calls are stopped, 0 if no ruleset does."""
+    return max((d.below.of(limit_bytes) for d in _freezing(policy)), default=0)
+
+
+def resume_mark(policy: Policy, limit_bytes: int) -> int:
+    """Free bytes above which paused calls go on."""
+    return max((d.until.of(limit_bytes) for d in _freezing(policy)), default=0)
+
+
+def marks(policy: Policy, limit_bytes: int) -> tuple[int, int]:
+    """Use of the pool in bytes at which to look at once, and below which that is over. A policy
+    that stops nobody has its mark at the limit."""
+    stop, resume = _stop_mark(policy, limit_bytes), resume_mark(policy, limit_bytes)
+    return limit_bytes - stop, limit_bytes - max(stop, resume)
+
+
+def attention_bytes(policy: Policy, limit_bytes: int) -> int:
+    """Free bytes above which no ruleset on the pool's use can hold, whoever leads."""
+    most = policy.headroom.leader_most.of(limit_bytes)
+    free = [d for r in policy.rulesets if r.enabled for d in r.when if isinstance(d, PoolFree)]
+    edges = [d.until.of(limit_bytes) + (most if d.keep_room else 0) for d in free]
+    return max(edges, default=0)
+
+
+def leading_order(calls: tuple[CallView, ...]) -> list[str]:
+    """Ids of calls, the first to get through first."""
+    return [c.id for c in sorted(calls, key=rank)]

@@ -1,24 +1,33 @@
 """Looks at the pool, asks the engine, and applies what it decides.
 
 How often it looks depends on how soon the pool could be full: at the fastest growth that is assumed
-possible, several looks fall into the time that the reserve lasts.
+possible, several looks fall into the time that the free memory lasts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls import Calls
-from agentcgroupd.cgroup import knobs
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import BpfError, KnobError
-from agentcgroupd.policy.engine import Action, CallView, Decision, Snapshot, decide
+from agentcgroupd.policy.engine import attention_bytes, decide, marks
+from agentcgroupd.policy.look import Looker
+from agentcgroupd.policy.model import Policy
+from agentcgroupd.policy.snapshot import (
+    SESSION_ACTIONS,
+    TICK,
+    Action,
+    Decision,
+    Signal,
+    SignalKind,
+    Snapshot,
+    State,
+)
 from agentcgroupd.policy.tripwire import Tripwire
-from agentcgroupd.pool import Pool
-from agentcgroupd.session import boottime_usec
+from agentcgroupd.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -26,38 +35,47 @@ BURST_BYTES_PER_S = 2 << 30
 """Recorded agents' tool calls grew by up to 1.7 GB/s (arXiv 2602.09345)."""
 CALM_INTERVAL_S = 0.25
 IDLE_INTERVAL_S = 1.0
-COOLDOWN_USEC = 250_000
+DRY_SAID_USEC = 10_000_000
+"""What a dry run would do is told once in this time for each subject, not on every look."""
 
 
 class Guard:
     """Keeps the pool below its limit. `start` and `stop` on a running loop."""
 
-    def __init__(self, config: GuardConfig, pool: Pool, calls: Calls, can_deny: bool) -> None:
-        """`pool.memory_max_bytes` must be known. `can_deny`: growth can be denied here."""
-        assert pool.memory_max_bytes is not None
+    def __init__(
+        self,
+        config: GuardConfig,
+        policy: Policy,
+        looker: Looker,
+        calls: Calls,
+        sessions: Mapping[str, Session],
+    ) -> None:
         self._config = config
-        self._pool = pool
+        self._looker = looker
         self._calls = calls
+        self._sessions = sessions
         self._actions = calls.actions
-        self._can_deny = can_deny
-        self._limit = pool.memory_max_bytes
-        self._reserve = int(self._limit * config.margin_percent / 100)
-        self._resume = int(self._limit * config.resume_percent / 100)
+        self._limit = looker.limit_bytes
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._before: dict[str, tuple[int, int]] = {}
-        """(time in usec, bytes) at the last look, by call; the pool's own under an empty id."""
-        self._growth: dict[str, float] = {}
-        self._thawed_usec = 0
         self._tripwire: Tripwire | None = None
+        self._dry_said: dict[tuple[str, str], int] = {}
+        self.holds_back = False
+        """Whether something was done that is to be undone in time."""
+        self.policy = policy
+        self.state = State()
         self.applied = 0
         """Decisions that were applied so far."""
+        self.on_look: Callable[[Snapshot], None] = lambda snapshot: None
+        """Told of every snapshot: who waits for room looks as well."""
+        self.wanted: Callable[[], bool] = lambda: False
+        """Whether snapshots are wanted although the pool is calm."""
 
     def start(self, tripwire: Tripwire | None) -> None:
         """Begin to look. `tripwire`: what says that the mark is passed, if no program does."""
         self._tripwire = tripwire
         if tripwire is not None:
-            tripwire.start(self.look_now)
+            tripwire.start(lambda: self.look_now(Signal(SignalKind.MARK)))
         self._timer = self._loop.call_soon(self._tick)  # type: ignore[assignment]
 
     def stop(self) -> None:
@@ -71,24 +89,32 @@ class Guard:
     @property
     def mark_bytes(self) -> tuple[int, int]:
         """Use of the pool at which to look at once, and below which that is over."""
-        return self._limit - self._reserve, self._limit - self._resume
+        return marks(self.policy, self._limit)
 
-    def look_now(self) -> None:
-        """Something says that the pool is short; the timer goes on from here."""
+    def change_policy(self, policy: Policy) -> None:
+        """From now on this one; what the old one has done is judged by it at once."""
+        self.policy = policy
+        self.look_now(Signal(SignalKind.RELOADED))
+
+    def look_now(self, signal: Signal) -> None:
+        """Something happened; the timer goes on from here."""
         if self._timer is not None:
             self._timer.cancel()
-            self._tick()
+            self._tick(signal)
 
     def still_short(self) -> bool:
         """Whether less of the pool is free than frozen calls wait for. Raises KnobError."""
-        usage = self._pool.cgroup.read(knobs.MEMORY_CURRENT)
-        return self._limit - usage <= self._resume
+        return self._looker.usage() >= self.mark_bytes[1]
 
-    def _tick(self) -> None:
+    def snapshot(self) -> Snapshot:
+        """What the policy sees now. Raises KnobError."""
+        return self._looker.look(self._looker.usage())
+
+    def _tick(self, signal: Signal = TICK) -> None:
         started = self._loop.time()
         interval = IDLE_INTERVAL_S
         try:
-            interval = self._look()
+            interval = self._look(signal)
         except KnobError as error:
             log.error("the pool cannot be read: %s", error)
         finally:
@@ -96,84 +122,91 @@ class Guard:
             cost = self._loop.time() - started
             self._timer = self._loop.call_later(max(interval, cost * 4), self._tick)
 
-    def _look(self) -> float:
+    def _look(self, signal: Signal) -> float:
         """One look; returns seconds until the next."""
-        if not self._calls.open:
-            self._before.clear()
-            self._growth.clear()
-            return CALM_INTERVAL_S
-        usage = self._pool.cgroup.read(knobs.MEMORY_CURRENT)
+        usage = self._looker.usage()
         if self._tripwire is not None:
             self._tripwire.arm_below(usage)
-        pool_growth = self._rate("", usage)
         free = self._limit - usage
-        frozen = any(c.denied_at_bytes is not None or c.frozen_since_usec is not None
-                     for c in self._calls.open.values())  # fmt: skip
-        to_reserve_s = (free - self._reserve) / BURST_BYTES_PER_S
-        # The engine keeps at most half of the pool free for a growing leader.
-        if not frozen and free > self._limit // 2 + self._reserve:
-            return min(CALM_INTERVAL_S, to_reserve_s)
-        for decision in decide(self._snapshot(usage, pool_growth)):
-            self._apply(decision)
-        return max(self._config.tick / 1e6, min(CALM_INTERVAL_S, to_reserve_s / 2))
+        stop = self._limit - self.mark_bytes[0]
+        until_short_s = (free - stop) / BURST_BYTES_PER_S
+        calm = free > attention_bytes(self.policy, self._limit) and signal is TICK
+        if calm and not self.holds_back and not self.wanted():
+            return max(self._config.tick / 1e6, min(CALM_INTERVAL_S, until_short_s))
+        snapshot = self._looker.look(usage)
+        outcome = decide(self.policy, snapshot, signal, self.state)
+        self.state = outcome.state
+        for decision in outcome.decisions:
+            self._apply(decision, snapshot.now_usec)
+        # What was done is to be undone in time, however calm it gets.
+        self.holds_back = bool(outcome.decisions) or any(
+            c.frozen_for_usec is not None or c.denied_growth_bytes is not None
+            or c.throttled_growth_bytes is not None for c in snapshot.calls
+        ) or any(s.slowed for s in snapshot.sessions)  # fmt: skip
+        self.on_look(snapshot)
+        return max(self._config.tick / 1e6, min(CALM_INTERVAL_S, until_short_s / 2))
 
-    def _rate(self, key: str, value: int, since_usec: int | None = None) -> float:
-        """Bytes per second since the last look, or since `since_usec` at the first, falling off
-        over a few looks after growth ends."""
-        now = boottime_usec()
-        first = (now, value) if since_usec is None else (since_usec, 0)
-        then, before = self._before.get(key, first)
-        self._before[key] = (now, value)
-        fresh = (value - before) * 1e6 / (now - then) if now > then else 0.0
-        self._growth[key] = max(fresh, self._growth.get(key, 0.0) * 0.7)
-        return self._growth[key]
-
-    def _snapshot(self, usage: int, pool_growth: float) -> Snapshot:
-        now, views = boottime_usec(), []
-        for call in self._calls.open.values():
-            if call.state == pb.CALL_STATE_ENDING:
-                continue
-            try:
-                memory = call.cgroup.read(knobs.MEMORY_CURRENT)
-                cpu = call.cgroup.read(knobs.CPU_STAT)["usage_usec"]
-            except KnobError:
-                continue  # it has just ended
-            since, at = call.frozen_since_usec, call.denied_at_bytes
-            views.append(CallView(
-                id=call.id, name=call.name, priority=call.grant.priority,
-                began_usec=call.began_boot_usec, memory_bytes=memory,
-                growth_bytes_per_s=self._rate(call.id, memory, call.began_boot_usec), cpu_usec=cpu,
-                frozen_for_usec=None if since is None else now - since,
-                on_pressure=call.grant.on_pressure,
-                memory_expected_bytes=call.grant.memory_expected_bytes,
-                memory_max_bytes=call.grant.memory_max_bytes,
-                denied_growth_bytes=None if at is None else memory - at,
-            ))  # fmt: skip
-        for gone in self._before.keys() - {v.id for v in views} - {""}:
-            del self._before[gone], self._growth[gone]
-        return Snapshot(
-            limit_bytes=self._limit, usage_bytes=usage, growth_bytes_per_s=pool_growth,
-            reserve_bytes=self._reserve, resume_bytes=self._resume,
-            lease_usec=self._config.lease, since_thaw_usec=now - self._thawed_usec,
-            cooldown_usec=COOLDOWN_USEC, calls=tuple(views), can_deny=self._can_deny,
-        )  # fmt: skip
-
-    def _apply(self, decision: Decision) -> None:
-        call = self._calls.open.get(decision.call_id)
-        if call is None:
+    def _apply(self, decision: Decision, now_usec: int) -> None:
+        if decision.dry_run:
+            self._say_dry(decision, now_usec)
             return
-        actions: dict[Action, Callable[[], None]] = {
-            Action.DENY: lambda: self._actions.deny(call, decision.why),
-            Action.ALLOW: lambda: self._actions.allow(call, decision.why),
-            Action.FREEZE: lambda: self._actions.freeze(call, decision.why),
-            Action.THAW: lambda: self._actions.thaw(call, decision.why),
-            Action.KILL: lambda: self._actions.stop(call, decision.why),
-        }
         try:
-            actions[decision.action]()
+            applied = (
+                self._apply_to_session(decision)
+                if decision.action in SESSION_ACTIONS
+                else self._apply_to_call(decision)
+            )
         except (KnobError, BpfError) as error:
-            log.warning("%s of call %s failed: %s", decision.action.value, call.id, error)
+            log.warning("%s of %s failed: %s", decision.action.value, decision.subject, error)
             return
-        self.applied += 1
-        if decision.action is Action.THAW:
-            self._thawed_usec = boottime_usec()
+        self.applied += applied
+
+    def _apply_to_call(self, decision: Decision) -> bool:
+        call = self._calls.open.get(decision.subject)
+        if call is None:
+            return False
+        actions, why = self._actions, decision.why
+        match decision.action:
+            case Action.THROTTLE:
+                actions.throttle(call, decision.amount, why)
+            case Action.UNTHROTTLE:
+                actions.unthrottle(call, why)
+            case Action.DENY:
+                actions.deny(call, why)
+            case Action.ALLOW:
+                actions.allow(call, why)
+            case Action.FREEZE:
+                actions.freeze(call, why)
+            case Action.THAW:
+                actions.thaw(call, why)
+            case Action.KILL:
+                actions.stop(call, why)
+        return True
+
+    def _apply_to_session(self, decision: Decision) -> bool:
+        if not decision.subject:
+            self._actions.reclaim_pool(decision.amount, decision.why)
+            return True
+        session = self._sessions.get(decision.subject)
+        if session is None or session.closing:
+            return False
+        match decision.action:
+            case Action.RECLAIM:
+                calls = [self._calls.open[c] for c in decision.calls if c in self._calls.open]
+                if decision.calls and not calls:
+                    return False
+                self._actions.reclaim(session, decision.amount, calls, decision.why)
+            case Action.SLOW:
+                self._actions.slow(session, decision.amount, decision.why)
+            case Action.RESTORE:
+                self._actions.restore(session, decision.why)
+        return True
+
+    def _say_dry(self, decision: Decision, now_usec: int) -> None:
+        key = decision.action.value, decision.subject
+        if now_usec - self._dry_said.get(key, -DRY_SAID_USEC) < DRY_SAID_USEC:
+            return
+        if len(self._dry_said) > 10_000:
+            self._dry_said.clear()
+        self._dry_said[key] = now_usec
+        self._actions.dry(decision.action.value, decision.subject, decision.ruleset, decision.why)

@@ -1,8 +1,8 @@
 """The language of policies: one TOML document, checked by pydantic models.
 
 A policy is a list of rulesets, tried in order on every look. Each has detectors, which must all
-hold, and one action. A detector that has begun to hold goes on holding until its `until` is reached,
-so that nothing flaps, and what an action did is undone when its ruleset no longer holds.
+hold, and one action. A detector that has begun to hold goes on until its `until` is reached, so
+that nothing flaps, and what an action did is undone when its ruleset no longer holds.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from agentcgroupd.config import Duration, Priority, Section
+from agentcgroupd.config import Duration, Priority, Section, quantity
 from agentcgroupd.errors import InvalidField
-from agentcgroupd.units import parse_bytes, show_bytes
+from agentcgroupd.units import parse_bytes, parse_priority, show_bytes
 
 AMOUNT_ALLOWED = "a part of the pool such as 6%, from 0.1% to 100%, or a size such as 512M"
 
@@ -74,6 +74,17 @@ def _amount(value: object) -> object:
 
 PoolAmount = Annotated[Amount, BeforeValidator(_amount)]
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+NOBODY = 101
+"""A priority that no call and no session has."""
+
+
+def _spare_priority(field: str, text: str) -> int:
+    return NOBODY if text.strip() == str(NOBODY) else parse_priority(field, text)
+
+
+SparePriority = Annotated[int, quantity(_spare_priority, "priority")]
 
 
 def _wrong(field: str, value: object, allowed: str) -> InvalidField:
@@ -138,8 +149,9 @@ class Reclaim(Section):
     """Take cold memory back (memory.reclaim) without stopping anyone."""
 
     action: Literal["reclaim"]
-    whom: Literal["waiting", "frozen"] = "waiting"
-    """Sessions whose agent waits for its model, or the calls that are paused."""
+    whom: Literal["waiting", "frozen", "cache"] = "waiting"
+    """Sessions whose agent waits for its model, the calls that are paused, or the pool's cold file
+    cache."""
     waiting_for: Duration = 1_000_000
     step: PoolAmount = Amount(percent=2.0)
     """At most so much of one session at a time."""
@@ -203,7 +215,7 @@ class Ruleset(Section):
     """Decide and tell, but do nothing."""
     cooldown: Duration | None = None
     """Not again before this time has passed."""
-    spare_priority: Priority = 101
+    spare_priority: SparePriority = NOBODY
     """Calls and sessions of at least this priority are left alone; 101: none is."""
     when: Annotated[tuple[Detector, ...], Field(min_length=1)]
     do: AnyAction
@@ -243,12 +255,13 @@ class Admission(Section):
 
 
 class CpuClasses(Section):
-    """CPU and IO by class; a call's class follows from its priority and its expected length."""
+    """CPU and IO by class, which follows from a call's priority."""
 
     batch_below: Priority = 35
     interactive_from: Priority = 65
-    batch_weight_percent: Annotated[int, Field(ge=1, le=1000)] = 50
-    interactive_weight_percent: Annotated[int, Field(ge=1, le=1000)] = 200
+    batch_weight_percent: Annotated[int, Field(ge=1, le=1000)] = 100
+    """Of the weight that follows from the priority, which doubles for every 15 steps."""
+    interactive_weight_percent: Annotated[int, Field(ge=1, le=1000)] = 100
     io_weight: bool = True
     """Set io.weight beside cpu.weight where the device's scheduler keeps it."""
 
@@ -279,15 +292,15 @@ class Policy(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Policy:
         names = [r.name for r in self.rulesets]
-        twice = next((n for n in names if names.count(n) > 1), None)
+        twice = next((i for i, n in enumerate(names) if n in names[:i]), None)
         if twice is not None:
-            raise _wrong("rulesets.name", twice, "each name once")
+            raise _wrong(f"rulesets[{twice}].name", names[twice], "each name once")
         if self.cpu.batch_below > self.cpu.interactive_from:
-            raise _wrong("cpu.batch_below", self.cpu.batch_below,
-                         f"at most interactive_from, which is {self.cpu.interactive_from}")  # fmt: skip
+            allowed = f"at most interactive_from, which is {self.cpu.interactive_from}"
+            raise _wrong("cpu.batch_below", self.cpu.batch_below, allowed)
         kills = [i for i, r in enumerate(self.rulesets) if r.enabled and r.do.action == "kill"]
         stops = [i for i, r in enumerate(self.rulesets) if r.enabled and r.do.action == "freeze"]
         if kills and stops and min(kills) < max(stops):
-            raise _wrong("rulesets", self.rulesets[min(kills)].name,
-                         f"an order in which kill comes after {self.rulesets[max(stops)].name!r}")  # fmt: skip
+            allowed = f"an order in which kill comes after {self.rulesets[max(stops)].name!r}"
+            raise _wrong(f"rulesets[{min(kills)}]", self.rulesets[min(kills)].name, allowed)
         return self

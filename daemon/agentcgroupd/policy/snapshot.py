@@ -55,8 +55,12 @@ class CallView:
     """Work done so far, which is lost if the call is killed."""
     frozen_for_usec: int | None = None
     """None: it runs."""
+    paused_usec: int = 0
+    """For how long it has been paused in all."""
     denied_growth_bytes: int | None = None
     """How much it has grown since its growth was denied; None: it may grow."""
+    refused_requests: int = 0
+    """How often it was refused memory since its growth was denied."""
     throttled_growth_bytes: int | None = None
     """How much it has grown since it was throttled; None: it is not."""
     on_pressure: str = "freeze"
@@ -108,12 +112,15 @@ class Snapshot:
     """A clock that never goes back (CLOCK_BOOTTIME)."""
     limit_bytes: int
     usage_bytes: int
+    """Without cold file cache, which the kernel takes back by itself."""
     growth_bytes_per_s: float
     calls: tuple[CallView, ...]
     sessions: tuple[SessionView, ...] = ()
     host: Host = field(default_factory=Host)
-    stalled_share: float = 0.0
-    """As in SessionView, of the whole pool."""
+    stalled_share: float | None = 0.0
+    """As in SessionView, of the whole pool; None: this kernel does not tell."""
+    cache_bytes: int = 0
+    """Cold file cache in the pool, which is not counted in `usage_bytes`."""
     peaks_bytes: tuple[int, ...] = ()
     """What ended calls of this pool took at most, ascending."""
 
@@ -158,7 +165,7 @@ class Decision:
 
     action: Action
     subject: str
-    """Id of a call; of a session for SESSION_ACTIONS."""
+    """Id of a call; of a session for SESSION_ACTIONS, or nothing for the pool (RECLAIM)."""
     why: str
     ruleset: str = ""
     amount: int = 0

@@ -3,6 +3,8 @@
 `none`: each session is one plain cgroup below the pool and only the pool has a limit.
 `static`: the same, and each session's memory.max is its even part of the pool.
 `ours`: a daemon of its own, in a run directory of its own, with the same pool size.
+Two more are for comparison only. `high`: as `static`, but with memory.high instead of memory.max.
+`oomd`: as `none`, watched by Meta's oomd (see `backends_oomd`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from agentcgroupd.cgroup.knobs import MEMORY_CURRENT, MEMORY_MAX
+from agentcgroupd.cgroup.knobs import MEMORY_CURRENT, MEMORY_HIGH, MEMORY_MAX
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from agentcgroupd.errors import CgroupGone
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from agentcgroup.v1 import agentcgroup_pb2 as pb
 
 STRATEGIES = ("none", "static", "ours")
+PEERS = ("high", "oomd")
 AGENT_LEAF = "agent"
 _START_S = 90.0
 _RPC_S = 60.0
@@ -102,7 +105,7 @@ def _below(cgroup: Cgroup, depth: int = 4) -> list[str]:
 
 
 class PlainBackend:
-    """`none` and `static`: cgroups and limits, nobody who watches them."""
+    """`none`, `static` and `high`: cgroups and limits, nobody who watches them."""
 
     def __init__(self, name: str, pool_bytes: int, sessions: int) -> None:
         self.name = name
@@ -111,13 +114,16 @@ class PlainBackend:
         self.pool = root.make_child(pool)
         self.pool.write(MEMORY_MAX, pool_bytes)
         self.pool.enable(("memory", "cpu", "pids"))
-        self._share_bytes = pool_bytes // sessions if name == "static" else None
+        self._share_bytes = pool_bytes // sessions
 
     def open(self, session_id: str, important: bool) -> Place:
         """A plain cgroup; importance is not expressed."""
         del important
         cgroup = self.pool.make_child(session_id)
-        cgroup.write(MEMORY_MAX, self._share_bytes)
+        if self.name == "static":
+            cgroup.write(MEMORY_MAX, self._share_bytes)
+        elif self.name == "high":
+            cgroup.write(MEMORY_HIGH, self._share_bytes)
         return Place(cgroup, enter=str(cgroup.path))
 
     def call_prefix(self, tool: str) -> tuple[str, ...]:
@@ -317,12 +323,16 @@ def _python_path() -> str:
 
 
 def make_backend(strategy: str, pool_bytes: int, sessions: int, work: Path) -> Backend:
-    """The backend of one of STRATEGIES. Raises ReplayError, KnobError, OSError."""
+    """The backend of one of STRATEGIES or PEERS. Raises ReplayError, KnobError, OSError."""
     if strategy == "ours":
         return DaemonBackend(pool_bytes, work)
-    if strategy in STRATEGIES:
+    if strategy == "oomd":
+        from .backends_oomd import OomdBackend
+
+        return OomdBackend(pool_bytes, sessions, work)
+    if strategy in (*STRATEGIES, *PEERS):
         return PlainBackend(strategy, pool_bytes, sessions)
-    raise ValueError(f"strategy is {strategy!r}; allowed: {', '.join(STRATEGIES)}")
+    raise ValueError(f"strategy is {strategy!r}; allowed: {', '.join((*STRATEGIES, *PEERS))}")
 
 
 def current_bytes(cgroup: Cgroup) -> int:

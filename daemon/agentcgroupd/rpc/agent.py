@@ -12,7 +12,8 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.convert import call_to_proto
 from agentcgroupd.errors import InvalidField, NotFound
 from agentcgroupd.rpc.identity import Peer, session_of
-from agentcgroupd.session import Call, Session
+from agentcgroupd.session import Call, Process, Session
+from agentcgroupd.waiting import Asked
 
 if TYPE_CHECKING:
     from agentcgroupd.calls import Calls
@@ -56,13 +57,31 @@ class AgentCalls:
             raise NotFound(f"no call {call_id[:64]!r} is open in this session", "call_id", call_id)
         return call
 
-    def begin(self, peer: Peer, request: pb.BeginCallRequest) -> pb.Call:
-        """BeginCall; the peer's process holds the call open. Raises RequestError."""
-        call = self._calls.begin(
-            self.session(peer), request.name, intent_fields(request.intent), list(request.argv),
-            peer.process,
-        )  # fmt: skip
+    def begin(
+        self, peer: Peer, request: pb.BeginCallRequest
+    ) -> pb.Call | Coroutine[Any, Any, pb.Call]:
+        """BeginCall; the peer's process holds the call open. Where the call has to wait for room,
+        it is to be awaited. Raises RequestError."""
+        session, intent, argv = (
+            self.session(peer),
+            intent_fields(request.intent),
+            list(request.argv),
+        )
+        asked = self._calls.ask(session, request.name, intent, argv)
+        if asked is not None:
+            return self._begin_later(asked, intent, argv, peer.process.copy())
+        call = self._calls.begin(session, request.name, intent, argv, peer.process)
         return call_to_proto(call, admin=False)
+
+    async def _begin_later(
+        self, asked: Asked, intent: dict[str, str], argv: list[str], process: Process
+    ) -> pb.Call:
+        try:
+            return call_to_proto(
+                await self._calls.begin_later(asked, intent, argv, process), admin=False
+            )
+        finally:
+            process.close()
 
     def end(
         self, peer: Peer, request: pb.EndCallRequest
@@ -72,8 +91,22 @@ class AgentCalls:
         ended = self.session(peer).report(request.call_id) if request.call_id else None
         if ended is not None:
             return ended
+        waits = self._withdraw(peer, request.call_id)
+        if waits is not None:
+            return waits
         call = self.call(peer, request.call_id)
         status = request.wait_status if request.HasField("wait_status") else None
         if status is not None and not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
             raise InvalidField("wait_status", str(status), "a wait status of an ended process")
         return self._calls.end(call, request.detach, status, "its agent ended the call")
+
+    def _withdraw(self, peer: Peer, call_id: str) -> pb.Report | None:
+        """A call that still waits is taken out of the queue."""
+        queue = self._calls.queue
+        asked = queue.get(call_id) if queue is not None else None
+        if queue is None or asked is None or asked.session is not self.session(peer):
+            return None
+        sentence = "It was ended by its agent while it waited for room; it had not begun."
+        queue.cancel(asked, sentence)
+        return pb.Report(call_id=call_id, session_id=asked.session.id, name=asked.name,
+                         verdict=pb.VERDICT_CANCELLED, sentence=sentence)  # fmt: skip

@@ -10,8 +10,9 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from google.protobuf import message
 
@@ -26,12 +27,14 @@ from agentcgroupd.errors import (
     PermissionDenied,
     as_request_error,
 )
-from agentcgroupd.intent import Intent
+from agentcgroupd.intent import WAIT_MOST_USEC, Intent
 from agentcgroupd.metrics import Metrics
 from agentcgroupd.rpc.agent import AgentCalls, refuse_unknown
 from agentcgroupd.rpc.identity import Peer, check_operator, session_of
+from agentcgroupd.session import Call, Process
 from agentcgroupd.sessions import Sessions
 from agentcgroupd.units import suggestion
+from agentcgroupd.waiting import Asked
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,8 @@ _RPC_METHODS: dict[str, type[pb.BeginCallRequest | pb.EndCallRequest]] = {
     "BeginCall": pb.BeginCallRequest,
     "EndCall": pb.EndCallRequest,
 }
+Answer = list[str] | Coroutine[Any, Any, list[str]]
+"""The words of a reply, or what they are to be waited for."""
 _BEGIN_KEYS = ("name", "argc", "arg", *Intent.model_fields)
 
 
@@ -65,6 +70,10 @@ def _rpc_request(data: bytes) -> tuple[str, pb.BeginCallRequest | pb.EndCallRequ
         raise InvalidField("request", f"{len(raw)} bytes", f"a {kind.__name__} message") from None
     refuse_unknown(request)
     return name, request
+
+
+def _packet(words: list[str]) -> bytes:
+    return b"".join(word.encode("utf-8", "replace") + b"\0" for word in words)
 
 
 class Request:
@@ -120,7 +129,7 @@ class AttachServer:
         self._sessions = sessions
         self._calls = calls
         self._metrics = metrics
-        self._verbs: dict[str, Callable[[Peer, Request], list[str]]] = (
+        self._verbs: dict[str, Callable[[Peer, Request], Answer]] = (
             {"enter": self._enter} if admin else {"attach": self._attach, "begin": self._begin}
         )
         self._agent_calls = None if admin else AgentCalls(sessions, calls)
@@ -128,6 +137,8 @@ class AttachServer:
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
         self._open: dict[int, tuple[socket.socket, asyncio.TimerHandle]] = {}
+        self._waiting: dict[int, asyncio.Task[None]] = {}
+        """By file number: those whose answer takes its time, and who may hang up meanwhile."""
 
     def start(self) -> None:
         """Listen. OSError if the path cannot be bound."""
@@ -197,13 +208,50 @@ class AttachServer:
             return
         if data:
             reply = self._answer(client, data)
-            self._reply(client, b"".join(word.encode("utf-8", "replace") + b"\0" for word in reply))
+            if not isinstance(reply, list):
+                self._answer_in_time(client, self._send_words(client, reply))
+                return
+            self._reply(client, _packet(reply))
         self._close(client)
 
-    def _disarm(self, client: socket.socket) -> None:
-        """The request is there; from now on the daemon takes the time that it takes."""
-        self._open[client.fileno()][1].cancel()
+    async def _send_words(
+        self, client: socket.socket, answer: Coroutine[Any, Any, list[str]]
+    ) -> None:
+        self._reply(client, _packet(await answer))
+
+    def _answer_in_time(self, client: socket.socket, answer: Coroutine[Any, Any, None]) -> None:
+        """The request is there; from now on the daemon takes the time that it takes. A caller that
+        hangs up meanwhile wants nothing any more."""
+        entry = self._open.pop(client.fileno(), None)
+        assert entry is not None
+        entry[1].cancel()
+        number = client.fileno()
+        task = self._loop.create_task(answer)
+        self._waiting[number] = task
+        self._tasks.add(task)
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._waiting.pop(number, None)
+            self._loop.remove_reader(number)
+            client.close()
+            if not task.cancelled() and task.exception() is not None:
+                log.error("%s: a request failed", self._path, exc_info=task.exception())
+
+        task.add_done_callback(done)
+        self._loop.remove_reader(number)
+        self._loop.add_reader(number, self._hung_up, client, task)
+
+    def _hung_up(self, client: socket.socket, task: asyncio.Task[None]) -> None:
+        """Readable while it waits: the caller is gone, or says what it has no right to say."""
+        try:
+            client.recv(1)
+        except BlockingIOError:
+            return
+        except OSError:
+            log.debug("%s: the caller is gone", self._path)
         self._loop.remove_reader(client.fileno())
+        task.cancel()
 
     def _reply(self, client: socket.socket, packet: bytes) -> None:
         try:
@@ -232,10 +280,9 @@ class AttachServer:
             self._refuse(client, Internal("the daemon failed; its log says how"))
         else:
             if not isinstance(answer, message.Message):
-                self._disarm(client)
-                task = self._loop.create_task(self._answer_later(client, answer))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                if method == "BeginCall":
+                    self._reply(client, _packet(self._wait_words()))
+                self._answer_in_time(client, self._answer_later(client, answer))
                 return
             self._reply(client, b"OK\0" + answer.SerializeToString())
         finally:
@@ -251,15 +298,18 @@ class AttachServer:
             self._reply(client, b"OK\0" + (await answer).SerializeToString())
         except AgentcgroupdError as error:
             self._refuse(client, error)
-        finally:
-            self._close(client)
+
+    @staticmethod
+    def _wait_words() -> list[str]:
+        """The answer may take as long as a call can wait."""
+        return ["WAIT", f"seconds={WAIT_MOST_USEC // 1_000_000}"]
 
     def _refuse(self, client: socket.socket, error: AgentcgroupdError) -> None:
         refused = as_request_error(error)
         self._metrics.rpc_errors.labels("packet", refused.code).inc()
         self._reply(client, b"ERR\0" + error_to_proto(refused).SerializeToString())
 
-    def _answer(self, client: socket.socket, data: bytes) -> list[str]:
+    def _answer(self, client: socket.socket, data: bytes) -> Answer:
         peer: Peer | None = None
         try:
             request = Request(data)
@@ -267,16 +317,22 @@ class AttachServer:
             if verb is None:
                 raise InvalidField("verb", request.verb, " or ".join(self._verbs))
             peer = Peer(client)
-            return verb(peer, request)
+            answer = verb(peer, request)
+            if not isinstance(answer, list):
+                self._reply(client, _packet(self._wait_words()))
+            return answer
         except AgentcgroupdError as error:
-            refused = as_request_error(error)
+            return self._error_words(error)
         except Exception:
             # Silence would make the launcher run the tool without limits.
             log.exception("%s: a request failed", self._path)
-            refused = Internal("the daemon failed; its log says how")
+            return self._error_words(Internal("the daemon failed; its log says how"))
         finally:
             if peer is not None:
                 peer.close()
+
+    def _error_words(self, error: AgentcgroupdError) -> list[str]:
+        refused = as_request_error(error)
         self._metrics.rpc_errors.labels("attach", refused.code).inc()
         return ["ERR", refused.code, " ".join(refused.sentence.replace("\0", " ").split())]
 
@@ -289,13 +345,31 @@ class AttachServer:
         self._calls.attach(call, peer.process)
         return ["OK", f"call={call.id}"]
 
-    def _begin(self, peer: Peer, request: Request) -> list[str]:
+    def _begin(self, peer: Peer, request: Request) -> Answer:
         request.only(*_BEGIN_KEYS)
         session = session_of(peer, self._sessions.of_cgroup)
         intent = {key: value for key, value in request.values.items() if key in Intent.model_fields}
-        call = self._calls.begin(session, request.value("name"), intent, request.args, None)
+        name = request.value("name")
+        asked = self._calls.ask(session, name, intent, request.args)
+        if asked is not None:
+            return self._begin_later(asked, intent, request.args, peer.process.copy())
+        call = self._calls.begin(session, name, intent, request.args, None)
+        return self._enter_call(call, peer.process)
+
+    async def _begin_later(
+        self, asked: Asked, intent: dict[str, str], args: list[str], process: Process
+    ) -> list[str]:
         try:
-            self._calls.attach(call, peer.process)
+            call = await self._calls.begin_later(asked, intent, args, None)
+            return self._enter_call(call, process)
+        except AgentcgroupdError as error:
+            return self._error_words(error)
+        finally:
+            process.close()
+
+    def _enter_call(self, call: Call, process: Process) -> list[str]:
+        try:
+            self._calls.attach(call, process)
         except AgentcgroupdError:
             self._calls.withdraw(call)
             raise

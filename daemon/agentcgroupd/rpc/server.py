@@ -21,13 +21,14 @@ from agentcgroupd.convert import call_to_proto, error_to_proto
 from agentcgroupd.errors import (
     AgentcgroupdError,
     CgroupGone,
+    ConfigError,
     FailedPrecondition,
     NotFound,
     as_request_error,
 )
 from agentcgroupd.rpc.agent import AgentCalls, intent_fields, refuse_unknown
 from agentcgroupd.rpc.identity import Relay, check_operator
-from agentcgroupd.session import Session
+from agentcgroupd.session import Call, Session
 
 if TYPE_CHECKING:
     from agentcgroupd.service import Daemon
@@ -107,7 +108,8 @@ class AgentService(_Service, pb_grpc.AgentServicer):
     @answers
     async def BeginCall(self, request: pb.BeginCallRequest, context: Context) -> pb.Call:
         """See the proto."""
-        return self._calls.begin(self.relay.peer(context.peer()), request)
+        call = self._calls.begin(self.relay.peer(context.peer()), request)
+        return call if isinstance(call, pb.Call) else await call
 
     @answers
     async def EndCall(self, request: pb.EndCallRequest, context: Context) -> pb.Report:
@@ -193,6 +195,12 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         sessions = self.daemon.sessions
         return [sessions.get(session_id)] if session_id else list(sessions.open.values())
 
+    def _open_call(self, call_id: str) -> Call:
+        call = self.daemon.calls.open.get(call_id)
+        if call is None:
+            raise NotFound(f"no call {call_id[:64]!r} is open", "call_id", call_id)
+        return call
+
     @answers
     async def GetPool(self, request: pb.GetPoolRequest, context: Context) -> pb.Pool:
         """See the proto."""
@@ -247,9 +255,7 @@ class AdminService(_Service, pb_grpc.AdminServicer):
     async def EndCall(self, request: pb.EndCallRequest, context: Context) -> pb.Report:
         """See the proto."""
         self._check(context)
-        call = self.daemon.calls.open.get(request.call_id)
-        if call is None:
-            raise NotFound(f"no call {request.call_id[:64]!r} is open", "call_id", request.call_id)
+        call = self._open_call(request.call_id)
         report = self.daemon.calls.end(call, request.detach, None, "the operator ended the call")
         return report if isinstance(report, pb.Report) else await report
 
@@ -275,6 +281,30 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         """See the proto."""
         self._check(context)
         return self.reports(self._sessions(request.session_id), request.limit)
+
+    @answers
+    async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.PolicyState:
+        """See the proto."""
+        self._check(context)
+        return self.daemon.answers.describe_policy(self.daemon.policy_files)
+
+    @answers
+    async def ReloadPolicy(
+        self, request: pb.ReloadPolicyRequest, context: Context
+    ) -> pb.PolicyState:
+        """See the proto."""
+        self._check(context)
+        try:
+            self.daemon.policy_files.reload()
+        except ConfigError as error:
+            raise FailedPrecondition(str(error), "policy") from None
+        return self.daemon.answers.describe_policy(self.daemon.policy_files)
+
+    @answers
+    async def ExplainCall(self, request: pb.ExplainCallRequest, context: Context) -> pb.Explanation:
+        """See the proto."""
+        self._check(context)
+        return self.daemon.answers.explain(self._open_call(request.call_id))
 
     async def WatchEvents(
         self, request: pb.WatchEventsRequest, context: Context

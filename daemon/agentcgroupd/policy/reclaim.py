@@ -1,0 +1,98 @@
+"""memory.reclaim, off the event loop: the write blocks for as long as the kernel reclaims."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.knobs import Reclaim
+from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.errors import CgroupGone, KnobError
+
+AT_ONCE = 2
+"""Writes at a time: each keeps a core busy with compressing."""
+STEP_BYTES = 8 << 20
+"""Asked for at a time. The kernel does not let a cgroup go while it is being written to, so a step
+has to be short: this is some 10 ms of compressing by one core."""
+_SPENT = (errno.EAGAIN, errno.ENODEV, errno.ENOENT)
+
+
+@dataclass(slots=True)
+class Reclaimer:
+    """Reclaims in threads, a few cgroups at a time; on a running loop."""
+
+    _threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(AT_ONCE, "reclaim")
+    )
+    _running: dict[str, asyncio.Task[int]] = field(default_factory=dict)
+
+    def start(self, key: str, work: Coroutine[Any, Any, int]) -> asyncio.Task[int]:
+        """A task for `work`; while one of this key is running that one, and `work` is not begun."""
+        running = self._running.get(key)
+        if running is not None:
+            work.close()
+            return running
+        task = asyncio.get_running_loop().create_task(work)
+        self._running[key] = task
+        task.add_done_callback(lambda _: self._running.pop(key, None))
+        return task
+
+    async def reclaim(
+        self, cgroups: Iterable[Cgroup], size_bytes: int, go_on: Callable[[Cgroup], bool]
+    ) -> int:
+        """Take up to `size_bytes` from these cgroups, one after the other; returns by how many
+        bytes their use fell. `go_on` is asked before each step, in a thread. Cgroups that have gone
+        are passed over. Raises KnobError."""
+        got = 0
+        for cgroup in cgroups:
+            if got >= size_bytes:
+                break
+            try:
+                got += await self._one(cgroup, size_bytes - got, go_on)
+            except CgroupGone:
+                continue
+        return got
+
+    async def _one(self, cgroup: Cgroup, size_bytes: int, go_on: Callable[[Cgroup], bool]) -> int:
+        before = cgroup.read(knobs.MEMORY_CURRENT)
+        # Opened here: a directory that is closed meanwhile would be another one in the thread.
+        fd = cgroup.open_file(knobs.MEMORY_RECLAIM, os.O_WRONLY)
+        cancelled = False
+
+        def steps() -> None:
+            try:
+                _write_steps(fd, size_bytes, lambda: not cancelled and go_on(cgroup))
+            finally:
+                os.close(fd)
+
+        done = self._threads.submit(steps)
+        try:
+            await asyncio.wrap_future(done)
+        except OSError as error:
+            raise KnobError(error, str(cgroup.path), knobs.MEMORY_RECLAIM.file,
+                            str(size_bytes)) from None  # fmt: skip
+        except asyncio.CancelledError:
+            cancelled = True
+            if done.cancelled():  # it had not begun
+                os.close(fd)
+            raise
+        return max(0, before - cgroup.read(knobs.MEMORY_CURRENT))
+
+
+def _write_steps(fd: int, size_bytes: int, go_on: Callable[[], bool]) -> None:
+    left = size_bytes
+    while left > 0 and go_on():
+        step = min(left, STEP_BYTES)
+        try:
+            os.write(fd, knobs.MEMORY_RECLAIM.format(Reclaim(step)).encode())
+        except OSError as error:
+            if error.errno in _SPENT:
+                return
+            raise
+        left -= step

@@ -1,0 +1,109 @@
+"""What follows from a snapshot before any ruleset is asked: who leads, what room it needs.
+
+The leader is the call that must get through: the most important, and among equals the oldest. It is
+never stopped, so that something always ends and gives its memory back. While it grows, room is kept
+for it, because two calls that grow side by side until the pool is full could neither of them end. A
+call that needs nothing more, such as a server, gives the lead to one that was paused for a whole
+lease; else the others would wait for its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from agentcgroupd.policy.model import Policy
+from agentcgroupd.policy.snapshot import CallView, Snapshot
+
+GROWING_BYTES_PER_S = 4 << 20
+"""Slower growth is left alone while others grow faster."""
+DENIED_SLACK_BYTES = 48 << 20
+"""A call whose growth is denied may come by this much more: its allowance, and what it had asked
+for before but not yet touched. Beyond it, denying was not enough."""
+
+
+def growing(call: CallView) -> bool:
+    """Whether it takes memory fast enough to matter."""
+    return call.growth_bytes_per_s > GROWING_BYTES_PER_S
+
+
+def rank(call: CallView) -> tuple[int, int, str]:
+    """Order of importance: the smallest goes first."""
+    return -call.priority, call.began_usec, call.id
+
+
+def best(calls: Iterable[CallView]) -> CallView | None:
+    """The most important, and among equals the oldest."""
+    return min(calls, key=rank, default=None)
+
+
+def still_needs(now: Snapshot, call: CallView, share: float) -> int:
+    """Bytes that a call may still take: up to what it is expected to, or up to what `share` of the
+    pool's calls that got as far as this one stayed below, whichever is more. Where too few did and
+    nothing more is expected, as much again as it holds."""
+    peak = now.likely_peak(call.memory_bytes, share)
+    if peak is None and call.expected_bytes <= call.memory_bytes:
+        wanted = call.memory_bytes
+    else:
+        wanted = max(peak or 0, call.expected_bytes) - call.memory_bytes
+    if call.memory_max_bytes is not None:
+        wanted = min(wanted, call.memory_max_bytes - call.memory_bytes)
+    return max(0, wanted)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A snapshot and what follows from it under one policy."""
+
+    policy: Policy
+    now: Snapshot
+
+    @cached_property
+    def running(self) -> list[CallView]:
+        """Calls that are not paused."""
+        return [c for c in self.now.calls if c.frozen_for_usec is None]
+
+    @cached_property
+    def frozen(self) -> list[CallView]:
+        """Paused calls, the first to go on first."""
+        return sorted((c for c in self.now.calls if c.frozen_for_usec is not None), key=rank)
+
+    @cached_property
+    def leader(self) -> CallView | None:
+        """The call that must get through; it may be paused still."""
+        first = best(self.now.calls)
+        if first is None or growing(first) or first.frozen_for_usec is not None:
+            return first
+        lease = self.policy.headroom.lease
+        overdue = (c for c in self.now.calls if c.paused_usec >= lease
+                   and (growing(c) or c.frozen_for_usec is not None))  # fmt: skip
+        return best(overdue) or first
+
+    @cached_property
+    def growing(self) -> list[CallView]:
+        """Running calls that take memory fast enough to matter."""
+        return [c for c in self.running if growing(c)]
+
+    @cached_property
+    def growth_bytes_per_s(self) -> float:
+        """The pool's, or its calls' where that says more."""
+        calls = sum(c.growth_bytes_per_s for c in self.running)
+        return max(self.now.growth_bytes_per_s, calls)
+
+    @cached_property
+    def room_bytes(self) -> int:
+        """Kept free for the leader. One that does not grow keeps nobody out."""
+        head, leader = self.policy.headroom, self.leader
+        if leader is None or not growing(leader):
+            return 0
+        wanted = still_needs(self.now, leader, head.leader_share)
+        return min(wanted, head.leader_most.of(self.now.limit_bytes))
+
+    def more_important(self, call: CallView) -> str:
+        """Why it is this call's turn to wait, in words."""
+        leader = self.leader
+        if leader is None or leader.id == call.id:
+            return ""
+        kind = "more important" if leader.priority > call.priority else "older"
+        return f", while {leader.name!r} is {kind}"

@@ -1,0 +1,313 @@
+"""Swap in compressed memory: where a waiting agent's or a paused call's cold pages can go.
+
+The daemon makes at most one zram device, and only where the configuration asks for it. It outlives
+the daemon, because calls that go on without one may have pages there; a restarted daemon knows it
+by the label in its swap header. What it holds is the host's memory and in no cgroup's account.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from agentcgroupd.errors import AgentcgroupdError
+from agentcgroupd.units import show_bytes
+
+log = logging.getLogger(__name__)
+
+LABEL = "agentcg"
+"""Volume name in the swap header, at most 16 bytes."""
+SWAP_PRIORITY = 100
+"""Before swap on disks, whose priority is negative unless set; the same as zram-generator's."""
+POOL_SHARE = 0.5
+COMPRESSION = 2
+"""Expected ratio, so a device of more than twice the memory makes no sense
+(Documentation/admin-guide/blockdev/zram.rst: Set Disk size)."""
+SMALL_BYTES = 64 << 20
+"""What may be read back into memory at start when the device is no longer wanted."""
+ALGORITHMS = ("zstd", "lzo-rle")
+"""The densest first: memory is what is short."""
+COMMAND_TIMEOUT_S = 60.0
+
+_CONTROL = Path("/sys/class/zram-control")
+_BLOCK = Path("/sys/block")
+_DEV = Path("/dev")
+_SWAPS = Path("/proc/swaps")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+Setting = int | Literal["off", "auto"]
+
+
+class ZramError(AgentcgroupdError):
+    """zram cannot be set up or taken away; the message is a sentence that says why."""
+
+
+# What the kernel shows
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """One line of /proc/swaps."""
+
+    path: str
+    size_bytes: int
+    used_bytes: int
+    priority: int
+
+    @property
+    def is_zram(self) -> bool:
+        """Whether it is compressed memory."""
+        return self.path.startswith("/dev/zram")
+
+
+def parse_swaps(text: str) -> tuple[Swap, ...]:
+    """/proc/swaps: a heading, then path, type, size and use in KiB, and priority of each."""
+    rows = (line.split() for line in text.splitlines()[1:])
+    return tuple(
+        Swap(path, int(size) << 10, int(used) << 10, int(priority))
+        for path, _kind, size, used, priority in rows
+    )
+
+
+def swaps() -> tuple[Swap, ...]:
+    """What the host swaps to, in no order. Raises OSError."""
+    return parse_swaps(_SWAPS.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True, slots=True)
+class ZramStat:
+    """The first fields of mm_stat, in bytes."""
+
+    held_bytes: int
+    """What was put in, uncompressed (orig_data_size)."""
+    used_bytes: int
+    """Memory that this takes (mem_used_total)."""
+    limit_bytes: int
+    """Most that it may take; 0: no limit."""
+
+
+def parse_mm_stat(text: str) -> ZramStat:
+    """mm_stat (Documentation/admin-guide/blockdev/zram.rst: Stats)."""
+    held, _compressed, used, limit, *_rest = map(int, text.split())
+    return ZramStat(held, used, limit)
+
+
+def parse_label(page: bytes) -> str | None:
+    """The volume name in a swap area's first page; None if it is no swap area
+    (include/linux/swap.h: union swap_header)."""
+    if len(page) < _PAGE_BYTES or page[_PAGE_BYTES - 10 : _PAGE_BYTES] != b"SWAPSPACE2":
+        return None
+    return page[1052:1068].rstrip(b"\0").decode("utf-8", "replace")
+
+
+def choose_algorithm(text: str) -> str | None:
+    """The one to set of those in comp_algorithm (`[lz4] zstd`); None: leave what is set."""
+    offered = text.replace("[", " ").replace("]", " ").split()
+    return next((name for name in ALGORITHMS if name in offered), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Zram:
+    """One device."""
+
+    number: int
+
+    @property
+    def node(self) -> Path:
+        """The block device."""
+        return _DEV / f"zram{self.number}"
+
+    def read(self, file: str) -> str:
+        """An attribute as text. Raises OSError."""
+        return (_BLOCK / f"zram{self.number}" / file).read_text(encoding="ascii").strip()
+
+    def write(self, file: str, value: str) -> None:
+        """Set an attribute. Raises OSError."""
+        _write(_BLOCK / f"zram{self.number}" / file, value)
+
+    @property
+    def size_bytes(self) -> int:
+        """How much can be swapped to it at most; 0: not set up. Raises OSError."""
+        return int(self.read("disksize"))
+
+    def stat(self) -> ZramStat:
+        """What it holds and takes now. Raises OSError."""
+        return parse_mm_stat(self.read("mm_stat"))
+
+    def swap(self) -> Swap | None:
+        """Its line in /proc/swaps; None: the host does not swap to it. Raises OSError."""
+        return next((s for s in swaps() if s.path == str(self.node)), None)
+
+
+def swap_stats(areas: tuple[Swap, ...]) -> tuple[ZramStat, ...]:
+    """Of each zram device among them. Raises OSError."""
+    return tuple(Zram(int(s.path.removeprefix("/dev/zram"))).stat() for s in areas if s.is_zram)
+
+
+def zram_used_bytes() -> int:
+    """Memory of the host that all zram devices it swaps to take. Raises OSError."""
+    return sum(stat.used_bytes for stat in swap_stats(swaps()))
+
+
+def find() -> Zram | None:
+    """The device that a daemon made, swapped to or not. Raises OSError."""
+    for path in sorted(_BLOCK.glob("zram[0-9]*")):
+        device = Zram(int(path.name.removeprefix("zram")))
+        try:
+            if device.size_bytes and parse_label(_first_page(device.node)) == LABEL:
+                return device
+        except (FileNotFoundError, PermissionError):
+            # In a container the host's devices can be seen, but not be opened.
+            log.debug("%s is not ours to open", device.node)
+    return None
+
+
+def unavailable() -> str:
+    """Why this host cannot have zram; nothing if it can. Loads and makes nothing."""
+    if not _CONTROL.is_dir():
+        try:
+            _run("modprobe", "--dry-run", "--quiet", "zram")
+        except ZramError:
+            return f"the kernel {os.uname().release} has no module zram (CONFIG_ZRAM)"
+    missing = [name for name in ("mkswap", "swapon") if _program(name) is None]
+    return f"{missing[0]} is not installed (package util-linux)" if missing else ""
+
+
+# What is done
+
+
+def prepare(setting: Setting, pool_bytes: int) -> Zram | None:
+    """What `pool.zram` asks for: the device that is ours then, or None.
+
+    `auto` makes one of half of `pool_bytes`, unless the host swaps to anything already. Raises
+    ZramError; the host is then as it was.
+    """
+    try:
+        return _prepare(setting, pool_bytes)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise ZramError(f"pool.zram: {where}{os.strerror(error.errno or 0)}") from error
+
+
+def _prepare(setting: Setting, pool_bytes: int) -> Zram | None:
+    ours = find()
+    if setting == "off":
+        if ours is not None:
+            remove(ours)
+        return None
+    size = int(pool_bytes * POOL_SHARE) if setting == "auto" else setting
+    if ours is not None:
+        _take_up(ours, size)
+        return ours
+    others = swaps()
+    if setting == "auto" and others:
+        log.info("the host swaps to %s: no zram is made", ", ".join(s.path for s in others))
+        return None
+    most = COMPRESSION * int(psutil.virtual_memory().total)
+    if size > most:
+        raise ZramError(f"pool.zram: {show_bytes(size)} cannot be used; allowed is at most "
+                        f"{show_bytes(most)}, twice the host's memory")  # fmt: skip
+    return _make(size)
+
+
+def _take_up(device: Zram, wanted_bytes: int) -> None:
+    if device.swap() is None:
+        _run("swapon", "--priority", str(SWAP_PRIORITY), str(device.node))
+    size = device.size_bytes
+    log.info("swap in %s of %s is there already", device.node, show_bytes(size))
+    if abs(size - wanted_bytes) > _PAGE_BYTES:
+        log.warning("pool.zram would make it %s: it stays as it is until the host is started anew "
+                    "or `swapoff %s` has emptied it", show_bytes(wanted_bytes),
+                    device.node)  # fmt: skip
+
+
+def _make(size_bytes: int) -> Zram:
+    why = unavailable()
+    if why:
+        raise ZramError(f"pool.zram: {why}")
+    if not _CONTROL.is_dir():
+        # None by default: the device of an operator who counts on zram0 is not ours to make.
+        _run("modprobe", "zram", "num_devices=0")
+    # Reading this file makes a device and tells its number.
+    device = Zram(int((_CONTROL / "hot_add").read_text(encoding="ascii")))
+    try:
+        algorithm = choose_algorithm(device.read("comp_algorithm"))
+        if algorithm is not None:
+            device.write("comp_algorithm", algorithm)
+        device.write("disksize", str(size_bytes))
+        # What compresses worse than expected stays in memory instead of taking the host's.
+        device.write("mem_limit", str(size_bytes // COMPRESSION))
+        _run("mkswap", "-L", LABEL, str(device.node))
+        _run("swapon", "--priority", str(SWAP_PRIORITY), str(device.node))
+    except (OSError, ZramError):
+        _destroy(device)
+        raise
+    log.info("made swap in %s: %s, compressed by %s into at most %s of memory", device.node,
+             show_bytes(size_bytes), algorithm or "the kernel's choice",
+             show_bytes(size_bytes // COMPRESSION))  # fmt: skip
+    return device
+
+
+def remove(device: Zram) -> None:
+    """Take a device of ours away, if little is in it. Raises ZramError or OSError."""
+    swap = device.swap()
+    if swap is not None:
+        if swap.used_bytes > SMALL_BYTES:
+            raise ZramError(
+                f"pool.zram: {device.node} holds {show_bytes(swap.used_bytes)}, which cannot come "
+                f"back into memory just now: it is kept. It goes when it is nearly empty at a "
+                f"start of the daemon, or with `swapoff {device.node}`"
+            )
+        _run("swapoff", str(device.node))
+    _destroy(device)
+    log.info("removed swap in %s", device.node)
+
+
+def _destroy(device: Zram) -> None:
+    try:
+        _write(_CONTROL / "hot_remove", str(device.number))
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", device.node, os.strerror(error.errno or 0))
+
+
+# System calls and programs
+
+
+def _write(path: Path, value: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, f"writing {value!r} to {path}") from None
+    finally:
+        os.close(fd)
+
+
+def _first_page(node: Path) -> bytes:
+    with node.open("rb", buffering=0) as file:
+        return file.read(_PAGE_BYTES)
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def _run(name: str, *arguments: str) -> None:
+    program = _program(name)
+    if program is None:
+        raise ZramError(f"pool.zram: {name} is not installed")
+    try:
+        subprocess.run([program, *arguments], check=True, capture_output=True, text=True,
+                       timeout=COMMAND_TIMEOUT_S, stdin=subprocess.DEVNULL)  # fmt: skip
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip() or f"exit status {error.returncode}"
+        raise ZramError(f"pool.zram: {name} failed: {said}") from None
+    except subprocess.TimeoutExpired:
+        raise ZramError(f"pool.zram: {name} took more than {COMMAND_TIMEOUT_S:g} s") from None

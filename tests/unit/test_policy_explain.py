@@ -1,0 +1,124 @@
+"""How things stand under the policy, in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.policy.explain import explain, policy_state
+from agentcgroupd.policy.load import Loaded, load_policy
+from agentcgroupd.policy.snapshot import CallView, Host, RuleState, Snapshot, State
+
+GIB, MIB = 1 << 30, 1 << 20
+DEFAULT = load_policy(None)
+POLICY = DEFAULT.policy
+
+
+def call(id: str, growth_mib: int = 0, **values: object) -> CallView:
+    """A call of 300 MiB that began after those before it in the alphabet."""
+    given = {"priority": 50, "memory_bytes": 300 * MIB, **values}
+    return CallView(id=id, name=f"tool-{id}", session_id="s", began_usec=ord(id), cpu_usec=1,
+                    growth_bytes_per_s=growth_mib * MIB, **given)  # type: ignore[arg-type]  # fmt: skip
+
+
+def snapshot(free_bytes: int, *calls: CallView, **host: object) -> Snapshot:
+    """Of a pool of 8 GiB."""
+    return Snapshot(
+        now_usec=60_000_000, limit_bytes=8 * GIB, usage_bytes=8 * GIB - free_bytes,
+        growth_bytes_per_s=sum(c.growth_bytes_per_s for c in calls), calls=calls,
+        host=Host(**host),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def test_what_comes_next_and_when() -> None:
+    now = snapshot(3 * GIB, call("a", 50, priority=60), call("b", 20), swap_free_bytes=GIB)
+    found = explain(POLICY, now, State(), "b")
+    assert "'tool-b' runs with 300 MiB, growing by 20 MiB a second (priority 50)" in found.sentence
+    assert "'tool-a' of session s goes first, which is more important" in found.sentence
+    assert [line.split(":")[0] for line in found.outlook] == ["throttle", "freeze", "kill"]
+    # 6 % of 8 GiB and the leader's 300 MiB are kept; 3 GiB go at 70 MiB a second.
+    left_s = (3 * 1024 - 0.06 * 8192 - 300) / 70
+    assert f"in {left_s:.3g} s as the pool grows now" in found.outlook[1]
+    assert found.numbers["pool_free_bytes"] == 3 * GIB
+    assert found.numbers["leader_room_bytes"] == 300 * MIB
+    assert "frozen_for_usec" not in found.numbers
+
+
+def test_the_leader_is_left_alone() -> None:
+    now = snapshot(300 * MIB, call("a", 50), call("b", 20))
+    found = explain(POLICY, now, State(), "a")
+    assert "it leads" in found.sentence
+    assert list(found.outlook) == ["no ruleset would do anything to it as things are"]
+
+
+@pytest.mark.parametrize(
+    ("host", "on_pressure", "rungs"),
+    [
+        ({}, "freeze", ["freeze", "kill"]),
+        ({"swap_free_bytes": GIB}, "freeze", ["throttle", "freeze", "kill"]),
+        ({"can_deny": True}, "deny", ["deny", "freeze", "kill"]),
+        ({"can_deny": True}, "freeze", ["freeze", "kill"]),
+    ],
+)
+def test_only_rungs_that_could_touch_it(
+    host: dict[str, object], on_pressure: str, rungs: list[str]
+) -> None:
+    now = snapshot(300 * MIB, call("a", 50), call("b", 20, on_pressure=on_pressure), **host)
+    found = explain(POLICY, now, State(), "b")
+    assert [line.split(":")[0] for line in found.outlook] == rungs
+    assert found.outlook[0].endswith("that is so now")
+
+
+def test_important_calls_are_spared() -> None:
+    now = snapshot(300 * MIB, call("a", 50, priority=90), call("b", 20, priority=80),
+                   swap_free_bytes=GIB)  # fmt: skip
+    found = explain(POLICY, now, State(), "b")
+    assert not any(line.startswith("throttle") for line in found.outlook)
+
+
+def test_the_way_back_of_a_paused_call() -> None:
+    paused = [call(id, frozen_for_usec=3_000_000) for id in "bc"]
+    now = snapshot(600 * MIB, call("a"), *paused)
+    told = [pb.Feedback(code=pb.FEEDBACK_CODE_FROZEN, sentence="Paused.")]
+    found = explain(POLICY, now, State(), "c", told)
+    assert "has been paused for 3 s with 300 MiB" in found.sentence
+    assert list(found.history) == told
+    assert (
+        found.outlook[0]
+        == "it goes on when 983 MiB of the pool are free, or when nothing else runs"
+    )
+    assert "in 1 min 57 s at the latest" in found.outlook[1]
+    assert found.outlook[2] == "1 paused call goes on before it"
+    assert found.outlook[3].startswith("kill: ")
+
+
+def test_a_call_that_is_not_there() -> None:
+    with pytest.raises(KeyError):
+        explain(POLICY, snapshot(GIB), State(), "b")
+
+
+def test_how_rulesets_stand() -> None:
+    now = snapshot(600 * MIB, call("a"), call("b", 20))
+    holding = {"freeze": RuleState((True,), acted_usec=58_000_000, decisions=3)}
+    found = policy_state(DEFAULT, "wrong", 5, now, State(holding))
+    states = {r.name: r for r in found.rulesets}
+    # It has held before, and not yet 12 % are free; deny looks for the same, but has not.
+    assert states["freeze"].holds and not states["deny"].holds
+    assert (states["freeze"].decisions, states["freeze"].acted_usec_ago) == (3, 2_000_000)
+    assert not states["deny"].HasField("acted_usec_ago")
+    assert (
+        states["freeze"].detectors[0].startswith("pool_free: 600 MiB of 8 GiB (7.32%) free; holds")
+    )
+    assert states["kill"].detectors[1].startswith("growing: grows by 20 MiB a second; holds")
+    assert (found.error, found.loaded_unix_usec, found.dry_run) == ("wrong", 5, False)
+
+
+def test_without_numbers_only_what_is_looked_for() -> None:
+    disabled = POLICY.rulesets[0].model_copy(update={"enabled": False})
+    policy = POLICY.model_copy(
+        update={"rulesets": (disabled, *POLICY.rulesets[1:]), "dry_run": True}
+    )
+    found = policy_state(Loaded(policy, (), ""))
+    assert found.rulesets[0].detectors[0] == "disabled: it is not tried"
+    assert found.rulesets[1].detectors[0] == "pool_free: less than 25% free, until 30%"
+    assert all(r.dry_run and not r.holds for r in found.rulesets)
