@@ -30,9 +30,11 @@ from agentcgroupd.replay import result, trace
 from agentcgroupd.replay.backends import PEERS, STRATEGIES, ReplayError
 from bench.demo import EMULATED, Speed, measure
 from bench.isolation_mixes import Mix, Settings, folders, headers, make_mix
+from bench.isolation_oomd import ensure as ensure_oomd
 from bench.isolation_report import TARGET_RATIO, cells, table, targets, totals
 from bench.isolation_runs import Group, Run, run_group, say
 from bench.report import RESULTS, ROOT, BenchReport
+from debian_suites import SuiteError
 
 ALL = ("none", "static", *PEERS, "ours")
 RATIOS = (1.1, 1.5, 2.0, 3.0)
@@ -68,7 +70,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lanes", type=int, default=1, help="groups at once (default: 1)")
     parser.add_argument("--sessions", type=int, default=SESSIONS_MAX, help="of a mix, at most")
     parser.add_argument("--minutes", type=float, help="begin no group after so many")
-    parser.add_argument("--resume", action="store_true", help="keep what there is, add the rest")
+    parser.add_argument("--resume", action="store_true",
+                        help="with the settings and groups of last time, add the rest")  # fmt: skip
     parser.add_argument("--no-plot", action="store_true", help="draw nothing")
     args = parser.parse_args(argv)
     if unknown := set(args.strategies) - set(ALL) - set(STRATEGIES):
@@ -93,7 +96,13 @@ class Journal:
         first, *rest = self.path.read_text(encoding="utf-8").splitlines()
         told = json.loads(first)
         self.settings = Settings(**{**told, "speed": Speed(**told["speed"])})
-        self.runs = [Run.from_json(json.loads(line)) for line in rest]
+        self._take([Run.from_json(json.loads(line)) for line in rest])
+
+    def _take(self, runs: Sequence[Run]) -> None:
+        """A group that was run again, with more strategies, takes the place of what it had."""
+        known = {(run.mix, run.ratio, run.repeat, run.strategy): run for run in self.runs}
+        known.update({(run.mix, run.ratio, run.repeat, run.strategy): run for run in runs})
+        self.runs = list(known.values())
 
     def begin(self, settings: Settings) -> None:
         """Start anew."""
@@ -105,7 +114,7 @@ class Journal:
 
     def add(self, runs: Sequence[Run]) -> None:
         """A whole group."""
-        self.runs += runs
+        self._take(runs)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write("".join(json.dumps(run.to_json()) + "\n" for run in runs))
 
@@ -177,9 +186,11 @@ def swap_is_on() -> bool:
     return len(Path("/proc/swaps").read_text(encoding="ascii").splitlines()) > 1
 
 
-def summarize(runs: Sequence[Run], mixes: Sequence[Mix], settings: Settings) -> BenchReport:
-    """The report; what no strategy could do is named and not counted."""
-    tried = sorted({run.ratio for run in runs})
+def summarize(
+    runs: Sequence[Run], mixes: Sequence[Mix], settings: Settings, asked: Sequence[float]
+) -> BenchReport:
+    """The report; of the ratios asked for, what no strategy could do is named and not counted."""
+    tried = sorted({*asked, *(run.ratio for run in runs)})
     infeasible = [
         {"mix": mix.number, "ratio": ratio, "ratio_max": round(mix.ratio_max, 3)}
         for mix in mixes
@@ -216,8 +227,8 @@ def show(report: BenchReport, mixes: Sequence[Mix]) -> None:
     print("\n" + table(report.details["totals"]))
     for one in report.details["infeasible"]:
         print(
-            f"infeasible: mix {one['mix']} at {one['ratio']:g}: its agents and its largest call "
-            f"alone need the pool that is there at {one['ratio_max']:.2f}"
+            f"infeasible: mix {one['mix']} at {one['ratio']:g}: what its agents hold and its "
+            f"largest call fit at {one['ratio_max']:.2f} at most, whatever is decided"
         )
     if report.details["swap"] == "on":
         print("swap is ON: what survived may have survived because of it")
@@ -258,7 +269,7 @@ def run_here(args: argparse.Namespace) -> int:
     if not journal.runs:
         say("isolation: nothing was run: no ratio is feasible for any mix")
         return 1
-    report = summarize(journal.runs, mixes, settings)
+    report = summarize(journal.runs, mixes, settings, args.ratios)
     show(report, mixes)
     print(f"  written: {report.write()}")
     leaks = sum(run.leaks for run in journal.runs)
@@ -286,23 +297,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = decide()
     try:
         if "oomd" in args.strategies and not _has_oomd():
-            from bench.isolation_oomd import ensure
-
-            ensure()
+            ensure_oomd()
         if where.kind == "guest":
             say(f"isolation: in the test guest, because {where.reason}")
             status = run_in_guest(given)
         else:
             status = run_here(args)
+    except SuiteError as error:
+        say(f"isolation: oomd cannot be fetched; --strategies leaves it out: {error}")
+        return 1
     except (ReplayError, AgentcgroupdError, trace.TraceError, OSError) as error:
         say(f"isolation: {error}")
         return 1
     if not args.no_plot and (RESULTS / "isolation.json").exists():
+        plot()
+    return status
+
+
+def plot() -> None:
+    """Draw what was written, where matplotlib is."""
+    try:
         from bench.isolation_plot import draw_all
 
-        for picture in draw_all():
-            print(os.path.relpath(picture))
-    return status
+        pictures = draw_all()
+    except ImportError as error:
+        say(f"isolation: no pictures ({error}); python -m bench.isolation_plot draws them later")
+        return
+    for picture in pictures:
+        print(os.path.relpath(picture))
 
 
 def _has_oomd() -> bool:

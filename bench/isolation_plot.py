@@ -51,9 +51,9 @@ def _stat(*path: str) -> Pick:
 PANELS: tuple[tuple[str, str, Pick, float | None], ...] = (
     ("calls that survive", "%", _share("calls"), 100.0),
     ("sessions that survive", "%", _share("sessions"), 100.0),
-    ("important session: time over alone", "x", _stat("slowdown"), 1.05),
-    ("important session: p95 allocation latency over alone", "x", _stat("latency", "p95"), 1.2),
-    ("makespan over the best order's bound (where all survived)", "x", _stat("makespan"), 1.25),
+    ("important session: time / alone", "x", _stat("slowdown"), 1.05),
+    ("its p95 allocation latency / alone", "x", _stat("latency", "p95"), 1.2),
+    ("makespan / best order, where all survived", "x", _stat("makespan"), 1.25),
     ("pool use, mean", "share", _stat("pool_use_mean"), None),
 )
 
@@ -63,7 +63,7 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], title: str, unit: str, pick: 
     for number, name in enumerate(names):
         label, colour, marker = STYLES[name]
         points = [
-            (row["ratio"] * (1 + 0.012 * (number - len(names) / 2)), value)
+            (row["ratio"] + 0.025 * (number - len(names) / 2), value)
             for row in rows
             if row["strategy"] == name and (value := pick(row)) is not None
         ]
@@ -80,6 +80,9 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], title: str, unit: str, pick: 
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_ylabel(unit)
     axes.set_xlabel("demand / pool")
+    ratios = sorted({row["ratio"] for row in rows})
+    axes.set_xlim(ratios[0] - 0.2, ratios[-1] + 0.2)
+    axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
 
 
 def draw(document: Mapping[str, Any]) -> Figure:

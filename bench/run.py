@@ -13,14 +13,14 @@ from pathlib import Path
 
 from tests.guest.where import decide
 
-ANYWHERE = frozenset({"calls", "boundaries", "overhead", "learning"})
+ANYWHERE = frozenset({"calls", "boundaries", "overhead", "learning", "density"})
 """Benchmarks that any cgroup2 mount will do for."""
 GUEST_OPTIONS = ("--memory", "2048", "--timeout", "1800")
 
 
 def names() -> list[str]:
     """All benchmarks there are."""
-    support = {"__init__", "report", "run", "demo", "predictors"}
+    support = {"__init__", "report", "run", "demo", "predictors", "density_real"}
     here = Path(__file__).parent
     return sorted(path.stem for path in here.glob("*.py") if path.stem not in support)
 

@@ -186,7 +186,7 @@ class AsyncAgent:
             return await packets.ask_async(path, rpc.method, data, rpc.timeout)
         try:
             return await getattr(self.stub, rpc.method)(
-                rpc.request, timeout=rpc.timeout, wait_for_ready=rpc.wait
+                rpc.request, timeout=rpc.timeout + rpc.queued, wait_for_ready=rpc.wait
             )
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None

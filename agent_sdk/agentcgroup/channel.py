@@ -78,7 +78,7 @@ class Connection(Generic[S]):
         stub: Any = self.stub
         try:
             return getattr(stub, rpc.method)(
-                rpc.request, timeout=rpc.timeout, wait_for_ready=rpc.wait
+                rpc.request, timeout=rpc.timeout + rpc.queued, wait_for_ready=rpc.wait
             )
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None

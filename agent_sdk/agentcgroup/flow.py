@@ -21,10 +21,9 @@ OnUnavailable = Literal["run", "refuse"]
 T = TypeVar("T")
 
 RPC_TIMEOUT_S = 5.0
-BEGIN_TIMEOUT_S = 90.0
-"""A call may wait in the daemon's queue before it begins, by default for up to a minute."""
+BEGIN_TIMEOUT_S = 60.0
 WAIT_MOST_S = 3600.0
-"""What an intent may say at most of how long it waits."""
+"""How long a call may be in the daemon's queue before it begins."""
 RETURN_TIMEOUT_S = 2.0
 """How long a begin waits for a daemon that was there before, e.g. while it is being restarted."""
 END_TIMEOUT_S = 10.0
@@ -46,7 +45,8 @@ class Rpc:
     """One request to the daemon.
 
     method: its name in the protocol. timeout, pause: seconds, the latter slept before it is sent.
-    wait: wait within the timeout for a daemon that is away.
+    wait: wait within the timeout for a daemon that is away. queued: seconds besides that the daemon
+    may keep it in its queue (over the attach socket its answer says so itself).
     """
 
     method: str
@@ -54,6 +54,7 @@ class Rpc:
     timeout: float = RPC_TIMEOUT_S
     wait: bool = False
     pause: float = 0.0
+    queued: float = 0.0
 
 
 Flow = Generator[Rpc, Any, T]
@@ -74,16 +75,16 @@ def begin(
         on_unavailable: "refuse" raises Unavailable instead of returning it.
         seen: this client has reached the daemon before, so it may be about to return.
     """
-    timeout = BEGIN_TIMEOUT_S + (WAIT_MOST_S if request.intent.wait else 0.0)
+    rpc = Rpc("BeginCall", request, BEGIN_TIMEOUT_S, queued=WAIT_MOST_S)
     try:
         try:
-            call: pb.Call = yield Rpc("BeginCall", request, timeout)
+            call: pb.Call = yield rpc
         except Unavailable as away:
             if not seen or away.code != "UNAVAILABLE":
                 raise
             # A second BeginCall is safe: a call that the first one made is ended as abandoned.
             yield Rpc("GetSession", pb.GetSessionRequest(), RETURN_TIMEOUT_S, wait=True)
-            call = yield Rpc("BeginCall", request, timeout)
+            call = yield rpc
     except Unavailable as away:
         if on_unavailable == "refuse":
             raise

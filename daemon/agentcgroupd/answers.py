@@ -6,9 +6,9 @@ import os
 from typing import TYPE_CHECKING
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.calls import Calls
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.convert import call_to_proto, session_to_proto
+from agentcgroupd.entrance import Entrance
 from agentcgroupd.errors import CgroupGone, FailedPrecondition, NotFound
 from agentcgroupd.policy.explain import explain, policy_state
 from agentcgroupd.policy.files import PolicyFiles
@@ -26,10 +26,11 @@ VERSION = "0.1.0"
 class Answers:
     """Reads what is there; changes nothing."""
 
-    def __init__(self, pool: Pool, sessions: Sessions, calls: Calls) -> None:
+    def __init__(self, pool: Pool, sessions: Sessions, entrance: Entrance) -> None:
         self.pool = pool
         self.sessions = sessions
-        self.calls = calls
+        self.entrance = entrance
+        self.calls = entrance.calls
         self.started_unix_usec = unix_usec()
         self.leftovers_removed = 0
         self.guard: Guard | None = None
@@ -42,10 +43,8 @@ class Answers:
     def list_calls(self, sessions: list[Session], admin: bool) -> pb.ListCallsResponse:
         """Open calls with what they use now."""
         calls = []
-        queue = self.calls.queue
         for session in sessions:
-            if queue is not None and len(queue):
-                calls += [queue.to_proto(asked) for asked in queue.of(session)]
+            calls += self.entrance.waiting(session)
             for call in session.calls.values():
                 try:
                     calls.append(call_to_proto(call, admin, usage=True))

@@ -11,7 +11,6 @@ import asyncio
 import errno
 import logging
 import secrets
-import signal
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import CallDefaults
 from agentcgroupd.convert import call_to_proto, grant_to_proto
+from agentcgroupd.deadlines import Deadlines
 from agentcgroupd.errors import (
     CgroupGone,
     FailedPrecondition,
@@ -31,7 +31,7 @@ from agentcgroupd.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from agentcgroupd.evidence import main_status, oom_counts, signal_all
+from agentcgroupd.evidence import main_status, oom_counts
 from agentcgroupd.intent import check_name, cut_argv, parse_intent
 from agentcgroupd.leaf import prefer_as_oom_victim, write_grant
 from agentcgroupd.owners import Owners
@@ -46,7 +46,6 @@ from agentcgroupd.session import (
     unix_usec,
 )
 from agentcgroupd.syscalls import pidfd_alive
-from agentcgroupd.waiting import Asked, Queue
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +92,9 @@ class Calls:
         self._watcher = watcher
         self._loop = asyncio.get_running_loop()
         self._owners = Owners(self._owner_gone)
-        self.queue: Queue | None = None
-        """None: nobody waits for room here."""
+        self._deadlines = Deadlines(config, self._populated, self._finish, self._kill)
+        self.waiting: Callable[[Session], int] = lambda session: 0
+        """How many calls of a session wait to begin."""
         self.on_end: Callable[[Call, int], None] = lambda call, held_bytes: None
         """Told of each call whose cgroup is gone, and what it had taken at most."""
         self.open: dict[str, Call] = {}
@@ -103,20 +103,6 @@ class Calls:
         self.ended = 0
 
     # Beginning
-
-    def ask(
-        self, session: Session, name: str, intent: Mapping[str, str], argv: list[str]
-    ) -> Asked | None:
-        """A place in the queue where the call has to wait for room; None: `begin` it now. Raises
-        RequestError."""
-        if self.queue is None or not intent.get("memory"):
-            return None
-        with self._refusing(session, name):
-            check_name(name)
-            self._check_room(session)
-            grant = grant_for(parse_intent(intent), self._ceiling(session))
-            expected = self.reports.likely_bytes(session, name, argv, grant)
-            return self.queue.ask(session, name, argv, grant, expected)
 
     def begin(
         self,
@@ -134,22 +120,11 @@ class Calls:
         for it. `call_id`: what it was called while it waited. Raises RequestError, and then nothing
         is left behind.
         """
-        with self._refusing(session, name), self._metrics.time("begin"):
+        with self.refusing(session, name), self._metrics.time("begin"):
             return self._begin(session, name, intent, argv, owner, observed, call_id)
 
-    async def begin_later(
-        self, asked: Asked, intent: Mapping[str, str], argv: list[str], owner: Process | None
-    ) -> Call:
-        """Wait for its turn, then as `begin`. Whoever stops waiting leaves nothing behind."""
-        assert self.queue is not None
-        with self._refusing(asked.session, asked.name):
-            await self.queue.wait(asked)
-        call = self.begin(asked.session, asked.name, intent, argv, owner, call_id=asked.id)
-        self.queue.began(call, asked)
-        return call
-
     @contextmanager
-    def _refusing(self, session: Session, name: str) -> Iterator[None]:
+    def refusing(self, session: Session, name: str) -> Iterator[None]:
         """Counts and notes a refusal on its way to the caller."""
         try:
             yield
@@ -170,7 +145,7 @@ class Calls:
         call_id: str,
     ) -> Call:
         check_name(name)
-        self._check_room(session)
+        self.check_room(session)
         grant = grant_for(parse_intent(intent), self._ceiling(session))
         call_id = call_id or secrets.token_hex(6)
         try:
@@ -208,13 +183,11 @@ class Calls:
             self._feed.publish(session.id, pb.Event(begun=call_to_proto(call, admin=True)))
         return call
 
-    def _check_room(self, session: Session) -> None:
-        """Raises FailedPrecondition or ResourceExhausted."""
+    def check_room(self, session: Session) -> None:
+        """Whether one more may begin. Raises FailedPrecondition or ResourceExhausted."""
         if session.closing:
             raise FailedPrecondition(f"session {session.id} is being closed")
-        count = len(session.calls)
-        if self.queue is not None and len(self.queue):
-            count += len(self.queue.of(session))
+        count = len(session.calls) + self.waiting(session)
         if count >= session.limits.calls_max:
             raise ResourceExhausted(
                 f"calls: {count} calls of this session are open or waiting, which is all it may "
@@ -232,21 +205,7 @@ class Calls:
         self._watcher.call_opened(call)
         if call.owner is not None:
             self._owners.add(call)
-        if not call.entered:
-            self._timer(call, "attach", self._config.attach_timeout, self._not_entered)
-        if call.grant.timeout_usec is not None:
-            used = boottime_usec() - call.began_boot_usec
-            self._timer(call, "timeout", call.grant.timeout_usec - used, self._timed_out)
-
-    def _timer(self, call: Call, name: str, usec: int, action: Callable[[Call], None]) -> None:
-        self._cancel_timer(call, name)
-        call.timers[name] = self._loop.call_later(max(0, usec) / 1e6, action, call)
-
-    @staticmethod
-    def _cancel_timer(call: Call, name: str) -> None:
-        timer = call.timers.pop(name, None)
-        if timer is not None:
-            timer.cancel()
+        self._deadlines.begun(call)
 
     # Entering
 
@@ -289,8 +248,7 @@ class Calls:
         call.entered = True
         if call.state == pb.CALL_STATE_PENDING:
             call.state = pb.CALL_STATE_RUNNING
-        self._cancel_timer(call, "attach")
-        self._cancel_timer(call, "idle")
+        self._deadlines.entered(call)
         call.cgroup.set_xattr(call.record())
 
     def update(self, call: Call, intent: Mapping[str, str]) -> Call:
@@ -310,9 +268,7 @@ class Calls:
         call.grant = grant
         call.likely_bytes = self.reports.likely_bytes(call.session, call.name, call.argv, grant)
         call.cgroup.set_xattr(call.record())
-        if grant.timeout_usec is not None:
-            used = boottime_usec() - call.began_boot_usec
-            self._timer(call, "timeout", grant.timeout_usec - used, self._timed_out)
+        self._deadlines.granted(call)
         self._audit.write("call_updated", session=call.session.id, call=call.id,
                           grant=plain(grant))  # fmt: skip
         return call
@@ -377,8 +333,7 @@ class Calls:
             self._postponed[call.id] = call
             return
         if call.held and call.entered and call.state != pb.CALL_STATE_ENDING:
-            if "idle" not in call.timers:
-                self._timer(call, "idle", self._config.idle_timeout, self._idle)
+            self._deadlines.emptied(call)
         elif call.entered or call.ended_by == "removed":
             self._finish(call)
 
@@ -389,45 +344,6 @@ class Calls:
             self._finish(call)
         else:
             call.cgroup.set_xattr(call.record())
-
-    def _not_entered(self, call: Call) -> None:
-        if call.id not in self.open:
-            return
-        if self._populated(call):
-            call.entered = True  # by another way than the attach socket
-        else:
-            self._finish(call)
-
-    def _idle(self, call: Call) -> None:
-        if call.id in self.open and call.held and not self._populated(call):
-            self._finish(call)
-
-    def _timed_out(self, call: Call) -> None:
-        """The timeout, not counting time that the daemon itself kept the call frozen."""
-        frozen = call.frozen_usec
-        if call.frozen_since_usec is not None:
-            frozen += boottime_usec() - call.frozen_since_usec
-        used = boottime_usec() - call.began_boot_usec - frozen
-        left = (call.grant.timeout_usec or 0) - used
-        if left > 0 or call.frozen_since_usec is not None:
-            self._timer(call, "timeout", max(left, 100_000), self._timed_out)
-            return
-        call.held = False
-        if not self._populated(call):
-            self._finish(call)
-            return
-        if main_status(call)[0] is None:
-            call.ended_by = call.ended_by or "timeout"
-        call.state = pb.CALL_STATE_ENDING
-        try:
-            signal_all(call.cgroup, signal.SIGTERM)
-        except KnobError:
-            log.debug("call %s ended at its timeout", call.id)
-        self._timer(call, "kill", self._config.term_grace, self._kill_after_term)
-
-    def _kill_after_term(self, call: Call) -> None:
-        if call.id in self.open:
-            self._kill(call, "timeout", "")
 
     def _finish(self, call: Call) -> pb.Report | None:
         """The cgroup is empty: report, remove, tell everyone. Once for each call."""
@@ -452,7 +368,7 @@ class Calls:
             self._forget(call, removed)
             self.ended += 1
             self.reports.keep(call.session, report)
-            self.reports.learn(call.session, report)
+            self.reports.learn(call, report)
         self.on_end(call, report.memory_peak_bytes)
         if call.done is not None and not call.done.done():
             call.done.set_result(report)
@@ -463,9 +379,7 @@ class Calls:
         call.session.calls.pop(call.id, None)
         if call.watch is not None:
             (self._events.forget if removed else self._events.unwatch)(call.watch)
-        for timer in call.timers.values():
-            timer.cancel()
-        call.timers.clear()
+        self._deadlines.drop(call)
         self._owners.drop(call)
         self._watcher.call_closed(call)
         if call.main is not None:
@@ -507,7 +421,7 @@ class Calls:
         if self._populated(call):
             call.entered = True
             call.state = pb.CALL_STATE_RUNNING
-            self._cancel_timer(call, "attach")
+            self._deadlines.entered(call)
         elif not call.held:
             self._finish(call)
 

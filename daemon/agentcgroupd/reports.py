@@ -81,9 +81,9 @@ class Reports:
         sentence = session.learned.advice(shape_of(name, argv), asked) if asked else ""
         return replace(grant, advice=(*grant.advice, sentence)) if sentence else grant
 
-    def learn(self, session: Session, report: pb.Report) -> None:
+    def learn(self, call: Call, report: pb.Report) -> None:
         """From an ended call."""
-        learn(session.learned, self.peaks, report)
+        learn(call.session.learned, self.peaks, report, denied=call.was_denied)
 
     def write(self, report: pb.Report) -> None:
         """To the audit log; before the call's cgroup goes, so that a crash loses nothing."""

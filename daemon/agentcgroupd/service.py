@@ -24,6 +24,7 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.config import Config
+from agentcgroupd.entrance import Entrance
 from agentcgroupd.errors import (
     AgentcgroupdError,
     CgroupGone,
@@ -41,10 +42,11 @@ from agentcgroupd.policy.guard import Guard
 from agentcgroupd.policy.tripwire import Tripwire
 from agentcgroupd.pool import ALIVE_XATTR, Pool, prepare_pool
 from agentcgroupd.reports import Reports
+from agentcgroupd.restore import restore
 from agentcgroupd.rpc.attach import AttachServer
 from agentcgroupd.rpc.identity import Relay
 from agentcgroupd.rpc.server import AdminService, AgentService, GrpcServer
-from agentcgroupd.session import RECORD_VERSION, Call, Session, boottime_usec, read_record
+from agentcgroupd.session import RECORD_VERSION, Session, boottime_usec, read_record
 from agentcgroupd.sessions import Sessions
 from agentcgroupd.watchers import Watchers
 
@@ -100,12 +102,13 @@ class Daemon:
         )  # fmt: skip
         reports = Reports(self.actions, self.pool.cgroup, self.sessions.ceiling)
         self.calls = Calls(self.config.calls, self.events, reports, self.watchers)
-        self.answers = Answers(self.pool, self.sessions, self.calls)
+        self.entrance = Entrance(self.calls)
+        self.answers = Answers(self.pool, self.sessions, self.entrance)
         before = self.pool.cgroup.get_xattr(ALIVE_XATTR)
         self._note_alive()
         self.pool.settled_ticks = int(before or self.pool.cgroup.get_xattr(ALIVE_XATTR) or 0)
         self.watchers.follow(self.pool, self.calls, self.sessions.open.values)
-        self._restore()
+        restore(self.sessions, self.calls, self.audit, self._watch)
         self.sweep()
         await self._open_sockets(run)
         self.watchers.start(self._start_control())
@@ -129,8 +132,8 @@ class Daemon:
         if not self.config.guard.enabled or self.pool.memory_max_bytes is None:
             return None
         control = Control(
-            self.config.guard, self.policy_files.policy, self.pool, self.calls, self.sessions.open,
-            lambda: self.watchers.can_deny,
+            self.config.guard, self.policy_files.policy, self.pool, self.entrance,
+            self.sessions.open, lambda: self.watchers.can_deny,
         )  # fmt: skip
         self.control = control
         self.policy_files.on_change = control.change_policy
@@ -166,34 +169,6 @@ class Daemon:
             raise ConfigError(f"pool.cgroup: {self.pool.path} is marked as something else: {raw!r}")
         self.pool.cgroup.set_xattr(json.dumps(record).encode())
 
-    def _restore(self) -> None:
-        """Sessions, their calls and their reports, as an earlier daemon left them."""
-        for session in self.sessions.restore():
-            self._watch(session)
-            for name in session.cgroup.children():
-                cgroup = session.cgroup.child(name)
-                data = read_record(cgroup.get_xattr(), "call")
-                if data is None:
-                    continue
-                try:
-                    self.calls.restore(session, Call.from_record(session, cgroup, data))
-                except (KeyError, TypeError, ValueError, KnobError, OSError) as error:
-                    log.error("%s cannot be taken up: %s", cgroup.path, error)
-        if not self.sessions.open:
-            return
-        ended = {r.call_id for s in self.sessions.open.values() for r in s.reports}
-        restored: dict[str, dict[str, pb.Report]] = {}
-        for report in self.audit.ended_reports():
-            known = report.call_id in ended or report.call_id in self.calls.open
-            if report.session_id in self.sessions.open and not known:
-                restored.setdefault(report.session_id, {})[report.call_id] = report
-        for session_id, reports in restored.items():
-            session = self.sessions.open[session_id]
-            mine = [r for r in reports.values() if r.began_unix_usec >= session.opened_unix_usec]
-            session.reports.extendleft(reversed(mine[-(session.reports.maxlen or 0) :]))
-            session.calls_ended += len(mine)
-        log.info("took up %d sessions and %d calls", len(self.sessions.open), len(self.calls.open))
-
     async def _open_sockets(self, run: Path) -> None:
         most = self.config.sessions.connections_max
         self._relays, self._servers, self._attaches = [], [], []
@@ -207,7 +182,7 @@ class Daemon:
             else:
                 pb_grpc.add_AdminServicer_to_server(AdminService(self, relay), server.server)
             attach = AttachServer(run / role / "attach.sock", mode, role == "admin", self.sessions,
-                                  self.calls, self.metrics)  # fmt: skip
+                                  self.entrance, self.metrics)  # fmt: skip
             await server.start()
             await relay.start()
             attach.start()
@@ -315,8 +290,8 @@ class Daemon:
         if session.closing:
             raise FailedPrecondition(f"session {session.id} is being closed already")
         session.closing = True
-        if self.calls.queue is not None:
-            self.calls.queue.close_session(session)
+        if self.entrance.queue is not None:
+            self.entrance.queue.close_session(session)
         calls = list(session.calls.values())
         try:
             endings = [self.calls.end(c, False, None, "its session was closed") for c in calls]

@@ -106,6 +106,8 @@ class Call:
     client_status: int | None = None
     denied_at_bytes: int | None = None
     """What it held when its growth was denied; None: it may grow."""
+    was_denied: bool = False
+    """Its growth was denied at some time."""
     refused_before: int = 0
     """How often it had been refused memory when its growth was denied."""
     throttled_at_bytes: int | None = None

@@ -86,13 +86,13 @@ class Queue:
     def __len__(self) -> int:
         return len(self._asked)
 
+    def count(self, session: Session) -> int:
+        """How many of one session wait."""
+        return len(self.of(session)) if self._asked else 0
+
     def of(self, session: Session) -> list[Asked]:
         """Those of one session."""
         return [a for a in self._asked.values() if a.session is session]
-
-    def get(self, call_id: str) -> Asked | None:
-        """One that waits."""
-        return self._asked.get(call_id)
 
     # Asking
 
@@ -183,6 +183,17 @@ class Queue:
         self._freed.append((now, held_bytes))
         while self._freed and now - self._freed[0][0] > FREED_WINDOW_USEC:
             self._freed.popleft()
+
+    def leave(self, call_id: str, why: str, session: Session | None = None) -> pb.Report | None:
+        """Take a call out that has not begun; its report, or None where it does not wait (in this
+        session)."""
+        asked = self._asked.get(call_id)
+        if asked is None or session not in (None, asked.session):
+            return None
+        sentence = f"It had not begun: {why} while it waited for room."
+        self.cancel(asked, sentence)
+        return pb.Report(call_id=call_id, session_id=asked.session.id, name=asked.name,
+                         verdict=pb.VERDICT_CANCELLED, sentence=sentence)  # fmt: skip
 
     def cancel(self, asked: Asked, why: str) -> None:
         """It is not wanted any more."""

@@ -151,11 +151,6 @@ def swap_stats(areas: tuple[Swap, ...]) -> tuple[ZramStat, ...]:
     return tuple(Zram(int(s.path.removeprefix("/dev/zram"))).stat() for s in areas if s.is_zram)
 
 
-def zram_used_bytes() -> int:
-    """Memory of the host that all zram devices it swaps to take. Raises OSError."""
-    return sum(stat.used_bytes for stat in swap_stats(swaps()))
-
-
 def find() -> Zram | None:
     """The device that a daemon made, swapped to or not. Raises OSError."""
     for path in sorted(_BLOCK.glob("zram[0-9]*")):

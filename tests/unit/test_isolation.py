@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from agentcgroupd.replay import plan
 from agentcgroupd.replay.backends import ReplayError, make_backend
 from agentcgroupd.replay.backends_oomd import find_oomd, ruleset
-from agentcgroupd.replay.result import Latency, StrategyResult, Timeline
+from agentcgroupd.replay.result import Latency, SessionResult, StrategyResult, Timeline
 from bench.demo import RECORDINGS, Speed
-from bench.isolation import Journal, arguments, groups
+from bench.isolation import Journal, arguments, groups, summarize
 from bench.isolation_bound import makespan_bound_s, pieces
 from bench.isolation_mixes import Settings, draw, folders, headers, make_mix
 from bench.isolation_plot import draw as draw_picture
 from bench.isolation_report import cells, stat, table, targets, totals
-from bench.isolation_runs import ALONE, Group, Run, pool_use
+from bench.isolation_runs import ALONE, Group, Run, makespan_s, pool_use
 from bench.report import BenchReport
 
 OPTIONS = plan.Options()
@@ -258,6 +258,23 @@ def test_pool_use_is_weighted_by_time() -> None:
     assert stat([]) is None
 
 
+def test_what_no_strategy_could_do_is_named() -> None:
+    mixes = [make_mix(0, headers([RECORDINGS]), BENCH)]
+    report = summarize([a_run(ALONE, 1.0), a_run("ours", 1.0)], mixes, BENCH, (2.0, 9.0))
+    assert [(one["mix"], one["ratio"]) for one in report.details["infeasible"]] == [(0, 9.0)]
+    assert report.n == 1
+
+
+def test_makespan_is_from_the_first_ready_agent_to_the_last_end() -> None:
+    def session(name: str, began_s: float, ended_s: float) -> SessionResult:
+        return SessionResult(name, "r", False, "finished", began_s, ended_s, 5.0, 1, 1, 0, ())
+
+    timeline = Timeline((), (), {})
+    both = (session("a", 4.0, 9.0), session("b", 2.5, 11.0))
+    result = StrategyResult("none", 100, 11.0, both, timeline, ())
+    assert makespan_s(result, {"a": 3.0, "b": 0.0}) == 10.0
+
+
 def test_the_journal_gives_back_what_was_run(tmp_path: Path) -> None:
     path = tmp_path / "isolation/runs.jsonl"
     journal = Journal(path)
@@ -268,6 +285,9 @@ def test_the_journal_gives_back_what_was_run(tmp_path: Path) -> None:
     assert (again.settings, again.runs) == (BENCH, journal.runs)
     assert again.has(Group(0, 0, 2.0, 0, ("none",)))
     assert not again.has(Group(0, 0, 2.0, 0, ("none", "ours")))
+    more = [a_run(ALONE, 11.0), a_run("none", 12.0), a_run("ours", 12.0)]
+    again.add(more)
+    assert again.runs == more
 
 
 def test_a_picture_is_drawn_from_what_is_written() -> None:

@@ -70,7 +70,7 @@ class Actions:
         usage = call.cgroup.read(knobs.MEMORY_CURRENT)
         memory.deny_above(call.cgroup.id, usage)
         call.refused_before = self.refused(call)
-        call.denied_at_bytes = usage
+        call.denied_at_bytes, call.was_denied = usage, True
         self._acted("deny", call, why, pb.FEEDBACK_CODE_GROWTH_DENIED)
 
     def refused(self, call: Call) -> int:

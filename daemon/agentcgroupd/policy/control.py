@@ -6,9 +6,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
-from agentcgroupd.calls import Calls
 from agentcgroupd.cgroup.psi import PressureTrigger
 from agentcgroupd.config import GuardConfig
+from agentcgroupd.entrance import Entrance
 from agentcgroupd.errors import KnobError
 from agentcgroupd.policy.guard import Guard
 from agentcgroupd.policy.host import read_host, zram_used_bytes
@@ -63,12 +63,12 @@ class Control:
         config: GuardConfig,
         policy: Policy,
         pool: Pool,
-        calls: Calls,
+        entrance: Entrance,
         sessions: Mapping[str, Session],
         can_deny: Callable[[], bool],
     ) -> None:
         """On a running loop. Nothing is done before the guard is started."""
-        self._calls = calls
+        calls = entrance.calls
         self._sessions = sessions
         self._pool = pool
         self._nudge: asyncio.TimerHandle | None = None
@@ -80,7 +80,7 @@ class Control:
                         lambda: [s for s in sessions.values() if s.adopted])  # fmt: skip
         self.guard = Guard(config, policy, looker, calls, sessions)
         self.queue = Queue(lambda: self.guard.policy, self.guard.snapshot, calls.actions)
-        calls.queue = self.queue
+        entrance.open_queue(self.queue)
         calls.on_end = self._ended
         self.guard.on_look = self.queue.look
         self.guard.wanted = lambda: len(self.queue) > 0

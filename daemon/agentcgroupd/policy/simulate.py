@@ -76,6 +76,8 @@ class Setup:
     kernel: Kernel = field(default_factory=Kernel)
     looks: Looks = field(default_factory=Looks)
     can_deny: bool = False
+    until_killed: bool = False
+    """End with the first call that is killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +261,8 @@ def _run(
     progress: Callable[[float], None],
 ) -> Result:  # fmt: skip
     started = time.perf_counter()
+    if setup.until_killed:
+        world.hit = world.finish
     world.run(until_s, progress)
     took_s = time.perf_counter() - started
     world.settle()

@@ -45,6 +45,10 @@ class Looks:
     signals: bool = True
     """The kernel tells when use passes the mark, and when a call ends."""
     peaks_kept: int = 1000
+    quiet_pct: float = 2.0
+    """An agent that burns less of a core waits (policy.sessions_view)."""
+    quiet_in_calls: bool = False
+    """An agent whose call runs counts as waiting, too."""
 
 
 class Guard:
@@ -69,6 +73,7 @@ class Guard:
         self._lanes = {lane.id: index for index, lane in enumerate(world.lanes)}
         self._calls: dict[str, Call] = {}
         self.looks = 0
+        world.quiet_pct = looks.quiet_pct
         if looks.signals:
             world.mark = float(self._mark)
             world.mark_passed = self._mark_passed
@@ -163,6 +168,7 @@ class Guard:
             began_usec=int(call.began_s * 1e6), memory_bytes=int(resident),
             growth_bytes_per_s=call.growth, cpu_usec=int(call.cpu_s * 1e6),
             frozen_for_usec=None if frozen is None else int((now - frozen) * 1e6),
+            paused_usec=int((call.paused_s + (0.0 if frozen is None else now - frozen)) * 1e6),
             denied_growth_bytes=None if denied is None else int(resident - denied),
             throttled_growth_bytes=None if throttled is None else int(resident - throttled),
         )  # fmt: skip
@@ -174,8 +180,8 @@ class Guard:
 
     def _session_view(self, lane: Lane, now: float) -> SessionView:
         waiting = 0.0
-        if lane.state == "runs" and not lane.calls:
-            if lane.agent_pct < self._world.kernel.agent_busy_pct:
+        if lane.state == "runs" and (self._looks.quiet_in_calls or not lane.calls):
+            if lane.agent_pct < self._looks.quiet_pct:
                 waiting = max(0.0, now - lane.active_s)
         refaults = lane.refault_bytes / 4096 if now - lane.refault_s < 1.0 else 0.0
         reclaimed = lane.reclaimed_s

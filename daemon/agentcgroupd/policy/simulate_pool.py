@@ -30,8 +30,11 @@ class Pool:
         self.mark: float | None = None
         """Use at which `mark_passed` is called."""
         self.mark_passed: Callable[[], None] = lambda: None
+        self.quiet_pct = kernel.agent_works_pct
+        """Whoever looks takes an agent that burns less of a core for one that waits."""
         self._heap: list[tuple[float, int, Callable[..., None], object, int]] = []
         self._order = count()
+        self._over = False
 
     def relieve(self) -> None:
         """Called when the pool is at its limit."""
@@ -45,7 +48,7 @@ class Pool:
         """Until that time, or until nothing happens any more."""
         heap = self._heap
         told = 0
-        while heap:
+        while heap and not self._over:
             time_s = heap[0][0]
             if self.slope > 0.0 and self._crosses(min(time_s, until_s)):
                 continue
@@ -59,12 +62,12 @@ class Pool:
             told += 1
             if not told % 20_000:
                 progress(self.now)
-        if until_s < INFINITY:
+        if until_s < INFINITY and not self._over:
             self.advance(max(until_s, self.now))
 
     def finish(self) -> None:
         """Nothing more is to happen."""
-        self._heap.clear()
+        self._over = True
 
     def measure(self, _: object, version: int) -> None:
         """What the pool's use was before does not count."""
@@ -151,7 +154,6 @@ class Pool:
 
     def wake(self, lane: Lane) -> None:
         """The agent works: what it touches comes back, and takes its time."""
-        lane.active_s = self.now
         back = lane.agent_swapped - lane.agent_bytes * self.kernel.cold_share
         if back <= 0.0:
             return

@@ -28,8 +28,8 @@ class Kernel:
     page_in_s_per_byte: float = 2e-9
     throttled_bytes_per_s: float = 1.1e6
     zram_speed: float = 0.95
-    agent_busy_pct: float = 2.0
-    """An agent that burns as much of a core does not wait for its model (sessions_view)."""
+    agent_works_pct: float = 2.0
+    """An agent that burns as much of a core touches what it uses."""
 
 
 class Call:

@@ -34,6 +34,8 @@ class World(Pool):
         self.call_ended: Callable[[], None] = lambda: None
         self.follow: Callable[[Lane], None] = lambda lane: None
         """What becomes of a lane whose session is over."""
+        self.hit: Callable[[], None] = lambda: None
+        """Called when a call is killed."""
         self._ids = count(1)
 
     def settle(self) -> None:
@@ -142,6 +144,7 @@ class World(Pool):
             self.delays.append((lane.important, late_s, call.paused_s))
         elif how in ("killed", "oom"):
             lane.hit = True
+            self.hit()
             self.counts["work_lost_usec"] += int(call.cpu_s * 1e6)
         self.counts["paused_usec"] += int(call.paused_s * 1e6)
         if lane.state == "runs":
@@ -150,6 +153,7 @@ class World(Pool):
 
     def _after_call(self, lane: Lane, call: Call) -> None:
         self._move(lane)
+        lane.active_s = self.now
         end_s = lane.open.pop(call, None)
         if end_s is not None:
             lane.last_end_s = max(lane.last_end_s, end_s)
@@ -273,8 +277,10 @@ class World(Pool):
             lane.agent_pct = step.cpu_pct
             lane.next_step += 1
         if held is not None:
-            if lane.agent_pct >= self.kernel.agent_busy_pct:
+            if lane.agent_pct >= self.kernel.agent_works_pct:
                 self.wake(lane)
+            if lane.agent_pct >= self.quiet_pct:
+                lane.active_s = self.now
             self.agent_holds(lane, float(held))
             if self.strategy == "static" and held > self.share:
                 self._kernel_kills([*lane.calls], [lane])

@@ -16,7 +16,7 @@ from agentcgroupd.session import Call, Process, Session
 from agentcgroupd.waiting import Asked
 
 if TYPE_CHECKING:
-    from agentcgroupd.calls import Calls
+    from agentcgroupd.entrance import Entrance
     from agentcgroupd.sessions import Sessions
 
 
@@ -42,9 +42,10 @@ def intent_fields(intent: pb.Intent) -> dict[str, str]:
 class AgentCalls:
     """What an agent may do with calls of its own session, however it asks."""
 
-    def __init__(self, sessions: Sessions, calls: Calls) -> None:
+    def __init__(self, sessions: Sessions, entrance: Entrance) -> None:
         self._sessions = sessions
-        self._calls = calls
+        self._entrance = entrance
+        self._calls = entrance.calls
 
     def session(self, peer: Peer) -> Session:
         """The peer's session. Raises PermissionDenied."""
@@ -67,10 +68,10 @@ class AgentCalls:
             intent_fields(request.intent),
             list(request.argv),
         )
-        asked = self._calls.ask(session, request.name, intent, argv)
+        asked = self._entrance.ask(session, request.name, intent, argv)
         if asked is not None:
             return self._begin_later(asked, intent, argv, peer.process.copy())
-        call = self._calls.begin(session, request.name, intent, argv, peer.process)
+        call = self._entrance.begin(session, request.name, intent, argv, peer.process)
         return call_to_proto(call, admin=False)
 
     async def _begin_later(
@@ -78,7 +79,7 @@ class AgentCalls:
     ) -> pb.Call:
         try:
             return call_to_proto(
-                await self._calls.begin_later(asked, intent, argv, process), admin=False
+                await self._entrance.begin_later(asked, intent, argv, process), admin=False
             )
         finally:
             process.close()
@@ -91,22 +92,13 @@ class AgentCalls:
         ended = self.session(peer).report(request.call_id) if request.call_id else None
         if ended is not None:
             return ended
-        waits = self._withdraw(peer, request.call_id)
-        if waits is not None:
-            return waits
+        waited = self._entrance.leave_queue(
+            request.call_id, "it was ended by its agent", self.session(peer)
+        )
+        if waited is not None:
+            return waited
         call = self.call(peer, request.call_id)
         status = request.wait_status if request.HasField("wait_status") else None
         if status is not None and not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
             raise InvalidField("wait_status", str(status), "a wait status of an ended process")
         return self._calls.end(call, request.detach, status, "its agent ended the call")
-
-    def _withdraw(self, peer: Peer, call_id: str) -> pb.Report | None:
-        """A call that still waits is taken out of the queue."""
-        queue = self._calls.queue
-        asked = queue.get(call_id) if queue is not None else None
-        if queue is None or asked is None or asked.session is not self.session(peer):
-            return None
-        sentence = "It was ended by its agent while it waited for room; it had not begun."
-        queue.cancel(asked, sentence)
-        return pb.Report(call_id=call_id, session_id=asked.session.id, name=asked.name,
-                         verdict=pb.VERDICT_CANCELLED, sentence=sentence)  # fmt: skip

@@ -17,8 +17,8 @@ from typing import Any
 from google.protobuf import message
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.calls import Calls
 from agentcgroupd.convert import error_to_proto
+from agentcgroupd.entrance import Entrance
 from agentcgroupd.errors import (
     AgentcgroupdError,
     Internal,
@@ -122,17 +122,24 @@ class AttachServer:
     """Listens on one path; `admin` decides which verbs there are."""
 
     def __init__(
-        self, path: Path, mode: int, admin: bool, sessions: Sessions, calls: Calls, metrics: Metrics
+        self,
+        path: Path,
+        mode: int,
+        admin: bool,
+        sessions: Sessions,
+        entrance: Entrance,
+        metrics: Metrics,
     ) -> None:
         self._path = path
         self._mode = mode
         self._sessions = sessions
-        self._calls = calls
+        self._entrance = entrance
+        self._calls = entrance.calls
         self._metrics = metrics
         self._verbs: dict[str, Callable[[Peer, Request], Answer]] = (
             {"enter": self._enter} if admin else {"attach": self._attach, "begin": self._begin}
         )
-        self._agent_calls = None if admin else AgentCalls(sessions, calls)
+        self._agent_calls = None if admin else AgentCalls(sessions, entrance)
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
@@ -350,17 +357,17 @@ class AttachServer:
         session = session_of(peer, self._sessions.of_cgroup)
         intent = {key: value for key, value in request.values.items() if key in Intent.model_fields}
         name = request.value("name")
-        asked = self._calls.ask(session, name, intent, request.args)
+        asked = self._entrance.ask(session, name, intent, request.args)
         if asked is not None:
             return self._begin_later(asked, intent, request.args, peer.process.copy())
-        call = self._calls.begin(session, name, intent, request.args, None)
+        call = self._entrance.begin(session, name, intent, request.args, None)
         return self._enter_call(call, peer.process)
 
     async def _begin_later(
         self, asked: Asked, intent: dict[str, str], args: list[str], process: Process
     ) -> list[str]:
         try:
-            call = await self._calls.begin_later(asked, intent, args, None)
+            call = await self._entrance.begin_later(asked, intent, args, None)
             return self._enter_call(call, process)
         except AgentcgroupdError as error:
             return self._error_words(error)

@@ -95,7 +95,7 @@ class AgentService(_Service, pb_grpc.AgentServicer):
 
     def __init__(self, daemon: Daemon, relay: Relay) -> None:
         super().__init__(daemon, relay)
-        self._calls = AgentCalls(daemon.sessions, daemon.calls)
+        self._calls = AgentCalls(daemon.sessions, daemon.entrance)
 
     def _session(self, context: Context) -> Session:
         return self._calls.session(self.relay.peer(context.peer()))
@@ -255,8 +255,12 @@ class AdminService(_Service, pb_grpc.AdminServicer):
     async def EndCall(self, request: pb.EndCallRequest, context: Context) -> pb.Report:
         """See the proto."""
         self._check(context)
+        why = "the operator ended the call"
+        waited = self.daemon.entrance.leave_queue(request.call_id, why)
+        if waited is not None:
+            return waited
         call = self._open_call(request.call_id)
-        report = self.daemon.calls.end(call, request.detach, None, "the operator ended the call")
+        report = self.daemon.calls.end(call, request.detach, None, why)
         return report if isinstance(report, pb.Report) else await report
 
     @answers

@@ -1,0 +1,178 @@
+"""The real half of `density`: recorded sessions replayed under the daemon, and simulated."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from agentcgroupd.policy.load import load_policy
+from agentcgroupd.policy.simulate import Result, Session, Setup, simulate_once
+from agentcgroupd.policy.simulate_plans import compile_plan
+from agentcgroupd.replay import engine, plan, trace
+from agentcgroupd.replay.result import StrategyResult
+from bench.report import Target, quantile
+
+EMULATED = os.environ.get("AGENTCG_EMULATED") == "1"
+MEMORY_SHARE = 0.5
+"""Of this machine's free memory, at most so much for the pool: the same replay takes place on one
+of twice its size, too, which is never filled."""
+WINDOW_S = 240.0
+"""Recorded seconds of each session, from a random point on."""
+PLAN_S = 60.0
+CALLS_MOST = 4 if EMULATED else None
+"""Of a session: starting one takes a tenth of a second in an emulated guest."""
+USE = 0.92
+"""Of the pool, what the plans hold on average: near what the simulation says it carries."""
+SESSIONS_MOST = 16 if EMULATED else 280
+FIXED_BYTES = 4_000_000
+"""A session's part that does not shrink with the recording: page tables, kernel stacks, launcher
+and load of its calls."""
+SCALE_LEAST = 0.12
+"""Below it an agent's part is smaller than the process that plays it."""
+NEAR = 0.05
+
+
+def _free_bytes() -> int:
+    fields = dict(line.split(":", 1) for line in open("/proc/meminfo", encoding="ascii"))
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _quiet(one: plan.Plan) -> plan.Plan:
+    """The same without CPU."""
+    return replace(
+        one,
+        agent=tuple(replace(step, cpu_pct=0) for step in one.agent),
+        calls=tuple(
+            replace(call, steps=tuple(replace(step, cpu_pct=0) for step in call.steps))
+            for call in one.calls
+        ),
+    )
+
+
+def _specs(paths: Sequence[Path], count: int, scale: float) -> list[engine.SessionSpec]:
+    """Windows of the recordings, from seeded points; every tenth session is important."""
+    choice = random.Random("density")
+    order = list(paths)
+    choice.shuffle(order)
+    recorded = {path: trace.read(path) for path in order[:count]}
+    specs = []
+    for number in range(count):
+        path = order[number % len(order)]
+        one = recorded[path]
+        length_s = min(WINDOW_S, one.duration_s)
+        start_s = choice.random() * (one.duration_s - length_s)
+        options = plan.Options(
+            memory_scale=scale, speed=WINDOW_S / PLAN_S, max_calls=CALLS_MOST,
+            window_s=(start_s, start_s + length_s),
+        )  # fmt: skip
+        specs.append(engine.SessionSpec(
+            f"s{number + 1}", path.name.split(".jsonl")[0], _quiet(plan.make_plan(one, options)),
+            important=number % 10 == 0, delay_s=0.02 * number,
+        ))  # fmt: skip
+    return specs
+
+
+def _simulated(specs: Sequence[engine.SessionSpec], pool_bytes: int, policy: Path) -> Result:
+    sessions = [
+        Session(compile_plan(_with_fixed(spec.plan)), spec.important, spec.delay_s)
+        for spec in specs
+    ]
+    return simulate_once(load_policy(policy).policy, sessions, Setup(pool_bytes, len(specs)))
+
+
+def _with_fixed(one: plan.Plan) -> plan.Plan:
+    agent = tuple(replace(s, memory_bytes=s.memory_bytes + FIXED_BYTES) for s in one.agent)
+    return replace(one, agent=agent)
+
+
+def _seen(result: StrategyResult, roomy: StrategyResult) -> dict[str, Any]:
+    """A replay's numbers, under the names that a simulation's have. `roomy`: the same replay on a
+    pool that is never short: it says how long sessions take on this machine undisturbed."""
+    calls = [call for session in result.sessions for call in session.calls]
+    alone = {session.id: session.seconds for session in roomy.sessions}
+    ratios = [(s.important, s.seconds / alone[s.id]) for s in result.sessions
+              if s.state == "finished"]  # fmt: skip
+    use = [used / result.limit_bytes for used in result.timeline.pool_bytes]
+    return {
+        "calls_finished": sum(call.outcome == "finished" for call in calls),
+        "calls_killed": sum(call.outcome in ("killed", "failed") for call in calls),
+        "sessions_lost": sum(session.state == "lost" for session in result.sessions),
+        "pauses": sum(len(call.frozen) for call in calls),
+        "paused_s": sum(span.end_s - span.start_s for call in calls for span in call.frozen),
+        "use_mean": sum(use) / len(use),
+        "use_p95": quantile(use, 0.95),
+        "use_most": max(use),
+        "important_most": max((ratio for important, ratio in ratios if important), default=0.0),
+        "everyone_p50": quantile([ratio for _, ratio in ratios] or [0.0], 0.5),
+        "seconds": result.seconds,
+        "seconds_roomy": roomy.seconds,
+        "leaks": len(result.leaks) + len(roomy.leaks),
+    }
+
+
+def _expected(result: Result) -> dict[str, Any]:
+    return {
+        "calls_finished": result.calls_finished,
+        "calls_killed": result.calls_killed + result.calls_oom,
+        "sessions_lost": result.sessions_lost,
+        "pauses": result.actions.get("freeze", 0),
+        "use_mean": result.use_mean,
+        "use_p95": result.use_p95,
+        "important_most": result.important.most,
+        "everyone_p50": result.everyone.p50,
+        "seconds": result.seconds,
+    }
+
+
+def _show(seen: dict[str, Any], expected: dict[str, Any]) -> None:
+    print(f"{'':<16}{'replayed':>12}{'simulated':>12}", file=sys.stderr)
+    for name, value in seen.items():
+        other = expected.get(name)
+        text = "" if other is None else f"{other:.3f}"
+        print(f"{name:<16}{value:>12.3f}{text:>12}", file=sys.stderr)
+
+
+def compare(paths: Sequence[Path], policy: Path, at_most: int, carried: int) -> dict[str, Any]:
+    """Replay under the daemon, simulate the same plans, and say how far apart they are.
+    `at_most`: sessions, 0: what this machine carries. `carried`: what the simulation says that a
+    pool of 64 GB does; no more are replayed. Raises ReplayError."""
+    count = min(at_most or SESSIONS_MOST, carried or SESSIONS_MOST)
+    memory_bytes = _free_bytes() * MEMORY_SHARE
+    whole = sum(spec.plan.mean_bytes for spec in _specs(paths, count, 1.0))
+    scale = min(1.0, (memory_bytes * USE - count * FIXED_BYTES) / whole)
+    if scale < SCALE_LEAST:
+        count = max(4, int(count * scale / SCALE_LEAST))
+        scale = SCALE_LEAST
+    specs = _specs(paths, count, scale)
+    held = sum(spec.plan.mean_bytes for spec in specs) + count * FIXED_BYTES
+    # One call at its peak has to fit beside the others, or no policy could let it finish.
+    highest = max(call.peak_bytes for spec in specs for call in spec.plan.calls)
+    pool_bytes = int(max(held / USE, (held + highest) * 1.03))
+    print(f"{count} sessions, memory x{scale:.2f}, on {pool_bytes / 1e6:.0f} MB", file=sys.stderr)
+    expected = _expected(_simulated(specs, pool_bytes, policy))
+    roomy, replayed = (
+        engine.run_strategy("ours", specs, size, say=lambda line: None)
+        for size in (2 * pool_bytes, pool_bytes)
+    )
+    seen = _seen(replayed, roomy)
+    _show(seen, expected)
+    where = "emulated guest" if EMULATED else "this machine"
+    off = abs(seen["use_mean"] - expected["use_mean"])
+    killed = seen["calls_killed"] + seen["sessions_lost"]
+    targets = [
+        Target(f"replayed: calls killed, {count} sessions on {pool_bytes / 1e9:.2f} GB",
+               float(killed), "", "0", killed == 0),
+        Target("replayed: important session, time over undisturbed",
+               seen["important_most"], "x", "<= 1.05", seen["important_most"] <= 1.05),
+        Target("pool's mean use, replayed less simulated", off, "", f"<= {NEAR}", off <= NEAR),
+    ]  # fmt: skip
+    return {
+        "where": where, "sessions": count, "memory_scale": scale, "pool_bytes": pool_bytes,
+        "replayed": seen, "simulated": expected, "targets": [asdict(t) for t in targets],
+        "notes": list(replayed.notes),
+    }  # fmt: skip

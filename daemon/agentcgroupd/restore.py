@@ -1,0 +1,55 @@
+"""After a restart: sessions, their calls and their reports, as an earlier daemon left them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.audit import Audit
+from agentcgroupd.calls import Calls
+from agentcgroupd.errors import KnobError
+from agentcgroupd.policy.learning import learn
+from agentcgroupd.session import Call, Session, read_record
+from agentcgroupd.sessions import Sessions
+
+log = logging.getLogger(__name__)
+
+
+def restore(
+    sessions: Sessions, calls: Calls, audit: Audit, watch: Callable[[Session], None]
+) -> None:
+    """Take up what the cgroups and the audit log tell. `watch` is told of each session before its
+    calls."""
+    for session in sessions.restore():
+        watch(session)
+        for name in session.cgroup.children():
+            cgroup = session.cgroup.child(name)
+            data = read_record(cgroup.get_xattr(), "call")
+            if data is None:
+                continue
+            try:
+                calls.restore(session, Call.from_record(session, cgroup, data))
+            except (KeyError, TypeError, ValueError, KnobError, OSError) as error:
+                log.error("%s cannot be taken up: %s", cgroup.path, error)
+    if not sessions.open:
+        return
+    for session_id, reports in _reports(sessions, calls, audit).items():
+        session = sessions.open[session_id]
+        mine = [r for r in reports.values() if r.began_unix_usec >= session.opened_unix_usec]
+        session.reports.extendleft(reversed(mine[-(session.reports.maxlen or 0) :]))
+        session.calls_ended += len(mine)
+        for report in mine:
+            learn(session.learned, calls.reports.peaks, report)
+    log.info("took up %d sessions and %d calls", len(sessions.open), len(calls.open))
+
+
+def _reports(sessions: Sessions, calls: Calls, audit: Audit) -> dict[str, dict[str, pb.Report]]:
+    """Of open sessions' ended calls, by session and call, oldest first; the later entry counts."""
+    ended = {r.call_id for s in sessions.open.values() for r in s.reports}
+    found: dict[str, dict[str, pb.Report]] = {}
+    for report in audit.ended_reports():
+        known = report.call_id in ended or report.call_id in calls.open
+        if report.session_id in sessions.open and not known:
+            found.setdefault(report.session_id, {})[report.call_id] = report
+    return found

@@ -1,0 +1,105 @@
+"""What goes wrong around a policy's decisions, provoked on a real kernel."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from tests.conftest import StartDaemon
+from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, wait_until
+
+pytestmark = pytest.mark.controllers
+
+LOAD = str(Path(EXEC).with_name("agentcg-load"))
+MIB = 1 << 20
+START = """
+global tool
+tool = subprocess.Popen([EXEC, "--name", name, "--", LOAD], stdin=subprocess.PIPE, text=True)
+tool.stdin.write(schedule)
+tool.stdin.close()
+"""
+
+
+def events(daemon: DaemonProcess, event: str, call: str = "") -> list[dict[str, Any]]:
+    """Entries of the audit log."""
+    lines = map(json.loads, daemon.audit_path.read_text().splitlines())
+    return [e for e in lines if e["event"] == event and call in ("", e.get("call"))]
+
+
+def report_of(daemon: DaemonProcess, session: str) -> pb.Report:
+    """Its newest."""
+    reports = daemon.admin.ListReports(pb.ListReportsRequest(session_id=session)).reports
+    return reports[0]
+
+
+def short_of_memory(daemon: DaemonProcess) -> tuple[AgentProcess, AgentProcess]:
+    """An important call that takes half of the pool and holds it, and a batch call that has been
+    paused meanwhile."""
+    vip, batch = daemon.open("vip", priority="important"), daemon.open("b", priority="batch")
+    hold = int(120_000 * SLOW)
+    vip.run(START, name="vip", LOAD=LOAD, schedule=f"8000 {300 * MIB} 0\n{hold} {300 * MIB} 0\n")
+    batch.run(START, name="batch", LOAD=LOAD, schedule=f"8000 {300 * MIB} 0\n100 {300 * MIB} 0\n")
+    wait_until("the batch call is paused", lambda: bool(events(daemon, "freeze")), 60)
+    return vip, batch
+
+
+def test_a_paused_call_can_be_killed_by_its_user(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon('[pool]\nmemory_max = "640M"\n')
+    vip, batch = short_of_memory(daemon)
+    assert batch.run("tool.kill(); result = tool.wait()") == -9
+    wait_until("its cgroup is gone", lambda: len(daemon.call_dirs()) == 1)
+    report = report_of(daemon, "b")
+    assert (report.verdict, report.term_signal) == (pb.VERDICT_SIGNALED, 9)
+    assert report.frozen_usec > 0
+    # Whoever would still be decided about is not there: nothing is said of it any more.
+    assert not events(daemon, "thaw", report.call_id)
+    vip.run("tool.kill(); tool.wait()")
+
+
+def test_another_policy_lets_go_what_the_first_had_paused(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    daemon = start_daemon(
+        f'[pool]\nmemory_max = "640M"\n[policy]\ndrop_in = "{tmp_path}"\n'
+    )  # fmt: skip
+    vip, batch = short_of_memory(daemon)
+    (tmp_path / "off.toml").write_text('[[rulesets]]\nname = "freeze"\nenabled = false\n')
+    daemon.admin.ReloadPolicy(pb.ReloadPolicyRequest())
+    wait_until("it goes on", lambda: bool(events(daemon, "thaw")), 2.0 * SLOW)
+    for agent in (vip, batch):
+        agent.run("tool.kill(); tool.wait()")
+
+
+def test_a_tool_that_retries_for_ever_what_it_is_refused_is_paused(
+    start_daemon: StartDaemon,
+) -> None:
+    daemon = start_daemon('[pool]\nmemory_max = "640M"\n')
+    if "deny growth" not in daemon.log.read_text().partition("in the kernel: ")[2].split("\n")[0]:
+        pytest.skip("this kernel cannot deny growth")
+    vip, batch = daemon.open("vip", priority="important"), daemon.open("b", priority="batch")
+    script = """
+held = []
+while len(held) < 20:
+    try:
+        held.append(bytearray(12 << 20))
+    except MemoryError:
+        pass
+"""
+    batch.run("""
+global tool
+tool = subprocess.Popen([EXEC, "--name", "stubborn", "--on-pressure", "deny", "--", sys.executable,
+                         "-S", "-c", script])
+""", script=script)  # fmt: skip
+    hold = int(20_000 * SLOW)
+    vip.run(START, name="vip", LOAD=LOAD,
+            schedule=f"100 {60 * MIB} 0\n6000 {420 * MIB} 0\n{hold} {420 * MIB} 0\n")  # fmt: skip
+    wait_until("it is paused", lambda: bool(events(daemon, "freeze")), 60)
+    (paused,) = events(daemon, "freeze")[:1]
+    assert "goes on asking" in paused["why"] and len(events(daemon, "deny")) >= 1
+    vip.run("tool.kill(); tool.wait()")
+    assert batch.run("result = tool.wait()") == 0, "with room it gets what it asked for"
+    assert report_of(daemon, "b").verdict == pb.VERDICT_OK

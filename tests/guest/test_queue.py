@@ -1,0 +1,171 @@
+"""The queue for room on a real kernel: who waits, how long, and what is left of who gives up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from tests.guest.conftest import StartDaemon
+from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, wait_until
+
+pytestmark = pytest.mark.controllers
+
+LOAD = str(Path(EXEC).with_name("agentcg-load"))
+MIB = 1 << 20
+START = """
+global tools
+tools = globals().get("tools", {})
+tools[name] = subprocess.Popen([EXEC, "--name", name, *options, "--", LOAD],
+                               stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+tools[name].stdin.write(schedule)
+tools[name].stdin.close()
+"""
+
+
+@pytest.fixture
+def daemon(start_daemon: StartDaemon, tmp_path: Path) -> DaemonProcess:
+    """With a pool of 600 MiB and a queue for whoever expects more than 32 MiB."""
+    return start_daemon(config_with(tmp_path, 'small = "32M"'))
+
+
+def config_with(directory: Path, admission: str) -> str:
+    """A pool of 600 MiB, and a policy that differs from the default in this."""
+    (directory / "test.toml").write_text(f"[admission]\n{admission}\n")
+    return f'[pool]\nmemory_max = "600M"\n[policy]\ndrop_in = "{directory}"\n'
+
+
+def start(agent: AgentProcess, name: str, held_bytes: int, ms: int, *options: str) -> None:
+    """A tool that holds this much for this long, begun through the launcher."""
+    schedule = f"200 {held_bytes} 0\n{ms} {held_bytes} 0\n"
+    agent.run(START, name=name, LOAD=LOAD, options=list(options), schedule=schedule)
+
+
+def waiting(daemon: DaemonProcess) -> list[pb.Call]:
+    """Calls in the queue."""
+    calls = daemon.admin.ListCalls(pb.ListCallsRequest()).calls
+    return [c for c in calls if c.state == pb.CALL_STATE_WAITING]
+
+
+def audit(daemon: DaemonProcess, event: str) -> list[dict[str, Any]]:
+    """Entries of one kind."""
+    lines = map(json.loads, daemon.audit_path.read_text().splitlines())
+    return [line for line in lines if line["event"] == event]
+
+
+def report_of(daemon: DaemonProcess, name: str) -> pb.Report:
+    """Of the newest call of this name, when it has ended."""
+    found: list[pb.Report] = []
+
+    def there() -> bool:
+        reports = daemon.admin.ListReports(pb.ListReportsRequest(limit=1000)).reports
+        found[:] = [r for r in reports if r.name == name]
+        return bool(found)
+
+    wait_until(f"{name} has its report", there)
+    return found[0]
+
+
+def test_a_call_waits_for_room_and_small_ones_pass_it(daemon: DaemonProcess) -> None:
+    agent = daemon.open("a")
+    start(agent, "first", 200 * MIB, int(4000 * SLOW), "--memory", "300M")
+    wait_until("it runs", lambda: len(daemon.call_dirs()) == 1)
+    start(agent, "second", 20 * MIB, 10, "--memory", "300M")
+    wait_until("it waits", lambda: len(waiting(daemon)) == 1)
+    (call,) = waiting(daemon)
+    assert (call.name, call.session_id) == ("second", "a")
+    assert (call.place.position, call.place.waiting) == (1, 1)
+    assert call.place.expected_bytes == 300 * MIB > call.place.room_bytes
+    assert 0 < call.place.deadline_usec <= 60_000_000
+    for options in ((), ("--memory", "30M")):
+        start(agent, "small", MIB, 10, *options)
+        assert agent.run("result = tools['small'].wait()") == 0
+    assert [c.name for c in waiting(daemon)] == ["second"], "others did not wait for it"
+    assert agent.run("result = tools['first'].wait(), tools['second'].wait()") == (0, 0)
+    report = report_of(daemon, "second")
+    assert report.verdict == pb.VERDICT_OK
+    assert report.waited_usec > 500_000 > 0
+    assert report_of(daemon, "small").waited_usec == 0
+    assert len(audit(daemon, "call_waiting")) == len(audit(daemon, "call_started")) == 1
+
+
+def test_who_says_how_long_is_refused_then(daemon: DaemonProcess) -> None:
+    agent = daemon.open("a")
+    start(agent, "first", 200 * MIB, int(30_000 * SLOW), "--memory", "300M")
+    wait_until("it runs", lambda: len(daemon.call_dirs()) == 1)
+    for wait, said in (("0", "try again later"), ("1s", "of waiting")):
+        start(agent, "impatient", MIB, 10, "--memory", "300M", "--wait", wait)
+        code, text = agent.run(
+            "result = tools['impatient'].wait(), tools['impatient'].stderr.read()"
+        )
+        assert code == 125 and said in text and "300 MiB" in text, text
+    assert waiting(daemon) == [] and len(daemon.call_dirs()) == 1
+    agent.run("tools['first'].kill(); tools['first'].wait()")
+
+
+def test_at_its_deadline_a_call_starts_all_the_same(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    daemon = start_daemon(config_with(tmp_path, 'small = "32M"\nwait = "2s"'))
+    agent = daemon.open("a")
+    start(agent, "first", 200 * MIB, int(30_000 * SLOW), "--memory", "300M")
+    wait_until("it runs", lambda: len(daemon.call_dirs()) == 1)
+    start(agent, "second", MIB, 10, "--memory", "300M")
+    assert agent.run("result = tools['second'].wait()") == 0
+    assert report_of(daemon, "second").waited_usec >= 2_000_000
+    agent.run("tools['first'].kill(); tools['first'].wait()")
+
+
+def test_who_goes_away_leaves_nothing_behind(daemon: DaemonProcess) -> None:
+    """Killed while it waits, ended by its agent, its session closed."""
+    agent, other = daemon.open("a"), daemon.open("b")
+    start(agent, "first", 200 * MIB, int(60_000 * SLOW), "--memory", "300M")
+    wait_until("it runs", lambda: len(daemon.call_dirs()) == 1)
+    for name in ("killed", "ended"):
+        start(agent, name, MIB, 10, "--memory", "300M")
+    start(other, "closed", MIB, 10, "--memory", "300M")
+    wait_until("all wait", lambda: len(waiting(daemon)) == 3)
+    agent.run("tools['killed'].kill(); tools['killed'].wait()")
+    wait_until("one is gone", lambda: len(waiting(daemon)) == 2)
+    daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="b"))
+    wait_until("its session's is gone", lambda: [c.name for c in waiting(daemon)] == ["ended"])
+    (left,) = waiting(daemon)
+    report = daemon.admin.EndCall(pb.EndCallRequest(call_id=left.id))
+    assert report.verdict == pb.VERDICT_CANCELLED
+    assert agent.run("result = tools['ended'].wait()") == 125
+    assert waiting(daemon) == [] and len(daemon.call_dirs()) == 1
+    agent.run("tools['first'].kill(); tools['first'].wait()")
+
+
+def test_hundreds_at_once_all_get_their_turn(daemon: DaemonProcess) -> None:
+    """In one tick, each expecting a quarter of the pool; and the daemon answers others."""
+    count = 500 if SLOW == 1 else 60
+    agent = daemon.open("a", calls_max="1000")
+    codes = agent.run("""
+running = [subprocess.Popen([EXEC, "--name", "crowd", "--memory", "120M", "--", "/bin/true"])
+           for _ in range(count)]
+result = [p.wait() for p in running]
+""", count=count)  # fmt: skip
+    assert codes == [0] * count
+    wait_until("all have ended", lambda: not daemon.call_dirs() and not waiting(daemon), 30)
+    reports = daemon.admin.ListReports(pb.ListReportsRequest(limit=1000)).reports
+    assert sum(r.name == "crowd" and r.verdict == pb.VERDICT_OK for r in reports) == min(count, 256)
+    assert daemon.admin.GetPool(pb.GetPoolRequest()).calls_ended == count
+
+
+def test_a_guarantee_is_not_queued_for_and_not_given_twice(daemon: DaemonProcess) -> None:
+    holder, owner = daemon.open("holder"), daemon.open("owner", memory_low="250M")
+    start(holder, "first", 200 * MIB, int(30_000 * SLOW), "--memory", "300M")
+    wait_until("it runs", lambda: len(daemon.call_dirs()) == 1)
+    start(owner, "mine", MIB, 10, "--memory", "150M")
+    assert owner.run("result = tools['mine'].wait()") == 0
+    assert report_of(daemon, "mine").waited_usec == 0
+    with pytest.raises(Exception, match="at most 350 MiB") as refused:
+        daemon.open("greedy", memory_low="400M")
+    assert "250 MiB are guaranteed to other sessions" in str(refused.value)
+    with pytest.raises(Exception, match="more than the whole pool"):
+        daemon.open("greedier", memory_low="700M")
+    holder.run("tools['first'].kill(); tools['first'].wait()")
