@@ -184,7 +184,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--traces", type=Path, nargs="+", default=[default])
     parser.add_argument("--half", choices=("even", "odd"), help="only every other recording")
     parser.add_argument("--policy", type=Path, default=Path("default"))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--duration", type=float, default=600.0, help="seconds (default: 600)")
     parser.add_argument("--case", action="append", help="only those whose name begins so")
     parser.add_argument("--no-real", action="store_true", help="simulate only")

@@ -19,8 +19,8 @@ from bench.report import Target, quantile
 
 EMULATED = os.environ.get("AGENTCG_EMULATED") == "1"
 MEMORY_SHARE = 0.5
-"""Of this machine's free memory, at most so much for the pool: the same replay takes place on one
-of twice its size, too, which is never filled."""
+"""Of this machine's free memory, at most so much for the pool: first the same replay takes place on
+one of twice its size, which is never filled."""
 WINDOW_S = 240.0
 """Recorded seconds of each session, from a random point on."""
 PLAN_S = 60.0
@@ -29,9 +29,6 @@ CALLS_MOST = 4 if EMULATED else None
 USE = 0.92
 """Of the pool, what the plans hold on average: near what the simulation says it carries."""
 SESSIONS_MOST = 16 if EMULATED else 280
-FIXED_BYTES = 4_000_000
-"""A session's part that does not shrink with the recording: page tables, kernel stacks, launcher
-and load of its calls."""
 SCALE_LEAST = 0.12
 """Below it an agent's part is smaller than the process that plays it."""
 NEAR = 0.05
@@ -77,17 +74,34 @@ def _specs(paths: Sequence[Path], count: int, scale: float) -> list[engine.Sessi
     return specs
 
 
-def _simulated(specs: Sequence[engine.SessionSpec], pool_bytes: int, policy: Path) -> Result:
+def _simulated(
+    specs: Sequence[engine.SessionSpec], begun: StrategyResult, pool_bytes: int, policy: Path,
+    beside_bytes: int = 0,
+) -> Result:  # fmt: skip
+    """The same sessions, each begun when it was in a replay: starting many takes a machine a while.
+    `beside_bytes`: what a session holds more, or less, than its plan says."""
+    began_s = {session.id: session.began_s for session in begun.sessions}
     sessions = [
-        Session(compile_plan(_with_fixed(spec.plan)), spec.important, spec.delay_s)
+        Session(compile_plan(_with(spec.plan, beside_bytes)), spec.important, began_s[spec.id])
         for spec in specs
     ]
     return simulate_once(load_policy(policy).policy, sessions, Setup(pool_bytes, len(specs)))
 
 
-def _with_fixed(one: plan.Plan) -> plan.Plan:
-    agent = tuple(replace(s, memory_bytes=s.memory_bytes + FIXED_BYTES) for s in one.agent)
+def _with(one: plan.Plan, beside_bytes: int) -> plan.Plan:
+    agent = tuple(replace(step, memory_bytes=max(0, step.memory_bytes + beside_bytes))
+                  for step in one.agent)  # fmt: skip
     return replace(one, agent=agent)
+
+
+def _held_replayed(result: StrategyResult) -> float:
+    """What a session holds on average, in bytes: sessions begin and end one after the other."""
+    used = result.timeline.pool_bytes
+    return sum(used) / len(used) * result.seconds / sum(s.seconds for s in result.sessions)
+
+
+def _held_simulated(result: Result) -> float:
+    return result.use_mean * result.pool_bytes * result.seconds / result.sessions_s
 
 
 def _seen(result: StrategyResult, roomy: StrategyResult) -> dict[str, Any]:
@@ -104,7 +118,7 @@ def _seen(result: StrategyResult, roomy: StrategyResult) -> dict[str, Any]:
         "sessions_lost": sum(session.state == "lost" for session in result.sessions),
         "pauses": sum(len(call.frozen) for call in calls),
         "paused_s": sum(span.end_s - span.start_s for call in calls for span in call.frozen),
-        "use_mean": sum(use) / len(use),
+        "use_mean": _held_replayed(result) * len(result.sessions) / result.limit_bytes,
         "use_p95": quantile(use, 0.95),
         "use_most": max(use),
         "important_most": max((ratio for important, ratio in ratios if important), default=0.0),
@@ -115,13 +129,13 @@ def _seen(result: StrategyResult, roomy: StrategyResult) -> dict[str, Any]:
     }
 
 
-def _expected(result: Result) -> dict[str, Any]:
+def _expected(result: Result, count: int) -> dict[str, Any]:
     return {
         "calls_finished": result.calls_finished,
         "calls_killed": result.calls_killed + result.calls_oom,
         "sessions_lost": result.sessions_lost,
         "pauses": result.actions.get("freeze", 0),
-        "use_mean": result.use_mean,
+        "use_mean": _held_simulated(result) * count / result.pool_bytes,
         "use_p95": result.use_p95,
         "important_most": result.important.most,
         "everyone_p50": result.everyone.p50,
@@ -142,23 +156,27 @@ def compare(paths: Sequence[Path], policy: Path, at_most: int, carried: int) -> 
     `at_most`: sessions, 0: what this machine carries. `carried`: what the simulation says that a
     pool of 64 GB does; no more are replayed. Raises ReplayError."""
     count = min(at_most or SESSIONS_MOST, carried or SESSIONS_MOST)
-    memory_bytes = _free_bytes() * MEMORY_SHARE
     whole = sum(spec.plan.mean_bytes for spec in _specs(paths, count, 1.0))
-    scale = min(1.0, (memory_bytes * USE - count * FIXED_BYTES) / whole)
+    scale = min(1.0, _free_bytes() * MEMORY_SHARE * USE / whole)
     if scale < SCALE_LEAST:
         count = max(4, int(count * scale / SCALE_LEAST))
         scale = SCALE_LEAST
     specs = _specs(paths, count, scale)
-    held = sum(spec.plan.mean_bytes for spec in specs) + count * FIXED_BYTES
+    room_bytes = int(2 * sum(spec.plan.mean_bytes for spec in specs))
+    roomy = engine.run_strategy("ours", specs, room_bytes, say=lambda line: None)
+    # Page tables are not in the plan, and what processes share is not the session's.
+    beside_bytes = int(
+        _held_replayed(roomy) - _held_simulated(_simulated(specs, roomy, room_bytes, policy))
+    )
+    held = _held_replayed(roomy) * count
     # One call at its peak has to fit beside the others, or no policy could let it finish.
     highest = max(call.peak_bytes for spec in specs for call in spec.plan.calls)
     pool_bytes = int(max(held / USE, (held + highest) * 1.03))
-    print(f"{count} sessions, memory x{scale:.2f}, on {pool_bytes / 1e6:.0f} MB", file=sys.stderr)
-    expected = _expected(_simulated(specs, pool_bytes, policy))
-    roomy, replayed = (
-        engine.run_strategy("ours", specs, size, say=lambda line: None)
-        for size in (2 * pool_bytes, pool_bytes)
-    )
+    print(f"{count} sessions, memory x{scale:.2f}, on {pool_bytes / 1e6:.0f} MB; a session holds "
+          f"{beside_bytes / 1e6:.1f} MB beside its plan", file=sys.stderr)  # fmt: skip
+    replayed = engine.run_strategy("ours", specs, pool_bytes, say=lambda line: None)
+    simulated = _simulated(specs, replayed, pool_bytes, policy, beside_bytes)
+    expected = _expected(simulated, count)
     seen = _seen(replayed, roomy)
     _show(seen, expected)
     where = "emulated guest" if EMULATED else "this machine"
@@ -173,6 +191,7 @@ def compare(paths: Sequence[Path], policy: Path, at_most: int, carried: int) -> 
     ]  # fmt: skip
     return {
         "where": where, "sessions": count, "memory_scale": scale, "pool_bytes": pool_bytes,
-        "replayed": seen, "simulated": expected, "targets": [asdict(t) for t in targets],
+        "beside_bytes": beside_bytes, "replayed": seen, "simulated": expected,
+        "targets": [asdict(t) for t in targets],
         "notes": list(replayed.notes),
     }  # fmt: skip

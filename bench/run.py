@@ -13,16 +13,16 @@ from pathlib import Path
 
 from tests.guest.where import decide
 
-ANYWHERE = frozenset({"calls", "boundaries", "overhead", "learning", "density"})
-"""Benchmarks that any cgroup2 mount will do for."""
+ANYWHERE = frozenset({"calls", "boundaries", "overhead", "learning", "density", "isolation"})
+"""Benchmarks that any cgroup2 mount will do for, or that start the guest for a part themselves."""
 GUEST_OPTIONS = ("--memory", "2048", "--timeout", "1800")
 
 
 def names() -> list[str]:
     """All benchmarks there are."""
-    support = {"__init__", "report", "run", "demo", "predictors", "density_real"}
+    support = {"report", "run", "demo", "predictors"}
     here = Path(__file__).parent
-    return sorted(path.stem for path in here.glob("*.py") if path.stem not in support)
+    return sorted(p.stem for p in here.glob("*.py") if "_" not in p.stem and p.stem not in support)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Markers, and the switch that turns every skip into a failure.
+"""Markers, the switch that turns every skip into a failure, and daemons of a test's own.
 
 controllers   needs cgroup v2 with memory, cpu and pids; skipped elsewhere
 full_speed    counts on real time or on thousands of processes: not for an emulated machine
@@ -7,13 +7,17 @@ full_speed    counts on real time or on thousands of processes: not for an emula
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
 from tests.guest.where import decide
+from tests.harness import DaemonProcess
 
 NO_SKIP = bool(os.environ.get("AGENTCG_NO_SKIP"))
+
+StartDaemon = Callable[[str], DaemonProcess]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,3 +66,32 @@ def pytest_make_collect_report(
 def _reason(longrepr: object) -> str:
     """A skip's longrepr is (path, line, reason)."""
     return str(longrepr[2]) if isinstance(longrepr, tuple) else str(longrepr)
+
+
+@contextmanager
+def _daemons(factory: pytest.TempPathFactory) -> Iterator[StartDaemon]:
+    with ExitStack() as running:
+
+        def start(config: str) -> DaemonProcess:
+            # A short name: the path of a Unix socket has at most 107 bytes.
+            daemon = DaemonProcess(factory.mktemp("d"), config)
+            running.callback(lambda: print(daemon.log.read_text()))
+            running.callback(daemon.close)
+            daemon.start()
+            return daemon
+
+        yield start
+
+
+@pytest.fixture
+def start_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartDaemon]:
+    """Starts a daemon with this text as its configuration; it is ended with the test."""
+    with _daemons(tmp_path_factory) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_module_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartDaemon]:
+    """The same for all tests of a module; it is ended with the last of them."""
+    with _daemons(tmp_path_factory) as start:
+        yield start

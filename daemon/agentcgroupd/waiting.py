@@ -8,6 +8,7 @@ agent's own leaf never waits, and neither does a call that says nothing of its m
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections import deque
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.admission import Grant
 from agentcgroupd.convert import grant_to_proto
-from agentcgroupd.errors import FailedPrecondition, ResourceExhausted
+from agentcgroupd.errors import FailedPrecondition, KnobError, ResourceExhausted
 from agentcgroupd.intent import cut_argv
 from agentcgroupd.policy.actions import Actions
 from agentcgroupd.policy.model import Policy
@@ -31,6 +32,8 @@ from agentcgroupd.policy.queue import (
 from agentcgroupd.policy.snapshot import CallView, Snapshot
 from agentcgroupd.session import Call, Session, boottime_usec, unix_usec
 from agentcgroupd.units import show_bytes, show_usec
+
+log = logging.getLogger(__name__)
 
 FRESH_USEC = 20_000
 """A snapshot may be this old: five hundred calls that come at once look once."""
@@ -217,8 +220,12 @@ class Queue:
 
     def _fresh(self) -> Snapshot | None:
         if self._latest is None or boottime_usec() - self._latest.now_usec > FRESH_USEC:
-            self._latest = self._look()
             self._starting.clear()
+            try:
+                self._latest = self._look()
+            except KnobError as error:
+                log.error("the pool cannot be read, so nobody waits for room: %s", error)
+                self._latest = None
         return self._latest
 
     def _with_starting(self, now: Snapshot) -> Snapshot:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from tests.conftest import StartDaemon
 from tests.harness import EXEC, SLOW, DaemonProcess, wait_until
 
 pytestmark = pytest.mark.controllers
@@ -18,15 +18,9 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+def daemon(start_daemon: StartDaemon) -> DaemonProcess:
     """A daemon with a pool of 640 MiB."""
-    running = DaemonProcess(tmp_path_factory.mktemp("g"), '[pool]\nmemory_max = "640M"\n')
-    try:
-        running.start()
-        yield running
-    finally:
-        running.close()
-        print(running.log.read_text())
+    return start_daemon('[pool]\nmemory_max = "640M"\n')
 
 
 def test_three_calls_that_do_not_fit_together_all_end_well(daemon: DaemonProcess) -> None:

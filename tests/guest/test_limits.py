@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
+from tests.conftest import StartDaemon
 from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, RemoteRpcError, wait_until
 
 pytestmark = pytest.mark.controllers
@@ -31,17 +31,9 @@ result = (done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+def daemon(start_module_daemon: StartDaemon) -> DaemonProcess:
     """A daemon with a pool of 512 MiB whose guard is off: what is shown here is the kernel's."""
-    running = DaemonProcess(
-        tmp_path_factory.mktemp("d"), '[pool]\nmemory_max = "512M"\n[guard]\nenabled = false\n'
-    )
-    try:
-        running.start()
-        yield running
-    finally:
-        running.close()
-        print(running.log.read_text())
+    return start_module_daemon('[pool]\nmemory_max = "512M"\n[guard]\nenabled = false\n')
 
 
 @pytest.fixture(scope="module")

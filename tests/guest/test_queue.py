@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from tests.guest.conftest import StartDaemon
+from tests.conftest import StartDaemon
 from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, wait_until
 
 pytestmark = pytest.mark.controllers

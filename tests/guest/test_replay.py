@@ -12,7 +12,8 @@ import pytest
 from agentcgroupd.cgroup.tree import cgroup2_mount
 from agentcgroupd.replay import engine, plan, record, trace
 from agentcgroupd.replay.result import SessionResult, StrategyResult
-from tests.harness import EXEC, SLOW, DaemonProcess
+from tests.conftest import StartDaemon
+from tests.harness import EXEC, SLOW
 
 pytestmark = pytest.mark.controllers
 
@@ -107,39 +108,37 @@ def test_a_driver_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_
     assert not list(cgroup2_mount().glob("agentcg-replay-*"))
 
 
-def test_a_recording_of_a_session_is_what_ran_in_it(tmp_path: Path) -> None:
-    daemon = DaemonProcess(tmp_path)
+def test_a_recording_of_a_session_is_what_ran_in_it(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    daemon = start_daemon("")
     output = tmp_path / "s.jsonl.gz"
-    try:
-        daemon.start()
-        agent = daemon.open("s")
-        command = [
-            sys.executable,
-            "-m",
-            "tests.guest.test_replay",
-            "s",
-            str(output),
-            str(daemon.run_dir),
-        ]
-        recorder = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert recorder.stderr is not None
-        assert "recording s" in recorder.stderr.readline()
-        agent.run(
-            """
+    agent = daemon.open("s")
+    command = [
+        sys.executable,
+        "-m",
+        "tests.guest.test_replay",
+        "s",
+        str(output),
+        str(daemon.run_dir),
+    ]
+    recorder = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert recorder.stderr is not None
+    assert "recording s" in recorder.stderr.readline()
+    agent.run(
+        """
 tool = subprocess.Popen([EXEC, "--name", "grow", "--", LOAD],
                         stdin=subprocess.PIPE, text=True)
 tool.communicate(f"1500 {80 << 20} 20\\n500 {80 << 20} 0\\n")
 result = tool.returncode
 """,
-            LOAD=LOAD,
-        )
-        agent.close()
-        from agentcgroup.v1 import agentcgroup_pb2 as pb
+        LOAD=LOAD,
+    )
+    agent.close()
+    from agentcgroup.v1 import agentcgroup_pb2 as pb
 
-        daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="s"))
-        assert recorder.wait(10 + SLOW) == 0
-    finally:
-        daemon.close()
+    daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="s"))
+    assert recorder.wait(10 + SLOW) == 0
     made = trace.read(output)
     assert made.task == "s"
     (call,) = made.calls

@@ -31,7 +31,8 @@ from agentcgroupd.policy.host import read_host, zram_used_bytes
 from agentcgroupd.policy.sessions_view import Views
 from agentcgroupd.session import Call, Session, SessionLimits, boottime_usec
 from agentcgroupd.zram import Zram, ZramError
-from tests.harness import EXEC, SLOW, DaemonProcess, wait_until
+from tests.conftest import StartDaemon
+from tests.harness import EXEC, SLOW, wait_until
 
 pytestmark = pytest.mark.controllers
 
@@ -74,6 +75,13 @@ def swap() -> Iterator[Zram]:
     swap = made.swap()
     assert swap is not None and swap.used_bytes < zram.SMALL_BYTES
     zram.prepare("off", SWAP_BYTES)
+
+
+@pytest.fixture
+def no_device_after() -> Iterator[None]:
+    """What a daemon made stays when it ends; not so after a test."""
+    yield
+    zram.prepare("off", 0)
 
 
 @dataclass
@@ -203,50 +211,43 @@ def test_the_operators_swap_is_left_alone() -> None:
         zram._destroy(theirs)
 
 
-def test_the_daemon_makes_it_once_and_finds_it_again(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
+@pytest.mark.usefixtures("no_device_after")
+def test_the_daemon_makes_it_once_and_finds_it_again(start_daemon: StartDaemon) -> None:
     def config(setting: str) -> str:
         return f'[pool]\nmemory_max = "512M"\nzram = "{setting}"\n[guard]\nenabled = false\n'
 
-    running = DaemonProcess(tmp_path_factory.mktemp("z"), config("auto"))
-    try:
-        running.start()
-        (made,) = zram.swaps()
-        assert made.is_zram and made.priority == zram.SWAP_PRIORITY
-        assert 255 * MIB < made.size_bytes <= 256 * MIB
-        device = zram.find()
-        assert device is not None
-        assert device.stat().limit_bytes == 128 * MIB
-        assert "[zstd]" in device.read("comp_algorithm")
-        agent = running.open("s")
-        agent.run('tool = subprocess.Popen([EXEC, "--", "sleep", "600"])')
-        wait_until("the call is there", lambda: len(running.call_dirs()) == 1)
-        leaf = running.call_dirs()[0]
-        wait_until("it runs", lambda: (leaf / "cgroup.procs").read_text() != "")
-        # As a policy would, had it been killed at this moment.
-        (leaf / "memory.high").write_text(str(300 * MIB))
-        (leaf.parent / "cpu.weight").write_text("7")
+    running = start_daemon(config("auto"))
+    (made,) = zram.swaps()
+    assert made.is_zram and made.priority == zram.SWAP_PRIORITY
+    assert 255 * MIB < made.size_bytes <= 256 * MIB
+    device = zram.find()
+    assert device is not None
+    assert device.stat().limit_bytes == 128 * MIB
+    assert "[zstd]" in device.read("comp_algorithm")
+    agent = running.open("s")
+    agent.run('tool = subprocess.Popen([EXEC, "--", "sleep", "600"])')
+    wait_until("the call is there", lambda: len(running.call_dirs()) == 1)
+    leaf = running.call_dirs()[0]
+    wait_until("it runs", lambda: (leaf / "cgroup.procs").read_text() != "")
+    # As a policy would, had it been killed at this moment.
+    (leaf / "memory.high").write_text(str(300 * MIB))
+    (leaf.parent / "cpu.weight").write_text("7")
 
-        running.kill()
-        assert zram.swaps() == (made,)
-        running.start()
-        assert zram.swaps() == (made,) and zram.find() == device
-        assert (leaf / "memory.high").read_text().strip() == "max"
-        assert (leaf.parent / "cpu.weight").read_text().strip() == "100"
-        assert "is there already" in running.log.read_text()
+    running.kill()
+    assert zram.swaps() == (made,)
+    running.start()
+    assert zram.swaps() == (made,) and zram.find() == device
+    assert (leaf / "memory.high").read_text().strip() == "max"
+    assert (leaf.parent / "cpu.weight").read_text().strip() == "100"
+    assert "is there already" in running.log.read_text()
 
-        running.stop()
-        assert zram.swaps() == (made,)
-        text = running.config.read_text()
-        running.config.write_text(text.replace('zram = "auto"', 'zram = "off"'))
-        running.start()
-        assert zram.swaps() == () and zram.find() is None
-        assert not device.node.exists()
-    finally:
-        running.close()
-        print(running.log.read_text())
-        zram.prepare("off", 0)
+    running.stop()
+    assert zram.swaps() == (made,)
+    text = running.config.read_text()
+    running.config.write_text(text.replace('zram = "auto"', 'zram = "off"'))
+    running.start()
+    assert zram.swaps() == () and zram.find() is None
+    assert not device.node.exists()
 
 
 # What leaves

@@ -11,21 +11,18 @@ from pathlib import Path
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from tests.conftest import StartDaemon
 from tests.harness import SLOW, DaemonProcess, RemoteRpcError, wait_until
 
 
 @pytest.fixture
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    """A daemon whose calls do not idle for long."""
-    running = DaemonProcess(tmp_path_factory.mktemp("h"), "[calls]\nidle_timeout = '12s'\n")
-    try:
-        running.start()
-        yield running
-    finally:
-        running.close()
-        log = running.log.read_text()
-        print(log)
-        assert "Traceback" not in log
+def daemon(start_daemon: StartDaemon) -> Iterator[DaemonProcess]:
+    """A daemon whose calls do not idle for long; what it did not expect, even at its end, fails the
+    test."""
+    running = start_daemon("[calls]\nidle_timeout = '12s'\n")
+    yield running
+    running.close()
+    assert "Traceback" not in running.log.read_text()
 
 
 def test_a_name_that_is_no_text(daemon: DaemonProcess) -> None:

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup.tree import Cgroup
+from tests.conftest import StartDaemon
 from tests.harness import SLOW, AgentProcess, DaemonProcess, wait_until
 
 CALLS = 50
 
 
 @pytest.fixture
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+def fresh(start_daemon: StartDaemon) -> DaemonProcess:
     """A daemon that a test may kill."""
-    running = DaemonProcess(tmp_path_factory.mktemp("r"), "[calls]\nattach_timeout = '2s'\n")
-    try:
-        running.start()
-        yield running
-    finally:
-        running.close()
-        print(running.log.read_text())
+    return start_daemon("[calls]\nattach_timeout = '2s'\n")
 
 
 def start_tools(agent: AgentProcess, count: int) -> list[str]:

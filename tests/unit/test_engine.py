@@ -224,6 +224,16 @@ def test_nobody_is_killed_for_a_leader_that_does_not_grow() -> None:
     assert actions(snapshot(call("vip", priority=80), frozen, free=5), state=held_before()) == []
 
 
+def test_nobody_is_killed_in_vain() -> None:
+    """What holds next to nothing frees nothing; and where all others hold less than the leader
+    needs, it is the leader that goes, not all of them first."""
+    leader = call("big", growth_bytes_per_s=FAST, memory_bytes=700 * MIB, expected_bytes=950 * MIB)
+    small = [call(f"s{i}", priority=20, memory_bytes=8 * MIB, frozen_for_usec=1) for i in range(9)]
+    assert actions(snapshot(leader, *small, free=5)) == [(Action.KILL, "big")]
+    enough = call("other", priority=20, memory_bytes=300 * MIB, frozen_for_usec=1)
+    assert actions(snapshot(leader, *small, enough, free=5)) == [(Action.KILL, "other")]
+
+
 def test_nobody_more_important_is_killed() -> None:
     leader = call("leader", priority=20, growth_bytes_per_s=FAST)
     vip = call("vip", priority=80, frozen_for_usec=1)
@@ -451,10 +461,10 @@ def test_properties(
     held_up = chosen[Action.FREEZE] | chosen[Action.KILL]
     if calls:
         # Something always goes on, so that memory comes back.
-        assert (running - held_up) | chosen[Action.THAW]
+        assert (running - held_up) | chosen[Action.THAW] | chosen[Action.KILL]
         leader = Situation(DEFAULT, now).leader
         assert leader is not None
-        stops = held_up | chosen[Action.DENY] | chosen[Action.THROTTLE]
+        stops = chosen[Action.FREEZE] | chosen[Action.DENY] | chosen[Action.THROTTLE]
         assert leader.id not in stops, "the most important call is never held up"
     assert len(chosen[Action.KILL]) <= 1
     assert not (chosen[Action.KILL] and chosen[Action.FREEZE]), (

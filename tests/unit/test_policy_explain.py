@@ -85,7 +85,7 @@ def test_the_way_back_of_a_paused_call() -> None:
     assert list(found.history) == told
     assert (
         found.outlook[0]
-        == "it goes on when 983 MiB of the pool are free, or when nothing else runs"
+        == "it goes on when 640 MiB of the pool are free, or when nothing else runs"
     )
     assert "in 1 min 57 s at the latest" in found.outlook[1]
     assert found.outlook[2] == "1 paused call goes on before it"
@@ -98,7 +98,7 @@ def test_a_call_that_is_not_there() -> None:
 
 
 def test_how_rulesets_stand() -> None:
-    now = snapshot(600 * MIB, call("a"), call("b", 20))
+    now = snapshot(600 * MIB, call("a"), call("b", 20, priority=20))
     holding = {"freeze": RuleState((True,), acted_usec=58_000_000, decisions=3)}
     found = policy_state(DEFAULT, "wrong", 5, now, State(holding))
     states = {r.name: r for r in found.rulesets}
@@ -109,7 +109,7 @@ def test_how_rulesets_stand() -> None:
     assert (
         states["freeze"].detectors[0].startswith("pool_free: 600 MiB of 8 GiB (7.32%) free; holds")
     )
-    assert states["kill"].detectors[1].startswith("growing: grows by 20 MiB a second; holds")
+    assert states["kill"].detectors[1].startswith("pool_fills: full in 30 s as it grows now; not")
     assert (found.error, found.loaded_unix_usec, found.dry_run) == ("wrong", 5, False)
 
 

@@ -17,7 +17,7 @@ from agentcgroup import errors, paths
 from . import calls, common, policy, session, status, streams, trace
 from .output import print_json
 
-GROUPS = (status, calls, session, policy, streams)
+GROUPS = (status, calls, session, streams)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def _run(arguments: list[str]) -> int:
     if words[:2] == ["session", "run"] and "--" in arguments:
         split = arguments.index("--")
         arguments, tail = arguments[:split], arguments[split + 1 :]
-    args = build_parser(words[0] if words else None).parse_args(arguments)
+    args = build_parser(tuple(words[:2])).parse_args(arguments)
     if tail:
         args.command = tail
     code: int = args.run(args)
@@ -66,8 +66,9 @@ def _options(arguments: list[str]) -> list[str]:
     return arguments[: arguments.index("--")] if "--" in arguments else arguments
 
 
-def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
-    """The parser; of the delegated commands only the one `chosen` knows its arguments."""
+def build_parser(chosen: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+    """The parser; of the delegated commands only the one `chosen`, the first words of the command
+    line, knows its arguments."""
     parser = argparse.ArgumentParser(
         prog="agentcg",
         description="Resource control for AI agents, one tool call at a time.",
@@ -80,7 +81,8 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     )
     for group in GROUPS:
         group.add_commands(subparsers)
-    trace.add_commands(subparsers, chosen)
+    policy.add_commands(subparsers, chosen)
+    trace.add_commands(subparsers, chosen[0] if chosen else None)
     return parser
 
 

@@ -30,9 +30,10 @@ CONFIG = Path("/etc/agentcgroup/agentcgroupd.toml")
 IN_FORCE = "the policy in force"
 
 
-def add_commands(subparsers: common.Subparsers) -> None:
-    """Add this module's commands."""
-    summary = "Check, show, compare and reload policies; explain what one does to a call."
+def add_commands(subparsers: common.Subparsers, chosen: tuple[str, ...]) -> None:
+    """Add this module's commands. The arguments of `simulate` are asked for only if it was
+    `chosen`: that imports the daemon's package."""
+    summary = "Check, show, compare, simulate and reload policies; explain one's view of a call."
     parser = subparsers.add_parser("policy", help=summary, description=summary)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -60,6 +61,11 @@ def add_commands(subparsers: common.Subparsers) -> None:
         commands, "explain", run_explain, "Say how the policy sees an open call (root)."
     )
     explain.add_argument("call", metavar="CALL", help="the call's id")
+    simulate = common.command(
+        commands, "simulate", run_simulate, "Simulate recorded agents, without a kernel."
+    )
+    if chosen == ("policy", "simulate"):
+        load("agentcgroupd.policy.simulate_cli").add_simulate_arguments(simulate)
     common.command(commands, "reload", run_reload, "Have the daemon read its policy anew (root).")
 
 
@@ -215,6 +221,11 @@ def print_explanation(explanation: Explanation) -> None:
         print(paint("next", "bold"))
         for sentence in explanation.outlook:
             print(f"  {sentence}")
+
+
+def run_simulate(args: argparse.Namespace) -> int:
+    """Recorded agents under a policy."""
+    return int(load("agentcgroupd.policy.simulate_cli").run_simulate(args))
 
 
 def run_reload(args: argparse.Namespace) -> int:

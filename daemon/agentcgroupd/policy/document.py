@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from agentcgroupd.config import Duration, Section
-from agentcgroupd.policy.model import Amount, Policy, Ruleset
+from agentcgroupd.policy.model import AT_MOST, Amount, Policy, Ruleset
 
 _DURATION = get_args(Duration)[1]
 _TIMES = ((3_600_000_000, "h"), (60_000_000, "m"), (1_000_000, "s"), (1000, "ms"), (1, "us"))
@@ -32,9 +32,12 @@ def _is_duration(info: FieldInfo) -> bool:
 def _plain(info: FieldInfo, value: object) -> str | int | float | bool:
     """A value as an operator would write it."""
     if isinstance(value, Amount):
+        parts = []
+        if value.percent is not None:
+            parts.append(f"{value.percent!r}".removesuffix(".0") + "%")
         if value.size_bytes is not None:
-            return _exactly(value.size_bytes, _SIZES)
-        return f"{value.percent!r}".removesuffix(".0") + "%"
+            parts.append(_exactly(value.size_bytes, _SIZES))
+        return AT_MOST.join(parts)
     if isinstance(value, int) and _is_duration(info):
         return _exactly(value, _TIMES)
     assert isinstance(value, str | int | float), value

@@ -106,7 +106,11 @@ class PolicyFiles:
     def look(self) -> None:
         """Reload if the files are others than those read last, and stayed so since the last look:
         a file that is being written is not read."""
-        now = self._sign()
+        try:
+            now = self._sign()
+        except OSError as error:
+            log.warning("the policy's files cannot be looked at: %s", error)
+            return
         if now != self._signature and now == self._seen:
             self.reload_quietly()
         self._seen = now

@@ -17,39 +17,50 @@ from agentcgroupd.config import Duration, Priority, Section, quantity
 from agentcgroupd.errors import InvalidField
 from agentcgroupd.units import parse_bytes, parse_priority, show_bytes
 
-AMOUNT_ALLOWED = "a part of the pool such as 6%, from 0.1% to 100%, or a size such as 512M"
+AMOUNT_ALLOWED = (
+    "a part of the pool such as 6%, from 0.1% to 100%, a size such as 512M, or both as in "
+    "6%, at most 512M"
+)
+
+
+AT_MOST = ", at most "
 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """A part of the pool, or bytes."""
+    """A part of the pool, or bytes, or a part but at most so many bytes."""
 
     percent: float | None = None
     size_bytes: int | None = None
 
     def of(self, limit_bytes: int) -> int:
         """In bytes, of a pool of this size."""
-        if self.size_bytes is not None:
-            return min(self.size_bytes, limit_bytes)
-        return int(limit_bytes * (self.percent or 0.0) / 100)
+        share = limit_bytes if self.percent is None else int(limit_bytes * self.percent / 100)
+        return share if self.size_bytes is None else min(self.size_bytes, share)
 
     def __str__(self) -> str:
+        parts = [] if self.percent is None else [f"{self.percent:g}%"]
         if self.size_bytes is not None:
-            return show_bytes(self.size_bytes)
-        return f"{self.percent:g}%"
+            parts.append(show_bytes(self.size_bytes))
+        return ", at most ".join(parts)
 
     def above(self, other: Amount) -> bool | None:
-        """Whether it is more than another; None where that depends on the pool."""
-        if self.percent is not None and other.percent is not None:
-            return self.percent > other.percent
-        if self.size_bytes is not None and other.size_bytes is not None:
-            return self.size_bytes > other.size_bytes
-        return None
+        """Whether it is more than another, if only in some pools; None where that depends on the
+        pool alone."""
+        pairs = ((self.percent, other.percent), (self.size_bytes, other.size_bytes))
+        known = [a > b for a, b in pairs if a is not None and b is not None]
+        return any(known) if known else None
 
 
 def parse_amount(field: str, text: str) -> Amount:
-    """`6%` or `512M`. Raises InvalidField."""
+    """`6%`, `512M` or `6%, at most 512M`. Raises InvalidField."""
     stripped = text.strip()
+    share, separator, most = stripped.partition(AT_MOST)
+    if separator:
+        both = parse_amount(field, share), parse_amount(field, most)
+        if both[0].percent is None or both[0].size_bytes or both[1].size_bytes is None:
+            raise InvalidField(field, text, AMOUNT_ALLOWED)
+        return Amount(both[0].percent, both[1].size_bytes)
     if not stripped.endswith("%"):
         try:
             return Amount(size_bytes=parse_bytes(field, stripped))

@@ -21,7 +21,9 @@ from agentcgroupd.policy.model import (
 )
 from agentcgroupd.policy.situation import (
     DENIED_SLACK_BYTES,
+    GROWING_BYTES_PER_S,
     Situation,
+    still_needs,
 )
 from agentcgroupd.policy.snapshot import Action, CallView, Decision
 from agentcgroupd.units import show_bytes, show_usec
@@ -31,6 +33,10 @@ RECLAIM_LEAST_BYTES = 1 << 20
 REFUSED_ENOUGH = 1000
 """A call that goes on asking after so many refusals will not take no for an answer: it only burns
 CPU time, and is paused until there is room."""
+KILL_LEAST_BYTES = 16 << 20
+"""Ending a call that holds less frees nothing that matters."""
+KILL_SHARE = 0.5
+"""What the leader may still need is taken as what half of the calls like it took."""
 WORK_USEC = 1_000_000
 """Added to the CPU time of a call when its loss is weighed: a start has a price of its own."""
 
@@ -221,14 +227,22 @@ def slow(at: Situation, ruleset: Ruleset, do: Slow, taken: Set[str]) -> list[Dec
 
 def kill(at: Situation, ruleset: Ruleset, do: Kill, taken: Set[str]) -> list[Decision]:
     """Last: the leader still grows into what others hold. One call goes, the least important, and
-    among equals the one that frees the most memory for each second of work lost."""
+    among equals the one that frees the most memory for each second of work lost; the leader itself
+    where all others together hold less than it needs."""
     del do
     leader, now = at.leader, at.now
     if leader is None or leader.frozen_for_usec is not None:
         return []
+    if at.growth_bytes_per_s <= GROWING_BYTES_PER_S:
+        return []  # full, but nobody needs more
     candidates = [c for c in now.calls
-                  if c is not leader and c.priority <= leader.priority and c.memory_bytes > 0
+                  if c is not leader and c.priority <= leader.priority
+                  and c.memory_bytes >= KILL_LEAST_BYTES
                   and c.priority < ruleset.spare_priority and c.id not in taken]  # fmt: skip
+    # Where all others together could not give what the leader still needs, killing them is in vain.
+    missing = still_needs(now, leader, KILL_SHARE) - max(0, now.free_bytes)
+    if sum(c.memory_bytes for c in candidates) < max(missing, 1):
+        candidates = [leader] if leader.memory_bytes >= KILL_LEAST_BYTES else []
     if not candidates:
         return []
     victim = min(candidates, key=lambda c: (

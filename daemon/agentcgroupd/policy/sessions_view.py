@@ -28,7 +28,7 @@ LOOK_NS_MOST = 2_000_000
 """Time that one look spends on samples..."""
 LOOK_SHARE = 0.05
 """...and that all looks together do, as a part of one core."""
-QUIET_SHARE = 0.02
+QUIET_SHARE = 0.05
 """An agent that uses less of one core than this waits."""
 
 

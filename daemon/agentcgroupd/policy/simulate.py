@@ -107,6 +107,8 @@ class Result:
     """By the kernel, or with their agent."""
     calls_denied: int
     """Failed with ENOMEM."""
+    sessions_s: float
+    """Of all sessions together, from their beginnings to their ends."""
     sessions_begun: int
     sessions_lost: int
     """Agents killed by the kernel."""
@@ -275,7 +277,8 @@ def _run(
         strategy=setup.strategy, policy=policy.name, pool_bytes=setup.pool_bytes,
         sessions=len(world.lanes), seed=setup.seed, seconds=seconds,
         calls_finished=counts["finished"], calls_killed=counts["killed"], calls_oom=counts["oom"],
-        calls_denied=counts["denied"], sessions_begun=counts["sessions"],
+        calls_denied=counts["denied"], sessions_s=spent_s,
+        sessions_begun=counts["sessions"],
         sessions_lost=counts["sessions_lost"], sessions_hit=counts["sessions_hit"],
         work_lost_s=counts["work_lost_usec"] / 1e6,
         important=_delay([lane for lane in world.lanes if lane.important]),

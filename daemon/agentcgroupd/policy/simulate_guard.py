@@ -45,7 +45,7 @@ class Looks:
     signals: bool = True
     """The kernel tells when use passes the mark, and when a call ends."""
     peaks_kept: int = 1000
-    quiet_pct: float = 2.0
+    quiet_pct: float = 5.0
     """An agent that burns less of a core waits (policy.sessions_view)."""
     quiet_in_calls: bool = False
     """An agent whose call runs counts as waiting, too."""

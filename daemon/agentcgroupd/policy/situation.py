@@ -3,8 +3,8 @@
 The leader is the call that must get through: the most important, and among equals the oldest. It is
 never stopped, so that something always ends and gives its memory back. While it grows, room is kept
 for it, because two calls that grow side by side until the pool is full could neither of them end. A
-call that needs nothing more, such as a server, gives the lead to one that was paused for a whole
-lease; else the others would wait for its end.
+call that takes nothing more, such as a server, gives the lead to its equals at once, and to less
+important ones when they were paused for a whole lease; else all others would wait for its end.
 """
 
 from __future__ import annotations
@@ -76,9 +76,10 @@ class Situation:
         if first is None or growing(first) or first.frozen_for_usec is not None:
             return first
         lease = self.policy.headroom.lease
-        overdue = (c for c in self.now.calls if c.paused_usec >= lease
-                   and (growing(c) or c.frozen_for_usec is not None))  # fmt: skip
-        return best(overdue) or first
+        waiting = (c for c in self.now.calls
+                   if (growing(c) or c.frozen_for_usec is not None)
+                   and (c.priority == first.priority or c.paused_usec >= lease))  # fmt: skip
+        return best(waiting) or first
 
     @cached_property
     def growing(self) -> list[CallView]:

@@ -110,6 +110,7 @@ class Driver:
         self._steps: list[tuple[float, int, int]] = job["agent"]
         self._calls: list[dict[str, Any]] = job["calls"]
         self._duration_s: float = job["duration_s"]
+        self._gate: str = job["gate"]
         self._held = Held(max(step[1] for step in self._steps), resident_bytes())
         self._poll = select.poll()
         self._running: dict[int, tuple[int, int]] = {}  # pidfd -> call, pid
@@ -120,6 +121,12 @@ class Driver:
     def run(self) -> None:
         """Until every call has ended and the plan's time is over."""
         self._apply_steps(0.0)  # before the clock starts: the agent has its memory already
+        self._log(e="up")
+        try:
+            with open(self._gate, "rb") as gate:
+                gate.read()  # until the engine has seen that all are up: they start as one
+        except FileNotFoundError:
+            pass  # too late for that
         self._log(e="ready")
         self._clock = Clock(time.monotonic())
         while True:
@@ -200,7 +207,6 @@ def main(path: str) -> None:
         event["t"] = time.monotonic()
         os.write(events, (json.dumps(event) + "\n").encode())
 
-    log(e="up", pid=os.getpid())
     Driver(job, log).run()
     log(e="done")
 

@@ -32,6 +32,7 @@ LOAD = "agentcg-load"
 _DRIVER = Path(__file__).with_name("driver.py")
 _PROGRESS_S = 1.0
 _SETTLE_S = 3.0
+_UP_S = 30.0
 
 Say = Callable[[str], None]
 
@@ -77,7 +78,7 @@ class _Session:
         self._log = self.work / "events.jsonl"
         self._read_to = 0
 
-    def write_job(self, backend: Backend, load: str) -> Path:
+    def write_job(self, backend: Backend, load: str, gate: Path) -> Path:
         """Write all that the driver needs, so that it need compute nothing."""
         delay_s = self.spec.delay_s
         calls = []
@@ -116,6 +117,7 @@ class _Session:
                 {
                     "enter": self.place.enter,
                     "events": str(self._log),
+                    "gate": str(gate),
                     "duration_s": self.spec.planned_s,
                     "agent": agent,
                     "calls": calls,
@@ -216,6 +218,19 @@ class _Sampler:
         return Timeline(tuple(self.at_s), tuple(self.pool_bytes), series)
 
 
+def _wait_until_up(sessions: Sequence[_Session], sampler: _Sampler, options: EngineOptions) -> None:
+    """Until every agent holds its first memory, or has ended, or is not there in time: that one
+    starts late."""
+    deadline = time.monotonic() + _UP_S
+    while time.monotonic() < deadline:
+        sampler.sample()
+        for session in sessions:
+            session.poll(time.monotonic())
+        if all(session.events or session.state is not None for session in sessions):
+            return
+        time.sleep(options.sample_period_s)
+
+
 def _run_until_done(
     sessions: Sequence[_Session],
     sampler: _Sampler,
@@ -292,7 +307,11 @@ def run_strategy(
             for spec in specs:
                 place = backend.open(spec.id, spec.important)
                 sessions.append(_Session(spec, place, work))
-            jobs = [session.write_job(backend, load) for session in sessions]
+            gate = work / "gate"
+            os.mkfifo(gate)
+            jobs = [session.write_job(backend, load, gate) for session in sessions]
+            # Readers of the gate wait for as long as it is open for writing.
+            gate_fd = os.open(gate, os.O_RDWR | os.O_CLOEXEC)
             started = time.monotonic()
             unix_started = time.time()
             sampler = _Sampler(backend, sessions, started)
@@ -305,6 +324,11 @@ def run_strategy(
                 say(f"{strategy:>6} {passed_s:5.1f} s  pool {used / 1e6:4.0f}/"
                     f"{pool_bytes / 1e6:.0f} MB  calls {states}")  # fmt: skip
 
+            try:
+                _wait_until_up(sessions, sampler, options)
+            finally:
+                gate.unlink()
+                os.close(gate_fd)
             _run_until_done(sessions, sampler, options, started, progress)
             progress(time.monotonic() - started)
             seconds = max(session.ended for session in sessions) - started

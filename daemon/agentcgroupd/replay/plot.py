@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _TITLES = {
     "none": "no control",
     "static": "static split",
+    "high": "memory.high only",
+    "oomd": "oomd",
     "ours": "agentcgroup",
 }
 _IMPORTANT = "#c2410c"

@@ -1,0 +1,289 @@
+"""Calls that are seen in more than one way, by events and by a look at the agent leaf, have one
+report each. The processes are real ones; the kernel's events are written here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from collections.abc import Awaitable, Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from agentcgroupd import boundaries, sightings
+from agentcgroupd.boundaries import Boundaries
+from agentcgroupd.bpf import abi
+from agentcgroupd.bpf.events import AnyEvent
+from agentcgroupd.bpf.lifecycle import Lifecycle
+from agentcgroupd.calls import Calls
+from agentcgroupd.config import BoundariesConfig
+from agentcgroupd.policy.actions import Actions
+from agentcgroupd.session import Call, Process, Session
+from agentcgroupd.sightings import TICK_NS, Forked, Key, Sightings
+from agentcgroupd.syscalls import process_stat
+
+AGENT_ID = 17
+ARGV = ["sh", "-c", "echo ready; read line; exit 3"]
+EXIT_3 = 3 << 8
+UNKNOWN = None
+
+
+class FakeLifecycle:
+    """Has the events that a test puts into its buffer, and the counts of those that were lost."""
+
+    def __init__(self) -> None:
+        self.buffer: list[AnyEvent] = []
+        self.lost_now: dict[str, int] = {}
+        self.handle: Callable[[list[AnyEvent]], None] = lambda batch: None
+
+    def start(self, handle: Callable[[list[AnyEvent]], None]) -> None:
+        self.handle = handle
+
+    def drain(self) -> None:
+        batch, self.buffer = self.buffer, []
+        if batch:
+            self.handle(batch)
+
+    def lost(self) -> dict[str, int]:
+        return self.lost_now
+
+    def missed(self) -> dict[str, int]:
+        return {}
+
+    def manage(self, cgroup: int, kind: abi.CgroupKind) -> None:
+        pass
+
+    def read(self, on: bool) -> None:
+        pass
+
+
+class FakeCalls:
+    """Reports a call when it is looked at, and a short one at once: (name, wait status)."""
+
+    def __init__(self) -> None:
+        self.open: dict[str, Call] = {}
+        self.reports: list[tuple[str, int | None]] = []
+        self.begun = 0
+
+    def begin(self, session: Session, name: str, *_: object, observed: bool) -> Call:
+        assert observed
+        self.begun += 1
+        call = cast(Call, SimpleNamespace(id=f"{self.begun}", name=name, exit_status=None))
+        self.open[call.id] = call
+        return call
+
+    def attach(self, call: Call, process: Process) -> None:
+        assert call.id in self.open
+
+    def look(self, call: Call) -> None:
+        del self.open[call.id]  # KeyError: it had its report
+        self.reports.append((call.name, call.exit_status))
+
+    def look_postponed(self) -> None:
+        pass
+
+    def record_short(
+        self, session: Session, name: str, argv: list[str], usec: int, status: int | None, *_: Any
+    ) -> None:
+        self.reports.append((name, status))
+
+
+class Tool:
+    """A shell command that is this process's child, and whose agent this process is."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(ARGV, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # Until it speaks, /proc may show it as it was before its exec.
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == b"ready\n"
+        self.key: Key = (self.process.pid, process_stat(self.process.pid).start_ticks)
+
+    def end(self) -> None:
+        """It ends, and is gone."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        assert self.process.wait(10) == 3
+
+    def _of_itself(self) -> abi.Process:
+        return abi.Process(
+            start_ns=self.key[1] * TICK_NS, pid=self.key[0], parent_pid=os.getpid(), comm=b"sh"
+        )
+
+    def fork(self) -> AnyEvent:
+        """As on_fork in lifecycle.bpf.c would send it."""
+        parent_ns = process_stat(os.getpid()).start_ticks * TICK_NS
+        return abi.ForkEvent(
+            event=abi.Event(cgroup_id=AGENT_ID), child=self._of_itself(), parent_start_ns=parent_ns
+        )
+
+    def exec(self) -> AnyEvent:
+        """As on_exec would."""
+        raw = b"".join(word.encode() + b"\0" for word in ARGV)
+        event = abi.ExecEvent(
+            event=abi.Event(cgroup_id=AGENT_ID), process=self._of_itself(), argv_bytes=len(raw)
+        )
+        event.argv[: len(raw)] = list(raw)
+        return event
+
+    def exit(self) -> AnyEvent:
+        """As on_exit would."""
+        return abi.ExitEvent(event=abi.Event(cgroup_id=AGENT_ID), process=self._of_itself(),
+                             wait_status=EXIT_3, executed=1)  # fmt: skip
+
+
+class World:
+    """Boundaries with one session, whose agent leaf holds this process and the tool."""
+
+    def __init__(self, tool: Tool) -> None:
+        self.lifecycle = FakeLifecycle()
+        self.calls = FakeCalls()
+        self.lost_counts: list[dict[str, int]] = []
+        self.here = [os.getpid(), tool.key[0]]
+        agent = SimpleNamespace(id=AGENT_ID, procs=lambda: self.here)
+        session = SimpleNamespace(id="s", agent=agent, cgroup_path="/pool/s", closing=False)
+        actions = SimpleNamespace(moved=lambda *_: None, events_lost=self.lost_counts.append)
+        self.boundaries = Boundaries(
+            BoundariesConfig(),
+            cast(Lifecycle, self.lifecycle),
+            cast(Calls, self.calls),
+            lambda: [cast(Session, session)],
+            cast(Actions, actions),
+            settled_ticks=0,
+        )
+        self.here, there = [], self.here
+        self.boundaries.session_opened(cast(Session, session))
+        self.boundaries.start()
+        self.here = there
+
+    def events(self, *events: AnyEvent) -> None:
+        """The kernel sends these, and they are read."""
+        self.lifecycle.buffer += events
+        self.lifecycle.drain()
+
+    def lose_some(self) -> None:
+        """Events are lost, which is found out after the next one."""
+        self.lifecycle.lost_now = {"fork": len(self.lost_counts) + 1}
+        self.events(abi.ForkEvent())
+        assert self.lost_counts[-1] == {"fork": 1}
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tool]:
+    """One that runs, and is in the agent leaf as far as its cgroup says."""
+    monkeypatch.setattr("agentcgroupd.placement.cgroup_of", lambda pid: "/pool/s/agent")
+    made = Tool()
+    try:
+        yield made
+    finally:
+        if made.process.poll() is None:
+            made.end()
+
+
+def in_world(tool: Tool, test: Callable[[World], Awaitable[None]]) -> list[tuple[str, int | None]]:
+    """Run this on a loop; the reports that came of it."""
+
+    async def main() -> World:
+        world = World(tool)
+        await test(world)
+        world.boundaries.close()
+        return world
+
+    world = asyncio.run(main())
+    assert not world.calls.open
+    return world.calls.reports
+
+
+def test_what_a_resync_saw_is_not_seen_again_by_its_late_events(tool: Tool) -> None:
+    async def test(world: World) -> None:
+        world.lose_some()
+        assert (world.calls.begun, world.calls.reports) == (1, [])
+        world.events(tool.fork(), tool.exec())
+        tool.end()
+        world.events(tool.exit())
+        assert world.calls.begun == 1
+
+    assert in_world(tool, test) == [("echo", EXIT_3)]
+
+
+def test_what_has_ended_is_not_seen_again_by_a_resync(tool: Tool) -> None:
+    """A process is in its cgroup for a moment after its exit event."""
+
+    async def test(world: World) -> None:
+        world.events(tool.fork(), tool.exec(), tool.exit())
+        assert len(world.calls.reports) == 1
+        world.lose_some()
+        assert world.calls.begun == 1
+
+    assert in_world(tool, test) == [("echo", EXIT_3)]
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_what_prune_found_dead_is_not_seen_again_by_its_late_events(
+    tool: Tool, moved: bool
+) -> None:
+    """Whether it ended in a call or before it had one."""
+
+    async def test(world: World) -> None:
+        if moved:
+            world.lose_some()
+        tool.end()
+        world.here.remove(tool.key[0])
+        if not moved:
+            world.events(tool.fork(), tool.exec())
+        world.boundaries.prune()
+        assert world.calls.reports == []  # its exit event may be on its way
+        world.boundaries.prune()
+        assert world.calls.reports == [("echo", UNKNOWN)]
+        world.events(tool.fork(), tool.exec(), tool.exit())
+        world.boundaries.prune()
+        world.boundaries.prune()
+
+    assert in_world(tool, test) == [("echo", UNKNOWN)]
+
+
+def test_nothing_is_pruned_while_events_are_queued(
+    tool: Tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exit event of what is dead may be one of them, and has its status."""
+
+    async def test(world: World) -> None:
+        tool.end()
+        world.here.remove(tool.key[0])
+        world.events(tool.fork(), tool.exec())
+        world.boundaries.prune()
+        world.lifecycle.buffer = [tool.exit()]
+        with monkeypatch.context() as patch:
+            patch.setattr(boundaries, "SLICE_S", 0.0)  # so that none is dealt with at once
+            world.boundaries.prune()
+        assert world.boundaries.behind
+        assert world.calls.reports == []
+        await asyncio.sleep(0)
+        assert world.calls.reports == [("echo", EXIT_3)]
+        world.boundaries.prune()
+
+    assert in_world(tool, test) == [("echo", EXIT_3)]
+
+
+def test_a_process_goes_from_forked_to_seen_to_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the newest that have ended are remembered."""
+    monkeypatch.setattr(sightings, "ENDED_MAX", 2)
+    session = cast(Session, SimpleNamespace(id="s"))
+    known = Sightings()
+    sighting = sightings.Sighting(session, "t", [], (1, 0), 0)
+    for pid in (1, 2, 3):
+        known.fork((pid, 0), Forked(session, "t", 0))
+    known.join(sighting, (1, 0))
+    known.join(sighting, (2, 0))
+    assert [known.settled((pid, 0)) for pid in (1, 2, 3, 4)] == [True, True, False, False]
+    assert known.forked((1, 0)) is None and known.seen((1, 0)) is sighting
+    assert known.end((1, 0)) == (None, sighting)
+    assert sighting.members == {(2, 0)}
+    assert known.end((1, 0)) == (None, None)
+    assert known.end((4, 0)) == (None, None) and not known.settled((4, 0))
+    known.end((2, 0))
+    known.end((3, 0))
+    assert [known.settled((pid, 0)) for pid in (1, 2, 3)] == [False, True, True]
+    assert known.keys() == []
