@@ -37,7 +37,15 @@ def shipped(name: str) -> Policy:
     return Policy.model_validate(tomllib.loads((POLICIES / f"{name}.toml").read_text()))
 
 
-DEFAULT = shipped("default")
+def changed(policy: Policy, ruleset: str, **changes: Any) -> Policy:
+    """The policy with one ruleset's keys replaced."""
+    rules = tuple(r.model_copy(update=changes) if r.name == ruleset else r
+                  for r in policy.rulesets)  # fmt: skip
+    return policy.model_copy(update={"rulesets": rules})
+
+
+DEFAULT = changed(shipped("default"), "freeze-fast", enabled=False)
+"""One rung at a time: everything here grows faster than real calls in so small a pool."""
 
 
 def call(name: str, **changes: Any) -> CallView:
@@ -124,6 +132,15 @@ def test_among_equals_the_oldest_leads() -> None:
     old = call("old", growth_bytes_per_s=FAST, began_usec=1)
     new = call("new", growth_bytes_per_s=FAST, began_usec=2)
     assert actions(snapshot(new, old, free=50)) == [(Action.FREEZE, "new")]
+
+
+def test_what_would_fill_the_pool_before_the_next_look_is_frozen_above_the_mark() -> None:
+    vip = call("vip", priority=80)
+    batch = call("batch", priority=20, growth_bytes_per_s=500.0 * MIB)
+    whole = shipped("default")
+    assert actions(snapshot(vip, batch, free=200), whole) == []
+    assert actions(snapshot(vip, batch, free=140), whole) == [(Action.FREEZE, "batch")]
+    assert actions(snapshot(vip, batch, free=140)) == []
 
 
 def held_before(policy: Policy = DEFAULT) -> State:
@@ -227,11 +244,17 @@ def test_nobody_is_killed_for_a_leader_that_does_not_grow() -> None:
 def test_nobody_is_killed_in_vain() -> None:
     """What holds next to nothing frees nothing; and where all others hold less than the leader
     needs, it is the leader that goes, not all of them first."""
-    leader = call("big", growth_bytes_per_s=FAST, memory_bytes=700 * MIB, expected_bytes=950 * MIB)
-    small = [call(f"s{i}", priority=20, memory_bytes=8 * MIB, frozen_for_usec=1) for i in range(9)]
-    assert actions(snapshot(leader, *small, free=5)) == [(Action.KILL, "big")]
-    enough = call("other", priority=20, memory_bytes=300 * MIB, frozen_for_usec=1)
-    assert actions(snapshot(leader, *small, enough, free=5)) == [(Action.KILL, "other")]
+    leader = call("big", growth_bytes_per_s=FAST, memory_bytes=700 * MIB)
+    tiny = call("tiny", memory_bytes=8 * MIB, frozen_for_usec=1, began_usec=1)
+    some = call("some", memory_bytes=100 * MIB, frozen_for_usec=1, began_usec=1)
+    large = tuple(950 * MIB + i for i in range(30))
+    now = snapshot(leader, tiny, some, free=5)
+    assert actions(now) == [(Action.KILL, "some")]
+    assert actions(replace(now, peaks_bytes=large)) == [(Action.KILL, "big")]
+    # But an important one does not go for the sake of less important ones.
+    vip = replace(leader, priority=80)
+    now = snapshot(vip, tiny, some, free=5, peaks_bytes=large)
+    assert actions(now) == [(Action.KILL, "some")]
 
 
 def test_nobody_more_important_is_killed() -> None:
@@ -342,13 +365,6 @@ def test_a_session_that_stalls_gets_less_cpu_and_has_it_back() -> None:
 
 
 # Rulesets -----------------------------------------------------------------------------------------
-
-
-def changed(policy: Policy, ruleset: str, **changes: Any) -> Policy:
-    """The policy with one ruleset's keys replaced."""
-    rules = tuple(r.model_copy(update=changes) if r.name == ruleset else r
-                  for r in policy.rulesets)  # fmt: skip
-    return policy.model_copy(update={"rulesets": rules})
 
 
 def test_a_dry_run_is_told_and_counts_as_nothing_done() -> None:

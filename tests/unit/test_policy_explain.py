@@ -35,7 +35,12 @@ def test_what_comes_next_and_when() -> None:
     found = explain(POLICY, now, State(), "b")
     assert "'tool-b' runs with 300 MiB, growing by 20 MiB a second (priority 50)" in found.sentence
     assert "'tool-a' of session s goes first, which is more important" in found.sentence
-    assert [line.split(":")[0] for line in found.outlook] == ["throttle", "freeze", "kill"]
+    assert [line.split(":")[0] for line in found.outlook] == [
+        "throttle",
+        "freeze",
+        "freeze-fast",
+        "kill",
+    ]
     # 6 % of 8 GiB and the leader's 300 MiB are kept; 3 GiB go at 70 MiB a second.
     left_s = (3 * 1024 - 0.06 * 8192 - 300) / 70
     assert f"in {left_s:.3g} s as the pool grows now" in found.outlook[1]
@@ -54,10 +59,10 @@ def test_the_leader_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("host", "on_pressure", "rungs"),
     [
-        ({}, "freeze", ["freeze", "kill"]),
-        ({"swap_free_bytes": GIB}, "freeze", ["throttle", "freeze", "kill"]),
-        ({"can_deny": True}, "deny", ["deny", "freeze", "kill"]),
-        ({"can_deny": True}, "freeze", ["freeze", "kill"]),
+        ({}, "freeze", ["freeze", "freeze-fast", "kill"]),
+        ({"swap_free_bytes": GIB}, "freeze", ["throttle", "freeze", "freeze-fast", "kill"]),
+        ({"can_deny": True}, "deny", ["deny", "freeze", "freeze-fast", "kill"]),
+        ({"can_deny": True}, "freeze", ["freeze", "freeze-fast", "kill"]),
     ],
 )
 def test_only_rungs_that_could_touch_it(

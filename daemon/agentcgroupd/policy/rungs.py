@@ -23,7 +23,6 @@ from agentcgroupd.policy.situation import (
     DENIED_SLACK_BYTES,
     GROWING_BYTES_PER_S,
     Situation,
-    still_needs,
 )
 from agentcgroupd.policy.snapshot import Action, CallView, Decision
 from agentcgroupd.units import show_bytes, show_usec
@@ -34,7 +33,8 @@ REFUSED_ENOUGH = 1000
 """A call that goes on asking after so many refusals will not take no for an answer: it only burns
 CPU time, and is paused until there is room."""
 KILL_LEAST_BYTES = 16 << 20
-"""Ending a call that holds less frees nothing that matters."""
+KILL_LEAST_SHARE = 0.01
+"""Ending a call that holds less than this, of the pool at most, frees nothing that matters."""
 KILL_SHARE = 0.5
 """What the leader may still need is taken as what half of the calls like it took."""
 WORK_USEC = 1_000_000
@@ -227,22 +227,24 @@ def slow(at: Situation, ruleset: Ruleset, do: Slow, taken: Set[str]) -> list[Dec
 
 def kill(at: Situation, ruleset: Ruleset, do: Kill, taken: Set[str]) -> list[Decision]:
     """Last: the leader still grows into what others hold. One call goes, the least important, and
-    among equals the one that frees the most memory for each second of work lost; the leader itself
-    where all others together hold less than it needs."""
+    among equals the one that frees the most memory for each second of work lost. Where only its
+    equals are left, and calls like it took more than all of them hold, the leader itself goes:
+    ending them would be in vain."""
     del do
     leader, now = at.leader, at.now
     if leader is None or leader.frozen_for_usec is not None:
         return []
     if at.growth_bytes_per_s <= GROWING_BYTES_PER_S:
         return []  # full, but nobody needs more
+    least = min(KILL_LEAST_BYTES, int(now.limit_bytes * KILL_LEAST_SHARE))
     candidates = [c for c in now.calls
-                  if c is not leader and c.priority <= leader.priority
-                  and c.memory_bytes >= KILL_LEAST_BYTES
+                  if c is not leader and c.priority <= leader.priority and c.memory_bytes >= least
                   and c.priority < ruleset.spare_priority and c.id not in taken]  # fmt: skip
-    # Where all others together could not give what the leader still needs, killing them is in vain.
-    missing = still_needs(now, leader, KILL_SHARE) - max(0, now.free_bytes)
-    if sum(c.memory_bytes for c in candidates) < max(missing, 1):
-        candidates = [leader] if leader.memory_bytes >= KILL_LEAST_BYTES else []
+    if all(c.priority == leader.priority for c in candidates):
+        peak = now.likely_peak(leader.memory_bytes, KILL_SHARE) or 0
+        missing = peak - leader.memory_bytes - max(0, now.free_bytes)
+        if sum(c.memory_bytes for c in candidates) < missing and leader.memory_bytes >= least:
+            candidates = [leader]
     if not candidates:
         return []
     victim = min(candidates, key=lambda c: (
