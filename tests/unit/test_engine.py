@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroupd.policy.engine import attention_bytes, decide, marks
-from agentcgroupd.policy.model import Policy
+from agentcgroupd.policy.model import Amount, Policy
 from agentcgroupd.policy.situation import Situation
 from agentcgroupd.policy.snapshot import (
     SESSION_ACTIONS,
@@ -44,7 +44,13 @@ def changed(policy: Policy, ruleset: str, **changes: Any) -> Policy:
     return policy.model_copy(update={"rulesets": rules})
 
 
-DEFAULT = changed(shipped("default"), "freeze-fast", enabled=False)
+def with_prior(policy: Policy, size_bytes: int) -> Policy:
+    """The policy with another idea of how far a call goes of which nothing is known."""
+    headroom = policy.headroom.model_copy(update={"prior": Amount(size_bytes=size_bytes)})
+    return policy.model_copy(update={"headroom": headroom})
+
+
+DEFAULT = with_prior(changed(shipped("default"), "freeze-fast", enabled=False), MIB)
 """One rung at a time: everything here grows faster than real calls in so small a pool."""
 
 
@@ -115,6 +121,20 @@ def test_room_is_kept_for_a_growing_leader() -> None:
     assert actions(snapshot(limited, batch, free=240)) == []
     expecting = replace(vip, expected_bytes=600 * MIB)
     assert actions(snapshot(expecting, batch, free=400)) == [(Action.FREEZE, "batch")]
+
+
+def test_of_a_call_of_which_nothing_is_known_much_is_expected() -> None:
+    """And so only one grows at a time, as long as it is not small."""
+    vip = call("vip", priority=80, growth_bytes_per_s=FAST)
+    batch = call("batch", priority=20, growth_bytes_per_s=FAST)
+    policy = with_prior(DEFAULT, 500 * MIB)
+    assert actions(snapshot(vip, batch, free=400), policy) == [(Action.FREEZE, "batch")]
+    assert actions(snapshot(vip, batch, free=600), policy) == []
+    young = replace(vip, memory_bytes=10 * MIB)
+    assert actions(snapshot(young, batch, free=400), policy) == []
+    small = replace(batch, memory_bytes=10 * MIB)
+    assert actions(snapshot(vip, small, free=400), policy) == []
+    assert actions(snapshot(vip, small, free=50), policy) == [(Action.FREEZE, "batch")]
 
 
 def test_the_room_follows_what_calls_like_it_took() -> None:

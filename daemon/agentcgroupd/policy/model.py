@@ -240,8 +240,13 @@ class Headroom(Section):
     leader_share: Share = 0.9
     """Room is kept for the leader's growth up to what this part of the calls like it stayed
     below."""
-    leader_most: PoolAmount = Amount(percent=50.0)
-    """But never more than this."""
+    prior: PoolAmount = Amount(size_bytes=2 << 30)
+    """As long as too few have got as far to tell, how far a growing call is taken to go: recorded
+    tool calls rose by up to 1.9 GB (arXiv 2602.09345)."""
+    leader_most: PoolAmount = Amount(percent=75.0)
+    """But never more room than this."""
+    small: PoolAmount = Amount(percent=2.0, size_bytes=64 << 20)
+    """A call that holds less keeps no room free, and is not stopped for another's room."""
     lease: Duration = 120_000_000
     """A paused call goes on after this time at the latest, as soon as there is any room."""
     thaw_every: Duration = 250_000

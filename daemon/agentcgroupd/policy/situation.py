@@ -38,13 +38,13 @@ def best(calls: Iterable[CallView]) -> CallView | None:
     return min(calls, key=rank, default=None)
 
 
-def still_needs(now: Snapshot, call: CallView, share: float) -> int:
+def still_needs(now: Snapshot, call: CallView, share: float, prior_bytes: int = 0) -> int:
     """Bytes that a call may still take: up to what it is expected to, or up to what `share` of the
     pool's calls that got as far as this one stayed below, whichever is more. Where too few did and
-    nothing more is expected, as much again as it holds."""
+    nothing more is expected, as much again as it holds, or up to `prior_bytes`."""
     peak = now.likely_peak(call.memory_bytes, share)
     if peak is None and call.expected_bytes <= call.memory_bytes:
-        wanted = call.memory_bytes
+        wanted = max(call.memory_bytes, prior_bytes - call.memory_bytes)
     else:
         wanted = max(peak or 0, call.expected_bytes) - call.memory_bytes
     if call.memory_max_bytes is not None:
@@ -94,12 +94,17 @@ class Situation:
 
     @cached_property
     def room_bytes(self) -> int:
-        """Kept free for the leader. One that does not grow keeps nobody out."""
-        head, leader = self.policy.headroom, self.leader
-        if leader is None or not growing(leader):
+        """Kept free for the leader. One that does not grow, or is small yet, keeps nobody out."""
+        head, leader, limit = self.policy.headroom, self.leader, self.now.limit_bytes
+        if leader is None or not growing(leader) or leader.memory_bytes < self.small_bytes:
             return 0
-        wanted = still_needs(self.now, leader, head.leader_share)
-        return min(wanted, head.leader_most.of(self.now.limit_bytes))
+        wanted = still_needs(self.now, leader, head.leader_share, head.prior.of(limit))
+        return min(wanted, head.leader_most.of(limit))
+
+    @cached_property
+    def small_bytes(self) -> int:
+        """Calls that hold less neither keep room nor have to make room; most never hold more."""
+        return self.policy.headroom.small.of(self.now.limit_bytes)
 
     def more_important(self, call: CallView) -> str:
         """Why it is this call's turn to wait, in words."""
