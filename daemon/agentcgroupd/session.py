@@ -118,6 +118,8 @@ class Call:
     """What it expects, corrected by what the last ones like it took; 0: nothing is known."""
     waited_usec: int = 0
     """In the queue for room, before it began."""
+    grew_usec: int = -(1 << 62)
+    """When a look last saw it grow, since boot."""
     frozen_since_usec: int | None = None
     frozen_usec: int = 0
     session_ooms_before: int = 0

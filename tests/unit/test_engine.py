@@ -148,6 +148,16 @@ def test_the_room_follows_what_calls_like_it_took() -> None:
     assert actions(snapshot(vip, batch, free=340, peaks_bytes=too_few)) == []
 
 
+def test_room_is_kept_between_bursts() -> None:
+    """Most that grow do so in bursts; what is paused meanwhile would take the room."""
+    held = call("batch", priority=20, frozen_for_usec=1)
+    vip = call("vip", priority=80, memory_bytes=200 * MIB, grew_usec=999_000_000)
+    state = held_before()
+    assert actions(snapshot(vip, held, free=300), state=state) == []
+    steady = replace(vip, grew_usec=990_000_000)
+    assert actions(snapshot(steady, held, free=300), state=state) == [(Action.THAW, "batch")]
+
+
 def test_among_equals_the_oldest_leads() -> None:
     old = call("old", growth_bytes_per_s=FAST, began_usec=1)
     new = call("new", growth_bytes_per_s=FAST, began_usec=2)

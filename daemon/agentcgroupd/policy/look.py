@@ -135,12 +135,15 @@ class Looker:
                 )
         except KnobError:
             return None  # it has just ended
+        if growth > GROWING_BYTES_PER_S:
+            call.grew_usec = now
         grant, since = call.grant, call.frozen_since_usec
         paused = None if since is None else now - since
         return CallView(
             id=call.id, name=call.name, session_id=call.session.id, priority=grant.priority,
             began_usec=call.began_boot_usec, memory_bytes=memory, growth_bytes_per_s=growth,
-            cpu_usec=cpu, frozen_for_usec=paused, paused_usec=call.frozen_usec + (paused or 0),
+            cpu_usec=cpu, grew_usec=call.grew_usec, frozen_for_usec=paused,
+            paused_usec=call.frozen_usec + (paused or 0),
             on_pressure=grant.on_pressure,
             expected_bytes=call.likely_bytes or grant.memory_expected_bytes,
             memory_max_bytes=grant.memory_max_bytes,

@@ -13,6 +13,7 @@ from agentcgroupd.policy.engine import attention_bytes, decide, marks
 from agentcgroupd.policy.model import Policy
 from agentcgroupd.policy.simulate_types import Call, Lane
 from agentcgroupd.policy.simulate_world import World
+from agentcgroupd.policy.situation import GROWING_BYTES_PER_S
 from agentcgroupd.policy.snapshot import (
     TICK,
     Action,
@@ -161,12 +162,15 @@ class Guard:
         call.growth = self._rate(call.growth, resident - call.seen_bytes, now - call.seen_s)
         if call.growth < 1.0:
             call.growth = 0.0
+        if call.growth > GROWING_BYTES_PER_S:
+            call.grew_s = now
         call.seen_bytes, call.seen_s = resident, now
         frozen, denied, throttled = call.frozen_at_s, call.denied_bytes, call.throttled_bytes
         view = CallView(
             id=call.id, name=call.shape.name, session_id=call.lane.id, priority=call.lane.priority,
             began_usec=int(call.began_s * 1e6), memory_bytes=int(resident),
             growth_bytes_per_s=call.growth, cpu_usec=int(call.cpu_s * 1e6),
+            grew_usec=int(call.grew_s * 1e6),
             frozen_for_usec=None if frozen is None else int((now - frozen) * 1e6),
             paused_usec=int((call.paused_s + (0.0 if frozen is None else now - frozen)) * 1e6),
             denied_growth_bytes=None if denied is None else int(resident - denied),

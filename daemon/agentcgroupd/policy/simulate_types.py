@@ -36,9 +36,29 @@ class Call:
     """One running call."""
 
     __slots__ = (
-        "began_s", "capped", "cpu_s", "denied_bytes", "frozen_at_s", "growth", "held_bytes", "id",
-        "lane", "left_s", "paused_s", "position", "seen_bytes", "seen_s", "segment", "shape",
-        "since_s", "speed", "swapped_bytes", "throttled_bytes", "version", "view",
+        "began_s",
+        "capped",
+        "cpu_s",
+        "denied_bytes",
+        "frozen_at_s",
+        "grew_s",
+        "growth",
+        "held_bytes",
+        "id",
+        "lane",
+        "left_s",
+        "paused_s",
+        "position",
+        "seen_bytes",
+        "seen_s",
+        "segment",
+        "shape",
+        "since_s",
+        "speed",
+        "swapped_bytes",
+        "throttled_bytes",
+        "version",
+        "view",
     )  # fmt: skip
 
     def __init__(self, name: str, lane: Lane, shape: Shape, now_s: float) -> None:
@@ -48,6 +68,7 @@ class Call:
         self.segment: Segment = shape.segments[0]
         self.left_s = self.segment.duration_s
         self.held_bytes = self.swapped_bytes = self.seen_bytes = 0.0
+        self.grew_s = -1e9
         self.speed = self.growth = self.cpu_s = self.paused_s = 0.0
         self.version = 0
         self.capped = False

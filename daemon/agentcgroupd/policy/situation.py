@@ -73,11 +73,11 @@ class Situation:
     def leader(self) -> CallView | None:
         """The call that must get through; it may be paused still."""
         first = best(self.now.calls)
-        if first is None or growing(first) or first.frozen_for_usec is not None:
+        if first is None or self.rising(first) or first.frozen_for_usec is not None:
             return first
         lease = self.policy.headroom.lease
         waiting = (c for c in self.now.calls
-                   if (growing(c) or c.frozen_for_usec is not None)
+                   if (self.rising(c) or c.frozen_for_usec is not None)
                    and (c.priority == first.priority or c.paused_usec >= lease))  # fmt: skip
         return best(waiting) or first
 
@@ -94,12 +94,20 @@ class Situation:
 
     @cached_property
     def room_bytes(self) -> int:
-        """Kept free for the leader. One that does not grow, or is small yet, keeps nobody out."""
+        """Kept free for the leader. One that has stopped growing, or is small yet, keeps nobody
+        out."""
         head, leader, limit = self.policy.headroom, self.leader, self.now.limit_bytes
-        if leader is None or not growing(leader) or leader.memory_bytes < self.small_bytes:
+        if leader is None or not self.rising(leader) or leader.memory_bytes < self.small_bytes:
             return 0
         wanted = still_needs(self.now, leader, head.leader_share, head.prior.of(limit))
         return min(wanted, head.leader_most.of(limit))
+
+    def rising(self, call: CallView) -> bool:
+        """Whether it grows, or did lately: most that grow do so in bursts."""
+        steady = self.now.now_usec - call.grew_usec
+        return growing(call) or (
+            call.frozen_for_usec is None and steady < self.policy.headroom.steady
+        )
 
     @cached_property
     def small_bytes(self) -> int:

@@ -53,6 +53,8 @@ class CallView:
     growth_bytes_per_s: float
     cpu_usec: int
     """Work done so far, which is lost if the call is killed."""
+    grew_usec: int = -(1 << 62)
+    """When it last took memory fast enough to matter, on the snapshot's clock."""
     frozen_for_usec: int | None = None
     """None: it runs."""
     paused_usec: int = 0
