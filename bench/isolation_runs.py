@@ -14,7 +14,7 @@ from agentcgroupd.replay.result import Latency, SessionResult, StrategyResult
 from bench.isolation_mixes import Header, Mix, Settings, make_mix
 
 ALONE = "alone"
-TIMEOUT_FACTOR, TIMEOUT_MORE_S = 2.0, 10.0
+TIMEOUT_FACTOR, TIMEOUT_MORE_S = 3.0, 10.0
 """A run is over after so many times the planned time and so many seconds more: what has not ended
 by then has not survived. The target for the makespan is 1.25."""
 

@@ -151,7 +151,7 @@ def test_the_room_follows_what_calls_like_it_took() -> None:
 def test_room_is_kept_between_bursts() -> None:
     """Most that grow do so in bursts; what is paused meanwhile would take the room."""
     held = call("batch", priority=20, frozen_for_usec=1)
-    vip = call("vip", priority=80, memory_bytes=200 * MIB, grew_usec=999_000_000)
+    vip = call("vip", priority=80, memory_bytes=200 * MIB, grew_usec=999_500_000)
     state = held_before()
     assert actions(snapshot(vip, held, free=300), state=state) == []
     steady = replace(vip, grew_usec=990_000_000)

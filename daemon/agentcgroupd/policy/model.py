@@ -243,9 +243,9 @@ class Headroom(Section):
     prior: PoolAmount = Amount(size_bytes=2 << 30)
     """As long as too few have got as far to tell, how far a growing call is taken to go: recorded
     tool calls rose by up to 1.9 GB (arXiv 2602.09345)."""
-    leader_most: PoolAmount = Amount(percent=75.0)
-    """But never more room than this."""
-    steady: Duration = 3_000_000
+    leader_most: PoolAmount = Amount(percent=60.0)
+    """But no call is taken to go further than this: others would wait for its end."""
+    steady: Duration = 1_000_000
     """A call that has not grown for this long is taken to have all that it needs."""
     small: PoolAmount = Amount(percent=2.0, size_bytes=64 << 20)
     """A call that holds less keeps no room free, and is not stopped for another's room."""

@@ -100,7 +100,7 @@ class Situation:
         if leader is None or not self.rising(leader) or leader.memory_bytes < self.small_bytes:
             return 0
         wanted = still_needs(self.now, leader, head.leader_share, head.prior.of(limit))
-        return min(wanted, head.leader_most.of(limit))
+        return min(wanted, max(0, head.leader_most.of(limit) - leader.memory_bytes))
 
     def rising(self, call: CallView) -> bool:
         """Whether it grows, or did lately: most that grow do so in bursts."""
