@@ -26,8 +26,8 @@ HOST_USEC = 1_000_000
 """Swap is not read more often."""
 NUDGE_S = 0.005
 """Ends of calls within this time are one signal."""
-STALL_USEC = 100_000
-WINDOW_USEC = 1_000_000
+STALL_USEC = 200_000
+WINDOW_USEC = 2_000_000
 """The pool's PSI trigger: a tenth of the time, as policies/default.toml has it."""
 
 
