@@ -50,7 +50,10 @@ def with_prior(policy: Policy, size_bytes: int) -> Policy:
     return policy.model_copy(update={"headroom": headroom})
 
 
-DEFAULT = with_prior(changed(shipped("default"), "freeze-fast", enabled=False), MIB)
+DEFAULT = with_prior(
+    changed(changed(shipped("default"), "freeze-fast", enabled=False), "deny-fast", enabled=False),
+    MIB,
+)
 """One rung at a time: everything here grows faster than real calls in so small a pool."""
 
 
@@ -171,6 +174,13 @@ def test_what_would_fill_the_pool_before_the_next_look_is_frozen_above_the_mark(
     assert actions(snapshot(vip, batch, free=200), whole) == []
     assert actions(snapshot(vip, batch, free=140), whole) == [(Action.FREEZE, "batch")]
     assert actions(snapshot(vip, batch, free=140)) == []
+    state = decide(whole, snapshot(vip, batch, free=110), TICK, State()).state
+    held = replace(batch, growth_bytes_per_s=0.0, frozen_for_usec=1)
+    assert actions(snapshot(vip, held, free=110), whole, state) == [], "until 12 % are free"
+    assert actions(snapshot(vip, held, free=130), whole, state) == [(Action.THAW, "batch")]
+    willing = replace(batch, on_pressure="deny")
+    now = snapshot(vip, willing, free=140, host=CAN_DENY)
+    assert actions(now, whole) == [(Action.DENY, "batch")]
 
 
 def held_before(policy: Policy = DEFAULT) -> State:

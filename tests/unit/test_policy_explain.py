@@ -61,7 +61,7 @@ def test_the_leader_is_left_alone() -> None:
     [
         ({}, "freeze", ["freeze", "freeze-fast", "kill"]),
         ({"swap_free_bytes": GIB}, "freeze", ["throttle", "freeze", "freeze-fast", "kill"]),
-        ({"can_deny": True}, "deny", ["deny", "freeze", "freeze-fast", "kill"]),
+        ({"can_deny": True}, "deny", ["deny", "freeze", "deny-fast", "freeze-fast", "kill"]),
         ({"can_deny": True}, "freeze", ["freeze", "freeze-fast", "kill"]),
     ],
 )

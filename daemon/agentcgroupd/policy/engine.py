@@ -95,7 +95,9 @@ def detector_holds(
             edge = (detector.until if held else detector.below).of(now.limit_bytes)
             return now.free_bytes < edge + (at.room_bytes if detector.keep_room else 0)
         case PoolFills():
-            growth = at.growth_bytes_per_s
+            growth, until = at.growth_bytes_per_s, detector.until
+            if held and until is not None and now.free_bytes < until.of(now.limit_bytes):
+                return True
             return growth > 0 and now.free_bytes < growth * detector.within / 1e6
         case Stalled():
             share = stalled_share(at, detector.scope)

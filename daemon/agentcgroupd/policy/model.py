@@ -122,10 +122,12 @@ class PoolFree(Section):
 
 
 class PoolFills(Section):
-    """At its present growth the pool would be full within this time."""
+    """At its present growth the pool would be full within this time; and then until so much is
+    free, because what is stopped no longer grows."""
 
     detector: Literal["pool_fills"]
     within: Duration
+    until: PoolAmount | None = None
 
 
 class Stalled(Section):
