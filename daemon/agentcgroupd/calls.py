@@ -95,6 +95,8 @@ class Calls:
         self._deadlines = Deadlines(config, self._populated, self._finish, self._kill)
         self.waiting: Callable[[Session], int] = lambda session: 0
         """How many calls of a session wait to begin."""
+        self.on_begin: Callable[[], None] = lambda: None
+        """Told when a call's cgroup is there."""
         self.on_end: Callable[[Call, int], None] = lambda call, held_bytes: None
         """Told of each call whose cgroup is gone, and what it had taken at most."""
         self.open: dict[str, Call] = {}
@@ -181,6 +183,7 @@ class Calls:
                           argv=list(call.argv), grant=plain(call.grant))  # fmt: skip
         if self._feed.listening:
             self._feed.publish(session.id, pb.Event(begun=call_to_proto(call, admin=True)))
+        self.on_begin()
         return call
 
     def check_room(self, session: Session) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroupd.policy.engine import attention_bytes, decide, marks
-from agentcgroupd.policy.model import Amount, Policy
+from agentcgroupd.policy.model import Amount, Policy, PoolFills, PoolFree
 from agentcgroupd.policy.situation import Situation
 from agentcgroupd.policy.snapshot import (
     SESSION_ACTIONS,
@@ -50,8 +50,22 @@ def with_prior(policy: Policy, size_bytes: int) -> Policy:
     return policy.model_copy(update={"headroom": headroom})
 
 
+def with_marks(policy: Policy) -> Policy:
+    """The policy with marks to reckon with: calls pause at 6 % until 12 %, and end at 2 %."""
+    stop = PoolFree(detector="pool_free", below=Amount(6.0), until=Amount(12.0), keep_room=True)
+    end = PoolFree(detector="pool_free", below=Amount(2.0), until=Amount(2.0))
+    fills = PoolFills(detector="pool_fills", within=100_000)
+    for name, when in (("deny", (stop,)), ("freeze", (stop,)), ("kill", (end, fills))):
+        policy = changed(policy, name, when=when)
+    return policy
+
+
 DEFAULT = with_prior(
-    changed(changed(shipped("default"), "freeze-fast", enabled=False), "deny-fast", enabled=False),
+    changed(
+        changed(with_marks(shipped("default")), "freeze-fast", enabled=False),
+        "deny-fast",
+        enabled=False,
+    ),
     MIB,
 )
 """One rung at a time: everything here grows faster than real calls in so small a pool."""
@@ -161,10 +175,76 @@ def test_room_is_kept_between_bursts() -> None:
     assert actions(snapshot(steady, held, free=300), state=state) == [(Action.THAW, "batch")]
 
 
-def test_among_equals_the_oldest_leads() -> None:
+def test_among_equals_who_needs_least_leads_then_the_oldest() -> None:
     old = call("old", growth_bytes_per_s=FAST, began_usec=1)
     new = call("new", growth_bytes_per_s=FAST, began_usec=2)
     assert actions(snapshot(new, old, free=50)) == [(Action.FREEZE, "new")]
+    nearer = replace(new, memory_max_bytes=110 * MIB)
+    assert actions(snapshot(nearer, old, free=50)) == [(Action.FREEZE, "old")]
+
+
+def test_who_runs_goes_on_leading_while_what_it_needs_is_there() -> None:
+    runs = needing("runs", 100, 300)
+    nearer = replace(needing("nearer", 100, 200), frozen_for_usec=1, growth_bytes_per_s=0.0)
+    assert Situation(DEFAULT, snapshot(runs, nearer, free=350)).leader is runs
+    assert Situation(DEFAULT, snapshot(runs, nearer, free=250)).leader is nearer
+
+
+def needing(name: str, holds: int, needs: int, **changes: Any) -> CallView:
+    """A growing call, in MiB."""
+    return call(name, memory_bytes=holds * MIB, memory_max_bytes=(holds + needs) * MIB,
+                expected_bytes=(holds + needs) * MIB, growth_bytes_per_s=FAST,
+                **changes)  # fmt: skip
+
+
+def room(*calls: CallView) -> int:
+    """In MiB."""
+    return Situation(DEFAULT, snapshot(*calls, free=500)).room_bytes // MIB
+
+
+def test_room_is_what_lets_all_end_in_turn() -> None:
+    assert room() == 0
+    assert room(needing("a", 100, 300)) == 300
+    # b ends first and gives back 200: of a's 300 then 100 more are missing.
+    assert room(needing("a", 100, 300), needing("b", 200, 50)) == 100
+    assert room(needing("a", 100, 300), needing("b", 300, 50)) == 50
+    # The more important one is not to wait for that.
+    assert room(needing("a", 100, 300, priority=80), needing("b", 300, 50)) == 300
+    small = needing("small", 10, 400)
+    assert room(small) == 0, "as long as it is small; most stay so"
+    steady = call("steady", memory_bytes=300 * MIB)
+    assert room(steady) == 0, "it has what it needs"
+
+
+@given(st.lists(st.tuples(st.integers(20, 200), st.integers(0, 400)), min_size=1, max_size=8))
+def test_with_its_room_free_every_call_can_end(calls: list[tuple[int, int]]) -> None:
+    """The banker's invariant, by its definition: some order lets each take all that it needs."""
+    views = [needing(f"c{i}", holds, needs) for i, (holds, needs) in enumerate(calls)]
+    at = Situation(DEFAULT, snapshot(*views, free=500))
+    free, left = at.room_bytes, list(at.counting)
+    while left:
+        able = next((c for c in left if at.needs(c) <= free), None)
+        assert able is not None, "nobody can end"
+        free += able.memory_bytes
+        left.remove(able)
+    assert at.room_bytes == 0 or not can_all_end(at, at.room_bytes - 1), "and no less would do"
+
+
+def can_all_end(at: Situation, free: int) -> bool:
+    """Whether any order does it; taking whoever can is as good as any (EWD 623)."""
+    left = list(at.counting)
+    while able := [c for c in left if at.needs(c) <= free]:
+        free += sum(c.memory_bytes for c in able)
+        left = [c for c in left if c not in able]
+    return not left
+
+
+def test_who_room_is_kept_for_first_is_not_stopped_for_it() -> None:
+    vip = call("vip", priority=80)
+    batch = needing("batch", 100, 300, priority=20)
+    other = needing("other", 100, 350, priority=20)
+    assert actions(snapshot(vip, batch, other, free=320)) == [(Action.FREEZE, "other")]
+    assert actions(snapshot(vip, batch, free=50)) == [(Action.FREEZE, "batch")], "short itself"
 
 
 def test_what_would_fill_the_pool_before_the_next_look_is_frozen_above_the_mark() -> None:
@@ -175,9 +255,9 @@ def test_what_would_fill_the_pool_before_the_next_look_is_frozen_above_the_mark(
     assert actions(snapshot(vip, batch, free=140), whole) == [(Action.FREEZE, "batch")]
     assert actions(snapshot(vip, batch, free=140)) == []
     state = decide(whole, snapshot(vip, batch, free=110), TICK, State()).state
-    held = replace(batch, growth_bytes_per_s=0.0, frozen_for_usec=1)
-    assert actions(snapshot(vip, held, free=110), whole, state) == [], "until 12 % are free"
-    assert actions(snapshot(vip, held, free=130), whole, state) == [(Action.THAW, "batch")]
+    held = replace(batch, growth_bytes_per_s=0.0, frozen_for_usec=1, memory_max_bytes=110 * MIB)
+    assert actions(snapshot(vip, held, free=55), whole, state) == [], "until 6 % are free"
+    assert actions(snapshot(vip, held, free=75), whole, state) == [(Action.THAW, "batch")]
     willing = replace(batch, on_pressure="deny")
     now = snapshot(vip, willing, free=140, host=CAN_DENY)
     assert actions(now, whole) == [(Action.DENY, "batch")]

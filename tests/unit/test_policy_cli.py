@@ -61,7 +61,7 @@ def test_check_warns(run: Cli, tmp_path: Path) -> None:
     path.write_text("name = 'empty'")
     assert "warning: rulesets: there are none" in run("policy", "check", str(path))
     found = run.json("policy", "check", "default", "--pool", "16M")
-    assert found["ok"] is True and any("kill.when[0].below: 2%" in w for w in found["warnings"])
+    assert found["ok"] is True and any("kill.when[0].below: 1%" in w for w in found["warnings"])
     run("policy", "check", "default", "--pool", "much", code=2)
     assert "--pool: 'much' cannot be used" in run.err
 

@@ -256,7 +256,7 @@ def test_the_guard_looks_more_often_near_the_mark(decides: Callable[[Decider], N
         return []
 
     decides(decide)
-    policy = Policy.model_validate(FREEZES)
+    policy = Policy.model_validate({**FREEZES, "headroom": {"prior": "64M"}})
     world = world_of(1000, profile(call(1, 9, 700), duration_s=20.0), strategy="ours")
     Guard(world, policy, Looks(signals=False), False)
     world.run(9.0, lambda at: None)

@@ -82,6 +82,7 @@ class Control:
         self.queue = Queue(lambda: self.guard.policy, self.guard.snapshot, calls.actions)
         entrance.open_queue(self.queue)
         calls.on_end = self._ended
+        calls.on_begin = self.guard.call_began
         self.guard.on_look = self.queue.look
         self.guard.wanted = lambda: len(self.queue) > 0
         self._learn_by(policy)

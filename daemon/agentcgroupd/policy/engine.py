@@ -158,6 +158,10 @@ def _thaw(at: Situation, short: bool, signal: Signal, state: State) -> list[Deci
         return []
     if not short:
         return _as_many_as_fit(at, f"{free} of the pool are free")
+    heir = at.heir
+    if heir is not None and heir.frozen_for_usec is not None:
+        if now.free_bytes >= max(at.needs(heir), resume_mark(at.policy, now.limit_bytes)):
+            return [_go_on(heir, f"it is nearest to its end, and {free} of the pool are free")]
     expired = (first.frozen_for_usec or 0) >= head.lease
     if expired and now.free_bytes > _stop_mark(at.policy, now.limit_bytes):
         return [_go_on(first, f"{free} of the pool are free")]
@@ -212,6 +216,11 @@ def attention_bytes(policy: Policy, limit_bytes: int) -> int:
     free = [d for r in policy.rulesets if r.enabled for d in r.when if isinstance(d, PoolFree)]
     edges = [d.until.of(limit_bytes) + (most if d.keep_room else 0) for d in free]
     return max(edges, default=0)
+
+
+def claim_bytes(policy: Policy, limit_bytes: int) -> int:
+    """How far a call of which nothing is known is taken to go."""
+    return min(policy.headroom.prior.of(limit_bytes), policy.headroom.leader_most.of(limit_bytes))
 
 
 def leading_order(calls: tuple[CallView, ...]) -> list[str]:

@@ -162,7 +162,7 @@ def _standing(at: Situation, call: CallView) -> str:
     if leader is None or leader.id == call.id:
         place = "it leads: it is never paused while it runs"
     else:
-        why = "more important" if leader.priority > call.priority else "older"
+        why = "more important" if leader.priority > call.priority else "further on"
         place = f"{leader.name!r} of session {leader.session_id} goes first, which is {why}"
     parts = (f"{call.name!r} {doing} (priority {call.priority})", *held, place)
     return "; ".join(parts) + f"; {_free(at.now)} are free."

@@ -1,7 +1,8 @@
 """Looks at the pool, asks the engine, and applies what it decides.
 
-How often it looks depends on how soon the pool could be full: at the fastest growth that is assumed
-possible, several looks fall into the time that the free memory lasts.
+How often it looks depends on how soon the pool could be full, or could hold too much for its calls
+to end one after the other: at the fastest growth that is assumed possible, several looks fall into
+the time that the free memory lasts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from agentcgroupd.calls import Calls
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import BpfError, KnobError
-from agentcgroupd.policy.engine import attention_bytes, decide, marks
+from agentcgroupd.policy.engine import attention_bytes, claim_bytes, decide, marks
 from agentcgroupd.policy.look import Looker
 from agentcgroupd.policy.model import Policy
 from agentcgroupd.policy.snapshot import (
@@ -60,6 +61,8 @@ class Guard:
         self._timer: asyncio.TimerHandle | None = None
         self._tripwire: Tripwire | None = None
         self._dry_said: dict[tuple[str, str], int] = {}
+        self._open_interval_s = IDLE_INTERVAL_S
+        """After the last look, until the next, if calls are open."""
         self.holds_back = False
         """Whether something was done that is to be undone in time."""
         self.policy = policy
@@ -76,7 +79,7 @@ class Guard:
         self._tripwire = tripwire
         if tripwire is not None:
             tripwire.start(lambda: self.look_now(Signal(SignalKind.MARK)))
-        self._timer = self._loop.call_soon(self._tick)  # type: ignore[assignment]
+        self._timer = self._loop.call_later(0, self._tick)
 
     def stop(self) -> None:
         """No more looks."""
@@ -102,6 +105,15 @@ class Guard:
             self._timer.cancel()
             self._tick(signal)
 
+    def call_began(self) -> None:
+        """The next look may have been put off because there was nobody to look at."""
+        if self._timer is None:
+            return
+        soon = self._loop.time() + self._open_interval_s
+        if self._timer.when() > soon:
+            self._timer.cancel()
+            self._timer = self._loop.call_at(soon, self._tick)
+
     def still_short(self) -> bool:
         """Whether less of the pool is free than frozen calls wait for. Raises KnobError."""
         return self._looker.usage() >= self.mark_bytes[1]
@@ -119,20 +131,22 @@ class Guard:
             log.error("the pool cannot be read: %s", error)
         finally:
             # On a slow machine looking must not become the main work.
-            cost = self._loop.time() - started
-            self._timer = self._loop.call_later(max(interval, cost * 4), self._tick)
+            least_s = 4 * (self._loop.time() - started)
+            self._open_interval_s = max(self._open_interval_s, least_s)
+            self._timer = self._loop.call_later(max(interval, least_s), self._tick)
 
     def _look(self, signal: Signal) -> float:
         """One look; returns seconds until the next."""
         usage = self._looker.usage()
         if self._tripwire is not None:
             self._tripwire.arm_below(usage)
-        free = self._limit - usage
-        stop = self._limit - self.mark_bytes[0]
-        until_short_s = (free - stop) / BURST_BYTES_PER_S
+        free, tick_s = self._limit - usage, self._config.tick / 1e6
+        until_short_s = (free - (self._limit - self.mark_bytes[0])) / BURST_BYTES_PER_S
+        claim_s = claim_bytes(self.policy, self._limit) / BURST_BYTES_PER_S
+        self._open_interval_s = max(tick_s, min(CALM_INTERVAL_S, (until_short_s - claim_s) / 2))
         calm = free > attention_bytes(self.policy, self._limit) and signal is TICK
         if calm and not self.holds_back and not self.wanted():
-            return max(self._config.tick / 1e6, min(CALM_INTERVAL_S, until_short_s))
+            return max(tick_s, min(CALM_INTERVAL_S, until_short_s))
         snapshot = self._looker.look(usage)
         outcome = decide(self.policy, snapshot, signal, self.state)
         self.state = outcome.state
@@ -144,7 +158,9 @@ class Guard:
             or c.throttled_growth_bytes is not None for c in snapshot.calls
         ) or any(s.slowed for s in snapshot.sessions)  # fmt: skip
         self.on_look(snapshot)
-        return max(self._config.tick / 1e6, min(CALM_INTERVAL_S, until_short_s / 2))
+        if self._calls.open:
+            return self._open_interval_s
+        return max(tick_s, min(CALM_INTERVAL_S, until_short_s / 2))
 
     def _apply(self, decision: Decision, now_usec: int) -> None:
         if decision.dry_run:

@@ -51,13 +51,14 @@ def mark_bytes(ruleset: Ruleset, limit_bytes: int) -> int:
 
 def _stoppable(at: Situation, ruleset: Ruleset, taken: Set[str]) -> list[CallView]:
     """Growing calls other than the leader, the least important and the fastest growing first; while
-    only the leader's room is short, none of the small ones."""
-    leader, spared = at.leader, ruleset.spare_priority
-    mark = mark_bytes(ruleset, at.now.limit_bytes)
-    least = at.small_bytes if at.now.free_bytes >= mark > 0 else 0
+    only room is short, not the one that it is kept for first, and none of the small ones."""
+    spared = ruleset.spare_priority
+    only_room = at.now.free_bytes >= mark_bytes(ruleset, at.now.limit_bytes) > 0
+    exempt = (at.leader, at.heir) if only_room else (at.leader,)
+    least = at.small_bytes if only_room else 0
     found = [
         c for c in at.growing
-        if c is not leader and c.id not in taken
+        if c not in exempt and c.id not in taken
         and c.priority < spared and c.memory_bytes >= least
     ]  # fmt: skip
     return sorted(found, key=lambda c: (c.priority, -c.growth_bytes_per_s, -c.began_usec, c.id))

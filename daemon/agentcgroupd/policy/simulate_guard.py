@@ -9,7 +9,7 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agentcgroupd.policy.engine import attention_bytes, decide, marks
+from agentcgroupd.policy.engine import attention_bytes, claim_bytes, decide, marks
 from agentcgroupd.policy.model import Policy
 from agentcgroupd.policy.simulate_types import Call, Lane
 from agentcgroupd.policy.simulate_world import World
@@ -60,6 +60,7 @@ class Guard:
         self._can_deny = can_deny
         limit = int(world.limit)
         self._mark, self._resume = marks(policy, limit)
+        self._claim_s = claim_bytes(policy, limit) / looks.burst_bytes_per_s
         self._attention = attention_bytes(policy, limit)
         self._state = State()
         self._version = 0
@@ -74,11 +75,15 @@ class Guard:
         self._lanes = {lane.id: index for index, lane in enumerate(world.lanes)}
         self._calls: dict[str, Call] = {}
         self.looks = 0
+        self._next_s = 0.0
+        self._open_s = looks.calm_s
+        """After the last look, until the next, if calls are open."""
         world.quiet_pct = looks.quiet_pct
         if looks.signals:
             world.mark = float(self._mark)
             world.mark_passed = self._mark_passed
             world.call_ended = self._call_ended
+            world.call_began = self._call_began
         world.at(0.0, self._tick, None, 0)
 
     def _mark_passed(self) -> None:
@@ -89,6 +94,13 @@ class Guard:
         if self._held_up and self._world.now - self._seen_s >= self._looks.tick_s:
             self._version += 1
             self._world.at(self._world.now, self._ended, None, self._version)
+
+    def _call_began(self) -> None:
+        """The next look may have been put off while there was nobody to look at."""
+        if self._next_s - self._world.now > self._open_s:
+            self._version += 1
+            self._next_s = self._world.now + self._open_s
+            self._world.at(self._next_s, self._tick, None, self._version)
 
     def _ended(self, _: object, version: int) -> None:
         if version == self._version:
@@ -115,10 +127,17 @@ class Guard:
             for decision in outcome.decisions:
                 self._apply(decision)
         cost_s = len(world.calls) * looks.cost_s_per_call
-        wait_s = min(looks.calm_s, to_mark_s / 2)
-        wait_s = max(looks.tick_s, wait_s, cost_s / looks.busy_share)
+        open_s = max(looks.tick_s, min(looks.calm_s, (to_mark_s - self._claim_s) / 2))
+        wait_s = open_s
+        if calm:
+            wait_s = max(looks.tick_s, min(looks.calm_s, to_mark_s))
+        elif not world.calls:
+            wait_s = max(looks.tick_s, min(looks.calm_s, to_mark_s / 2))
+        wait_s = max(wait_s, cost_s / looks.busy_share)
+        self._open_s = max(open_s, cost_s / looks.busy_share)
         self._version += 1
-        world.at(world.now + wait_s, self._tick, None, self._version)
+        self._next_s = world.now + wait_s
+        world.at(self._next_s, self._tick, None, self._version)
 
     def _rate(self, before: float, change: float, passed_s: float) -> float:
         fresh = change / passed_s if passed_s > 0.0 else 0.0

@@ -32,6 +32,7 @@ class World(Pool):
         self.delays: list[tuple[bool, float, float]] = []
         """Of each ended call: important, seconds late, seconds paused."""
         self.call_ended: Callable[[], None] = lambda: None
+        self.call_began: Callable[[], None] = lambda: None
         self.follow: Callable[[Lane], None] = lambda lane: None
         """What becomes of a lane whose session is over."""
         self.hit: Callable[[], None] = lambda: None
@@ -123,6 +124,7 @@ class World(Pool):
             self.usage += call.segment.rate * skip_s
             call.held_bytes += call.segment.rate * skip_s
             self.set_pace(call)
+        self.call_began()
 
     def end_call(self, call: Call, how: str) -> None:
         """It ends, and all that it held is free."""

@@ -1,10 +1,11 @@
 """What follows from a snapshot before any ruleset is asked: who leads, what room it needs.
 
-The leader is the call that must get through: the most important, and among equals the oldest. It is
-never stopped, so that something always ends and gives its memory back. While it grows, room is kept
-for it, because two calls that grow side by side until the pool is full could neither of them end. A
-call that takes nothing more, such as a server, gives the lead to its equals at once, and to less
-important ones when they were paused for a whole lease; else all others would wait for its end.
+The leader is the call that must get through: the most important, and among equals the one that
+needs least to be done. It is never stopped, so that something always ends and gives its memory
+back. Room is kept so that all can end in turn, because calls that grow side by side until the pool
+is full could none of them end. A call that takes nothing more, such as a server, gives the lead to
+its equals at once, and to less important ones when they were paused for a whole lease; else all
+others would wait for its end.
 """
 
 from __future__ import annotations
@@ -71,15 +72,37 @@ class Situation:
 
     @cached_property
     def leader(self) -> CallView | None:
-        """The call that must get through; it may be paused still."""
+        """The call that must get through; it may be paused still. Of those that room is kept for,
+        else of those that grow or are paused, the most important, and among equals the one that
+        needs least to be done."""
         first = best(self.now.calls)
-        if first is None or self.rising(first) or first.frozen_for_usec is not None:
-            return first
-        lease = self.policy.headroom.lease
-        waiting = (c for c in self.now.calls
-                   if (self.rising(c) or c.frozen_for_usec is not None)
-                   and (c.priority == first.priority or c.paused_usec >= lease))  # fmt: skip
-        return best(waiting) or first
+        if first is None:
+            return None
+        rivals = self.counting or [
+            c for c in self.now.calls if self.rising(c) or c.frozen_for_usec is not None
+        ]
+        if all(c.priority < first.priority for c in rivals):
+            # The most important takes nothing more: the others do not wait for its end for ever.
+            lease = self.policy.headroom.lease
+            rivals = [c for c in rivals if c.paused_usec >= lease]
+        return min(rivals, key=self._turn, default=first)
+
+    @cached_property
+    def counting(self) -> list[CallView]:
+        """Calls that room is kept for: they hold enough to matter, and may still grow."""
+        return [c for c in self.now.calls if c.memory_bytes >= self.small_bytes
+                and (c.frozen_for_usec is not None or self.rising(c))]  # fmt: skip
+
+    @cached_property
+    def heir(self) -> CallView | None:
+        """Of those, the one that is to end first: it is not stopped so that room is kept."""
+        return min(self.counting, key=self._turn, default=None)
+
+    def _turn(self, call: CallView) -> tuple[int, bool, bool, int, tuple[int, int, str]]:
+        """The smallest leads. Who runs goes on leading, as long as its needs are there."""
+        needs = self.needs(call)
+        paused = call.frozen_for_usec is not None
+        return -call.priority, needs > self.now.free_bytes, paused, needs, rank(call)
 
     @cached_property
     def growing(self) -> list[CallView]:
@@ -92,15 +115,24 @@ class Situation:
         calls = sum(c.growth_bytes_per_s for c in self.running)
         return max(self.now.growth_bytes_per_s, calls)
 
+    def needs(self, call: CallView) -> int:
+        """Bytes that it may still take before it ends. No call is taken to go beyond its part of
+        the pool."""
+        head, limit = self.policy.headroom, self.now.limit_bytes
+        wanted = still_needs(self.now, call, head.leader_share, head.prior.of(limit))
+        return min(wanted, max(0, head.leader_most.of(limit) - call.memory_bytes))
+
     @cached_property
     def room_bytes(self) -> int:
-        """Kept free for the leader. One that has stopped growing, or is small yet, keeps nobody
-        out."""
-        head, leader, limit = self.policy.headroom, self.leader, self.now.limit_bytes
-        if leader is None or not self.rising(leader) or leader.memory_bytes < self.small_bytes:
-            return 0
-        wanted = still_needs(self.now, leader, head.leader_share, head.prior.of(limit))
-        return min(wanted, max(0, head.leader_most.of(limit) - leader.memory_bytes))
+        """Free memory with which all calls that count can still end, one after the other, the most
+        important first and then whoever needs least, when each one's end gives back what it holds:
+        the banker's algorithm (E. W. Dijkstra, EWD 623) with what calls may take as their claims.
+        As long as so much is free, no two of them can wait for each other's memory."""
+        room = given_back = 0
+        for call in sorted(self.counting, key=lambda c: (-c.priority, self.needs(c))):
+            room = max(room, self.needs(call) - given_back)
+            given_back += call.memory_bytes
+        return room
 
     def rising(self, call: CallView) -> bool:
         """Whether it grows, or did lately: most that grow do so in bursts."""
@@ -119,5 +151,5 @@ class Situation:
         leader = self.leader
         if leader is None or leader.id == call.id:
             return ""
-        kind = "more important" if leader.priority > call.priority else "older"
+        kind = "more important" if leader.priority > call.priority else "further on"
         return f", while {leader.name!r} is {kind}"
