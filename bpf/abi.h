@@ -347,8 +347,9 @@ struct vram_key {
 
 struct vram_allocation {
 	__u64 size_bytes;
-	__u64 context; /* 0: not known */
-	__u32 refs;    /* of physical memory: its handle, and each mapping */
+	__u64 context;	      /* 0: not known */
+	__u64 context_serial; /* a context's address is given out again after its end */
+	__u32 refs;	      /* of physical memory: its handle, and each mapping */
 	__u32 reserved;
 };
 

@@ -25,6 +25,8 @@ char LICENSE[] SEC("license") = "GPL";
 #define MAPPINGS_MAX		 65536
 #define TOLD_GAP_NS		 100000000UL
 #define NO_QUOTA		 (~0UL)
+#define NOT_OURS		 0UL
+#define REFUSED			 (~0UL)
 
 #ifdef __TARGET_ARCH_x86
 #define ARG1(regs)   ((regs)->di)
@@ -104,12 +106,17 @@ struct {
 } mappings SEC(".maps");
 
 /* What a context holds; `kind` of the key is CUDA_CTX_CREATE. */
+struct holding {
+	u64 used_bytes;
+	u64 serial;
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, 65536);
 	__type(key, struct vram_key);
-	__type(value, u64);
+	__type(value, struct holding);
 } contexts SEC(".maps");
 
 /* A device's primary context; `kind` of the key is CUDA_PRIMARY_RETAIN. */
@@ -163,6 +170,8 @@ struct {
 	__uint(max_entries, 256 << 10);
 } events SEC(".maps");
 
+const volatile __u32 may_refuse = 1; /* set before the load: whether a probe may write registers */
+
 u64 serial;
 
 static const struct context_stack no_contexts;
@@ -182,28 +191,32 @@ static __always_inline u64 *session_cookie(void *ctx)
 	return bpf_session_cookie(ctx);
 }
 
-/**
- * find_quota - the quota that a task is under
- * @task: the task
- * @id: set to the id of the cgroup that has it
- *
- * Return: its entry, or NULL: nobody asks for this task to be accounted.
+/*
+ * The functions that are not static are checked by the verifier once, each on its own; as parts of
+ * one another they would be more than it is willing to follow.
  */
-static __always_inline struct vram_quota *find_quota(struct task_struct *task, u64 *id)
+
+/**
+ * quota_id - the quota that the current task is under
+ *
+ * Return: the id of the cgroup that has it; 0: nobody asks for this task to be accounted.
+ */
+__noinline u64 quota_id(void)
 {
-	struct cgroup *cgroup = task_cgroup(task);
+	struct cgroup *cgroup = task_cgroup(bpf_get_current_task_btf());
 	struct cgroup_subsys_state *css = &cgroup->self;
 	int level = cgroup->level;
-	struct vram_quota *quota;
+	u64 id = cgroup_id(cgroup);
 
-	*id = cgroup_id(cgroup);
-	quota = bpf_map_lookup_elem(&quotas, id);
-	for (int i = 1; !quota && i <= ABI_DEPTH_MAX && i < level; i++) {
+	for (int i = 1; i <= ABI_DEPTH_MAX; i++) {
+		if (bpf_map_lookup_elem(&quotas, &id))
+			return id;
+		if (i >= level)
+			break;
 		css = css->parent;
-		*id = cgroup_id(css->cgroup);
-		quota = bpf_map_lookup_elem(&quotas, id);
+		id = cgroup_id(css->cgroup);
 	}
-	return quota;
+	return 0;
 }
 
 static __always_inline struct vram_account *account_of(u64 id)
@@ -268,20 +281,34 @@ static __always_inline u64 context_of_thread(void)
 	return top < STACK_DEPTH ? stack->context[top] : 0;
 }
 
-/* Adds to what a context holds (or takes away, for a negative number). */
-static __always_inline void add_to_context(struct pending *pending, u64 context, s64 size_bytes)
+/* What a context holds, noted on first use. */
+static __always_inline struct holding *holding_of(struct pending *pending, u64 context)
 {
+	struct holding fresh = { 0, __sync_fetch_and_add(&serial, 1) + 1 }, *found;
 	struct vram_key key;
-	u64 *held, size = size_bytes;
 
 	if (!context)
-		return;
+		return NULL;
 	key_of(&key, pending, context, CUDA_CTX_CREATE);
-	held = bpf_map_lookup_elem(&contexts, &key);
-	if (held)
-		__sync_fetch_and_add(held, size);
-	else if (size_bytes > 0)
-		bpf_map_update_elem(&contexts, &key, &size, BPF_NOEXIST);
+	found = bpf_map_lookup_elem(&contexts, &key);
+	if (found)
+		return found;
+	bpf_map_update_elem(&contexts, &key, &fresh, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&contexts, &key);
+}
+
+/* What the context of a noted handle holds; NULL: it is gone, or was never known. */
+static __always_inline struct holding *holding_with(struct pending *pending,
+						    struct vram_allocation *allocation)
+{
+	struct holding *found;
+	struct vram_key key;
+
+	if (!allocation->context)
+		return NULL;
+	key_of(&key, pending, allocation->context, CUDA_CTX_CREATE);
+	found = bpf_map_lookup_elem(&contexts, &key);
+	return found && found->serial == allocation->context_serial ? found : NULL;
 }
 
 /* Adds to the account and the process (or takes away). Returns what the account held before. */
@@ -289,16 +316,26 @@ static __always_inline u64 charge(u64 id, u64 tgid, u64 start_ns, s64 size_bytes
 {
 	struct vram_account *account = bpf_map_lookup_elem(&accounts, &id);
 	struct vram_process *process = bpf_map_lookup_elem(&processes, &tgid);
-	u64 before, now;
+	u64 before;
 
 	if (!account || !process || process->start_ns != start_ns)
 		return 0;
 	__sync_fetch_and_add(&process->used_bytes, size_bytes);
 	before = __sync_fetch_and_add(&account->used_bytes, size_bytes);
-	now = before + size_bytes;
-	if (size_bytes > 0 && now > account->peak_bytes)
-		account->peak_bytes = now;
 	return before;
+}
+
+static __always_inline void raise_peak(struct vram_account *account, u64 used_bytes)
+{
+	u64 peak = account->peak_bytes;
+
+	for (int i = 0; i < 8 && used_bytes > peak; i++) {
+		u64 seen = __sync_val_compare_and_swap(&account->peak_bytes, peak, used_bytes);
+
+		if (seen == peak)
+			break;
+		peak = seen;
+	}
 }
 
 static __always_inline void tell(struct vram_account *account, u64 id, u64 size_bytes,
@@ -358,80 +395,78 @@ static __always_inline u64 array_bytes(struct array_3d_descriptor *d, u32 level)
 	return width * height * depth * at_least_one(d->channels) * bytes_of_format(d->format);
 }
 
+struct levels {
+	struct array_3d_descriptor array;
+	u64 size_bytes;
+};
+
+static long add_level(u64 level, struct levels *levels)
+{
+	struct array_3d_descriptor array = levels->array;
+
+	levels->size_bytes += array_bytes(&array, level & 31);
+	return 0;
+}
+
 static __always_inline u64 grain(u64 size_bytes)
 {
 	return (size_bytes + ABI_VRAM_GRAIN_BYTES - 1) & ~((u64)ABI_VRAM_GRAIN_BYTES - 1);
 }
 
-/* What a function will take of the GPU's memory; false: it takes none of it. */
-static __always_inline bool size_of(u32 call, struct pt_regs *ctx, u64 *size_bytes)
+/**
+ * size_of - what a function will take of the GPU's memory
+ * @call: which
+ * @second, @third, @fourth: its arguments
+ *
+ * Return: in bytes; 0: it takes none.
+ */
+__noinline u64 size_of(u32 call, u64 second, u64 third, u64 fourth)
 {
-	struct array_3d_descriptor array = {};
 	struct array_descriptor flat = {};
-	u64 size = 0, location;
+	struct levels levels = {};
+	u32 location = 0, count;
 
 	switch (call) {
 	case CUDA_ALLOC:
-		size = ARG2(ctx);
-		break;
+		return grain(second);
 	case CUDA_ALLOC_PITCH: /* (pointer *, pitch *, width, height, ...) */
-		size = (ARG3(ctx) + PITCH_BYTES - 1) / PITCH_BYTES * PITCH_BYTES * ARG4(ctx);
-		break;
+		return (third + PITCH_BYTES - 1) / PITCH_BYTES * PITCH_BYTES * fourth;
 	case CUDA_CREATE: /* (handle *, size, properties *, flags) */
-		size = ARG2(ctx);
-		location = 0;
 		/* CUmemAllocationProp: type, requestedHandleTypes, location.type */
-		bpf_copy_from_user(&location, 4, (void *)ARG3(ctx) + 8);
-		if (location >= LOCATION_HOST)
-			return false;
-		break;
+		bpf_copy_from_user(&location, sizeof(location), (void *)third + 8);
+		return location >= LOCATION_HOST ? 0 : grain(second);
 	case CUDA_ARRAY:
-		bpf_copy_from_user(&flat, sizeof(flat), (void *)ARG2(ctx));
-		array.width = flat.width;
-		array.height = flat.height;
-		array.format = flat.format;
-		array.channels = flat.channels;
-		size = array_bytes(&array, 0);
-		break;
+		bpf_copy_from_user(&flat, sizeof(flat), (void *)second);
+		levels.array.width = flat.width;
+		levels.array.height = flat.height;
+		levels.array.format = flat.format;
+		levels.array.channels = flat.channels;
+		return grain(array_bytes(&levels.array, 0));
 	case CUDA_ARRAY_3D:
-		bpf_copy_from_user(&array, sizeof(array), (void *)ARG2(ctx));
-		size = array_bytes(&array, 0);
-		break;
-	case CUDA_MIPMAP: { /* (handle *, descriptor *, levels) */
-		u32 levels = ARG3(ctx);
-
-		bpf_copy_from_user(&array, sizeof(array), (void *)ARG2(ctx));
-		for (u32 level = 0; level < 32 && level < levels; level++)
-			size += array_bytes(&array, level);
-		break;
+		bpf_copy_from_user(&levels.array, sizeof(levels.array), (void *)second);
+		return grain(array_bytes(&levels.array, 0));
+	case CUDA_MIPMAP: /* (handle *, descriptor *, levels) */
+		count = third;
+		bpf_copy_from_user(&levels.array, sizeof(levels.array), (void *)second);
+		bpf_loop(count < 32 ? count : 32, add_level, &levels, 0);
+		return grain(levels.size_bytes);
 	}
-	default:
-		return false;
-	}
-	*size_bytes = grain(size);
-	return size > 0;
+	return 0;
 }
 
-/* Forget a handle that was noted, and what it held. */
+/* Give back what a handle that is noted no more held; nothing where that went with its context. */
 static __always_inline void give_back(struct pending *pending, struct vram_allocation *allocation)
 {
 	struct vram_account *account = bpf_map_lookup_elem(&accounts, &pending->account);
+	struct holding *holding = holding_with(pending, allocation);
 
+	if (allocation->context && !holding)
+		return;
+	if (holding)
+		__sync_fetch_and_add(&holding->used_bytes, -allocation->size_bytes);
 	charge(pending->account, pending->process, pending->start_ns, -allocation->size_bytes);
-	add_to_context(pending, allocation->context, -allocation->size_bytes);
 	if (account)
 		__sync_fetch_and_add(&account->frees, 1);
-}
-
-/* Whether a noted handle's context is still there: what it held went with it otherwise. */
-static __always_inline bool is_alive(struct pending *pending, u64 context)
-{
-	struct vram_key key;
-
-	if (!context)
-		return true;
-	key_of(&key, pending, context, CUDA_CTX_CREATE);
-	return bpf_map_lookup_elem(&contexts, &key);
 }
 
 /* Note a handle that was given out. */
@@ -439,23 +474,28 @@ static __always_inline void note(struct pending *pending, u64 handle)
 {
 	struct vram_allocation fresh = { .size_bytes = pending->size_bytes, .refs = 1 };
 	struct vram_account *account = bpf_map_lookup_elem(&accounts, &pending->account);
+	struct holding *holding = NULL;
 	struct vram_allocation *old;
 	struct vram_key key;
 
 	key_of(&key, pending, handle, kind_of(pending->call));
 	/* Physical memory is no context's. */
 	if (key.kind != CUDA_CREATE)
+		holding = holding_of(pending, context_of_thread());
+	if (holding) {
 		fresh.context = context_of_thread();
+		fresh.context_serial = holding->serial;
+	}
 	old = bpf_map_lookup_elem(&allocations, &key);
-	/* One whose end was not seen: it cannot be there any more. */
-	if (old && is_alive(pending, old->context))
+	if (old) /* one whose end was not seen: it cannot be there any more */
 		give_back(pending, old);
 	if (bpf_map_update_elem(&allocations, &key, &fresh, BPF_ANY)) {
 		if (account)
 			__sync_fetch_and_add(&account->untracked, 1);
 		return;
 	}
-	add_to_context(pending, fresh.context, fresh.size_bytes);
+	if (holding)
+		__sync_fetch_and_add(&holding->used_bytes, fresh.size_bytes);
 	if (account)
 		__sync_fetch_and_add(&account->allocations, 1);
 }
@@ -532,16 +572,16 @@ static __always_inline void pop_context(void)
 /* All that a context held is gone with it. */
 static __always_inline void end_context(struct pending *pending, u64 context)
 {
+	struct holding *found, copy;
 	struct vram_key key;
-	u64 *held, size;
 
 	key_of(&key, pending, context, CUDA_CTX_CREATE);
-	held = bpf_map_lookup_elem(&contexts, &key);
-	if (!held)
+	found = bpf_map_lookup_elem(&contexts, &key);
+	if (!found)
 		return;
-	size = *held;
+	copy = *found;
 	if (!bpf_map_delete_elem(&contexts, &key))
-		charge(pending->account, pending->process, pending->start_ns, -size);
+		charge(pending->account, pending->process, pending->start_ns, -copy.used_bytes);
 }
 
 /* The allocation of a pointer or array that is to be freed, taken out before the driver can give
@@ -569,85 +609,68 @@ static __always_inline void untake(struct pending *pending, u64 handle)
 
 /**
  * enter - a function of libcuda begins
- * @ctx: registers
  * @call: which
- * @may_refuse: this kernel lets it be left out
- * @serial_id: set to where what is known of it is kept until it returns
+ * @first, @second, @third, @fourth: its arguments
  *
- * Return: 0: see it return; 1: it is of no interest; 2: leave it out, it is out of memory.
+ * Return: the number under which what is known of it is kept until it returns; NOT_OURS: it is of
+ * no interest; REFUSED: it is to be left out, out of memory.
  */
-static __always_inline int enter(struct pt_regs *ctx, u32 call, bool may_refuse, u64 *serial_id)
+__noinline u64 enter(u32 call, u64 first, u64 second, u64 third, u64 fourth)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
 	struct pending pending = { .call = call };
 	struct vram_account *account;
 	struct vram_process *process;
 	struct vram_quota *quota;
-	u64 before, quota_bytes;
+	u64 before, quota_bytes, id;
 
-	quota = find_quota(task, &pending.account);
-	if (!quota)
-		return 1;
-	account = account_of(pending.account);
+	pending.account = quota_id();
+	if (!pending.account)
+		return NOT_OURS;
+	if (!account_of(pending.account))
+		return NOT_OURS;
 	process = process_of(task, pending.account);
-	if (!account || !process)
-		return 1;
-	if (process->account != pending.account) { /* it has been moved since it began */
-		pending.account = process->account;
-		quota = bpf_map_lookup_elem(&quotas, &pending.account);
-		account = bpf_map_lookup_elem(&accounts, &pending.account);
-		if (!quota || !account)
-			return 1;
-	}
+	if (!process)
+		return NOT_OURS;
+	/* Another one than now, if it has been moved since it began. */
+	pending.account = process->account;
 	pending.process = task->tgid;
 	pending.start_ns = process->start_ns;
-	pending.out = pending.first = ARG1(ctx);
-	pending.second = ARG2(ctx);
-	pending.fourth = ARG4(ctx);
-	switch (call) {
-	case CUDA_FREE:
-	case CUDA_ARRAY_DESTROY:
-	case CUDA_MIPMAP_DESTROY:
-		take(&pending, pending.first);
-		break;
-	case CUDA_MAP:
-	case CUDA_PRIMARY_RETAIN:
-	case CUDA_RELEASE:
-	case CUDA_UNMAP:
-	case CUDA_RETAIN:
-	case CUDA_CTX_CREATE:
-	case CUDA_CTX_SET:
-	case CUDA_CTX_PUSH:
-	case CUDA_CTX_POP:
-	case CUDA_CTX_DESTROY:
-	case CUDA_PRIMARY_RESET:
-		break;
-	default:
-		if (!size_of(call, ctx, &pending.size_bytes))
-			return 1;
+	quota = bpf_map_lookup_elem(&quotas, &pending.account);
+	account = bpf_map_lookup_elem(&accounts, &pending.account);
+	if (!quota || !account)
+		return NOT_OURS;
+	pending.out = pending.first = first;
+	pending.second = second;
+	pending.fourth = fourth;
+	if (call == CUDA_FREE || call == CUDA_ARRAY_DESTROY || call == CUDA_MIPMAP_DESTROY)
+		take(&pending, first);
+	if (call <= CUDA_MIPMAP) {
+		pending.size_bytes = size_of(call, second, third, fourth);
+		if (!pending.size_bytes)
+			return NOT_OURS;
 		quota_bytes = quota->quota_bytes;
 		before = charge(pending.account, pending.process, pending.start_ns,
 				pending.size_bytes);
 		/* Compared so that a size near the end of the range does not wrap around. */
-		if (quota_bytes == NO_QUOTA ||
-		    (before <= quota_bytes && pending.size_bytes <= quota_bytes - before))
-			break;
-		if (!may_refuse) {
-			__sync_fetch_and_add(&account->over, 1);
+		if (quota_bytes != NO_QUOTA &&
+		    (before > quota_bytes || pending.size_bytes > quota_bytes - before)) {
 			tell(account, pending.account, pending.size_bytes, quota_bytes,
-			     GPU_EVENT_MEMORY, 0);
-			break;
+			     GPU_EVENT_MEMORY, may_refuse);
+			if (may_refuse) {
+				charge(pending.account, pending.process, pending.start_ns,
+				       -pending.size_bytes);
+				__sync_fetch_and_add(&account->refused, 1);
+				__sync_fetch_and_add(&account->refused_bytes, pending.size_bytes);
+				return REFUSED;
+			}
+			__sync_fetch_and_add(&account->over, 1);
 		}
-		charge(pending.account, pending.process, pending.start_ns, -pending.size_bytes);
-		__sync_fetch_and_add(&account->refused, 1);
-		__sync_fetch_and_add(&account->refused_bytes, pending.size_bytes);
-		tell(account, pending.account, pending.size_bytes, quota_bytes, GPU_EVENT_MEMORY,
-		     1);
-		return 2;
+		raise_peak(account, before + pending.size_bytes);
 	}
-	*serial_id = __sync_fetch_and_add(&serial, 1) + 1;
-	bpf_map_update_elem(&pendings, serial_id, &pending, BPF_ANY);
-	return 0;
+	id = __sync_fetch_and_add(&serial, 1) + 1;
+	bpf_map_update_elem(&pendings, &id, &pending, BPF_ANY);
+	return id;
 }
 
 /* An allocation has come back. */
@@ -715,7 +738,7 @@ static __always_inline void left(struct pending *pending, u32 result)
 	if (pending->has_taken) {
 		if (result != CUDA_SUCCESS)
 			untake(pending, pending->first);
-		else if (is_alive(pending, pending->taken.context))
+		else
 			give_back(pending, &pending->taken);
 		return;
 	}
@@ -752,6 +775,8 @@ static __always_inline void left(struct pending *pending, u32 result)
 		break;
 	case CUDA_CTX_DESTROY:
 		end_context(pending, pending->first);
+		if (context_of_thread() == pending->first)
+			pop_context();
 		break;
 	case CUDA_PRIMARY_RETAIN: /* (context *, device) */
 		if (bpf_copy_from_user(&context, sizeof(context), (void *)pending->out))
@@ -768,19 +793,24 @@ static __always_inline void left(struct pending *pending, u32 result)
 	}
 }
 
-static __always_inline void leave(struct pt_regs *ctx, u64 id)
+/**
+ * leave - a function of libcuda returns
+ * @id: the number from enter()
+ * @result: what it returns
+ */
+__noinline int leave(u64 id, u32 result)
 {
 	struct pending *found = bpf_map_lookup_elem(&pendings, &id), pending;
-	u32 result = RESULT(ctx);
 
 	if (!found)
-		return;
+		return 0;
 	pending = *found;
 	bpf_map_delete_elem(&pendings, &id);
 	if (pending.size_bytes)
 		allocated(&pending, result);
 	else
 		left(&pending, result);
+	return 0;
 }
 
 /* Makes the function return without having been entered. False: its caller is not to be seen. */
@@ -803,41 +833,36 @@ static __always_inline bool leave_out(struct pt_regs *ctx)
 	return true;
 }
 
-SEC("uprobe.multi.s")
-int on_cuda(struct pt_regs *ctx)
+static __always_inline u64 session(struct pt_regs *ctx)
 {
-	u64 *kept = session_cookie(ctx), id = 0;
-	int result;
+	u64 *kept = session_cookie(ctx), id;
 
 	if (is_return(ctx)) {
 		if (*kept)
-			leave(ctx, *kept);
-		return 0;
+			leave(*kept, RESULT(ctx));
+		return NOT_OURS;
 	}
-	result = enter(ctx, bpf_get_attach_cookie(ctx), true, &id);
-	if (result == 2) {
+	id = enter(bpf_get_attach_cookie(ctx), ARG1(ctx), ARG2(ctx), ARG3(ctx), ARG4(ctx));
+	*kept = id == REFUSED ? 0 : id;
+	return id;
+}
+
+/* 1: the function's return is not to be seen. */
+SEC("uprobe.multi.s")
+int on_cuda(struct pt_regs *ctx)
+{
+	u64 id = session(ctx);
+
+	if (id == REFUSED)
 		leave_out(ctx);
-		return 1;
-	}
-	*kept = id;
-	return result;
+	return id == REFUSED || id == NOT_OURS;
 }
 
 /* The same where a probe may not write registers: what is over the quota is told, not refused. */
 SEC("uprobe.multi.s")
 int on_cuda_seen(struct pt_regs *ctx)
 {
-	u64 *kept = session_cookie(ctx), id = 0;
-	int result;
-
-	if (is_return(ctx)) {
-		if (*kept)
-			leave(ctx, *kept);
-		return 0;
-	}
-	result = enter(ctx, bpf_get_attach_cookie(ctx), false, &id);
-	*kept = id;
-	return result ? 1 : 0;
+	return session(ctx) == NOT_OURS;
 }
 
 /* Work is given to the GPU; told once each time that it is asked for. */
@@ -848,11 +873,10 @@ int on_launch(struct pt_regs *ctx)
 	struct vram_quota *quota;
 	u64 id;
 
-	quota = find_quota(bpf_get_current_task_btf(), &id);
-	if (!quota)
-		return 0;
-	account = account_of(id);
-	if (!account)
+	id = quota_id();
+	quota = bpf_map_lookup_elem(&quotas, &id);
+	account = id ? account_of(id) : NULL;
+	if (!quota || !account)
 		return 0;
 	__sync_fetch_and_add(&account->launches, 1);
 	if (quota->watch && __sync_lock_test_and_set(&quota->watch, 0))

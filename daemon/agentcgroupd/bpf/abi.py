@@ -594,16 +594,18 @@ class VramKey(ctypes.Structure):
 
 
 class VramAllocation(ctypes.Structure):
-    """struct vram_allocation, 24 bytes"""
+    """struct vram_allocation, 32 bytes"""
 
     _fields_ = (
         ("size_bytes", ctypes.c_uint64),
         ("context", ctypes.c_uint64),
+        ("context_serial", ctypes.c_uint64),
         ("refs", ctypes.c_uint32),
         ("reserved", ctypes.c_uint32),
     )
     size_bytes: int
     context: int
+    context_serial: int
     refs: int
     reserved: int
 

@@ -64,6 +64,7 @@ class _VramObject(BpfObject):
         """Before the load: what a program will be attached to."""
         libbpf().check(f"program {program}", "bpf_program__set_expected_attach_type",
                        self._program(program), attach_type)  # fmt: skip
+        self._constant("may_refuse").value = program == REFUSING
 
 
 class VramPrograms:
