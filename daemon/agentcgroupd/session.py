@@ -122,6 +122,12 @@ class Call:
     """When a look last saw it grow, since boot."""
     frozen_since_usec: int | None = None
     frozen_usec: int = 0
+    held_for_turn: bool = False
+    """Frozen while others have their turn on the GPU (gpu.turns), whatever else freezes it."""
+    gpu_usage: pb.GpuUsage | None = None
+    """Made when it ends, of a call that had a part of a GPU."""
+    gpu_feedback: tuple[pb.Feedback, ...] = ()
+    """What it was told of its part."""
     session_ooms_before: int = 0
     pool_ooms_before: int = 0
     watch: int | None = None
@@ -158,8 +164,8 @@ class Call:
     def from_record(cls, session: Session, cgroup: Cgroup, data: dict[str, Any]) -> Call:
         """A call found again. KeyError, TypeError or ValueError if the record is not ours."""
         grant = data["grant"]
-        grant = Grant(**{**grant, "advice": tuple(grant["advice"]),
-                         "not_enforced": tuple(grant["not_enforced"])})  # fmt: skip
+        lists = ("advice", "not_enforced", "gpu_devices", "environment")
+        grant = Grant(**{**grant, **{name: tuple(grant.get(name, ())) for name in lists}})
         call = cls(
             id=str(data["id"]), session=session, name=_sendable(data["name"]),
             argv=tuple(map(_sendable, data["argv"])), grant=grant, cgroup=cgroup,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -23,6 +23,7 @@ from agentcgroupd.errors import (
     NotFound,
     Unavailable,
 )
+from agentcgroupd.gpu.wanted import GpuCeiling
 from agentcgroupd.pool import Pool, offered_controllers
 from agentcgroupd.session import (
     AGENT_LEAF,
@@ -32,6 +33,7 @@ from agentcgroupd.session import (
     read_record,
     unix_usec,
 )
+from agentcgroupd.syscalls import cgroup_of
 from agentcgroupd.units import (
     parse_bytes,
     parse_cores,
@@ -57,6 +59,8 @@ class Sessions:
         self._pool = pool
         self.open: dict[str, Session] = {}
         self._by_path: dict[str, Session] = {}
+        self.gpus: Callable[[], GpuCeiling] = GpuCeiling
+        """What there is of GPUs."""
 
     # Looking up
 
@@ -75,6 +79,18 @@ class Sessions:
                 return session
         return None
 
+    def place_of(self, pid: int) -> tuple[Session, str] | None:
+        """The session that a process is in, and the name of the leaf of it; None: in none, or it
+        has ended."""
+        try:
+            path = cgroup_of(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        session = self.of_cgroup(path)
+        if session is None:
+            return None
+        return session, path[len(session.cgroup_path) :].strip("/").partition("/")[0]
+
     def ceiling(self, session: Session) -> Ceiling:
         """The limits above a new call of this session."""
         limits, calls = session.limits, self._config.calls
@@ -89,6 +105,7 @@ class Sessions:
             default_pids_max=calls.pids_max,
             default_timeout_usec=calls.timeout,
             timeout_max_usec=calls.timeout_max,
+            gpu=self.gpus(),
         )  # fmt: skip
 
     def _agent_memory(self, session: Session) -> int:

@@ -166,6 +166,8 @@ def cgroup_of(pid: int) -> str:
 def bpf(command: int, attributes: ctypes.Structure) -> int:
     """bpf(2) with a `union bpf_attr` laid out by the caller, for what libbpf does not know."""
     number = _SYS_BPF[os.uname().machine]
-    result = _libc.syscall(ctypes.c_long(number), ctypes.c_long(command),
-                           ctypes.byref(attributes), ctypes.c_long(ctypes.sizeof(attributes)))  # fmt: skip
+    size = ctypes.c_long(ctypes.sizeof(attributes))
+    result = _libc.syscall(
+        ctypes.c_long(number), ctypes.c_long(command), ctypes.byref(attributes), size
+    )
     return _check(int(result), "bpf", f"command {command}")

@@ -241,5 +241,3 @@ for line in sys.stdin:
     finally:
         os.close(link)
         programs.drop(cgroup.id)
-
-

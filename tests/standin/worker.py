@@ -29,8 +29,9 @@ class Flat(ctypes.Structure):
 class Deep(ctypes.Structure):
     """CUDA_ARRAY3D_DESCRIPTOR"""
 
-    _fields_ = (("width", ctypes.c_size_t), ("height", ctypes.c_size_t), ("depth", ctypes.c_size_t),
-                ("format", ctypes.c_int), ("channels", ctypes.c_uint), ("flags", ctypes.c_uint))  # fmt: skip
+    _fields_ = (("width", ctypes.c_size_t), ("height", ctypes.c_size_t),
+                ("depth", ctypes.c_size_t), ("format", ctypes.c_int),
+                ("channels", ctypes.c_uint), ("flags", ctypes.c_uint))  # fmt: skip
 
 
 class Properties(ctypes.Structure):
@@ -102,59 +103,86 @@ class Model:
         self.frees += 1
 
 
-def step(model: Model, chance: random.Random) -> None:
-    """One random thing that a program may do."""
-    cuda, size = model.cuda, chance.choice((1, 511, 512, 4096, 1 << 20, (1 << 20) + 7, 64 << 20))
-    wide, high = chance.randrange(1, 2000), chance.randrange(1, 300)
-    choice = chance.randrange(20)
+SIZES = (1, 511, 512, 4096, 1 << 20, (1 << 20) + 7, 64 << 20)
+
+
+def pointer(model: Model, chance: random.Random) -> None:
+    """Memory that is read and written."""
+    names = (
+        "cuMemAlloc_v2", "cuMemAllocManaged", "cuMemAllocAsync", "cuMemAllocAsync_ptsz",
+        "cuMemAllocFromPoolAsync", "cuMemAllocFromPoolAsync_ptsz",
+    )  # fmt: skip
+    call, size = getattr(model.cuda, chance.choice(names)), chance.choice(SIZES)
+    model.allocate("pointer", grain(size), lambda o: call(o, ctypes.c_uint64(size), None, None))
+
+
+def pitched(model: Model, chance: random.Random) -> None:
+    """In rows."""
+    pitch, wide, high = ctypes.c_uint64(), chance.randrange(1, 2000), chance.randrange(1, 300)
+    call = model.cuda.cuMemAllocPitch_v2
+    rows = (ctypes.c_uint64(wide), ctypes.c_uint64(high))
+    model.allocate("pointer", grain(wide) * high, lambda o: call(o, ctypes.byref(pitch), *rows, 4))
+
+
+def physical(model: Model, chance: random.Random) -> None:
+    """To be mapped."""
+    where, size, call = Properties(1, 0, 1, 0), chance.choice(SIZES), model.cuda.cuMemCreate
     u64 = ctypes.c_uint64
-    if choice < 4:
-        name = chance.choice(("cuMemAlloc_v2", "cuMemAllocManaged"))
-        model.allocate("pointer", grain(size), lambda o: getattr(cuda, name)(o, u64(size), 1))
-    elif choice < 6:
-        name = chance.choice(("cuMemAllocAsync", "cuMemAllocAsync_ptsz"))
-        model.allocate("pointer", grain(size), lambda o: getattr(cuda, name)(o, u64(size), None))
-    elif choice == 6:
-        name = chance.choice(("cuMemAllocFromPoolAsync", "cuMemAllocFromPoolAsync_ptsz"))
-        call = getattr(cuda, name)
-        model.allocate("pointer", grain(size), lambda o: call(o, u64(size), None, None))
-    elif choice == 7:
-        pitch = u64()
-        call = cuda.cuMemAllocPitch_v2
-        model.allocate("pointer", grain(wide) * high,
-                       lambda o: call(o, ctypes.byref(pitch), u64(wide), u64(high), 4))  # fmt: skip
-    elif choice == 8:
-        where = Properties(1, 0, 1, 0)
-        model.allocate("memory", grain(size),
-                       lambda o: cuda.cuMemCreate(o, u64(size), ctypes.byref(where), u64(0)))  # fmt: skip
-    elif choice == 9:
+    model.allocate("memory", grain(size), lambda o: call(o, u64(size), ctypes.byref(where), u64(0)))
+
+
+def array(model: Model, chance: random.Random) -> None:
+    """Of one, two or three dimensions, or with smaller ones of itself."""
+    wide, high, cuda = chance.randrange(1, 2000), chance.randrange(1, 300), model.cuda
+    kind = chance.randrange(3)
+    if kind == 0:
         flat = Flat(wide, chance.choice((0, high)), 16, 2)
         model.allocate("array", grain(wide * max(1, flat.height) * 2 * 2),
                        lambda o: cuda.cuArrayCreate_v2(o, ctypes.byref(flat)))  # fmt: skip
-    elif choice == 10:
+    elif kind == 1:
         deep = Deep(wide, high, chance.choice((0, 3)), 32, 4, 0)
         model.allocate("array", grain(wide * high * max(1, deep.depth) * 4 * 4),
                        lambda o: cuda.cuArray3DCreate_v2(o, ctypes.byref(deep)))  # fmt: skip
-    elif choice == 11:
+    else:
         deep, levels = Deep(wide, high, 0, 1, 1, 0), chance.randrange(1, 6)
         total = sum(max(1, wide >> i) * max(1, high >> i) for i in range(levels))
-        model.allocate("mipmap", grain(total),
-                       lambda o: cuda.cuMipmappedArrayCreate(o, ctypes.byref(deep), levels))  # fmt: skip
-    elif choice == 12 and len(model.contexts) < 8:
-        out = u64()
+        call = cuda.cuMipmappedArrayCreate
+        model.allocate("mipmap", grain(total), lambda o: call(o, ctypes.byref(deep), levels))
+
+
+def context(model: Model, chance: random.Random) -> None:
+    """A context begins, or ends with all that it holds."""
+    cuda, out = model.cuda, ctypes.c_uint64()
+    if len(model.contexts) < 8 and chance.random() < 0.7:
         assert cuda.cuCtxCreate_v2(ctypes.byref(out), 0, 0) == 0
         model.contexts.append(out.value)
-    elif choice == 13 and model.contexts and chance.random() < 0.5:
+    elif model.contexts:
         ended = model.contexts.pop()
-        assert cuda.cuCtxDestroy_v2(u64(ended)) == 0
+        assert cuda.cuCtxDestroy_v2(ctypes.c_uint64(ended)) == 0
         for held in [h for h in model.held if h.context == ended]:
             model.held.remove(held)
             model.used -= held.size
-    elif choice == 14:
-        # Freed twice, or never given out: the driver says no, and nothing may be given back for it.
-        assert cuda.cuMemFree_v2(u64(0x700000000000 + 65535 * 4096)) != 0
-    elif model.held:
+
+
+def nonsense(model: Model, _: random.Random) -> None:
+    """Freed though never given out: the driver says no, and nothing may be given back for it."""
+    assert model.cuda.cuMemFree_v2(ctypes.c_uint64(0x700000000000 + 65535 * 4096)) != 0
+
+
+def any_release(model: Model, chance: random.Random) -> None:
+    """Of something that is held."""
+    if model.held:
         release(model, chance.choice(model.held), chance)
+
+
+STEPS = ((pointer, 7), (pitched, 1), (physical, 2), (array, 3), (context, 1), (nonsense, 1),
+         (any_release, 6))  # fmt: skip
+
+
+def step(model: Model, chance: random.Random) -> None:
+    """One random thing that a program may do."""
+    (do,) = chance.choices([s for s, _ in STEPS], [weight for _, weight in STEPS])
+    do(model, chance)
 
 
 def release(model: Model, held: Held, chance: random.Random) -> None:
@@ -187,10 +215,10 @@ def release(model: Model, held: Held, chance: random.Random) -> None:
             model.drop(held)
 
 
-def main(library: str, seed: int, steps: int, quota: int, refuses: bool) -> int:
+def main(library: str, seed: int, steps: int, quota: int, refuses: int) -> int:
     """Run."""
     sys.stdin.readline()
-    model, chance = Model(library, quota, refuses), random.Random(seed)
+    model, chance = Model(library, quota, refuses == 1), random.Random(seed)
     for _ in range(steps):
         step(model, chance)
     held = sum(h.size for h in model.held)
@@ -202,4 +230,4 @@ def main(library: str, seed: int, steps: int, quota: int, refuses: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:5]), refuses=sys.argv[5] == "1"))
+    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:6])))

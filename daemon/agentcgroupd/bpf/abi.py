@@ -487,9 +487,7 @@ class GpuMajor(ctypes.Structure):
 class GpuAccess(ctypes.Structure):
     """struct gpu_access, 32 bytes"""
 
-    _fields_ = (
-        ("minors", ctypes.c_uint64 * 4),
-    )
+    _fields_ = (("minors", ctypes.c_uint64 * 4),)
     minors: ctypes.Array[ctypes.c_uint64]
 
 

@@ -190,8 +190,8 @@ class VramPrograms:
         fd, before = self._bpf.map_fd(name), None
         while True:
             key = abi.VramKey()
-            result = libbpf().call("bpf_map_get_next_key", fd,
-                                   ctypes.byref(before) if before else None, ctypes.byref(key))  # fmt: skip
+            last = ctypes.byref(before) if before else None
+            result = libbpf().call("bpf_map_get_next_key", fd, last, ctypes.byref(key))
             if result == -errno.ENOENT:
                 return
             if result < 0:
