@@ -90,7 +90,7 @@ class Accounts:
         tenant.sm_sum += entry.sm_percent * passed_usec
         tenant.sm_usec += passed_usec
         if entry.sm_percent >= BUSY_PERCENT:
-            tenant.busy_usec = now_usec
+            tenant.uses(now_usec)
 
     def forget(self) -> None:
         """Nobody is sampled for a while: what comes next is no difference to what was."""

@@ -347,7 +347,7 @@ class Gpus:
         if self.turns is None:
             return
         if wants:
-            tenant.wanted_usec = boottime_usec()
+            tenant.uses(boottime_usec())
         self.turns.want(tenant, wants)
         if not wants and self._watched(tenant):
             try:

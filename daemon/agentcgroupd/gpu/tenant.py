@@ -41,10 +41,8 @@ class GpuTenant:
     """Probes on what it launches, by pid."""
     held_since_usec: int | None = None
     held_usec: int = 0
-    free_since_usec: int = 0
-    """When it was last let go on."""
-    wanted_usec: int = 0
-    """When it was last heard that it uses a device, other than by a sample."""
+    ran_before_usec: int = 0
+    """For how long it had been let run when it was last seen to use a device."""
     feedback: list[pb.Feedback] = field(default_factory=list)
     """For the report."""
     busy_usec: int = 0
@@ -54,6 +52,17 @@ class GpuTenant:
     def holding(self) -> Holding:
         """For admission."""
         return Holding(tuple(d.uuid for d in self.devices), self.percent, self.memory_bytes)
+
+    def ran_usec(self, now_usec: int) -> int:
+        """For how long it has been let run altogether."""
+        held = self.held_usec
+        if self.held_since_usec is not None:
+            held += now_usec - self.held_since_usec
+        return now_usec - self.since_usec - held
+
+    def uses(self, now_usec: int) -> None:
+        """It is seen to use a device."""
+        self.busy_usec, self.ran_before_usec = now_usec, self.ran_usec(now_usec)
 
     @property
     def quota_bytes(self) -> int:

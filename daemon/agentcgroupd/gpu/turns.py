@@ -97,7 +97,6 @@ class Turns:
             log.debug("%s: %s", tenant.name, error)
         tenant.held_usec += boottime_usec() - tenant.held_since_usec
         tenant.held_since_usec = None
-        tenant.free_since_usec = boottime_usec()
         if call is not None:
             call.held_for_turn = False
 

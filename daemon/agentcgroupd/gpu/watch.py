@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 IDLE_USEC = 300_000
 """A tenant that could run and had nothing on its devices for this long does not want them. NVML's
 own samples are up to a sixth of a second apart."""
+IDLE_RUN_USEC = 40_000
+"""In which it was let run for at least so long."""
 CLIENTS_S = 5.0
 """Between looks at who is on MPS."""
 FELL_OFF_THE_BUS = 79
@@ -130,9 +132,8 @@ class Watch:
         wants = turns.arbiter.tenants[tenant.id].wants
         if entry.sm_percent >= BUSY_PERCENT and not wants:
             self._gpus.want(tenant, True)
-        elif wants and tenant.held_since_usec is None:
-            quiet = now - max(tenant.busy_usec, tenant.free_since_usec, tenant.wanted_usec)
-            if quiet > IDLE_USEC:
+        elif wants and now - tenant.busy_usec > IDLE_USEC:
+            if tenant.ran_usec(now) - tenant.ran_before_usec > IDLE_RUN_USEC:
                 self._gpus.want(tenant, False)
 
     def _quota(self, tenant: GpuTenant, entry: Seen, now: int) -> None:
