@@ -43,7 +43,7 @@ class Tenant:
     def rate(self, begin_ns: int, end_ns: int) -> float:
         """Operations a second within a time."""
         done = sum(count for at, count in self.result["done"] if begin_ns < at <= end_ns)
-        return done * 1e9 / (end_ns - begin_ns)
+        return float(done * 1e9 / (end_ns - begin_ns))
 
 
 class Site:
@@ -108,8 +108,9 @@ class Site:
         self._say(spec)
         return Tenant(name, spec)
 
-    def ready(self, tenants: list[Tenant]) -> None:
-        """Wait until all could begin. Raises TenantFailed."""
+    def ready(self, tenants: list[Tenant], busy: list[Tenant] | None = None) -> None:
+        """Wait until all could begin. `busy`: whom the fakes show as such, if not all. Raises
+        TenantFailed."""
         for tenant in tenants:
             path, result = Path(tenant.spec["ready"]), Path(tenant.spec["result"])
             deadline = time.monotonic() + READY_S
@@ -122,7 +123,7 @@ class Site:
             told = json.loads(path.read_text())
             tenant.pid, tenant.call = told["pid"], told["call"]
         if not self.real:
-            self.show(tenants)
+            self.show(tenants if busy is None else busy)
 
     def show(self, tenants: list[Tenant]) -> None:
         """The fakes show these as busy."""

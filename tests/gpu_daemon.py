@@ -26,5 +26,5 @@ class FakedDaemon(service.Daemon):
 
 
 if __name__ == "__main__":
-    main.Daemon = FakedDaemon  # type: ignore[misc]
+    setattr(main, "Daemon", FakedDaemon)  # noqa: B010  # its own name is not exported
     sys.exit(main.main())
