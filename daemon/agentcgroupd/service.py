@@ -136,6 +136,7 @@ class Daemon:
         gpus = self.gpus
         await gpus.start(self.pool.cgroup)
         self.sessions.gpus = lambda: gpus.ceiling
+        self.sessions.place_gpu = gpus.place_part
         self.calls.place, self.calls.regrant = gpus.place, gpus.regrant
         self.calls.ending = gpus.call_ending
         self.watchers.gpus = self.entrance.gpus = self.answers.gpus = gpus

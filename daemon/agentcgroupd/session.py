@@ -214,6 +214,11 @@ class SessionLimits:
     pids_max: int | None
     priority: int
     calls_max: int
+    gpu_percent: int | None = None
+    """Of each of `gpu_devices`, for the agent itself; calls ask for their own."""
+    gpu_memory_bytes: int | None = None
+    gpu_priority: int | None = None
+    gpu_devices: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -238,6 +243,8 @@ class Session:
     calls_ended: int = 0
     connections: int = 0
     closing: bool = False
+    environment: tuple[str, ...] = ()
+    """`NAME=value` for processes that are started in its agent leaf."""
     slowed: bool = False
     """Its cpu.weight is lowered."""
     reclaimed_at_usec: int | None = None

@@ -196,6 +196,22 @@ def test_refusals_say_what_is_allowed(
         end(machine, held)
 
 
+def test_a_session_may_have_a_part_of_its_own(machine: Machine, agent: AgentProcess) -> None:
+    """For the agent itself, not for its calls."""
+    own = machine.daemon.open("own", gpu="30%", gpu_device="1", gpu_memory="8G")
+    code = (
+        "import os\ntry:\n os.open(path, os.O_RDWR)\nexcept OSError as e:\n"
+        " result = e.errno, os.environ.get('CUDA_VISIBLE_DEVICES')"
+    )
+    number, visible = own.run(code, path=str(machine.nodes / "nvidia1"))
+    assert (number, visible) == (6, uuid_of(1))
+    assert opens(machine, own)[0] == "EPERM"
+    budget = own.run("result = agent.budget().to_dict()")
+    assert [g["percent_available"] for g in budget["gpus"]] == [100, 70]
+    machine.daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="own"))
+    assert agent.run("result = agent.budget().gpus[1].percent_available") == 100
+
+
 def test_the_queue(machine: Machine, agent: AgentProcess) -> None:
     """By priority and age; whoever waits starts when a part is given back, or is refused when its
     time is over."""

@@ -159,6 +159,8 @@ def _budget_fields(budget: Budget) -> list[tuple[str, str]]:
         ("cores", left(cores(budget.cpu_available_millicores), cores(budget.cpu_limit_millicores))),
         ("processes", left(number(budget.pids_available), number(budget.pids_limit))),
         ("calls", f"{budget.calls_open} open of {budget.calls_max}"),
+        *((f"gpu {g.index}", "lost" if g.lost else f"{g.percent_available} % and "
+           + left(size(g.memory_available_bytes), size(g.memory_total_bytes))) for g in budget.gpus),
         ("in short", budget.sentence),
     ]  # fmt: skip
 

@@ -33,7 +33,7 @@ from agentcgroupd.gpu.nvml import DriverNvml, Nvml, NvmlUnavailable
 from agentcgroupd.gpu.queue import GpuQueue, describe, with_devices
 from agentcgroupd.gpu.tenant import GpuTenant
 from agentcgroupd.gpu.turns import Turns
-from agentcgroupd.gpu.wanted import Device, GpuCeiling, parse_device
+from agentcgroupd.gpu.wanted import Device, GpuCeiling, Part, parse_device
 from agentcgroupd.gpu.watch import Watch
 from agentcgroupd.policy.actions import Actions
 from agentcgroupd.session import Call, Session, boottime_usec
@@ -214,16 +214,21 @@ class Gpus:
         if grant.gpu_percent is None:
             return grant
         memory = grant.gpu_memory_bytes or 0
-        devices = self.queue.placed(call_id) or room.place(
-            parse_device("gpu_device", grant.gpu_wanted), grant.gpu_percent, memory,
-            self.ceiling.devices, self.queue.holdings(),
-        )  # fmt: skip
+        wanted = parse_device("gpu_device", grant.gpu_wanted)
+        part = Part(grant.gpu_percent, memory, grant.gpu_priority or 0, wanted)
+        devices = self.queue.placed(call_id) or self.place_part(part)
+        return with_devices(grant, devices, self._environment(grant.gpu_percent, memory, devices))
+
+    def place_part(self, part: Part) -> tuple[str, ...]:
+        """Devices for a part. Raises ResourceExhausted when there is no room now."""
+        devices = room.place(part.devices, part.percent, part.memory_bytes, self.ceiling.devices,
+                             self.queue.holdings())  # fmt: skip
         if devices is None:
             raise ResourceExhausted(
-                f"gpu: {describe(grant.gpu_percent, memory)} is not there ({self.queue.allowed()})",
-                "gpu", f"{grant.gpu_percent}%", self.queue.allowed(),
+                f"gpu: {describe(part.percent, part.memory_bytes)} is not there "
+                f"({self.queue.allowed()})", "gpu", f"{part.percent}%", self.queue.allowed(),
             )  # fmt: skip
-        return with_devices(grant, devices, self._environment(grant.gpu_percent, memory, devices))
+        return devices
 
     def _environment(self, percent: int, memory: int, devices: tuple[str, ...]) -> list[str]:
         found = {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
@@ -287,7 +292,19 @@ class Gpus:
     # Sessions and calls
 
     def session_opened(self, session: Session) -> None:
-        """Its cgroup is there, with its agent leaf."""
+        """Its cgroup is there, with its agent leaf. Its own part is never held back by turns: an
+        agent that is paused cannot even hear why."""
+        limits = session.limits
+        if limits.gpu_percent is not None:
+            memory = limits.gpu_memory_bytes or 0
+            session.environment = tuple(
+                self._environment(limits.gpu_percent, memory, limits.gpu_devices)
+            )
+            self._add(GpuTenant(
+                f"session:{session.id}", session, None, session.agent,
+                self._known(limits.gpu_devices), limits.gpu_percent, memory,
+                limits.gpu_priority or 0, boottime_usec(),
+            ))  # fmt: skip
         if session.adopted and self.gate is not None:
             try:
                 self.gate.close_for(session.cgroup)
@@ -296,6 +313,7 @@ class Gpus:
 
     def session_closed(self, session: Session) -> None:
         """Its cgroup is gone, or given back."""
+        self._remove(f"session:{session.id}")
         if session.adopted and self.gate is not None:
             try:
                 self.gate.open_for(session.cgroup)
@@ -308,23 +326,29 @@ class Gpus:
         grant = call.grant
         if grant.gpu_percent is None or call.id in self.tenants:
             return
+        self._add(GpuTenant(
+            call.id, call.session, call, call.cgroup, self._known(grant.gpu_devices),
+            grant.gpu_percent, grant.gpu_memory_bytes or 0, grant.gpu_priority or 0,
+            boottime_usec(),
+        ))  # fmt: skip
+
+    def _known(self, uuids: tuple[str, ...]) -> tuple[Device, ...]:
         known = {d.uuid: d for d in self.ceiling.devices}
-        devices = tuple(known[uuid] for uuid in grant.gpu_devices if uuid in known)
-        if len(devices) != len(grant.gpu_devices):
-            log.error("call %s: a GPU of its grant is not there any more", call.id)
-        tenant = GpuTenant(
-            call.id, call.session, call, call.cgroup, devices, grant.gpu_percent,
-            grant.gpu_memory_bytes or 0, grant.gpu_priority or 0, boottime_usec(),
-        )  # fmt: skip
-        self.tenants[call.id] = tenant
+        for uuid in uuids:
+            if uuid not in known:
+                log.error("GPU %s was granted, and is not there any more", uuid)
+        return tuple(known[uuid] for uuid in uuids if uuid in known)
+
+    def _add(self, tenant: GpuTenant) -> None:
+        self.tenants[tenant.id] = tenant
         try:
             self._set_quota(tenant)
             if self.gate is not None:
-                self.gate.admit(call.cgroup.id, [d.minor for d in devices])
+                self.gate.admit(tenant.cgroup.id, [d.minor for d in tenant.devices])
         except BpfError:
-            self.call_closed(call)
+            self._remove(tenant.id)
             raise
-        if self.turns is not None:
+        if self.turns is not None and tenant.call is not None:
             self.turns.add(tenant)
         if self.watch is not None:
             self.watch.wake()
@@ -378,18 +402,21 @@ class Gpus:
 
     def call_closed(self, call: Call) -> None:
         """Its cgroup is gone or given up; what it had is given back."""
-        tenant = self.tenants.pop(call.id, None)
+        self._remove(call.id)
+
+    def _remove(self, tenant_id: str) -> None:
+        tenant = self.tenants.pop(tenant_id, None)
         if tenant is None:
             return
         if self.turns is not None:
             self.turns.remove(tenant)
         try:
             if self.gate is not None:
-                self.gate.expel(call.cgroup.id)
+                self.gate.expel(tenant.cgroup.id)
             if self.vram is not None:
-                self.vram.drop(call.cgroup.id)
+                self.vram.drop(tenant.cgroup.id)
         except BpfError as error:
-            log.error("call %s: %s", call.id, error)
+            log.error("%s: %s", tenant.name, error)
         if self.watch is not None:
             self.watch.gone(tenant)
         self.queue.look()

@@ -393,4 +393,5 @@ class AttachServer:
         if session.closing:
             raise PermissionDenied(f"session {session.id} is being closed")
         session.agent.attach(peer.process.pid)
-        return ["OK", f"session={session.id}"]
+        words = (f"env={word}" for word in session.environment)
+        return ["OK", f"session={session.id}", *words]
