@@ -54,8 +54,10 @@ def _driver() -> Iterator[Row]:
     if shutil.which(PROGRAM):
         yield Row("GPU shares by MPS", True, f"{PROGRAM} is there")
     else:
-        yield Row("GPU shares by MPS", False, f"{PROGRAM} is not in PATH",
-                  "install it (it comes with the driver)", "turns: calls are frozen and thawed")  # fmt: skip
+        yield Row(
+            "GPU shares by MPS", False, f"{PROGRAM} is not in PATH",
+            "install it (it comes with the driver)", "turns: calls are frozen and thawed",
+        )  # fmt: skip
 
 
 def _gate() -> Row:
@@ -79,6 +81,8 @@ def _probes() -> Row:
     refuses = programs.refuses
     programs.close()
     if refuses:
-        return Row(name, True, "allocations over the quota are refused before the driver sees them")
-    return Row(name, False, "probes account, but this kernel does not let them refuse",
-               "use Linux 6.19 or newer", "MPS' limit where it runs, and counting by NVML")  # fmt: skip
+        return Row(name, True, "allocations over the quota are refused before the driver is asked")
+    return Row(
+        name, False, "probes account, but this kernel does not let them refuse",
+        "use Linux 6.19 or newer", "MPS' limit where it runs, and counting by NVML",
+    )  # fmt: skip
