@@ -21,7 +21,8 @@ from agentcgroupd.bpf.vram import VramPrograms
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from agentcgroupd.errors import BpfError
 from agentcgroupd.gpu import cuda
-from agentcgroupd.gpu.elf import Library
+from agentcgroupd.gpu.elf import Library, NotElf
+from agentcgroupd.gpu.libraries import Libraries
 from tests.harness import ROOT, SLOW, wait_until
 from tests.standin import build
 
@@ -241,3 +242,48 @@ for line in sys.stdin:
     finally:
         os.close(link)
         programs.drop(cgroup.id)
+
+
+def test_a_copy_under_another_name_is_found(
+    programs: VramPrograms, cgroup: Cgroup, tmp_path: Any
+) -> None:
+    """A container brings its own, and calls it what it likes."""
+    copy = tmp_path / "libsomething.so.7"
+    copy.write_bytes(build().read_bytes())
+    programs.set_quota(cgroup.id, None)
+    code = ONE.format(function="cuMemAlloc_v2").replace(
+        "sys.stdin", "print('0', flush=True); sys.stdin", 1
+    )
+    libraries = Libraries(programs)
+    try:
+        with worker(cgroup, "-c", code, str(copy)) as process:
+            assert hear(process) == 0  # it is mapped
+            assert len(libraries.probe_process(process.pid)) == 1
+            (probed,) = libraries.probed.values()
+            # A container's code is never run by the daemon, so nobody is asked for addresses.
+            assert probed.path == str(copy) and len(probed.calls) == 26
+            say(process)
+            assert hear(process)[0] == 0
+            assert programs.account(cgroup.id).used_bytes == 1 << 30
+            assert libraries.probe_process(process.pid) == list(libraries.probed)
+        assert libraries.failures == [] and libraries.probe_process(2**22 - 1) == []
+    finally:
+        libraries.close()
+        programs.drop(cgroup.id)
+
+
+def test_what_is_no_library(tmp_path: Any) -> None:
+    """Files are whoever's: nothing in them may do harm."""
+    good = build().read_bytes()
+    for name, data in {
+        "empty": b"", "short": good[:40], "text": b"#!/bin/sh\n" * 9, "cut": good[: len(good) // 2],
+        "offsets": good[:40] + b"\xff" * 24 + good[64:],
+        "headers": good[:64] + b"\xff" * 400 + good[464:],
+    }.items():  # fmt: skip
+        path = tmp_path / name
+        path.write_bytes(data)
+        try:
+            with Library(path) as library:
+                assert all(0 <= place < len(data) for _, place in library.exports())
+        except NotElf:
+            continue
