@@ -69,7 +69,11 @@ def shared(site: Site, daemon: DaemonProcess, seconds: float, whole: float) -> d
     found = {}
     for wanted in SHARES:
         tenants = [
-            site.spawn("steady", daemon, {"gpu": f"{p}%", "gpu_memory": "4G", "gpu_device": "0"})
+            site.spawn(
+                "steady",
+                daemon,
+                {"gpu": f"{p}%", "gpu_memory": "4G", "gpu_device": "0", "gpu_priority": "normal"},
+            )
             for p in wanted
         ]
         begin, end = site.run(tenants, seconds)

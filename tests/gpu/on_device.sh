@@ -9,7 +9,7 @@ ROOT=$PWD
 OUT=${OUT:-$ROOT/build/gpu-out}
 PYTHON=${AGENTCG_TORCH_PYTHON:-/opt/torch/.venv/bin/python3}
 PARTS=${PARTS:-facts standin gpu bench}
-BENCH_ARGS=${BENCH_ARGS:---seconds 5 --bursts-s 15}
+BENCH_ARGS=${BENCH_ARGS:---seconds 4 --bursts-s 14}
 mkdir -p "$OUT" build/standin
 cp -n build/device/standin/libcuda.so.1 build/standin/ 2>/dev/null
 touch build/standin/libcuda.so.1
@@ -33,10 +33,10 @@ part() {
 
 part facts 60 3000 "$PYTHON" -m tests.gpu.facts
 part standin 100 1200 "$PYTHON" -m pytest -q -p no:cacheprovider --tb=line \
-	tests/kernel/test_vram.py tests/kernel/test_gpu_calls.py
-part gpu 170 3000 "$PYTHON" -m pytest -v -p no:cacheprovider --tb=short --durations=0 tests/gpu
+	tests/kernel/test_vram.py tests/kernel/test_gpu_gate.py tests/kernel/test_gpu_calls.py
+part gpu 200 3000 "$PYTHON" -m pytest -v -p no:cacheprovider --tb=short --durations=0 tests/gpu
 # shellcheck disable=SC2086 # words
-part bench 420 4500 "$PYTHON" -m bench.gpu $BENCH_ARGS
+part bench 360 4500 "$PYTHON" -m bench.gpu $BENCH_ARGS
 cp -r build/bench/gpu.json "$OUT/" 2>/dev/null
 for directory in /sys/fs/cgroup/agentcg-test-*; do
 	if [ -d "$directory" ]; then echo "left behind: $directory"; fi

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from agentcgroupd.gpu.cuda import _FLAGS, _VERSIONS, CALLS, LAUNCHES, base_name
 
@@ -35,6 +36,15 @@ def main(path: str) -> int:
         return 0
     ask.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64,
                     ctypes.c_void_p)  # fmt: skip
+    answer = _ask_all(ask, inode)
+    if not answer and library.cuInit(0) == 0:
+        # A driver that says nothing before it is started.
+        answer = _ask_all(ask, inode)
+    print(json.dumps(answer))
+    return 0
+
+
+def _ask_all(ask: Any, inode: int) -> dict[str, list[int]]:
     bases: dict[str, set[int]] = {}
     for base in {base_name(name) for name in (*CALLS, *LAUNCHES)}:
         for version in _VERSIONS:
@@ -48,8 +58,7 @@ def main(path: str) -> int:
     # A base has one function for each version of it; which is which the arguments do not say, but
     # those with other arguments than ours are older than the versions asked for.
     answer = {name: sorted(bases.get(base_name(name), ())) for name in (*CALLS, *LAUNCHES)}
-    print(json.dumps({name: places for name, places in answer.items() if places}))
-    return 0
+    return {name: places for name, places in answer.items() if places}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ PLACES = (
     "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/lib64", "/usr/lib",
     "/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/run/opengl-driver/lib",
 )  # fmt: skip
-"""Where drivers put it; the loader's cache is asked as well."""
+"""Where drivers put it; where the loader is configured to look is looked at as well."""
 TRUSTED_UID = 0
 SMALLEST_BYTES = 4096
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 PROGRAM = "nvidia-cuda-mps-control"
 COMMAND_TIMEOUT_S = 10.0
-START_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 6.0
 STOP_TIMEOUT_S = 10.0
 RESTART_PAUSE_S = 2.0
 PID_FILE = f"{PROGRAM}.pid"
@@ -76,34 +76,47 @@ class ControlDaemon:
         if left is not None:
             log.info("MPS goes on as an earlier daemon left it (%d)", left)
             return left
+        try:
+            return self._start(program, "-f")
+        except MpsUnavailable as error:
+            log.info("%s -f: %s; started with -d instead", PROGRAM, error)
+            return self._start(program, "-d")
+
+    def _start(self, program: str, how: str) -> int:
+        """In the foreground, so that its end is seen; else as a daemon of its own."""
         with (self._logs / "start.log").open("wb") as output:
             self._process = subprocess.Popen(
-                [program, "-f"], env=self._environment(), stdin=subprocess.DEVNULL,
+                [program, how], env=self._environment(), stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
                 self.ask("get_default_active_thread_percentage")
-                return self._process.pid
+                return self._pid() or self._process.pid
             except MpsUnavailable as error:
-                if self._process.poll() is not None:
-                    text = (self._logs / "start.log").read_text("utf-8", "replace").strip()
-                    raise MpsUnavailable(f"{PROGRAM} ended at once: {text or 'no word'}") from None
-                if time.monotonic() > deadline:
+                if self._process.poll() not in (None, 0) or time.monotonic() > deadline:
+                    said = (self._logs / "start.log").read_text("utf-8", "replace").strip()
                     self.stop()
-                    raise MpsUnavailable(f"{PROGRAM} does not answer: {error}") from None
+                    raise MpsUnavailable(f"{said or error}") from None
             time.sleep(0.05)
+
+    def _pid(self) -> int | None:
+        """As it has noted it itself."""
+        try:
+            return int((self._pipes / PID_FILE).read_text())
+        except (OSError, ValueError):
+            return None
 
     def _left(self) -> int | None:
         """One that runs already with our pipes."""
+        pid = self._pid()
         try:
-            pid = int((self._pipes / PID_FILE).read_text())
             name = Path(f"/proc/{pid}/comm").read_text().strip()
-            if not PROGRAM.startswith(name):
+            if pid is None or not PROGRAM.startswith(name):
                 return None
             self.ask("get_default_active_thread_percentage")
-        except (OSError, ValueError, MpsUnavailable):
+        except (OSError, MpsUnavailable):
             return None
         return pid
 
