@@ -107,6 +107,7 @@ def test_the_gate(machine: Machine, agent: AgentProcess) -> None:
     assert agent.run(code, path=str(machine.nodes / "nvidia0")) == 1
 
 
+@pytest.mark.full_speed
 def test_who_is_refused_is_told_what_to_ask_for(machine: Machine, agent: AgentProcess) -> None:
     code = """
 stream = agent.feedback()
@@ -159,6 +160,7 @@ def test_grants(machine: Machine, agent: AgentProcess) -> None:
     end(machine, other)
 
 
+@pytest.mark.full_speed
 def test_the_launcher_sets_the_environment(machine: Machine, agent: AgentProcess) -> None:
     code = """
 import subprocess
@@ -169,6 +171,7 @@ result = subprocess.run([launcher, "--gpu", "10%", "--gpu-device", "1", "--", "e
     assert f"CUDA_VISIBLE_DEVICES={uuid_of(1)}" in out.splitlines()
 
 
+@pytest.mark.full_speed
 @pytest.mark.parametrize(
     ("intent", "words"),
     [
@@ -196,6 +199,7 @@ def test_refusals_say_what_is_allowed(
         end(machine, held)
 
 
+@pytest.mark.full_speed
 def test_a_session_may_have_a_part_of_its_own(machine: Machine, agent: AgentProcess) -> None:
     """For the agent itself, not for its calls."""
     own = machine.daemon.open("own", gpu="30%", gpu_device="1", gpu_memory="8G")
@@ -212,6 +216,7 @@ def test_a_session_may_have_a_part_of_its_own(machine: Machine, agent: AgentProc
     assert agent.run("result = agent.budget().gpus[1].percent_available") == 100
 
 
+@pytest.mark.full_speed
 def test_the_queue(machine: Machine, agent: AgentProcess) -> None:
     """By priority and age; whoever waits starts when a part is given back, or is refused when its
     time is over."""
@@ -291,6 +296,7 @@ def _until_report(machine: Machine, call_id: str) -> pb.Report:
     return admin.GetReport(pb.GetReportRequest(call_id=call_id))
 
 
+@pytest.mark.full_speed
 def test_the_last_rung(machine: Machine, agent: AgentProcess) -> None:
     """More is held than the quota allows, however it came by it: told, then ended."""
     call, pid = _sleeper(agent, gpu_memory="1G", gpu_device="0")
@@ -317,6 +323,7 @@ def _sampled(condition: Callable[[], bool], seconds: float) -> float:
     return hits / looks
 
 
+@pytest.mark.full_speed
 def test_turns(machine: Machine, agent: AgentProcess) -> None:
     """Two that use one device have it in turn, in proportion; alone, nobody waits."""
     (large, one), (small, two) = (_sleeper(agent, gpu="60%", gpu_device="0"),
@@ -339,6 +346,7 @@ def test_turns(machine: Machine, agent: AgentProcess) -> None:
     assert report.gpu.share_held_by == "turns" and report.gpu.held_back_usec > 500_000
 
 
+@pytest.mark.full_speed
 def test_faults_are_feedback(machine: Machine, agent: AgentProcess) -> None:
     call, pid = _sleeper(agent, gpu="10%", gpu_device="1")
     other = _sleeper(agent, gpu="10%", gpu_device="0")[0]
@@ -352,6 +360,7 @@ def test_faults_are_feedback(machine: Machine, agent: AgentProcess) -> None:
     assert all("xid" not in f.numbers for f in end(machine, other).feedback)
 
 
+@pytest.mark.full_speed
 def test_a_restarted_daemon_finds_it_all_again(machine: Machine, agent: AgentProcess) -> None:
     code = f"""
 import os, sys, time
@@ -382,6 +391,7 @@ result = c.id, p.stdout.readline()
     assert report.grant.gpu_percent == 70
 
 
+@pytest.mark.full_speed
 def test_a_lost_device(machine: Machine, agent: AgentProcess) -> None:
     """The last of this module: it stays lost."""
     call, _ = _sleeper(agent, gpu="10%", gpu_device="0")

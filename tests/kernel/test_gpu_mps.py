@@ -14,6 +14,8 @@ from tests.gpu_fakes import GIB, uuid_of
 from tests.harness import AgentProcess, RemoteRpcError, wait_until
 from tests.kernel.test_gpu_calls import Machine, begin, end
 
+pytestmark = pytest.mark.full_speed
+
 CONFIG = """
 [gpu]
 share = "mps"
