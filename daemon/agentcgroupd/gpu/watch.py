@@ -58,7 +58,9 @@ class Watch:
         """Look from now on, when there is someone to look after."""
         loop = asyncio.get_running_loop()
         for coroutine in (self._sample_forever(), self._faults_forever()):
-            self._tasks.append(loop.create_task(coroutine))
+            task = loop.create_task(coroutine)
+            task.add_done_callback(_say_end)
+            self._tasks.append(task)
 
     async def stop(self) -> None:
         """Look no more."""
@@ -262,6 +264,11 @@ class Watch:
                                numbers={k: float(v) for k, v in numbers.items()})  # fmt: skip
         self._actions().tell(tenant.session, call, feedback)
         tenant.feedback.append(feedback)
+
+
+def _say_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("GPUs are not looked at any more", exc_info=task.exception())
 
 
 def _exists(pid: int) -> bool:
