@@ -17,6 +17,8 @@ export AGENTCG_TORCH_PYTHON=$PYTHON AGENTCG_WHERE=native
 export AGENTCG_EXEC=$ROOT/build/bin/agentcg-exec
 export PYTHONPATH=$ROOT/build/device/site:$ROOT/agent_sdk:$ROOT/daemon:$ROOT
 export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+# The machine's own plugins are for another pytest.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 export PATH=$PATH:/usr/local/cuda/bin
 chmod +x build/bin/* 2>/dev/null
 
@@ -32,9 +34,9 @@ part() {
 }
 
 part facts 60 3000 "$PYTHON" -m tests.gpu.facts
-part standin 100 1200 "$PYTHON" -m pytest -q -p no:cacheprovider --tb=line \
+part standin 100 1200 "$PYTHON" -m pytest -q -p pytest_timeout -p no:cacheprovider --tb=line \
 	tests/kernel/test_vram.py tests/kernel/test_gpu_gate.py tests/kernel/test_gpu_calls.py
-part gpu 200 3000 "$PYTHON" -m pytest -v -p no:cacheprovider --tb=short --durations=0 tests/gpu
+part gpu 200 3000 "$PYTHON" -m pytest -v -p pytest_timeout -p no:cacheprovider --tb=short --durations=0 tests/gpu
 # shellcheck disable=SC2086 # words
 part bench 360 4500 "$PYTHON" -m bench.gpu $BENCH_ARGS
 cp -r build/bench/gpu.json "$OUT/" 2>/dev/null
