@@ -18,6 +18,9 @@ enum abi {
 	ABI_SMALL_REQUEST_BYTES = 1114112, /* an allocator's arena of 1 MiB, and its own head */
 	ABI_DEPTH_MAX = 8,		   /* levels looked up above a task's own cgroup */
 	ABI_DELAY_CAP_MS = 2000,	   /* MEMCG_MAX_HIGH_DELAY_JIFFIES, mm/memcontrol.c */
+	ABI_GPU_MINORS = 256,
+	ABI_GPU_SHARED_MINOR = 254, /* nvidia-modeset; nvidiactl is 255: no single GPU's */
+	ABI_VRAM_GRAIN_BYTES = 512, /* what an allocation's start is aligned to, and so takes */
 };
 
 /* What a managed cgroup is. */
@@ -236,6 +239,127 @@ struct memcg_decision {
 	__u32 below_min;
 	__u32 delay_ms;
 	__u32 reserved;
+};
+
+/* device.bpf.c: what a major number stands for. */
+enum gpu_major_kind {
+	GPU_MAJOR_NONE = 0,
+	GPU_MAJOR_DEVICES = 1, /* minors are GPUs, but for those from ABI_GPU_SHARED_MINOR on */
+	GPU_MAJOR_SHARED = 2,  /* unified memory, capabilities: for whoever has any GPU */
+};
+
+struct gpu_major {
+	__u32 kind;
+	__u32 reserved;
+};
+
+/* device.bpf.c: by id of the cgroup of a call or agent leaf that has a grant. */
+struct gpu_access {
+	__u64 minors[4]; /* a bit for each of ABI_GPU_MINORS */
+};
+
+/* Events of device.bpf.c and vram.bpf.c; apart from those of the other programs. */
+enum gpu_event_type {
+	GPU_EVENT_NONE = 0,
+	GPU_EVENT_OPENED = 64, /* a device file of the GPU's was opened */
+	GPU_EVENT_CLOSED = 65, /* it was refused */
+	GPU_EVENT_MEMORY = 66, /* an allocation went over the quota */
+	GPU_EVENT_ACTIVE = 67, /* the first work given to the GPU since it was asked for */
+};
+
+struct gpu_device_event {
+	struct event event; /* cgroup_id: the task's own cgroup */
+	__u32 major;
+	__u32 minor;
+	__s32 pid;
+	__u32 reserved;
+	char comm[ABI_COMM_BYTES];
+};
+
+/* device.bpf.c: counts since load. */
+struct device_counters {
+	__u64 opened;
+	__u64 refused;
+	__u64 lost; /* events without room in the ring buffer */
+};
+
+/*
+ * vram.bpf.c: functions of libcuda, told apart by the cookie of the probe. Arguments as in cuda.h.
+ */
+enum cuda_call {
+	CUDA_NONE = 0,
+	CUDA_ALLOC = 1, /* (pointer *, size, ...) */
+	CUDA_ALLOC_PITCH = 2,
+	CUDA_CREATE = 3,
+	CUDA_ARRAY = 4,
+	CUDA_ARRAY_3D = 5,
+	CUDA_MIPMAP = 6,
+	CUDA_FREE = 7, /* (pointer, ...) */
+	CUDA_RELEASE = 8,
+	CUDA_ARRAY_DESTROY = 9,
+	CUDA_MIPMAP_DESTROY = 10,
+	CUDA_MAP = 11,
+	CUDA_UNMAP = 12,
+	CUDA_RETAIN = 13,
+	CUDA_CTX_CREATE = 14,
+	CUDA_CTX_SET = 15,
+	CUDA_CTX_POP = 16,
+	CUDA_CTX_DESTROY = 17,
+	CUDA_PRIMARY_RETAIN = 18,
+	CUDA_PRIMARY_RESET = 19,
+	CUDA_CTX_PUSH = 20,
+};
+
+/* vram.bpf.c: written by the daemon, by id of the cgroup of a call or agent leaf. */
+struct vram_quota {
+	__u64 quota_bytes; /* all ones: none, only accounted */
+	__u32 watch;	   /* 1: tell the next work it gives to the GPU, once */
+	__u32 reserved;
+};
+
+/* vram.bpf.c: what has been seen, by the same id. */
+struct vram_account {
+	__u64 used_bytes;
+	__u64 peak_bytes;
+	__u64 allocations;
+	__u64 frees;
+	__u64 refused;
+	__u64 refused_bytes;
+	__u64 over;	 /* went over the quota where the kernel cannot refuse */
+	__u64 untracked; /* no room to note the handle: counted until the process ends */
+	__u64 told_ns;
+	__u64 launches; /* seen while watched */
+};
+
+struct vram_process {
+	__u64 start_ns;
+	__u64 account; /* cgroup id */
+	__u64 used_bytes;
+};
+
+/* A handle that libcuda gave out. */
+struct vram_key {
+	__u64 start_ns;
+	__u64 handle;
+	__u32 tgid; /* in the initial pid namespace */
+	__u32 kind; /* handles of one kind are unlike each other: the cuda_call that made it */
+};
+
+struct vram_allocation {
+	__u64 size_bytes;
+	__u64 context;	      /* 0: not known */
+	__u64 context_serial; /* a context's address is given out again after its end */
+	__u32 refs;	      /* of physical memory: its handle, and each mapping */
+	__u32 reserved;
+};
+
+struct vram_event {
+	struct event event; /* cgroup_id: the account's */
+	__u64 size_bytes;
+	__u64 used_bytes;
+	__u64 quota_bytes;
+	__s32 pid;
+	__u32 refused; /* 0: this kernel could not */
 };
 
 #endif

@@ -133,10 +133,21 @@ enum memcg_memory_event {
 
 #ifdef __TARGET_ARCH_x86
 struct pt_regs {
+	unsigned long r8;
+	unsigned long ax;
+	unsigned long cx;
+	unsigned long dx;
+	unsigned long si;
+	unsigned long di;
 	unsigned long orig_ax;
+	unsigned long ip;
+	unsigned long sp;
 };
 #elif defined(__TARGET_ARCH_arm64)
 struct pt_regs {
+	u64 regs[31];
+	u64 sp;
+	u64 pc;
 	s32 syscallno;
 };
 #endif

@@ -110,6 +110,8 @@ class DaemonProcess:
             f"{pool}\n[server]\nrun_dir = {str(self.run_dir)!r}\nmetrics_address = ''\n"
             f"[audit]\npath = {str(self.audit_path)!r}\n{config}"
         )
+        self.module, self.environment = "agentcgroupd", dict[str, str]()
+        """What is run as the daemon, and what its environment has besides."""
         self.process: subprocess.Popen[bytes] | None = None
         self.agents: list[AgentProcess] = []
         self.log = directory / "log"
@@ -126,8 +128,8 @@ class DaemonProcess:
         """Start and wait until it is ready."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "agentcgroupd", "--config", str(self.config)],
-                stdout=log, stderr=log, cwd=ROOT,
+                [sys.executable, "-m", self.module, "--config", str(self.config)],
+                stdout=log, stderr=log, cwd=ROOT, env={**os.environ, **self.environment},
             )  # fmt: skip
         wait_until("the daemon is ready", self._ready, 15)
         stub = self.admin

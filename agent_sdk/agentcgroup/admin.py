@@ -30,7 +30,8 @@ class Admin:
     """A connection to the daemon's admin socket, made when first needed.
 
     Limits of a session are text or numbers, as in an intent: memory_low, memory_high, memory_max
-    (bytes), cpu_weight, cpu_max (cores), pids_max, priority, calls_max.
+    (bytes), cpu_weight, cpu_max (cores), pids_max, priority, calls_max; gpu, gpu_memory,
+    gpu_priority, gpu_device: for the agent itself.
     """
 
     def __init__(self, run_dir: str | None = None) -> None:

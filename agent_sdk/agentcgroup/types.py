@@ -89,6 +89,12 @@ class FeedbackCode(str, Enum):
     UNDERSTATED = "understated"
     CPU_LOWERED = "cpu_lowered"
     CPU_RESTORED = "cpu_restored"
+    GPU_CLOSED = "gpu_closed"
+    GPU_MEMORY_DENIED = "gpu_memory_denied"
+    GPU_MEMORY_OVER = "gpu_memory_over"
+    GPU_FAULT = "gpu_fault"
+    GPU_LOST = "gpu_lost"
+    GPU_UNSHARED = "gpu_unshared"
 
     __str__ = str.__str__
 
@@ -125,6 +131,13 @@ class Grant(_Answer):
     on_pressure: str
     advice: tuple[str, ...]
     not_enforced: tuple[str, ...]
+    gpu_percent: int | None = None
+    """Of each of `gpu_devices` (UUIDs), as is gpu_memory_bytes."""
+    gpu_memory_bytes: int | None = None
+    gpu_priority: int | None = None
+    gpu_devices: tuple[str, ...] = ()
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What the launcher sets for the tool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +201,23 @@ class Feedback(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
+class GpuUsage(_Answer):
+    """What a call did with its part of the GPUs. None means: not measured here."""
+
+    memory_peak_bytes: int | None
+    sm_percent: float | None
+    energy_mj: int | None
+    held_back_usec: int
+    """Paused for others' turns."""
+    refused: int
+    """Allocations over the quota."""
+    memory_held_by: str
+    """probes, mps or counting."""
+    share_held_by: str
+    """mps or turns."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report(_Answer):
     """How a call ended and what it used."""
 
@@ -220,6 +250,21 @@ class Report(_Answer):
     observed: bool = False
     waited_usec: int = 0
     """For room, before it began; not counted in wall_usec."""
+    gpu: GpuUsage | None = None
+    """None: it had no part of a GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuBudget(_Answer):
+    """What is left of one GPU."""
+
+    index: int
+    uuid: str
+    name: str
+    percent_available: int
+    memory_total_bytes: int
+    memory_available_bytes: int
+    lost: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +281,7 @@ class Budget(_Answer):
     calls_open: int
     calls_max: int
     sentence: str
+    gpus: tuple[GpuBudget, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +381,9 @@ _MESSAGES: dict[str, type[_Answer]] = {
     "Place": Place,
     "Call": CallInfo,
     "Feedback": Feedback,
+    "GpuUsage": GpuUsage,
     "Report": Report,
+    "GpuBudget": GpuBudget,
     "Budget": Budget,
     "Session": SessionInfo,
     "Pool": PoolInfo,

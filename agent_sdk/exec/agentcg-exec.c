@@ -19,18 +19,20 @@ enum { REFUSED = 125, CANNOT_EXEC = 126, NOT_FOUND = 127 }; /* as env(1) has the
 enum { PACKET_MAX = 16384, ARGS_MAX = 4096, CALL_NAME_MAX = 128, TIMEOUT_S = 10 };
 
 /* Those before KEYS are keys of the request, those from NAME on of `begin` alone. */
-enum { CALL, SESSION, NAME, HINT, KEYS = NAME + 11, SOCKET = KEYS, AWAY, HELP, VERSION, OPTIONS };
+enum { CALL, SESSION, NAME, HINT, KEYS = NAME + 15, SOCKET = KEYS, AWAY, HELP, VERSION, OPTIONS };
 static const char *const verbs[] = { [CALL] = "attach", [SESSION] = "enter", [NAME] = "begin" };
 static const char *const names[OPTIONS] = {
-	"call",	      "session", "name",	   "hint",    "memory",	  "memory-max",
-	"cpu-weight", "cpu-max", "pids-max",	   "timeout", "priority", "on-pressure",
-	"wait",	      "socket",	 "on-unavailable", "help",    "version"
+	"call",		  "session", "name",	   "hint",	   "memory",	 "memory-max",
+	"cpu-weight",	  "cpu-max", "pids-max",   "timeout",	   "priority",	 "on-pressure",
+	"wait",		  "gpu",     "gpu-memory", "gpu-priority", "gpu-device", "socket",
+	"on-unavailable", "help",    "version"
 };
 static char *values[OPTIONS];
 static const char help[] =
 	"usage: agentcg-exec [OPTION VALUE]... [--] cmd [arg]...\n"
 	"Runs cmd as a new call: --name --memory --memory-max --cpu-weight --cpu-max --pids-max\n"
-	"  --timeout --priority --on-pressure --wait --hint (default: $AGENT_RESOURCE_HINT);\n"
+	"  --timeout --priority --on-pressure --wait --hint (default: $AGENT_RESOURCE_HINT)\n"
+	"  --gpu --gpu-memory --gpu-priority --gpu-device;\n"
 	"or in an open call: --call ID; or in the agent leaf of a session, as root: --session ID.\n"
 	"Daemon: --socket PATH (default: below $AGENTCG_RUN_DIR or /run/agentcgroup)\n"
 	"  --on-unavailable run|refuse (default: $AGENTCG_ON_UNAVAILABLE, or run for a new call)\n"
@@ -148,8 +150,13 @@ static const char *enter_cgroup(int what)
 	close(fd);
 	if (len <= 0)
 		return !len ? "it hung up" : errno == EAGAIN ? "no reply in time" : strerror(errno);
-	if (!strcmp(reply, "OK") && !strncmp(second, done, strlen(done)))
+	if (!strcmp(reply, "OK") && !strncmp(second, done, strlen(done))) {
+		/* The buffer stays; what was not sent reads as the end. */
+		for (char *word = (char *)second; *word; word += strlen(word) + 1)
+			if (!strncmp(word, "env=", 4) && putenv(word + 4))
+				die(REFUSED, "out of memory");
 		return NULL;
+	}
 	if (strcmp(reply, "ERR"))
 		die(REFUSED, "'%s' does not speak the attach protocol", server.sun_path);
 	/* A terminal must not take the sentence for commands (C0 and C1 controls). */

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from agentcgroupd.errors import InvalidField
+from agentcgroupd.gpu.wanted import GpuCeiling, gpu_part
 from agentcgroupd.intent import Intent
 from agentcgroupd.policy.model import CpuClasses
 from agentcgroupd.units import BYTES_MIN, show_bytes, show_usec
@@ -40,6 +41,16 @@ class Grant:
     """How long it may wait to begin, after which it is refused; None: as the policy says."""
     advice: tuple[str, ...] = ()
     not_enforced: tuple[str, ...] = ()
+    gpu_percent: int | None = None
+    """Of each of `gpu_devices`; None: no part of any."""
+    gpu_memory_bytes: int | None = None
+    gpu_priority: int | None = None
+    gpu_devices: tuple[str, ...] = ()
+    """UUIDs; empty until the call is placed."""
+    gpu_wanted: str = ""
+    """Which devices it asked for, as gpu.wanted has it."""
+    environment: tuple[str, ...] = ()
+    """`NAME=value` for the tool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,7 @@ class Ceiling:
     default_timeout_usec: int | None
     timeout_max_usec: int
     cpu: CpuClasses = field(default_factory=CpuClasses)
+    gpu: GpuCeiling = field(default_factory=GpuCeiling)
 
 
 def weight_of_priority(priority: int) -> int:
@@ -150,6 +162,7 @@ def grant_for(intent: Intent, above: Ceiling) -> Grant:
             "which is what the call got."
         )
         priority = above.priority
+    gpu = gpu_part(intent, above.gpu, priority, above.priority, advice)
 
     return Grant(
         memory_expected_bytes=expected,
@@ -164,12 +177,22 @@ def grant_for(intent: Intent, above: Ceiling) -> Grant:
         on_pressure=intent.on_pressure or "freeze",
         wait_usec=intent.wait,
         advice=tuple(advice),
+        gpu_percent=gpu.percent if gpu else None,
+        gpu_memory_bytes=gpu.memory_bytes if gpu else None,
+        gpu_priority=gpu.priority if gpu else None,
+        gpu_wanted=str(gpu.devices) if gpu else "",
     )
 
 
 def merge(old: Grant, update: Intent, above: Ceiling, current_bytes: int | None) -> Grant:
     """The grant after UpdateIntent: fields left out stay. A memory limit below what the call holds
     now is refused, because setting it would kill the call. Raises InvalidField."""
+    if update.gpu_device is not None:
+        raise InvalidField("gpu_device", update.gpu_device, "nothing: an open call stays on the "
+                           "devices that it has")  # fmt: skip
+    if update.gpu_priority is not None and update.gpu is None and update.gpu_memory is None:
+        # A part is asked for with it, or it makes no sense; here there is one.
+        update = update.model_copy(update={"gpu": old.gpu_percent})
     fresh = grant_for(update, above)
     most = old.memory_max_bytes
     if update.memory_max is not None or update.hint is not None:
@@ -196,4 +219,9 @@ def merge(old: Grant, update: Intent, above: Ceiling, current_bytes: int | None)
         priority=fresh.priority if update.priority is not None else old.priority,
         on_pressure=on_pressure,
         advice=fresh.advice,
+        gpu_percent=fresh.gpu_percent if update.gpu is not None else old.gpu_percent,
+        gpu_memory_bytes=fresh.gpu_memory_bytes
+        if update.gpu_memory is not None
+        else old.gpu_memory_bytes,
+        gpu_priority=fresh.gpu_priority if update.gpu_priority is not None else old.gpu_priority,
     )

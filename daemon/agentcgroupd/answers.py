@@ -18,6 +18,7 @@ from agentcgroupd.sessions import Sessions
 from agentcgroupd.units import show_bytes
 
 if TYPE_CHECKING:
+    from agentcgroupd.gpu.control import Gpus
     from agentcgroupd.policy.guard import Guard
 
 VERSION = "0.1.0"
@@ -33,6 +34,7 @@ class Answers:
         self.calls = entrance.calls
         self.started_unix_usec = unix_usec()
         self.leftovers_removed = 0
+        self.gpus: Gpus | None = None
         self.guard: Guard | None = None
         """None: it does not run here."""
 
@@ -104,6 +106,7 @@ class Answers:
             calls_open=len(session.calls),
             calls_max=limits.calls_max,
             sentence=sentence,
+            gpus=self.gpus.budget() if self.gpus is not None else (),
         )
 
     def describe_policy(self, files: PolicyFiles) -> pb.PolicyState:

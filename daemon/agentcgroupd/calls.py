@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.admission import grant_for, merge
+from agentcgroupd.admission import Grant, grant_for, merge
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import CallDefaults
 from agentcgroupd.convert import call_to_proto, grant_to_proto
 from agentcgroupd.deadlines import Deadlines
 from agentcgroupd.errors import (
+    BpfError,
     CgroupGone,
     FailedPrecondition,
     KnobError,
@@ -99,6 +100,11 @@ class Calls:
         """Told when a call's cgroup is there."""
         self.on_end: Callable[[Call, int], None] = lambda call, held_bytes: None
         """Told of each call whose cgroup is gone, and what it had taken at most."""
+        self.place: Callable[[Grant, str], Grant] = lambda grant, call_id: grant
+        """Finds the devices for a part of a GPU (gpu.control)."""
+        self.regrant: Callable[[Call, Grant], Grant] = lambda call, grant: grant
+        self.ending: Callable[[Call], None] = lambda call: None
+        """Told of each call that is empty, before its report is made."""
         self.open: dict[str, Call] = {}
         self._postponed: dict[str, Call] = {}
         self.begun = 0
@@ -150,6 +156,7 @@ class Calls:
         self.check_room(session)
         grant = grant_for(parse_intent(intent), self._ceiling(session))
         call_id = call_id or secrets.token_hex(6)
+        grant = self.place(grant, call_id)
         try:
             session_ooms, pool_ooms = oom_counts(session, self._pool)
             cgroup = session.cgroup.make_child(CALL_PREFIX + call_id)
@@ -169,7 +176,7 @@ class Calls:
             call.grant = write_grant(session, cgroup, grant)
             cgroup.set_xattr(call.record())
             self._adopt(call)
-        except (KnobError, OSError) as error:
+        except (KnobError, BpfError, OSError) as error:
             self._forget(call)
             cgroup.remove()
             raise Unavailable(f"the call's limits could not be set: {error}") from None
@@ -260,6 +267,7 @@ class Calls:
             raise FailedPrecondition(f"call {call.id} is ending")
         current = call.cgroup.read_if(knobs.MEMORY_CURRENT)
         grant = merge(call.grant, parse_intent(intent), self._ceiling(call.session), current)
+        grant = self.regrant(call, grant)
         grant = write_grant(call.session, call.cgroup, grant)
         old = call.grant
         if grant.memory_high_bytes is None and old.memory_high_bytes is not None:
@@ -354,6 +362,7 @@ class Calls:
             return call.session.report(call.id)
         with self._metrics.time("finish"):
             self._watcher.catch_up()
+            self.ending(call)
             report = self.reports.of(call)
             # Before the cgroup goes: a daemon killed in between would lose the report. One killed
             # after this finds the empty cgroup and writes the entry again; the later one counts.

@@ -188,6 +188,38 @@ class BpfConfig(Section):
     """Of each ring buffer; none: 8 MiB for processes, 1 MiB for memory."""
 
 
+class GpuConfig(Section):
+    """GPU sharing (gpu/control.py)."""
+
+    enabled: bool = True
+    gate: bool = True
+    """Device files are closed to whoever has no part of a GPU."""
+    share: Literal["auto", "mps", "turns", "none"] = "auto"
+    """What holds shares: NVIDIA's MPS, or turns by freezing; auto: MPS where it can be had."""
+    quota: Literal["auto", "probes", "mps", "counting"] = "auto"
+    """What holds quotas of memory; auto: the strongest that can be had, and counting besides."""
+    over_quota: Literal["stop", "tell"] = "stop"
+    """What becomes of a call that holds more than its quota in spite of that."""
+    over_quota_after: Duration = 2_000_000
+    context_allowance: Annotated[int, quantity(parse_bytes, "size")] = 1 << 30
+    """What the driver itself may hold for each process on each device beside the quota."""
+    reserve: Annotated[int, quantity(parse_bytes, "size")] = 1 << 30
+    """Of each device's memory, granted to nobody."""
+    wait: Duration = 600_000_000
+    """How long a call waits for its part where its intent says nothing; then it is refused."""
+    period: Duration = 200_000
+    """In this time everyone has a turn."""
+    least_turn: Duration = 10_000
+    batch_percent: Annotated[int, Field(ge=1, le=50)] = 5
+    """Of a device's time for those who make room for important calls."""
+    sample: Duration = 200_000
+    """Between looks at devices while a call has a part of one."""
+    watch_launches: Literal["important", "all", "off"] = "important"
+    """Whose work is seen to begin by a probe, so that turns need not wait for the next look."""
+    libraries: tuple[Path, ...] = ()
+    """Copies of libcuda to be probed from the start, beside the host's."""
+
+
 class ServerConfig(Section):
     """Sockets and the metrics port."""
 
@@ -213,6 +245,7 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     boundaries: BoundariesConfig = BoundariesConfig()
     bpf: BpfConfig = BpfConfig()
+    gpu: GpuConfig = GpuConfig()
     server: ServerConfig = ServerConfig()
     audit: AuditConfig = AuditConfig()
 

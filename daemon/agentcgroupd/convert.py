@@ -24,6 +24,11 @@ def grant_to_proto(grant: Grant) -> pb.Grant:
         on_pressure=grant.on_pressure,
         advice=grant.advice,
         not_enforced=grant.not_enforced,
+        gpu_percent=grant.gpu_percent,
+        gpu_memory_bytes=grant.gpu_memory_bytes,
+        gpu_priority=grant.gpu_priority,
+        gpu_devices=grant.gpu_devices,
+        environment=dict(word.split("=", 1) for word in grant.environment),
     )
 
 

@@ -22,6 +22,7 @@ from agentcgroupd.bpf.features import FeatureState
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import XATTR_NAME, Cgroup, cgroup2_mount
 from agentcgroupd.errors import KnobError
+from agentcgroupd.gpu import diagnosis
 from agentcgroupd.syscalls import has_peer_pidfd, pidfd_exit_status
 from agentcgroupd.units import show_bytes
 
@@ -101,6 +102,7 @@ def run() -> Diagnosis:
     rows.extend(_process_features())
     rows.extend(_memory_features())
     rows.extend(_bpf_features())
+    rows.extend(_gpu_features())
     return Diagnosis(os.uname().release, str(mount or ""), tuple(rows))
 
 
@@ -252,6 +254,12 @@ def _bpf_features() -> Iterator[Feature]:
     for definition in features.DEFINITIONS:
         yield Feature(definition.name, State.UNKNOWN, "only root can try",
                       "run `agentcg doctor` as root", definition.fallback)  # fmt: skip
+
+
+def _gpu_features() -> Iterator[Feature]:
+    states = {True: State.WORKS, False: State.MISSING, None: State.UNKNOWN}
+    for row in diagnosis.rows():
+        yield Feature(row.name, states[row.works], row.reason, row.remedy, row.fallback)
 
 
 def _tried() -> Iterator[FeatureState]:

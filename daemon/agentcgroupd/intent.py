@@ -7,17 +7,19 @@ that a value means the same and fails with the same sentence wherever it came fr
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from agentcgroupd.errors import InvalidField
+from agentcgroupd.gpu.wanted import parse_device
 from agentcgroupd.units import (
     parse_bytes,
     parse_cores,
     parse_count,
     parse_duration,
+    parse_percent,
     parse_priority,
     parse_word,
     show_usec,
@@ -68,7 +70,7 @@ def _parse_wait(text: str) -> int:
     return wait
 
 
-_PARSERS = {
+_PARSERS: dict[str, Callable[[str], object]] = {
     "memory": lambda text: parse_bytes("memory", text),
     "memory_max": lambda text: parse_bytes("memory_max", text),
     "cpu_weight": lambda text: parse_count("cpu_weight", text, 1, 10_000),
@@ -79,6 +81,10 @@ _PARSERS = {
     "wait": lambda text: _parse_wait(text),
     "on_pressure": lambda text: parse_word("on_pressure", text, ON_PRESSURE),
     "hint": _parse_hint,
+    "gpu": lambda text: parse_percent("gpu", text),
+    "gpu_memory": lambda text: parse_bytes("gpu_memory", text),
+    "gpu_priority": lambda text: parse_priority("gpu_priority", text),
+    "gpu_device": lambda text: str(parse_device("gpu_device", text)),
 }
 
 
@@ -97,6 +103,10 @@ class Intent(BaseModel):
     on_pressure: Annotated[str | None, _text("on_pressure")] = None
     hint: Annotated[str | None, _text("hint")] = None
     wait: Annotated[int | None, _text("wait")] = None
+    gpu: Annotated[int | None, _text("gpu")] = None
+    gpu_memory: Annotated[int | None, _text("gpu_memory")] = None
+    gpu_priority: Annotated[int | None, _text("gpu_priority")] = None
+    gpu_device: Annotated[str | None, _text("gpu_device")] = None
 
 
 def parse_intent(fields: Mapping[str, str]) -> Intent:

@@ -79,6 +79,16 @@ class Metrics:
         self.bpf_failures = gauge("bpf_failures", "What the programs were asked and refused")
         self.oom_victims = counter("oom_victims", "Processes that the kernel's OOM killer chose")
         self.signals = counter("signals", "Signals from the kernel's programs", "signal")
+        self.gpu_busy = gauge("gpu_busy_percent", "Time in which a GPU worked", "device")
+        self.gpu_memory = gauge("gpu_memory_bytes", "Memory of a GPU in use", "device")
+        self.gpu_calls = gauge("gpu_calls", "Open calls with a part of a GPU")
+        self.gpu_strangers = gauge(
+            "gpu_strangers", "Processes on a GPU that are of no call with a part of it"
+        )
+        self.gpu_refused = counter("gpu_allocations_over_quota", "Told by probes", "how")
+        self.gpu_faults = counter("gpu_faults", "Errors that the driver reported", "xid")
+        self.gpu_energy = counter("gpu_energy_joules", "Energy of ended calls")
+        self.gpu_held_back = counter("gpu_held_back_seconds", "Time calls waited for their turn")
         self.rpc = histogram("rpc_seconds", "Time to answer a request", SECONDS_BUCKETS, "method")
         self.rpc_errors = counter("rpc_errors", "Requests answered by an error", "method", "code")
         self.peers_refused = counter("peers_refused", "Connections refused", "reason")
@@ -96,6 +106,9 @@ class Metrics:
         self.throttled.labels("cpu").inc(report.cpu_throttled_usec / 1e6)
         self.throttled.labels("memory").inc(report.memory_throttled_usec / 1e6)
         self.throttled.labels("frozen").inc(report.frozen_usec / 1e6)
+        if report.HasField("gpu"):
+            self.gpu_energy.inc(report.gpu.energy_mj / 1e3)
+            self.gpu_held_back.inc(report.gpu.held_back_usec / 1e6)
 
     def count_feedback(self, feedback: pb.Feedback) -> None:
         """One thing told to an agent."""

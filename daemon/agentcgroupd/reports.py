@@ -18,6 +18,12 @@ from agentcgroupd.policy.learning import Peaks, learn
 from agentcgroupd.policy.shape import shape_of
 from agentcgroupd.session import Call, Session, unix_usec
 
+_TOLD_BEFORE = frozenset((
+    pb.FEEDBACK_CODE_FROZEN, pb.FEEDBACK_CODE_GPU_CLOSED, pb.FEEDBACK_CODE_GPU_MEMORY_DENIED,
+    pb.FEEDBACK_CODE_GPU_MEMORY_OVER, pb.FEEDBACK_CODE_GPU_FAULT, pb.FEEDBACK_CODE_GPU_LOST,
+    pb.FEEDBACK_CODE_GPU_UNSHARED,
+))  # fmt: skip
+
 
 @dataclass(slots=True)
 class Reports:
@@ -36,6 +42,9 @@ class Reports:
         report.grant.CopyFrom(grant_to_proto(call.grant))
         report.began_unix_usec = call.began_unix_usec
         report.observed, report.waited_usec = call.observed, call.waited_usec
+        if call.gpu_usage is not None:
+            report.gpu.CopyFrom(call.gpu_usage)
+            report.feedback.extend(call.gpu_feedback)
         for feedback in report.feedback:
             feedback.call_id, feedback.session_id = call.id, call.session.id
             feedback.at_unix_usec = unix_usec()
@@ -98,7 +107,7 @@ class Reports:
         self.actions.metrics.count_end(report)
         for feedback in report.feedback:
             # How long it was paused is in the report; that it was, has been told then.
-            if feedback.code != pb.FEEDBACK_CODE_FROZEN:
+            if feedback.code not in _TOLD_BEFORE:
                 self.actions.tell(session, report.call_id, feedback)
         if self.actions.feed.listening:
             self.actions.feed.publish(session.id, pb.Event(ended=report))

@@ -33,6 +33,7 @@ from agentcgroupd.errors import (
     KnobError,
 )
 from agentcgroupd.feed import Feed
+from agentcgroupd.gpu.control import Gpus
 from agentcgroupd.metrics import Heartbeat, Metrics, MetricsServer
 from agentcgroupd.notify import notify, watchdog_interval_s
 from agentcgroupd.policy.actions import Actions
@@ -77,6 +78,8 @@ class Daemon:
         self._tasks: set[asyncio.Task[None]] = set()
         self.watchers = Watchers(config, lambda: self.actions)
         self.policy_files = PolicyFiles(config.policy, self.metrics)
+        self.gpus = Gpus(config.gpu, config.server.run_dir, config.bpf.objects,
+                         lambda: self.sessions, lambda: self.actions)  # fmt: skip
         self.pool: Pool
         self.sessions: Sessions
         self.calls: Calls
@@ -104,6 +107,7 @@ class Daemon:
         self.calls = Calls(self.config.calls, self.events, reports, self.watchers)
         self.entrance = Entrance(self.calls)
         self.answers = Answers(self.pool, self.sessions, self.entrance)
+        await self._start_gpus()
         before = self.pool.cgroup.get_xattr(ALIVE_XATTR)
         self._note_alive()
         self.pool.settled_ticks = int(before or self.pool.cgroup.get_xattr(ALIVE_XATTR) or 0)
@@ -126,6 +130,16 @@ class Daemon:
         notify("READY=1", f"STATUS=pool {self.pool.path}, {len(self.sessions.open)} sessions")
         log.info("ready: pool %s, controllers %s, sockets in %s", self.pool.cgroup.path,
                  " ".join(self.pool.controllers) or "none", run)  # fmt: skip
+
+    async def _start_gpus(self) -> None:
+        """Before sessions are found again: their calls may have parts of GPUs."""
+        gpus = self.gpus
+        await gpus.start(self.pool.cgroup)
+        self.sessions.gpus = lambda: gpus.ceiling
+        self.sessions.place_gpu = gpus.place_part
+        self.calls.place, self.calls.regrant = gpus.place, gpus.regrant
+        self.calls.ending = gpus.call_ending
+        self.watchers.gpus = self.entrance.gpus = self.answers.gpus = gpus
 
     def _start_control(self) -> Guard | None:
         """None where the pool has no limit on memory: there is nothing to keep then."""
@@ -227,6 +241,7 @@ class Daemon:
         if hasattr(self, "calls"):
             self.calls.let_go()
             self.events.close()
+        await self.gpus.stop()
         self.watchers.close()
         if getattr(self, "metrics_server", None) is not None:
             assert self.metrics_server is not None
@@ -290,8 +305,7 @@ class Daemon:
         if session.closing:
             raise FailedPrecondition(f"session {session.id} is being closed already")
         session.closing = True
-        if self.entrance.queue is not None:
-            self.entrance.queue.close_session(session)
+        self.entrance.close_session(session)
         calls = list(session.calls.values())
         try:
             endings = [self.calls.end(c, False, None, "its session was closed") for c in calls]
@@ -375,6 +389,7 @@ class Daemon:
         for state, count in states.items():
             metrics.calls_open.labels(state).set(count)
         metrics.audit_lost.set(self.audit.lost)
+        metrics.gpu_calls.set(len(self.gpus.tenants))
 
     def _note_alive(self) -> None:
         ticks = boottime_usec() * os.sysconf("SC_CLK_TCK") // 1_000_000

@@ -122,6 +122,12 @@ class Call:
     """When a look last saw it grow, since boot."""
     frozen_since_usec: int | None = None
     frozen_usec: int = 0
+    held_for_turn: bool = False
+    """Frozen while others have their turn on the GPU (gpu.turns), whatever else freezes it."""
+    gpu_usage: pb.GpuUsage | None = None
+    """Made when it ends, of a call that had a part of a GPU."""
+    gpu_feedback: tuple[pb.Feedback, ...] = ()
+    """What it was told of its part."""
     session_ooms_before: int = 0
     pool_ooms_before: int = 0
     watch: int | None = None
@@ -158,8 +164,8 @@ class Call:
     def from_record(cls, session: Session, cgroup: Cgroup, data: dict[str, Any]) -> Call:
         """A call found again. KeyError, TypeError or ValueError if the record is not ours."""
         grant = data["grant"]
-        grant = Grant(**{**grant, "advice": tuple(grant["advice"]),
-                         "not_enforced": tuple(grant["not_enforced"])})  # fmt: skip
+        lists = ("advice", "not_enforced", "gpu_devices", "environment")
+        grant = Grant(**{**grant, **{name: tuple(grant.get(name, ())) for name in lists}})
         call = cls(
             id=str(data["id"]), session=session, name=_sendable(data["name"]),
             argv=tuple(map(_sendable, data["argv"])), grant=grant, cgroup=cgroup,
@@ -208,6 +214,11 @@ class SessionLimits:
     pids_max: int | None
     priority: int
     calls_max: int
+    gpu_percent: int | None = None
+    """Of each of `gpu_devices`, for the agent itself; calls ask for their own."""
+    gpu_memory_bytes: int | None = None
+    gpu_priority: int | None = None
+    gpu_devices: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -232,6 +243,8 @@ class Session:
     calls_ended: int = 0
     connections: int = 0
     closing: bool = False
+    environment: tuple[str, ...] = ()
+    """`NAME=value` for processes that are started in its agent leaf."""
     slowed: bool = False
     """Its cpu.weight is lowered."""
     reclaimed_at_usec: int | None = None

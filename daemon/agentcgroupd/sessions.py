@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.admission import Ceiling, weight_of_priority
@@ -23,6 +25,8 @@ from agentcgroupd.errors import (
     NotFound,
     Unavailable,
 )
+from agentcgroupd.gpu.wanted import GpuCeiling, Part, gpu_part
+from agentcgroupd.intent import parse_intent
 from agentcgroupd.pool import Pool, offered_controllers
 from agentcgroupd.session import (
     AGENT_LEAF,
@@ -32,6 +36,7 @@ from agentcgroupd.session import (
     read_record,
     unix_usec,
 )
+from agentcgroupd.syscalls import cgroup_of
 from agentcgroupd.units import (
     parse_bytes,
     parse_cores,
@@ -57,6 +62,10 @@ class Sessions:
         self._pool = pool
         self.open: dict[str, Session] = {}
         self._by_path: dict[str, Session] = {}
+        self.gpus: Callable[[], GpuCeiling] = GpuCeiling
+        """What there is of GPUs."""
+        self.place_gpu: Callable[[Part], tuple[str, ...]] = lambda part: ()
+        """Finds the devices for a part. Raises ResourceExhausted."""
 
     # Looking up
 
@@ -75,6 +84,18 @@ class Sessions:
                 return session
         return None
 
+    def place_of(self, pid: int) -> tuple[Session, str] | None:
+        """The session that a process is in, and the name of the leaf of it; None: in none, or it
+        has ended."""
+        try:
+            path = cgroup_of(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        session = self.of_cgroup(path)
+        if session is None:
+            return None
+        return session, path[len(session.cgroup_path) :].strip("/").partition("/")[0]
+
     def ceiling(self, session: Session) -> Ceiling:
         """The limits above a new call of this session."""
         limits, calls = session.limits, self._config.calls
@@ -89,6 +110,7 @@ class Sessions:
             default_pids_max=calls.pids_max,
             default_timeout_usec=calls.timeout,
             timeout_max_usec=calls.timeout_max,
+            gpu=self.gpus(),
         )  # fmt: skip
 
     def _agent_memory(self, session: Session) -> int:
@@ -153,6 +175,19 @@ class Sessions:
             )
         return limits
 
+    def _gpu_limits(self, spec: pb.SessionSpec, limits: SessionLimits) -> SessionLimits:
+        """With a part of GPUs for the agent itself, where one is asked for. Raises InvalidField or
+        ResourceExhausted."""
+        fields = ("gpu", "gpu_memory", "gpu_priority", "gpu_device")
+        intent = parse_intent({name: getattr(spec, name) for name in fields})
+        part = gpu_part(intent, self.gpus(), limits.priority, 100, [])
+        if part is None:
+            return limits
+        return replace(
+            limits, gpu_percent=part.percent, gpu_memory_bytes=part.memory_bytes,
+            gpu_priority=part.priority, gpu_devices=self.place_gpu(part),
+        )  # fmt: skip
+
     def _check_guarantee(self, spec: pb.SessionSpec, limits: SessionLimits) -> None:
         """What is guaranteed to all sessions together must be there. Raises InvalidField."""
         low, most = limits.memory_low_bytes, self._pool.memory_max_bytes
@@ -178,6 +213,7 @@ class Sessions:
         limits = self.limits_of(spec)
         self._check_id(spec.id)
         self._check_guarantee(spec, limits)
+        limits = self._gpu_limits(spec, limits)
         try:
             made = self._pool.cgroup.make_child(spec.id)
         except KnobError as error:
@@ -230,6 +266,7 @@ class Sessions:
         limits = self.limits_of(spec)
         self._check_id(spec.id)
         self._check_guarantee(spec, limits)
+        limits = self._gpu_limits(spec, limits)
         path = str(PurePosixPath("/") / cgroup_path.strip("/"))
         self._check_adoptable(path)
         try:
@@ -334,7 +371,7 @@ class Sessions:
             agent = cgroup.child(AGENT_LEAF)
             session = Session(
                 id=str(data["id"]), cgroup=cgroup, agent=agent, cgroup_path=path,
-                limits=SessionLimits(**data["limits"]),
+                limits=_limits_found(data["limits"]),
                 opened_unix_usec=int(data["opened_unix_usec"]), adopted=bool(data["adopted"]),
                 found=dict(data["found"]), offered=agent.files(),
             )  # fmt: skip
@@ -362,6 +399,11 @@ class Sessions:
             for name in names:
                 if name.startswith(CALL_PREFIX) and name not in known:
                     yield from _child_if_there(session.cgroup, name)
+
+
+def _limits_found(data: dict[str, Any]) -> SessionLimits:
+    """From a record, where lists stand for tuples."""
+    return SessionLimits(**{**data, "gpu_devices": tuple(data.get("gpu_devices", ()))})
 
 
 def _child_if_there(parent: Cgroup, name: str) -> Iterator[Cgroup]:
@@ -409,13 +451,11 @@ def _tightest(cgroup: Cgroup, ours: SessionLimits) -> SessionLimits:
     theirs = None
     if cpu is not None and cpu.quota_usec is not None:
         theirs = cpu.quota_usec * 1000 // cpu.period_usec
-    return SessionLimits(
+    return replace(
+        ours,
         memory_low_bytes=ours.memory_low_bytes or cgroup.read_if(knobs.MEMORY_LOW) or None,
         memory_high_bytes=least(ours.memory_high_bytes, cgroup.read_if(knobs.MEMORY_HIGH)),
         memory_max_bytes=least(ours.memory_max_bytes, cgroup.read_if(knobs.MEMORY_MAX)),
-        cpu_weight=ours.cpu_weight,
         cpu_max_millicores=least(ours.cpu_max_millicores, theirs),
         pids_max=least(ours.pids_max, cgroup.read_if(knobs.PIDS_MAX)),
-        priority=ours.priority,
-        calls_max=ours.calls_max,
     )

@@ -36,6 +36,11 @@ _PIDFD_INFO_EXIT = 1 << 3
 _PIDFD_GET_INFO = (3 << 30) | (_PIDFD_INFO.size << 16) | (0xFF << 8) | 11
 
 
+_libc.syscall.restype = ctypes.c_long
+_SYS_BPF = {"x86_64": 321, "aarch64": 280}
+"""arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h."""
+
+
 def _check(result: int, call: str, subject: str) -> int:
     if result < 0:
         number = ctypes.get_errno()
@@ -156,3 +161,13 @@ def cgroup_of(pid: int) -> str:
     with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="replace") as file:
         lines = file.read().splitlines()
     return next((line[3:] for line in lines if line.startswith("0::")), "")
+
+
+def bpf(command: int, attributes: ctypes.Structure) -> int:
+    """bpf(2) with a `union bpf_attr` laid out by the caller, for what libbpf does not know."""
+    number = _SYS_BPF[os.uname().machine]
+    size = ctypes.c_long(ctypes.sizeof(attributes))
+    result = _libc.syscall(
+        ctypes.c_long(number), ctypes.c_long(command), ctypes.byref(attributes), size
+    )
+    return _check(int(result), "bpf", f"command {command}")

@@ -23,6 +23,7 @@ CgroupId = NewType("CgroupId", int)
 BYTES_ALLOWED = "a size such as 512M, 1.5G or 2GiB, from 1M to 8E"
 CORES_ALLOWED = "a number of cores such as 1.5, 2 or 250m, from 10m to 65536"
 DURATION_ALLOWED = "a time such as 90, 1.5s, 250ms or 10m, from 1ms to 30d"
+PERCENT_ALLOWED = "a whole number of percent such as 10%, from 1% to 100%"
 PRIORITY_WORDS = {"batch": 20, "normal": 50, "important": 80}
 PRIORITY_ALLOWED = "a whole number from 0 to 100, or batch (20), normal (50) or important (80)"
 
@@ -101,6 +102,14 @@ def parse_count(field: str, text: str, least: int, most: int) -> int:
     if not least <= value <= most:
         raise InvalidField(field, text, allowed, "it is out of range")
     return value
+
+
+def parse_percent(field: str, text: str) -> int:
+    """A whole number of percent from 1 to 100: `10%` or `10`."""
+    stripped = text.strip().removesuffix("%").rstrip()
+    if not re.fullmatch(r"[0-9]{1,3}", stripped) or not 1 <= int(stripped) <= 100:
+        raise InvalidField(field, text, PERCENT_ALLOWED)
+    return int(stripped)
 
 
 def parse_priority(field: str, text: str) -> int:

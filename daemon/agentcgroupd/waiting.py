@@ -100,7 +100,13 @@ class Queue:
     # Asking
 
     def ask(
-        self, session: Session, name: str, argv: list[str], grant: Grant, expected_bytes: int
+        self,
+        session: Session,
+        name: str,
+        argv: list[str],
+        grant: Grant,
+        expected_bytes: int,
+        call_id: str = "",
     ) -> Asked | None:
         """A place in the queue for a call that has been granted, or None: it may begin at once.
         Raises ResourceExhausted when too many wait, or this one may not."""
@@ -112,8 +118,8 @@ class Queue:
             return None
         usec = boottime_usec()
         wait = admission.wait if grant.wait_usec is None else grant.wait_usec
-        waiting = Waiting(secrets.token_hex(6), session.id, grant.priority, expected_bytes, usec,
-                          usec + wait)  # fmt: skip
+        waiting = Waiting(call_id or secrets.token_hex(6), session.id, grant.priority,
+                          expected_bytes, usec, usec + wait)  # fmt: skip
         asked = Asked(session, name, cut_argv(argv), grant, waiting, grant.wait_usec is not None,
                       unix_usec(), self._loop.create_future())  # fmt: skip
         self._asked[asked.id] = asked

@@ -13,6 +13,7 @@ from agentcgroupd.bpf.memory import MemoryPrograms
 from agentcgroupd.bpf.plane import DataPlane
 from agentcgroupd.calls import Calls
 from agentcgroupd.config import Config
+from agentcgroupd.gpu.control import Gpus
 from agentcgroupd.policy.actions import Actions
 from agentcgroupd.policy.guard import Guard
 from agentcgroupd.pool import Pool
@@ -30,6 +31,7 @@ class Watchers:
         self._config = config
         self._actions = actions
         self.plane = DataPlane(config.bpf, config.guard)
+        self.gpus: Gpus | None = None
         self._signals: Signals | None = None
         self._boundaries: Boundaries | None = None
 
@@ -94,21 +96,29 @@ class Watchers:
         """Its agent leaf is there."""
         for watcher in self._each():
             self.plane.attempt("a session cannot be watched", watcher.session_opened, session)
+        if self.gpus is not None:
+            self.gpus.session_opened(session)
 
     def session_closed(self, session: Session) -> None:
         """Its cgroup is gone or given back."""
         for watcher in self._each():
             self.plane.attempt("a session cannot be let go", watcher.session_closed, session)
+        if self.gpus is not None:
+            self.gpus.session_closed(session)
 
     def call_opened(self, call: Call) -> None:
         """See calls.CallWatcher."""
         for watcher in self._each():
             self.plane.attempt("a call cannot be watched", watcher.call_opened, call)
+        if self.gpus is not None:
+            self.gpus.call_opened(call)
 
     def call_closed(self, call: Call) -> None:
         """See calls.CallWatcher."""
         for watcher in self._each():
             self.plane.attempt("a call cannot be let go", watcher.call_closed, call)
+        if self.gpus is not None:
+            self.gpus.call_closed(call)
 
     def sweep(self) -> None:
         """Now and then: forget what nobody will tell the end of."""
@@ -117,6 +127,8 @@ class Watchers:
         if self._boundaries is not None:
             self._boundaries.catch_up()
             self._boundaries.prune()
+        if self.gpus is not None:
+            self.gpus.sweep()
         self._actions().metrics.bpf_failures.set(self.plane.failures)
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from agentcgroup.admin import Admin
-from agentcgroup.types import Report, Verdict
+from agentcgroup.types import GpuUsage, Report, Verdict
 
 from . import common
 from .output import duration, number, paint, print_fields, print_json, print_table, size
@@ -121,10 +121,23 @@ def print_report(report: Report) -> None:
         ("read", size(report.io_read_bytes)),
         ("written", size(report.io_write_bytes)),
         ("oom kills", number(report.oom_kills or None)),
+        *(_gpu_fields(report.gpu) if report.gpu is not None else ()),
     ]  # fmt: skip
     print_fields([(name, value) for name, value in fields if value not in ("", "-")])
     for item in report.feedback:
         print(f"{paint('feedback', 'yellow')}: {item.code}: {item.sentence}")
+
+
+def _gpu_fields(gpu: GpuUsage) -> list[tuple[str, str]]:
+    busy = "-" if gpu.sm_percent is None else f"{gpu.sm_percent:.1f} %"
+    energy = "-" if gpu.energy_mj is None else f"{gpu.energy_mj / 1e3:.4g} J"
+    return [
+        ("gpu memory peak", f"{size(gpu.memory_peak_bytes)} (held by {gpu.memory_held_by})"),
+        ("gpu busy", f"{busy} (share held by {gpu.share_held_by})"),
+        ("gpu energy", energy),
+        ("gpu turns", duration(gpu.held_back_usec) if gpu.held_back_usec else "-"),
+        ("gpu refused", number(gpu.refused or None)),
+    ]
 
 
 def print_reports(reports: Sequence[Report]) -> None:

@@ -30,6 +30,10 @@ LIMITS = {
     "pids_max": "processes and threads",
     "priority": "0..100, or batch, normal, important",
     "calls_max": "calls open at the same time",
+    "gpu": "a part of GPUs for the agent itself, e.g. 10%%",
+    "gpu_memory": "GPU memory of it, e.g. 4G",
+    "gpu_priority": "whose turn it is on the GPU, as priority",
+    "gpu_device": "any, any:2, an index, a UUID, or several with commas",
 }
 
 

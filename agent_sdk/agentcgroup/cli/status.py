@@ -12,7 +12,7 @@ import grpc
 from agentcgroup import errors
 from agentcgroup.admin import Admin
 from agentcgroup.client import Agent
-from agentcgroup.types import Budget, CallInfo, PoolInfo, SessionInfo
+from agentcgroup.types import Budget, CallInfo, GpuBudget, PoolInfo, SessionInfo
 
 from . import common
 from .output import cores, number, print_fields, print_json, print_table, since, size
@@ -153,12 +153,17 @@ def _budget_fields(budget: Budget) -> list[tuple[str, str]]:
     def left(available: str, limit: str) -> str:
         return f"{available} left of {limit}"
 
+    def gpu(g: GpuBudget) -> str:
+        memory = left(size(g.memory_available_bytes), size(g.memory_total_bytes))
+        return "lost" if g.lost else f"{g.percent_available} % and {memory}"
+
     return [
         ("memory", left(size(budget.memory_available_bytes), size(budget.memory_limit_bytes))
          + f", session uses {size(budget.memory_used_bytes)}"),
         ("cores", left(cores(budget.cpu_available_millicores), cores(budget.cpu_limit_millicores))),
         ("processes", left(number(budget.pids_available), number(budget.pids_limit))),
         ("calls", f"{budget.calls_open} open of {budget.calls_max}"),
+        *((f"gpu {g.index}", gpu(g)) for g in budget.gpus),
         ("in short", budget.sentence),
     ]  # fmt: skip
 

@@ -15,6 +15,9 @@ ABI_PROTECTED_MAX = 64
 ABI_SMALL_REQUEST_BYTES = 1114112
 ABI_DEPTH_MAX = 8
 ABI_DELAY_CAP_MS = 2000
+ABI_GPU_MINORS = 256
+ABI_GPU_SHARED_MINOR = 254
+ABI_VRAM_GRAIN_BYTES = 512
 
 
 class CgroupKind(enum.IntEnum):
@@ -48,6 +51,50 @@ class DenyMode(enum.IntEnum):
 
     NEVER = 0
     OVER_MARK = 1
+
+
+class GpuMajorKind(enum.IntEnum):
+    """enum gpu_major_kind"""
+
+    NONE = 0
+    DEVICES = 1
+    SHARED = 2
+
+
+class GpuEventType(enum.IntEnum):
+    """enum gpu_event_type"""
+
+    NONE = 0
+    OPENED = 64
+    CLOSED = 65
+    MEMORY = 66
+    ACTIVE = 67
+
+
+class CudaCall(enum.IntEnum):
+    """enum cuda_call"""
+
+    NONE = 0
+    ALLOC = 1
+    ALLOC_PITCH = 2
+    CREATE = 3
+    ARRAY = 4
+    ARRAY_3D = 5
+    MIPMAP = 6
+    FREE = 7
+    RELEASE = 8
+    ARRAY_DESTROY = 9
+    MIPMAP_DESTROY = 10
+    MAP = 11
+    UNMAP = 12
+    RETAIN = 13
+    CTX_CREATE = 14
+    CTX_SET = 15
+    CTX_POP = 16
+    CTX_DESTROY = 17
+    PRIMARY_RETAIN = 18
+    PRIMARY_RESET = 19
+    CTX_PUSH = 20
 
 
 class Managed(ctypes.Structure):
@@ -424,3 +471,157 @@ class MemcgDecision(ctypes.Structure):
     below_min: int
     delay_ms: int
     reserved: int
+
+
+class GpuMajor(ctypes.Structure):
+    """struct gpu_major, 8 bytes"""
+
+    _fields_ = (
+        ("kind", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+    kind: int
+    reserved: int
+
+
+class GpuAccess(ctypes.Structure):
+    """struct gpu_access, 32 bytes"""
+
+    _fields_ = (("minors", ctypes.c_uint64 * 4),)
+    minors: ctypes.Array[ctypes.c_uint64]
+
+
+class GpuDeviceEvent(ctypes.Structure):
+    """struct gpu_device_event, 56 bytes"""
+
+    _fields_ = (
+        ("event", Event),
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("pid", ctypes.c_int32),
+        ("reserved", ctypes.c_uint32),
+        ("comm", ctypes.c_char * 16),
+    )
+    event: Event
+    major: int
+    minor: int
+    pid: int
+    reserved: int
+    comm: bytes
+
+
+class DeviceCounters(ctypes.Structure):
+    """struct device_counters, 24 bytes"""
+
+    _fields_ = (
+        ("opened", ctypes.c_uint64),
+        ("refused", ctypes.c_uint64),
+        ("lost", ctypes.c_uint64),
+    )
+    opened: int
+    refused: int
+    lost: int
+
+
+class VramQuota(ctypes.Structure):
+    """struct vram_quota, 16 bytes"""
+
+    _fields_ = (
+        ("quota_bytes", ctypes.c_uint64),
+        ("watch", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+    quota_bytes: int
+    watch: int
+    reserved: int
+
+
+class VramAccount(ctypes.Structure):
+    """struct vram_account, 80 bytes"""
+
+    _fields_ = (
+        ("used_bytes", ctypes.c_uint64),
+        ("peak_bytes", ctypes.c_uint64),
+        ("allocations", ctypes.c_uint64),
+        ("frees", ctypes.c_uint64),
+        ("refused", ctypes.c_uint64),
+        ("refused_bytes", ctypes.c_uint64),
+        ("over", ctypes.c_uint64),
+        ("untracked", ctypes.c_uint64),
+        ("told_ns", ctypes.c_uint64),
+        ("launches", ctypes.c_uint64),
+    )
+    used_bytes: int
+    peak_bytes: int
+    allocations: int
+    frees: int
+    refused: int
+    refused_bytes: int
+    over: int
+    untracked: int
+    told_ns: int
+    launches: int
+
+
+class VramProcess(ctypes.Structure):
+    """struct vram_process, 24 bytes"""
+
+    _fields_ = (
+        ("start_ns", ctypes.c_uint64),
+        ("account", ctypes.c_uint64),
+        ("used_bytes", ctypes.c_uint64),
+    )
+    start_ns: int
+    account: int
+    used_bytes: int
+
+
+class VramKey(ctypes.Structure):
+    """struct vram_key, 24 bytes"""
+
+    _fields_ = (
+        ("start_ns", ctypes.c_uint64),
+        ("handle", ctypes.c_uint64),
+        ("tgid", ctypes.c_uint32),
+        ("kind", ctypes.c_uint32),
+    )
+    start_ns: int
+    handle: int
+    tgid: int
+    kind: int
+
+
+class VramAllocation(ctypes.Structure):
+    """struct vram_allocation, 32 bytes"""
+
+    _fields_ = (
+        ("size_bytes", ctypes.c_uint64),
+        ("context", ctypes.c_uint64),
+        ("context_serial", ctypes.c_uint64),
+        ("refs", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+    size_bytes: int
+    context: int
+    context_serial: int
+    refs: int
+    reserved: int
+
+
+class VramEvent(ctypes.Structure):
+    """struct vram_event, 56 bytes"""
+
+    _fields_ = (
+        ("event", Event),
+        ("size_bytes", ctypes.c_uint64),
+        ("used_bytes", ctypes.c_uint64),
+        ("quota_bytes", ctypes.c_uint64),
+        ("pid", ctypes.c_int32),
+        ("refused", ctypes.c_uint32),
+    )
+    event: Event
+    size_bytes: int
+    used_bytes: int
+    quota_bytes: int
+    pid: int
+    refused: int

@@ -12,6 +12,7 @@ from agentcgroupd.bpf.libbpf import SampleCallback, libbpf
 AnyEvent = (
     abi.ForkEvent | abi.ExecEvent | abi.ExitEvent | abi.OomEvent
     | abi.MarkEvent | abi.HighEvent | abi.RatesEvent | abi.DeniedEvent | abi.UrgentEvent
+    | abi.GpuDeviceEvent | abi.VramEvent
 )  # fmt: skip
 
 _TYPES: dict[int, type[AnyEvent]] = {
@@ -24,6 +25,10 @@ _TYPES: dict[int, type[AnyEvent]] = {
     abi.EventType.RATES: abi.RatesEvent,
     abi.EventType.DENIED: abi.DeniedEvent,
     abi.EventType.URGENT: abi.UrgentEvent,
+    abi.GpuEventType.OPENED: abi.GpuDeviceEvent,
+    abi.GpuEventType.CLOSED: abi.GpuDeviceEvent,
+    abi.GpuEventType.MEMORY: abi.VramEvent,
+    abi.GpuEventType.ACTIVE: abi.VramEvent,
 }
 
 

@@ -65,9 +65,10 @@ class Writer:
             ctype = self._ctype(member.type_id)
             rows += f'        ("{member.name}", {ctype}),\n'
             hints += f"    {member.name}: {_hint(ctype)}\n"
+        fields = f"(\n{rows}    )" if rows.count("\n") > 1 else f"({rows.strip()})"
         self.text += (
             f'\n\nclass {title}(ctypes.Structure):\n    """struct {name}, {size} bytes"""\n\n'
-            f"    _fields_ = (\n{rows}    )\n{hints}"
+            f"    _fields_ = {fields}\n{hints}"
         )
         return title
 

@@ -53,7 +53,8 @@ class Actions:
         """Let a paused call go on; no error if it runs. Raises CgroupGone."""
         if call.frozen_since_usec is None:
             return
-        call.cgroup.write(knobs.CGROUP_FREEZE, False)
+        if not call.held_for_turn:
+            call.cgroup.write(knobs.CGROUP_FREEZE, False)
         call.frozen_usec += boottime_usec() - call.frozen_since_usec
         call.frozen_since_usec = None
         if call.state == pb.CALL_STATE_FROZEN:

@@ -13,10 +13,9 @@ from agentcgroupd.convert import call_to_proto
 from agentcgroupd.errors import InvalidField, NotFound
 from agentcgroupd.rpc.identity import Peer, session_of
 from agentcgroupd.session import Call, Process, Session
-from agentcgroupd.waiting import Asked
 
 if TYPE_CHECKING:
-    from agentcgroupd.entrance import Entrance
+    from agentcgroupd.entrance import Entrance, Turn
     from agentcgroupd.sessions import Sessions
 
 
@@ -75,7 +74,7 @@ class AgentCalls:
         return call_to_proto(call, admin=False)
 
     async def _begin_later(
-        self, asked: Asked, intent: dict[str, str], argv: list[str], process: Process
+        self, asked: Turn, intent: dict[str, str], argv: list[str], process: Process
     ) -> pb.Call:
         try:
             return call_to_proto(

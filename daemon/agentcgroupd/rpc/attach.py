@@ -18,7 +18,7 @@ from google.protobuf import message
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.convert import error_to_proto
-from agentcgroupd.entrance import Entrance
+from agentcgroupd.entrance import Entrance, Turn
 from agentcgroupd.errors import (
     AgentcgroupdError,
     Internal,
@@ -34,7 +34,6 @@ from agentcgroupd.rpc.identity import Peer, check_operator, session_of
 from agentcgroupd.session import Call, Process
 from agentcgroupd.sessions import Sessions
 from agentcgroupd.units import suggestion
-from agentcgroupd.waiting import Asked
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +73,11 @@ def _rpc_request(data: bytes) -> tuple[str, pb.BeginCallRequest | pb.EndCallRequ
 
 def _packet(words: list[str]) -> bytes:
     return b"".join(word.encode("utf-8", "replace") + b"\0" for word in words)
+
+
+def _entered(call: Call) -> list[str]:
+    """With what the launcher is to set for the tool."""
+    return ["OK", f"call={call.id}", *(f"env={word}" for word in call.grant.environment)]
 
 
 class Request:
@@ -350,7 +354,7 @@ class AttachServer:
         if call is None:
             raise NotFound(f"no call {request.value('call')[:64]!r} is open in this session")
         self._calls.attach(call, peer.process)
-        return ["OK", f"call={call.id}"]
+        return _entered(call)
 
     def _begin(self, peer: Peer, request: Request) -> Answer:
         request.only(*_BEGIN_KEYS)
@@ -364,7 +368,7 @@ class AttachServer:
         return self._enter_call(call, peer.process)
 
     async def _begin_later(
-        self, asked: Asked, intent: dict[str, str], args: list[str], process: Process
+        self, asked: Turn, intent: dict[str, str], args: list[str], process: Process
     ) -> list[str]:
         try:
             call = await self._entrance.begin_later(asked, intent, args, None)
@@ -380,7 +384,7 @@ class AttachServer:
         except AgentcgroupdError:
             self._calls.withdraw(call)
             raise
-        return ["OK", f"call={call.id}"]
+        return _entered(call)
 
     def _enter(self, peer: Peer, request: Request) -> list[str]:
         request.only("session")
@@ -389,4 +393,5 @@ class AttachServer:
         if session.closing:
             raise PermissionDenied(f"session {session.id} is being closed")
         session.agent.attach(peer.process.pid)
-        return ["OK", f"session={session.id}"]
+        words = (f"env={word}" for word in session.environment)
+        return ["OK", f"session={session.id}", *words]

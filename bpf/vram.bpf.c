@@ -1,0 +1,905 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Memory of the GPU by call: probes on libcuda's own functions, told apart by their cookie. A size
+ * is taken from the quota before the driver is entered, and given back if it fails, so that threads
+ * that ask at the same time cannot pass together. Over the quota the function returns
+ * CUDA_ERROR_OUT_OF_MEMORY at once, where the kernel lets a probe say so (Linux 6.19).
+ *
+ * One program runs at the start and at the end of a function (a session, Linux 6.13): an ordinary
+ * return probe would put its own return address in place, also where the function is left out.
+ *
+ * What cannot be known is counted, never forgotten: a handle that finds no room stays counted until
+ * its process ends.
+ */
+#include "compat.h"
+
+char LICENSE[] SEC("license") = "GPL";
+
+#define CUDA_SUCCESS		 0
+#define CUDA_ERROR_OUT_OF_MEMORY 2
+#define LOCATION_HOST		 2 /* CU_MEM_LOCATION_TYPE_HOST and those after it */
+#define ARRAY3D_LAYERED		 0x1
+#define ARRAY3D_CUBEMAP		 0x4
+#define ARRAY3D_SPARSE		 0x40
+#define PITCH_BYTES		 512
+#define MAPPINGS_MAX		 65536
+#define TOLD_GAP_NS		 100000000UL
+#define NO_QUOTA		 (~0UL)
+#define NOT_OURS		 0UL
+#define REFUSED			 (~0UL)
+
+#ifdef __TARGET_ARCH_x86
+#define ARG1(regs)   ((regs)->di)
+#define ARG2(regs)   ((regs)->si)
+#define ARG3(regs)   ((regs)->dx)
+#define ARG4(regs)   ((regs)->cx)
+#define RESULT(regs) ((regs)->ax)
+#else
+#define ARG1(regs)   ((regs)->regs[0])
+#define ARG2(regs)   ((regs)->regs[1])
+#define ARG3(regs)   ((regs)->regs[2])
+#define ARG4(regs)   ((regs)->regs[3])
+#define RESULT(regs) ((regs)->regs[0])
+#endif
+
+/* The kfuncs of a session took no argument until Linux 7.0. */
+extern bool bpf_session_is_return(void *ctx) __ksym __weak;
+extern bool bpf_session_is_return___v1(void) __ksym __weak;
+extern __u64 *bpf_session_cookie(void *ctx) __ksym __weak;
+extern __u64 *bpf_session_cookie___v1(void) __ksym __weak;
+
+/* As in cuda.h. */
+struct array_descriptor {
+	u64 width, height;
+	u32 format, channels;
+};
+
+struct array_3d_descriptor {
+	u64 width, height, depth;
+	u32 format, channels, flags, unused;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, u64);
+	__type(value, struct vram_quota);
+} quotas SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, u64);
+	__type(value, struct vram_account);
+} accounts SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, u64);
+	__type(value, struct vram_process);
+} processes SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 20);
+	__type(key, struct vram_key);
+	__type(value, struct vram_allocation);
+} allocations SEC(".maps");
+
+/* Where physical memory is mapped; `kind` of the key is CUDA_MAP. */
+struct mapping {
+	u64 size_bytes;
+	u64 handle;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 20);
+	__type(key, struct vram_key);
+	__type(value, struct mapping);
+} mappings SEC(".maps");
+
+/* What a context holds; `kind` of the key is CUDA_CTX_CREATE. */
+struct holding {
+	u64 used_bytes;
+	u64 serial;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct vram_key);
+	__type(value, struct holding);
+} contexts SEC(".maps");
+
+/* A device's primary context; `kind` of the key is CUDA_PRIMARY_RETAIN. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct vram_key);
+	__type(value, u64);
+} primaries SEC(".maps");
+
+/* A thread's current contexts. */
+#define STACK_DEPTH 8
+struct context_stack {
+	u64 context[STACK_DEPTH];
+	u32 depth;
+	u32 reserved;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, u64);
+	__type(value, struct context_stack);
+} threads SEC(".maps");
+
+/* A function that has been entered and has not returned. */
+struct pending {
+	u64 account;
+	u64 process; /* tgid */
+	u64 start_ns;
+	u64 size_bytes; /* taken from the quota */
+	u64 out;	/* where the handle will be */
+	u64 first;	/* arguments, by function */
+	u64 second;
+	u64 fourth;
+	struct vram_allocation taken;
+	u32 call;
+	u32 has_taken;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, u64);
+	__type(value, struct pending);
+} pendings SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 256 << 10);
+} events SEC(".maps");
+
+const volatile __u32 may_refuse = 1; /* set before the load: whether a probe may write registers */
+
+u64 serial;
+
+static const struct context_stack no_contexts;
+static const struct vram_account no_account;
+
+static __always_inline bool is_return(void *ctx)
+{
+	if (bpf_ksym_exists(bpf_session_is_return___v1))
+		return bpf_session_is_return___v1();
+	return bpf_session_is_return(ctx);
+}
+
+static __always_inline u64 *session_cookie(void *ctx)
+{
+	if (bpf_ksym_exists(bpf_session_cookie___v1))
+		return bpf_session_cookie___v1();
+	return bpf_session_cookie(ctx);
+}
+
+/*
+ * The functions that are not static are checked by the verifier once, each on its own; as parts of
+ * one another they would be more than it is willing to follow.
+ */
+
+/**
+ * quota_id - the quota that the current task is under
+ *
+ * Return: the id of the cgroup that has it; 0: nobody asks for this task to be accounted.
+ */
+__noinline u64 quota_id(void)
+{
+	struct cgroup *cgroup = task_cgroup(bpf_get_current_task_btf());
+	struct cgroup_subsys_state *css = &cgroup->self;
+	int level = cgroup->level;
+	u64 id = cgroup_id(cgroup);
+
+	for (int i = 1; i <= ABI_DEPTH_MAX; i++) {
+		if (bpf_map_lookup_elem(&quotas, &id))
+			return id;
+		if (i >= level)
+			break;
+		css = css->parent;
+		id = cgroup_id(css->cgroup);
+	}
+	return 0;
+}
+
+static __always_inline struct vram_account *account_of(u64 id)
+{
+	struct vram_account *account = bpf_map_lookup_elem(&accounts, &id);
+
+	if (account)
+		return account;
+	bpf_map_update_elem(&accounts, &id, &no_account, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&accounts, &id);
+}
+
+/* The process's entry, made on first use. It stays with the account that it began in. */
+static __always_inline struct vram_process *process_of(struct task_struct *task, u64 account)
+{
+	u64 tgid = task->tgid, start_ns = task->group_leader->start_boottime;
+	struct vram_process *process = bpf_map_lookup_elem(&processes, &tgid);
+	struct vram_process fresh = { .start_ns = start_ns, .account = account };
+
+	if (process && process->start_ns == start_ns)
+		return process;
+	bpf_map_update_elem(&processes, &tgid, &fresh, BPF_ANY);
+	return bpf_map_lookup_elem(&processes, &tgid);
+}
+
+static __always_inline void key_of(struct vram_key *key, struct pending *pending, u64 handle,
+				   u32 kind)
+{
+	key->start_ns = pending->start_ns;
+	key->handle = handle;
+	key->tgid = pending->process;
+	key->kind = kind;
+}
+
+/* Handles of memory that is read and written are of one kind, however it was asked for. */
+static __always_inline u32 kind_of(u32 call)
+{
+	switch (call) {
+	case CUDA_CREATE:
+	case CUDA_RELEASE:
+		return CUDA_CREATE;
+	case CUDA_ARRAY:
+	case CUDA_ARRAY_3D:
+	case CUDA_ARRAY_DESTROY:
+		return CUDA_ARRAY;
+	case CUDA_MIPMAP:
+	case CUDA_MIPMAP_DESTROY:
+		return CUDA_MIPMAP;
+	}
+	return CUDA_ALLOC;
+}
+
+static __always_inline u64 context_of_thread(void)
+{
+	u64 thread = bpf_get_current_pid_tgid();
+	struct context_stack *stack = bpf_map_lookup_elem(&threads, &thread);
+	u32 top;
+
+	if (!stack || !stack->depth)
+		return 0;
+	top = stack->depth - 1;
+	return top < STACK_DEPTH ? stack->context[top] : 0;
+}
+
+/* What a context holds, noted on first use. */
+static __always_inline struct holding *holding_of(struct pending *pending, u64 context)
+{
+	struct holding fresh = { 0, __sync_fetch_and_add(&serial, 1) + 1 }, *found;
+	struct vram_key key;
+
+	if (!context)
+		return NULL;
+	key_of(&key, pending, context, CUDA_CTX_CREATE);
+	found = bpf_map_lookup_elem(&contexts, &key);
+	if (found)
+		return found;
+	bpf_map_update_elem(&contexts, &key, &fresh, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&contexts, &key);
+}
+
+/* What the context of a noted handle holds; NULL: it is gone, or was never known. */
+static __always_inline struct holding *holding_with(struct pending *pending,
+						    struct vram_allocation *allocation)
+{
+	struct holding *found;
+	struct vram_key key;
+
+	if (!allocation->context)
+		return NULL;
+	key_of(&key, pending, allocation->context, CUDA_CTX_CREATE);
+	found = bpf_map_lookup_elem(&contexts, &key);
+	return found && found->serial == allocation->context_serial ? found : NULL;
+}
+
+/* Adds to the account and the process (or takes away). Returns what the account held before. */
+static __always_inline u64 charge(u64 id, u64 tgid, u64 start_ns, s64 size_bytes)
+{
+	struct vram_account *account = bpf_map_lookup_elem(&accounts, &id);
+	struct vram_process *process = bpf_map_lookup_elem(&processes, &tgid);
+	u64 before;
+
+	if (!account || !process || process->start_ns != start_ns)
+		return 0;
+	__sync_fetch_and_add(&process->used_bytes, size_bytes);
+	before = __sync_fetch_and_add(&account->used_bytes, size_bytes);
+	return before;
+}
+
+static __always_inline void raise_peak(struct vram_account *account, u64 used_bytes)
+{
+	u64 peak = account->peak_bytes;
+
+	for (int i = 0; i < 8 && used_bytes > peak; i++) {
+		u64 seen = __sync_val_compare_and_swap(&account->peak_bytes, peak, used_bytes);
+
+		if (seen == peak)
+			break;
+		peak = seen;
+	}
+}
+
+static __always_inline void tell(struct vram_account *account, u64 id, u64 size_bytes,
+				 u64 quota_bytes, u32 type, u32 refused)
+{
+	u64 now = bpf_ktime_get_ns();
+	struct vram_event *event;
+
+	if (type == GPU_EVENT_MEMORY) {
+		if (account->told_ns && now - account->told_ns < TOLD_GAP_NS)
+			return;
+		account->told_ns = now;
+	}
+	event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
+	if (!event)
+		return;
+	event->event.type = type;
+	event->event.size_bytes = sizeof(*event);
+	event->event.at_ns = now;
+	event->event.cgroup_id = id;
+	event->size_bytes = size_bytes;
+	event->used_bytes = account->used_bytes;
+	event->quota_bytes = quota_bytes;
+	event->pid = visible_pid(bpf_get_current_task_btf());
+	event->refused = refused;
+	bpf_ringbuf_submit(event, 0);
+}
+
+static __always_inline u64 bytes_of_format(u32 format)
+{
+	switch (format) {
+	case 0x01: /* CU_AD_FORMAT_UNSIGNED_INT8 */
+	case 0x08:
+		return 1;
+	case 0x02:
+	case 0x09:
+	case 0x10: /* half */
+		return 2;
+	}
+	return 4; /* 32 bits, and no less for those that are packed in some other way */
+}
+
+static __always_inline u64 at_least_one(u64 number)
+{
+	return number ? number : 1;
+}
+
+static __always_inline u64 array_bytes(struct array_3d_descriptor *d, u32 level)
+{
+	u64 width = at_least_one(d->width >> level), height = at_least_one(d->height >> level);
+	u64 depth = d->flags & (ARRAY3D_LAYERED | ARRAY3D_CUBEMAP) ?
+			    at_least_one(d->depth) :
+			    at_least_one(d->depth >> level);
+
+	if (d->flags & ARRAY3D_SPARSE)
+		return 0;
+	return width * height * depth * at_least_one(d->channels) * bytes_of_format(d->format);
+}
+
+struct levels {
+	struct array_3d_descriptor array;
+	u64 size_bytes;
+};
+
+static long add_level(u64 level, struct levels *levels)
+{
+	struct array_3d_descriptor array = levels->array;
+
+	levels->size_bytes += array_bytes(&array, level & 31);
+	return 0;
+}
+
+static __always_inline u64 grain(u64 size_bytes)
+{
+	return (size_bytes + ABI_VRAM_GRAIN_BYTES - 1) & ~((u64)ABI_VRAM_GRAIN_BYTES - 1);
+}
+
+/**
+ * size_of - what a function will take of the GPU's memory
+ * @call: which
+ * @second, @third, @fourth: its arguments
+ *
+ * Return: in bytes; 0: it takes none.
+ */
+__noinline u64 size_of(u32 call, u64 second, u64 third, u64 fourth)
+{
+	struct array_descriptor flat = {};
+	struct levels levels = {};
+	u32 location = 0, count;
+
+	switch (call) {
+	case CUDA_ALLOC:
+		return grain(second);
+	case CUDA_ALLOC_PITCH: /* (pointer *, pitch *, width, height, ...) */
+		return (third + PITCH_BYTES - 1) / PITCH_BYTES * PITCH_BYTES * fourth;
+	case CUDA_CREATE: /* (handle *, size, properties *, flags) */
+		/* CUmemAllocationProp: type, requestedHandleTypes, location.type */
+		bpf_copy_from_user(&location, sizeof(location), (void *)third + 8);
+		return location >= LOCATION_HOST ? 0 : grain(second);
+	case CUDA_ARRAY:
+		bpf_copy_from_user(&flat, sizeof(flat), (void *)second);
+		levels.array.width = flat.width;
+		levels.array.height = flat.height;
+		levels.array.format = flat.format;
+		levels.array.channels = flat.channels;
+		return grain(array_bytes(&levels.array, 0));
+	case CUDA_ARRAY_3D:
+		bpf_copy_from_user(&levels.array, sizeof(levels.array), (void *)second);
+		return grain(array_bytes(&levels.array, 0));
+	case CUDA_MIPMAP: /* (handle *, descriptor *, levels) */
+		count = third;
+		bpf_copy_from_user(&levels.array, sizeof(levels.array), (void *)second);
+		bpf_loop(count < 32 ? count : 32, add_level, &levels, 0);
+		return grain(levels.size_bytes);
+	}
+	return 0;
+}
+
+/* Give back what a handle that is noted no more held; nothing where that went with its context. */
+static __always_inline void give_back(struct pending *pending, struct vram_allocation *allocation)
+{
+	struct vram_account *account = bpf_map_lookup_elem(&accounts, &pending->account);
+	struct holding *holding = holding_with(pending, allocation);
+
+	if (allocation->context && !holding)
+		return;
+	if (holding)
+		__sync_fetch_and_add(&holding->used_bytes, -allocation->size_bytes);
+	charge(pending->account, pending->process, pending->start_ns, -allocation->size_bytes);
+	if (account)
+		__sync_fetch_and_add(&account->frees, 1);
+}
+
+/* Note a handle that was given out. */
+static __always_inline void note(struct pending *pending, u64 handle)
+{
+	struct vram_allocation fresh = { .size_bytes = pending->size_bytes, .refs = 1 };
+	struct vram_account *account = bpf_map_lookup_elem(&accounts, &pending->account);
+	struct holding *holding = NULL;
+	struct vram_allocation *old;
+	struct vram_key key;
+
+	key_of(&key, pending, handle, kind_of(pending->call));
+	/* Physical memory is no context's. */
+	if (key.kind != CUDA_CREATE)
+		holding = holding_of(pending, context_of_thread());
+	if (holding) {
+		fresh.context = context_of_thread();
+		fresh.context_serial = holding->serial;
+	}
+	old = bpf_map_lookup_elem(&allocations, &key);
+	if (old) /* one whose end was not seen: it cannot be there any more */
+		give_back(pending, old);
+	if (bpf_map_update_elem(&allocations, &key, &fresh, BPF_ANY)) {
+		if (account)
+			__sync_fetch_and_add(&account->untracked, 1);
+		return;
+	}
+	if (holding)
+		__sync_fetch_and_add(&holding->used_bytes, fresh.size_bytes);
+	if (account)
+		__sync_fetch_and_add(&account->allocations, 1);
+}
+
+/* One reference of physical memory less; the last one gives it back. */
+static __always_inline void drop(struct pending *pending, u64 handle)
+{
+	struct vram_allocation *allocation, copy;
+	struct vram_key key;
+
+	key_of(&key, pending, handle, CUDA_CREATE);
+	allocation = bpf_map_lookup_elem(&allocations, &key);
+	if (!allocation || __sync_fetch_and_add(&allocation->refs, -1) != 1)
+		return;
+	copy = *allocation;
+	if (!bpf_map_delete_elem(&allocations, &key))
+		give_back(pending, &copy);
+}
+
+struct unmap {
+	struct pending *pending;
+	u64 at, end;
+};
+
+static long unmap_one(u64 index, struct unmap *range)
+{
+	struct pending pending = *range->pending;
+	struct mapping *mapping, copy;
+	struct vram_key key;
+
+	if (range->at >= range->end)
+		return 1;
+	key_of(&key, &pending, range->at, CUDA_MAP);
+	mapping = bpf_map_lookup_elem(&mappings, &key);
+	if (!mapping || !mapping->size_bytes)
+		return 1;
+	copy = *mapping;
+	if (!bpf_map_delete_elem(&mappings, &key))
+		drop(&pending, copy.handle);
+	range->at += copy.size_bytes;
+	return 0;
+}
+
+static __always_inline void set_context(u64 context, bool push)
+{
+	u64 thread = bpf_get_current_pid_tgid();
+	struct context_stack *stack = bpf_map_lookup_elem(&threads, &thread);
+	u32 top;
+
+	if (!stack) {
+		bpf_map_update_elem(&threads, &thread, &no_contexts, BPF_NOEXIST);
+		stack = bpf_map_lookup_elem(&threads, &thread);
+		if (!stack)
+			return;
+	}
+	if (push || !stack->depth) {
+		if (stack->depth < STACK_DEPTH)
+			stack->depth++;
+	}
+	top = stack->depth - 1;
+	if (top < STACK_DEPTH)
+		stack->context[top] = context;
+}
+
+static __always_inline void pop_context(void)
+{
+	u64 thread = bpf_get_current_pid_tgid();
+	struct context_stack *stack = bpf_map_lookup_elem(&threads, &thread);
+
+	if (stack && stack->depth)
+		stack->depth--;
+}
+
+/* All that a context held is gone with it. */
+static __always_inline void end_context(struct pending *pending, u64 context)
+{
+	struct holding *found, copy;
+	struct vram_key key;
+
+	key_of(&key, pending, context, CUDA_CTX_CREATE);
+	found = bpf_map_lookup_elem(&contexts, &key);
+	if (!found)
+		return;
+	copy = *found;
+	if (!bpf_map_delete_elem(&contexts, &key))
+		charge(pending->account, pending->process, pending->start_ns, -copy.used_bytes);
+}
+
+/* The allocation of a pointer or array that is to be freed, taken out before the driver can give
+ * the handle to another thread. */
+static __always_inline void take(struct pending *pending, u64 handle)
+{
+	struct vram_allocation *allocation;
+	struct vram_key key;
+
+	key_of(&key, pending, handle, kind_of(pending->call));
+	allocation = bpf_map_lookup_elem(&allocations, &key);
+	if (!allocation)
+		return;
+	pending->taken = *allocation;
+	pending->has_taken = !bpf_map_delete_elem(&allocations, &key);
+}
+
+static __always_inline void untake(struct pending *pending, u64 handle)
+{
+	struct vram_key key;
+
+	key_of(&key, pending, handle, kind_of(pending->call));
+	bpf_map_update_elem(&allocations, &key, &pending->taken, BPF_NOEXIST);
+}
+
+/**
+ * enter - a function of libcuda begins
+ * @call: which
+ * @first, @second, @third, @fourth: its arguments
+ *
+ * Return: the number under which what is known of it is kept until it returns; NOT_OURS: it is of
+ * no interest; REFUSED: it is to be left out, out of memory.
+ */
+__noinline u64 enter(u32 call, u64 first, u64 second, u64 third, u64 fourth)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct pending pending = { .call = call };
+	struct vram_account *account;
+	struct vram_process *process;
+	struct vram_quota *quota;
+	u64 before, quota_bytes, id;
+
+	pending.account = quota_id();
+	if (!pending.account)
+		return NOT_OURS;
+	if (!account_of(pending.account))
+		return NOT_OURS;
+	process = process_of(task, pending.account);
+	if (!process)
+		return NOT_OURS;
+	/* Another one than now, if it has been moved since it began. */
+	pending.account = process->account;
+	pending.process = task->tgid;
+	pending.start_ns = process->start_ns;
+	quota = bpf_map_lookup_elem(&quotas, &pending.account);
+	account = bpf_map_lookup_elem(&accounts, &pending.account);
+	if (!quota || !account)
+		return NOT_OURS;
+	pending.out = pending.first = first;
+	pending.second = second;
+	pending.fourth = fourth;
+	if (call == CUDA_FREE || call == CUDA_ARRAY_DESTROY || call == CUDA_MIPMAP_DESTROY)
+		take(&pending, first);
+	if (call <= CUDA_MIPMAP) {
+		pending.size_bytes = size_of(call, second, third, fourth);
+		if (!pending.size_bytes)
+			return NOT_OURS;
+		quota_bytes = quota->quota_bytes;
+		before = charge(pending.account, pending.process, pending.start_ns,
+				pending.size_bytes);
+		/* Compared so that a size near the end of the range does not wrap around. */
+		if (quota_bytes != NO_QUOTA &&
+		    (before > quota_bytes || pending.size_bytes > quota_bytes - before)) {
+			tell(account, pending.account, pending.size_bytes, quota_bytes,
+			     GPU_EVENT_MEMORY, may_refuse);
+			if (may_refuse) {
+				charge(pending.account, pending.process, pending.start_ns,
+				       -pending.size_bytes);
+				__sync_fetch_and_add(&account->refused, 1);
+				__sync_fetch_and_add(&account->refused_bytes, pending.size_bytes);
+				return REFUSED;
+			}
+			__sync_fetch_and_add(&account->over, 1);
+		}
+		raise_peak(account, before + pending.size_bytes);
+	}
+	id = __sync_fetch_and_add(&serial, 1) + 1;
+	bpf_map_update_elem(&pendings, &id, &pending, BPF_ANY);
+	return id;
+}
+
+/* An allocation has come back. */
+static __always_inline void allocated(struct pending *pending, u32 result)
+{
+	u64 handle = 0, pitch = 0, real;
+
+	if (result != CUDA_SUCCESS) {
+		charge(pending->account, pending->process, pending->start_ns, -pending->size_bytes);
+		return;
+	}
+	if (bpf_copy_from_user(&handle, sizeof(handle), (void *)pending->out)) {
+		struct vram_account *account = bpf_map_lookup_elem(&accounts, &pending->account);
+
+		if (account)
+			__sync_fetch_and_add(&account->untracked, 1);
+		return;
+	}
+	if (pending->call == CUDA_ALLOC_PITCH &&
+	    !bpf_copy_from_user(&pitch, sizeof(pitch), (void *)pending->second)) {
+		real = grain(pitch * pending->fourth); /* the height */
+		if (real > pending->size_bytes) {
+			charge(pending->account, pending->process, pending->start_ns,
+			       real - pending->size_bytes);
+			pending->size_bytes = real;
+		}
+	}
+	note(pending, handle);
+}
+
+static __always_inline void mapped(struct pending *pending)
+{
+	struct mapping mapping = { pending->second, pending->fourth };
+	struct vram_allocation *allocation;
+	struct vram_key key;
+
+	key_of(&key, pending, mapping.handle, CUDA_CREATE);
+	allocation = bpf_map_lookup_elem(&allocations, &key);
+	if (!allocation)
+		return;
+	__sync_fetch_and_add(&allocation->refs, 1);
+	key_of(&key, pending, pending->first, CUDA_MAP);
+	bpf_map_update_elem(&mappings, &key, &mapping, BPF_ANY);
+}
+
+static __always_inline void retained(struct pending *pending)
+{
+	struct vram_allocation *allocation;
+	struct vram_key key;
+	u64 handle = 0;
+
+	if (bpf_copy_from_user(&handle, sizeof(handle), (void *)pending->out))
+		return;
+	key_of(&key, pending, handle, CUDA_CREATE);
+	allocation = bpf_map_lookup_elem(&allocations, &key);
+	if (allocation)
+		__sync_fetch_and_add(&allocation->refs, 1);
+}
+
+static __always_inline void left(struct pending *pending, u32 result)
+{
+	struct vram_key key;
+	u64 context = 0, *primary;
+
+	if (pending->has_taken) {
+		if (result != CUDA_SUCCESS)
+			untake(pending, pending->first);
+		else
+			give_back(pending, &pending->taken);
+		return;
+	}
+	if (result != CUDA_SUCCESS)
+		return;
+	switch (pending->call) {
+	case CUDA_RELEASE:
+		drop(pending, pending->first);
+		break;
+	case CUDA_MAP:
+		mapped(pending);
+		break;
+	case CUDA_RETAIN:
+		retained(pending);
+		break;
+	case CUDA_UNMAP: {
+		struct unmap range = { pending, pending->first, pending->first + pending->second };
+
+		bpf_loop(MAPPINGS_MAX, unmap_one, &range, 0);
+		break;
+	}
+	case CUDA_CTX_CREATE:
+		if (!bpf_copy_from_user(&context, sizeof(context), (void *)pending->out))
+			set_context(context, true);
+		break;
+	case CUDA_CTX_SET:
+		set_context(pending->first, false);
+		break;
+	case CUDA_CTX_PUSH:
+		set_context(pending->first, true);
+		break;
+	case CUDA_CTX_POP:
+		pop_context();
+		break;
+	case CUDA_CTX_DESTROY:
+		end_context(pending, pending->first);
+		if (context_of_thread() == pending->first)
+			pop_context();
+		break;
+	case CUDA_PRIMARY_RETAIN: /* (context *, device) */
+		if (bpf_copy_from_user(&context, sizeof(context), (void *)pending->out))
+			break;
+		key_of(&key, pending, pending->second, CUDA_PRIMARY_RETAIN);
+		bpf_map_update_elem(&primaries, &key, &context, BPF_ANY);
+		break;
+	case CUDA_PRIMARY_RESET: /* (device) */
+		key_of(&key, pending, pending->first, CUDA_PRIMARY_RETAIN);
+		primary = bpf_map_lookup_elem(&primaries, &key);
+		if (primary)
+			end_context(pending, *primary);
+		break;
+	}
+}
+
+/**
+ * leave - a function of libcuda returns
+ * @id: the number from enter()
+ * @result: what it returns
+ */
+__noinline int leave(u64 id, u32 result)
+{
+	struct pending *found = bpf_map_lookup_elem(&pendings, &id), pending;
+
+	if (!found)
+		return 0;
+	pending = *found;
+	bpf_map_delete_elem(&pendings, &id);
+	if (pending.size_bytes)
+		allocated(&pending, result);
+	else
+		left(&pending, result);
+	return 0;
+}
+
+/* Makes the function return without having been entered. False: its caller is not to be seen. */
+static __always_inline bool leave_out(struct pt_regs *ctx)
+{
+#ifdef __TARGET_ARCH_x86
+	u64 stack = ctx->sp, caller = 0;
+
+	if (bpf_copy_from_user(&caller, sizeof(caller), (void *)stack))
+		return false;
+	ctx->ax = CUDA_ERROR_OUT_OF_MEMORY;
+	ctx->sp = stack + sizeof(caller);
+	ctx->ip = caller;
+#else
+	u64 caller = ctx->regs[30];
+
+	ctx->regs[0] = CUDA_ERROR_OUT_OF_MEMORY;
+	ctx->pc = caller;
+#endif
+	return true;
+}
+
+static __always_inline u64 session(struct pt_regs *ctx)
+{
+	u64 *kept = session_cookie(ctx), id;
+
+	if (is_return(ctx)) {
+		if (*kept)
+			leave(*kept, RESULT(ctx));
+		return NOT_OURS;
+	}
+	id = enter(bpf_get_attach_cookie(ctx), ARG1(ctx), ARG2(ctx), ARG3(ctx), ARG4(ctx));
+	*kept = id == REFUSED ? 0 : id;
+	return id;
+}
+
+/* 1: the function's return is not to be seen. */
+SEC("uprobe.multi.s")
+int on_cuda(struct pt_regs *ctx)
+{
+	u64 id = session(ctx);
+
+	if (id == REFUSED)
+		leave_out(ctx);
+	return id == REFUSED || id == NOT_OURS;
+}
+
+/* The same where a probe may not write registers: what is over the quota is told, not refused. */
+SEC("uprobe.multi.s")
+int on_cuda_seen(struct pt_regs *ctx)
+{
+	return session(ctx) == NOT_OURS;
+}
+
+/* Work is given to the GPU; told once each time that it is asked for. */
+SEC("uprobe.multi")
+int on_launch(struct pt_regs *ctx)
+{
+	struct vram_account *account;
+	struct vram_quota *quota;
+	u64 id;
+
+	id = quota_id();
+	quota = bpf_map_lookup_elem(&quotas, &id);
+	account = id ? account_of(id) : NULL;
+	if (!quota || !account)
+		return 0;
+	__sync_fetch_and_add(&account->launches, 1);
+	if (quota->watch && __sync_lock_test_and_set(&quota->watch, 0))
+		tell(account, id, 0, quota->quota_bytes, GPU_EVENT_ACTIVE, 0);
+	return 0;
+}
+
+/* A process that has ended holds nothing. What is left of its handles the daemon removes. */
+SEC("tp_btf/sched_process_exit")
+int BPF_PROG(on_end, struct task_struct *task)
+{
+	u64 tgid = task->tgid, start_ns = task->group_leader->start_boottime, used;
+	struct vram_process *process;
+	struct vram_account *account;
+
+	if (task->signal->live.counter)
+		return 0;
+	process = bpf_map_lookup_elem(&processes, &tgid);
+	if (!process || process->start_ns != start_ns)
+		return 0;
+	used = process->used_bytes;
+	account = bpf_map_lookup_elem(&accounts, &process->account);
+	if (!bpf_map_delete_elem(&processes, &tgid) && account)
+		__sync_fetch_and_add(&account->used_bytes, -used);
+	return 0;
+}

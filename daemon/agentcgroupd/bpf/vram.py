@@ -1,0 +1,207 @@
+"""vram.bpf.c on the daemon's side: quotas and accounts of GPU memory, and the probes on libcuda.
+
+One link holds the probes of one libcuda, however many functions it has: a session of multi-probes
+(Linux 6.13), which this libbpf may be too old to make, so bpf(2) is asked itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from agentcgroupd import syscalls
+from agentcgroupd.bpf import abi
+from agentcgroupd.bpf.btf import KIND_ENUM, kernel_btf
+from agentcgroupd.bpf.events import AnyEvent, RingBuffer
+from agentcgroupd.bpf.libbpf import libbpf
+from agentcgroupd.bpf.loader import BpfObject, why_refused
+from agentcgroupd.errors import BpfError
+from agentcgroupd.units import CgroupId
+
+REFUSING, SEEING = "on_cuda", "on_cuda_seen"
+NO_QUOTA = (1 << 64) - 1
+# include/uapi/linux/bpf.h
+BPF_LINK_CREATE = 28
+BPF_TRACE_UPROBE_MULTI = 48
+SESSION = "BPF_TRACE_UPROBE_SESSION"
+"""Of enum bpf_attach_type; its number is asked of the kernel's types."""
+
+
+class _LinkAttributes(ctypes.Structure):
+    """union bpf_attr, link_create with uprobe_multi."""
+
+    _fields_ = (
+        ("prog_fd", ctypes.c_uint32),
+        ("target_fd", ctypes.c_uint32),
+        ("attach_type", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("path", ctypes.c_uint64),
+        ("offsets", ctypes.c_uint64),
+        ("ref_ctr_offsets", ctypes.c_uint64),
+        ("cookies", ctypes.c_uint64),
+        ("cnt", ctypes.c_uint32),
+        ("multi_flags", ctypes.c_uint32),
+        ("pid", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+
+
+def session_type() -> int:
+    """The kernel's number for a session of probes. Raises BpfError where it has none."""
+    btf = kernel_btf()
+    found = btf.find("bpf_attach_type", KIND_ENUM)
+    number = btf.enumerators(found).get(SESSION) if found is not None else None
+    if number is None:
+        raise BpfError("the kernel has no sessions of user probes (Linux 6.13)", errno.EOPNOTSUPP)
+    return number
+
+
+class _VramObject(BpfObject):
+    def expect(self, program: str, attach_type: int) -> None:
+        """Before the load: what a program will be attached to."""
+        libbpf().check(f"program {program}", "bpf_program__set_expected_attach_type",
+                       self._program(program), attach_type)  # fmt: skip
+        self._constant("may_refuse").value = program == REFUSING
+
+
+class VramPrograms:
+    """Quotas, accounts and probes."""
+
+    def __init__(self, bpf: BpfObject, program: str, session: int) -> None:
+        """Takes over a loaded object with one of the two programs."""
+        self._bpf, self._program, self._session = bpf, program, session
+        self.refuses = program == REFUSING
+        """Whether what is over the quota is refused; else it is only told."""
+        self._quotas = bpf.map("quotas", abi.VramQuota)
+        self._accounts = bpf.map("accounts", abi.VramAccount)
+        self._processes = bpf.map("processes", abi.VramProcess)
+        self._ring: RingBuffer | None = None
+
+    @classmethod
+    def load(cls, objects: Path | None = None, refuse: bool = True) -> VramPrograms:
+        """Load the object: the program that refuses, or the one that only sees where the kernel
+        does not take the first. Raises BpfError, of the last one tried."""
+        session = session_type()
+        path = objects / "vram.bpf.o" if objects else None
+        wanted = (REFUSING, SEEING) if refuse else (SEEING,)
+        for program in wanted:
+            bpf = _VramObject.open("vram", path)
+            try:
+                for other in {REFUSING, SEEING} - {program}:
+                    bpf.skip_program(other)
+                bpf.expect(program, session)
+                bpf.load()
+                bpf.attach("on_end")
+                made = cls(bpf, program, session)
+                if program == REFUSING:
+                    made.try_on()
+                return made
+            except BpfError:
+                bpf.close()
+                if program == wanted[-1]:
+                    raise
+            except BaseException:
+                bpf.close()
+                raise
+        raise AssertionError("one of the two was tried last")
+
+    def try_on(self) -> None:
+        """Attach to a function of our own and take it back: some kernels load a program that writes
+        registers and refuse it only then. Raises BpfError."""
+        from agentcgroupd.gpu.elf import first_export
+
+        path = Path(os.__file__).with_name("lib-dynload")
+        library = next(iter(sorted(path.glob("*.so"))), None)
+        if library is None:
+            return
+        os.close(self.attach(str(library), {first_export(library): abi.CudaCall.NONE}))
+
+    def start(self, handle: Callable[[list[AnyEvent]], None]) -> None:
+        """Hand over events on the running loop from now on."""
+        self._ring = RingBuffer(self._bpf.map_fd("events"), handle)
+        self._ring.start()
+
+    def attach(self, path: str, offsets: Mapping[int, abi.CudaCall]) -> int:
+        """Probe functions of one library, by offset in its file. Returns the link's descriptor,
+        which keeps the probes there. Raises BpfError."""
+        return self._link(self._program, self._session, path, offsets, 0)
+
+    def attach_launches(self, path: str, offsets: Mapping[int, abi.CudaCall], pid: int = 0) -> int:
+        """Probe the functions that give work to the GPU, of one process (0: of all). As attach."""
+        return self._link("on_launch", BPF_TRACE_UPROBE_MULTI, path, offsets, pid)
+
+    def _link(
+        self, program: str, kind: int, path: str, offsets: Mapping[int, abi.CudaCall], pid: int
+    ) -> int:
+        count = len(offsets)
+        places = (ctypes.c_uint64 * count)(*offsets)
+        cookies = (ctypes.c_uint64 * count)(*offsets.values())
+        name = ctypes.create_string_buffer(path.encode())
+        attributes = _LinkAttributes(
+            prog_fd=self._bpf.program_fd(program), attach_type=kind,
+            path=ctypes.addressof(name), offsets=ctypes.addressof(places),
+            cookies=ctypes.addressof(cookies), cnt=count, pid=pid,
+        )  # fmt: skip
+        try:
+            fd = syscalls.bpf(BPF_LINK_CREATE, attributes)
+        except OSError as error:
+            number = error.errno or errno.EINVAL
+            why = why_refused(number)
+            raise BpfError(f"probing {path}" + (f" ({why})" if why else ""), number) from None
+        os.set_inheritable(fd, False)
+        return fd
+
+    # Accounts
+
+    def set_quota(self, cgroup: CgroupId, quota_bytes: int | None, watch: bool = False) -> None:
+        """Account what is in this cgroup or below it, up to a quota (None: without one). `watch`:
+        tell the next work that it gives to the GPU. Raises BpfError."""
+        quota = NO_QUOTA if quota_bytes is None else quota_bytes
+        self._quotas[cgroup] = abi.VramQuota(quota_bytes=quota, watch=watch)
+
+    def drop(self, cgroup: CgroupId) -> None:
+        """Stop accounting, and forget; no error if there was none. Raises BpfError."""
+        self._quotas.pop(cgroup)
+        self._accounts.pop(cgroup)
+
+    def account(self, cgroup: CgroupId) -> abi.VramAccount:
+        """What has been seen of a cgroup; zeros where nothing was. Raises BpfError."""
+        return self._accounts.get(cgroup) or abi.VramAccount()
+
+    def prune(self) -> int:
+        """Forget handles of processes that have ended; how many. Raises BpfError."""
+        removed = 0
+        for name in ("allocations", "mappings", "contexts", "primaries"):
+            for key in list(self._keys(name)):
+                process = self._processes.get(key.tgid)
+                if process is None or process.start_ns != key.start_ns:
+                    libbpf().call("bpf_map_delete_elem", self._bpf.map_fd(name), ctypes.byref(key))
+                    removed += 1
+        return removed
+
+    def handles(self, name: str = "allocations") -> int:
+        """How many handles are noted. Raises BpfError."""
+        return sum(1 for _ in self._keys(name))
+
+    def _keys(self, name: str) -> Iterator[abi.VramKey]:
+        fd, before = self._bpf.map_fd(name), None
+        while True:
+            key = abi.VramKey()
+            last = ctypes.byref(before) if before else None
+            result = libbpf().call("bpf_map_get_next_key", fd, last, ctypes.byref(key))
+            if result == -errno.ENOENT:
+                return
+            if result < 0:
+                raise BpfError(f"map {name}: keys", -result)
+            yield key
+            before = key
+
+    def close(self) -> None:
+        """Give up everything; links are their holders' to close first."""
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
+        self._bpf.close()

@@ -1,0 +1,512 @@
+"""GPU sharing as the daemon has it: devices, who has a part of them, and what holds them to it.
+
+A host without GPUs, or without a driver, works as ever: whoever asks for a part is told why there
+is none. What holds a quota or a share is chosen at the start, the strongest that can be had, and
+said in the log, by `doctor` and in every report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.admission import Grant
+from agentcgroupd.bpf import abi
+from agentcgroupd.bpf.device import DevicePrograms
+from agentcgroupd.bpf.events import AnyEvent
+from agentcgroupd.bpf.vram import VramPrograms
+from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.config import GpuConfig
+from agentcgroupd.errors import BpfError, InvalidField, ResourceExhausted
+from agentcgroupd.gpu import room
+from agentcgroupd.gpu.arbiter import Settings
+from agentcgroupd.gpu.gate import Gate
+from agentcgroupd.gpu.libraries import Libraries
+from agentcgroupd.gpu.mps import Control, ControlDaemon, Mps, MpsUnavailable
+from agentcgroupd.gpu.nvml import DriverNvml, Nvml, NvmlUnavailable
+from agentcgroupd.gpu.queue import GpuQueue, describe, with_devices
+from agentcgroupd.gpu.tenant import GpuTenant
+from agentcgroupd.gpu.turns import Turns
+from agentcgroupd.gpu.wanted import Device, GpuCeiling, Part, parse_device
+from agentcgroupd.gpu.watch import Watch
+from agentcgroupd.policy.actions import Actions
+from agentcgroupd.session import Call, Session, boottime_usec
+from agentcgroupd.sessions import Sessions
+from agentcgroupd.units import show_bytes
+
+log = logging.getLogger(__name__)
+
+LOOK_AGAIN_S = (0.0, 0.05, 0.25, 1.0)
+"""After a process has opened a GPU: its libcuda may be mapped by now, or a moment later."""
+
+
+class Gpus:
+    """All of it. Made on a running loop; `start` before the first session is found again."""
+
+    def __init__(
+        self,
+        config: GpuConfig,
+        run_dir: Path,
+        objects: Path | None,
+        sessions: Callable[[], Sessions],
+        actions: Callable[[], Actions],
+    ) -> None:
+        """Nothing is touched yet. The last two are asked from `start` on."""
+        self.config = config
+        self._run_dir, self._objects = run_dir, objects
+        self._sessions, self._actions = sessions, actions
+        self.ceiling = GpuCeiling(why_none="switched off in the configuration (gpu.enabled)")
+        self.tenants: dict[str, GpuTenant] = {}
+        self.gate: Gate | None = None
+        self.vram: VramPrograms | None = None
+        self.libraries: Libraries | None = None
+        self.mps: Mps | None = None
+        self.turns: Turns | None = None
+        self.watch: Watch | None = None
+        self.make_nvml: Callable[[], Nvml] = DriverNvml
+        self.read_majors: Callable[[], Mapping[int, abi.GpuMajorKind]] | None = None
+        self.make_control: Callable[[Path, Path, list[str]], Control] = ControlDaemon
+        self.queue = GpuQueue(
+            lambda: self.ceiling.devices, lambda: [t.holding for t in self.tenants.values()],
+            config.wait, actions,
+        )  # fmt: skip
+        self._pool: Cgroup | None = None
+        self._executor: ThreadPoolExecutor | None = None
+        self._probing: set[asyncio.Task[None]] = set()
+
+    # Starting and stopping
+
+    async def start(self, pool: Cgroup) -> None:
+        """Find the devices, close the gate, choose what holds quotas and shares. Never raises for
+        what a host lacks."""
+        if not self.config.enabled:
+            return
+        self._pool = pool
+        self._executor = ThreadPoolExecutor(3, thread_name_prefix="gpu")
+        self._close_gate()
+        try:
+            nvml = await self.run(self.make_nvml)
+            infos = await self.run(nvml.devices)
+        except NvmlUnavailable as error:
+            self.ceiling = GpuCeiling(why_none=str(error))
+            log.info("no GPUs for calls: %s", error)
+            return
+        devices = tuple(
+            Device(i.index, i.uuid, i.minor, i.name, max(0, i.memory_bytes - self.config.reserve))
+            for i in infos
+            if not i.mig
+        )
+        why = "its owner has split every GPU (MIG)" if infos else "the driver has no device"
+        self.ceiling = GpuCeiling(devices, why)
+        if not devices:
+            nvml.close()
+            return
+        for device in devices:
+            log.info("GPU %d: %s, %s to grant, %s", device.index, device.name,
+                     show_bytes(device.memory_bytes), device.uuid)  # fmt: skip
+        self._load_probes()
+        await self._choose_share(devices)
+        self.watch = Watch(self, nvml, self.owner, self._actions)
+        self.watch.start()
+        log.info("GPU memory is held by %s, shares by %s", self.memory_held_by, self.share_held_by)
+
+    async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """In the executor."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, function, *arguments
+        )
+
+    def _close_gate(self) -> None:
+        if not self.config.gate or self._pool is None:
+            return
+        try:
+            gate = Gate(DevicePrograms.load(self._objects), self.read_majors)
+            gate.close_for(self._pool)
+            gate.start(self._device_events)
+        except (BpfError, OSError) as error:
+            log.error("device files of GPUs are open to everyone: %s", error)
+            return
+        self.gate = gate
+
+    def _load_probes(self) -> None:
+        if self.config.quota not in ("auto", "probes"):
+            return
+        try:
+            self.vram = VramPrograms.load(self._objects)
+        except BpfError as error:
+            log.warning("GPU memory is not seen by probes: %s", error)
+            return
+        self.libraries = Libraries(self.vram)
+        found = self.libraries.probe_host(self.config.libraries)
+        if not found:
+            log.info("no libcuda of the host's own; those of containers are found when they open "
+                     "a GPU")  # fmt: skip
+        self.vram.start(self._memory_events)
+
+    async def _choose_share(self, devices: tuple[Device, ...]) -> None:
+        wanted = self.config.share
+        if wanted in ("auto", "mps"):
+            pipes, logs = self._run_dir / "agent/mps", self._run_dir / "private/mps"
+            control = self.make_control(pipes, logs, [d.uuid for d in devices])
+            mps = Mps(control, pipes, self._mps_ended)
+            try:
+                await mps.start()
+                self.mps = mps
+                return
+            except MpsUnavailable as error:
+                level = logging.ERROR if wanted == "mps" else logging.INFO
+                log.log(level, "shares are held by turns: MPS cannot be had: %s", error)
+        if wanted != "none":
+            config = self.config
+            settings = Settings(config.period, config.least_turn, config.batch_percent)
+            self.turns = Turns(settings, self.tenants)
+
+    async def stop(self) -> None:
+        """Let go: nobody is held back, the gate stays closed, calls go on."""
+        if self.turns is not None:
+            self.turns.stop()
+        for task in self._probing:
+            task.cancel()
+        if self.watch is not None:
+            await self.watch.stop()
+        if self.mps is not None:
+            await self.mps.stop(leave=bool(self.tenants))
+        if self.libraries is not None:
+            self.libraries.close()
+        if self.vram is not None:
+            self.vram.close()
+        if self.gate is not None:
+            self.gate.close()
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    # What holds what
+
+    @property
+    def memory_held_by(self) -> str:
+        """`probes`, `mps` or `counting`."""
+        if self.vram is not None and self.vram.refuses and self.libraries and self.libraries.probed:
+            return "probes"
+        if self.mps is not None and self.config.quota in ("auto", "mps"):
+            return "mps"
+        return "counting"
+
+    @property
+    def share_held_by(self) -> str:
+        """`mps`, `turns` or `nothing`."""
+        return "mps" if self.mps else "turns" if self.turns else "nothing"
+
+    def _mps_ended(self) -> None:
+        if self.watch is not None:
+            self.watch.mps_ended()
+
+    # Granting
+
+    def place(self, grant: Grant, call_id: str) -> Grant:
+        """A grant with its devices; one that asks for none as it is. Raises ResourceExhausted when
+        there is no room now."""
+        if grant.gpu_percent is None:
+            return grant
+        memory = grant.gpu_memory_bytes or 0
+        wanted = parse_device("gpu_device", grant.gpu_wanted)
+        part = Part(grant.gpu_percent, memory, grant.gpu_priority or 0, wanted)
+        devices = self.queue.placed(call_id) or self.place_part(part)
+        return with_devices(grant, devices, self._environment(grant.gpu_percent, memory, devices))
+
+    def place_part(self, part: Part) -> tuple[str, ...]:
+        """Devices for a part. Raises ResourceExhausted when there is no room now."""
+        devices = room.place(part.devices, part.percent, part.memory_bytes, self.ceiling.devices,
+                             self.queue.holdings())  # fmt: skip
+        if devices is None:
+            raise ResourceExhausted(
+                f"gpu: {describe(part.percent, part.memory_bytes)} is not there "
+                f"({self.queue.allowed()})", "gpu", f"{part.percent}%", self.queue.allowed(),
+            )  # fmt: skip
+        return devices
+
+    def _environment(self, percent: int, memory: int, devices: tuple[str, ...]) -> list[str]:
+        found = {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+        if self.mps is not None and self.mps.works:
+            found.update(self.mps.environment(percent, memory, len(devices)))
+            if self.memory_held_by != "mps":
+                del found["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"]
+        return [f"{name}={value}" for name, value in found.items()]
+
+    def regrant(self, call: Call, grant: Grant) -> Grant:
+        """The grant of an open call after a change of its part. Raises RequestError, with nothing
+        changed."""
+        tenant = self.tenants.get(call.id)
+        old = call.grant
+        same = (grant.gpu_percent, grant.gpu_memory_bytes, grant.gpu_priority) == (
+            old.gpu_percent, old.gpu_memory_bytes, old.gpu_priority,
+        )  # fmt: skip
+        if same:
+            return grant
+        if tenant is None:
+            raise InvalidField("gpu", f"{grant.gpu_percent}%", "nothing in an open call that began "
+                               "without a part of a GPU", "begin another call for it")  # fmt: skip
+        others = [t.holding for t in self.tenants.values() if t is not tenant]
+        for device in tenant.devices:
+            free = room.free_of(device, others)
+            if (grant.gpu_percent or 0) > free.percent or (
+                (grant.gpu_memory_bytes or 0) > free.memory_bytes
+            ):
+                raise ResourceExhausted(
+                    f"gpu: {describe(grant.gpu_percent, grant.gpu_memory_bytes)} is not there "
+                    f"({self.queue.allowed()} beside what the call has)", "gpu",
+                    f"{grant.gpu_percent}%", f"{free.percent} %, {show_bytes(free.memory_bytes)}",
+                )  # fmt: skip
+        devices = old.gpu_devices
+        grant = with_devices(grant, devices, self._environment(
+            grant.gpu_percent or 0, grant.gpu_memory_bytes or 0, devices))  # fmt: skip
+        if self.mps is not None:
+            grant = replace(grant, advice=(*grant.advice, "gpu: MPS gives the new share to "
+                            "processes that the call starts from now on."))  # fmt: skip
+        tenant.percent, tenant.priority = grant.gpu_percent or 0, grant.gpu_priority or 0
+        tenant.memory_bytes = grant.gpu_memory_bytes or 0
+        self._set_quota(tenant)
+        if self.turns is not None:
+            self.turns.change(tenant)
+        self.queue.look()
+        return grant
+
+    def budget(self) -> list[pb.GpuBudget]:
+        """What of each device is granted to nobody."""
+        holdings = self.queue.holdings()
+        found = []
+        for device in self.ceiling.devices:
+            free = room.free_of(device, holdings)
+            found.append(pb.GpuBudget(
+                index=device.index, uuid=device.uuid, name=device.name, lost=device.lost,
+                percent_available=free.percent, memory_total_bytes=device.memory_bytes,
+                memory_available_bytes=free.memory_bytes,
+            ))  # fmt: skip
+        return found
+
+    # Sessions and calls
+
+    def session_opened(self, session: Session) -> None:
+        """Its cgroup is there, with its agent leaf. Its own part is never held back by turns: an
+        agent that is paused cannot even hear why."""
+        limits = session.limits
+        if limits.gpu_percent is not None:
+            memory = limits.gpu_memory_bytes or 0
+            session.environment = tuple(
+                self._environment(limits.gpu_percent, memory, limits.gpu_devices)
+            )
+            self._add(GpuTenant(
+                f"session:{session.id}", session, None, session.agent,
+                self._known(limits.gpu_devices), limits.gpu_percent, memory,
+                limits.gpu_priority or 0, boottime_usec(),
+            ))  # fmt: skip
+        if session.adopted and self.gate is not None:
+            try:
+                self.gate.close_for(session.cgroup)
+            except BpfError as error:
+                log.error("session %s: device files of GPUs are open to it: %s", session.id, error)
+
+    def session_closed(self, session: Session) -> None:
+        """Its cgroup is gone, or given back."""
+        self._remove(f"session:{session.id}")
+        if session.adopted and self.gate is not None:
+            try:
+                self.gate.open_for(session.cgroup)
+            except (BpfError, OSError) as error:
+                log.debug("session %s: %s", session.id, error)
+
+    def call_opened(self, call: Call) -> None:
+        """Its cgroup is there, with no process in it or, after a restart, with some. Raises
+        BpfError where it cannot be given what it was granted."""
+        grant = call.grant
+        if grant.gpu_percent is None or call.id in self.tenants:
+            return
+        self._add(GpuTenant(
+            call.id, call.session, call, call.cgroup, self._known(grant.gpu_devices),
+            grant.gpu_percent, grant.gpu_memory_bytes or 0, grant.gpu_priority or 0,
+            boottime_usec(),
+        ))  # fmt: skip
+
+    def _known(self, uuids: tuple[str, ...]) -> tuple[Device, ...]:
+        known = {d.uuid: d for d in self.ceiling.devices}
+        for uuid in uuids:
+            if uuid not in known:
+                log.error("GPU %s was granted, and is not there any more", uuid)
+        return tuple(known[uuid] for uuid in uuids if uuid in known)
+
+    def _add(self, tenant: GpuTenant) -> None:
+        self.tenants[tenant.id] = tenant
+        try:
+            self._set_quota(tenant)
+            if self.gate is not None:
+                self.gate.admit(tenant.cgroup.id, [d.minor for d in tenant.devices])
+        except BpfError:
+            self._remove(tenant.id)
+            raise
+        if self.turns is not None and tenant.call is not None:
+            self.turns.add(tenant)
+        if self.watch is not None:
+            self.watch.wake()
+
+    def _set_quota(self, tenant: GpuTenant) -> None:
+        if self.vram is not None:
+            self.vram.set_quota(tenant.cgroup.id, tenant.quota_bytes, self._watched(tenant))
+
+    def _watched(self, tenant: GpuTenant) -> bool:
+        """Whether the next work that it begins is to be told at once."""
+        if self.turns is None or self.config.watch_launches == "off":
+            return False
+        arbiter = self.turns.arbiter.tenants.get(tenant.id)
+        important = arbiter is None or arbiter.important
+        wanted = self.config.watch_launches == "all" or important
+        return wanted and (arbiter is None or not arbiter.wants)
+
+    def want(self, tenant: GpuTenant, wants: bool) -> None:
+        """It begins or stops to use its devices."""
+        if self.turns is None:
+            return
+        if wants:
+            tenant.uses(boottime_usec())
+        self.turns.want(tenant, wants)
+        if not wants and self._watched(tenant):
+            try:
+                self._set_quota(tenant)
+            except BpfError as error:
+                log.error("%s: %s", tenant.name, error)
+
+    def call_ending(self, call: Call) -> None:
+        """It is empty, and its report is to be made."""
+        tenant = self.tenants.get(call.id)
+        if tenant is None:
+            return
+        account = self.vram.account(call.cgroup.id) if self.vram is not None else abi.VramAccount()
+        peaks = [p for p in (tenant.memory_peak_bytes, account.peak_bytes or None) if p]
+        held = tenant.held_usec
+        if tenant.held_since_usec is not None:
+            held += boottime_usec() - tenant.held_since_usec
+        call.gpu_feedback = tuple(tenant.feedback)
+        call.gpu_usage = pb.GpuUsage(
+            memory_peak_bytes=max(peaks, default=None),
+            sm_percent=tenant.sm_sum / tenant.sm_usec if tenant.sm_usec else None,
+            energy_mj=int(tenant.energy_mj) if tenant.energy_known else None,
+            held_back_usec=held,
+            refused=account.refused,
+            memory_held_by=self.memory_held_by,
+            share_held_by=self.share_held_by,
+        )
+
+    def call_closed(self, call: Call) -> None:
+        """Its cgroup is gone or given up; what it had is given back."""
+        self._remove(call.id)
+
+    def _remove(self, tenant_id: str) -> None:
+        tenant = self.tenants.pop(tenant_id, None)
+        if tenant is None:
+            return
+        if self.turns is not None:
+            self.turns.remove(tenant)
+        try:
+            if self.gate is not None:
+                self.gate.expel(tenant.cgroup.id)
+            if self.vram is not None:
+                self.vram.drop(tenant.cgroup.id)
+        except BpfError as error:
+            log.error("%s: %s", tenant.name, error)
+        if self.watch is not None:
+            self.watch.gone(tenant)
+        self.queue.look()
+
+    def sweep(self) -> None:
+        """Now and then: a driver that was loaded, handles of processes that have ended."""
+        try:
+            if self.gate is not None:
+                self.gate.refresh()
+            if self.vram is not None and not self.tenants:
+                self.vram.prune()
+        except (BpfError, OSError) as error:
+            log.error("GPUs: %s", error)
+
+    def owner(self, pid: int) -> GpuTenant | None:
+        """Whose a process is; None: nobody's that has a part."""
+        place = self._sessions().place_of(pid)
+        if place is None:
+            return None
+        session, leaf = place
+        return self.tenants.get(leaf.removeprefix("call-") if leaf.startswith("call-")
+                                else f"session:{session.id}")  # fmt: skip
+
+    # Events
+
+    def _device_events(self, batch: list[AnyEvent]) -> None:
+        for event in batch:
+            if not isinstance(event, abi.GpuDeviceEvent) or not event.pid:
+                continue
+            if event.event.type == abi.GpuEventType.CLOSED:
+                if self.watch is not None or self.ceiling.devices or self.gate is not None:
+                    self._refused(event)
+                continue
+            tenant = self.owner(event.pid)
+            if tenant is not None:
+                self.want(tenant, True)
+                task = asyncio.get_running_loop().create_task(self._probe(tenant, event.pid))
+                self._probing.add(task)
+                task.add_done_callback(self._probing.discard)
+
+    def _refused(self, event: abi.GpuDeviceEvent) -> None:
+        place = self._sessions().place_of(event.pid)
+        if place is None:
+            return
+        session, leaf = place
+        call = session.calls.get(leaf.removeprefix("call-"))
+        comm = event.comm.decode("utf-8", "replace")
+        granted = call is not None and call.grant.gpu_percent is not None
+        how = "another GPU than it was granted" if granted else "a GPU, which needs a grant"
+        ask = "ask for it with gpu_device." if granted else 'begin the call with gpu="10%".'
+        self._actions().tell(session, call.id if call else "", pb.Feedback(
+            code=pb.FEEDBACK_CODE_GPU_CLOSED, sentence=f"{comm} tried to open {how}: {ask}",
+            numbers={"major": float(event.major), "minor": float(event.minor)},
+        ))  # fmt: skip
+
+    async def _probe(self, tenant: GpuTenant, pid: int) -> None:
+        if self.libraries is None or self.vram is None:
+            return
+        for pause_s in LOOK_AGAIN_S:
+            await asyncio.sleep(pause_s)
+            if tenant.id not in self.tenants:
+                return
+            used = await self.run(self.libraries.probe_process, pid)
+            if used:
+                break
+        else:
+            return
+        arbiter = self.turns.arbiter.tenants.get(tenant.id) if self.turns else None
+        watch = self.config.watch_launches
+        if arbiter is None or watch == "off" or (watch == "important" and not arbiter.important):
+            return
+        if self.watch is not None and pid not in tenant.launch_links:
+            tenant.launch_links[pid] = -1
+            try:
+                tenant.launch_links[pid] = await self.run(
+                    self.libraries.watch_launches, used[0], pid
+                )
+            except BpfError as error:
+                del tenant.launch_links[pid]
+                log.warning("%s: the start of its work is not told: %s", tenant.name, error)
+            if tenant.id not in self.tenants:
+                self.watch.gone(tenant)
+
+    def _memory_events(self, batch: Iterable[AnyEvent]) -> None:
+        by_cgroup = {t.cgroup.id: t for t in self.tenants.values()}
+        for event in batch:
+            tenant = by_cgroup.get(event.event.cgroup_id)  # type: ignore[call-overload]
+            if tenant is None or not isinstance(event, abi.VramEvent):
+                continue
+            if event.event.type == abi.GpuEventType.ACTIVE:
+                self.want(tenant, True)
+            elif self.watch is not None:
+                self.watch.over_quota(tenant, event)

@@ -1,0 +1,30 @@
+"""`python -m tests.gpu_daemon --config FILE`: the daemon with fakes for NVML and MPS, which show
+what the file in $AGENTCG_TEST_GPUS says."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from agentcgroupd import __main__ as main
+from agentcgroupd import service
+from tests.gpu_fakes import MAJORS, FakeControl, FakeNvml
+
+STATE = Path(os.environ["AGENTCG_TEST_GPUS"])
+
+
+class FakedDaemon(service.Daemon):
+    """All else is real."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.gpus.make_nvml = lambda: FakeNvml(STATE)
+        self.gpus.read_majors = lambda: MAJORS
+        self.gpus.make_control = lambda pipes, logs, devices: FakeControl(STATE, pipes)
+
+
+if __name__ == "__main__":
+    setattr(main, "Daemon", FakedDaemon)  # noqa: B010  # its own name is not exported
+    sys.exit(main.main())

@@ -1,0 +1,139 @@
+"""Stand-ins for NVML and MPS that behave as the real ones do, told what to show by a file.
+
+Faithful where the daemon depends on it: a lost device raises where the driver does, use of the
+processors is told only for the time since the last look, memory of a process that has ended is not
+shown, and the MPS control daemon is a process that can die.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agentcgroupd.bpf.abi import GpuMajorKind
+from agentcgroupd.gpu.mps import MpsUnavailable
+from agentcgroupd.gpu.nvml import DeviceInfo, DeviceSample, Fault, NvmlUnavailable, ProcessUse
+
+DEVICES_MAJOR, SHARED_MAJOR = 240, 241
+"""For local use (Documentation/admin-guide/devices.txt): no driver answers, so an open that the
+gate lets through fails with ENXIO, and one that it refuses with EPERM."""
+MAJORS = {DEVICES_MAJOR: GpuMajorKind.DEVICES, SHARED_MAJOR: GpuMajorKind.SHARED}
+GIB = 1 << 30
+
+
+def uuid_of(index: int) -> str:
+    """Of a fake device."""
+    return f"GPU-{index:08x}-0000-0000-0000-000000000000"
+
+
+def write_state(path: Path, **state: Any) -> None:
+    """What the fakes show from now on. devices: how many; memory_gib: of each; processes: [[pid,
+    device, bytes, percent], ...]; lost: indices; faults: [[device, xid], ...], each told once;
+    mps: whether it can be had."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(state))
+    part.replace(path)
+
+
+class FakeNvml:
+    """As nvml.Nvml."""
+
+    driver = "fake"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._told = 0
+        self._energy = 0.0
+        self._at = time.monotonic()
+        if self._state().get("devices", 0) < 0:
+            raise NvmlUnavailable("NVML: driver not loaded")
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads(self._path.read_text())
+        return state
+
+    def devices(self) -> list[DeviceInfo]:
+        """See Nvml."""
+        state = self._state()
+        size = int(state.get("memory_gib", 80)) * GIB
+        return [DeviceInfo(i, uuid_of(i), i, "Fake 100", size) for i in range(state["devices"])]
+
+    def sample(self, uuids: Sequence[str]) -> list[DeviceSample]:
+        """See Nvml."""
+        state = self._state()
+        now = time.monotonic()
+        passed, self._at = now - self._at, now
+        found = []
+        for index in range(state["devices"]):
+            if uuid_of(index) not in uuids:
+                continue
+            if index in state.get("lost", ()):
+                found.append(DeviceSample(uuid_of(index), lost="NVML: GPU is lost"))
+                continue
+            processes = tuple(
+                ProcessUse(pid, memory, percent)
+                for pid, device, memory, percent in state.get("processes", ())
+                if device == index and os.path.exists(f"/proc/{pid}")
+            )
+            busy = sum(p.sm_percent or 0 for p in processes)
+            self._energy += passed * (60_000 + 6_000 * busy)  # mW
+            found.append(DeviceSample(
+                uuid_of(index), sum(p.memory_bytes or 0 for p in processes), int(min(100, busy)),
+                int(self._energy), processes,
+            ))  # fmt: skip
+        return found
+
+    def wait_fault(self) -> Fault | None:
+        """See Nvml."""
+        time.sleep(0.05)
+        faults = self._state().get("faults", ())
+        if self._told >= len(faults):
+            return None
+        device, xid = faults[self._told]
+        self._told += 1
+        return Fault(uuid_of(device), xid)
+
+    def close(self) -> None:
+        """See Nvml."""
+
+
+class FakeControl:
+    """As mps.Control; its process is a sleeper that a test may kill."""
+
+    def __init__(self, path: Path, pipes: Path) -> None:
+        self._path, self._pipes = path, pipes
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> int:
+        """See Control."""
+        if not json.loads(self._path.read_text()).get("mps"):
+            raise MpsUnavailable("nvidia-cuda-mps-control is not installed")
+        self._pipes.mkdir(parents=True, exist_ok=True)
+        code = "import signal; signal.pause()"
+        self._process = subprocess.Popen([sys.executable, "-S", "-c", code])
+        (self._pipes / "nvidia-cuda-mps-control.pid").write_text(str(self._process.pid))
+        return self._process.pid
+
+    def ask(self, command: str) -> str:
+        """See Control."""
+        state = json.loads(self._path.read_text())
+        if self._process is None or self._process.poll() is not None:
+            raise MpsUnavailable("Cannot find MPS control daemon process")
+        if command == "get_server_list":
+            return "1"
+        if command.startswith("get_client_list"):
+            return "\n".join(map(str, state.get("clients", ())))
+        return "100.0"
+
+    def stop(self) -> None:
+        """See Control."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
