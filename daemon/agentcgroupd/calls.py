@@ -34,7 +34,7 @@ from agentcgroupd.errors import (
 )
 from agentcgroupd.evidence import main_status, oom_counts
 from agentcgroupd.intent import check_name, cut_argv, parse_intent
-from agentcgroupd.leaf import prefer_as_oom_victim, write_grant
+from agentcgroupd.leaf import oom_score_adj, set_oom_score_adj, write_grant
 from agentcgroupd.owners import Owners
 from agentcgroupd.reports import Reports
 from agentcgroupd.session import (
@@ -254,7 +254,7 @@ class Calls:
             call.cgroup.kill()
 
     def _entered(self, call: Call, process: Process) -> None:
-        prefer_as_oom_victim(process.pid, call.grant.priority)
+        set_oom_score_adj(process.pid, oom_score_adj(call.grant.priority))
         call.entered = True
         if call.state == pb.CALL_STATE_PENDING:
             call.state = pb.CALL_STATE_RUNNING
@@ -268,6 +268,8 @@ class Calls:
         current = call.cgroup.read_if(knobs.MEMORY_CURRENT)
         grant = merge(call.grant, parse_intent(intent), self._ceiling(call.session), current)
         grant = self.regrant(call, grant)
+        # What the policy did is undone first: its next look decides anew under the new grant.
+        self.actions.unthrottle(call, "Its grant was changed.")
         grant = write_grant(call.session, call.cgroup, grant)
         old = call.grant
         if grant.memory_high_bytes is None and old.memory_high_bytes is not None:

@@ -38,13 +38,22 @@ def write_grant(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
     return replace(grant, not_enforced=tuple(missing)) if missing else grant
 
 
-def prefer_as_oom_victim(pid: int, priority: int) -> None:
-    """When a limit above the call is reached, the kernel is to choose a call, and the least
-    important one, rather than the agent. Thousandths of the limit are added to its badness: 200 for
-    an important call, 500 for a normal one, 800 for batch (mm/oom_kill.c: oom_badness); the agent's
-    own processes stay at 0."""
+AGENT_OOM_SCORE_ADJ = -500
+"""Of an agent's own processes. Between it and the least that a call has lies the whole limit:
+however much the agent holds, no process of it is chosen as long as one of a call is there."""
+
+
+def oom_score_adj(priority: int) -> int:
+    """Of a call: 600 for an important one, 750 for a normal one, 900 for batch. Thousandths of the
+    limit that is reached are added to what a process holds (mm/oom_kill.c: oom_badness)."""
+    return 1000 - 5 * priority
+
+
+def set_oom_score_adj(pid: int, value: int) -> None:
+    """When a limit above the calls is reached, the kernel is to choose a call, and the least
+    important one, rather than the agent."""
     try:
         with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
-            file.write(str(max(50, (100 - priority) * 10)))
+            file.write(str(value))
     except OSError as error:
         log.debug("oom_score_adj of %d: %s", pid, error)

@@ -152,6 +152,21 @@ result = [tool.wait() for tool in tools]
     assert "300 MiB" in killed.sentence
 
 
+def test_however_much_the_agent_holds_a_call_goes_first(daemon: DaemonProcess) -> None:
+    """Even an important one that holds next to nothing, where the agent's own growth did it."""
+    big = daemon.open("big", memory_max="200M", priority="important")
+    big.run("held = bytearray(100 << 20); globals().update(held=held)")
+    big.run(START, schedule=f"1 {8 * MIB} 0\n{int(60_000 * SLOW)} {8 * MIB} 0\n",
+            options=["--name", "small"], LOAD=LOAD)  # fmt: skip
+    wait_until("it has begun", lambda: bool(daemon.call_dirs()))
+    small = daemon.call_dirs()[0] / "memory.current"
+    wait_until("it has grown", lambda: int(small.read_text()) > 8 * MIB)
+    big.run("globals()['more'] = bytearray((MAX << 20) - len(held))", MAX=177)
+    assert big.run("result = tool.wait()") == -9
+    assert big.process.poll() is None
+    assert last(daemon, "big").verdict == pb.VERDICT_OOM_SESSION
+
+
 def test_at_the_pools_limit_the_less_important_call_goes(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:

@@ -58,6 +58,57 @@ def test_a_paused_call_can_be_killed_by_its_user(start_daemon: StartDaemon) -> N
     vip.run("tool.kill(); tool.wait()")
 
 
+STALLS = """
+name = "stalls"
+[[rulesets]]
+name = "slow"
+when = [{ detector = "stalled", above = 0.01, until = 0.0 }]
+do = { action = "slow", percent = 10, above = 0.01 }
+"""
+
+
+def stalls(directory: Path) -> str:
+    """A pool under a policy that slows whoever stalls."""
+    policy = directory / "stalls.toml"
+    policy.write_text(STALLS)
+    return f'[pool]\nmemory_max = "640M"\n[policy]\npath = "{policy}"\n'
+
+
+def test_a_session_that_was_slowed_is_not_left_so(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    """Also when the daemon stops while none of its calls is open."""
+    daemon = start_daemon(stalls(tmp_path))
+    agent = daemon.open("s")
+    weight = daemon.cgroup_dir / "s/cpu.weight"
+    before = int(weight.read_text())
+    options = '"--on-pressure", "throttle", "--memory-max", "40M", "--name"'
+    hold = int(60_000 * SLOW)
+    agent.run(START.replace('"--name"', options), name="stalls", LOAD=LOAD,
+              schedule=f"1000 {60 * MIB} 0\n{hold} {60 * MIB} 0\n")  # fmt: skip
+    wait_until("it is slowed", lambda: bool(events(daemon, "slow")), 60)
+    assert int(weight.read_text()) == before // 10
+    agent.run("tool.kill(); tool.wait()")
+    wait_until("no call is open", lambda: not daemon.call_dirs())
+    daemon.stop()
+    assert int(weight.read_text()) == before
+
+
+def test_a_detector_on_a_file_that_this_kernel_does_not_keep(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    """PSI can be turned off for a cgroup: no pressure is then not taken for none."""
+    daemon = start_daemon(stalls(tmp_path))
+    (daemon.cgroup_dir / "cgroup.pressure").write_text("0")
+    agent = daemon.open("s")
+    assert agent.run(START + "result = tool.wait()", name="t", LOAD=LOAD,
+                     schedule=f"10 {60 * MIB} 0\n1000 {60 * MIB} 0\n") == 0  # fmt: skip
+    state = daemon.admin.GetPolicy(pb.GetPolicyRequest())
+    (slow,) = state.rulesets
+    assert not slow.holds and "does not tell" in slow.detectors[0]
+    assert not events(daemon, "slow")
+
+
 def test_another_policy_lets_go_what_the_first_had_paused(
     start_daemon: StartDaemon, tmp_path: Path
 ) -> None:

@@ -71,7 +71,7 @@ def report_of(daemon: DaemonProcess, name: str) -> pb.Report:
 
 def test_a_call_waits_for_room_and_small_ones_pass_it(daemon: DaemonProcess) -> None:
     agent = daemon.open("a")
-    start(agent, "first", 200 * MIB, int(4000 * SLOW), "--memory", "300M")
+    start(agent, "first", 200 * MIB, int(1500 * SLOW), "--memory", "300M")
     wait_until("it runs", lambda: len(daemon.call_dirs()) == 1)
     start(agent, "second", 20 * MIB, 10, "--memory", "300M")
     wait_until("it waits", lambda: len(waiting(daemon)) == 1)

@@ -69,6 +69,7 @@ class Control:
     ) -> None:
         """On a running loop. Nothing is done before the guard is started."""
         calls = entrance.calls
+        self._actions = calls.actions
         self._sessions = sessions
         self._pool = pool
         self._nudge: asyncio.TimerHandle | None = None
@@ -101,8 +102,13 @@ class Control:
             self._trigger = None
 
     def stop(self) -> None:
-        """No more looks."""
+        """No more looks; sessions that were slowed do not stay so."""
         self.guard.stop()
+        for session in self._sessions.values():
+            try:
+                self._actions.restore(session, "The daemon is stopping.")
+            except KnobError:
+                log.debug("session %s is gone", session.id)
         if self._trigger is not None:
             self._trigger.stop()
         if self._nudge is not None:

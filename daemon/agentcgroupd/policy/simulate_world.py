@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import count
 
+from agentcgroupd.leaf import AGENT_OOM_SCORE_ADJ, oom_score_adj
 from agentcgroupd.policy.simulate_plans import Profile, Segment, Shape
 from agentcgroupd.policy.simulate_pool import INFINITY, Pool
 from agentcgroupd.policy.simulate_types import Call, Kernel, Lane, Strategy
@@ -322,13 +323,13 @@ class World(Pool):
 
     def _kernel_kills(self, calls: list[Call], lanes: list[Lane]) -> bool:
         """mm/oom_kill.c: oom_badness: what a task holds, and its adjustment in thousandths of the
-        limit, which only our calls have: the agent's own processes stay at 0."""
+        limit, which our calls and agents have."""
         for call in calls:
             self.sync(call)
         ours = self.strategy == "ours"
 
         def badness(call: Call) -> tuple[float, str]:
-            adjust = max(50, (100 - call.lane.priority) * 10) if ours else 0
+            adjust = oom_score_adj(call.lane.priority) - AGENT_OOM_SCORE_ADJ if ours else 0
             return call.resident_bytes + adjust / 1000 * self.limit, call.id
 
         alive = [lane for lane in lanes if lane.state == "runs"]

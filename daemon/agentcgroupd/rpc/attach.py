@@ -28,6 +28,7 @@ from agentcgroupd.errors import (
     as_request_error,
 )
 from agentcgroupd.intent import WAIT_MOST_USEC, Intent
+from agentcgroupd.leaf import AGENT_OOM_SCORE_ADJ, set_oom_score_adj
 from agentcgroupd.metrics import Metrics
 from agentcgroupd.rpc.agent import AgentCalls, refuse_unknown
 from agentcgroupd.rpc.identity import Peer, check_operator, session_of
@@ -393,5 +394,6 @@ class AttachServer:
         if session.closing:
             raise PermissionDenied(f"session {session.id} is being closed")
         session.agent.attach(peer.process.pid)
+        set_oom_score_adj(peer.process.pid, AGENT_OOM_SCORE_ADJ)
         words = (f"env={word}" for word in session.environment)
         return ["OK", f"session={session.id}", *words]
