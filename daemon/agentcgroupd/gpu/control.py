@@ -297,8 +297,15 @@ class Gpus:
         if not wants and self._watched(tenant):
             try:
                 self.set_quota(tenant)
+                # What it has launched since it was looked at, before that was to be told.
+                if self.launches(tenant) != tenant.launches:
+                    self.want(tenant, True)
             except BpfError as error:
                 log.error("%s: %s", tenant.name, error)
+
+    def launches(self, tenant: GpuTenant) -> int:
+        """How many have been seen; 0 where none are. Raises BpfError."""
+        return 0 if self.vram is None else int(self.vram.account(tenant.cgroup.id).launches)
 
     def call_ending(self, call: Call) -> None:
         """It is empty, and its report is to be made."""
