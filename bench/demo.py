@@ -213,7 +213,8 @@ def run(directory: Path) -> result.ReplayResult:
     specs, pool_bytes, options, why = prepare(directory)
     for name, text in why.items():
         say(f"{name + ':':<10}{text}")
-    strategies = [engine.run_strategy(name, specs, pool_bytes, say=say) for name in STRATEGIES]
+    how = engine.EngineOptions(memory_scale=options.memory_scale)
+    strategies = [engine.run_strategy(name, specs, pool_bytes, how, say) for name in STRATEGIES]
     return result.ReplayResult(
         kernel=os.uname().release,
         where="emulated guest" if EMULATED else "native",

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from agentcgroupd.policy.load import load_policy
+from agentcgroupd.policy.model import Policy
+from agentcgroupd.policy.scale import scaled
 from agentcgroupd.policy.simulate import Result, Session, Setup, simulate_once
 from agentcgroupd.policy.simulate_plans import compile_plan
 from agentcgroupd.replay import engine, plan, trace
@@ -75,7 +77,7 @@ def _specs(paths: Sequence[Path], count: int, scale: float) -> list[engine.Sessi
 
 
 def _simulated(
-    specs: Sequence[engine.SessionSpec], begun: StrategyResult, pool_bytes: int, policy: Path,
+    specs: Sequence[engine.SessionSpec], begun: StrategyResult, pool_bytes: int, policy: Policy,
     beside_bytes: int = 0,
 ) -> Result:  # fmt: skip
     """The same sessions, each begun when it was in a replay: starting many takes a machine a while.
@@ -85,7 +87,7 @@ def _simulated(
         Session(compile_plan(_with(spec.plan, beside_bytes)), spec.important, began_s[spec.id])
         for spec in specs
     ]
-    return simulate_once(load_policy(policy).policy, sessions, Setup(pool_bytes, len(specs)))
+    return simulate_once(policy, sessions, Setup(pool_bytes, len(specs)))
 
 
 def _with(one: plan.Plan, beside_bytes: int) -> plan.Plan:
@@ -162,11 +164,13 @@ def compare(paths: Sequence[Path], policy: Path, at_most: int, carried: int) -> 
         count = max(4, int(count * scale / SCALE_LEAST))
         scale = SCALE_LEAST
     specs = _specs(paths, count, scale)
+    scaled_policy = scaled(load_policy(policy).policy, scale)
     room_bytes = int(2 * sum(spec.plan.mean_bytes for spec in specs))
-    roomy = engine.run_strategy("ours", specs, room_bytes, say=lambda line: None)
+    how = engine.EngineOptions(memory_scale=scale)
+    roomy = engine.run_strategy("ours", specs, room_bytes, how)
     # Page tables are not in the plan, and what processes share is not the session's.
     beside_bytes = int(
-        _held_replayed(roomy) - _held_simulated(_simulated(specs, roomy, room_bytes, policy))
+        _held_replayed(roomy) - _held_simulated(_simulated(specs, roomy, room_bytes, scaled_policy))
     )
     held = _held_replayed(roomy) * count
     # One call at its peak has to fit beside the others, or no policy could let it finish.
@@ -174,8 +178,8 @@ def compare(paths: Sequence[Path], policy: Path, at_most: int, carried: int) -> 
     pool_bytes = int(max(held / USE, (held + highest) * 1.03))
     print(f"{count} sessions, memory x{scale:.2f}, on {pool_bytes / 1e6:.0f} MB; a session holds "
           f"{beside_bytes / 1e6:.1f} MB beside its plan", file=sys.stderr)  # fmt: skip
-    replayed = engine.run_strategy("ours", specs, pool_bytes, say=lambda line: None)
-    simulated = _simulated(specs, replayed, pool_bytes, policy, beside_bytes)
+    replayed = engine.run_strategy("ours", specs, pool_bytes, how)
+    simulated = _simulated(specs, replayed, pool_bytes, scaled_policy, beside_bytes)
     expected = _expected(simulated, count)
     seen = _seen(replayed, roomy)
     _show(seen, expected)

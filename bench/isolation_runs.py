@@ -149,7 +149,10 @@ def run_one(mix: Mix, group: Group, strategy: str, cpus: int) -> tuple[Run, Stra
     """Run it here. Raises ReplayError where that is impossible."""
     specs = mix.alone() if strategy == ALONE else mix.specs()
     longest_s = max(spec.planned_s for spec in specs)
-    options = engine.EngineOptions(timeout_s=TIMEOUT_FACTOR * longest_s + TIMEOUT_MORE_S)
+    options = engine.EngineOptions(
+        timeout_s=TIMEOUT_FACTOR * longest_s + TIMEOUT_MORE_S,
+        memory_scale=mix.options.memory_scale,
+    )
     pool_bytes = mix.pool_bytes(group.ratio)
     name = "none" if strategy == ALONE else strategy
     result = engine.run_strategy(name, specs, pool_bytes, options)

@@ -161,7 +161,9 @@ class DaemonBackend:
 
     name = "ours"
 
-    def __init__(self, pool_bytes: int, work: Path) -> None:
+    def __init__(self, pool_bytes: int, work: Path, memory_scale: float = 1.0) -> None:
+        """`memory_scale`: of what is replayed. What the policy says in bytes, such as how far a
+        recorded call goes, is true of the recordings, and so scaled alike."""
         from agentcgroup.paths import admin_socket, find_launcher
 
         self._work = work
@@ -173,7 +175,8 @@ class DaemonBackend:
         config.write_text(
             f'[pool]\ncgroup = "/{pool}"\nmemory_max = {json.dumps(str(pool_bytes))}\n'
             f'[server]\nrun_dir = {json.dumps(str(self._run_dir))}\nmetrics_address = ""\n'
-            f"[audit]\npath = {json.dumps(str(work / 'audit.jsonl'))}\n",
+            f"[audit]\npath = {json.dumps(str(work / 'audit.jsonl'))}\n"
+            f"[policy]\npath = {json.dumps(str(_policy(work, memory_scale)))}\n",
             encoding="utf-8",
         )
         self._log = work / "daemon.log"
@@ -308,6 +311,18 @@ class DaemonBackend:
         return left
 
 
+def _policy(work: Path, memory_scale: float) -> Path:
+    """The default policy, for memory at this scale."""
+    from agentcgroupd.policy.document import to_toml
+    from agentcgroupd.policy.load import load_policy
+    from agentcgroupd.policy.scale import scaled
+
+    path = work / "policy.toml"
+    policy = scaled(load_policy(Path("default")).policy, min(1.0, memory_scale))
+    path.write_text(to_toml(policy), encoding="utf-8")
+    return path
+
+
 def _python_path() -> str:
     """Where this process found both packages: a checkout without an install works, too."""
     import agentcgroup
@@ -322,10 +337,12 @@ def _python_path() -> str:
     return os.pathsep.join([*paths, *([known] if known else [])])
 
 
-def make_backend(strategy: str, pool_bytes: int, sessions: int, work: Path) -> Backend:
+def make_backend(
+    strategy: str, pool_bytes: int, sessions: int, work: Path, memory_scale: float = 1.0
+) -> Backend:
     """The backend of one of STRATEGIES or PEERS. Raises ReplayError, KnobError, OSError."""
     if strategy == "ours":
-        return DaemonBackend(pool_bytes, work)
+        return DaemonBackend(pool_bytes, work, memory_scale)
     if strategy == "oomd":
         from .backends_oomd import OomdBackend
 

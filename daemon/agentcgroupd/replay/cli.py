@@ -178,8 +178,9 @@ def run_replay(args: argparse.Namespace) -> int:
             )
             for number, path in enumerate(args.traces, 1)
         ]
+        how = engine.EngineOptions(memory_scale=args.scale)
         strategies = [
-            engine.run_strategy(strategy, specs, args.pool, say=_say)
+            engine.run_strategy(strategy, specs, args.pool, how, say=_say)
             for strategy in args.strategy or ["ours"]
         ]
     except (ReplayError, AgentcgroupdError, ValueError, OSError) as error:

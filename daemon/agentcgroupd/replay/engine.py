@@ -55,10 +55,12 @@ class SessionSpec:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Times of the engine. `timeout_s`: None is five times the longest plan and a minute."""
+    """How a replay is run. `timeout_s`: None is five times the longest plan and a minute.
+    `memory_scale`: of the plans; the daemon's policy is scaled alike."""
 
     sample_period_s: float = 0.05
     timeout_s: float | None = None
+    memory_scale: float = 1.0
 
 
 class _Session:
@@ -299,7 +301,7 @@ def run_strategy(
     load = find_load()
     with tempfile.TemporaryDirectory(prefix="agentcg-replay-") as directory:
         work = Path(directory)
-        backend = make_backend(strategy, pool_bytes, len(specs), work)
+        backend = make_backend(strategy, pool_bytes, len(specs), work, options.memory_scale)
         sessions: list[_Session] = []
         left: tuple[str, ...] = ()
         stopped = False
