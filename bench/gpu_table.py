@@ -33,6 +33,7 @@ WAYS: dict[str, tuple[str, bool]] = {
 }
 """Name -> (mode of gpu_ways, re-executed with an empty environment)."""
 OURS = ("ours, turns", "ours, MPS")
+ALL = ("time slicing", "LD_PRELOAD", "MPS alone", *OURS)
 
 Start = Callable[[list[str], bool], list[str]]
 """Command line of a tool, whether its environment is cleaned -> the one to run."""
@@ -126,26 +127,27 @@ def _in_call(daemon: DaemonProcess, priority: str) -> Start:
     return start
 
 
-def measure(site: Site) -> dict[str, Any]:
-    """Each way under each, and the costs."""
+def measure(site: Site, who: tuple[str, ...] = ALL) -> dict[str, Any]:
+    """Each way under each of these, and the costs."""
     ways, interposer = build()
     quota = {"LD_PRELOAD": str(interposer), "QUOTA_BYTES": str(QUOTA_GIB << 30)}
     table: dict[str, Any] = {"rows": {}, "costs": {}}
-    rows, costs = table["rows"], table["costs"]
-    rows["time slicing"] = try_all(ways, _clean, {})
-    costs["time slicing"] = _costs(ways, _clean, {})
-    rows["LD_PRELOAD"] = try_all(ways, _clean, quota)
-    costs["LD_PRELOAD"] = _costs(ways, _clean, quota)
-    with mps_alone() as env:
-        rows["MPS alone"] = try_all(ways, _clean, env)
-        costs["MPS alone"] = _costs(ways, _clean, env)
-    for name, share in zip(OURS, ("turns", "mps"), strict=True):
-        with site.daemon(f'share = "{share}"') as daemon:
-            rows[name] = try_all(ways, _in_call(daemon, "normal"), {})
-            costs[name] = _costs(ways, _in_call(daemon, "normal"), {})
-            if share == "turns":
-                costs[f"{name}, important"] = _costs(ways, _in_call(daemon, "important"), {})
+    for name in who:
+        if name in OURS:
+            with site.daemon(f'share = "{"turns" if name == OURS[0] else "mps"}"') as daemon:
+                _add(table, name, ways, _in_call(daemon, "normal"), {})
+            continue
+        if name == "MPS alone":
+            with mps_alone() as env:
+                _add(table, name, ways, _clean, env)
+        else:
+            _add(table, name, ways, _clean, quota if name == "LD_PRELOAD" else {})
     return table
+
+
+def _add(table: dict[str, Any], name: str, ways: Path, start: Start, env: dict[str, str]) -> None:
+    table["rows"][name] = try_all(ways, start, env)
+    table["costs"][name] = _costs(ways, start, env)
 
 
 def show(table: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -115,11 +116,13 @@ def steady(work: Any, until_ns: int) -> dict[str, Any]:
     return {"done": done}
 
 
-def bursts(work: Any, until_ns: int, pause_s: float, each: int) -> dict[str, Any]:
+def bursts(
+    work: Any, until_ns: int, pause_s: float, pause_more_s: float, each: int
+) -> dict[str, Any]:
     """Now and then a few operations: for each burst when it began and how long each took."""
     found = []
     while time.monotonic_ns() < until_ns:
-        time.sleep(pause_s)
+        time.sleep(pause_s + pause_more_s * random.random())
         began, times = time.monotonic_ns(), []
         for _ in range(each):
             before = time.monotonic_ns()
@@ -174,7 +177,7 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
     begin_ns, end_ns = json.loads(start.read_text())
     time.sleep(max(0.0, (begin_ns - time.monotonic_ns()) / 1e9))
     if spec["kind"] == "bursts":
-        return bursts(work, end_ns, spec["pause_s"], spec["each"])
+        return bursts(work, end_ns, spec["pause_s"], spec["pause_more_s"], spec["each"])
     return (hold if spec["kind"] == "hold" else steady)(work, end_ns)
 
 

@@ -20,9 +20,22 @@ from agentcgroupd.bpf.abi import GpuMajorKind
 from agentcgroupd.gpu.mps import MpsUnavailable
 from agentcgroupd.gpu.nvml import DeviceInfo, DeviceSample, Fault, NvmlUnavailable, ProcessUse
 
-DEVICES_MAJOR, SHARED_MAJOR = 240, 241
-"""For local use (Documentation/admin-guide/devices.txt): no driver answers, so an open that the
-gate lets through fails with ENXIO, and one that it refuses with EPERM."""
+LOCAL_MAJORS = (*range(240, 255), *range(120, 128), *range(60, 64))
+"""For local use (Documentation/admin-guide/devices.txt). Drivers are given those from 254 down, so
+on a machine with a real GPU some are taken."""
+
+
+def unanswered(proc_devices: str) -> list[int]:
+    """Local majors that no driver has, by the text of /proc/devices: an open that the gate lets
+    through fails with ENXIO, and one that it refuses with EPERM."""
+    characters = proc_devices.partition("Block devices:")[0].splitlines()
+    taken = {int(line.split()[0]) for line in characters if line[:4].strip().isdigit()}
+    return [major for major in LOCAL_MAJORS if major not in taken]
+
+
+DEVICES_MAJOR, SHARED_MAJOR, OTHER_MAJOR = unanswered(
+    Path("/proc/devices").read_text(encoding="ascii")
+)[:3]
 MAJORS = {DEVICES_MAJOR: GpuMajorKind.DEVICES, SHARED_MAJOR: GpuMajorKind.SHARED}
 GIB = 1 << 30
 

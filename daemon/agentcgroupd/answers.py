@@ -106,7 +106,7 @@ class Answers:
             calls_open=len(session.calls),
             calls_max=limits.calls_max,
             sentence=sentence,
-            gpus=self.gpus.budget() if self.gpus is not None else (),
+            gpus=self.gpus.grants.budget() if self.gpus is not None else (),
         )
 
     def describe_policy(self, files: PolicyFiles) -> pb.PolicyState:

@@ -427,8 +427,8 @@ class Calls:
         if call.owner is not None:
             # Owners keeps a pidfd of its own.
             call.owner.close()
-        frozen = call.cgroup.read(knobs.CGROUP_EVENTS).get("frozen", 0)
-        if frozen:
+        # What was asked for: a process that sleeps in the kernel may not have stopped yet.
+        if call.cgroup.read(knobs.CGROUP_FREEZE):
             call.frozen_since_usec = boottime_usec()
             self.actions.thaw(call, "The daemon was restarted; what it had paused goes on.")
         self.actions.restore_high(call)

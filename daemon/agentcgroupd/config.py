@@ -214,8 +214,9 @@ class GpuConfig(Section):
     """Of a device's time for those who make room for important calls."""
     sample: Duration = 200_000
     """Between looks at devices while a call has a part of one."""
-    watch_launches: Literal["important", "all", "off"] = "important"
-    """Whose work is seen to begin by a probe, so that turns need not wait for the next look."""
+    watch_launches: Literal["important", "all", "off"] = "all"
+    """With turns, whose work is seen by a probe, so that who works is not taken for idle and who
+    begins need not wait for the next look."""
     libraries: tuple[Path, ...] = ()
     """Copies of libcuda to be probed from the start, beside the host's."""
 

@@ -136,8 +136,8 @@ class Daemon:
         gpus = self.gpus
         await gpus.start(self.pool.cgroup)
         self.sessions.gpus = lambda: gpus.ceiling
-        self.sessions.place_gpu = gpus.place_part
-        self.calls.place, self.calls.regrant = gpus.place, gpus.regrant
+        self.sessions.place_gpu = gpus.grants.place_part
+        self.calls.place, self.calls.regrant = gpus.grants.place, gpus.grants.regrant
         self.calls.ending = gpus.call_ending
         self.watchers.gpus = self.entrance.gpus = self.answers.gpus = gpus
 

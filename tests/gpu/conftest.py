@@ -37,12 +37,14 @@ class Gpu:
         self.agent: AgentProcess = self.daemon.open("alpha", priority="100")
 
     def torch(self, code: str, **intent: str) -> tuple[str, pb.Report]:
-        """Run a script with PyTorch as a call: what it says, and the call's report."""
-        out, call = self.agent.run(
+        """Run a script with PyTorch as a call: what it says on stdout, and the call's report; what
+        it says on stderr is printed, where PyTorch's warnings are."""
+        out, err, call = self.agent.run(
             "r = agent.run([python, '-c', script], env=env, capture_output=True, text=True,"
-            " **intent)\nresult = (r.stdout + r.stderr, r.call_id)",
+            " **intent)\nresult = (r.stdout, r.stderr, r.call_id)",
             python=TORCH_PYTHON, script=code, intent=intent, env=environment(),
         )  # fmt: skip
+        print(err)
         return out, self.daemon.admin.GetReport(pb.GetReportRequest(call_id=call))
 
 

@@ -278,6 +278,22 @@ def test_the_quota_reaches_the_agent(machine: Machine, agent: AgentProcess) -> N
         assert usage["memory_held_by"] == "counting" and usage["memory_peak_bytes"] == 6 * GIB
 
 
+@pytest.mark.full_speed
+def test_managed_memory_counts(machine: Machine, agent: AgentProcess) -> None:
+    """NVML does not show it."""
+    code = f"library, node = {str(build())!r}, {str(machine.nodes / 'nvidiactl')!r}\n"
+    code += USE.replace("cuMemAlloc_v2", "cuMemAllocManaged").replace("(1 << 30))", "(1 << 30), 1)")
+    code += "time.sleep(10 if sum(results) == 0 else 0)\n"
+    report = agent.run(
+        "import sys\nr = agent.run([sys.executable, '-c', script], gpu_memory='4G',"
+        " capture_output=True, text=True)\nresult = r.report.to_dict()", script=code,
+    )  # fmt: skip
+    if report["gpu"]["memory_held_by"] == "probes":
+        assert report["gpu"]["refused"] == 2 and report["verdict"] == "ok"
+    else:
+        assert report["verdict"] == "stopped" and "6 GiB" in report["sentence"]
+
+
 def _sleeper(agent: AgentProcess, **intent: str) -> tuple[str, int]:
     """A call with one process that waits: its id, and the pid as the daemon sees it."""
     found: tuple[str, int] = agent.run(
@@ -344,6 +360,60 @@ def test_turns(machine: Machine, agent: AgentProcess) -> None:
     assert len(reports) == 2
     report = machine.daemon.admin.GetReport(pb.GetReportRequest(call_id=small))
     assert report.gpu.share_held_by == "turns" and report.gpu.held_back_usec > 500_000
+
+
+LAUNCH = """
+import ctypes, os, sys, time
+cuda = ctypes.CDLL(library)
+try: os.open(node, os.O_RDWR)
+except OSError: pass
+while not os.path.exists(end):
+    cuda.cuLaunchKernel(None, 0)
+    time.sleep(0.002)
+time.sleep(60)
+"""
+
+
+@pytest.mark.full_speed
+def test_who_launches_is_not_taken_for_idle(
+    machine: Machine, agent: AgentProcess, tmp_path: Path
+) -> None:
+    """Though NVML never shows it; and who launches no more is no longer waited for."""
+    end_file = tmp_path / "end"
+    code = (f"library, node, end = {str(build())!r}, {str(machine.nodes / 'nvidiactl')!r}, "
+            f"{str(end_file)!r}\n{LAUNCH}")  # fmt: skip
+    small = agent.run(
+        "import sys\nc = agent.tool_call('t', gpu='20%', gpu_device='0'); c.begin()\n"
+        "p = c.popen([sys.executable, '-c', script])\nresult = c.id", script=code,
+    )  # fmt: skip
+    large, pid = _sleeper(agent, gpu="60%", gpu_device="0")
+    machine.show(processes=[[pid, 0, GIB, 90.0]])
+    wait_until("turns begin", lambda: _frozen(machine, large))
+    held = _sampled(lambda: _frozen(machine, large), 3.0)
+    assert 0.15 < held < 0.35, held
+    end_file.touch()
+    wait_until("the idle one is let alone", lambda: _sampled(
+        lambda: _frozen(machine, large), 0.4) == 0)  # fmt: skip
+    machine.show()
+    for call in (small, large):
+        end(machine, call)
+
+
+@pytest.mark.full_speed
+def test_a_daemon_that_is_killed_in_a_turn(machine: Machine, agent: AgentProcess) -> None:
+    """Whom it held back waits for the next daemon, and goes on then."""
+    (large, one), (small, two) = (_sleeper(agent, gpu="60%", gpu_device="0"),
+                                  _sleeper(agent, gpu="20%", gpu_device="0"))  # fmt: skip
+    machine.show(processes=[[one, 0, GIB, 60.0], [two, 0, GIB, 30.0]])
+    wait_until("turns begin", lambda: _frozen(machine, small))
+    machine.daemon.kill()
+    assert _frozen(machine, small) or _frozen(machine, large)
+    machine.show()
+    machine.daemon.start()
+    wait_until("all go on", lambda: not _frozen(machine, small) and not _frozen(machine, large))
+    assert _sampled(lambda: _frozen(machine, small) or _frozen(machine, large), 0.5) == 0
+    for call in (small, large):
+        end(machine, call)
 
 
 @pytest.mark.full_speed

@@ -20,9 +20,8 @@ from agentcgroupd.bpf.device import BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI, Device
 from agentcgroupd.bpf.libbpf import libbpf
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from agentcgroupd.gpu.gate import Gate
-from tests.gpu_fakes import DEVICES_MAJOR, MAJORS, SHARED_MAJOR
+from tests.gpu_fakes import DEVICES_MAJOR, MAJORS, OTHER_MAJOR, SHARED_MAJOR, unanswered
 
-OTHER_MAJOR = 242
 OPEN = """
 import errno, os, sys
 for path in sys.argv[1:]:
@@ -30,6 +29,8 @@ for path in sys.argv[1:]:
         os.open(path, os.O_RDWR)
     except OSError as error:
         print(errno.errorcode[error.errno])
+    else:
+        print("opened")
 """
 MKNOD = """
 import os, stat, sys
@@ -98,6 +99,14 @@ def test_who_may_open_what(cgroup: Cgroup, gate: Gate, nodes: list[str]) -> None
     gate.expel(leaf.id)
     assert inside(leaf, OPEN, *nodes)[:3] == ["EPERM"] * 3
     assert gate.refused == 3 + 3 + 1 + 3
+
+
+def test_majors_of_a_real_driver_are_left_alone() -> None:
+    """As /proc/devices is where a GPU's driver is loaded."""
+    text = "Character devices:\n  1 mem\n195 nvidia\n240 nvidia-caps\n241 nvidia-uvm\n\n"
+    assert unanswered(text + "Block devices:\n242 sd\n")[:2] == [242, 243]
+    text = "Character devices:\n" + "".join(f"{n} nvidia-x\n" for n in range(238, 255))
+    assert unanswered(text + "\nBlock devices:\n")[:2] == [120, 121]
 
 
 def test_a_node_cannot_be_made(cgroup: Cgroup, gate: Gate, tmp_path: Path) -> None:

@@ -97,23 +97,6 @@ def test_a_batch_call_keeps_a_minimum() -> None:
     assert abs(had["a"] - 0.03) < 0.005 and abs(had["b"] - 0.02) < 0.005
 
 
-def test_what_was_measured_counts() -> None:
-    """A tenant whose queued work ran on through others' turns gets shorter ones."""
-    made = arbiter(("a", 50, 50), ("b", 50, 50))
-    now = 0
-    real = {"a": 0.0, "b": 0.0}
-    for _ in range(200):
-        before = {n: t.had_usec for n, t in made.tenants.items()}
-        now = run(made, now + 1_000_000, now)
-        for name, other in (("a", "b"), ("b", "a")):
-            own = made.tenants[name].had_usec - before[name]
-            theirs = made.tenants[other].had_usec - before[other]
-            used = own + 0.2 * theirs if name == "a" else own - 0.2 * own
-            real[name] += used
-            made.correct(name, used / 1_000_000, 1_000_000)
-    assert abs(real["a"] / (real["a"] + real["b"]) - 0.5) < 0.03
-
-
 def test_devices_are_apart() -> None:
     """Those on one device do not wait for those on another; who needs both waits for both."""
     made = Arbiter(SETTINGS)

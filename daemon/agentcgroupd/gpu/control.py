@@ -9,31 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.admission import Grant
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.device import DevicePrograms
 from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.vram import VramPrograms
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.config import GpuConfig
-from agentcgroupd.errors import BpfError, InvalidField, ResourceExhausted
-from agentcgroupd.gpu import room
+from agentcgroupd.errors import BpfError
 from agentcgroupd.gpu.arbiter import Settings
 from agentcgroupd.gpu.gate import Gate
+from agentcgroupd.gpu.grants import Grants
 from agentcgroupd.gpu.libraries import Libraries
 from agentcgroupd.gpu.mps import Control, ControlDaemon, Mps, MpsUnavailable
 from agentcgroupd.gpu.nvml import DriverNvml, Nvml, NvmlUnavailable
-from agentcgroupd.gpu.queue import GpuQueue, describe, with_devices
+from agentcgroupd.gpu.openings import Openings
+from agentcgroupd.gpu.queue import GpuQueue
 from agentcgroupd.gpu.tenant import GpuTenant
 from agentcgroupd.gpu.turns import Turns
-from agentcgroupd.gpu.wanted import Device, GpuCeiling, Part, parse_device
+from agentcgroupd.gpu.wanted import Device, GpuCeiling
 from agentcgroupd.gpu.watch import Watch
 from agentcgroupd.policy.actions import Actions
 from agentcgroupd.session import Call, Session, boottime_usec
@@ -42,8 +42,8 @@ from agentcgroupd.units import show_bytes
 
 log = logging.getLogger(__name__)
 
-LOOK_AGAIN_S = (0.0, 0.05, 0.25, 1.0)
-"""After a process has opened a GPU: its libcuda may be mapped by now, or a moment later."""
+SWITCH_S = 0.0005
+"""Between threads of the interpreter, where there are GPUs."""
 
 
 class Gpus:
@@ -78,7 +78,8 @@ class Gpus:
         )  # fmt: skip
         self._pool: Cgroup | None = None
         self._executor: ThreadPoolExecutor | None = None
-        self._probing: set[asyncio.Task[None]] = set()
+        self.grants = Grants(self)
+        self.openings = Openings(self, sessions, actions)
 
     # Starting and stopping
 
@@ -110,6 +111,9 @@ class Gpus:
         for device in devices:
             log.info("GPU %d: %s, %s to grant, %s", device.index, device.name,
                      show_bytes(device.memory_bytes), device.uuid)  # fmt: skip
+        # A thread that has the interpreter keeps it for 5 ms by default: too long for a loop that
+        # gives the GPU to an important call while another thread asks NVML.
+        sys.setswitchinterval(SWITCH_S)
         self._load_probes()
         await self._choose_share(devices)
         self.watch = Watch(self, nvml, self.owner, self._actions)
@@ -128,7 +132,7 @@ class Gpus:
         try:
             gate = Gate(DevicePrograms.load(self._objects), self.read_majors)
             gate.close_for(self._pool)
-            gate.start(self._device_events)
+            gate.start(self.openings.events)
         except (BpfError, OSError) as error:
             log.error("device files of GPUs are open to everyone: %s", error)
             return
@@ -171,8 +175,7 @@ class Gpus:
         """Let go: nobody is held back, the gate stays closed, calls go on."""
         if self.turns is not None:
             self.turns.stop()
-        for task in self._probing:
-            task.cancel()
+        self.openings.stop()
         if self.watch is not None:
             await self.watch.stop()
         if self.mps is not None:
@@ -206,89 +209,6 @@ class Gpus:
         if self.watch is not None:
             self.watch.mps_ended()
 
-    # Granting
-
-    def place(self, grant: Grant, call_id: str) -> Grant:
-        """A grant with its devices; one that asks for none as it is. Raises ResourceExhausted when
-        there is no room now."""
-        if grant.gpu_percent is None:
-            return grant
-        memory = grant.gpu_memory_bytes or 0
-        wanted = parse_device("gpu_device", grant.gpu_wanted)
-        part = Part(grant.gpu_percent, memory, grant.gpu_priority or 0, wanted)
-        devices = self.queue.placed(call_id) or self.place_part(part)
-        return with_devices(grant, devices, self._environment(grant.gpu_percent, memory, devices))
-
-    def place_part(self, part: Part) -> tuple[str, ...]:
-        """Devices for a part. Raises ResourceExhausted when there is no room now."""
-        devices = room.place(part.devices, part.percent, part.memory_bytes, self.ceiling.devices,
-                             self.queue.holdings())  # fmt: skip
-        if devices is None:
-            raise ResourceExhausted(
-                f"gpu: {describe(part.percent, part.memory_bytes)} is not there "
-                f"({self.queue.allowed()})", "gpu", f"{part.percent}%", self.queue.allowed(),
-            )  # fmt: skip
-        return devices
-
-    def _environment(self, percent: int, memory: int, devices: tuple[str, ...]) -> list[str]:
-        found = {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
-        if self.mps is not None and self.mps.works:
-            found.update(self.mps.environment(percent, memory, len(devices)))
-            if self.memory_held_by != "mps":
-                del found["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"]
-        return [f"{name}={value}" for name, value in found.items()]
-
-    def regrant(self, call: Call, grant: Grant) -> Grant:
-        """The grant of an open call after a change of its part. Raises RequestError, with nothing
-        changed."""
-        tenant = self.tenants.get(call.id)
-        old = call.grant
-        same = (grant.gpu_percent, grant.gpu_memory_bytes, grant.gpu_priority) == (
-            old.gpu_percent, old.gpu_memory_bytes, old.gpu_priority,
-        )  # fmt: skip
-        if same:
-            return grant
-        if tenant is None:
-            raise InvalidField("gpu", f"{grant.gpu_percent}%", "nothing in an open call that began "
-                               "without a part of a GPU", "begin another call for it")  # fmt: skip
-        others = [t.holding for t in self.tenants.values() if t is not tenant]
-        for device in tenant.devices:
-            free = room.free_of(device, others)
-            if (grant.gpu_percent or 0) > free.percent or (
-                (grant.gpu_memory_bytes or 0) > free.memory_bytes
-            ):
-                raise ResourceExhausted(
-                    f"gpu: {describe(grant.gpu_percent, grant.gpu_memory_bytes)} is not there "
-                    f"({self.queue.allowed()} beside what the call has)", "gpu",
-                    f"{grant.gpu_percent}%", f"{free.percent} %, {show_bytes(free.memory_bytes)}",
-                )  # fmt: skip
-        devices = old.gpu_devices
-        grant = with_devices(grant, devices, self._environment(
-            grant.gpu_percent or 0, grant.gpu_memory_bytes or 0, devices))  # fmt: skip
-        if self.mps is not None:
-            grant = replace(grant, advice=(*grant.advice, "gpu: MPS gives the new share to "
-                            "processes that the call starts from now on."))  # fmt: skip
-        tenant.percent, tenant.priority = grant.gpu_percent or 0, grant.gpu_priority or 0
-        tenant.memory_bytes = grant.gpu_memory_bytes or 0
-        self._set_quota(tenant)
-        if self.turns is not None:
-            self.turns.change(tenant)
-        self.queue.look()
-        return grant
-
-    def budget(self) -> list[pb.GpuBudget]:
-        """What of each device is granted to nobody."""
-        holdings = self.queue.holdings()
-        found = []
-        for device in self.ceiling.devices:
-            free = room.free_of(device, holdings)
-            found.append(pb.GpuBudget(
-                index=device.index, uuid=device.uuid, name=device.name, lost=device.lost,
-                percent_available=free.percent, memory_total_bytes=device.memory_bytes,
-                memory_available_bytes=free.memory_bytes,
-            ))  # fmt: skip
-        return found
-
     # Sessions and calls
 
     def session_opened(self, session: Session) -> None:
@@ -298,7 +218,7 @@ class Gpus:
         if limits.gpu_percent is not None:
             memory = limits.gpu_memory_bytes or 0
             session.environment = tuple(
-                self._environment(limits.gpu_percent, memory, limits.gpu_devices)
+                self.grants.environment(limits.gpu_percent, memory, limits.gpu_devices)
             )
             self._add(GpuTenant(
                 f"session:{session.id}", session, None, session.agent,
@@ -342,7 +262,7 @@ class Gpus:
     def _add(self, tenant: GpuTenant) -> None:
         self.tenants[tenant.id] = tenant
         try:
-            self._set_quota(tenant)
+            self.set_quota(tenant)
             if self.gate is not None:
                 self.gate.admit(tenant.cgroup.id, [d.minor for d in tenant.devices])
         except BpfError:
@@ -353,7 +273,8 @@ class Gpus:
         if self.watch is not None:
             self.watch.wake()
 
-    def _set_quota(self, tenant: GpuTenant) -> None:
+    def set_quota(self, tenant: GpuTenant) -> None:
+        """Its quota, and whether its next work is told, as they are now. Raises BpfError."""
         if self.vram is not None:
             self.vram.set_quota(tenant.cgroup.id, tenant.quota_bytes, self._watched(tenant))
 
@@ -375,9 +296,16 @@ class Gpus:
         self.turns.want(tenant, wants)
         if not wants and self._watched(tenant):
             try:
-                self._set_quota(tenant)
+                self.set_quota(tenant)
+                # What it has launched since it was looked at, before that was to be told.
+                if self.launches(tenant) != tenant.launches:
+                    self.want(tenant, True)
             except BpfError as error:
                 log.error("%s: %s", tenant.name, error)
+
+    def launches(self, tenant: GpuTenant) -> int:
+        """How many have been seen; 0 where none are. Raises BpfError."""
+        return 0 if self.vram is None else int(self.vram.account(tenant.cgroup.id).launches)
 
     def call_ending(self, call: Call) -> None:
         """It is empty, and its report is to be made."""
@@ -441,64 +369,6 @@ class Gpus:
                                 else f"session:{session.id}")  # fmt: skip
 
     # Events
-
-    def _device_events(self, batch: list[AnyEvent]) -> None:
-        for event in batch:
-            if not isinstance(event, abi.GpuDeviceEvent) or not event.pid:
-                continue
-            if event.event.type == abi.GpuEventType.CLOSED:
-                if self.watch is not None or self.ceiling.devices or self.gate is not None:
-                    self._refused(event)
-                continue
-            tenant = self.owner(event.pid)
-            if tenant is not None:
-                self.want(tenant, True)
-                task = asyncio.get_running_loop().create_task(self._probe(tenant, event.pid))
-                self._probing.add(task)
-                task.add_done_callback(self._probing.discard)
-
-    def _refused(self, event: abi.GpuDeviceEvent) -> None:
-        place = self._sessions().place_of(event.pid)
-        if place is None:
-            return
-        session, leaf = place
-        call = session.calls.get(leaf.removeprefix("call-"))
-        comm = event.comm.decode("utf-8", "replace")
-        granted = call is not None and call.grant.gpu_percent is not None
-        how = "another GPU than it was granted" if granted else "a GPU, which needs a grant"
-        ask = "ask for it with gpu_device." if granted else 'begin the call with gpu="10%".'
-        self._actions().tell(session, call.id if call else "", pb.Feedback(
-            code=pb.FEEDBACK_CODE_GPU_CLOSED, sentence=f"{comm} tried to open {how}: {ask}",
-            numbers={"major": float(event.major), "minor": float(event.minor)},
-        ))  # fmt: skip
-
-    async def _probe(self, tenant: GpuTenant, pid: int) -> None:
-        if self.libraries is None or self.vram is None:
-            return
-        for pause_s in LOOK_AGAIN_S:
-            await asyncio.sleep(pause_s)
-            if tenant.id not in self.tenants:
-                return
-            used = await self.run(self.libraries.probe_process, pid)
-            if used:
-                break
-        else:
-            return
-        arbiter = self.turns.arbiter.tenants.get(tenant.id) if self.turns else None
-        watch = self.config.watch_launches
-        if arbiter is None or watch == "off" or (watch == "important" and not arbiter.important):
-            return
-        if self.watch is not None and pid not in tenant.launch_links:
-            tenant.launch_links[pid] = -1
-            try:
-                tenant.launch_links[pid] = await self.run(
-                    self.libraries.watch_launches, used[0], pid
-                )
-            except BpfError as error:
-                del tenant.launch_links[pid]
-                log.warning("%s: the start of its work is not told: %s", tenant.name, error)
-            if tenant.id not in self.tenants:
-                self.watch.gone(tenant)
 
     def _memory_events(self, batch: Iterable[AnyEvent]) -> None:
         by_cgroup = {t.cgroup.id: t for t in self.tenants.values()}

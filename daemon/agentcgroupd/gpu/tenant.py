@@ -39,6 +39,10 @@ class GpuTenant:
     """What it was told and need not be again."""
     launch_links: dict[int, int] = field(default_factory=dict)
     """Probes on what it launches, by pid."""
+    launches: int = 0
+    """How many of them had been seen at the last look."""
+    looked_at: set[int] = field(default_factory=set)
+    """Processes that NVML has shown, and whose libcuda was then looked for."""
     held_since_usec: int | None = None
     held_usec: int = 0
     ran_before_usec: int = 0
@@ -63,6 +67,12 @@ class GpuTenant:
     def uses(self, now_usec: int) -> None:
         """It is seen to use a device."""
         self.busy_usec, self.ran_before_usec = now_usec, self.ran_usec(now_usec)
+
+    @property
+    def watched(self) -> bool:
+        """Whether the launches of all its processes are seen."""
+        links = self.launch_links
+        return bool(links) and min(links.values()) >= 0 and self.pids <= links.keys()
 
     @property
     def quota_bytes(self) -> int:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf import abi
-from agentcgroupd.errors import KnobError
+from agentcgroupd.errors import BpfError, KnobError
 from agentcgroupd.gpu.accounts import BUSY_PERCENT, Accounts, Seen
+from agentcgroupd.gpu.idle import rests
 from agentcgroupd.gpu.mps import MpsUnavailable
 from agentcgroupd.gpu.nvml import DeviceSample, Fault, Nvml
 from agentcgroupd.gpu.tenant import GpuTenant
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IDLE_USEC = 300_000
-"""A tenant that could run and had nothing on its devices for this long does not want them. NVML's
-own samples are up to a sixth of a second apart."""
-IDLE_RUN_USEC = 40_000
-"""In which it was let run for at least so long."""
 CLIENTS_S = 5.0
 """Between looks at who is on MPS."""
 FELL_OFF_THE_BUS = 79
@@ -92,7 +88,7 @@ class Watch:
             try:
                 self._take(samples)
                 await self._check_clients()
-            except KnobError as error:
+            except (BpfError, KnobError) as error:
                 log.debug("GPUs: %s", error)
             await asyncio.sleep(self._gpus.config.sample / 1e6)
 
@@ -121,32 +117,43 @@ class Watch:
         metrics.gpu_strangers.set(strangers)
         for tenant in list(self._gpus.tenants.values()):
             entry = seen.get(tenant.id, Seen())
-            self._quota(tenant, entry, now)
-            self._wanting(tenant, entry, now)
+            account = self._account(tenant)
+            self._quota(tenant, entry, account.used_bytes, now)
+            self._wanting(tenant, entry, account.launches, now)
+
+    def _account(self, tenant: GpuTenant) -> abi.VramAccount:
+        """What probes have seen of it; zeros where there are none."""
+        vram = self._gpus.vram
+        return abi.VramAccount() if vram is None else vram.account(tenant.cgroup.id)
 
     def _index(self, uuid: str) -> int:
         return next((d.index for d in self._gpus.ceiling.devices if d.uuid == uuid), -1)
 
-    def _wanting(self, tenant: GpuTenant, entry: Seen, now: int) -> None:
+    def _wanting(self, tenant: GpuTenant, entry: Seen, launches: int, now: int) -> None:
         turns = self._gpus.turns
         if turns is None or tenant.id not in turns.arbiter.tenants:
             return
+        for pid in tenant.pids - tenant.launch_links.keys() - tenant.looked_at:
+            # It was there before this daemon, or has mapped its libcuda late.
+            tenant.looked_at.add(pid)
+            self._gpus.openings.look(tenant, pid)
+        launched, tenant.launches = launches != tenant.launches, launches
+        if launched:
+            tenant.uses(now)
         wants = turns.arbiter.tenants[tenant.id].wants
-        if entry.sm_percent >= BUSY_PERCENT and not wants:
+        if not wants and (launched or entry.sm_percent >= BUSY_PERCENT):
             self._gpus.want(tenant, True)
-        elif wants and now - tenant.busy_usec > IDLE_USEC:
-            if tenant.ran_usec(now) - tenant.ran_before_usec > IDLE_RUN_USEC:
-                self._gpus.want(tenant, False)
+        ran = tenant.ran_usec(now) - tenant.ran_before_usec
+        if wants and rests(tenant.watched, now - tenant.busy_usec, ran):
+            self._gpus.want(tenant, False)
 
-    def _quota(self, tenant: GpuTenant, entry: Seen, now: int) -> None:
-        """The last rung: what is held, whoever it was asked of."""
-        if entry.memory_bytes is None:
-            tenant.over_since_usec = None
-            return
+    def _quota(self, tenant: GpuTenant, entry: Seen, asked_bytes: int, now: int) -> None:
+        """The last rung: what is held by the driver's account or by that of the probes, whichever
+        is more. The driver's leaves managed memory out, the probes' what graphs allocate."""
         config = self._gpus.config
         own = config.context_allowance * entry.processes
-        over = entry.memory_bytes - own - tenant.quota_bytes
-        if over <= 0:
+        held = max(entry.memory_bytes or 0, asked_bytes)
+        if max((entry.memory_bytes or 0) - own, asked_bytes) <= tenant.quota_bytes:
             tenant.over_since_usec = None
             return
         if tenant.over_since_usec is None:
@@ -155,16 +162,16 @@ class Watch:
         then = "; it is ended if it does not give that back" if stops else ""
         self._tell_once(
             tenant, pb.FEEDBACK_CODE_GPU_MEMORY_OVER,
-            f"The call holds {show_bytes(entry.memory_bytes)} of GPU memory; its quota is "
+            f"The call holds {show_bytes(held)} of GPU memory; its quota is "
             f"{show_bytes(tenant.quota_bytes)}, and {show_bytes(own)} are allowed for the driver's "
             f"own{then}. Ask for more gpu_memory, or use smaller batches.",
-            gpu_memory_bytes=entry.memory_bytes, gpu_quota_bytes=tenant.quota_bytes,
+            gpu_memory_bytes=held, gpu_quota_bytes=tenant.quota_bytes,
         )  # fmt: skip
         call = tenant.call
         late = now - tenant.over_since_usec >= config.over_quota_after
         if stops and late and call is not None and call.state != pb.CALL_STATE_ENDING:
             self._actions().stop(call, (
-                f"It held {show_bytes(entry.memory_bytes)} of GPU memory with a quota of "
+                f"It held {show_bytes(held)} of GPU memory with a quota of "
                 f"{show_bytes(tenant.quota_bytes)}, and did not give it back. Ask for more "
                 "gpu_memory, or use smaller batches."
             ))  # fmt: skip
