@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Mapping
 
 from agentcgroupd.calls import Calls
@@ -33,7 +34,10 @@ from agentcgroupd.session import Session
 log = logging.getLogger(__name__)
 
 BURST_BYTES_PER_S = 2 << 30
-"""Recorded agents' tool calls grew by up to 1.7 GB/s (arXiv 2602.09345)."""
+"""Recorded agents' tool calls grew by up to 1.7 GB/s (arXiv 2602.09345), which is what a core can
+touch; so many calls may do so at once as there are cores."""
+CORES = min(8, os.cpu_count() or 1)
+"""More than eight together touch little more than eight do."""
 CALM_INTERVAL_S = 0.25
 IDLE_INTERVAL_S = 1.0
 DRY_SAID_USEC = 10_000_000
@@ -61,8 +65,10 @@ class Guard:
         self._timer: asyncio.TimerHandle | None = None
         self._tripwire: Tripwire | None = None
         self._dry_said: dict[tuple[str, str], int] = {}
-        self._open_interval_s = IDLE_INTERVAL_S
-        """After the last look, until the next, if calls are open."""
+        self._free_bytes = 0
+        """Of the pool, at the last look."""
+        self._least_s = 0.0
+        """Between looks, so that on a slow machine looking does not become the main work."""
         self.holds_back = False
         """Whether something was done that is to be undone in time."""
         self.policy = policy
@@ -109,7 +115,7 @@ class Guard:
         """The next look may have been put off because there was nobody to look at."""
         if self._timer is None:
             return
-        soon = self._loop.time() + self._open_interval_s
+        soon = self._loop.time() + max(self._least_s, self._open_interval_s())
         if self._timer.when() > soon:
             self._timer.cancel()
             self._timer = self._loop.call_at(soon, self._tick)
@@ -130,23 +136,26 @@ class Guard:
         except KnobError as error:
             log.error("the pool cannot be read: %s", error)
         finally:
-            # On a slow machine looking must not become the main work.
-            least_s = 4 * (self._loop.time() - started)
-            self._open_interval_s = max(self._open_interval_s, least_s)
-            self._timer = self._loop.call_later(max(interval, least_s), self._tick)
+            self._least_s = 4 * (self._loop.time() - started)
+            self._timer = self._loop.call_later(max(interval, self._least_s), self._tick)
+
+    def _open_interval_s(self) -> float:
+        """Until the next look, while calls are open."""
+        calls = max(1, min(len(self._calls.open), CORES))
+        stop = self._limit - self.mark_bytes[0]
+        left = self._free_bytes - stop - claim_bytes(self.policy, self._limit)
+        until_s = left / (BURST_BYTES_PER_S * calls)
+        return max(self._config.tick / 1e6, min(CALM_INTERVAL_S, until_s / 2))
 
     def _look(self, signal: Signal) -> float:
         """One look; returns seconds until the next."""
         usage = self._looker.usage()
         if self._tripwire is not None:
             self._tripwire.arm_below(usage)
-        free, tick_s = self._limit - usage, self._config.tick / 1e6
-        until_short_s = (free - (self._limit - self.mark_bytes[0])) / BURST_BYTES_PER_S
-        claim_s = claim_bytes(self.policy, self._limit) / BURST_BYTES_PER_S
-        self._open_interval_s = max(tick_s, min(CALM_INTERVAL_S, (until_short_s - claim_s) / 2))
+        self._free_bytes = free = self._limit - usage
         calm = free > attention_bytes(self.policy, self._limit) and signal is TICK
         if calm and not self.holds_back and not self.wanted():
-            return max(tick_s, min(CALM_INTERVAL_S, until_short_s))
+            return self._open_interval_s() if self._calls.open else CALM_INTERVAL_S
         snapshot = self._looker.look(usage)
         outcome = decide(self.policy, snapshot, signal, self.state)
         self.state = outcome.state
@@ -158,9 +167,7 @@ class Guard:
             or c.throttled_growth_bytes is not None for c in snapshot.calls
         ) or any(s.slowed for s in snapshot.sessions)  # fmt: skip
         self.on_look(snapshot)
-        if self._calls.open:
-            return self._open_interval_s
-        return max(tick_s, min(CALM_INTERVAL_S, until_short_s / 2))
+        return self._open_interval_s() if self._calls.open else CALM_INTERVAL_S
 
     def _apply(self, decision: Decision, now_usec: int) -> None:
         if decision.dry_run:

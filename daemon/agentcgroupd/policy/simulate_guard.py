@@ -37,6 +37,7 @@ class Looks:
     sessions_s: float = 0.25
     """Sessions are read no more often than this."""
     burst_bytes_per_s: float = float(2 << 30)
+    cores: int = 8
     cost_s_per_call: float = 30e-6
     """Two interface files read through Python, 15 us each."""
     busy_share: float = 0.25
@@ -60,7 +61,7 @@ class Guard:
         self._can_deny = can_deny
         limit = int(world.limit)
         self._mark, self._resume = marks(policy, limit)
-        self._claim_s = claim_bytes(policy, limit) / looks.burst_bytes_per_s
+        self._claim = claim_bytes(policy, limit)
         self._attention = attention_bytes(policy, limit)
         self._state = State()
         self._version = 0
@@ -76,8 +77,7 @@ class Guard:
         self._calls: dict[str, Call] = {}
         self.looks = 0
         self._next_s = 0.0
-        self._open_s = looks.calm_s
-        """After the last look, until the next, if calls are open."""
+        self._least_s = 0.0
         world.quiet_pct = looks.quiet_pct
         if looks.signals:
             world.mark = float(self._mark)
@@ -97,10 +97,18 @@ class Guard:
 
     def _call_began(self) -> None:
         """The next look may have been put off while there was nobody to look at."""
-        if self._next_s - self._world.now > self._open_s:
+        soon_s = self._world.now + max(self._least_s, self._open_s())
+        if self._next_s > soon_s:
             self._version += 1
-            self._next_s = self._world.now + self._open_s
+            self._next_s = soon_s
             self._world.at(self._next_s, self._tick, None, self._version)
+
+    def _open_s(self) -> float:
+        """Until the next look, while calls are open."""
+        looks = self._looks
+        calls = max(1, min(len(self._world.calls), looks.cores))
+        until_s = (self._mark - self._claim - self._seen) / (looks.burst_bytes_per_s * calls)
+        return max(looks.tick_s, min(looks.calm_s, until_s / 2))
 
     def _ended(self, _: object, version: int) -> None:
         if version == self._version:
@@ -118,7 +126,6 @@ class Guard:
             world.mark = float(self._mark)
         self._growth = self._rate(self._growth, usage - self._seen, world.now - self._seen_s)
         self._seen, self._seen_s = usage, world.now
-        to_mark_s = max(0.0, self._mark - usage) / looks.burst_bytes_per_s
         calm = not self._held_up and world.limit - usage > self._attention
         if not calm and world.calls:
             self.looks += 1
@@ -127,14 +134,8 @@ class Guard:
             for decision in outcome.decisions:
                 self._apply(decision)
         cost_s = len(world.calls) * looks.cost_s_per_call
-        open_s = max(looks.tick_s, min(looks.calm_s, (to_mark_s - self._claim_s) / 2))
-        wait_s = open_s
-        if calm:
-            wait_s = max(looks.tick_s, min(looks.calm_s, to_mark_s))
-        elif not world.calls:
-            wait_s = max(looks.tick_s, min(looks.calm_s, to_mark_s / 2))
-        wait_s = max(wait_s, cost_s / looks.busy_share)
-        self._open_s = max(open_s, cost_s / looks.busy_share)
+        self._least_s = cost_s / looks.busy_share
+        wait_s = max(self._open_s() if world.calls else looks.calm_s, self._least_s)
         self._version += 1
         self._next_s = world.now + wait_s
         world.at(self._next_s, self._tick, None, self._version)
