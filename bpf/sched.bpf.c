@@ -35,8 +35,6 @@ char LICENSE[] SEC("license") = "GPL";
 #define TIMER_BUSY_NS	 (4 * NSEC_PER_MSEC)
 #define TIMER_IDLE_NS	 (50 * NSEC_PER_MSEC)
 #define CLOCK_MONOTONIC	 1
-/* Full turns for tasks that waited for too long take at most so much of one CPU. */
-#define RESCUE_PERMILLE 20
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -92,7 +90,6 @@ static struct {
 } running_on[ABI_SCHED_CPUS];
 
 static u64 dispatches;
-static u64 rescue_paid_ns;	     /* full turns are paid for until then */
 static u32 tries = 16, victims = 16; /* see top_level */
 static bool active;		     /* since the timer looked last */
 
@@ -395,14 +392,11 @@ void BPF_PROG(running, struct task_struct *p)
 			break;
 		slot = node_of(slot)->parent;
 	}
-	if (turn == TURN_RESCUE && before(now, rescue_paid_ns) && !is_leaving(p)) {
-		/* It has had a turn; a full one would be at the cost of others' shares. */
-		scx_bpf_kick_cpu(cpu, KICK_PREEMPT);
-		return;
-	}
+	/* To the next tick: whoever waits so long may hold something in the kernel. */
 	if (turn == TURN_RESCUE)
-		rescue_paid_ns = now + control.slice_ns * 1000 / RESCUE_PERMILLE;
-	scx_bpf_task_set_slice(p, slice_of(task->slot));
+		scx_bpf_task_set_slice(p, SLICE_LEAST_NS);
+	else
+		scx_bpf_task_set_slice(p, slice_of(task->slot));
 }
 
 SEC("struct_ops/stopping")

@@ -20,6 +20,7 @@
 #include "sched_order.h"
 
 #define DEPTH_MAX	   16 /* deeper ones are one with their ancestor */
+#define RESCUED_MOST	   64
 #define WEIGHT_DEFAULT	   100
 #define NSEC_PER_USEC	   1000ULL
 #define NSEC_PER_MSEC	   1000000ULL
@@ -333,9 +334,12 @@ __noinline int pay_up(u32 slot, u64 ran, u64 now, u32 boosted)
 
 /* --- Waiting --- */
 
+/* A turn for each of its tasks in that time; so that a fork bomb has no use of it, for so many. */
 static __always_inline u64 rescue_at(struct node *node, u64 now)
 {
-	return now + control.wait_max_ns / (node->tasks ?: 1);
+	u32 tasks = node->tasks < RESCUED_MOST ? node->tasks : RESCUED_MOST;
+
+	return now + control.wait_max_ns / (tasks ?: 1);
 }
 
 /* Returns whether the task may go ahead of others. settle_up() is to follow. */

@@ -28,9 +28,9 @@ class Load:
     """A cgroup of its own below the root, with what is made and started in it; all of it is gone at
     the end."""
 
-    def __init__(self, policy: int = SCHED_EXT) -> None:
+    def __init__(self, policy: int = SCHED_EXT, controllers: str = "+cpu +memory") -> None:
         """`policy`: of what is started."""
-        self._policy = policy
+        self._policy, self._controllers = policy, controllers
         mount = cgroup2_mount()
         (mount / "cgroup.subtree_control").write_text("+cpu +memory")
         self.root = mount / f"agentcg-test-{secrets.token_hex(4)}"
@@ -57,7 +57,7 @@ class Load:
         path = self.root / name
         for above in reversed([p for p in path.parents if p.is_relative_to(self.root)]):
             above.mkdir(exist_ok=True)
-            (above / "cgroup.subtree_control").write_text("+cpu +memory")
+            (above / "cgroup.subtree_control").write_text(self._controllers)
         path.mkdir(exist_ok=True)
         self.write(name, "cpu.weight", weight)
         if cpu_max != "max":

@@ -334,7 +334,7 @@ def test_an_allocator_above_its_mark_grows_slower(
 def test_churn_leaves_nothing(scheduler: Scheduler) -> None:
     """More than a thousand cgroups a minute, a third of them with a task that runs."""
     control = scheduler.control
-    with Load() as load:
+    with Load(controllers="+cpu") as load:
         load.make("s")
         load.make("s/rest")
         before = control.cgroups + 1, control.queues + 1, scheduler.places() + 1
