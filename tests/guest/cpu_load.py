@@ -104,6 +104,23 @@ class Load:
         return {name: self.usage_usec(name) - before[name] for name in names}
 
 
+def settled(
+    load: Load, names: list[str], is_right: Callable[[dict[str, int], float], bool],
+    least_s: float = 1.0, most_s: float = 10.0,
+) -> dict[str, int]:  # fmt: skip
+    """CPU time of each since now, as soon as it is right, or after `most_s`: on a busy machine an
+    emulated CPU stands still now and then, and a short time shows that more than the scheduler.
+    What is wrong for good does not become right by waiting."""
+    before = {name: load.usage_usec(name) for name in names}
+    began = time.monotonic()
+    while True:
+        time.sleep(least_s)
+        took = time.monotonic() - began
+        used = {name: load.usage_usec(name) - before[name] for name in names}
+        if is_right(used, took) or took > most_s:
+            return used
+
+
 def shares(used: Mapping[str, int]) -> dict[str, float]:
     """Of each, in percent of all."""
     total = sum(used.values())
