@@ -209,7 +209,7 @@ def sleep_and_spin(seconds: float) -> None:
 
 def test_cpu_max_is_kept(scheduler: Scheduler) -> None:
     """Within two percent of the limit, beside others, below a limit, and for two tasks at once."""
-    limits = {"a": 300, "b": 100, "two": 500, "s": 400}
+    limits = {"a": 200, "b": 100, "two": 250, "s": 200}
     with Load() as load:
         for name, permille in limits.items():
             load.make(name, 100, f"{permille * 100} 100000")
