@@ -21,6 +21,10 @@ enum abi {
 	ABI_GPU_MINORS = 256,
 	ABI_GPU_SHARED_MINOR = 254, /* nvidia-modeset; nvidiactl is 255: no single GPU's */
 	ABI_VRAM_GRAIN_BYTES = 512, /* what an allocation's start is aligned to, and so takes */
+	ABI_SCHED_CGROUPS = 16384,  /* cgroups that the scheduler tells apart; a power of two */
+	ABI_SCHED_CPUS = 1024,	    /* a power of two */
+	ABI_SCHED_REASON_BYTES = 64,
+	ABI_SCHED_MESSAGE_BYTES = 256,
 };
 
 /* What a managed cgroup is. */
@@ -121,6 +125,8 @@ struct memory_limits {
 	__u32 kind;
 	__u32 priority;
 	__u32 deny_round; /* raised with each new denial, which is told once */
+
+	__u64 throttle_mark_bytes; /* growth beyond it is slowed; 0: beyond memory.high */
 };
 
 /* memory.bpf.c: what the program has seen, by cgroup id. */
@@ -141,6 +147,12 @@ struct memory_state {
 	__u32 told_round;    /* the last denial that was told; odd: an urgent one */
 	__u32 allowed_round; /* the denial that allowed_bytes is of */
 	__u64 allowed_bytes; /* small requests that passed in spite of it */
+
+	/* Read by sched.bpf.c: what was charged last found the cgroup so far above its mark. */
+	__u64 over_at_ns;
+	__u64 high_at_ns;    /* memory.high was passed last: the cgroup is reclaiming */
+	__u32 over_permille; /* of the mark; 0: it is below */
+	__u32 reserved;
 };
 
 struct mark_event {
@@ -209,6 +221,72 @@ struct memory_control {
 	__u32 urgent_priority;
 	__u32 protected_count;
 	struct protected_session protected_sessions[ABI_PROTECTED_MAX];
+};
+
+/* sched.bpf.c: where a cgroup's entry is, by its id. */
+struct sched_place {
+	__u32 slot;
+	__u32 reserved;
+};
+
+/* sched.bpf.c: one cgroup with the cpu controller, in mapped memory; counts since it was made. */
+struct sched_cgroup {
+	__u64 cgroup_id; /* 0: nobody's */
+
+	/* Written by the daemon before a process enters. */
+	__u64 boost_cap_ns;   /* CPU time that may be taken ahead of others at a time; 0: none */
+	__u32 boost_permille; /* of one CPU: how fast that comes back */
+	__u32 kind;
+	__u64 hurry_until_ns; /* its tasks go first: it is about to be frozen or killed */
+
+	__u64 run_ns;
+	__u64 wait_ns; /* of all its tasks, runnable and not running */
+	__u64 wait_max_ns;
+	__u64 slices;	  /* times that a task of it was given a CPU */
+	__u64 boosts;	  /* of these, ahead of others */
+	__u64 boosted_ns; /* CPU time paid from the budget */
+	__u64 penalties;  /* times that it sat out for its memory */
+	__u64 penalty_ns;
+	__u64 stalls; /* times that it was out of cpu.max */
+	__u64 stalled_ns;
+	__u64 rescues; /* turns given for having waited too long */
+};
+
+/* sched.bpf.c: one for the whole object, in mapped memory. */
+struct sched_control {
+	/* Written by the daemon before the scheduler is attached. */
+	__u64 slice_ns;
+	__u64 wait_max_ns;	/* a task that waits gets a turn after this time at the latest */
+	__u64 boost_lead_ns;	/* how far ahead of its share a boost may take a cgroup */
+	__u32 penalty_most;	/* a cgroup far over its mark gets one part in so many; 1: off */
+	__u32 stall_on_purpose; /* tests: give no task a CPU */
+
+	/* Counts since the scheduler was attached. */
+	__u64 cgroups;	     /* now */
+	__u64 queues;	     /* DSQs, now */
+	__u64 waiting;	     /* tasks, now */
+	__u64 without_entry; /* cgroups that found all entries taken: one with their parent */
+	__u64 picks;
+	__u64 picks_empty; /* a queue was found empty, and another chosen */
+	__u64 preempted;   /* for a boosted task */
+	__u64 finishing;   /* turns of tasks that must not be left where they are */
+	__u64 left;	   /* tasks that left the class while alive */
+};
+
+/* sched.bpf.c: context of the program `hurry`. */
+struct sched_hurry {
+	__u64 cgroup_id;
+	__u64 until_ns;
+};
+
+/* sched.bpf.c: why the kernel has let go of the scheduler. */
+struct sched_exit {
+	__u64 at_ns;
+	__s64 code;
+	__u32 kind; /* enum scx_exit_kind; 0: it runs, or never did */
+	__u32 reserved;
+	char reason[ABI_SCHED_REASON_BYTES];
+	char message[ABI_SCHED_MESSAGE_BYTES];
 };
 
 /* memcg_ops.bpf.c: by cgroup id of the session that it is for. */

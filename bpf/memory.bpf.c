@@ -215,6 +215,23 @@ static __always_inline void count_faults(struct task_struct *task, u64 *faults, 
 	seen->major = maj_flt;
 }
 
+/* How far a cgroup is above the mark that it is to grow slowly from; for sched.bpf.c. */
+static __always_inline void note_over(struct memory_limits *limit, struct memory_state *state,
+				      struct page_counter *counter, u64 usage)
+{
+	u64 mark = limit->throttle_mark_bytes, over;
+
+	if (!mark)
+		mark = BPF_CORE_READ(counter, high) * page_bytes;
+	if (usage <= mark || !mark) {
+		state->over_permille = 0;
+		return;
+	}
+	over = (usage - mark) * 1000 / mark;
+	state->over_permille = over < 1000 ? over + 1 : 1000;
+	state->over_at_ns = bpf_ktime_get_ns();
+}
+
 /*
  * Runs when a CPU's stock of charged pages is used up, once for each 64 pages or so
  * (MEMCG_CHARGE_BATCH, mm/memcontrol.c), before they are charged: a mark is told when the charge
@@ -243,6 +260,8 @@ int BPF_PROG(on_charge, struct page_counter *counter, unsigned long pages)
 			__sync_fetch_and_add(&state->faults, faults);
 			__sync_fetch_and_add(&state->major_faults, major);
 			check_mark(limit, state, id, usage_bytes(counter) + more);
+			if (limit->kind == KIND_CALL)
+				note_over(limit, state, counter, usage_bytes(counter) + more);
 			check_rates(limit, state, id);
 		}
 		id = limit->parent_id;
@@ -288,6 +307,7 @@ static __always_inline int passed_high(struct mem_cgroup *memcg)
 		return 0;
 	__sync_fetch_and_add(&state->high_events, 1);
 	now = bpf_ktime_get_ns();
+	state->high_at_ns = now;
 	then = state->high_told_ns;
 	if (then && now - then < HIGH_INTERVAL_NS)
 		return 0;

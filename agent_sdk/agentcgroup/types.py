@@ -218,6 +218,28 @@ class GpuUsage(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
+class CpuNumbers(_Answer):
+    """What the CPU scheduler counted of a cgroup and all below it."""
+
+    run_usec: int
+    wait_usec: int
+    """Of all its tasks: ready to run, and not running."""
+    wait_max_usec: int
+    slices: int
+    boosts: int
+    """Slices that it was given ahead of others."""
+    boosted_usec: int
+    penalties: int
+    """Times that it sat out because its memory had grown above its mark."""
+    penalty_usec: int
+    stalls: int
+    """Times that it was out of cpu.max."""
+    stalled_usec: int
+    rescues: int
+    """Slices that it was given because it had waited too long."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report(_Answer):
     """How a call ended and what it used."""
 
@@ -252,6 +274,8 @@ class Report(_Answer):
     """For room, before it began; not counted in wall_usec."""
     gpu: GpuUsage | None = None
     """None: it had no part of a GPU."""
+    cpu: CpuNumbers | None = None
+    """None where the kernel's own scheduler runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +329,8 @@ class SessionInfo(_Answer):
     usage: Usage | None
     not_enforced: tuple[str, ...]
     opened_unix_usec: int
+    cpu: CpuNumbers | None = None
+    """None where the kernel's own scheduler runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +412,7 @@ _MESSAGES: dict[str, type[_Answer]] = {
     "GpuBudget": GpuBudget,
     "Budget": Budget,
     "Session": SessionInfo,
+    "CpuNumbers": CpuNumbers,
     "Pool": PoolInfo,
     "RulesetState": RulesetState,
     "PolicyState": PolicyState,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.bpf.sched import CpuNumbers
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.convert import call_to_proto, session_to_proto
 from agentcgroupd.entrance import Entrance
@@ -15,7 +17,7 @@ from agentcgroupd.policy.files import PolicyFiles
 from agentcgroupd.pool import Pool
 from agentcgroupd.session import Call, Session, unix_usec
 from agentcgroupd.sessions import Sessions
-from agentcgroupd.units import show_bytes
+from agentcgroupd.units import CgroupId, show_bytes
 
 if TYPE_CHECKING:
     from agentcgroupd.gpu.control import Gpus
@@ -27,7 +29,11 @@ VERSION = "0.1.0"
 class Answers:
     """Reads what is there; changes nothing."""
 
-    def __init__(self, pool: Pool, sessions: Sessions, entrance: Entrance) -> None:
+    def __init__(
+        self, pool: Pool, sessions: Sessions, entrance: Entrance,
+        cpu: Callable[[CgroupId], CpuNumbers | None] = lambda cgroup: None,
+    ) -> None:  # fmt: skip
+        self._cpu = cpu
         self.pool = pool
         self.sessions = sessions
         self.entrance = entrance
@@ -40,7 +46,8 @@ class Answers:
 
     def describe(self, session: Session, admin: bool) -> pb.Session:
         """A session as sent. Raises CgroupGone."""
-        return session_to_proto(session, admin, self.sessions.not_enforced())
+        return session_to_proto(session, admin, self.sessions.not_enforced(),
+                                self._cpu(session.cgroup.id))  # fmt: skip
 
     def list_calls(self, sessions: list[Session], admin: bool) -> pb.ListCallsResponse:
         """Open calls with what they use now."""

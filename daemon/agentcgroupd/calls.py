@@ -64,6 +64,9 @@ class CallWatcher(Protocol):
     def call_closed(self, call: Call) -> None:
         """Its cgroup is gone or given up."""
 
+    def entered(self, pid: int) -> None:
+        """A process is in a call, or in an agent leaf, and all that it will fork is as well."""
+
     def catch_up(self) -> None:
         """What is known of processes that have ended is to be known before a call is judged."""
 
@@ -254,6 +257,7 @@ class Calls:
             call.cgroup.kill()
 
     def _entered(self, call: Call, process: Process) -> None:
+        self._watcher.entered(process.pid)
         set_oom_score_adj(process.pid, oom_score_adj(call.grant.priority))
         call.entered = True
         if call.state == pb.CALL_STATE_PENDING:
@@ -327,6 +331,7 @@ class Calls:
                 call.leftovers = max(call.leftovers, len(call.cgroup.procs()))
             elif not call.ended_by:
                 call.ended_by, call.ended_why = ended_by, why
+            self.actions.hurry(call)
             call.cgroup.kill()
         except CgroupGone:
             self._finish(call)
@@ -413,6 +418,11 @@ class Calls:
         self.ended += 1
         self._metrics.calls_begun.inc()
         self._metrics.calls_observed.labels("no").inc()
+
+    def agent_entered(self, session: Session, process: Process) -> None:
+        """Move a process into a session's agent leaf. Raises KnobError."""
+        session.agent.attach(process.pid)
+        self._watcher.entered(process.pid)
 
     def withdraw(self, call: Call) -> None:
         """Undo a call whose process could not enter."""

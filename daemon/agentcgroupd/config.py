@@ -221,6 +221,35 @@ class GpuConfig(Section):
     """Copies of libcuda to be probed from the start, beside the host's."""
 
 
+class CpuConfig(Section):
+    """The CPU scheduler (cpu.py)."""
+
+    scheduler: Literal["auto", "off"] = "auto"
+    """`auto`: our sched_ext scheduler where the kernel can have it."""
+    slice: Annotated[int, quantity(parse_duration, "duration"), Field(ge=500, le=100_000)] = 4000
+    """How long a task runs before another one is looked for."""
+    wait_max: Annotated[
+        int, quantity(parse_duration, "duration"), Field(ge=100_000, le=15_000_000)
+    ] = 10_000_000
+    """A task that waits gets a turn after this time, whatever its weight and limit."""
+    stall_timeout: Annotated[
+        int, quantity(parse_duration, "duration"), Field(ge=1_000_000, le=30_000_000)
+    ] = 30_000_000
+    """The kernel takes the scheduler away when it has let a task wait for this time."""
+    boost: Duration = 60_000
+    """CPU time that a call of normal priority may take ahead of others at a time."""
+    boost_refill_percent: Annotated[int, Field(ge=0, le=100)] = 5
+    """How fast that comes back, of one CPU."""
+    boost_lead: Duration = 20_000
+    """How far ahead of its share a boost may take a cgroup of weight 100."""
+    penalty_most: Annotated[int, Field(ge=1, le=100)] = 8
+    """A call far above its memory mark gets one part in so many of the CPU; 1: no penalties."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 3
+    """How often it is tried again after the kernel has let go of it."""
+    retry_after: Duration = 5_000_000
+    """After the first time; twice as long after each one more."""
+
+
 class ServerConfig(Section):
     """Sockets and the metrics port."""
 
@@ -247,6 +276,7 @@ class Config(Section):
     boundaries: BoundariesConfig = BoundariesConfig()
     bpf: BpfConfig = BpfConfig()
     gpu: GpuConfig = GpuConfig()
+    cpu: CpuConfig = CpuConfig()
     server: ServerConfig = ServerConfig()
     audit: AuditConfig = AuditConfig()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.admission import Grant
+from agentcgroupd.bpf.sched import CpuNumbers
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import RequestError
@@ -30,6 +33,11 @@ def grant_to_proto(grant: Grant) -> pb.Grant:
         gpu_devices=grant.gpu_devices,
         environment=dict(word.split("=", 1) for word in grant.environment),
     )
+
+
+def cpu_to_proto(numbers: CpuNumbers) -> pb.CpuNumbers:
+    """What the scheduler counted, as sent."""
+    return pb.CpuNumbers(**asdict(numbers))
 
 
 def usage_of(cgroup: Cgroup) -> pb.Usage:
@@ -71,7 +79,9 @@ def call_to_proto(call: Call, admin: bool, usage: bool = False) -> pb.Call:
     )
 
 
-def session_to_proto(session: Session, admin: bool, not_enforced: list[str]) -> pb.Session:
+def session_to_proto(
+    session: Session, admin: bool, not_enforced: list[str], cpu: CpuNumbers | None = None
+) -> pb.Session:
     """A session with what it uses now. Raises CgroupGone."""
     limits = session.limits
     return pb.Session(
@@ -92,4 +102,5 @@ def session_to_proto(session: Session, admin: bool, not_enforced: list[str]) -> 
         usage=usage_of(session.cgroup),
         not_enforced=not_enforced,
         opened_unix_usec=session.opened_unix_usec,
+        cpu=cpu_to_proto(cpu) if cpu is not None else None,
     )

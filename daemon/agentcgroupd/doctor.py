@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from agentcgroupd import zram
-from agentcgroupd.bpf import features, memcg_ops
+from agentcgroupd.bpf import features, memcg_ops, sched
 from agentcgroupd.bpf.features import FeatureState
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import XATTR_NAME, Cgroup, cgroup2_mount
@@ -264,8 +264,12 @@ def _gpu_features() -> Iterator[Feature]:
 
 def _tried() -> Iterator[FeatureState]:
     """Every feature of the programs, really loaded and attached, and taken back at once. The
-    reclaim hooks are loaded only: they are attached to a pool."""
+    reclaim hooks are loaded only, for they are attached to a pool, and the scheduler is, because
+    it would schedule."""
     for name in dict.fromkeys(definition.object for definition in features.DEFINITIONS):
+        if name == sched.OBJECT:
+            yield sched.try_here()
+            continue
         if name == memcg_ops.OBJECT:
             hooks, states = memcg_ops.load()
             if hooks is not None:

@@ -77,6 +77,7 @@ class Metrics:
         self.features = gauge("feature", "1: the feature works in this kernel", "feature")
         self.events_lost = counter("events_lost", "Events that were lost in the kernel", "type")
         self.bpf_failures = gauge("bpf_failures", "What the programs were asked and refused")
+        self._add_scheduler(counter, gauge)
         self.oom_victims = counter("oom_victims", "Processes that the kernel's OOM killer chose")
         self.signals = counter("signals", "Signals from the kernel's programs", "signal")
         self.gpu_busy = gauge("gpu_busy_percent", "Time in which a GPU worked", "device")
@@ -95,6 +96,15 @@ class Metrics:
         self.leftovers = counter("leftovers_removed", "Cgroups found without an owner and removed")
         self.audit_lost = gauge("audit_entries_lost", "Audit entries that could not be written")
         self.loop_lag = histogram("loop_lag_seconds", "Lateness of the event loop", SECONDS_BUCKETS)
+
+    def _add_scheduler(self, counter: Callable[..., Counter], gauge: Callable[..., Gauge]) -> None:
+        self.scheduler = gauge("scheduler", "What the CPU scheduler counts, since it was attached",
+                               "count")  # fmt: skip
+        self.scheduler_ejected = counter("scheduler_ejected", "Times the kernel let go of it")
+        self.cpu_seconds = gauge("pool_cpu_seconds", "Of the pool's tasks under our CPU scheduler",
+                                 "what")  # fmt: skip
+        self.cpu_events = gauge("pool_cpu_events", "Of the pool's tasks under our CPU scheduler",
+                                "what")  # fmt: skip
 
     def count_end(self, report: pb.Report) -> None:
         """An ended call."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.admission import Ceiling, Grant, grant_for
+from agentcgroupd.bpf.sched import CpuNumbers
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.convert import grant_to_proto
+from agentcgroupd.convert import cpu_to_proto, grant_to_proto
 from agentcgroupd.ending import EndFacts, report_of
 from agentcgroupd.evidence import gather
 from agentcgroupd.intent import cut_argv, parse_intent
@@ -17,6 +18,7 @@ from agentcgroupd.policy.actions import Actions
 from agentcgroupd.policy.learning import Peaks, learn
 from agentcgroupd.policy.shape import shape_of
 from agentcgroupd.session import Call, Session, unix_usec
+from agentcgroupd.units import CgroupId
 
 _TOLD_BEFORE = frozenset((
     pb.FEEDBACK_CODE_FROZEN, pb.FEEDBACK_CODE_GPU_CLOSED, pb.FEEDBACK_CODE_GPU_MEMORY_DENIED,
@@ -32,11 +34,19 @@ class Reports:
     actions: Actions
     pool: Cgroup
     ceiling: Callable[[Session], Ceiling]
+    cpu: Callable[[CgroupId], CpuNumbers | None] = lambda cgroup: None
     peaks: Peaks = field(default_factory=Peaks)
 
     def of(self, call: Call) -> pb.Report:
         """The report of a call whose cgroup is empty and still there."""
-        report = report_of(gather(call, self.pool))
+        facts, cpu = gather(call, self.pool), self.cpu(call.cgroup.id)
+        if cpu is not None:
+            # cpu.stat counts only what the fair class held back.
+            held = facts.cpu.get("throttled_usec", 0) + cpu.stalled_usec
+            facts = replace(facts, cpu={**facts.cpu, "throttled_usec": held})
+        report = report_of(facts)
+        if cpu is not None:
+            report.cpu.CopyFrom(cpu_to_proto(cpu))
         report.call_id, report.session_id, report.name = call.id, call.session.id, call.name
         report.argv.extend(call.argv)
         report.grant.CopyFrom(grant_to_proto(call.grant))

@@ -24,6 +24,7 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.config import Config
+from agentcgroupd.cpu import CpuScheduling
 from agentcgroupd.entrance import Entrance
 from agentcgroupd.errors import (
     AgentcgroupdError,
@@ -76,10 +77,12 @@ class Daemon:
         self._lock_fd = -1
         self.control: Control | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self.watchers = Watchers(config, lambda: self.actions)
         self.policy_files = PolicyFiles(config.policy, self.metrics)
         self.gpus = Gpus(config.gpu, config.server.run_dir, config.bpf.objects,
                          lambda: self.sessions, lambda: self.actions)  # fmt: skip
+        self.cpu = CpuScheduling(config.cpu, config.bpf.objects, self.metrics,
+                                 lambda: self.policy_files.policy.cpu)  # fmt: skip
+        self.watchers = Watchers(config, lambda: self.actions, self.cpu)
         self.pool: Pool
         self.sessions: Sessions
         self.calls: Calls
@@ -103,10 +106,11 @@ class Daemon:
             self.audit, self.metrics, self.feed, self.config.guard, lambda: self.watchers.memory,
             self.pool.cgroup,
         )  # fmt: skip
-        reports = Reports(self.actions, self.pool.cgroup, self.sessions.ceiling)
+        self.actions.hurry = self.cpu.hurry
+        reports = Reports(self.actions, self.pool.cgroup, self.sessions.ceiling, self.cpu.numbers)
         self.calls = Calls(self.config.calls, self.events, reports, self.watchers)
         self.entrance = Entrance(self.calls)
-        self.answers = Answers(self.pool, self.sessions, self.entrance)
+        self.answers = Answers(self.pool, self.sessions, self.entrance, self.cpu.numbers)
         await self._start_gpus()
         before = self.pool.cgroup.get_xattr(ALIVE_XATTR)
         self._note_alive()
@@ -313,6 +317,8 @@ class Daemon:
             last = self.answers.describe(session, admin=True) if session.cgroup.exists() else None
             # Only the kernel's part waits in a thread; the books are the loop's alone.
             await asyncio.get_running_loop().run_in_executor(None, self.sessions.remove, session)
+            if session.adopted:
+                self.cpu.given_back(session)
             self.sessions.forget(session)
         except BaseException:
             session.closing = False
@@ -369,6 +375,7 @@ class Daemon:
             due = max(due, loop.time())
             self.heartbeat.beat()
             self._note_alive()
+            self.cpu.check()
             if watchdog_s:
                 notify("WATCHDOG=1")
             try:

@@ -13,6 +13,7 @@ from agentcgroupd.bpf.memory import MemoryPrograms
 from agentcgroupd.bpf.plane import DataPlane
 from agentcgroupd.calls import Calls
 from agentcgroupd.config import Config
+from agentcgroupd.cpu import CpuScheduling
 from agentcgroupd.gpu.control import Gpus
 from agentcgroupd.policy.actions import Actions
 from agentcgroupd.policy.guard import Guard
@@ -26,8 +27,9 @@ log = logging.getLogger(__name__)
 class Watchers:
     """The data plane with its signals and boundaries. Is told of sessions and calls."""
 
-    def __init__(self, config: Config, actions: Callable[[], Actions]) -> None:
+    def __init__(self, config: Config, actions: Callable[[], Actions], cpu: CpuScheduling) -> None:
         """Nothing is loaded yet. `actions` is asked from `follow` on."""
+        self.cpu = cpu
         self._config = config
         self._actions = actions
         self.plane = DataPlane(config.bpf, config.guard)
@@ -68,7 +70,9 @@ class Watchers:
                 actions,
                 pool.settled_ticks,
             )
-        for state in plane.states.values():
+        states_fd = plane.memory.states_fd if plane.memory is not None else None
+        cpu = self.cpu.open(pool, states_fd, sessions, config.bpf.enabled)
+        for state in (*plane.states.values(), cpu):
             actions.metrics.features.labels(state.name).set(int(state.works))
 
     def start(self, guard: Guard | None) -> None:
@@ -89,8 +93,8 @@ class Watchers:
 
     # What is watched
 
-    def _each(self) -> tuple[Signals | Boundaries, ...]:
-        return tuple(w for w in (self._signals, self._boundaries) if w is not None)
+    def _each(self) -> tuple[Signals | Boundaries | CpuScheduling, ...]:
+        return tuple(w for w in (self._signals, self._boundaries, self.cpu) if w is not None)
 
     def session_opened(self, session: Session) -> None:
         """Its agent leaf is there."""
@@ -120,8 +124,13 @@ class Watchers:
         if self.gpus is not None:
             self.gpus.call_closed(call)
 
+    def entered(self, pid: int) -> None:
+        """See calls.CallWatcher."""
+        self.cpu.entered(pid)
+
     def sweep(self) -> None:
         """Now and then: forget what nobody will tell the end of."""
+        self.cpu.sweep()
         if self._signals is not None:
             self._signals.sweep()
         if self._boundaries is not None:
@@ -136,4 +145,5 @@ class Watchers:
         if self._boundaries is not None:
             self._boundaries.close()
         self._signals = self._boundaries = None
+        self.cpu.close()
         self.plane.close()

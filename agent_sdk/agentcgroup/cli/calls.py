@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from agentcgroup.admin import Admin
-from agentcgroup.types import GpuUsage, Report, Verdict
+from agentcgroup.types import CpuNumbers, GpuUsage, Report, Verdict
 
 from . import common
 from .output import duration, number, paint, print_fields, print_json, print_table, size
@@ -115,6 +115,7 @@ def print_report(report: Report) -> None:
         ("cpu time", f"{duration(report.cpu_usage_usec)} (user {duration(report.cpu_user_usec)}, "
                      f"system {duration(report.cpu_system_usec)})"),
         ("cpu throttled", duration(report.cpu_throttled_usec)),
+        ("cpu waited", cpu_text(report.cpu)),
         ("memory throttled", duration(throttled)),
         ("frozen", duration(report.frozen_usec) if report.frozen_usec else "-"),
         ("processes peak", number(report.pids_peak)),
@@ -138,6 +139,21 @@ def _gpu_fields(gpu: GpuUsage) -> list[tuple[str, str]]:
         ("gpu turns", duration(gpu.held_back_usec) if gpu.held_back_usec else "-"),
         ("gpu refused", number(gpu.refused or None)),
     ]
+
+
+def cpu_text(cpu: CpuNumbers | None) -> str:
+    """What the scheduler did to a call; `-` where it does not run."""
+    if cpu is None:
+        return "-"
+    parts = [f"{duration(cpu.wait_usec)} (at most {duration(cpu.wait_max_usec)} at a time) "
+             f"for {cpu.slices} slices"]  # fmt: skip
+    if cpu.boosts:
+        parts.append(f"ahead of others {cpu.boosts} times for {duration(cpu.boosted_usec)}")
+    if cpu.penalties:
+        parts.append(f"held back for its memory {duration(cpu.penalty_usec)}")
+    if cpu.stalls:
+        parts.append(f"out of cpu.max {duration(cpu.stalled_usec)}")
+    return ", ".join(parts)
 
 
 def print_reports(reports: Sequence[Report]) -> None:

@@ -18,6 +18,10 @@ ABI_DELAY_CAP_MS = 2000
 ABI_GPU_MINORS = 256
 ABI_GPU_SHARED_MINOR = 254
 ABI_VRAM_GRAIN_BYTES = 512
+ABI_SCHED_CGROUPS = 16384
+ABI_SCHED_CPUS = 1024
+ABI_SCHED_REASON_BYTES = 64
+ABI_SCHED_MESSAGE_BYTES = 256
 
 
 class CgroupKind(enum.IntEnum):
@@ -214,7 +218,7 @@ class LifecycleCounters(ctypes.Structure):
 
 
 class MemoryLimits(ctypes.Structure):
-    """struct memory_limits, 64 bytes"""
+    """struct memory_limits, 72 bytes"""
 
     _fields_ = (
         ("parent_id", ctypes.c_uint64),
@@ -227,6 +231,7 @@ class MemoryLimits(ctypes.Structure):
         ("kind", ctypes.c_uint32),
         ("priority", ctypes.c_uint32),
         ("deny_round", ctypes.c_uint32),
+        ("throttle_mark_bytes", ctypes.c_uint64),
     )
     parent_id: int
     soft_mark_bytes: int
@@ -238,10 +243,11 @@ class MemoryLimits(ctypes.Structure):
     kind: int
     priority: int
     deny_round: int
+    throttle_mark_bytes: int
 
 
 class MemoryState(ctypes.Structure):
-    """struct memory_state, 112 bytes"""
+    """struct memory_state, 136 bytes"""
 
     _fields_ = (
         ("window_ns", ctypes.c_uint64),
@@ -260,6 +266,10 @@ class MemoryState(ctypes.Structure):
         ("told_round", ctypes.c_uint32),
         ("allowed_round", ctypes.c_uint32),
         ("allowed_bytes", ctypes.c_uint64),
+        ("over_at_ns", ctypes.c_uint64),
+        ("high_at_ns", ctypes.c_uint64),
+        ("over_permille", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
     )
     window_ns: int
     window_faults: int
@@ -277,6 +287,10 @@ class MemoryState(ctypes.Structure):
     told_round: int
     allowed_round: int
     allowed_bytes: int
+    over_at_ns: int
+    high_at_ns: int
+    over_permille: int
+    reserved: int
 
 
 class MarkEvent(ctypes.Structure):
@@ -416,6 +430,121 @@ class MemoryControl(ctypes.Structure):
     urgent_priority: int
     protected_count: int
     protected_sessions: ctypes.Array[ProtectedSession]
+
+
+class SchedPlace(ctypes.Structure):
+    """struct sched_place, 8 bytes"""
+
+    _fields_ = (
+        ("slot", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+    slot: int
+    reserved: int
+
+
+class SchedCgroup(ctypes.Structure):
+    """struct sched_cgroup, 120 bytes"""
+
+    _fields_ = (
+        ("cgroup_id", ctypes.c_uint64),
+        ("boost_cap_ns", ctypes.c_uint64),
+        ("boost_permille", ctypes.c_uint32),
+        ("kind", ctypes.c_uint32),
+        ("hurry_until_ns", ctypes.c_uint64),
+        ("run_ns", ctypes.c_uint64),
+        ("wait_ns", ctypes.c_uint64),
+        ("wait_max_ns", ctypes.c_uint64),
+        ("slices", ctypes.c_uint64),
+        ("boosts", ctypes.c_uint64),
+        ("boosted_ns", ctypes.c_uint64),
+        ("penalties", ctypes.c_uint64),
+        ("penalty_ns", ctypes.c_uint64),
+        ("stalls", ctypes.c_uint64),
+        ("stalled_ns", ctypes.c_uint64),
+        ("rescues", ctypes.c_uint64),
+    )
+    cgroup_id: int
+    boost_cap_ns: int
+    boost_permille: int
+    kind: int
+    hurry_until_ns: int
+    run_ns: int
+    wait_ns: int
+    wait_max_ns: int
+    slices: int
+    boosts: int
+    boosted_ns: int
+    penalties: int
+    penalty_ns: int
+    stalls: int
+    stalled_ns: int
+    rescues: int
+
+
+class SchedControl(ctypes.Structure):
+    """struct sched_control, 104 bytes"""
+
+    _fields_ = (
+        ("slice_ns", ctypes.c_uint64),
+        ("wait_max_ns", ctypes.c_uint64),
+        ("boost_lead_ns", ctypes.c_uint64),
+        ("penalty_most", ctypes.c_uint32),
+        ("stall_on_purpose", ctypes.c_uint32),
+        ("cgroups", ctypes.c_uint64),
+        ("queues", ctypes.c_uint64),
+        ("waiting", ctypes.c_uint64),
+        ("without_entry", ctypes.c_uint64),
+        ("picks", ctypes.c_uint64),
+        ("picks_empty", ctypes.c_uint64),
+        ("preempted", ctypes.c_uint64),
+        ("finishing", ctypes.c_uint64),
+        ("left", ctypes.c_uint64),
+    )
+    slice_ns: int
+    wait_max_ns: int
+    boost_lead_ns: int
+    penalty_most: int
+    stall_on_purpose: int
+    cgroups: int
+    queues: int
+    waiting: int
+    without_entry: int
+    picks: int
+    picks_empty: int
+    preempted: int
+    finishing: int
+    left: int
+
+
+class SchedExit(ctypes.Structure):
+    """struct sched_exit, 344 bytes"""
+
+    _fields_ = (
+        ("at_ns", ctypes.c_uint64),
+        ("code", ctypes.c_int64),
+        ("kind", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("reason", ctypes.c_char * 64),
+        ("message", ctypes.c_char * 256),
+    )
+    at_ns: int
+    code: int
+    kind: int
+    reserved: int
+    reason: bytes
+    message: bytes
+
+
+class SchedHurry(ctypes.Structure):
+    """struct sched_hurry, 16 bytes"""
+
+    _fields_ = (
+        ("cgroup_id", ctypes.c_uint64),
+        ("until_ns", ctypes.c_uint64),
+    )
+    cgroup_id: int
+    until_ns: int
 
 
 class Protection(ctypes.Structure):

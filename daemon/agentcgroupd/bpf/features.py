@@ -28,6 +28,7 @@ HIGH_EVENTS = "memory.high events"
 RATES = "fault and refault rates"
 URGENT = "urgent reaction"
 RECLAIM_HOOKS = "reclaim hooks"
+CPU_SCHEDULER = "CPU scheduler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,9 @@ _REMEDIES = {
     "security_vm_enough_memory_mm": "use a kernel with CONFIG_SECURITY",
     "psi_memstall_enter": "use a kernel with CONFIG_PSI",
     "psi_memstall_leave": "use a kernel with CONFIG_PSI",
+    "sched_ext_ops": "use Linux 7.1 or newer with CONFIG_SCHED_CLASS_EXT and "
+                     "CONFIG_EXT_GROUP_SCHED",
+    "scx_bpf_dsq_reenq": "use Linux 7.1 or newer",
     "memcg_bpf_ops": "nothing yet: no release of Linux has it",
 }  # fmt: skip
 BTF_REMEDY = "use a kernel with CONFIG_DEBUG_INFO_BTF"
@@ -135,6 +139,16 @@ DEFINITIONS = (
         tuple(((name,), (Need("struct", "memcg_bpf_ops"), Need("struct", "memcg_bpf_ops", name)))
               for name in ("below_low", "below_min", "get_high_delay_ms", "memcg_charged")),
         "memory.low and memory.high alone",
+    ),
+    # Attached as a whole, by cpu.CpuScheduling.
+    Definition(
+        CPU_SCHEDULER, "sched",
+        ((("select_cpu", "enqueue", "dispatch", "cgroup_set_weight", "cgroup_set_bandwidth"),
+          (Need("struct", "sched_ext_ops", "cgroup_init"),
+           Need("struct", "sched_ext_ops", "cgroup_set_bandwidth"),
+           # Since 7.1 a task that leaves its queue is told of.
+           _function("scx_bpf_dsq_reenq"))),),
+        "the kernel's own scheduler keeps cpu.weight and cpu.max",
     ),
 )  # fmt: skip
 

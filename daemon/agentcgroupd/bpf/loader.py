@@ -17,7 +17,7 @@ import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.btf import KIND_STRUCT, Btf, kernel_btf
@@ -34,6 +34,7 @@ _REFUSED = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOMEM, errno.EBUSY, 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
 
 V = TypeVar("V", bound=ctypes.Structure)
+S = TypeVar("S", bound="ctypes.Structure | ctypes.Array[Any]")
 
 
 class BpfMap(Generic[V]):
@@ -221,14 +222,14 @@ class BpfObject:
         """Descriptor of a loaded program, which stays the object's."""
         return libbpf().check(f"program {name}", "bpf_program__fd", self._program(name))
 
-    def shared(self, name: str, kind: type[V]) -> V:
+    def shared(self, name: str, kind: type[S]) -> S:
         """A global variable in mapped memory: reading and writing it is reading and writing the
         program's own. It stays readable after close()."""
         offset = self._place(".bss", name, kind)
         fd = self.map_fd(".bss")
         size = libbpf().call("bpf_map__value_size", self._map(".bss"))
         pages = mmap.mmap(fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-        return kind.from_buffer(pages, offset)
+        return cast(S, kind.from_buffer(pages, offset))
 
     def missed(self, name: str) -> int:
         """How often a loaded program was left out because it was running on that CPU already; 0 on
@@ -275,7 +276,7 @@ class BpfObject:
             self._handle, name.encode(),
         )  # fmt: skip
 
-    def _place(self, section: str, name: str, kind: type[ctypes.c_uint32 | V]) -> int:
+    def _place(self, section: str, name: str, kind: type[ctypes.c_uint32 | S]) -> int:
         """Offset in bytes of a variable in a data section."""
         types = libbpf().pointer(f"{self.name}: no types", "bpf_object__btf", self._handle)
         place = Btf(types).variables(section).get(name)

@@ -35,6 +35,11 @@ class MemoryPrograms:
         self._ring = RingBuffer(self._bpf.map_fd("events"), handle)
         self._ring.start()
 
+    @property
+    def states_fd(self) -> int:
+        """Descriptor of the map of what has been seen, which stays the object's."""
+        return self._bpf.map_fd("states")
+
     # Cgroups
 
     def watch(
@@ -62,6 +67,11 @@ class MemoryPrograms:
         """Tell when usage rises above `soft_bytes`, and when it falls below `low_bytes` after
         that; 0: no mark. Raises BpfError."""
         self._change(cgroup, soft_mark_bytes=soft_bytes, soft_low_bytes=low_bytes)
+
+    def set_throttle_mark(self, cgroup: CgroupId, mark_bytes: int) -> None:
+        """A call that grows beyond the mark is told to the CPU scheduler, which slows it; 0: beyond
+        its memory.high. Raises BpfError."""
+        self._change(cgroup, throttle_mark_bytes=mark_bytes)
 
     def set_rates(self, cgroup: CgroupId, faults_per_s: int, refaults_per_s: int) -> None:
         """Tell when page faults or refaults come faster, and when they have fallen to half of

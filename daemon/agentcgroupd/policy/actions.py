@@ -37,6 +37,8 @@ class Actions:
     pool: Cgroup | None = None
     """For reclaim_pool."""
     reclaimer: Reclaimer = field(default_factory=Reclaimer)
+    hurry: Callable[[Call], None] = lambda call: None
+    """Told of each call that is about to be frozen or killed."""
 
     # Of a call
 
@@ -44,6 +46,7 @@ class Actions:
         """Pause a call; no error if it is paused already. Raises CgroupGone."""
         if call.frozen_since_usec is not None or call.state == pb.CALL_STATE_ENDING:
             return
+        self.hurry(call)
         call.cgroup.write(knobs.CGROUP_FREEZE, True)
         call.frozen_since_usec = boottime_usec()
         call.state = pb.CALL_STATE_FROZEN
@@ -121,6 +124,7 @@ class Actions:
         call.ended_by, call.ended_why = "stopped", why
         call.state = pb.CALL_STATE_ENDING
         call.held = False
+        self.hurry(call)
         call.cgroup.kill()
         self._acted("kill", call, why, None)
 

@@ -393,7 +393,7 @@ class AttachServer:
         session = self._sessions.get(request.value("session"))
         if session.closing:
             raise PermissionDenied(f"session {session.id} is being closed")
-        session.agent.attach(peer.process.pid)
+        self._calls.agent_entered(session, peer.process)
         set_oom_score_adj(peer.process.pid, AGENT_OOM_SCORE_ADJ)
         words = (f"env={word}" for word in session.environment)
         return ["OK", f"session={session.id}", *words]

@@ -1,0 +1,784 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * CPU for agents: a sched_ext scheduler for the tasks of managed cgroups, and for no others (the
+ * daemon sets SCHED_EXT on what enters one; children inherit it).
+ *
+ * Tasks wait in one DSQ for each cgroup, ordered by their own virtual time. Whose DSQ is next is
+ * decided in sched_tree.h: down from the root, at each level the cgroup that has had least for its
+ * weight. Three things come before that: a cgroup of which a task has waited for too long, one that
+ * still has a budget for going first, and one that is about to be frozen or killed, so that it lets
+ * go of what it holds in the kernel.
+ *
+ * What follows from memory: a call whose last charge found it above its mark pays more for its CPU
+ * time and sits out in proportion. memory.bpf.c writes that into `states`, which is its own map.
+ */
+#include "sched_kernel.h"
+
+#include "sched_tree.h"
+
+char LICENSE[] SEC("license") = "GPL";
+
+#define ENOENT 2
+#define ENOMEM 12
+
+#define SIGNAL_GROUP_EXIT  0x4	       /* include/linux/sched/signal.h */
+#define JOBCTL_TRAP_FREEZE (1UL << 23) /* include/linux/sched/jobctl.h */
+
+#define NONE_TRIED	 (~0ULL) /* no dispatch has this number */
+#define QUEUE(slot)	 ((u64)(slot) + 1)
+#define TASK_WEIGHT_LOW	 20 /* so that a nice task is not put off for too long */
+#define TASK_WEIGHT_HIGH 500
+#define PROTECTED_PART	 4 /* of a slice, which another's waking does not cut short */
+#define SLICE_LEAST_NS	 (500 * NSEC_PER_USEC)
+#define OVER_FRESH_NS	 (500 * NSEC_PER_MSEC)
+#define RECLAIM_PENALTY	 2
+#define TIMER_BUSY_NS	 (4 * NSEC_PER_MSEC)
+#define TIMER_IDLE_NS	 (50 * NSEC_PER_MSEC)
+#define CLOCK_MONOTONIC	 1
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLOTS);
+	__type(key, u64);
+	__type(value, struct sched_place);
+} places SEC(".maps");
+
+/* Shared with memory.bpf.c, which fills it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, u64);
+	__type(value, struct memory_state);
+} states SEC(".maps");
+
+struct task {
+	u64 ran_ns;   /* of its CPU time, up to where it has been paid for */
+	u64 since_ns; /* when it began to wait */
+	u32 slot;
+	u32 queued; /* its slot, plus one, while it waits in a queue */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct task);
+} tasks SEC(".maps");
+
+struct wakeup {
+	struct bpf_timer timer;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct wakeup);
+} wakeups SEC(".maps");
+
+struct sched_exit ended;
+
+/* What each CPU runs. */
+static struct {
+	u32 slot; /* plus one; 0: nothing of ours */
+	u32 turn;
+	u64 since_ns;
+	u32 next;  /* the turn of the task that was chosen, until it runs */
+	u32 taken; /* for a boosted task, that is on its way */
+} running_on[ABI_SCHED_CPUS];
+
+static u64 dispatches;
+static u32 tries = 16, victims = 16; /* see top_level */
+static bool active;		     /* since the timer looked last */
+
+static __always_inline struct task *task_of(struct task_struct *p)
+{
+	return bpf_task_storage_get(&tasks, p, 0, 0);
+}
+
+static __always_inline struct task_struct___sched *fields(struct task_struct *p)
+{
+	return (struct task_struct___sched *)p;
+}
+
+/* On its way into a freeze or out of life; both are where it holds nothing of the kernel's. */
+static __always_inline bool is_leaving(struct task_struct *p)
+{
+	return fields(p)->jobctl & JOBCTL_TRAP_FREEZE || p->signal->flags & SIGNAL_GROUP_EXIT;
+}
+
+/*
+ * Preempted while it was reading under RCU, so that the whole kernel waits for it: noted before it
+ * is put back into a queue (rcu_note_context_switch). Soon over, and nobody can make it last.
+ */
+static __always_inline bool is_critical(struct task_struct *p)
+{
+	return bpf_core_field_exists(fields(p)->rcu_read_unlock_special) &&
+	       fields(p)->rcu_read_unlock_special.b.blocked;
+}
+
+/* The entry of a cgroup, or of the nearest one above it that has one. */
+static __always_inline u32 slot_of(struct cgroup *cgroup)
+{
+	struct cgroup_subsys_state *css = &cgroup->self;
+	struct sched_place *place;
+	u64 id = cgroup->kn->id;
+
+	place = bpf_map_lookup_elem(&places, &id);
+	if (place)
+		return place->slot;
+	while (can_loop) {
+		css = BPF_CORE_READ(css, parent);
+		if (!css)
+			break;
+		id = BPF_CORE_READ(css, cgroup, kn, id);
+		place = bpf_map_lookup_elem(&places, &id);
+		if (place)
+			return place->slot;
+	}
+	return 0;
+}
+
+/* --- Memory --- */
+
+/* How many times its CPU time a call is to pay: 1 for one that keeps to its mark; 0: no call. */
+static __always_inline u32 memory_penalty(u32 *slot, u64 now)
+{
+	u32 most = control.penalty_most, penalty = 1, over;
+	struct memory_state *state;
+	u32 at = *slot;
+	u64 id;
+
+	if (most <= 1)
+		return 0;
+	while (at && can_loop) {
+		if (cgroup_of(at)->kind == KIND_CALL)
+			break;
+		at = node_of(at)->parent;
+	}
+	if (!at || cgroup_of(at)->kind != KIND_CALL)
+		return 0;
+	*slot = at;
+	id = cgroup_of(at)->cgroup_id;
+	state = bpf_map_lookup_elem(&states, &id);
+	if (state && state->over_permille && now - state->over_at_ns < OVER_FRESH_NS) {
+		over = state->over_permille;
+		penalty = over >= 1000 ? most : 1 + ((most - 1) * over + 999) / 1000;
+	}
+	id = cgroup_of(node_of(at)->parent)->cgroup_id;
+	state = bpf_map_lookup_elem(&states, &id);
+	if (state && state->high_at_ns && now - state->high_at_ns < OVER_FRESH_NS &&
+	    penalty < RECLAIM_PENALTY)
+		penalty = RECLAIM_PENALTY;
+	return penalty;
+}
+
+/* --- Paying for what was run --- */
+
+static __always_inline u64 clamp_weight(struct task_struct *p)
+{
+	u64 weight = fields(p)->scx.weight;
+
+	if (weight < TASK_WEIGHT_LOW)
+		return TASK_WEIGHT_LOW;
+	return weight > TASK_WEIGHT_HIGH ? TASK_WEIGHT_HIGH : weight;
+}
+
+static __always_inline void account(struct task_struct *p, struct task *task, s32 cpu)
+{
+	u64 total = fields(p)->se.sum_exec_runtime, ran = total - task->ran_ns;
+	u32 slot = within(task->slot), call = slot, penalty;
+	u64 now = bpf_ktime_get_ns();
+	bool boosted = running_on[MASKED(cpu, ABI_SCHED_CPUS - 1)].turn == TURN_BOOST;
+
+	if (!ran)
+		return;
+	task->ran_ns = total;
+	penalty = memory_penalty(&call, now);
+	if (penalty)
+		node_of(call)->penalty = penalty;
+	pay_up(slot, ran, now, boosted);
+	scx_bpf_task_set_dsq_vtime(p, fields(p)->scx.dsq_vtime +
+					      ran * WEIGHT_DEFAULT / clamp_weight(p));
+}
+
+/* How long a task of a cgroup may run now. */
+static __always_inline u64 slice_of(u32 slot)
+{
+	u64 slice = control.slice_ns;
+
+	while (slot && can_loop) {
+		struct node *node = node_of(slot);
+
+		if (node->quota_usec && node->tokens_ns < (s64)slice)
+			slice = node->tokens_ns > 0 ? node->tokens_ns : 0;
+		if (node->penalty > 1)
+			slice /= node->penalty;
+		slot = node->parent;
+	}
+	return slice < SLICE_LEAST_NS ? SLICE_LEAST_NS : slice;
+}
+
+/* --- Callbacks: tasks --- */
+
+static __always_inline void insert_local(struct task_struct *p, u64 slice, u64 enq_flags)
+{
+	scx_bpf_dsq_insert(p, DSQ_LOCAL, slice, enq_flags);
+}
+
+SEC("struct_ops/select_cpu")
+s32 BPF_PROG(select_cpu, struct task_struct *p, s32 prev_cpu, u64 wake_flags)
+{
+	struct task *task = task_of(p);
+	bool is_idle = false;
+	s32 cpu = scx_bpf_select_cpu_dfl(p, prev_cpu, wake_flags, &is_idle);
+
+	if (!is_idle || !task || control.stall_on_purpose)
+		return cpu;
+	if (!is_held(task->slot, bpf_ktime_get_ns()))
+		insert_local(p, slice_of(task->slot), 0);
+	return cpu;
+}
+
+/*
+ * A CPU that runs something of ours, and nothing that goes ahead itself; plus one, 0: none.
+ * boost: for a task that goes ahead; else the CPU's task has had a part of its slice, and is
+ * behind.
+ */
+__noinline u32 find_victim(u32 from, u32 slot, u32 boost, u64 now)
+{
+	u32 cpus = scx_bpf_nr_cpu_ids(), cpu = from, left = victims;
+
+	while (left-- && can_loop) {
+		u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1);
+
+		u64 ran = now - running_on[at].since_ns;
+
+		if (running_on[at].slot && running_on[at].turn != TURN_BOOST &&
+		    !running_on[at].taken &&
+		    (boost || (ran > control.slice_ns / PROTECTED_PART &&
+			       comes_before(slot, running_on[at].slot - 1, ran))))
+			return cpu + 1;
+		if (++cpu >= cpus)
+			cpu = 0;
+	}
+	return 0;
+}
+
+/* Make such a CPU choose again. */
+static __always_inline void preempt_for(struct task_struct *p, u32 slot, u32 boost, u64 now)
+{
+	u32 victim = find_victim(scx_bpf_task_cpu(p), slot, boost, now);
+
+	if (!victim || !bpf_cpumask_test_cpu(victim - 1, fields(p)->cpus_ptr))
+		return;
+	running_on[MASKED(victim - 1, ABI_SCHED_CPUS - 1)].taken = 1;
+	__sync_fetch_and_add(&control.preempted, 1);
+	scx_bpf_kick_cpu(victim - 1, KICK_PREEMPT);
+}
+
+SEC("struct_ops/enqueue")
+void BPF_PROG(enqueue, struct task_struct *p, u64 enq_flags)
+{
+	struct task *task = task_of(p);
+	u64 now = bpf_ktime_get_ns();
+	struct scx_bpf_dsq_insert_vtime_args args = {};
+	struct node *node;
+	u64 vtime, least;
+	u32 slot;
+	int boost;
+	s32 cpu;
+
+	if (!task) {
+		insert_local(p, control.slice_ns, enq_flags);
+		return;
+	}
+	slot = within(task->slot);
+	if (!control.stall_on_purpose) {
+		if (is_leaving(p) || is_critical(p)) {
+			__sync_fetch_and_add(&control.finishing, 1);
+			insert_local(p, SLICE_LEAST_NS, enq_flags);
+			return;
+		}
+		if (enq_flags & ENQ_LAST && !is_held(slot, now)) {
+			insert_local(p, slice_of(slot), enq_flags);
+			return;
+		}
+	}
+	node = node_of(slot);
+	vtime = fields(p)->scx.dsq_vtime;
+	least = node->task_vtime - control.slice_ns;
+	if (before(vtime, least))
+		vtime = least;
+	args.dsq_id = QUEUE(slot);
+	args.slice = control.slice_ns;
+	args.vtime = vtime;
+	args.enq_flags = enq_flags;
+	task->queued = slot + 1;
+	boost = begin_waiting(slot, now);
+	settle_up(slot);
+	__scx_bpf_dsq_insert_vtime(p, &args);
+	/* Kicks are carried out after this, when the task is in its queue. */
+	cpu = scx_bpf_pick_idle_cpu(fields(p)->cpus_ptr, 0);
+	if (cpu >= 0)
+		scx_bpf_kick_cpu(cpu, KICK_IDLE);
+	else if (enq_flags & ENQ_WAKEUP && !is_held(slot, now))
+		preempt_for(p, slot, boost, now);
+}
+
+/* Called when a task leaves its queue for a CPU, too: since Linux 7.1. */
+SEC("struct_ops/dequeue")
+void BPF_PROG(dequeue, struct task_struct *p, u64 deq_flags)
+{
+	struct task *task = task_of(p);
+	u32 queued;
+
+	if (!task || !task->queued)
+		return;
+	queued = task->queued - 1;
+	task->queued = 0;
+	end_waiting(queued, bpf_ktime_get_ns());
+	settle_up(queued);
+}
+
+SEC("struct_ops/runnable")
+void BPF_PROG(runnable, struct task_struct *p, u64 enq_flags)
+{
+	struct task *task = task_of(p);
+
+	if (task)
+		task->since_ns = bpf_ktime_get_ns();
+}
+
+SEC("struct_ops/running")
+void BPF_PROG(running, struct task_struct *p)
+{
+	struct task *task = task_of(p);
+	u64 cpu = MASKED(scx_bpf_task_cpu(p), ABI_SCHED_CPUS - 1);
+	u64 now = bpf_ktime_get_ns(), waited, vtime;
+	u32 slot, turn;
+	struct node *node;
+
+	if (!task)
+		return;
+	active = true;
+	slot = within(task->slot);
+	node = node_of(slot);
+	turn = running_on[cpu].next;
+	running_on[cpu].next = TURN_NONE;
+	running_on[cpu].turn = turn;
+	running_on[cpu].slot = slot + 1;
+	running_on[cpu].since_ns = now;
+	task->ran_ns = fields(p)->se.sum_exec_runtime;
+	waited = task->since_ns && now > task->since_ns ? now - task->since_ns : 0;
+	task->since_ns = 0;
+	vtime = fields(p)->scx.dsq_vtime;
+	if (before(node->task_vtime, vtime))
+		node->task_vtime = vtime;
+	while (can_loop) {
+		struct sched_cgroup *cgroup = cgroup_of(slot);
+
+		__sync_fetch_and_add(&cgroup->slices, 1);
+		__sync_fetch_and_add(&cgroup->wait_ns, waited);
+		if (waited > cgroup->wait_max_ns)
+			cgroup->wait_max_ns = waited;
+		if (turn == TURN_BOOST)
+			__sync_fetch_and_add(&cgroup->boosts, 1);
+		if (turn == TURN_RESCUE)
+			__sync_fetch_and_add(&cgroup->rescues, 1);
+		if (!slot)
+			break;
+		slot = node_of(slot)->parent;
+	}
+	/* To the next tick: whoever waits so long may hold something in the kernel. */
+	if (turn == TURN_RESCUE)
+		scx_bpf_task_set_slice(p, SLICE_LEAST_NS);
+	else
+		scx_bpf_task_set_slice(p, slice_of(task->slot));
+}
+
+SEC("struct_ops/stopping")
+void BPF_PROG(stopping, struct task_struct *p, bool still_runnable)
+{
+	struct task *task = task_of(p);
+	u64 cpu = MASKED(scx_bpf_task_cpu(p), ABI_SCHED_CPUS - 1);
+
+	if (!task)
+		return;
+	account(p, task, cpu);
+	if (still_runnable)
+		task->since_ns = bpf_ktime_get_ns();
+	running_on[cpu].slot = 0;
+	running_on[cpu].turn = TURN_NONE;
+	running_on[cpu].taken = 0;
+}
+
+SEC("struct_ops/tick")
+void BPF_PROG(tick, struct task_struct *p)
+{
+	struct task *task = task_of(p);
+	u64 cpu = MASKED(scx_bpf_task_cpu(p), ABI_SCHED_CPUS - 1);
+	u64 now = bpf_ktime_get_ns();
+
+	if (!task)
+		return;
+	account(p, task, cpu);
+	resume_due(now);
+	if (rescue_due(now, NONE_TRIED) ||
+	    (running_on[cpu].turn != TURN_BOOST && boost_due(now, NONE_TRIED)) ||
+	    is_held(task->slot, now))
+		scx_bpf_task_set_slice(p, 0);
+}
+
+/* --- Callbacks: CPUs --- */
+
+/* The task that has waited longest in a queue, of those that may run on this CPU, onto it. */
+__noinline int move_oldest(u64 queue)
+{
+	u32 cpu = bpf_get_smp_processor_id();
+	struct bpf_iter_scx_dsq it;
+	struct task_struct *p;
+	u64 oldest = 0;
+	s32 pid = 0;
+	bool moved = false;
+
+	if (!bpf_iter_scx_dsq_new(&it, queue, 0)) {
+		while ((p = bpf_iter_scx_dsq_next(&it))) {
+			struct task *task = task_of(p);
+
+			if (task && (!pid || before(task->since_ns, oldest)) &&
+			    bpf_cpumask_test_cpu(cpu, fields(p)->cpus_ptr)) {
+				oldest = task->since_ns;
+				pid = p->pid;
+			}
+		}
+	}
+	bpf_iter_scx_dsq_destroy(&it);
+	if (!pid)
+		return false;
+	if (!bpf_iter_scx_dsq_new(&it, queue, 0)) {
+		while ((p = bpf_iter_scx_dsq_next(&it))) {
+			if (p->pid != pid)
+				continue;
+			moved = scx_bpf_dsq_move(&it, p, DSQ_LOCAL, 0);
+			break;
+		}
+	}
+	bpf_iter_scx_dsq_destroy(&it);
+	return moved;
+}
+
+static long wake_one(u32 cpu, void *unused)
+{
+	if (!running_on[MASKED(cpu, ABI_SCHED_CPUS - 1)].slot)
+		scx_bpf_kick_cpu(cpu, KICK_IDLE);
+	return 0;
+}
+
+/* Should a CPU be idle while tasks wait: it may have become so while they were on their way. */
+static __always_inline void wake_idle(void)
+{
+	if (control.waiting)
+		bpf_loop(scx_bpf_nr_cpu_ids(), wake_one, NULL, 0);
+}
+
+static __always_inline bool keep(struct task_struct *prev, u32 slot)
+{
+	struct task_struct *head = scx_bpf_dsq_peek(QUEUE(slot));
+
+	if (head && before(fields(head)->scx.dsq_vtime, fields(prev)->scx.dsq_vtime))
+		return false;
+	scx_bpf_task_set_slice(prev, slice_of(slot));
+	return true;
+}
+
+SEC("struct_ops/dispatch")
+void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
+{
+	u64 now = bpf_ktime_get_ns(), id;
+	struct task *task = NULL;
+	u32 can_go_on = 0, left = tries;
+
+	if (control.stall_on_purpose)
+		return;
+	if (prev && fields(prev)->scx.flags & TASK_QUEUED) {
+		task = task_of(prev);
+		if (task) {
+			account(prev, task, cpu);
+			if (!is_held(task->slot, now))
+				can_go_on = within(task->slot) + 1;
+		}
+	}
+	resume_due(now);
+	__sync_fetch_and_add(&control.picks, 1);
+	id = __sync_add_and_fetch(&dispatches, 1);
+	while (left-- && can_loop) {
+		u32 slot, how;
+		int moved;
+		u64 turn;
+
+		turn = choose(can_go_on, now, id);
+		slot = within(turn);
+		how = turn >> 32;
+		if (how == TURN_NONE)
+			break;
+		if (how == TURN_KEEP && prev && keep(prev, slot))
+			return;
+		/* Before the move: running() may come with it. */
+		running_on[MASKED(cpu, ABI_SCHED_CPUS - 1)].next = how;
+		moved = how == TURN_RESCUE && move_oldest(QUEUE(slot));
+		if (moved || scx_bpf_dsq_move_to_local(QUEUE(slot)))
+			return;
+		__sync_fetch_and_add(&control.picks_empty, 1);
+		node_of(slot)->skipped_by = id;
+	}
+	running_on[MASKED(cpu, ABI_SCHED_CPUS - 1)].next = TURN_NONE;
+	if (can_go_on && prev)
+		scx_bpf_task_set_slice(prev, slice_of(can_go_on - 1));
+}
+
+static int on_timer(void *map, int *key, struct wakeup *wakeup)
+{
+	bool was_active = active;
+	bool idle;
+
+	active = false;
+	resume_due(bpf_ktime_get_ns());
+	idle = !control.waiting && !order_first(ORDER_PAUSE, 0);
+	if (!control.stall_on_purpose)
+		wake_idle();
+	bpf_timer_start(&wakeup->timer, idle && !was_active ? TIMER_IDLE_NS : TIMER_BUSY_NS, 0);
+	return 0;
+}
+
+/* --- Callbacks: lives of tasks and cgroups --- */
+
+SEC("struct_ops/init_task")
+s32 BPF_PROG(init_task, struct task_struct *p, struct scx_init_task_args *args)
+{
+	struct task *task = bpf_task_storage_get(&tasks, p, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+
+	if (!task)
+		return -ENOMEM;
+	task->slot = slot_of(args->cgroup);
+	return 0;
+}
+
+SEC("struct_ops/enable")
+void BPF_PROG(enable, struct task_struct *p)
+{
+	struct task *task = task_of(p);
+
+	if (!task)
+		return;
+	task->ran_ns = fields(p)->se.sum_exec_runtime;
+	task->since_ns = 0;
+	scx_bpf_task_set_dsq_vtime(p, node_of(task->slot)->task_vtime);
+}
+
+SEC("struct_ops/disable")
+void BPF_PROG(disable, struct task_struct *p)
+{
+	struct task *task = task_of(p);
+
+	if (!task)
+		return;
+	if (!is_leaving(p))
+		__sync_fetch_and_add(&control.left, 1);
+}
+
+static __always_inline void set_bandwidth(struct node *node, u64 period, u64 quota, u64 burst)
+{
+	u64 now = bpf_ktime_get_ns();
+
+	if (!period || !quota || quota > QUOTA_MOST_USEC) {
+		node->quota_usec = 0;
+		return;
+	}
+	if (!node->quota_usec) {
+		u64 turn = control.slice_ns, quota_ns = quota * NSEC_PER_USEC;
+
+		node->tokens_at_ns = now;
+		node->tokens_ns = turn < quota_ns ? turn : quota_ns;
+	}
+	node->period_usec = period;
+	node->quota_usec = quota;
+	node->burst_usec = burst > QUOTA_MOST_USEC ? QUOTA_MOST_USEC : burst;
+}
+
+SEC("struct_ops.s/cgroup_init")
+s32 BPF_PROG(cgroup_init, struct cgroup *cgrp, struct scx_cgroup_init_args *args)
+{
+	struct sched_place place = {};
+	u64 id = cgrp->kn->id;
+	struct sched_cgroup *cgroup;
+	u32 parent = 0, slot = 0;
+	struct node *node;
+
+	if (cgrp->level) {
+		parent = within(slot_of(cgrp));
+		if (node_of(parent)->depth + 1 >= DEPTH_MAX)
+			goto without;
+		slot = within(take_slot());
+		if (!slot)
+			goto without;
+	}
+	if (scx_bpf_create_dsq(QUEUE(slot), -1))
+		goto give_back;
+	place.slot = slot;
+	if (bpf_map_update_elem(&places, &id, &place, BPF_NOEXIST)) {
+		scx_bpf_destroy_dsq(QUEUE(slot));
+		goto give_back;
+	}
+	node = node_of(slot);
+	cgroup = cgroup_of(slot);
+	__builtin_memset(node, 0, sizeof(*node));
+	__builtin_memset(cgroup, 0, sizeof(*cgroup));
+	node->parent = parent;
+	node->depth = slot ? node_of(parent)->depth + 1 : 0;
+	node->weight = args->weight;
+	cgroup->cgroup_id = id;
+	set_bandwidth(node, args->bw_period_us, args->bw_quota_us, args->bw_burst_us);
+	__sync_fetch_and_add(&control.queues, 1);
+	__sync_fetch_and_add(&control.cgroups, 1);
+	return 0;
+give_back:
+	give_slot_back(slot);
+without:
+	/* To fail would be to fail the mkdir. */
+	__sync_fetch_and_add(&control.without_entry, 1);
+	return 0;
+}
+
+SEC("struct_ops.s/cgroup_exit")
+void BPF_PROG(cgroup_exit, struct cgroup *cgrp)
+{
+	u64 id = cgrp->kn->id;
+	struct sched_place *place = bpf_map_lookup_elem(&places, &id);
+	u32 slot;
+
+	if (!place)
+		return;
+	slot = within(place->slot);
+	bpf_map_delete_elem(&places, &id);
+	scx_bpf_destroy_dsq(QUEUE(slot));
+	__sync_fetch_and_sub(&control.queues, 1);
+	__sync_fetch_and_sub(&control.cgroups, 1);
+	cgroup_of(slot)->cgroup_id = 0;
+	node_of(slot)->tasks = 0;
+	settle_up(slot);
+	give_slot_back(slot);
+}
+
+SEC("struct_ops/cgroup_move")
+void BPF_PROG(cgroup_move, struct task_struct *p, struct cgroup *from, struct cgroup *to)
+{
+	struct task *task = task_of(p);
+	u64 ahead;
+
+	if (!task)
+		return;
+	ahead = fields(p)->scx.dsq_vtime - node_of(task->slot)->task_vtime;
+	task->slot = slot_of(to);
+	scx_bpf_task_set_dsq_vtime(p, node_of(task->slot)->task_vtime + ahead);
+}
+
+SEC("struct_ops/cgroup_set_weight")
+void BPF_PROG(cgroup_set_weight, struct cgroup *cgrp, u32 weight)
+{
+	u64 id = cgrp->kn->id;
+	struct sched_place *place = bpf_map_lookup_elem(&places, &id);
+
+	if (!place)
+		return;
+	node_of(place->slot)->weight = weight;
+}
+
+SEC("struct_ops/cgroup_set_bandwidth")
+void BPF_PROG(cgroup_set_bandwidth, struct cgroup *cgrp, u64 period_us, u64 quota_us, u64 burst_us)
+{
+	u64 id = cgrp->kn->id;
+	struct sched_place *place = bpf_map_lookup_elem(&places, &id);
+	u32 slot;
+
+	if (!place)
+		return;
+	slot = within(place->slot);
+	set_bandwidth(node_of(slot), period_us, quota_us, burst_us);
+	resume_now(slot, bpf_ktime_get_ns());
+	settle_up(slot);
+}
+
+SEC("struct_ops.s/sched_init")
+s32 BPF_PROG(sched_init)
+{
+	struct wakeup *wakeup;
+	u32 key = 0;
+
+	lead_slices = 2 * scx_bpf_nr_cpu_ids() + control.penalty_most;
+	wakeup = bpf_map_lookup_elem(&wakeups, &key);
+	if (!wakeup)
+		return -ENOENT;
+	bpf_timer_init(&wakeup->timer, &wakeups, CLOCK_MONOTONIC);
+	bpf_timer_set_callback(&wakeup->timer, on_timer);
+	return bpf_timer_start(&wakeup->timer, TIMER_BUSY_NS, 0);
+}
+
+SEC("struct_ops/sched_exit")
+void BPF_PROG(sched_exit, struct scx_exit_info *info)
+{
+	ended.at_ns = bpf_ktime_get_ns();
+	ended.code = info->exit_code;
+	bpf_probe_read_kernel_str(ended.reason, sizeof(ended.reason), info->reason);
+	bpf_probe_read_kernel_str(ended.message, sizeof(ended.message), info->msg);
+	__sync_lock_test_and_set(&ended.kind, info->kind);
+}
+
+/**
+ * hurry - let the tasks of a cgroup go first for a while; run by the daemon
+ * @wish: which cgroup, and until when
+ *
+ * Return: 0, or -ENOENT for a cgroup without an entry.
+ */
+SEC("syscall")
+int hurry(struct sched_hurry *wish)
+{
+	u64 id = wish->cgroup_id;
+	struct sched_place *place = bpf_map_lookup_elem(&places, &id);
+	u32 slot;
+
+	if (!place)
+		return -ENOENT;
+	slot = within(place->slot);
+	cgroup_of(slot)->hurry_until_ns = wish->until_ns;
+	boost_now(slot, bpf_ktime_get_ns());
+	return 0;
+}
+
+SEC("?.struct_ops.link")
+struct sched_ext_ops___agentcg scheduler = {
+	.select_cpu = (void *)select_cpu,
+	.enqueue = (void *)enqueue,
+	.dequeue = (void *)dequeue,
+	.dispatch = (void *)dispatch,
+	.tick = (void *)tick,
+	.runnable = (void *)runnable,
+	.running = (void *)running,
+	.stopping = (void *)stopping,
+	.init_task = (void *)init_task,
+	.enable = (void *)enable,
+	.disable = (void *)disable,
+	.cgroup_init = (void *)cgroup_init,
+	.cgroup_exit = (void *)cgroup_exit,
+	.cgroup_move = (void *)cgroup_move,
+	.cgroup_set_weight = (void *)cgroup_set_weight,
+	.cgroup_set_bandwidth = (void *)cgroup_set_bandwidth,
+	.init = (void *)sched_init,
+	.exit = (void *)sched_exit,
+	/* SCX_OPS_ENQ_LAST, SCX_OPS_SWITCH_PARTIAL */
+	.flags = 1ULL << 1 | 1ULL << 3,
+	.timeout_ms = 30000,
+	.name = "agentcg",
+};

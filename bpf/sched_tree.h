@@ -1,0 +1,595 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Whose turn it is: the tree of cgroups with its virtual times, budgets and pauses. Nothing here
+ * knows of tasks or CPUs.
+ *
+ * One spin lock guards the orders. Each function that takes it does so for one level of the tree
+ * and is not static: the verifier looks at such a function once, instead of at each place that
+ * calls it and with every loop around it. What is done level by level is right in between, too: a
+ * cgroup whose parent is not linked yet is not found yet, and whoever changes what settle() looks
+ * at calls it.
+ *
+ * At each level, siblings compete by virtual time: CPU time over weight. One that begins to wait is
+ * not placed before the competition's own time, so what it has not used while it was away is gone,
+ * and a thousand that wake at once are no better off than one. One that ran while nobody waited is
+ * not placed more than a lead behind.
+ */
+#ifndef AGENTCG_SCHED_TREE_H
+#define AGENTCG_SCHED_TREE_H
+
+#include "sched_order.h"
+
+#define DEPTH_MAX	   16 /* deeper ones are one with their ancestor */
+#define RESCUED_MOST	   64
+#define WEIGHT_DEFAULT	   100
+#define NSEC_PER_USEC	   1000ULL
+#define NSEC_PER_MSEC	   1000000ULL
+#define REFILL_MOST_USEC   10000000ULL /* more is lost, and the product below has room */
+#define QUOTA_MOST_USEC	   1000000000ULL
+#define PENALTY_PAUSE_MOST (100 * NSEC_PER_MSEC)
+
+struct bpf_spin_lock lock SEC(".bss.lock") __hidden;
+
+struct sched_control control;
+struct sched_cgroup cgroups[SLOTS];
+
+static u64 lead_slices; /* for all CPUs; set at the start */
+static u32 at_once = 32;
+
+/* How a turn came about. */
+enum turn {
+	TURN_NONE = 0,
+	TURN_TREE = 1,
+	TURN_BOOST = 2,
+	TURN_RESCUE = 3,
+	TURN_KEEP = 4, /* the task that was running goes on, or another of its cgroup */
+};
+
+#define TURN(how, slot) ((u64)(how) << 32 | (slot))
+
+static __always_inline struct sched_cgroup *cgroup_of(u32 slot)
+{
+	return &cgroups[within(slot)];
+}
+
+/* --- In the tree, and out of it --- */
+
+static __always_inline bool wants(struct node *node)
+{
+	return !node->paused_ns && (node->tasks || node->children[0]);
+}
+
+static __always_inline bool is_settled(u32 slot)
+{
+	return !link_of(slot, ORDER_TREE)->linked == !wants(node_of(slot));
+}
+
+/* Put a cgroup among its siblings, or take it from there. Returns whether that was to be done. */
+__noinline int settle(u32 slot)
+{
+	struct node *node = node_of(slot);
+	bool linked, wanted;
+	u64 now;
+
+	bpf_spin_lock(&lock);
+	linked = link_of(slot, ORDER_TREE)->linked;
+	wanted = wants(node);
+	if (wanted && !linked) {
+		now = node_of(node->parent)->vtime_now;
+		if (before(node->vtime, now))
+			node->vtime = now;
+		order_add(ORDER_TREE, slot, node->vtime);
+	} else if (linked && !wanted) {
+		order_remove(ORDER_TREE, slot);
+	}
+	bpf_spin_unlock(&lock);
+	return linked != wanted;
+}
+
+/* The same for those above it, as far as there is something to do. */
+__noinline int settle_up(u32 slot)
+{
+	while (slot && can_loop) {
+		if (is_settled(slot) || !settle(slot))
+			break;
+		slot = node_of(slot)->parent;
+	}
+	return 0;
+}
+
+/* --- Pauses: out of cpu.max, or for its memory --- */
+
+static __always_inline void refill(struct node *node, u64 now)
+{
+	u64 since = (now - node->tokens_at_ns) / NSEC_PER_USEC;
+	/* Two slices more, so that nothing is lost to one that has to wait for its turn. */
+	s64 most = (node->quota_usec + node->burst_usec) * NSEC_PER_USEC + 2 * control.slice_ns;
+
+	if (!node->quota_usec || !node->period_usec)
+		return;
+	if (since > REFILL_MOST_USEC)
+		since = REFILL_MOST_USEC;
+	node->tokens_at_ns += since * NSEC_PER_USEC;
+	node->tokens_ns += since * node->quota_usec * NSEC_PER_USEC / node->period_usec;
+	if (node->tokens_ns >= most) {
+		node->tokens_ns = most;
+		node->tokens_at_ns = now;
+	}
+}
+
+/* When there will be enough for a turn. */
+static __always_inline u64 refilled_at(struct node *node, u64 now)
+{
+	u64 quota_ns = node->quota_usec * NSEC_PER_USEC, turn = control.slice_ns;
+	u64 lacking;
+
+	if (turn > quota_ns)
+		turn = quota_ns;
+	lacking = (turn - node->tokens_ns) / NSEC_PER_USEC + 1;
+	return now + lacking * node->period_usec / (node->quota_usec ?: 1) * NSEC_PER_USEC;
+}
+
+/* With the lock held; settle_up() is to follow. */
+static __always_inline void pause(u32 slot, u64 until, u64 now, bool for_memory)
+{
+	struct node *node = node_of(slot);
+
+	if (node->paused_ns) {
+		if (is_due(slot, ORDER_PAUSE, until))
+			order_move(ORDER_PAUSE, slot, until);
+		return;
+	}
+	node->paused_ns = now;
+	node->for_memory = for_memory;
+	if (for_memory)
+		cgroup_of(slot)->penalties++;
+	else
+		cgroup_of(slot)->stalls++;
+	order_add(ORDER_PAUSE, slot, until);
+}
+
+/* With the lock held; settle_up() is to follow. */
+static __always_inline void resume(u32 slot, u64 now)
+{
+	struct node *node = node_of(slot);
+	u64 paused = now - node->paused_ns;
+
+	order_remove(ORDER_PAUSE, slot);
+	if (node->for_memory)
+		cgroup_of(slot)->penalty_ns += paused;
+	else
+		cgroup_of(slot)->stalled_ns += paused;
+	node->paused_ns = 0;
+}
+
+/* The cgroup that has been paused long enough, which goes on; 0: there is none. */
+__noinline u32 resume_one(u64 now)
+{
+	struct node *node;
+	u32 slot;
+
+	bpf_spin_lock(&lock);
+	slot = order_first(ORDER_PAUSE, 0);
+	node = node_of(slot);
+	if (slot && !is_due(slot, ORDER_PAUSE, now))
+		slot = 0;
+	if (slot) {
+		refill(node, now);
+		if (node->quota_usec && node->tokens_ns <= 0)
+			order_move(ORDER_PAUSE, slot, refilled_at(node, now));
+		else
+			resume(slot, now);
+	}
+	bpf_spin_unlock(&lock);
+	return slot;
+}
+
+__noinline int resume_due(u64 now)
+{
+	u32 left = at_once, slot;
+
+	while (left-- && can_loop) {
+		slot = resume_one(now);
+		if (!slot)
+			break;
+		settle_up(slot);
+	}
+	return 0;
+}
+
+/* A paused cgroup goes on because its limit was changed. */
+__noinline int resume_now(u32 slot, u64 now)
+{
+	bpf_spin_lock(&lock);
+	if (node_of(slot)->paused_ns)
+		resume(slot, now);
+	bpf_spin_unlock(&lock);
+	return 0;
+}
+
+/* Whether a cgroup, or one above it, is paused. */
+__noinline int is_held(u32 slot, u64 now)
+{
+	while (slot && can_loop) {
+		if (before(now, cgroup_of(slot)->hurry_until_ns))
+			return false;
+		if (node_of(slot)->paused_ns)
+			return true;
+		slot = node_of(slot)->parent;
+	}
+	return false;
+}
+
+/* --- Budgets --- */
+
+static __always_inline s64 budget_of(struct node *node, struct sched_cgroup *cgroup, u64 now)
+{
+	s64 most = cgroup->boost_cap_ns, budget;
+	u64 since = now - node->budget_at_ns;
+
+	if (!node->budget_at_ns)
+		return most;
+	if (since > REFILL_MOST_USEC * NSEC_PER_USEC)
+		since = REFILL_MOST_USEC * NSEC_PER_USEC;
+	budget = node->budget_ns + since * cgroup->boost_permille / 1000;
+	return budget < most ? budget : most;
+}
+
+/*
+ * Ahead of the others, if a budget is left at each level that has one, and no level has had more
+ * than its share already: a boost changes the order, not the shares.
+ */
+__noinline int may_boost(u32 slot, u64 now)
+{
+	bool has_budget = false;
+
+	while (slot && can_loop) {
+		struct node *node = node_of(slot);
+		struct sched_cgroup *cgroup = cgroup_of(slot);
+		u64 lead;
+
+		if (before(now, cgroup->hurry_until_ns))
+			return true;
+		if (node->paused_ns)
+			return false;
+		if (cgroup->boost_cap_ns) {
+			if (budget_of(node, cgroup, now) <= 0)
+				return false;
+			if (cgroup->kind != KIND_SESSION)
+				has_budget = true;
+		}
+		lead = control.boost_lead_ns * WEIGHT_DEFAULT / (node->weight ?: 1);
+		if ((s64)(node->vtime - node_of(node->parent)->vtime_now) > (s64)lead)
+			return false;
+		slot = node->parent;
+	}
+	return has_budget;
+}
+
+/* --- Paying --- */
+
+/* For one level. Returns whether it is paused now, and was not before. */
+__noinline int pay(u32 slot, u64 ran, u64 now, u32 boosted)
+{
+	struct node *node = node_of(slot), *parent = node_of(node->parent);
+	struct sched_cgroup *cgroup = cgroup_of(slot);
+	u32 weight = node->weight ?: 1, penalty = node->penalty ?: 1;
+	u64 lead = lead_slices * control.slice_ns * WEIGHT_DEFAULT / weight, out, until = 0;
+	bool was_paused;
+
+	bpf_spin_lock(&lock);
+	was_paused = node->paused_ns;
+	cgroup->run_ns += ran;
+	if (boosted)
+		cgroup->boosted_ns += ran;
+	if (cgroup->boost_cap_ns) {
+		node->budget_ns = budget_of(node, cgroup, now) - ran;
+		node->budget_at_ns = now;
+	}
+	if (!slot)
+		goto unlock;
+	node->vtime += ran * WEIGHT_DEFAULT * penalty / weight;
+	/* Nobody waits for it: it owes nobody anything. */
+	if (!parent->children[0] && before(parent->vtime_now, node->vtime))
+		parent->vtime_now = node->vtime;
+	if ((s64)(node->vtime - parent->vtime_now) > (s64)lead)
+		node->vtime = parent->vtime_now + lead;
+	if (link_of(slot, ORDER_TREE)->linked)
+		order_move(ORDER_TREE, slot, node->vtime);
+	if (penalty > 1) {
+		out = ran * (penalty - 1);
+		until = now + (out < PENALTY_PAUSE_MOST ? out : PENALTY_PAUSE_MOST);
+	}
+	if (node->quota_usec) {
+		refill(node, now);
+		node->tokens_ns -= ran;
+		if (node->tokens_ns <= 0) {
+			until = refilled_at(node, now);
+			penalty = 1;
+		}
+	}
+	if (until)
+		pause(slot, until, now, penalty > 1);
+unlock:
+	bpf_spin_unlock(&lock);
+	return until && !was_paused;
+}
+
+__noinline int pay_up(u32 slot, u64 ran, u64 now, u32 boosted)
+{
+	struct node *node = node_of(slot);
+
+	node->own_vtime += ran;
+	if (!node->children[0] && !node->tasks)
+		node->vtime_now = node->own_vtime;
+	while (can_loop) {
+		if (pay(slot, ran, now, boosted))
+			settle_up(slot);
+		if (!slot)
+			break;
+		slot = node_of(slot)->parent;
+	}
+	return 0;
+}
+
+/* --- Waiting --- */
+
+/* A turn for each of its tasks in that time; so that a fork bomb has no use of it, for so many. */
+static __always_inline u64 rescue_at(struct node *node, u64 now)
+{
+	u32 tasks = node->tasks < RESCUED_MOST ? node->tasks : RESCUED_MOST;
+
+	return now + control.wait_max_ns / (tasks ?: 1);
+}
+
+/* Returns whether the task may go ahead of others. settle_up() is to follow. */
+__noinline int begin_waiting(u32 slot, u64 now)
+{
+	struct node *node = node_of(slot);
+	int boost = may_boost(slot, now);
+
+	bpf_spin_lock(&lock);
+	control.waiting++;
+	if (!node->tasks++) {
+		if (before(node->own_vtime, node->vtime_now))
+			node->own_vtime = node->vtime_now;
+		if (slot)
+			order_move(ORDER_RESCUE, slot, rescue_at(node, now));
+	}
+	if (slot && boost && !link_of(slot, ORDER_BOOST)->linked)
+		order_add(ORDER_BOOST, slot, now);
+	bpf_spin_unlock(&lock);
+	return boost;
+}
+
+/* settle_up() is to follow. */
+__noinline int end_waiting(u32 slot, u64 now)
+{
+	struct node *node = node_of(slot);
+
+	bpf_spin_lock(&lock);
+	if (node->tasks) {
+		control.waiting--;
+		node->tasks--;
+		if (slot) {
+			order_drop(ORDER_RESCUE, slot);
+			if (node->tasks)
+				order_add(ORDER_RESCUE, slot, rescue_at(node, now));
+			else
+				order_drop(ORDER_BOOST, slot);
+		}
+	}
+	bpf_spin_unlock(&lock);
+	return 0;
+}
+
+/* --- Choosing --- */
+
+/* With the lock held. */
+static __always_inline u32 first_not_tried(u32 order, u32 parent, u64 dispatch)
+{
+	u32 slot = order_first(order, parent);
+
+	while (slot && node_of(slot)->skipped_by == dispatch && can_loop)
+		slot = *next_of(order, parent, slot, 0);
+	return slot;
+}
+
+__noinline u32 rescue_due(u64 now, u64 dispatch)
+{
+	u32 slot;
+
+	bpf_spin_lock(&lock);
+	slot = first_not_tried(ORDER_RESCUE, 0, dispatch);
+	if (slot && !is_due(slot, ORDER_RESCUE, now))
+		slot = 0;
+	bpf_spin_unlock(&lock);
+	return slot;
+}
+
+__noinline u32 first_boosted(u64 dispatch)
+{
+	u32 slot;
+
+	bpf_spin_lock(&lock);
+	slot = first_not_tried(ORDER_BOOST, 0, dispatch);
+	bpf_spin_unlock(&lock);
+	return slot;
+}
+
+__noinline int boost_now(u32 slot, u64 now)
+{
+	bpf_spin_lock(&lock);
+	if (slot && node_of(slot)->tasks && !link_of(slot, ORDER_BOOST)->linked)
+		order_add(ORDER_BOOST, slot, now);
+	bpf_spin_unlock(&lock);
+	return 0;
+}
+
+__noinline int no_more_boost(u32 slot)
+{
+	bpf_spin_lock(&lock);
+	order_drop(ORDER_BOOST, slot);
+	bpf_spin_unlock(&lock);
+	return 0;
+}
+
+__noinline u32 boost_due(u64 now, u64 dispatch)
+{
+	u32 left = at_once, slot;
+
+	while (left-- && can_loop) {
+		slot = first_boosted(dispatch);
+		if (!slot || may_boost(slot, now))
+			return slot;
+		no_more_boost(slot);
+	}
+	return 0;
+}
+
+/*
+ * One level of the way down: the child with the least virtual time, TURN(TURN_NONE, slot); or the
+ * cgroup's own tasks, TURN(TURN_TREE, at). 0: there is nothing here.
+ * mine: the child that the task which was running is in or below, 0: none.
+ * keep: that task is one of the cgroup's own.
+ */
+__noinline u64 choose_at(u32 at, u32 mine, u32 keep, u64 dispatch)
+{
+	struct node *node = node_of(at);
+	u64 vtime = node->own_vtime;
+	u32 best, first;
+	bool own;
+
+	bpf_spin_lock(&lock);
+	best = first_not_tried(ORDER_TREE, at, dispatch);
+	own = keep || (node->tasks && node->skipped_by != dispatch);
+	if (mine && (!best || before(node_of(mine)->vtime, node_of(best)->vtime)))
+		best = mine;
+	if (own && (!best || !before(node_of(best)->vtime, vtime)))
+		best = 0;
+	else
+		own = false;
+	if (best)
+		vtime = node_of(best)->vtime;
+	/* Not past one that has no task for this CPU: it keeps its turn. */
+	first = order_first(ORDER_TREE, at);
+	if (first && before(node_of(first)->vtime, vtime))
+		vtime = node_of(first)->vtime;
+	if ((own || best) && before(node->vtime_now, vtime))
+		node->vtime_now = vtime;
+	bpf_spin_unlock(&lock);
+	return own ? TURN(TURN_TREE, at) : TURN(TURN_NONE, best);
+}
+
+/*
+ * From the root down to where the least virtual time leads.
+ * prev: the slot, plus one, of the task that ran here and could go on; 0: there is none.
+ * dispatch: cgroups marked with it have been tried.
+ */
+__noinline u64 descend(u32 prev, u64 dispatch)
+{
+	bool along = prev > 0;
+	u32 at = 0, last = within(prev - 1);
+	u64 turn;
+
+	while (can_loop) {
+		bool keep = along && at == last;
+		u32 mine = 0;
+
+		if (along && !keep) {
+			mine = last;
+			while (node_of(mine)->parent != at && mine && can_loop)
+				mine = node_of(mine)->parent;
+		}
+		turn = choose_at(at, mine, keep, dispatch);
+		if (turn >> 32)
+			return keep ? TURN(TURN_KEEP, at) : turn;
+		if (!turn) {
+			if (!at)
+				break;
+			node_of(at)->skipped_by = dispatch;
+			at = 0;
+			along = prev > 0;
+			continue;
+		}
+		at = turn;
+		if (at != mine)
+			along = false;
+	}
+	return TURN(TURN_NONE, 0);
+}
+
+__noinline u64 choose(u32 prev, u64 now, u64 dispatch)
+{
+	u32 slot;
+
+	slot = rescue_due(now, dispatch);
+	if (slot)
+		return TURN(TURN_RESCUE, slot);
+	slot = boost_due(now, dispatch);
+	if (slot)
+		return TURN(TURN_BOOST, slot);
+	if (prev && may_boost(prev - 1, now))
+		return TURN(TURN_KEEP, within(prev - 1));
+	return descend(prev, dispatch);
+}
+
+/*
+ * Whether a cgroup that begins to wait comes before one whose task runs and has not paid for the
+ * last `ran` ns yet: by virtual time, where their ways from the root part.
+ */
+__noinline int comes_before(u32 waiting, u32 running, u64 ran)
+{
+	struct node *node;
+
+	while (node_of(waiting)->depth > node_of(running)->depth && can_loop)
+		waiting = node_of(waiting)->parent;
+	while (node_of(running)->depth > node_of(waiting)->depth && can_loop)
+		running = node_of(running)->parent;
+	while (waiting != running && node_of(waiting)->parent != node_of(running)->parent &&
+	       can_loop) {
+		waiting = node_of(waiting)->parent;
+		running = node_of(running)->parent;
+	}
+	if (waiting == running)
+		return false;
+	node = node_of(running);
+	return before(node_of(waiting)->vtime,
+		      node->vtime + ran * WEIGHT_DEFAULT / (node->weight ?: 1));
+}
+
+/* --- Entries --- */
+
+static u32 free_slots[SLOTS];
+static u32 free_count;
+static u32 fresh_slot = 1; /* never used before from here on; 0 is the root's */
+
+/* Returns an unused entry; 0: all are taken. */
+__noinline u32 take_slot(void)
+{
+	u32 slot = 0;
+
+	bpf_spin_lock(&lock);
+	if (free_count)
+		slot = free_slots[within(--free_count)];
+	else if (fresh_slot < SLOTS)
+		slot = fresh_slot++;
+	bpf_spin_unlock(&lock);
+	return slot;
+}
+
+/* It has no tasks and no children any more; settle_up() has seen to its parent. */
+__noinline int give_slot_back(u32 slot)
+{
+	bpf_spin_lock(&lock);
+	order_drop(ORDER_BOOST, slot);
+	order_drop(ORDER_PAUSE, slot);
+	order_drop(ORDER_RESCUE, slot);
+	order_drop(ORDER_TREE, slot);
+	if (slot && free_count < SLOTS)
+		free_slots[within(free_count++)] = slot;
+	bpf_spin_unlock(&lock);
+	return 0;
+}
+
+#endif

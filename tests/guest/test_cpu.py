@@ -1,0 +1,225 @@
+"""The daemon and its CPU scheduler: who is scheduled by it, what is told of it, and what happens
+when the kernel takes it away or has another one."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import mmap
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.bpf import abi, sched
+from agentcgroupd.bpf.btf import Btf
+from agentcgroupd.bpf.generate import OBJECTS
+from agentcgroupd.bpf.libbpf import libbpf
+from agentcgroupd.bpf.sched import SchedSettings, Scheduler
+from agentcgroupd.cgroup.tree import cgroup2_mount
+from agentcgroupd.config import CpuConfig, PoolConfig
+from agentcgroupd.cpu import CpuScheduling
+from agentcgroupd.metrics import Metrics
+from agentcgroupd.policy.model import Policy
+from agentcgroupd.pool import prepare_pool
+from tests.guest.cpu_load import SCHED_EXT
+from tests.harness import DaemonProcess, wait_until
+
+pytestmark = pytest.mark.controllers
+
+SETTINGS = SchedSettings(slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000,
+                         penalty_most=8)  # fmt: skip
+CONFIG = """[cpu]
+stall_timeout = "2s"
+wait_max = "1s"
+retries = 1
+retry_after = "500ms"
+[guard]
+enabled = false
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_sched_ext() -> None:
+    """Nothing here means anything without it."""
+    state = sched.gate()
+    if not state.works:
+        pytest.skip(state.reason)
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """One for all tests here, in their order: it takes seconds to start."""
+    daemon = DaemonProcess(tmp_path_factory.mktemp("cpu"), CONFIG)
+    try:
+        daemon.start()
+        yield daemon
+    finally:
+        daemon.close()
+
+
+@pytest.fixture(scope="module")
+def agent(daemon: DaemonProcess) -> Any:
+    """A process in the agent leaf."""
+    return daemon.open("web")
+
+
+def is_ours() -> bool:
+    """Whether the kernel has the daemon's scheduler."""
+    return sched.running().startswith(sched.NAME)
+
+
+def policy_of(pid: int) -> int:
+    """Scheduling policy of a process."""
+    return os.sched_getscheduler(pid)
+
+
+def control_of_the_daemon() -> abi.SchedControl:
+    """The scheduler's settings and counts in the kernel, mapped as the daemon has them."""
+
+    class Info(ctypes.Structure):
+        """struct bpf_map_info, up to the name."""
+
+        _fields_ = (("words", ctypes.c_uint32 * 6), ("name", ctypes.c_char * 16))
+
+    call, number = libbpf().call, ctypes.c_uint32(0)
+    while call("bpf_map_get_next_id", number, ctypes.byref(number)) == 0:
+        fd = call("bpf_map_get_fd_by_id", number)
+        info, size = Info(), ctypes.c_uint32(ctypes.sizeof(Info))
+        libbpf().check("map", "bpf_obj_get_info_by_fd", fd, ctypes.byref(info), ctypes.byref(size))
+        if info.name == b"sched.bss":
+            place, _ = Btf.of_file(OBJECTS / "sched.bpf.o").variables(".bss")["control"]
+            pages = mmap.mmap(fd, -(-info.words[3] // mmap.PAGESIZE) * mmap.PAGESIZE)
+            os.close(fd)
+            return abi.SchedControl.from_buffer(pages, place)
+        os.close(fd)
+    raise AssertionError("no scheduler is loaded")
+
+
+def test_what_enters_is_scheduled_by_it(daemon: DaemonProcess, agent: Any) -> None:
+    """The agent, its calls and all their children; and nobody else."""
+    assert is_ours()
+    assert agent.run("result = 1 + 1") == 2
+    assert policy_of(agent.process.pid) == SCHED_EXT
+    assert policy_of(os.getpid()) == os.SCHED_OTHER
+    assert daemon.process is not None and policy_of(daemon.process.pid) == os.SCHED_OTHER
+    found = agent.run("""
+code = "import os; print(os.sched_getscheduler(0)); os.fork() or os._exit(os.sched_getscheduler(0))"
+done = agent.run([sys.executable, "-c", code], capture_output=True, text=True)
+result = done.stdout.split()
+""")
+    assert set(found) == {str(SCHED_EXT)}
+
+
+def test_the_report_tells_what_it_did(daemon: DaemonProcess, agent: Any) -> None:
+    """Of a call with half a CPU; and the session's numbers hold the call's."""
+    report = agent.run("""
+done = agent.run(["sh", "-c", "i=0; while [ $i -lt 9000 ]; do i=$((i+1)); done"], cpu_max="0.5")
+result = done.report.to_dict()
+""")
+    cpu = report["cpu"]
+    assert cpu["run_usec"] == pytest.approx(report["cpu_usage_usec"], rel=0.1, abs=20_000)
+    assert cpu["slices"] > 5 and cpu["wait_usec"] >= cpu["wait_max_usec"] > 0
+    assert cpu["stalls"] > 3 and cpu["stalled_usec"] > 100_000
+    assert report["cpu_throttled_usec"] >= cpu["stalled_usec"]
+    assert cpu["run_usec"] / report["wall_usec"] < 0.6
+    (session,) = daemon.admin.ListSessions(pb.ListSessionsRequest()).sessions
+    assert session.cpu.run_usec > cpu["run_usec"] and session.cpu.slices > cpu["slices"]
+
+
+def test_the_escape_is_closed(daemon: DaemonProcess, agent: Any) -> None:
+    """Who sets SCHED_OTHER would go before everything of ours; the daemon puts it back."""
+    pid = agent.process.pid
+    agent.run("import os; os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0)); result = 0")
+    assert policy_of(pid) == os.SCHED_OTHER
+    wait_until("it is put back", lambda: policy_of(pid) == SCHED_EXT)
+
+
+def test_an_adopted_cgroup_is_given_back(daemon: DaemonProcess) -> None:
+    """Its processes become SCHED_EXT, and what they were when it is over."""
+    path = cgroup2_mount() / f"{daemon.pool_path.strip('/')}-container"
+    path.mkdir()
+    process = subprocess.Popen(["sleep", "1000"])
+    try:
+        (path / "cgroup.procs").write_text(str(process.pid))
+        daemon.admin.AdoptSession(pb.AdoptSessionRequest(
+            cgroup_path=f"/{path.name}", spec=pb.SessionSpec(id="container")))  # fmt: skip
+        assert policy_of(process.pid) == SCHED_EXT
+        daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="container"))
+        assert policy_of(process.pid) == os.SCHED_OTHER
+    finally:
+        process.kill()
+        process.wait()
+        path.rmdir()
+
+
+def test_a_killed_daemon_takes_it_along(daemon: DaemonProcess, agent: Any) -> None:
+    """The kernel lets go of it, its tasks go on in the fair class, and the next daemon has it
+    again."""
+    daemon.kill()
+    wait_until("the kernel has none", lambda: sched.running() == "")
+    assert agent.run("result = 1 + 1") == 2
+    assert policy_of(agent.process.pid) == SCHED_EXT, "it says so, and means the fair class"
+    daemon.start()
+    assert is_ours()
+    assert agent.run("result = 1 + 1") == 2
+    (session,) = daemon.admin.ListSessions(pb.ListSessionsRequest()).sessions
+    assert session.cpu.run_usec > 0, "it is told of what was there"
+
+
+def has_said(daemon: DaemonProcess, times: int) -> bool:
+    """Whether the daemon has told so many times that a stall was the end of it."""
+    said = "instead: the kernel's own scheduler"
+    lines = [line for line in daemon.log.read_text().splitlines() if said in line]
+    return len([line for line in lines if "let go of it: runnable task stall" in line]) == times
+
+
+def test_a_stalled_scheduler_is_ejected_and_tried_again(daemon: DaemonProcess, agent: Any) -> None:
+    """It gives no task a CPU. The kernel ejects it after its timeout; the daemon says why, does
+    without, tries again as often as it may, and then no more."""
+    limit = daemon.cgroup_dir / "web/cpu.weight"
+    for attempt in (1, 2):
+        control_of_the_daemon().stall_on_purpose = 1
+        began = time.monotonic()
+        assert agent.run("result = 1 + 1") == 2, "it waits for the fair class"
+        assert 1.5 < time.monotonic() - began < 2 + 8
+        wait_until("it is said", partial(has_said, daemon, attempt))
+        assert limit.read_text() == "100\n", "weights hold in the fair class too"
+        if attempt == 1:
+            wait_until("it is tried again", is_ours)
+    wait_until("it is given up",
+               lambda: "not tried again: it failed 2 times" in daemon.log.read_text())  # fmt: skip
+    assert sched.running() == ""
+    assert agent.run("result = agent.run(['true']).report.cpu") is None
+
+
+def test_someone_elses_scheduler_is_left_alone(daemon: DaemonProcess) -> None:
+    """The daemon's part does without beside it, and says whose it is; so does doctor."""
+
+    async def try_beside() -> None:
+        pool = prepare_pool(PoolConfig(cgroup=daemon.pool_path))
+        cpu = CpuScheduling(CpuConfig(), None, Metrics(), lambda: Policy().cpu)
+        state = cpu.open(pool, None, lambda: (), True)
+        assert not state.works and state.remedy == "stop it, or leave the CPU to it"
+        assert state.reason == f"another sched_ext scheduler runs here: {sched.running()}"
+        cpu.check()
+        assert cpu.numbers(pool.cgroup.id) is None
+
+    other = Scheduler.load(replace(SETTINGS, name="somebody"))
+    try:
+        other.attach()
+        assert sched.running().startswith("somebody")
+        asyncio.run(try_beside())
+        assert "another sched_ext scheduler runs here: somebody" in sched.try_here().reason
+        assert other.ending() is None
+    finally:
+        other.close()
+    wait_until("the kernel has none", lambda: sched.running() == "")
+    assert Path("/sys/kernel/sched_ext/state").read_text() == "disabled\n"

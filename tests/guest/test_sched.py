@@ -1,0 +1,456 @@
+"""The CPU scheduler on real tasks: shares, limits, boosts, penalties, and that nobody starves."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentcgroupd.bpf import abi, features, sched
+from agentcgroupd.bpf.loader import BpfObject
+from agentcgroupd.bpf.memory import MemoryPrograms
+from agentcgroupd.bpf.sched import SchedSettings, Scheduler
+from agentcgroupd.cgroup.tree import cgroup2_mount
+from agentcgroupd.config import GuardConfig
+from agentcgroupd.units import CgroupId
+from tests.guest.cpu_load import Load, settled, shares, spin
+from tests.harness import SLOW, wait_until
+
+pytestmark = pytest.mark.controllers
+
+SETTINGS = SchedSettings(slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000,
+                         penalty_most=8)  # fmt: skip
+MIB = 1 << 20
+HZ = 250
+"""Of the slowest kernels; slices end with the clock's tick."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_sched_ext() -> None:
+    """Nothing here means anything without it."""
+    state = sched.gate()
+    if not state.works:
+        pytest.skip(state.reason)
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[MemoryPrograms]:
+    """The memory programs, whose map the scheduler reads."""
+    bpf, _ = features.load("memory")
+    assert bpf is not None
+    programs = MemoryPrograms(bpf, GuardConfig())
+    yield programs
+    programs.close()
+
+
+@pytest.fixture(scope="module")
+def scheduler(memory: MemoryPrograms) -> Iterator[Scheduler]:
+    """Attached; once for the module, because the verifier takes seconds here."""
+    scheduler = Scheduler.load(SETTINGS, memory.states_fd)
+    scheduler.attach()
+    assert sched.running().startswith(sched.NAME)
+    yield scheduler
+    assert scheduler.ending() is None, "the kernel has let go of it"
+    scheduler.close()
+    wait_until("the kernel has none", lambda: sched.running() == "")
+
+
+# --- Shares ---------------------------------------------------------------------------------------
+
+SHAPES = {
+    "flat": lambda n: {f"c{i}": 100 * (1 + i % 3) for i in range(n)},
+    # Sessions with calls: as agents have them.
+    "sessions": lambda n: {
+        f"s{i % max(2, n // 8)}/c{i}": 50 * (1 + i % 4) for i in range(n)
+    },
+    # One call on each level, and everything else below: what comes last has next to nothing.
+    "lopsided": lambda n: {
+        "/".join(["d"] * min(i, 3)) + f"/c{i}" if i else "c0": 100 + 100 * (i % 2)
+        for i in range(n)
+    },
+}  # fmt: skip
+SESSION_WEIGHTS = (100, 300)
+
+
+def weights_of(leaves: dict[str, int]) -> dict[str, int]:
+    """Of all cgroups: the leaves' as given, those above them in turn."""
+    found = dict(leaves)
+    inner = {"/".join(parts[:i]) for parts in (n.split("/") for n in leaves)
+             for i in range(1, len(parts))}  # fmt: skip
+    for i, name in enumerate(sorted(inner)):
+        found[name] = SESSION_WEIGHTS[i % 2]
+    return found
+
+
+def expected_shares(weights: dict[str, int]) -> dict[str, float]:
+    """In percent, when every leaf always has something to run."""
+    found = {}
+    for name in weights:
+        share, parts = 100.0, name.split("/")
+        for i in range(len(parts)):
+            here, above = "/".join(parts[: i + 1]), "/".join(parts[:i])
+            beside = [w for n, w in weights.items() if n.rpartition("/")[0] == above]
+            share *= weights[here] / sum(beside)
+        found[name] = share
+    return found
+
+
+def wrong_shares(
+    used: dict[str, int] | dict[str, float], expected: dict[str, float]
+) -> dict[str, Any]:
+    """Those that are more than two points off: found, expected."""
+    total = sum(used.values())
+    found = {name: 100 * value / total for name, value in used.items()}
+    return {n: (round(found[n], 1), round(expected[n], 1)) for n in found
+            if abs(found[n] - expected[n]) > 2}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[list[int]]:
+    """Stopped tasks that spin when they are let go: to fork as many for each tree takes longer
+    than to look at it."""
+    with Load() as load:
+        load.make("crew")
+        yield [load.start("crew", stop_and_spin) for _ in range(70)]
+
+
+def stop_and_spin() -> None:
+    """Until someone sends SIGCONT."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+    spin()
+
+
+@contextmanager
+def at_work(load: Load, places: dict[int, str]) -> Iterator[None]:
+    """Members of the crew in cgroups of a tree, and then back where they were."""
+    home = {pid: Path(f"/proc/{pid}/cgroup").read_text().strip()[3:] for pid in places}
+    for pid, name in places.items():
+        load.write(name, "cgroup.procs", pid)
+    for pid in places:
+        os.kill(pid, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        for pid in places:
+            os.kill(pid, signal.SIGSTOP)
+        for pid, path in home.items():
+            (cgroup2_mount() / path.strip("/") / "cgroup.procs").write_text(str(pid))
+
+
+@pytest.mark.parametrize("count", [2, 8, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shares_follow_the_weights(
+    scheduler: Scheduler, crew: list[int], shape: str, count: int
+) -> None:
+    """Within two points. One with more than a third gets two tasks: there are two CPUs."""
+    weights = weights_of(SHAPES[shape](count))
+    leaves = [n for n in weights if not any(m.startswith(f"{n}/") for m in weights)]
+    expected = expected_shares(weights)
+    with Load() as load:
+        for name in sorted(weights):
+            load.make(name, weights[name])
+        places = [n for n in leaves for _ in range(2 if expected[n] > 33 else 1)]
+        with at_work(load, dict(zip(crew, places, strict=False))):
+            time.sleep(0.3)
+            used = settled(load, leaves, lambda used, _: not wrong_shares(used, expected))
+    assert not wrong_shares(used, expected), "found, expected"
+
+
+def test_the_numbers_are_the_kernels(scheduler: Scheduler) -> None:
+    """Run time as in cpu.stat; wait time is what was not run of the time that there was."""
+    with Load() as load:
+        for name in ("a", "b", "c", "d"):
+            load.make(name)
+            load.start(name)
+        time.sleep(1)
+        for name in ("a", "b", "c", "d"):
+            numbers = scheduler.numbers(CgroupId(load.id(name)))
+            assert numbers is not None
+            assert numbers.run_usec == pytest.approx(load.usage_usec(name), rel=0.1, abs=50_000)
+            assert 0.3 < numbers.run_usec / numbers.wait_usec < 2, "two CPUs for four"
+            assert numbers.slices > 5 and numbers.wait_usec > numbers.wait_max_usec > 2_000
+        all_of_it = scheduler.numbers(CgroupId(load.root.stat().st_ino))
+        assert all_of_it is not None and numbers is not None
+        assert all_of_it.run_usec > 3 * numbers.run_usec
+
+
+def test_one_that_slept_is_not_paid_for_it(scheduler: Scheduler) -> None:
+    """Thirty calls of a session wake at once, after a second of sleep; who ran all the time loses
+    no more than its share."""
+    with Load() as load:
+        load.make("busy")
+        load.start("busy")
+        load.start("busy")
+        load.make("herd")
+        for i in range(30):
+            load.make(f"herd/c{i}")
+            load.start(f"herd/c{i}", lambda: sleep_and_spin(1.0))
+        time.sleep(1.1)
+        found = shares(load.used_usec(["busy", "herd"], 1.0))
+    assert 46 < found["busy"] < 56
+
+
+def sleep_and_spin(seconds: float) -> None:
+    """Nothing first, and then all there is."""
+    time.sleep(seconds)
+    spin()
+
+
+# --- cpu.max --------------------------------------------------------------------------------------
+
+
+def test_cpu_max_is_kept(scheduler: Scheduler) -> None:
+    """Within two percent of the limit, beside others, below a limit, and for two tasks at once."""
+    limits = {"a": 200, "b": 100, "two": 250, "s": 200}
+    with Load() as load:
+        for name, permille in limits.items():
+            load.make(name, 100, f"{permille * 100} 100000")
+        for name in ("s/x", "s/y"):
+            load.make(name)
+        for name in ("a", "b", "two", "two", "s/x", "s/y"):
+            load.start(name)
+        time.sleep(0.6)
+        wrong: dict[str, float] = {}
+
+        def is_kept(used: dict[str, int], took: float) -> bool:
+            wrong.clear()
+            wrong.update({n: used[n] / took / (p * 1000) for n, p in limits.items()
+                          if abs(used[n] / took / (p * 1000) - 1) > 0.02})  # fmt: skip
+            return not wrong
+
+        settled(load, list(limits), is_kept, 2.0)
+        numbers = scheduler.numbers(CgroupId(load.id("b")))
+    assert not wrong, "of the limit"
+    assert numbers is not None and numbers.stalls > 10 and numbers.stalled_usec > 1_000_000
+
+
+def test_a_burst_may_be_saved_up(scheduler: Scheduler) -> None:
+    """cpu.max.burst: what was not used before may be used at once, and no more than that."""
+    used = {}
+    for burst in (0, 100_000):
+        with Load() as load:
+            load.make("a", 100, "50000 100000")
+            load.write("a", "cpu.max.burst", min(burst, 50_000))
+            load.start("a", lambda: sleep_and_spin(0.8))
+            time.sleep(0.8)
+            used[burst] = load.used_usec(["a"], 0.4)["a"]
+    assert 25_000 < used[100_000] - used[0] < 75_000
+
+
+def test_a_limit_that_is_lifted(scheduler: Scheduler) -> None:
+    """At once, also for one that is paused for long."""
+    with Load() as load:
+        load.make("a", 100, "1000 1000000")
+        load.start("a")
+        time.sleep(0.3)
+        assert load.used_usec(["a"], 0.3)["a"] < 30_000
+        load.write("a", "cpu.max", "max 100000")
+        assert load.used_usec(["a"], 0.3)["a"] > 200_000
+
+
+# --- Going first ----------------------------------------------------------------------------------
+
+
+def wake_often(rounds: int, run_usec: int) -> None:
+    """Sleep, and then run a little, in turns."""
+    for _ in range(rounds):
+        time.sleep(0.01)
+        end = time.monotonic() + run_usec / 1e6
+        while time.monotonic() < end:
+            pass
+
+
+def test_a_boost_makes_waking_prompt_and_shares_stay(scheduler: Scheduler) -> None:
+    """Beside eight tasks on two CPUs: with a budget the task begins at once; and over all, nobody
+    gets more than by its weight."""
+    found = {}
+    for boost_usec in (0, 60_000):
+        with Load() as load:
+            load.make("s")
+            load.make("s/call")
+            session, call = CgroupId(load.id("s")), CgroupId(load.id("s/call"))
+            assert scheduler.describe(session, abi.CgroupKind.SESSION, 4 * boost_usec, 200)
+            assert scheduler.describe(call, abi.CgroupKind.CALL, boost_usec, 100)
+            for i in range(8):
+                load.make(f"hog{i}")
+                load.start(f"hog{i}")
+            time.sleep(0.2)
+            load.wait(load.start("s/call", lambda: wake_often(60, 500)))
+            numbers = scheduler.numbers(call)
+            assert numbers is not None
+            assert (numbers.boosts > 20) == (boost_usec > 0)
+            found[boost_usec] = numbers.wait_usec / numbers.slices
+    assert found[60_000] < 0.8 * found[0], "time waited for each slice"
+
+
+def test_a_call_that_turns_out_long_falls_back(scheduler: Scheduler) -> None:
+    """Its budget is paid out, and then it waits as everyone does."""
+    with Load() as load:
+        for name in ("long", "a", "b", "c"):
+            load.make(name)
+        call = CgroupId(load.id("long"))
+        assert scheduler.describe(call, abi.CgroupKind.CALL, 50_000, 10)
+        for name in ("a", "b", "c", "long"):
+            load.start(name)
+        time.sleep(0.5)
+        names = ["long", "a", "b", "c"]
+        equal = dict.fromkeys(names, 25.0)
+        used = settled(load, names, lambda used, _: not wrong_shares(used, equal))
+        numbers = scheduler.numbers(call)
+    assert not wrong_shares(used, equal)
+    assert numbers is not None and 0 < numbers.boosted_usec < 0.5 * numbers.run_usec
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def test_an_allocator_above_its_mark_grows_slower(
+    scheduler: Scheduler, memory: MemoryPrograms
+) -> None:
+    """In proportion to how far it is above, on an idle machine too, and not with penalties off."""
+    took = {}
+    for most in (1, 8):
+        scheduler.control.penalty_most = most
+        with Load() as load:
+            load.make("s")
+            load.make("s/call")
+            call = CgroupId(load.id("s/call"))
+            assert scheduler.describe(call, abi.CgroupKind.CALL, 0, 0)
+            memory.watch(call, abi.CgroupKind.CALL, None)
+            memory.set_throttle_mark(call, 32 * MIB)
+
+            def grow() -> None:
+                block = mmap.mmap(-1, 80 * MIB)
+                for place in range(0, 80 * MIB, mmap.PAGESIZE):
+                    block[place] = 1
+
+            began = time.monotonic()
+            load.wait(load.start("s/call", grow))
+            took[most] = time.monotonic() - began
+            numbers = scheduler.numbers(call)
+            assert numbers is not None
+            assert (numbers.penalties > 0) == (most > 1)
+            memory.forget(call)
+    scheduler.control.penalty_most = SETTINGS.penalty_most
+    assert took[8] > 1.5 * took[1]
+    assert took[8] < 12 * took[1], "there is a cap"
+
+
+# --- Nothing is left, nobody starves --------------------------------------------------------------
+
+
+def test_churn_leaves_nothing(scheduler: Scheduler) -> None:
+    """A thousand cgroups a minute (a third of that where the CPU is emulated), a third of them
+    with a task that runs."""
+    control = scheduler.control
+    with Load(controllers="+cpu") as load:
+        load.make("s")
+        load.make("s/rest")
+        before = control.cgroups + 1, control.queues + 1, scheduler.places() + 1
+        load.make("rest")
+        pid = load.start("rest")
+        old = load.make("s/first")
+        began, count = time.monotonic(), 150
+        for i in range(count):
+            path = load.make(f"s/c{i}", 50 + i, "50000 100000" if i % 2 else "max")
+            if i % 3 == 0:  # to move a task takes longer than the rest
+                load.write(f"s/c{i}", "cgroup.procs", pid)
+            else:
+                path.rmdir()
+                continue
+            old.rmdir()
+            old = path
+        load.write("rest", "cgroup.procs", pid)
+        old.rmdir()
+        took = time.monotonic() - began
+
+        def is_as_before() -> bool:
+            return (control.cgroups, control.queues, scheduler.places()) == before
+
+        wait_until("nothing is left", is_as_before)
+    assert count / took * 60 > 1000 / (1 if SLOW == 1 else 3), "cgroups a minute"
+    assert control.waiting == 0 and control.without_entry == 0
+
+
+def turns_of(pid: int) -> int:
+    """How often a task has been given a CPU, as the kernel itself counts."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[2])
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_nobody_waits_longer_than_the_bound(scheduler: Scheduler, seed: int) -> None:
+    """Any tree, any weights, limits that are always exceeded: every task gets a turn in the stated
+    time, twice wait_max and two ticks for each task. (Without that rule the least
+    weight here would wait for minutes, and the kernel would take the scheduler away.)"""
+    control, dice = scheduler.control, random.Random(seed)
+    wait_max_ns = control.wait_max_ns
+    control.wait_max_ns = 400 * 1_000_000
+    try:
+        with Load() as load:
+            names: list[str] = []
+            for i in range(12):
+                above = dice.choice([n for n in names if n.count("/") < 3] or [""])
+                name = f"{above}/g{i}".strip("/")
+                load.make(name, dice.choice([1, 1, 100, 10_000]))
+                names.append(name)
+            inner = {n.rpartition("/")[0] for n in names}
+            leaves = [n for n in names if n not in inner]
+            pids = [load.start(leaves[i % len(leaves)], spin) for i in range(24)]
+            time.sleep(0.5)
+            for name in names:
+                load.write(name, "cpu.max", dice.choice(["max", "1000 1000000", "2000 100000"]))
+            for pid in pids[::5]:
+                os.setpriority(os.PRIO_PROCESS, pid, 19)
+            seen: dict[int, int] = {}
+            since, longest, slowest = dict.fromkeys(pids, time.monotonic()), 0.0, 0.0
+            end = time.monotonic() + 4
+            while (began := time.monotonic()) < end:
+                for pid in pids:
+                    turns, now = turns_of(pid), time.monotonic()
+                    longest = max(longest, now - since[pid])
+                    if turns != seen.get(pid):
+                        seen[pid], since[pid] = turns, now
+                time.sleep(0.02)
+                slowest = max(slowest, time.monotonic() - began)
+            numbers = scheduler.numbers(CgroupId(load.root.stat().st_ino))
+            assert numbers is not None and numbers.rescues > 0, "the rule was not needed here"
+            bound_s = 2 * 0.4 + len(pids) * 2 / HZ + slowest
+            assert longest < bound_s, f"a task waited for {longest:.2f} s of {bound_s:.2f}"
+            for name in names:
+                load.write(name, "cpu.max", "max")
+    finally:
+        control.wait_max_ns = wait_max_ns
+
+
+def test_tasks_bound_to_one_cpu(scheduler: Scheduler) -> None:
+    """They share that CPU with others; the other one is not kept idle by them."""
+    with Load() as load:
+        for name in ("bound", "free"):
+            load.make(name)
+
+        def bound() -> None:
+            os.sched_setaffinity(0, {0})
+            spin()
+
+        load.start("bound", bound)
+        load.start("bound", bound)
+        load.start("free")
+        load.start("free")
+        time.sleep(0.3)
+        used = settled(load, ["bound", "free"],
+                       lambda used, _: 0.8 < used["bound"] / used["free"] < 1.25)  # fmt: skip
+    assert 0.8 < used["bound"] / used["free"] < 1.25
+
+
+def test_it_is_the_object_that_the_daemon_loads() -> None:
+    """What is tested here is what is installed."""
+    with BpfObject.open(sched.OBJECT) as bpf:
+        assert {"enqueue", "dispatch", "cgroup_set_bandwidth"} <= set(bpf.programs())
