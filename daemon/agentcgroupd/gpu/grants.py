@@ -51,6 +51,7 @@ class Grants:
         return devices
 
     def environment(self, percent: int, memory: int, devices: tuple[str, ...]) -> list[str]:
+        """NAME=value for a tool: its devices by UUID and, where MPS works, what puts it there."""
         found = {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
         if self._gpus.mps is not None and self._gpus.mps.works:
             found.update(self._gpus.mps.environment(percent, memory, len(devices)))

@@ -58,7 +58,7 @@ class Libraries:
         found = []
         places = [*map(str, extra), *_host_paths()]
         for path in dict.fromkeys(map(os.path.realpath, places)):
-            if self._probe(path, path, trusted=os.stat(path).st_uid == TRUSTED_UID):
+            if self._probe(path, path, of_host=True):
                 found.append(path)
         return found
 
@@ -76,18 +76,22 @@ class Libraries:
                 continue
             if (key, info.st_mtime_ns) in self._others or info.st_size < SMALLEST_BYTES:
                 continue
-            if self._probe(path, name, trusted=False):
+            if self._probe(path, name, of_host=False):
                 used.append(key)
             else:
                 self._others.add((key, info.st_mtime_ns))
         return used
 
-    def _probe(self, path: str, name: str, trusted: bool) -> bool:
-        """Probe one file, if it is a libcuda. `name`: how it is called in messages."""
+    def _probe(self, path: str, name: str, of_host: bool) -> bool:
+        """Probe one file, if it is a libcuda. `name`: how it is called in messages. `of_host`: one
+        of the host's own, asked what it gives out if it is root's."""
         try:
             # Held open, so that what is read and what is probed is one and the same.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+        except OSError as error:
+            if of_host:  # one of a process: unmapped meanwhile, or the process has ended
+                self.failures.append(str(error))
+                log.error("%s cannot be probed: %s", name, error)
             return False
         try:
             info = os.fstat(fd)
@@ -101,6 +105,7 @@ class Libraries:
                 own = dict(library.exports({cuda.SIGNATURE}))
                 if not own:
                     return False  # it only uses that function
+                trusted = of_host and info.st_uid == TRUSTED_UID
                 given_out = self._ask(Path(path)) if trusted else {}
                 calls = cuda.offsets(library, given_out, cuda.CALLS)
                 names = dict.fromkeys(cuda.LAUNCHES, CudaCall.NONE)

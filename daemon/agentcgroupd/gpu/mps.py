@@ -13,12 +13,11 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from agentcgroupd.errors import AgentcgroupdError
-from agentcgroupd.units import show_bytes
 
 log = logging.getLogger(__name__)
 
@@ -232,9 +231,3 @@ def environment(pipes: Path, percent: int, memory_bytes: int, devices: int) -> d
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(percent),
         "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": ",".join(f"{i}={limit}M" for i in range(devices)),
     }
-
-
-def describe(settings: Mapping[str, str], memory_bytes: int) -> str:
-    """For people."""
-    percent = settings["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"]
-    return f"{percent} % of the processors, {show_bytes(memory_bytes)}"

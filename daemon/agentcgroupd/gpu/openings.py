@@ -40,6 +40,7 @@ class Openings:
             task.cancel()
 
     def events(self, batch: list[AnyEvent]) -> None:
+        """Devices were opened, or refused."""
         for event in batch:
             if not isinstance(event, abi.GpuDeviceEvent) or not event.pid:
                 continue
