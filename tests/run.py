@@ -78,7 +78,7 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[list[Suite]], list[str]]
                 name,
                 paths,
                 "guest",
-                limit_sec=1100,
+                limit_sec=2000,
                 test_limit_sec=300,
                 marks="not full_speed",
                 guest_options=("--memory=2048",),

@@ -44,7 +44,7 @@ HURRY_USEC = 50_000
 RETRY_MOST_S = 300.0
 
 
-def set_policy(pid: int, policy: int) -> int:
+def set_policy(pid: int, policy: int, of: tuple[int, ...] = (*OURS, SCHED_EXT)) -> int:
     """Give every thread of a process the policy, if it has one that the daemon may change; returns
     how many it was. Those that are made meanwhile inherit it, or are found by looking again."""
     changed = 0
@@ -61,7 +61,7 @@ def set_policy(pid: int, policy: int) -> int:
         for thread in map(int, new):
             try:
                 found = os.sched_getscheduler(thread) & ~os.SCHED_RESET_ON_FORK
-                if found != policy and found in (*OURS, SCHED_EXT):
+                if found != policy and found in of:
                     os.sched_setscheduler(thread, policy, os.sched_param(0))
                     changed += 1
             except ProcessLookupError:
@@ -256,16 +256,16 @@ class CpuScheduling:
             set_policy(pid, SCHED_EXT)
 
     def _take_all(self, cgroup: Cgroup) -> None:
-        self._give_all(cgroup, SCHED_EXT)
+        self._give_all(cgroup, SCHED_EXT, OURS)
 
-    def _give_all(self, cgroup: Cgroup, policy: int) -> int:
+    def _give_all(self, cgroup: Cgroup, policy: int, of: tuple[int, ...]) -> int:
         changed = 0
         try:
             for pid in cgroup.procs():
                 if pid:
-                    changed += set_policy(pid, policy)
+                    changed += set_policy(pid, policy, of)
             for name in cgroup.children():
-                changed += self._give_all(cgroup.child(name), policy)
+                changed += self._give_all(cgroup.child(name), policy, of)
         except CgroupGone:
             log.debug("%s is gone", cgroup.path)
         except KnobError as error:
@@ -274,7 +274,7 @@ class CpuScheduling:
 
     def given_back(self, session: Session) -> None:
         """The processes of an adopted session are its runtime's again."""
-        self._give_all(session.cgroup, os.SCHED_OTHER)
+        self._give_all(session.cgroup, os.SCHED_OTHER, (SCHED_EXT,))
 
     def sweep(self) -> None:
         """Take back what has left the class by itself: anyone may set SCHED_OTHER, and would then
@@ -285,7 +285,7 @@ class CpuScheduling:
         self._left = scheduler.control.left
         changed = 0
         for session in self._sessions():
-            changed += self._give_all(session.cgroup, SCHED_EXT)
+            changed += self._give_all(session.cgroup, SCHED_EXT, OURS)
         if changed:
             log.info("%d threads had left the scheduling class, and were put back", changed)
 

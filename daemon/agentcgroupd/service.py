@@ -79,7 +79,8 @@ class Daemon:
         self._tasks: set[asyncio.Task[None]] = set()
         self.policy_files = PolicyFiles(config.policy, self.metrics)
         self.gpus = Gpus(config.gpu, config.server.run_dir, config.bpf.objects,
-                         lambda: self.sessions, lambda: self.actions)  # fmt: skip
+                         lambda: self.sessions, lambda: self.actions,
+                         config.bpf.enabled)  # fmt: skip
         self.cpu = CpuScheduling(config.cpu, config.bpf.objects, self.metrics,
                                  lambda: self.policy_files.policy.cpu)  # fmt: skip
         self.watchers = Watchers(config, lambda: self.actions, self.cpu)

@@ -65,8 +65,13 @@ class Signals:
         self._guard = guard
         if guard is not None:
             self._memory.set_mark(self._pool.cgroup.id, *guard.mark_bytes)
+            guard.on_mark = self._move_mark
             self._protect()
         self._memory.start(self._handle)
+
+    def _move_mark(self, mark_bytes: int, low_bytes: int) -> None:
+        self._plane.attempt("the pool's mark cannot be moved", self._memory.set_mark,
+                            self._pool.cgroup.id, mark_bytes, low_bytes)  # fmt: skip
 
     # What is watched
 

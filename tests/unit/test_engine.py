@@ -629,3 +629,66 @@ def test_no_deadlock(calls: list[CallView], free: int) -> None:
                     views_now[decision.subject], frozen_for_usec=None
                 )
     assert all(c.frozen_for_usec is None for c in views_now.values())
+
+
+# What a fresh look at it found -------------------------------------------------------------------
+
+
+def test_an_important_call_leads_however_small_it_is() -> None:
+    """An idle equal or a larger, less important one that was paused for long does not."""
+    server = call("server", priority=80, began_usec=1)
+    small = call("pytest", priority=80, began_usec=2, memory_bytes=MIB, growth_bytes_per_s=FAST)
+    late = call("late", paused_usec=121_000_000, frozen_for_usec=1)
+    now = snapshot(server, small, late, call("big", growth_bytes_per_s=FAST), free=30)
+    assert Situation(DEFAULT, now).leader is small
+    assert actions(now) == [(Action.FREEZE, "big")]
+
+
+def test_who_is_spared_is_not_killed_as_a_leader_either() -> None:
+    vip = call("vip", priority=80, growth_bytes_per_s=FAST)
+    policy = changed(DEFAULT, "kill", spare_priority=80)
+    peaks = tuple(900 * MIB + i for i in range(30))
+    now = snapshot(vip, free=5, peaks_bytes=peaks)
+    assert actions(now) == [(Action.KILL, "vip")]
+    assert actions(now, policy) == []
+
+
+def test_a_leader_is_not_killed_for_what_its_own_limit_forbids() -> None:
+    vip = call("vip", growth_bytes_per_s=FAST, memory_max_bytes=150 * MIB)
+    equal = call("equal", began_usec=1, frozen_for_usec=1, memory_max_bytes=120 * MIB)
+    peaks = tuple(900 * MIB + i for i in range(30))
+    now = snapshot(vip, equal, free=5, peaks_bytes=peaks)
+    (victim,) = [d.subject for d in decided(now) if d.action is Action.KILL] or [""]
+    assert victim in ("", "equal")
+
+
+def test_the_leader_is_let_go_of_what_was_done_before_it_led() -> None:
+    vip = call("vip", priority=80, denied_growth_bytes=0, throttled_growth_bytes=0)
+    other = call("other", priority=20, denied_growth_bytes=0, growth_bytes_per_s=FAST)
+    now = snapshot(vip, other, free=20, host=replace(CAN_DENY, swap_free_bytes=MIB))
+    found = actions(now, state=held_before())
+    assert (Action.ALLOW, "vip") in found and (Action.UNTHROTTLE, "vip") in found
+    assert (Action.ALLOW, "other") not in found
+
+
+def test_a_lease_is_not_hidden_by_a_more_important_call() -> None:
+    new = call("new", priority=60, frozen_for_usec=5_000_000)
+    old = call("old", priority=20, frozen_for_usec=3_600_000_000)
+    now = snapshot(call("vip", priority=80), new, old, free=70)
+    assert actions(now, state=held_before()) == [(Action.THAW, "old")]
+
+
+def test_a_dry_ruleset_keeps_nobody_paused() -> None:
+    dry = changed(DEFAULT, "freeze", dry_run=True)
+    frozen = call("batch", priority=20, frozen_for_usec=1)
+    now = snapshot(call("vip", priority=80), frozen, free=30)
+    assert actions(now, dry, held_before(dry)) == [(Action.THAW, "batch")]
+    assert marks(changed(dry, "deny", dry_run=True), 1000 * MIB)[0] == 1000 * MIB
+
+
+def test_in_a_pool_that_is_full_to_the_last_page_nobody_grows_and_one_goes() -> None:
+    """All wait for memory; a file cache that fills the pool makes nobody wait."""
+    vip, batch = call("vip", priority=80), call("batch", priority=20)
+    now = snapshot(vip, batch, free=1)
+    assert actions(now) == []
+    assert actions(replace(now, stalled_share=0.9)) == [(Action.KILL, "batch")]

@@ -40,6 +40,7 @@ def test_what_comes_next_and_when() -> None:
         "freeze",
         "freeze-fast",
         "kill",
+        "kill-stalled",
     ]
     # 4 % of 8 GiB are kept, and what the leader has not yet of 2 GiB; 3 GiB go at 70 MiB a second.
     left_s = (3 * 1024 - 0.04 * 8192 - (2048 - 300)) / 70
@@ -59,10 +60,18 @@ def test_the_leader_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("host", "on_pressure", "rungs"),
     [
-        ({}, "freeze", ["freeze", "freeze-fast", "kill"]),
-        ({"swap_free_bytes": GIB}, "freeze", ["throttle", "freeze", "freeze-fast", "kill"]),
-        ({"can_deny": True}, "deny", ["deny", "freeze", "deny-fast", "freeze-fast", "kill"]),
-        ({"can_deny": True}, "freeze", ["freeze", "freeze-fast", "kill"]),
+        ({}, "freeze", ["freeze", "freeze-fast", "kill", "kill-stalled"]),
+        (
+            {"swap_free_bytes": GIB},
+            "freeze",
+            ["throttle", "freeze", "freeze-fast", "kill", "kill-stalled"],
+        ),
+        (
+            {"can_deny": True},
+            "deny",
+            ["deny", "freeze", "deny-fast", "freeze-fast", "kill", "kill-stalled"],
+        ),
+        ({"can_deny": True}, "freeze", ["freeze", "freeze-fast", "kill", "kill-stalled"]),
     ],
 )
 def test_only_rungs_that_could_touch_it(

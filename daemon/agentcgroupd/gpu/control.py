@@ -56,9 +56,12 @@ class Gpus:
         objects: Path | None,
         sessions: Callable[[], Sessions],
         actions: Callable[[], Actions],
+        programs: bool = True,
     ) -> None:
-        """Nothing is touched yet. The last two are asked from `start` on."""
+        """Nothing is touched yet. `sessions` and `actions` are asked from `start` on. `programs`:
+        whether any may be loaded into the kernel (bpf.enabled)."""
         self.config = config
+        self._programs = programs
         self._run_dir, self._objects = run_dir, objects
         self._sessions, self._actions = sessions, actions
         self.ceiling = GpuCeiling(why_none="switched off in the configuration (gpu.enabled)")
@@ -127,7 +130,7 @@ class Gpus:
         )
 
     def _close_gate(self) -> None:
-        if not self.config.gate or self._pool is None:
+        if not self.config.gate or not self._programs or self._pool is None:
             return
         try:
             gate = Gate(DevicePrograms.load(self._objects), self.read_majors)
@@ -139,7 +142,7 @@ class Gpus:
         self.gate = gate
 
     def _load_probes(self) -> None:
-        if self.config.quota not in ("auto", "probes"):
+        if self.config.quota not in ("auto", "probes") or not self._programs:
             return
         try:
             self.vram = VramPrograms.load(self._objects)

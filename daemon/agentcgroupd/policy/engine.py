@@ -123,13 +123,20 @@ def _ways_back(
     at: Situation, holds: dict[str, bool], signal: Signal, state: State
 ) -> tuple[list[Decision], bool]:
     """Undo what no ruleset wants any more; whether a call was let go on."""
-    wanted = {r.do.action for r in at.policy.rulesets if holds[r.name]}
+    policy, leader = at.policy, at.leader
+    wanted = {r.do.action for r in _done(policy) if holds[r.name]}
     decisions: list[Decision] = []
     free = show_bytes(max(0, at.now.free_bytes))
     if "deny" not in wanted:
         why = f"Memory may be asked for again: {free} of the pool are free."
         decisions += [Decision(Action.ALLOW, c.id, why) for c in at.now.calls
                       if c.denied_growth_bytes is not None]  # fmt: skip
+    elif leader is not None and leader.denied_growth_bytes is not None:
+        decisions.append(Decision(Action.ALLOW, leader.id, "Memory may be asked for again: it is "
+                                  "its turn."))  # fmt: skip
+    if "throttle" in wanted and leader is not None and leader.throttled_growth_bytes is not None:
+        decisions.append(Decision(Action.UNTHROTTLE, leader.id, "At full speed again: it is its "
+                                  "turn."))  # fmt: skip
     if "throttle" not in wanted:
         why = f"At full speed again: {free} of the pool are free."
         decisions += [Decision(Action.UNTHROTTLE, c.id, why) for c in at.now.calls
@@ -148,7 +155,6 @@ def _thaw(at: Situation, short: bool, signal: Signal, state: State) -> list[Deci
         return []
     now, head = at.now, at.policy.headroom
     free = show_bytes(max(0, now.free_bytes))
-    first = at.frozen[0]
     leader = at.leader
     if leader is not None and leader.frozen_for_usec is not None:
         why = "it is its turn" if at.running else "nothing else is running"
@@ -162,9 +168,9 @@ def _thaw(at: Situation, short: bool, signal: Signal, state: State) -> list[Deci
     if heir is not None and heir.frozen_for_usec is not None:
         if now.free_bytes >= max(at.needs(heir), resume_mark(at.policy, now.limit_bytes)):
             return [_go_on(heir, f"it is nearest to its end, and {free} of the pool are free")]
-    expired = (first.frozen_for_usec or 0) >= head.lease
-    if expired and now.free_bytes > _stop_mark(at.policy, now.limit_bytes):
-        return [_go_on(first, f"{free} of the pool are free")]
+    expired = next((c for c in at.frozen if (c.frozen_for_usec or 0) >= head.lease), None)
+    if expired is not None and now.free_bytes > _stop_mark(at.policy, now.limit_bytes):
+        return [_go_on(expired, f"{free} of the pool are free")]
     return []
 
 
@@ -188,8 +194,13 @@ def _go_on(call: CallView, why: str) -> Decision:
 # Marks
 
 
+def _done(policy: Policy) -> list[Ruleset]:
+    """Those that do what they decide."""
+    return [r for r in policy.rulesets if r.enabled and not (r.dry_run or policy.dry_run)]
+
+
 def _freezing(policy: Policy) -> list[PoolFree]:
-    return [d for r in policy.rulesets if r.enabled and r.do.action in ("freeze", "deny")
+    return [d for r in _done(policy) if r.do.action in ("freeze", "deny")
             for d in r.when if isinstance(d, PoolFree)]  # fmt: skip
 
 

@@ -77,6 +77,8 @@ class Guard:
         """Decisions that were applied so far."""
         self.on_look: Callable[[Snapshot], None] = lambda snapshot: None
         """Told of every snapshot: who waits for room looks as well."""
+        self.on_mark: Callable[[int, int], None] = lambda mark, low: None
+        """Told of another mark, and below what use that is over."""
         self.wanted: Callable[[], bool] = lambda: False
         """Whether snapshots are wanted although the pool is calm."""
 
@@ -103,6 +105,12 @@ class Guard:
     def change_policy(self, policy: Policy) -> None:
         """From now on this one; what the old one has done is judged by it at once."""
         self.policy = policy
+        self.on_mark(*self.mark_bytes)
+        if self._tripwire is not None:
+            try:
+                self._tripwire.move(*self.mark_bytes)
+            except KnobError as error:
+                log.error("the pool's mark cannot be moved: %s", error)
         self.look_now(Signal(SignalKind.RELOADED))
 
     def look_now(self, signal: Signal) -> None:

@@ -111,8 +111,10 @@ class Looker:
             cache = _cold_cache(self._pool.cgroup)
         calls = tuple(view for call in list(self._calls.open.values())
                       if (view := self._call(call, now, tight)) is not None)  # fmt: skip
-        growth = self._growth.of("", now, usage - cache if tight else usage)
-        self._growth.keep({"", *(c.id for c in calls), *(f"{c.id}/" for c in calls)})
+        # With and without the cache are two series: from one to the other is no growth.
+        key = "pool" if tight else "pool and cache"
+        growth = self._growth.of(key, now, usage - cache)
+        self._growth.keep({key, *(c.id for c in calls), *(f"{c.id}/" for c in calls)})
         return Snapshot(
             now_usec=now, limit_bytes=self.limit_bytes, usage_bytes=usage - cache,
             growth_bytes_per_s=growth, calls=calls, sessions=self._sessions(now),

@@ -37,6 +37,9 @@ KILL_LEAST_SHARE = 0.01
 """Ending a call that holds less than this, of the pool at most, frees nothing that matters."""
 KILL_SHARE = 0.5
 """What the leader may still need is taken as what half of the calls like it took."""
+KILL_STALLED = 0.3
+"""Of the time spent in waiting for memory: in a pool that is full to the last page nobody grows any
+more, whoever needs to."""
 WORK_USEC = 1_000_000
 """Added to the CPU time of a call when its loss is weighed: a start has a price of its own."""
 
@@ -54,11 +57,11 @@ def _stoppable(at: Situation, ruleset: Ruleset, taken: Set[str]) -> list[CallVie
     only room is short, not the one that it is kept for first, and none of the small ones."""
     spared = ruleset.spare_priority
     only_room = at.now.free_bytes >= mark_bytes(ruleset, at.now.limit_bytes) > 0
-    exempt = (at.leader, at.heir) if only_room else (at.leader,)
+    exempt = {c.id for c in ((at.leader, at.heir) if only_room else (at.leader,)) if c}
     least = at.small_bytes if only_room else 0
     found = [
         c for c in at.growing
-        if c not in exempt and c.id not in taken
+        if c.id not in exempt and c.id not in taken
         and c.priority < spared and c.memory_bytes >= least
     ]  # fmt: skip
     return sorted(found, key=lambda c: (c.priority, -c.growth_bytes_per_s, -c.began_usec, c.id))
@@ -241,14 +244,17 @@ def kill(at: Situation, ruleset: Ruleset, do: Kill, taken: Set[str]) -> list[Dec
     leader, now = at.leader, at.now
     if leader is None or leader.frozen_for_usec is not None:
         return []
-    if at.growth_bytes_per_s <= GROWING_BYTES_PER_S:
+    stalled = (now.stalled_share or 0.0) > KILL_STALLED
+    if at.growth_bytes_per_s <= GROWING_BYTES_PER_S and not stalled:
         return []  # full, but nobody needs more
     least = min(KILL_LEAST_BYTES, int(now.limit_bytes * KILL_LEAST_SHARE))
     candidates = [c for c in now.calls
                   if c is not leader and c.priority <= leader.priority and c.memory_bytes >= least
                   and c.priority < ruleset.spare_priority and c.id not in taken]  # fmt: skip
-    if all(c.priority == leader.priority for c in candidates):
+    may_go = leader.priority < ruleset.spare_priority and leader.id not in taken
+    if may_go and all(c.priority == leader.priority for c in candidates):
         peak = now.likely_peak(leader.memory_bytes, KILL_SHARE) or 0
+        peak = min(peak, leader.memory_max_bytes or peak)
         missing = peak - leader.memory_bytes - max(0, now.free_bytes)
         if sum(c.memory_bytes for c in candidates) < missing and leader.memory_bytes >= least:
             candidates = [leader]

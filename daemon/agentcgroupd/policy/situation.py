@@ -82,9 +82,12 @@ class Situation:
             c for c in self.now.calls if self.rising(c) or c.frozen_for_usec is not None
         ]
         if all(c.priority < first.priority for c in rivals):
-            # The most important takes nothing more: the others do not wait for its end for ever.
+            # Its equals that want something, small as they are, go before all that are less
+            # important. Where none does, the others do not wait for its end for ever.
             lease = self.policy.headroom.lease
-            rivals = [c for c in rivals if c.paused_usec >= lease]
+            rivals = [c for c in self.now.calls if c.priority == first.priority
+                      and (self.rising(c) or c.frozen_for_usec is not None)
+                      ] or [c for c in rivals if c.paused_usec >= lease]  # fmt: skip
         return min(rivals, key=self._turn, default=first)
 
     @cached_property

@@ -37,6 +37,13 @@ class Tripwire:
         self._on_trip = on_trip
         self._watch = self._events.watch(self._pool, knobs.MEMORY_EVENTS_LOCAL, self._changed)
 
+    def move(self, mark_bytes: int, low_bytes: int) -> None:
+        """Another mark: armed anew with the next look. Raises KnobError."""
+        if (mark_bytes, low_bytes) != (self._mark_bytes, self._low_bytes):
+            self._mark_bytes, self._low_bytes = mark_bytes, low_bytes
+            if self._armed:
+                self._disarm()
+
     def arm_below(self, usage_bytes: int) -> None:
         """Arm it if it is not and use is low enough. Raises KnobError."""
         if not self._armed and usage_bytes < self._low_bytes:
