@@ -114,7 +114,7 @@ class CpuScheduling:
                 self._attach(self._load())
             else:
                 self._set(state)
-        if not self.state.works:
+        if not self.state.works and enabled:  # else that is said once, for all programs
             log.warning("%s: missing: %s; instead: %s", self.state.name, self.state.reason,
                         self.state.fallback)  # fmt: skip
         return self.state
