@@ -87,7 +87,7 @@ def test_check_without_a_file_is_what_the_daemon_would_read(run: Cli, tmp_path: 
 
 def test_show_a_file(run: Cli) -> None:
     text = run("policy", "show", "workstation")
-    assert "deny (deny): pool_free: less than 20% free beside the leader's room" in text
+    assert "deny (deny): pool_free: less than 20% free beside the room kept" in text
     assert "DECISIONS" not in text
     assert run("policy", "show", "workstation", "--toml") == load_policy(Path("workstation")).text
     assert [r["name"] for r in run.json("policy", "show", "default")["rulesets"]][

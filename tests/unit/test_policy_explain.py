@@ -120,7 +120,7 @@ def test_how_rulesets_stand() -> None:
     assert states["freeze"].holds and not states["deny"].holds
     assert (states["freeze"].decisions, states["freeze"].acted_usec_ago) == (3, 2_000_000)
     assert not states["deny"].HasField("acted_usec_ago")
-    freeze = "pool_free: 2.1 GiB of 8 GiB (26.2%) free, of which the leader keeps 1.707 GiB; holds"
+    freeze = "pool_free: 2.1 GiB of 8 GiB (26.2%) free, of which 1.707 GiB are room kept; holds"
     assert states["freeze"].detectors[0].startswith(freeze)
     assert (
         states["kill"]

@@ -79,7 +79,7 @@ def _in_words(at: Situation | None, detector: AnyDetector, holds: bool) -> str:
 def _looks_for(at: Situation | None, detector: AnyDetector) -> str:
     match detector:
         case PoolFree():
-            room = " beside the leader's room" if detector.keep_room else ""
+            room = " beside the room kept" if detector.keep_room else ""
             return f"less than {detector.below} free{room}, until {detector.until}"
         case PoolFills():
             return f"full within {show_usec(detector.within)}"
@@ -96,7 +96,7 @@ def _reading(at: Situation, detector: AnyDetector) -> str:
         case PoolFree():
             room = ""
             if detector.keep_room and at.room_bytes:
-                room = f", of which the leader keeps {show_bytes(at.room_bytes)}"
+                room = f", of which {show_bytes(at.room_bytes)} are room kept"
             return f"{_free(now)} free{room}"
         case PoolFills():
             left = _until_free(at, 0)

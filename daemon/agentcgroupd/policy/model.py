@@ -240,7 +240,7 @@ class Headroom(Section):
     lookahead: Duration = 250_000
     """Growth is assumed to go on this long."""
     leader_share: Share = 0.9
-    """Room is kept for the leader's growth up to what this part of the calls like it stayed
+    """Room is kept for a call's growth up to what this part of the calls like it stayed
     below."""
     prior: PoolAmount = Amount(size_bytes=2 << 30)
     """As long as too few have got as far to tell, how far a growing call is taken to go: recorded
