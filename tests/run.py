@@ -4,6 +4,7 @@
     guest     the whole daemon on a recent kernel: one boot for all of them
     systemd   the units, under systemd as PID 1: another boot
     kernel    those of the host suite that ask the kernel, on the recent one
+    cpu       the CPU scheduler, on the recent one
 
 Where this machine has the controllers itself, all run natively, and nothing twice. Two lanes run
 side by side: a guest is one emulating thread. A suite that collects nothing has failed.
@@ -30,6 +31,8 @@ from tests.guest.where import Kind, decide
 
 RESULTS = CHECKOUT / "build/test"
 PYTEST = [str(CHECKOUT / ".venv/bin/python"), "-m", "pytest", "-p", "no:cacheprovider"]
+CPU = ("tests/guest/test_cpu.py", "tests/guest/test_sched.py")
+"""A suite of their own, so that both lanes take about as long."""
 NO_TESTS = 5  # pytest's exit status when it collected nothing
 
 
@@ -73,17 +76,21 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[list[Suite]], list[str]]
     """
     if where == "guest":
         host = Suite("host", ("tests/unit", "tests/kernel"), "native", 900, marks="not controllers")
-        daemon, kernel = (
+        daemon, cpu, kernel = (
             Suite(
                 name,
                 paths,
                 "guest",
-                limit_sec=2000,
+                limit_sec=2700,
                 test_limit_sec=300,
                 marks="not full_speed",
                 guest_options=("--memory=2048",),
             )
-            for name, paths in (("guest", ("tests/guest",)), ("kernel", ("tests/kernel",)))
+            for name, paths in (
+                ("guest", ("tests/guest", *(f"--ignore={path}" for path in CPU))),
+                ("cpu", CPU),
+                ("kernel", ("tests/kernel",)),
+            )
         )
         systemd = Suite(
             "systemd",
@@ -94,7 +101,7 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[list[Suite]], list[str]]
             guest_options=("--systemd",),
         )
         # The short ones share a lane, so that both take about as long.
-        return [[host, systemd, kernel], [daemon]], []
+        return [[host, systemd, kernel, cpu], [daemon]], []
     suites = [Suite("host", ("tests/unit", "tests/kernel", "tests/guest"), "native", 1100)]
     if systemd_here:
         return [[*suites, Suite("systemd", ("tests/systemd",), "native", 280)]], []
