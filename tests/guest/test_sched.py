@@ -22,7 +22,7 @@ from agentcgroupd.cgroup.tree import cgroup2_mount
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.units import CgroupId
 from tests.guest.cpu_load import Load, settled, shares, spin
-from tests.harness import SLOW, wait_until
+from tests.harness import SLOW, patient, wait_until
 
 pytestmark = pytest.mark.controllers
 
@@ -147,6 +147,7 @@ def at_work(load: Load, places: dict[int, str]) -> Iterator[None]:
 
 @pytest.mark.parametrize("count", [2, 8, 64])
 @pytest.mark.parametrize("shape", SHAPES)
+@patient
 def test_shares_follow_the_weights(
     scheduler: Scheduler, crew: list[int], shape: str, count: int
 ) -> None:
@@ -164,6 +165,7 @@ def test_shares_follow_the_weights(
     assert not wrong_shares(used, expected), "found, expected"
 
 
+@patient
 def test_the_numbers_are_the_kernels(scheduler: Scheduler) -> None:
     """Run time as in cpu.stat; wait time is what was not run of the time that there was."""
     with Load() as load:
@@ -182,6 +184,7 @@ def test_the_numbers_are_the_kernels(scheduler: Scheduler) -> None:
         assert all_of_it.run_usec > 3 * numbers.run_usec
 
 
+@patient
 def test_one_that_slept_is_not_paid_for_it(scheduler: Scheduler) -> None:
     """Thirty calls of a session wake at once, after a second of sleep; who ran all the time loses
     no more than its share."""
@@ -207,6 +210,7 @@ def sleep_and_spin(seconds: float) -> None:
 # --- cpu.max --------------------------------------------------------------------------------------
 
 
+@patient
 def test_cpu_max_is_kept(scheduler: Scheduler) -> None:
     """Within two percent of the limit, beside others, below a limit, and for two tasks at once."""
     limits = {"a": 200, "b": 100, "two": 250, "s": 200}
@@ -232,6 +236,7 @@ def test_cpu_max_is_kept(scheduler: Scheduler) -> None:
     assert numbers is not None and numbers.stalls > 10 and numbers.stalled_usec > 1_000_000
 
 
+@patient
 def test_a_burst_may_be_saved_up(scheduler: Scheduler) -> None:
     """cpu.max.burst: what was not used before may be used at once, and no more than that."""
     used = {}
@@ -245,6 +250,7 @@ def test_a_burst_may_be_saved_up(scheduler: Scheduler) -> None:
     assert 25_000 < used[100_000] - used[0] < 75_000
 
 
+@patient
 def test_a_limit_that_is_lifted(scheduler: Scheduler) -> None:
     """At once, also for one that is paused for long."""
     with Load() as load:
@@ -268,6 +274,7 @@ def wake_often(rounds: int, run_usec: int) -> None:
             pass
 
 
+@patient
 def test_a_boost_makes_waking_prompt_and_shares_stay(scheduler: Scheduler) -> None:
     """Beside eight tasks on two CPUs: with a budget the task begins at once; and over all, nobody
     gets more than by its weight."""
@@ -291,6 +298,7 @@ def test_a_boost_makes_waking_prompt_and_shares_stay(scheduler: Scheduler) -> No
     assert found[60_000] < 0.8 * found[0], "time waited for each slice"
 
 
+@patient
 def test_a_call_that_turns_out_long_falls_back(scheduler: Scheduler) -> None:
     """Its budget is paid out, and then it waits as everyone does."""
     with Load() as load:
@@ -312,6 +320,7 @@ def test_a_call_that_turns_out_long_falls_back(scheduler: Scheduler) -> None:
 # --- Memory ---------------------------------------------------------------------------------------
 
 
+@patient
 def test_an_allocator_above_its_mark_grows_slower(
     scheduler: Scheduler, memory: MemoryPrograms
 ) -> None:
@@ -347,6 +356,7 @@ def test_an_allocator_above_its_mark_grows_slower(
 # --- Nothing is left, nobody starves --------------------------------------------------------------
 
 
+@patient
 def test_churn_leaves_nothing(scheduler: Scheduler) -> None:
     """A thousand cgroups a minute (a third of that where the CPU is emulated), a third of them
     with a task that runs."""
@@ -386,6 +396,7 @@ def turns_of(pid: int) -> int:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
+@patient
 def test_nobody_waits_longer_than_the_bound(scheduler: Scheduler, seed: int) -> None:
     """Any tree, any weights, limits that are always exceeded: every task gets a turn in the stated
     time, twice wait_max and two ticks for each task. (Without that rule the least
@@ -430,6 +441,7 @@ def test_nobody_waits_longer_than_the_bound(scheduler: Scheduler, seed: int) -> 
         control.wait_max_ns = wait_max_ns
 
 
+@patient
 def test_tasks_bound_to_one_cpu(scheduler: Scheduler) -> None:
     """They share that CPU with others; the other one is not kept idle by them."""
     with Load() as load:
@@ -450,6 +462,7 @@ def test_tasks_bound_to_one_cpu(scheduler: Scheduler) -> None:
     assert 0.8 < used["bound"] / used["free"] < 1.25
 
 
+@patient
 def test_it_is_the_object_that_the_daemon_loads() -> None:
     """What is tested here is what is installed."""
     with BpfObject.open(sched.OBJECT) as bpf:
