@@ -82,7 +82,7 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[list[Suite]], list[str]]
                 paths,
                 "guest",
                 limit_sec=2700,
-                test_limit_sec=300,
+                test_limit_sec=600,
                 marks="not full_speed",
                 guest_options=("--memory=2048",),
             )
