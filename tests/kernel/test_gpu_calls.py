@@ -227,7 +227,7 @@ def test_the_queue(machine: Machine, agent: AgentProcess) -> None:
 import threading
 started = []
 def run(priority):
-    with agent.tool_call("w", gpu="30%", gpu_device="0", gpu_priority=priority):
+    with agent.tool_call("w", gpu="60%", gpu_device="0", gpu_priority=priority):
         started.append(priority)
 threads = [threading.Thread(target=run, args=(p,)) for p in (20, 60)]
 for t in threads: t.start()

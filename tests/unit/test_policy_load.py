@@ -292,6 +292,7 @@ def test_examples_in_the_documentation_are_valid(tmp_path: Path) -> None:
             policy = load_policy(None, tmp_path).policy
             assert [r.name for r in policy.rulesets][-5:] == [
                 "deny-all", "freeze", "deny-fast", "freeze-fast", "kill",
+                "kill-stalled",
             ]  # fmt: skip
         else:
             parse_policy(text)
