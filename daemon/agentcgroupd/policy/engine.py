@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from agentcgroupd.policy.model import Growing, Policy, PoolFills, PoolFree, Ruleset, Stalled
 from agentcgroupd.policy.rungs import CHOOSERS
-from agentcgroupd.policy.situation import Situation, rank, still_needs
+from agentcgroupd.policy.situation import Situation, still_needs
 from agentcgroupd.policy.snapshot import (
     Action,
     CallView,
@@ -232,8 +232,3 @@ def attention_bytes(policy: Policy, limit_bytes: int) -> int:
 def claim_bytes(policy: Policy, limit_bytes: int) -> int:
     """How far a call of which nothing is known is taken to go."""
     return min(policy.headroom.prior.of(limit_bytes), policy.headroom.leader_most.of(limit_bytes))
-
-
-def leading_order(calls: tuple[CallView, ...]) -> list[str]:
-    """Ids of calls, the first to get through first."""
-    return [c.id for c in sorted(calls, key=rank)]
