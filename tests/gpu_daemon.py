@@ -1,14 +1,12 @@
-"""`python -m tests.gpu_daemon --config FILE`: the daemon with fakes for NVML and MPS, which show
-what the file in $AGENTCG_TEST_GPUS says."""
+"""The daemon with fakes for NVML and MPS, which show what the file in $AGENTCG_TEST_GPUS says."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from agentcgroupd import __main__ as main
+from agentcgroupd import __main__ as program
 from agentcgroupd import service
 from tests.gpu_fakes import MAJORS, FakeControl, FakeNvml
 
@@ -25,6 +23,7 @@ class FakedDaemon(service.Daemon):
         self.gpus.make_control = lambda pipes, logs, devices: FakeControl(STATE, pipes)
 
 
-if __name__ == "__main__":
-    setattr(main, "Daemon", FakedDaemon)  # noqa: B010  # its own name is not exported
-    sys.exit(main.main())
+def main() -> int:
+    """As the daemon's."""
+    setattr(program, "Daemon", FakedDaemon)  # noqa: B010  # its own name is not exported
+    return program.main()

@@ -21,6 +21,7 @@ import grpc
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
+from tests.zygote import Forked, fork
 
 ROOT = Path(__file__).resolve().parent.parent
 _VENDOR = Path("/sys/class/dmi/id/sys_vendor")
@@ -66,37 +67,34 @@ class AgentProcess:
     """A Python process inside a session's agent leaf that runs what it is sent."""
 
     def __init__(self, run_dir: Path, session_id: str) -> None:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        env = {**os.environ, "AGENTCG_RUN_DIR": str(run_dir), "PYTHONPATH": path}
-        self.process = subprocess.Popen(
-            [EXEC, "--session", session_id, "--", sys.executable, "-m", "tests.agent_worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT,
-        )  # fmt: skip
+        env = {**os.environ, "AGENTCG_RUN_DIR": str(run_dir)}
+        its_stdin, stdin = os.pipe()
+        stdout, its_stdout = os.pipe()
+        self.process = fork("tests.agent_worker", [session_id], env, its_stdin, its_stdout, 2)
+        os.close(its_stdin)
+        os.close(its_stdout)
+        self._stdin, self._stdout = os.fdopen(stdin, "wb"), os.fdopen(stdout, "rb")
 
     def run(self, code: str, **values: Any) -> Any:
         """Execute `code` there with `values`, `agent`, `stub`, `pb` and the usual modules at hand;
         returns its `result`, or raises what it raised (grpc errors as RemoteRpcError)."""
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None and stdout is not None
-        pickle.dump((code, values), stdin)
-        stdin.flush()
-        ok, result = _load(stdout)
+        pickle.dump((code, values), self._stdin)
+        self._stdin.flush()
+        ok, result = _load(self._stdout)
         if not ok:
             raise result
         return result
 
     def close(self) -> None:
         """End it."""
-        if self.process.poll() is None:
-            assert self.process.stdin is not None and self.process.stdout is not None
-            with contextlib.suppress(BrokenPipeError):  # killed with its session just now
-                self.process.stdin.close()
-            try:
-                self.process.wait(10 * SLOW)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-            self.process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):  # killed with its session just now
+            self._stdin.close()
+        try:
+            self.process.wait(10 * SLOW)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._stdout.close()
 
 
 def _load(stream: BinaryIO | Any) -> tuple[bool, Any]:
@@ -133,9 +131,9 @@ class DaemonProcess:
             # Its verification takes seconds where the CPU is emulated: for tests that ask for it.
             + ("" if "[cpu]" in config else '[cpu]\nscheduler = "off"\n')
         )
-        self.module, self.environment = "agentcgroupd", dict[str, str]()
-        """What is run as the daemon, and what its environment has besides."""
-        self.process: subprocess.Popen[bytes] | None = None
+        self.module, self.environment = "agentcgroupd.__main__", dict[str, str]()
+        """Whose main() is the daemon, and what its environment has besides."""
+        self.process: Forked | None = None
         self.agents: list[AgentProcess] = []
         self.log = directory / "log"
         self._channel: grpc.Channel | None = None
@@ -149,11 +147,11 @@ class DaemonProcess:
 
     def start(self) -> None:
         """Start and wait until it is ready."""
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", self.module, "--config", str(self.config)],
-                stdout=log, stderr=log, cwd=ROOT, env={**os.environ, **self.environment},
-            )  # fmt: skip
+        argv = ["--config", str(self.config)]
+        environment = {**os.environ, **self.environment}
+        with self.log.open("ab") as log, open(os.devnull) as nothing:
+            output = log.fileno()
+            self.process = fork(self.module, argv, environment, nothing.fileno(), output, output)
         wait_until("the daemon is ready", self._ready, 15)
         stub = self.admin
         stub.GetPool(pb.GetPoolRequest(), wait_for_ready=True, timeout=10 * SLOW)

@@ -96,8 +96,8 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[list[Suite]], list[str]]
             "systemd",
             ("tests/systemd",),
             "guest",
-            limit_sec=280,
-            test_limit_sec=120,
+            limit_sec=900,
+            test_limit_sec=240,
             guest_options=("--systemd",),
         )
         # The short ones share a lane, so that both take about as long.

@@ -142,7 +142,7 @@ def test_who_goes_away_leaves_nothing_behind(daemon: DaemonProcess) -> None:
 
 def test_hundreds_at_once_all_get_their_turn(daemon: DaemonProcess) -> None:
     """In one tick, each expecting a quarter of the pool; and the daemon answers others."""
-    count = 500 if SLOW == 1 else 60
+    count = 500 if SLOW == 1 else 30
     agent = daemon.open("a", calls_max="1000")
     codes = agent.run("""
 running = [subprocess.Popen([EXEC, "--name", "crowd", "--memory", "120M", "--", "/bin/true"])
