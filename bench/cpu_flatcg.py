@@ -1,116 +1,141 @@
-"""scx_flatcg, the scheduler to be compared with: from Debian's kernel source, built for the run
-into build/flatcg, and loaded.
+"""scx_flatcg, the scheduler to be compared with: from Debian's kernel source, by that source's own
+makefile and with its own program, built for the run into build/flatcg.
 
-Needs the network once (the source package is 160 MB), clang, and bpftool from Debian; nothing is
+Needs the network once (the source package is 160 MB), clang, a C compiler and make; nothing is
 installed. The kernel's types come from the test kernel's own image.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
+import platform
 import re
+import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
-from agentcgroupd.bpf.btf import Btf
-from agentcgroupd.bpf.libbpf import libbpf
+from agentcgroupd.bpf.sched import running
 from bench.report import ROOT
-from bpf_toolchain import MULTIARCH, ensure_libbpf, find_clang
+from bpf_toolchain import MULTIARCH, find_clang
 from debian_suites import Apt, find_mirror, unpack
 
 BUILD = ROOT / "build/flatcg"
-OBJECT = BUILD / "scx_flatcg.bpf.o"
-ENUMS = BUILD / "enums.json"
 SUITE = "trixie-backports"
-CGROUP_SLICE_NS = 20_000_000
-"""Its own default: scx_flatcg.c."""
+"""Where the test kernel comes from."""
+ATTACH_S, END_S = 60, 30
+ENDED = "unregistered from user space"
+"""Its last words when it was told to end, after EXIT:"""
+
+
+class Ejected(Exception):
+    """The kernel let go of it, or it did not start; the text has its own words for why."""
+
+
+def program(release: str) -> Path:
+    """Where it is, or would be, for a kernel. `release`: as `uname -r` says it."""
+    return BUILD / f"scx_flatcg-{release}"
 
 
 def build(vmlinux: Path, release: str) -> Path:
-    """The compiled object for a kernel image; made once. `release`: as `uname -r` says it.
+    """The program for a kernel image; made once.
     Raises SuiteError, ToolchainError, CalledProcessError."""
-    if OBJECT.exists():
-        return OBJECT
+    made = program(release)
+    if made.exists():
+        return made
     BUILD.mkdir(parents=True, exist_ok=True)
     version = ".".join(release.split(".")[:2])
-    with tempfile.TemporaryDirectory(dir=BUILD) as work:
-        source, bpftool = _fetch(Path(work), version)
-        header = subprocess.run([bpftool, "btf", "dump", "file", vmlinux, "format", "c"],
-                                stdout=subprocess.PIPE, text=True, check=True).stdout  # fmt: skip
-        (Path(work) / "vmlinux.h").write_text(header)
-        found = re.findall(r"^\t(SCX_\w+) = (-?\d+)(?:ULL)?,$", header, re.MULTILINE)
-        ENUMS.write_text(json.dumps({name: int(value) for name, value in found}))
-        tools = source / "tools"
-        subprocess.run([
-            find_clang(), "-target", "bpf", "-mcpu=v3", "-O2", "-g", "-D__TARGET_ARCH_x86",
-            "-DBPF_NO_PRESERVE_ACCESS_INDEX", f"-I{work}", f"-I{tools}/sched_ext/include",
-            f"-I{tools}/sched_ext/include/bpf-compat", f"-I{tools}/include/uapi",
-            "-isystem", str(ensure_libbpf().include), "-isystem", f"/usr/include/{MULTIARCH}",
-            "-Wno-compare-distinct-pointer-types", "-Wno-microsoft-anon-tag", "-fms-extensions",
-            "-c", str(tools / "sched_ext/scx_flatcg.bpf.c"), "-o", str(OBJECT),
-        ], check=True)  # fmt: skip
-    return OBJECT
+    with tempfile.TemporaryDirectory(dir=BUILD) as directory:
+        work = Path(directory)
+        tools = _fetch(work, version)
+        (work / "out").mkdir()
+        argv = ["make", "-C", f"{tools}/sched_ext", "scx_flatcg", f"O={work / 'out'}",
+                f"CLANG={find_clang()}", f"BPFTOOL={work / 'usr/sbin/bpftool'}",
+                f"VMLINUX_BTF={vmlinux}"]  # fmt: skip
+        # Not the whole environment: a make that called us would pass its own flags on.
+        env = {
+            "PATH": os.environ["PATH"],
+            "C_INCLUDE_PATH": f"{work}/usr/include:{work}/usr/include/{MULTIARCH}",
+            "LIBRARY_PATH": f"{work}/lib",
+        }
+        log = BUILD / "make.log"
+        with log.open("wb") as file:
+            subprocess.run(argv, stdout=file, stderr=file, env=env, check=True)
+        (work / "out/build/bin/scx_flatcg").rename(made)
+    return made
 
 
-def _fetch(work: Path, version: str) -> tuple[Path, Path]:
-    """(kernel source, bpftool) below `work`."""
-    apt = Apt(BUILD / "apt", SUITE, find_mirror())
-    apt.update()
-    (work / "deb").mkdir()
-    unpack(apt.download([f"linux-source-{version}"], work / "deb"), work / "source")
-    archive = work / f"source/usr/src/linux-source-{version}.tar.xz"
-    subprocess.run(
-        ["tar", "-xJf", archive, "-C", work, f"linux-source-{version}/tools"], check=True
-    )
-    # One that runs with this machine's libraries.
-    (work / "bpftool").mkdir()
-    subprocess.run(["apt-get", "-q", "download", "bpftool"], cwd=work / "bpftool", check=True,
-                   stdout=subprocess.DEVNULL)  # fmt: skip
-    unpack((work / "bpftool").glob("*.deb"), work / "bpftool/files")
-    return work / f"linux-source-{version}", work / "bpftool/files/usr/sbin/bpftool"
+def _fetch(work: Path, version: str) -> Path:
+    """Lay out below `work`: usr/ with headers and bpftool, lib/ to link with. Returns the tools/ of
+    the kernel's source."""
+    packages = work / "deb"
+    packages.mkdir()
+    # Of this machine's release, to fit its libraries; its own bpftool may be too old to know
+    # struct_ops in skeletons.
+    subprocess.run(["apt-get", "-q", "download", "libelf-dev", "zlib1g-dev"], cwd=packages,
+                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    codename = platform.freedesktop_os_release()["VERSION_CODENAME"]
+    for suite, name in ((f"{codename}-backports", "bpftool"), (SUITE, f"linux-source-{version}")):
+        apt = Apt(BUILD / f"apt-{suite}", suite, find_mirror())
+        apt.update()
+        apt.download([name], packages)
+    unpack(packages.glob("*.deb"), work)
+    (work / "lib").mkdir()
+    for name in ("libelf.so", "libz.so"):
+        # The packages' links point to what is not unpacked beside them.
+        (work / "lib" / name).symlink_to(f"/usr/lib/{MULTIARCH}/{name}.1")
+    source = f"linux-source-{version}"
+    subprocess.run(["tar", "-xJf", work / f"usr/src/{source}.tar.xz", "-C", work,
+                    f"{source}/tools", f"{source}/scripts/bpf_doc.py"], check=True)  # fmt: skip
+    shutil.rmtree(packages)
+    return work / source / "tools"
+
+
+def last_words(text: str) -> str:
+    """Why it ended, from what it printed."""
+    found = re.findall(r"^EXIT: (.*)$", text, re.MULTILINE)
+    return found[-1] if found else text.strip()[-300:] or "it said nothing"
 
 
 class Flatcg:
-    """The scheduler, attached for the length of a `with`."""
+    """The scheduler, attached for the length of a `with`; raises Ejected at the end of one that it
+    did not last for."""
 
     def __init__(self) -> None:
-        """Raises BpfError."""
-        self._link = 0
-        self._object = libbpf().pointer(
-            "scx_flatcg", "bpf_object__open_file", str(OBJECT).encode(), None
-        )
+        self._process: subprocess.Popen[bytes] | None = None
+        self._said: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        self._set_constants()
-        libbpf().check("loading scx_flatcg", "bpf_object__load", self._object)
-        ops = self._map("flatcg_ops")
-        self._link = libbpf().pointer("attaching scx_flatcg", "bpf_map__attach_struct_ops", ops)
+        self._said = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [program(os.uname().release)], stdout=subprocess.DEVNULL, stderr=self._said
+        )
+        deadline = time.monotonic() + ATTACH_S
+        while not running().startswith("flatcg"):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise Ejected(self._end())
+            time.sleep(0.05)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._link:
-            libbpf().call("bpf_link__destroy", self._link)
-        libbpf().call("bpf_object__close", self._object)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 _: object) -> None:  # fmt: skip
+        why = self._end()
+        if why != ENDED and (error is None or isinstance(error, OSError)):
+            # Once it has failed, the kernel lets nobody make cgroups until it is gone.
+            raise Ejected(why) from error
 
-    def _map(self, name: str) -> int:
-        return libbpf().pointer(
-            f"scx_flatcg: {name}", "bpf_object__find_map_by_name", self._object, name.encode()
-        )
-
-    def _set_constants(self) -> None:
-        """What scx_flatcg.c and its headers set: the CPUs, the slice, the kernel's numbers."""
-        numbers = json.loads(ENUMS.read_text())
-        types = Btf(libbpf().pointer("types", "bpf_object__btf", self._object))
-        size = ctypes.c_size_t()
-        start = libbpf().pointer("constants", "bpf_map__initial_value", self._map(".rodata"),
-                                 ctypes.byref(size))  # fmt: skip
-        wanted = {f"__{name}": value for name, value in numbers.items()}
-        wanted |= {"nr_cpus": os.cpu_count() or 1, "cgrp_slice_ns": CGROUP_SLICE_NS}
-        for name, (offset, length) in types.variables(".rodata").items():
-            if name in wanted:
-                kind = ctypes.c_uint64 if length == 8 else ctypes.c_uint32
-                kind.from_address(start + offset).value = wanted[name]
+    def _end(self) -> str:
+        """Tell it to end; returns its last words."""
+        assert self._process is not None and self._said is not None
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._said.seek(0)
+        with self._said:
+            return last_words(self._said.read().decode(errors="replace"))
