@@ -3,8 +3,8 @@
 EEVDF (the kernel's own), scx_flatcg (which the AgentCgroup paper used) and ours take turns in
 every round, on the same tree: an important call that wakes and runs a little beside four times as
 many CPU-bound tasks as there are CPUs; leaves with different weights; calls with cpu.max, of which
-scx_flatcg knows nothing. Latency is what the waking task sees: from when its sleep is over to when
-it runs.
+scx_flatcg knows nothing. Before them comes EEVDF as it is without control: all weights the same.
+Latency is what the waking task sees: from when its sleep is over to when it runs.
 
 A scheduler is attached anew for each measurement, after the tree's root is made and until before it
 is removed. scx_flatcg 7.3 needs that on Linux 7.3: it lets go of a removed cgroup's tasks that are
@@ -43,7 +43,8 @@ from bench.report import BenchReport, Target, quantile
 from tests.guest.cpu_load import SCHED_EXT, Load, shares
 from tests.guest.where import decide
 
-SCHEDULERS = ("eevdf", "flatcg", "ours")
+SCHEDULERS = ("plain", "eevdf", "flatcg", "ours")
+"""plain: EEVDF with all weights the same."""
 ROUNDS = 5
 WAKEUPS = 150
 SLEEP_MS = (5, 30)
@@ -93,7 +94,7 @@ def scheduled_by(name: str) -> Iterator[Scheduler | None]:
 
 def policy_for(name: str) -> int:
     """Scheduling policy of the load."""
-    return os.SCHED_OTHER if name == "eevdf" else SCHED_EXT
+    return os.SCHED_OTHER if name in ("plain", "eevdf") else SCHED_EXT
 
 
 def describe(scheduler: Scheduler | None, load: Load, session: str, call: str) -> None:
@@ -123,7 +124,7 @@ def wakeups(name: str, seed: int) -> tuple[list[float], float]:
             while time.monotonic() < now + run_s:
                 pass
 
-    important = weight_of_priority(IMPORTANT)
+    important = weight_of_priority(NORMAL if name == "plain" else IMPORTANT)
     with Load(policy_for(name)) as load, scheduled_by(name) as scheduler:
         load.make("vip", important)
         load.make("vip/call", important)
@@ -175,8 +176,8 @@ def measure(name: str, seed: int) -> Round:
         late_p50_ms=quantile(late, 0.5),
         late_p99_ms=quantile(late, 0.99),
         late_max_ms=late[-1],
-        share_error_points=share_error(name),
-        max_error_percent=max_error(name),
+        share_error_points=share_error(name) if name != "plain" else None,
+        max_error_percent=max_error(name) if name != "plain" else None,
         throughput_cpus=cpus,
     )
 

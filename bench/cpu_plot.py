@@ -10,8 +10,13 @@ from typing import Any
 
 from bench.report import RESULTS
 
-COLORS = {"eevdf": "#64748b", "flatcg": "#0e7490", "ours": "#c2410c"}
-LABELS = {"eevdf": "EEVDF", "flatcg": "scx_flatcg", "ours": "agentcgroup"}
+COLORS = {"plain": "#cbd5e1", "eevdf": "#64748b", "flatcg": "#0e7490", "ours": "#c2410c"}
+LABELS = {
+    "plain": "EEVDF, no\nweights",
+    "eevdf": "EEVDF",
+    "flatcg": "scx_flatcg",
+    "ours": "agentcgroup",
+}
 PANELS = (
     ("late_p99_ms", "important call: wake-up latency p99, ms", None),
     ("share_error_points", "shares by weight: off by, points", 2.0),
@@ -39,6 +44,8 @@ def draw(document: Mapping[str, Any]) -> Path | None:
         names = [LABELS[name] for name in document["schedulers"]]
         axis.set_xticks(range(len(names)), names)
         axis.set_title(title, fontsize=10)
+        if field == "max_error_percent" and "flatcg" in document["schedulers"]:
+            axis.set_yscale("log")  # scx_flatcg ignores cpu.max, and would flatten the others
         if target is not None:
             axis.axhline(target, color="#334155", linestyle="--", linewidth=1)
     figure.suptitle(f"{document['where']}, {document['kernel']}, n = {document['n']}", fontsize=9)
