@@ -19,7 +19,6 @@
 char LICENSE[] SEC("license") = "GPL";
 
 #define ENOENT 2
-#define ENOMEM 12
 
 #define SIGNAL_GROUP_EXIT  0x4	       /* include/linux/sched/signal.h */
 #define JOBCTL_TRAP_FREEZE (1UL << 23) /* include/linux/sched/jobctl.h */
@@ -85,12 +84,13 @@ static struct {
 	u32 slot; /* plus one; 0: nothing of ours */
 	u32 turn;
 	u64 since_ns;
-	u32 next;  /* the turn of the task that was chosen, until it runs */
-	u32 taken; /* for a boosted task, that is on its way */
+	u32 next;	/* the turn of the task that was chosen, until it runs */
+	u32 taken;	/* for a boosted task, that is on its way */
+	u64 unfinished; /* number of a dispatch that ran out of tries; 0: it did not */
 } running_on[ABI_SCHED_CPUS];
 
 static u64 dispatches;
-static u32 tries = 16, victims = 16; /* see top_level */
+static u32 tries = 64, victims = 16; /* see top_level */
 static bool active;		     /* since the timer looked last */
 
 static __always_inline struct task *task_of(struct task_struct *p)
@@ -499,6 +499,7 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 {
 	u64 now = bpf_ktime_get_ns(), id;
 	struct task *task = NULL;
+	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1);
 	u32 can_go_on = 0, left = tries;
 
 	if (control.stall_on_purpose)
@@ -513,7 +514,8 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 	}
 	resume_due(now);
 	__sync_fetch_and_add(&control.picks, 1);
-	id = __sync_add_and_fetch(&dispatches, 1);
+	id = running_on[at].unfinished ?: __sync_add_and_fetch(&dispatches, 1);
+	running_on[at].unfinished = 0;
 	while (left-- && can_loop) {
 		u32 slot, how;
 		int moved;
@@ -523,20 +525,25 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 		slot = within(turn);
 		how = turn >> 32;
 		if (how == TURN_NONE)
-			break;
+			goto tried_all;
 		if (how == TURN_KEEP && prev && keep(prev, slot))
 			return;
 		/* Before the move: running() may come with it. */
-		running_on[MASKED(cpu, ABI_SCHED_CPUS - 1)].next = how;
+		running_on[at].next = how;
 		moved = how == TURN_RESCUE && move_oldest(QUEUE(slot));
 		if (moved || scx_bpf_dsq_move_to_local(QUEUE(slot)))
 			return;
 		__sync_fetch_and_add(&control.picks_empty, 1);
 		node_of(slot)->skipped_by = id;
 	}
-	running_on[MASKED(cpu, ABI_SCHED_CPUS - 1)].next = TURN_NONE;
+	/* So many have no task for this CPU: the next time goes on from here. */
+	running_on[at].unfinished = id;
+tried_all:
+	running_on[at].next = TURN_NONE;
 	if (can_go_on && prev)
 		scx_bpf_task_set_slice(prev, slice_of(can_go_on - 1));
+	else if (running_on[at].unfinished)
+		scx_bpf_kick_cpu(cpu, KICK_IDLE);
 }
 
 static int on_timer(void *map, int *key, struct wakeup *wakeup)
@@ -555,14 +562,14 @@ static int on_timer(void *map, int *key, struct wakeup *wakeup)
 
 /* --- Callbacks: lives of tasks and cgroups --- */
 
-SEC("struct_ops/init_task")
+SEC("struct_ops.s/init_task")
 s32 BPF_PROG(init_task, struct task_struct *p, struct scx_init_task_args *args)
 {
 	struct task *task = bpf_task_storage_get(&tasks, p, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 
-	if (!task)
-		return -ENOMEM;
-	task->slot = slot_of(args->cgroup);
+	/* To fail would be to fail a fork, anyone's on this host: without, it is not told apart. */
+	if (task)
+		task->slot = slot_of(args->cgroup);
 	return 0;
 }
 

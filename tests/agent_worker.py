@@ -40,8 +40,11 @@ def main() -> None:
     """Serve until stdin ends."""
     answer = packet("enter", f"session={sys.argv[1]}", role="admin")
     assert answer[0] == "OK", answer
-    given = (word.removeprefix("env=") for word in answer if word.startswith("env="))
-    os.environ.update(word.split("=", 1) for word in given)
+    for word in answer:
+        kind, _, assignment = word.partition("=")
+        if kind == "env":
+            name, _, value = assignment.partition("=")
+            os.environ[name] = value
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     channel = grpc.insecure_channel(f"unix:{run_dir()}/agent/grpc.sock")

@@ -226,8 +226,9 @@ class CpuConfig(Section):
 
     scheduler: Literal["auto", "off"] = "auto"
     """`auto`: our sched_ext scheduler where the kernel can have it."""
-    slice: Annotated[int, quantity(parse_duration, "duration"), Field(ge=500, le=100_000)] = 4000
-    """How long a task runs before another one is looked for."""
+    slice: Annotated[int, quantity(parse_duration, "duration"), Field(ge=1000, le=100_000)] = 4000
+    """How long a task runs before another one is looked for; it ends with a tick of the kernel's
+    clock (1 to 10 ms)."""
     wait_max: Annotated[
         int, quantity(parse_duration, "duration"), Field(ge=100_000, le=15_000_000)
     ] = 10_000_000

@@ -202,6 +202,12 @@ class CpuScheduling:
             log.error("%s: %s", self.state.name, self.state.reason)
             self._try_later()
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether a call above its memory mark is slowed."""
+        return (self._scheduler is not None and self._states_fd is not None
+                and self._config.penalty_most > 1)  # fmt: skip
+
     def close(self) -> None:
         """Detach: everything goes on in the fair class."""
         if self._retry is not None:

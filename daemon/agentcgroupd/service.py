@@ -152,7 +152,7 @@ class Daemon:
             return None
         control = Control(
             self.config.guard, self.policy_files.policy, self.pool, self.entrance,
-            self.sessions.open, lambda: self.watchers.can_deny,
+            self.sessions.open, self.watchers.abilities,
         )  # fmt: skip
         self.control = control
         self.policy_files.on_change = control.change_policy

@@ -17,6 +17,7 @@ from agentcgroupd.cpu import CpuScheduling
 from agentcgroupd.gpu.control import Gpus
 from agentcgroupd.policy.actions import Actions
 from agentcgroupd.policy.guard import Guard
+from agentcgroupd.policy.snapshot import Host
 from agentcgroupd.pool import Pool
 from agentcgroupd.session import Call, Session
 from agentcgroupd.signals import Signals
@@ -42,10 +43,13 @@ class Watchers:
         """The memory programs, if they work here."""
         return self.plane.memory
 
-    @property
-    def can_deny(self) -> bool:
-        """Whether a call's growth can be denied."""
-        return self._signals is not None and self.plane.works(features.DENY)
+    def abilities(self) -> Host:
+        """What decisions can count on."""
+        watches = self._signals is not None
+        return Host(
+            can_deny=watches and self.plane.works(features.DENY),
+            can_penalize=watches and self.cpu.penalizes,
+        )
 
     @property
     def tells_marks(self) -> bool:

@@ -28,11 +28,10 @@ def test_three_calls_that_do_not_fit_together_all_end_well(daemon: DaemonProcess
         name: daemon.open(name, priority=priority)
         for name, priority in (("vip", "important"), ("b1", "batch"), ("b2", "batch"))
     }
-    # Each grows to 200 MiB in 15 s, holds it for 5 s and ends: 600 MiB in a pool of 640, and the
-    # agents hold some 60 each.
+    # Each grows to 220 MiB in 15 s, holds it for 5 s and ends: 660 MiB in a pool of 640.
     start = """
 tool = subprocess.Popen([EXEC, "--name", name, "--", LOAD], stdin=subprocess.PIPE, text=True)
-tool.stdin.write(f"15000 {200 << 20} 10\\n5000 {200 << 20} 10\\n")
+tool.stdin.write(f"15000 {220 << 20} 10\\n5000 {220 << 20} 10\\n")
 tool.stdin.close()
 """
     for name, agent in agents.items():
@@ -62,10 +61,10 @@ tool.stdin.write(schedule)
 tool.stdin.close()
 """
     hold = int(200_000 * SLOW)
-    batch.run(code, name="batch", LOAD=LOAD, schedule=f"500 {300 * MIB} 0\n{hold} {300 * MIB} 0\n")
+    batch.run(code, name="batch", LOAD=LOAD, schedule=f"500 {350 * MIB} 0\n{hold} {350 * MIB} 0\n")
     memory = daemon.cgroup_dir / "b/memory.current"
-    wait_until("the batch call holds its memory", lambda: int(memory.read_text()) > 300 * MIB)
-    vip.run(code, name="vip", LOAD=LOAD, schedule=f"3000 {300 * MIB} 0\n")
+    wait_until("the batch call holds its memory", lambda: int(memory.read_text()) > 350 * MIB)
+    vip.run(code, name="vip", LOAD=LOAD, schedule=f"3000 {350 * MIB} 0\n")
     assert vip.run("result = tool.wait()") == 0
     assert batch.run("result = tool.wait()") == -9
     wait_until("all have ended", lambda: not daemon.call_dirs())

@@ -463,6 +463,28 @@ def test_tasks_bound_to_one_cpu(scheduler: Scheduler) -> None:
 
 
 @patient
+def test_more_cgroups_bound_to_a_cpu_than_are_tried_at_once(scheduler: Scheduler) -> None:
+    """The other CPU passes over all of them, again and again: its own two take turns."""
+    with Load(controllers="+cpu") as load:
+
+        def bound() -> None:
+            os.sched_setaffinity(0, {0})
+            spin()
+
+        for i in range(80):
+            load.make(f"b{i}")
+            load.start(f"b{i}", bound)
+        for name in ("one", "two"):
+            load.make(name)
+            load.start(name)
+        equal = {"one": 50.0, "two": 50.0}
+        used = settled(load, list(equal), lambda used, took: not wrong_shares(used, equal))
+        took_s = sum(used.values()) / 1e6
+    assert not wrong_shares(used, equal)
+    assert took_s > 0.4, "they have a CPU for themselves"
+
+
+@patient
 def test_it_is_the_object_that_the_daemon_loads() -> None:
     """What is tested here is what is installed."""
     with BpfObject.open(sched.OBJECT) as bpf:

@@ -28,6 +28,7 @@ from agentcgroupd.feed import Feed
 from agentcgroupd.metrics import Metrics
 from agentcgroupd.policy.actions import Actions
 from agentcgroupd.policy.host import read_host, zram_used_bytes
+from agentcgroupd.policy.snapshot import Host
 from agentcgroupd.policy.sessions_view import Views
 from agentcgroupd.session import Call, Session, SessionLimits, boottime_usec
 from agentcgroupd.zram import Zram, ZramError
@@ -290,7 +291,7 @@ def test_an_idle_agents_memory_leaves_and_comes_back(place: Place, swap: Zram) -
     assert leaf.read(knobs.MEMORY_SWAP_CURRENT) > 24 * MIB
     (entry,) = place.events("reclaim")
     assert entry["reclaimed_bytes"] == got and entry["why"] == "it waits"
-    host = read_host(False, place.pool)
+    host = read_host(Host(), place.pool)
     assert host.can_reclaim and host.swap_is_zram
     assert 0 < host.swap_free_bytes < SWAP_BYTES
     stat = swap.stat()

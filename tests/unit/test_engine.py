@@ -439,6 +439,18 @@ def test_throttling_only_where_what_is_cold_can_leave() -> None:
     assert actions(snapshot(vip, slowed, free=90, host=WITH_SWAP)) == []
     roomy = snapshot(vip, slowed, free=900, host=WITH_SWAP)
     assert actions(roomy) == [(Action.UNTHROTTLE, "eager")]
+    assert not decision.by_cpu
+
+
+def test_without_swap_the_cpu_scheduler_throttles() -> None:
+    vip = call("vip", priority=80, growth_bytes_per_s=FAST, memory_bytes=1 * MIB)
+    eager = call("eager", priority=20, growth_bytes_per_s=FAST)
+    now = snapshot(vip, eager, free=90)
+    (decision,) = decided(replace(now, host=Host(can_penalize=True)))
+    assert (decision.action, decision.subject) == (Action.THROTTLE, "eager")
+    assert decision.by_cpu and "less CPU time" in decision.why
+    (decision,) = decided(replace(now, host=replace(WITH_SWAP, can_penalize=True)))
+    assert not decision.by_cpu
 
 
 # Reclaim and CPU ----------------------------------------------------------------------------------
@@ -554,6 +566,7 @@ session_views = st.builds(
     reclaimed_usec=st.none() | st.integers(0, 10**7),
 )  # fmt: skip
 hosts = st.builds(Host, can_deny=st.booleans(), can_reclaim=st.booleans(),
+                  can_penalize=st.booleans(),
                   swap_free_bytes=st.sampled_from([0, 64 * MIB, 1 << 34]))  # fmt: skip
 LET_GO = {Action.THAW, Action.ALLOW, Action.UNTHROTTLE, Action.RESTORE}
 

@@ -87,21 +87,21 @@ def swap_to(monkeypatch: pytest.MonkeyPatch, *found: Swap, stat: ZramStat | None
 
 def test_without_swap_nothing_is_free(monkeypatch: pytest.MonkeyPatch, pool: Cgroup) -> None:
     swap_to(monkeypatch)
-    assert host.read_host(True, pool) == Host(can_deny=True, can_reclaim=True)
+    assert host.read_host(Host(can_deny=True), pool) == Host(can_deny=True, can_reclaim=True)
     assert host.zram_used_bytes(pool) == 0
     (pool.path / "memory.reclaim").unlink()
-    assert host.read_host(False, pool) == Host()
+    assert host.read_host(Host(), pool) == Host()
 
 
 def test_the_pools_own_limit_on_swap_counts(monkeypatch: pytest.MonkeyPatch, pool: Cgroup) -> None:
     swap_to(monkeypatch, Swap("/dev/sda2", 1000 * MIB, 200 * MIB, -2))
-    seen = host.read_host(False, pool)
+    seen = host.read_host(Host(), pool)
     assert (seen.swap_free_bytes, seen.swap_is_zram) == (800 * MIB, False)
     (pool.path / "memory.swap.max").write_text(f"{300 * MIB}\n")
-    assert host.read_host(False, pool).swap_free_bytes == 200 * MIB
+    assert host.read_host(Host(), pool).swap_free_bytes == 200 * MIB
     # A kernel that does not account swap (CONFIG_SWAP without memory.swap.*) has no such limit.
     (pool.path / "memory.swap.max").unlink()
-    assert host.read_host(False, pool).swap_free_bytes == 800 * MIB
+    assert host.read_host(Host(), pool).swap_free_bytes == 800 * MIB
 
 
 def test_the_first_to_be_used_says_whether_swap_is_zram(
@@ -110,7 +110,7 @@ def test_the_first_to_be_used_says_whether_swap_is_zram(
     disk, device = Swap("/dev/sda2", MIB, 0, -2), Swap("/dev/zram0", MIB, 0, 100)
     full = ZramStat(200 * MIB, 50 * MIB, 0)
     swap_to(monkeypatch, disk, device, stat=full)
-    assert host.read_host(False, pool).swap_is_zram
+    assert host.read_host(Host(), pool).swap_is_zram
     assert host.zram_used_bytes(pool) == 25 * MIB
     swap_to(monkeypatch, Swap("/dev/sda2", MIB, 0, 200), device, stat=full)
-    assert not host.read_host(False, pool).swap_is_zram
+    assert not host.read_host(Host(), pool).swap_is_zram

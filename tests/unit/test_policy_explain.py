@@ -67,6 +67,11 @@ def test_the_leader_is_left_alone() -> None:
             ["throttle", "freeze", "freeze-fast", "kill", "kill-stalled"],
         ),
         (
+            {"can_penalize": True},
+            "freeze",
+            ["throttle", "freeze", "freeze-fast", "kill", "kill-stalled"],
+        ),
+        (
             {"can_deny": True},
             "deny",
             ["deny", "freeze", "deny-fast", "freeze-fast", "kill", "kill-stalled"],

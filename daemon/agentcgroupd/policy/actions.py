@@ -14,7 +14,7 @@ from agentcgroupd.bpf.memory import MemoryPrograms
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.config import GuardConfig
-from agentcgroupd.errors import KnobError
+from agentcgroupd.errors import BpfError, KnobError
 from agentcgroupd.feed import Feed
 from agentcgroupd.metrics import Metrics
 from agentcgroupd.policy.reclaim import Reclaimer
@@ -92,21 +92,27 @@ class Actions:
         call.denied_at_bytes = None
         self._acted("allow", call, why, pb.FEEDBACK_CODE_GROWTH_ALLOWED)
 
-    def throttle(self, call: Call, slack_bytes: int, why: str) -> None:
-        """Let a call have what it has and `slack_bytes`; beyond, it is slowed while its cold memory
-        is swapped out. No error if that is so already. Raises KnobError."""
+    def throttle(self, call: Call, slack_bytes: int, why: str, *, by_cpu: bool = False) -> None:
+        """Let a call have what it has and `slack_bytes`; beyond, it is slowed: by the CPU scheduler
+        where there is ours, and, unless that is to do alone, while its cold memory is swapped out.
+        No error if that is so already. Raises KnobError or BpfError."""
         if call.throttled_at_bytes is not None or call.state == pb.CALL_STATE_ENDING:
             return
         usage = call.cgroup.read(knobs.MEMORY_CURRENT)
         high = min(usage + slack_bytes, call.grant.memory_high_bytes or usage + slack_bytes)
-        call.cgroup.write(knobs.MEMORY_HIGH, high, wait=False)
+        if memory := self.memory():
+            memory.set_throttle_mark(call.cgroup.id, high)
+        if not by_cpu:
+            call.cgroup.write(knobs.MEMORY_HIGH, high, wait=False)
         call.throttled_at_bytes = usage
         self._acted("throttle", call, why, pb.FEEDBACK_CODE_MEMORY_THROTTLED)
 
     def unthrottle(self, call: Call, why: str) -> None:
-        """memory.high as granted; no error if it is. Raises KnobError."""
+        """memory.high as granted; no error if it is. Raises KnobError or BpfError."""
         if call.throttled_at_bytes is None:
             return
+        if memory := self.memory():
+            memory.set_throttle_mark(call.cgroup.id, 0)
         call.cgroup.write(knobs.MEMORY_HIGH, call.grant.memory_high_bytes, wait=False)
         call.throttled_at_bytes = None
         self._acted("unthrottle", call, why, None)
@@ -138,8 +144,8 @@ class Actions:
         for step in undo:
             try:
                 step()
-            except KnobError:
-                log.debug("call %s is gone", call.id)
+            except (KnobError, BpfError) as error:
+                log.debug("call %s: %s", call.id, error)
 
     # Of a session
 

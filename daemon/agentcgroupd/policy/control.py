@@ -34,9 +34,9 @@ WINDOW_USEC = 2_000_000
 class HostReader:
     """What the host can do, read now and then."""
 
-    def __init__(self, pool: Pool, can_deny: Callable[[], bool]) -> None:
+    def __init__(self, pool: Pool, programs: Callable[[], Host]) -> None:
         self._pool = pool
-        self._can_deny = can_deny
+        self._programs = programs
         self._read_usec: int | None = None
         self._host = Host()
         self.zram_bytes = 0
@@ -46,12 +46,12 @@ class HostReader:
         if self._read_usec is None or now_usec - self._read_usec >= HOST_USEC:
             self._read_usec = now_usec
             try:
-                self._host = read_host(self._can_deny(), self._pool.cgroup)
+                self._host = read_host(self._programs(), self._pool.cgroup)
                 self.zram_bytes = zram_used_bytes(self._pool.cgroup)
             except (KnobError, OSError) as error:
                 # What is not known is taken for not there: nothing is sent to swap then.
                 log.error("swap cannot be read: %s", error)
-                self._host = Host(can_deny=self._can_deny())
+                self._host = self._programs()
         return self._host
 
 
@@ -65,16 +65,17 @@ class Control:
         pool: Pool,
         entrance: Entrance,
         sessions: Mapping[str, Session],
-        can_deny: Callable[[], bool],
+        programs: Callable[[], Host],
     ) -> None:
-        """On a running loop. Nothing is done before the guard is started."""
+        """On a running loop. Nothing is done before the guard is started. `programs`: what those in
+        the kernel can do."""
         calls = entrance.calls
         self._actions = calls.actions
         self._sessions = sessions
         self._pool = pool
         self._nudge: asyncio.TimerHandle | None = None
         self._trigger: PressureTrigger | None = None
-        host = HostReader(pool, can_deny)
+        host = HostReader(pool, programs)
         views = Views(sessions.values)
         peaks = calls.reports.peaks
         looker = Looker(pool, calls, views.look, host, lambda: peaks.sorted_bytes,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.policy.engine import detector_holds, stalled_share
 from agentcgroupd.policy.model import Growing, Policy, PoolFills, PoolFree, Ruleset, Stalled
+from agentcgroupd.policy.rungs import can_throttle
 from agentcgroupd.policy.situation import Situation
 from agentcgroupd.policy.snapshot import CallView, RuleState, Snapshot, State
 from agentcgroupd.units import show_bytes, show_usec
@@ -273,9 +274,7 @@ def _touches(at: Situation, ruleset: Ruleset, call: CallView) -> bool:
     if call.priority >= ruleset.spare_priority or leader is None or leader.id == call.id:
         return False
     if do.action == "throttle":
-        return call.throttled_growth_bytes is None and (
-            not do.needs_swap or host.swap_free_bytes > 0
-        )
+        return call.throttled_growth_bytes is None and can_throttle(host, do)
     if do.action == "deny":
         willing = do.whom == "all" or call.on_pressure == "deny"
         return host.can_deny and willing and call.denied_growth_bytes is None

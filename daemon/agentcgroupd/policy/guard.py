@@ -199,7 +199,7 @@ class Guard:
         actions, why = self._actions, decision.why
         match decision.action:
             case Action.THROTTLE:
-                actions.throttle(call, decision.amount, why)
+                actions.throttle(call, decision.amount, why, by_cpu=decision.by_cpu)
             case Action.UNTHROTTLE:
                 actions.unthrottle(call, why)
             case Action.DENY:

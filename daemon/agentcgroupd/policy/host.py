@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from agentcgroupd import zram
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
@@ -38,17 +40,17 @@ def zram_share(swapped_bytes: int, stats: tuple[ZramStat, ...]) -> int:
     return int(used * min(1.0, swapped_bytes / held)) if held else 0
 
 
-def read_host(can_deny: bool, pool: Cgroup) -> Host:
-    """Four small files, some 50 microseconds. `can_deny`: growth can be denied here. Raises
-    KnobError or OSError."""
+def read_host(programs: Host, pool: Cgroup) -> Host:
+    """Four small files, some 50 microseconds, added to what the kernel's programs can do here.
+    Raises KnobError or OSError."""
     areas = zram.swaps()
     can_reclaim = pool.has(knobs.MEMORY_RECLAIM)
     if not areas:
-        return Host(can_deny, can_reclaim)
+        return replace(programs, can_reclaim=can_reclaim)
     most = pool.read_if(knobs.MEMORY_SWAP_MAX)
     room = None if most is None else most - pool.read(knobs.MEMORY_SWAP_CURRENT)
-    return Host(
-        can_deny=can_deny,
+    return replace(
+        programs,
         can_reclaim=can_reclaim,
         swap_free_bytes=swap_free(areas, zram.swap_stats(areas), room),
         # Where pages go first.

@@ -175,13 +175,14 @@ class Reclaim(Section):
 
 
 class Throttle(Section):
-    """memory.high just above what a growing call holds: it goes on, slowly, while its cold memory
-    is swapped out."""
+    """A mark just above what a growing call holds: it goes on beyond, slowly. memory.high does it
+    where its cold memory can be swapped out, and the CPU scheduler where that is ours."""
 
     action: Literal["throttle"]
     slack: PoolAmount = Amount(size_bytes=16 << 20)
     needs_swap: bool = True
-    """Without swap, memory.high brings a program that allocates to a near standstill."""
+    """Without swap, memory.high brings a program that allocates to a near standstill, so the mark
+    is the CPU scheduler's alone, or there is none."""
 
 
 class Deny(Section):

@@ -24,7 +24,7 @@ from agentcgroupd.policy.situation import (
     GROWING_BYTES_PER_S,
     Situation,
 )
-from agentcgroupd.policy.snapshot import Action, CallView, Decision
+from agentcgroupd.policy.snapshot import Action, CallView, Decision, Host
 from agentcgroupd.units import show_bytes, show_usec
 
 RECLAIM_LEAST_BYTES = 1 << 20
@@ -110,18 +110,29 @@ def _obstinate(at: Situation, ruleset: Ruleset, taken: Set[str]) -> list[Decisio
       and call.priority < ruleset.spare_priority]  # fmt: skip
 
 
+def can_throttle(host: Host, do: Throttle) -> bool:
+    """Whether there is a way to slow a call's growth here that is no standstill."""
+    return not do.needs_swap or host.swap_free_bytes > 0 or host.can_penalize
+
+
 def throttle(at: Situation, ruleset: Ruleset, do: Throttle, taken: Set[str]) -> list[Decision]:
-    """Growing calls go on at the pace at which their own cold pages leave."""
-    if do.needs_swap and at.now.host.swap_free_bytes <= 0:
+    """Growing calls go on, at the pace at which their own cold pages leave; or, where those can go
+    nowhere, with less CPU time the more they grow."""
+    if not can_throttle(at.now.host, do):
         return []
+    by_cpu = do.needs_swap and at.now.host.swap_free_bytes <= 0
+    how = (
+        "with less CPU time the more it grows beyond that" if by_cpu else
+        "more memory comes at the pace at which what it does not touch is swapped out"
+    )  # fmt: skip
     slack = do.slack.of(at.now.limit_bytes)
     calls = [c for c in _stoppable(at, ruleset, taken)
              if c.throttled_growth_bytes is None and not _denied_enough(c)]  # fmt: skip
     return _until_it_fits(at, ruleset, calls, lambda call: Decision(
         Action.THROTTLE, call.id,
         f"Slowed at {show_bytes(call.memory_bytes + slack)}: {_shortage(at, call)} It goes on; "
-        "more memory comes at the pace at which what it does not touch is swapped out.",
-        amount=slack,
+        f"{how}.",
+        amount=slack, by_cpu=by_cpu,
     ))  # fmt: skip
 
 

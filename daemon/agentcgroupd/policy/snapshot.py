@@ -99,10 +99,12 @@ class Host:
     """What this kernel and host can do, as far as decisions depend on it."""
 
     can_deny: bool = False
+    can_penalize: bool = False
+    """The CPU scheduler slows a call by how far it has grown above a mark."""
     can_reclaim: bool = False
     """memory.reclaim is there (Linux 5.19)."""
     swap_free_bytes: int = 0
-    """0: anonymous memory can go nowhere, and throttling it is a standstill."""
+    """0: anonymous memory can go nowhere, and throttling it by memory.high is a standstill."""
     swap_is_zram: bool = False
 
 
@@ -173,6 +175,8 @@ class Decision:
     amount: int = 0
     """RECLAIM: bytes. THROTTLE: bytes that it may still grow by. SLOW: percent of its CPU
     weight."""
+    by_cpu: bool = False
+    """THROTTLE: by the CPU scheduler alone; else by memory.high, too."""
     calls: tuple[str, ...] = ()
     """RECLAIM: only from these calls of the session, paused ones; empty: from its agent leaf."""
     dry_run: bool = False
