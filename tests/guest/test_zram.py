@@ -28,8 +28,8 @@ from agentcgroupd.feed import Feed
 from agentcgroupd.metrics import Metrics
 from agentcgroupd.policy.actions import Actions
 from agentcgroupd.policy.host import read_host, zram_used_bytes
-from agentcgroupd.policy.snapshot import Host
 from agentcgroupd.policy.sessions_view import Views
+from agentcgroupd.policy.snapshot import Host
 from agentcgroupd.session import Call, Session, SessionLimits, boottime_usec
 from agentcgroupd.zram import Zram, ZramError
 from tests.conftest import StartDaemon

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agentcgroupd.bpf import abi
+from agentcgroupd.bpf import abi, features, sched
 from agentcgroupd.bpf.btf import (
     KIND_ARRAY,
     KIND_ENUM,
@@ -222,6 +222,41 @@ def test_a_wrong_declaration_is_found(text: str, wrong: str) -> None:
 def test_what_the_reader_does_not_know_is_an_error(text: str) -> None:
     with pytest.raises(AssertionError, match="cannot be read"):
         declared(text, HERE)
+
+
+SCHED_KERNEL_H = (ROOT / "bpf/sched_kernel.h").read_text(encoding="ascii")
+SCHED_STRUCTS = re.findall(r"^struct (\w+) \{$", SCHED_KERNEL_H, re.MULTILINE)
+
+
+def resolved_size(types: Btf, type_id: int) -> int:
+    """In bytes."""
+    return int(libbpf().call("btf__resolve_size", types._handle, type_id))
+
+
+@pytest.mark.parametrize("name", SCHED_STRUCTS)
+def test_the_kernel_has_what_the_scheduler_uses(name: str) -> None:
+    """Each member of each struct, of the same kind and size. (Its functions are compared when it is
+    loaded.)"""
+    (definition,) = features.definitions_of(sched.OBJECT)
+    state = features.gate(definition, kernel_btf())
+    if not state.works:
+        pytest.skip(state.reason)
+    kernel, ours = kernel_btf(), Btf.of_file(OBJECTS / "sched.bpf.o")
+    theirs_id = kernel.find(name.partition("___")[0], KIND_STRUCT)
+    ours_id = ours.find(name, KIND_STRUCT)
+    assert ours_id is not None, "the scheduler does not use it"
+    if name.startswith("bpf_iter_"):  # the kernel's own name for what is opaque to programs
+        assert theirs_id is not None and ours.record(ours_id)[3] == kernel.record(theirs_id)[3]
+        return
+    assert theirs_id is not None, f"the kernel has no struct {name}"
+    for member in ours.members(ours_id):
+        found = kernel.member(theirs_id, member.name)
+        assert found is not None, f"the kernel has no {name}.{member.name}"
+        mine, its = ours.strip(member.type_id), kernel.strip(found.type_id)
+        kind = ours.record(mine)[1]
+        assert kernel.record(its)[1] == kind, f"{name}.{member.name} is of another kind"
+        if kind in (KIND_INT, KIND_ENUM):
+            assert resolved_size(kernel, its) == resolved_size(ours, mine), member.name
 
 
 def test_the_daemon_has_the_programs_types() -> None:
