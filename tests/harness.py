@@ -129,7 +129,7 @@ class DaemonProcess:
             f"{pool}\n[server]\nrun_dir = {str(self.run_dir)!r}\nmetrics_address = ''\n"
             f"[audit]\npath = {str(self.audit_path)!r}\n{config}"
             # Its verification takes seconds where the CPU is emulated: for tests that ask for it.
-            + ("" if "[cpu]" in config else '[cpu]\nscheduler = "off"\n')
+            + ("" if "[cpu]" in pool + config else '[cpu]\nscheduler = "off"\n')
         )
         self.module, self.environment = "agentcgroupd.__main__", dict[str, str]()
         """Whose main() is the daemon, and what its environment has besides."""

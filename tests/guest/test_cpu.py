@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import json
 import mmap
 import os
 import subprocess
@@ -29,6 +30,7 @@ from agentcgroupd.cpu import CpuScheduling
 from agentcgroupd.metrics import Metrics
 from agentcgroupd.policy.model import Policy
 from agentcgroupd.pool import prepare_pool
+from tests.conftest import StartDaemon
 from tests.guest.cpu_load import SCHED_EXT
 from tests.harness import DaemonProcess, wait_until
 
@@ -223,3 +225,51 @@ def test_someone_elses_scheduler_is_left_alone(daemon: DaemonProcess) -> None:
         other.close()
     wait_until("the kernel has none", lambda: sched.running() == "")
     assert Path("/sys/kernel/sched_ext/state").read_text() == "disabled\n"
+
+
+THROTTLE = """name = "throttle"
+[[rulesets]]
+name = "throttle"
+when = [{ detector = "pool_free", below = "60%", until = "70%" }]
+do = { action = "throttle", slack = "8M" }
+"""
+GROW = """
+tool = subprocess.Popen([EXEC, "--name", name, "--", sys.executable, "-S", "-c", script],
+                        stdin=subprocess.PIPE)
+"""
+SCRIPT = """
+import mmap, time
+block = mmap.mmap(-1, SIZE << 20)
+for place in range(0, SIZE << 20, 4096):
+    block[place] = 1
+    if place % (1 << 20) == 0:
+        time.sleep(PAUSE)
+"""
+
+
+def test_without_swap_the_policy_throttles_by_cpu(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    """What takes memory beside a more important call is told to the scheduler, which slows it; it
+    goes on all the same, and memory.high is left as it was granted."""
+    if len(Path("/proc/swaps").read_text().splitlines()) > 1:
+        pytest.skip("this machine has swap")
+    (tmp_path / "throttle.toml").write_text(THROTTLE)
+    daemon = start_daemon(
+        f'[pool]\nmemory_max = "300M"\n[policy]\npath = "{tmp_path}/throttle.toml"\n[cpu]\n'
+    )
+    vip, batch = daemon.open("vip", priority="important"), daemon.open("b", priority="batch")
+    vip.run(GROW, name="vip", script=f"SIZE, PAUSE = 60, 0.1\n{SCRIPT}")
+    batch.run(GROW, name="greedy", script=f"SIZE, PAUSE = 180, 0.0\n{SCRIPT}")
+    assert batch.run("result = tool.wait()") == 0 == vip.run("result = tool.wait()")
+    wait_until("all have ended", lambda: not daemon.call_dirs())
+    reports = {r.name: r for r in daemon.admin.ListReports(pb.ListReportsRequest()).reports}
+    greedy = reports["greedy"]
+    assert greedy.cpu.penalties > 0 and greedy.cpu.penalty_usec > 0
+    assert greedy.memory_high_events == 0
+    assert reports["vip"].cpu.penalties == 0
+    entries = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
+    told = [e for e in entries if e["event"] == "throttle"]
+    assert told and all(e["session"] == "b" for e in told)
+    assert "less CPU time the more it grows" in told[0]["why"]
+    assert "unthrottle" in {e["event"] for e in entries}
