@@ -1,6 +1,7 @@
 """The process inside a session that tests speak through: reads pickled code, answers its result.
 
-Its argument is the session, which it enters as the launcher does: see docs/protocol.md."""
+Its argument is the session, which it enters as the launcher does (see docs/protocol.md); without,
+it has been started there."""
 
 from __future__ import annotations
 
@@ -36,15 +37,21 @@ def packet(verb: str, *pairs: str, role: str = "agent") -> list[str]:
         return sock.recv(16384).decode().split("\0")[:-1]
 
 
-def main() -> None:
-    """Serve until stdin ends."""
-    answer = packet("enter", f"session={sys.argv[1]}", role="admin")
+def enter(session_id: str) -> None:
+    """Move this process there, with the environment that it is to have."""
+    answer = packet("enter", f"session={session_id}", role="admin")
     assert answer[0] == "OK", answer
     for word in answer:
         kind, _, assignment = word.partition("=")
         if kind == "env":
             name, _, value = assignment.partition("=")
             os.environ[name] = value
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    for session_id in sys.argv[1:]:
+        enter(session_id)
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     channel = grpc.insecure_channel(f"unix:{run_dir()}/agent/grpc.sock")
@@ -73,3 +80,7 @@ def main() -> None:
             data = pickle.dumps((False, AssertionError(f"{type(error).__name__}: {error}")))
         stdout.write(data)
         stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

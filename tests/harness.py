@@ -66,11 +66,21 @@ def controllers() -> set[str]:
 class AgentProcess:
     """A Python process inside a session's agent leaf that runs what it is sent."""
 
-    def __init__(self, run_dir: Path, session_id: str) -> None:
+    def __init__(self, run_dir: Path, session_id: str, *, is_forked: bool = True) -> None:
+        """`is_forked`: starts at once, but shares memory with processes outside, which the OOM
+        killer counts as its own; else it is executed by the launcher."""
         env = {**os.environ, "AGENTCG_RUN_DIR": str(run_dir)}
         its_stdin, stdin = os.pipe()
         stdout, its_stdout = os.pipe()
-        self.process = fork("tests.agent_worker", [session_id], env, its_stdin, its_stdout, 2)
+        self.process: Forked | subprocess.Popen[bytes]
+        if is_forked:
+            self.process = fork("tests.agent_worker", [session_id], env, its_stdin, its_stdout, 2)
+        else:
+            path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+            self.process = subprocess.Popen(
+                [EXEC, "--session", session_id, "--", sys.executable, "-m", "tests.agent_worker"],
+                stdin=its_stdin, stdout=its_stdout, env={**env, "PYTHONPATH": path}, cwd=ROOT,
+            )  # fmt: skip
         os.close(its_stdin)
         os.close(its_stdout)
         self._stdin, self._stdout = os.fdopen(stdin, "wb"), os.fdopen(stdout, "rb")
@@ -134,6 +144,8 @@ class DaemonProcess:
         self.module, self.environment = "agentcgroupd.__main__", dict[str, str]()
         """Whose main() is the daemon, and what its environment has besides."""
         self.process: Forked | None = None
+        self.forks_agents = True
+        """See AgentProcess."""
         self.agents: list[AgentProcess] = []
         self.log = directory / "log"
         self._channel: grpc.Channel | None = None
@@ -183,7 +195,7 @@ class DaemonProcess:
 
     def enter(self, session_id: str) -> AgentProcess:
         """One more process in a session's agent leaf."""
-        agent = AgentProcess(self.run_dir, session_id)
+        agent = AgentProcess(self.run_dir, session_id, is_forked=self.forks_agents)
         self.agents.append(agent)
         return agent
 

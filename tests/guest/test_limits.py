@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,9 @@ result = (done.returncode, done.stdout, done.stderr)
 @pytest.fixture(scope="module")
 def daemon(start_module_daemon: StartDaemon) -> DaemonProcess:
     """A daemon with a pool of 512 MiB whose guard is off: what is shown here is the kernel's."""
-    return start_module_daemon('[pool]\nmemory_max = "512M"\n[guard]\nenabled = false\n')
+    daemon = start_module_daemon('[pool]\nmemory_max = "512M"\n[guard]\nenabled = false\n')
+    daemon.forks_agents = False
+    return daemon
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +173,16 @@ while tool.poll() is None and len(more) < 200:
     time.sleep(0.05)
 result = tool.wait(60)
 """
-    assert big.run(grow) == -9
-    assert big.process.poll() is None
+    try:
+        assert big.run(grow) == -9
+        assert big.process.poll() is None
+    except EOFError:
+        # An emulated CPU may free the dead call's memory so late that the kernel goes on to the
+        # agent, which is alone by then.
+        assert SLOW != 1.0
     assert last(daemon, "big").verdict == pb.VERDICT_OOM_SESSION
+    first = next(v for v in _victims(daemon) if v["session"] == "big")
+    assert first["call"], "the agent was chosen before the call"
 
 
 def test_at_the_pools_limit_the_less_important_call_goes(
@@ -194,13 +204,13 @@ def test_at_the_pools_limit_the_less_important_call_goes(
         # An emulated CPU frees the dead call's memory so late that the kernel, with nobody else
         # left, may choose a second victim before the first one's 200 MiB are given back.
         assert ended.verdict == pb.VERDICT_OOM_POOL
-        assert _victims(daemon)[-2:] == ["alpha", "vip"]
+        assert [v["session"] for v in _victims(daemon)[-2:]] == ["alpha", "vip"]
 
 
-def _victims(daemon: DaemonProcess) -> list[str]:
-    """Sessions whose processes the OOM killer chose, in its order."""
+def _victims(daemon: DaemonProcess) -> list[dict[str, Any]]:
+    """Whom the OOM killer chose, in its order."""
     events = map(json.loads, daemon.audit_path.read_text().splitlines())
-    return [event["session"] for event in events if event["event"] == "oom_victim"]
+    return [event for event in events if event["event"] == "oom_victim"]
 
 
 def _memory(daemon: DaemonProcess, session: str) -> int:
@@ -350,7 +360,9 @@ def test_a_containers_cgroup_is_split_in_place_and_given_back(daemon: DaemonProc
         root.close()
 
 
-def test_five_hundred_calls_leave_nothing(daemon: DaemonProcess, agent: AgentProcess) -> None:
+def test_hundreds_of_calls_leave_nothing(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    """On an emulated CPU, scores."""
+    count = 500 if SLOW == 1.0 else 60
     before = daemon.admin.GetPool(pb.GetPoolRequest())
     agent.run(
         """
@@ -358,11 +370,12 @@ from concurrent.futures import ThreadPoolExecutor
 def one(number):
     return subprocess.call([EXEC, "--name", "t", "--memory-max", "32M", "--", "true"])
 with ThreadPoolExecutor(16) as pool:
-    codes = list(pool.map(one, range(500)))
-assert codes == [0] * 500, codes
-"""
+    codes = list(pool.map(one, range(count)))
+assert codes == [0] * count, codes
+""",
+        count=count,
     )
     wait_until("all have ended", lambda: not daemon.call_dirs())
     after = daemon.admin.GetPool(pb.GetPoolRequest())
-    assert after.calls_ended - before.calls_ended == 500
+    assert after.calls_ended - before.calls_ended == count
     assert after.leftovers_removed == before.leftovers_removed
