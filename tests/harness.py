@@ -50,12 +50,15 @@ def patient(test: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-def wait_until(what: str, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Poll until `condition` holds; AssertionError naming `what` if it does not in time."""
+def wait_until(
+    what: str, condition: Callable[[], bool], timeout_s: float = 10.0, every_s: float = 0.005
+) -> None:
+    """Poll until `condition` holds; AssertionError naming `what` if it does not in time. `every_s`:
+    longer where to look is itself work for an emulated CPU."""
     deadline = time.monotonic() + timeout_s * SLOW
     while not condition():
         assert time.monotonic() < deadline, f"timed out: {what}"
-        time.sleep(0.005)
+        time.sleep(every_s)
 
 
 def controllers() -> set[str]:
