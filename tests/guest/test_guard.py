@@ -51,9 +51,23 @@ tool.stdin.close()
     assert log.count("freeze") == log.count("thaw") >= 1
 
 
+KILL_EARLY = """[[rulesets]]
+name = "kill"
+when = [
+  { detector = "pool_free", below = "5%", until = "5%" },
+  { detector = "pool_fills", within = "2s" },
+]
+do = { action = "kill" }
+cooldown = "10s"
+"""
+
+
 def test_when_frozen_calls_hold_what_the_leader_needs_one_of_them_goes(
-    daemon: DaemonProcess,
+    start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
+    """The policy's own 100 ms are less than an emulated CPU needs for a look and a kill."""
+    (tmp_path / "kill.toml").write_text(KILL_EARLY if SLOW != 1.0 else "")
+    daemon = start_daemon(f'[pool]\nmemory_max = "640M"\n[policy]\ndrop_in = "{tmp_path}"\n')
     vip, batch = daemon.open("vip", priority="important"), daemon.open("b", priority="batch")
     code = """
 tool = subprocess.Popen([EXEC, "--name", name, "--", LOAD], stdin=subprocess.PIPE, text=True)
