@@ -100,8 +100,8 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[list[Suite]], list[str]]
             test_limit_sec=240,
             guest_options=("--systemd",),
         )
-        # The short ones share a lane, so that both take about as long.
-        return [[host, systemd, kernel, cpu], [daemon]], []
+        # So that both lanes take about as long.
+        return [[host, systemd, cpu], [daemon, kernel]], []
     suites = [Suite("host", ("tests/unit", "tests/kernel", "tests/guest"), "native", 1100)]
     if systemd_here:
         return [[*suites, Suite("systemd", ("tests/systemd",), "native", 280)]], []

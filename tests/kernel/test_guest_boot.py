@@ -106,12 +106,12 @@ def test_panic_is_told_with_the_console() -> None:
 
 def test_time_runs_out() -> None:
     begin = time.monotonic()
-    process = guest("--timeout", "6", "--", "sh", "-c", "echo so far; sleep 300")
+    process = guest("--timeout", "20", "--", "sh", "-c", "echo so far; sleep 300")
     out, err = process.communicate()
     assert process.returncode == boot.EXIT_TIMEOUT
     assert out == "so far\n"
-    assert "stopped after 6 s" in err
-    assert time.monotonic() - begin < 10
+    assert "stopped after 20 s" in err
+    assert time.monotonic() - begin < 26
 
 
 def test_two_at_once_keep_apart() -> None:
