@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the suites; 0 when nothing failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.run", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--only", action="append", metavar="SUITE", help="host, guest or systemd")
+    parser.add_argument("--only", action="append", metavar="SUITE", help="by name, as above")
     parser.add_argument("--serial", action="store_true", help="one suite after the other")
     parser.add_argument("pytest", nargs="*", help="more options for pytest, after --")
     arguments = parser.parse_args(argv)
