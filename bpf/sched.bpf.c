@@ -20,10 +20,10 @@ char LICENSE[] SEC("license") = "GPL";
 
 #define ENOENT 2
 
+#define PF_EXITING	   0x4	       /* include/linux/sched.h */
 #define SIGNAL_GROUP_EXIT  0x4	       /* include/linux/sched/signal.h */
 #define JOBCTL_TRAP_FREEZE (1UL << 23) /* include/linux/sched/jobctl.h */
 
-#define NONE_TRIED	 (~0ULL) /* no dispatch has this number */
 #define QUEUE(slot)	 ((u64)(slot) + 1)
 #define TASK_WEIGHT_LOW	 20 /* so that a nice task is not put off for too long */
 #define TASK_WEIGHT_HIGH 500
@@ -86,10 +86,11 @@ static struct {
 	u64 since_ns;
 	u32 next;	/* the turn of the task that was chosen, until it runs */
 	u32 taken;	/* for a boosted task, that is on its way */
-	u64 unfinished; /* number of a dispatch that ran out of tries; 0: it did not */
+	u32 unfinished; /* that ran out of tries, and is to go on */
+	u32 goes_on;	/* this one does */
+	u64 paid_ns;	/* up to where its task has paid */
 } running_on[ABI_SCHED_CPUS];
 
-static u64 dispatches;
 static u32 tries = 64, victims = 16; /* see top_level */
 static bool active;		     /* since the timer looked last */
 
@@ -196,6 +197,7 @@ static __always_inline void account(struct task_struct *p, struct task *task, s3
 	if (!ran)
 		return;
 	task->ran_ns = total;
+	running_on[MASKED(cpu, ABI_SCHED_CPUS - 1)].paid_ns = now;
 	penalty = memory_penalty(&call, now);
 	if (penalty)
 		node_of(call)->penalty = penalty;
@@ -205,7 +207,7 @@ static __always_inline void account(struct task_struct *p, struct task *task, s3
 }
 
 /* How long a task of a cgroup may run now. */
-static __always_inline u64 slice_of(u32 slot)
+__noinline u64 slice_of(u32 slot)
 {
 	u64 slice = control.slice_ns;
 
@@ -258,8 +260,9 @@ __noinline u32 find_victim(u32 from, u32 slot, u32 boost, u64 now)
 
 		if (running_on[at].slot && running_on[at].turn != TURN_BOOST &&
 		    !running_on[at].taken &&
-		    (boost || (ran > control.slice_ns / PROTECTED_PART &&
-			       comes_before(slot, running_on[at].slot - 1, ran))))
+		    (boost ||
+		     (ran > control.slice_ns / PROTECTED_PART &&
+		      comes_before(slot, running_on[at].slot - 1, now - running_on[at].paid_ns))))
 			return cpu + 1;
 		if (++cpu >= cpus)
 			cpu = 0;
@@ -339,7 +342,7 @@ void BPF_PROG(dequeue, struct task_struct *p, u64 deq_flags)
 		return;
 	queued = task->queued - 1;
 	task->queued = 0;
-	end_waiting(queued, bpf_ktime_get_ns());
+	end_waiting(queued);
 	settle_up(queued);
 }
 
@@ -371,6 +374,8 @@ void BPF_PROG(running, struct task_struct *p)
 	running_on[cpu].turn = turn;
 	running_on[cpu].slot = slot + 1;
 	running_on[cpu].since_ns = now;
+	running_on[cpu].paid_ns = now;
+	running_on[cpu].taken = 0;
 	task->ran_ns = fields(p)->se.sum_exec_runtime;
 	waited = task->since_ns && now > task->since_ns ? now - task->since_ns : 0;
 	task->since_ns = 0;
@@ -426,21 +431,28 @@ void BPF_PROG(tick, struct task_struct *p)
 		return;
 	account(p, task, cpu);
 	resume_due(now);
-	if (rescue_due(now, NONE_TRIED) ||
-	    (running_on[cpu].turn != TURN_BOOST && boost_due(now, NONE_TRIED)) ||
+	if (rescue_due(now, NO_MARKS) ||
+	    (running_on[cpu].turn != TURN_BOOST && boost_due(now, NO_MARKS)) ||
 	    is_held(task->slot, now))
 		scx_bpf_task_set_slice(p, 0);
 }
 
 /* --- Callbacks: CPUs --- */
 
+enum rescue {
+	RESCUE_ELSEWHERE = 0, /* not from this CPU */
+	RESCUE_MOVED = 1,
+	RESCUE_EARLY = 2, /* nobody has waited for long: looked at again later */
+};
+
 /* The task that has waited longest in a queue, of those that may run on this CPU, onto it. */
-__noinline int move_oldest(u64 queue)
+__noinline int move_oldest(u32 slot, u64 now)
 {
 	u32 cpu = bpf_get_smp_processor_id();
+	u64 queue = QUEUE(slot), long_ns = control.wait_max_ns / 2;
 	struct bpf_iter_scx_dsq it;
 	struct task_struct *p;
-	u64 oldest = 0;
+	u64 oldest = 0, first = now;
 	s32 pid = 0;
 	bool moved = false;
 
@@ -448,6 +460,8 @@ __noinline int move_oldest(u64 queue)
 		while ((p = bpf_iter_scx_dsq_next(&it))) {
 			struct task *task = task_of(p);
 
+			if (task && task->since_ns && before(task->since_ns, first))
+				first = task->since_ns;
 			if (task && (!pid || before(task->since_ns, oldest)) &&
 			    bpf_cpumask_test_cpu(cpu, fields(p)->cpus_ptr)) {
 				oldest = task->since_ns;
@@ -456,8 +470,12 @@ __noinline int move_oldest(u64 queue)
 		}
 	}
 	bpf_iter_scx_dsq_destroy(&it);
-	if (!pid)
-		return false;
+	if (before(now, first + long_ns)) {
+		rescue_again(slot, first + long_ns, now);
+		return RESCUE_EARLY;
+	}
+	if (!pid || before(now, oldest + long_ns))
+		return RESCUE_ELSEWHERE;
 	if (!bpf_iter_scx_dsq_new(&it, queue, 0)) {
 		while ((p = bpf_iter_scx_dsq_next(&it))) {
 			if (p->pid != pid)
@@ -467,7 +485,10 @@ __noinline int move_oldest(u64 queue)
 		}
 	}
 	bpf_iter_scx_dsq_destroy(&it);
-	return moved;
+	if (!moved)
+		return RESCUE_ELSEWHERE;
+	rescue_again(slot, 0, now);
+	return RESCUE_MOVED;
 }
 
 static long wake_one(u32 cpu, void *unused)
@@ -494,10 +515,42 @@ static __always_inline bool keep(struct task_struct *prev, u32 slot)
 	return true;
 }
 
+/* The task that was running goes on, of which nothing else tells. */
+static __always_inline void keep_on(u64 at, u64 now)
+{
+	running_on[at].turn = TURN_KEEP;
+	running_on[at].since_ns = now;
+	running_on[at].taken = 0;
+}
+
+/* Not inline for the verifier, as mark_tried(). */
+__noinline int begin_tries(u32 cpu)
+{
+	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1);
+
+	running_on[at].goes_on = running_on[at].unfinished;
+	running_on[at].unfinished = 0;
+	if (!running_on[at].goes_on)
+		forget_tried(at);
+	return 0;
+}
+
+/* Nothing was chosen. What was passed over some time ago may have something now: false, once. */
+__noinline int is_all_tried(u32 cpu)
+{
+	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1);
+
+	if (!running_on[at].goes_on)
+		return true;
+	running_on[at].goes_on = 0;
+	forget_tried(at);
+	return false;
+}
+
 SEC("struct_ops/dispatch")
 void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 {
-	u64 now = bpf_ktime_get_ns(), id;
+	u64 now = bpf_ktime_get_ns();
 	struct task *task = NULL;
 	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1);
 	u32 can_go_on = 0, left = tries;
@@ -514,35 +567,49 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 	}
 	resume_due(now);
 	__sync_fetch_and_add(&control.picks, 1);
-	id = running_on[at].unfinished ?: __sync_add_and_fetch(&dispatches, 1);
-	running_on[at].unfinished = 0;
+	begin_tries(at);
 	while (left-- && can_loop) {
 		u32 slot, how;
 		int moved;
 		u64 turn;
 
-		turn = choose(can_go_on, now, id);
+		turn = choose(can_go_on, now, at);
 		slot = within(turn);
 		how = turn >> 32;
-		if (how == TURN_NONE)
-			goto tried_all;
-		if (how == TURN_KEEP && prev && keep(prev, slot))
+		if (how == TURN_NONE) {
+			if (is_all_tried(at))
+				goto tried_all;
+			continue;
+		}
+		if (how == TURN_KEEP && prev && keep(prev, slot)) {
+			keep_on(at, now);
 			return;
+		}
 		/* Before the move: running() may come with it. */
 		running_on[at].next = how;
-		moved = how == TURN_RESCUE && move_oldest(QUEUE(slot));
-		if (moved || scx_bpf_dsq_move_to_local(QUEUE(slot)))
+		if (how == TURN_RESCUE) {
+			moved = move_oldest(slot, now);
+			if (moved == RESCUE_EARLY)
+				continue;
+		} else {
+			moved = scx_bpf_dsq_move_to_local(QUEUE(slot));
+		}
+		if (moved)
 			return;
 		__sync_fetch_and_add(&control.picks_empty, 1);
-		node_of(slot)->skipped_by = id;
+		/* Its turn, and the first in its queue is not for this CPU: it goes on. */
+		if (how == TURN_KEEP)
+			goto tried_all;
+		mark_tried(at, slot);
 	}
 	/* So many have no task for this CPU: the next time goes on from here. */
-	running_on[at].unfinished = id;
+	running_on[at].unfinished = 1;
 tried_all:
 	running_on[at].next = TURN_NONE;
-	if (can_go_on && prev)
+	if (can_go_on && prev) {
 		scx_bpf_task_set_slice(prev, slice_of(can_go_on - 1));
-	else if (running_on[at].unfinished)
+		keep_on(at, now);
+	} else if (running_on[at].unfinished)
 		scx_bpf_kick_cpu(cpu, KICK_IDLE);
 }
 
@@ -567,7 +634,7 @@ s32 BPF_PROG(init_task, struct task_struct *p, struct scx_init_task_args *args)
 {
 	struct task *task = bpf_task_storage_get(&tasks, p, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 
-	/* To fail would be to fail a fork, anyone's on this host: without, it is not told apart. */
+	/* To fail would be to fail a fork, anyone's on this host: enable() tries again. */
 	if (task)
 		task->slot = slot_of(args->cgroup);
 	return 0;
@@ -576,8 +643,9 @@ s32 BPF_PROG(init_task, struct task_struct *p, struct scx_init_task_args *args)
 SEC("struct_ops/enable")
 void BPF_PROG(enable, struct task_struct *p)
 {
-	struct task *task = task_of(p);
+	struct task *task = bpf_task_storage_get(&tasks, p, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 
+	/* One made only now is of the root cgroup until it is moved. */
 	if (!task)
 		return;
 	task->ran_ns = fields(p)->se.sum_exec_runtime;
@@ -592,7 +660,7 @@ void BPF_PROG(disable, struct task_struct *p)
 
 	if (!task)
 		return;
-	if (!is_leaving(p))
+	if (!is_leaving(p) && !(fields(p)->flags & PF_EXITING))
 		__sync_fetch_and_add(&control.left, 1);
 }
 

@@ -42,7 +42,6 @@ struct node {
 	u64 own_vtime;	 /* of its own tasks in the competition with its children */
 	u64 vtime_now;	 /* of the competition among its children */
 	u64 task_vtime;	 /* the latest of its own tasks that was given a CPU */
-	u64 skipped_by;	 /* the dispatch that found nothing for its CPU here */
 	u64 paused_ns;	 /* 0: it is not; else since when */
 	u64 period_usec; /* cpu.max */
 	u64 quota_usec;	 /* 0: no limit */

@@ -45,6 +45,8 @@ enum turn {
 	TURN_KEEP = 4, /* the task that was running goes on, or another of its cgroup */
 };
 
+#define NO_MARKS ABI_SCHED_CPUS /* in place of a CPU: none was tried */
+
 #define TURN(how, slot) ((u64)(how) << 32 | (slot))
 
 static __always_inline struct sched_cgroup *cgroup_of(u32 slot)
@@ -363,7 +365,7 @@ __noinline int begin_waiting(u32 slot, u64 now)
 }
 
 /* settle_up() is to follow. */
-__noinline int end_waiting(u32 slot, u64 now)
+__noinline int end_waiting(u32 slot)
 {
 	struct node *node = node_of(slot);
 
@@ -371,48 +373,97 @@ __noinline int end_waiting(u32 slot, u64 now)
 	if (node->tasks) {
 		control.waiting--;
 		node->tasks--;
-		if (slot) {
+		/* While others wait it stays due: who has left says nothing of them. */
+		if (slot && !node->tasks) {
 			order_drop(ORDER_RESCUE, slot);
-			if (node->tasks)
-				order_add(ORDER_RESCUE, slot, rescue_at(node, now));
-			else
-				order_drop(ORDER_BOOST, slot);
+			order_drop(ORDER_BOOST, slot);
 		}
 	}
 	bpf_spin_unlock(&lock);
 	return 0;
 }
 
+/* When its tasks are looked at next; at 0: a while after the turn that one of them got. */
+__noinline int rescue_again(u32 slot, u64 at, u64 now)
+{
+	struct node *node = node_of(slot);
+
+	bpf_spin_lock(&lock);
+	if (link_of(slot, ORDER_RESCUE)->linked)
+		order_move(ORDER_RESCUE, slot, at ?: rescue_at(node, now));
+	bpf_spin_unlock(&lock);
+	return 0;
+}
+
 /* --- Choosing --- */
 
+/*
+ * Cgroups that have no task for a CPU, as its dispatch has found; each CPU's own, or two that pass
+ * over the same ones would take each other's marks away.
+ */
+static struct {
+	u64 any;
+	u64 marks[SLOTS / 64];
+} tried[ABI_SCHED_CPUS];
+
+static __always_inline bool was_tried(u32 cpu, u32 slot)
+{
+	u64 row = MASKED(cpu, ABI_SCHED_CPUS - 1), word = MASKED(slot / 64, SLOTS / 64 - 1);
+
+	return cpu != NO_MARKS && tried[row].marks[word] >> (slot % 64) & 1;
+}
+
+/* Not inline: the verifier would go through the rest of a dispatch for each outcome. */
+__noinline int mark_tried(u32 cpu, u32 slot)
+{
+	u64 row = MASKED(cpu, ABI_SCHED_CPUS - 1), word = MASKED(slot / 64, SLOTS / 64 - 1);
+
+	tried[row].any = 1;
+	tried[row].marks[word] |= 1ULL << (slot % 64);
+	return 0;
+}
+
+__noinline int forget_tried(u32 cpu)
+{
+	u64 row = MASKED(cpu, ABI_SCHED_CPUS - 1);
+	u32 word = 0;
+
+	if (!tried[row].any)
+		return 0;
+	while (word < SLOTS / 64 && can_loop)
+		tried[row].marks[MASKED(word++, SLOTS / 64 - 1)] = 0;
+	tried[row].any = 0;
+	return 0;
+}
+
 /* With the lock held. */
-static __always_inline u32 first_not_tried(u32 order, u32 parent, u64 dispatch)
+static __always_inline u32 first_not_tried(u32 order, u32 parent, u32 cpu)
 {
 	u32 slot = order_first(order, parent);
 
-	while (slot && node_of(slot)->skipped_by == dispatch && can_loop)
+	while (slot && was_tried(cpu, slot) && can_loop)
 		slot = *next_of(order, parent, slot, 0);
 	return slot;
 }
 
-__noinline u32 rescue_due(u64 now, u64 dispatch)
+__noinline u32 rescue_due(u64 now, u32 cpu)
 {
 	u32 slot;
 
 	bpf_spin_lock(&lock);
-	slot = first_not_tried(ORDER_RESCUE, 0, dispatch);
+	slot = first_not_tried(ORDER_RESCUE, 0, cpu);
 	if (slot && !is_due(slot, ORDER_RESCUE, now))
 		slot = 0;
 	bpf_spin_unlock(&lock);
 	return slot;
 }
 
-__noinline u32 first_boosted(u64 dispatch)
+__noinline u32 first_boosted(u32 cpu)
 {
 	u32 slot;
 
 	bpf_spin_lock(&lock);
-	slot = first_not_tried(ORDER_BOOST, 0, dispatch);
+	slot = first_not_tried(ORDER_BOOST, 0, cpu);
 	bpf_spin_unlock(&lock);
 	return slot;
 }
@@ -434,12 +485,12 @@ __noinline int no_more_boost(u32 slot)
 	return 0;
 }
 
-__noinline u32 boost_due(u64 now, u64 dispatch)
+__noinline u32 boost_due(u64 now, u32 cpu)
 {
 	u32 left = at_once, slot;
 
 	while (left-- && can_loop) {
-		slot = first_boosted(dispatch);
+		slot = first_boosted(cpu);
 		if (!slot || may_boost(slot, now))
 			return slot;
 		no_more_boost(slot);
@@ -453,7 +504,7 @@ __noinline u32 boost_due(u64 now, u64 dispatch)
  * mine: the child that the task which was running is in or below, 0: none.
  * keep: that task is one of the cgroup's own.
  */
-__noinline u64 choose_at(u32 at, u32 mine, u32 keep, u64 dispatch)
+__noinline u64 choose_at(u32 at, u32 mine, u32 keep, u32 cpu)
 {
 	struct node *node = node_of(at);
 	u64 vtime = node->own_vtime;
@@ -461,8 +512,8 @@ __noinline u64 choose_at(u32 at, u32 mine, u32 keep, u64 dispatch)
 	bool own;
 
 	bpf_spin_lock(&lock);
-	best = first_not_tried(ORDER_TREE, at, dispatch);
-	own = keep || (node->tasks && node->skipped_by != dispatch);
+	best = first_not_tried(ORDER_TREE, at, cpu);
+	own = keep || (node->tasks && !was_tried(cpu, at));
 	if (mine && (!best || before(node_of(mine)->vtime, node_of(best)->vtime)))
 		best = mine;
 	if (own && (!best || !before(node_of(best)->vtime, vtime)))
@@ -484,9 +535,9 @@ __noinline u64 choose_at(u32 at, u32 mine, u32 keep, u64 dispatch)
 /*
  * From the root down to where the least virtual time leads.
  * prev: the slot, plus one, of the task that ran here and could go on; 0: there is none.
- * dispatch: cgroups marked with it have been tried.
+ * cpu: whose marks count.
  */
-__noinline u64 descend(u32 prev, u64 dispatch)
+__noinline u64 descend(u32 prev, u32 cpu)
 {
 	bool along = prev > 0;
 	u32 at = 0, last = within(prev - 1);
@@ -501,13 +552,13 @@ __noinline u64 descend(u32 prev, u64 dispatch)
 			while (node_of(mine)->parent != at && mine && can_loop)
 				mine = node_of(mine)->parent;
 		}
-		turn = choose_at(at, mine, keep, dispatch);
+		turn = choose_at(at, mine, keep, cpu);
 		if (turn >> 32)
 			return keep ? TURN(TURN_KEEP, at) : turn;
 		if (!turn) {
 			if (!at)
 				break;
-			node_of(at)->skipped_by = dispatch;
+			mark_tried(cpu, at);
 			at = 0;
 			along = prev > 0;
 			continue;
@@ -519,19 +570,19 @@ __noinline u64 descend(u32 prev, u64 dispatch)
 	return TURN(TURN_NONE, 0);
 }
 
-__noinline u64 choose(u32 prev, u64 now, u64 dispatch)
+__noinline u64 choose(u32 prev, u64 now, u32 cpu)
 {
 	u32 slot;
 
-	slot = rescue_due(now, dispatch);
+	slot = rescue_due(now, cpu);
 	if (slot)
 		return TURN(TURN_RESCUE, slot);
-	slot = boost_due(now, dispatch);
+	slot = boost_due(now, cpu);
 	if (slot)
 		return TURN(TURN_BOOST, slot);
 	if (prev && may_boost(prev - 1, now))
 		return TURN(TURN_KEEP, within(prev - 1));
-	return descend(prev, dispatch);
+	return descend(prev, cpu);
 }
 
 /*

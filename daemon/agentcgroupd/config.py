@@ -20,6 +20,7 @@ from agentcgroupd.units import (
     parse_count,
     parse_duration,
     parse_priority,
+    show_usec,
     suggestion,
 )
 
@@ -318,6 +319,13 @@ def parse_config(data: dict[str, Any], source: str = "configuration") -> Config:
         raise ConfigError(
             f"{source}: server.metrics_address: {address!r} cannot be used; "
             "allowed is a loopback address with a port, such as 127.0.0.1:9464, or nothing"
+        )
+    cpu = config.cpu
+    if 2 * cpu.wait_max > cpu.stall_timeout:
+        raise ConfigError(
+            f"{source}: cpu.stall_timeout: {show_usec(cpu.stall_timeout)} cannot be used with "
+            f"cpu.wait_max = {show_usec(cpu.wait_max)}: a task may wait for twice that, and the "
+            "kernel would take the scheduler away first"
         )
     return config
 

@@ -160,9 +160,12 @@ class CpuScheduling:
         self._set(replace(sched.gate(), reason="", works=True))
         log.info("%s: attached, as %s", self.state.name, sched.running())
         for session in self._sessions():
-            self.session_opened(session)
-            for call in session.calls.values():
-                self.call_opened(call)
+            try:
+                self.session_opened(session)
+                for call in session.calls.values():
+                    self.call_opened(call)
+            except BpfError as error:
+                log.error("session %s is not told to the CPU scheduler: %s", session.id, error)
 
     def check(self) -> None:
         """Now and then: whether the kernel still has it."""
@@ -266,10 +269,12 @@ class CpuScheduling:
 
     def _give_all(self, cgroup: Cgroup, policy: int, of: tuple[int, ...]) -> int:
         changed = 0
+        seen = {0}
         try:
-            for pid in cgroup.procs():
-                if pid:
-                    changed += set_policy(pid, policy, of)
+            # Until there is nobody new: what was forked meanwhile is as its parent was then.
+            while new := set(cgroup.procs()) - seen:
+                seen |= new
+                changed += sum(set_policy(pid, policy, of) for pid in new)
             for name in cgroup.children():
                 changed += self._give_all(cgroup.child(name), policy, of)
         except CgroupGone:

@@ -442,6 +442,43 @@ def test_nobody_waits_longer_than_the_bound(scheduler: Scheduler, seed: int) -> 
 
 
 @patient
+def test_newcomers_do_not_keep_a_task_from_its_turn(scheduler: Scheduler) -> None:
+    """A chain of short-lived processes gets turn after turn; the one beside it in the same cgroup,
+    on the same CPU and as nice as can be, is not forgotten for that."""
+    control = scheduler.control
+    wait_max_ns = control.wait_max_ns
+    control.wait_max_ns = 400 * 1_000_000
+
+    def hog() -> None:
+        os.sched_setaffinity(0, {0})
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
+        spin()
+
+    def chain() -> None:
+        os.sched_setaffinity(0, {0})
+        while os.fork() == 0:
+            pass
+
+    try:
+        with Load() as load:
+            load.make("c")
+            pid = load.start("c", hog)
+            for _ in range(3):
+                load.start("c", chain)
+            time.sleep(0.5)
+            turns, since, longest = turns_of(pid), time.monotonic(), 0.0
+            end = since + 4
+            while (now := time.monotonic()) < end:
+                if (seen := turns_of(pid)) != turns:
+                    longest, turns, since = max(longest, now - since), seen, now
+                time.sleep(0.02)
+            longest = max(longest, now - since)
+    finally:
+        control.wait_max_ns = wait_max_ns
+    assert longest < 2 * 0.4 + 0.4, f"it waited for {longest:.2f} s"
+
+
+@patient
 def test_tasks_bound_to_one_cpu(scheduler: Scheduler) -> None:
     """They share that CPU with others; the other one is not kept idle by them."""
     with Load() as load:

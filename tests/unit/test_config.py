@@ -37,6 +37,7 @@ def test_the_shipped_file_is_valid() -> None:
         ({"guard": {"margin_percent": 20.0}}, "guard.margin_percent"),
         ({"guard": {"tick": True}}, "guard.tick"),
         ({"pool": "big"}, "pool: 'big' cannot be used"),
+        ({"cpu": {"stall_timeout": "5s"}}, "cpu.stall_timeout: 5 s cannot be used with"),
     ],
 )
 def test_mistakes_are_named(data: dict[str, Any], words: str) -> None:

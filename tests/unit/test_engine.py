@@ -453,6 +453,16 @@ def test_without_swap_the_cpu_scheduler_throttles() -> None:
     assert not decision.by_cpu
 
 
+def test_one_that_is_slowed_by_cpu_may_be_paused_on_the_same_look() -> None:
+    """It still grows: nobody more important is to stop in its place."""
+    vip = call("vip", priority=80, growth_bytes_per_s=FAST, memory_bytes=1 * MIB)
+    eager = call("eager", priority=20, growth_bytes_per_s=FAST)
+    normal = call("normal", priority=50, growth_bytes_per_s=FAST)
+    now = snapshot(vip, eager, normal, free=10, host=Host(can_penalize=True))
+    frozen = [d.subject for d in decided(now) if d.action is Action.FREEZE]
+    assert frozen and frozen[0] == "eager"
+
+
 # Reclaim and CPU ----------------------------------------------------------------------------------
 
 

@@ -68,9 +68,11 @@ class MemoryPrograms:
         that; 0: no mark. Raises BpfError."""
         self._change(cgroup, soft_mark_bytes=soft_bytes, soft_low_bytes=low_bytes)
 
-    def set_throttle_mark(self, cgroup: CgroupId, mark_bytes: int) -> None:
+    def set_throttle_mark(self, cgroup: CgroupId, mark_bytes: int, *, strict: bool = False) -> None:
         """A call that grows beyond the mark is told to the CPU scheduler, which slows it; 0: beyond
-        its memory.high. Raises BpfError."""
+        its memory.high. Raises BpfError; `strict`: also for a call that is not watched."""
+        if strict and cgroup not in self._entries:
+            raise BpfError(f"cgroup {cgroup} is not watched", errno.ENOENT)
         self._change(cgroup, throttle_mark_bytes=mark_bytes)
 
     def set_rates(self, cgroup: CgroupId, faults_per_s: int, refaults_per_s: int) -> None:

@@ -101,20 +101,23 @@ class Actions:
         usage = call.cgroup.read(knobs.MEMORY_CURRENT)
         high = min(usage + slack_bytes, call.grant.memory_high_bytes or usage + slack_bytes)
         if memory := self.memory():
-            memory.set_throttle_mark(call.cgroup.id, high)
+            memory.set_throttle_mark(call.cgroup.id, high, strict=by_cpu)
         if not by_cpu:
             call.cgroup.write(knobs.MEMORY_HIGH, high, wait=False)
         call.throttled_at_bytes = usage
         self._acted("throttle", call, why, pb.FEEDBACK_CODE_MEMORY_THROTTLED)
 
     def unthrottle(self, call: Call, why: str) -> None:
-        """memory.high as granted; no error if it is. Raises KnobError or BpfError."""
+        """memory.high as granted, and no mark; no error if that is so. Raises KnobError."""
         if call.throttled_at_bytes is None:
             return
-        if memory := self.memory():
-            memory.set_throttle_mark(call.cgroup.id, 0)
         call.cgroup.write(knobs.MEMORY_HIGH, call.grant.memory_high_bytes, wait=False)
         call.throttled_at_bytes = None
+        try:
+            if memory := self.memory():
+                memory.set_throttle_mark(call.cgroup.id, 0)
+        except BpfError as error:
+            log.warning("call %s is still slowed above its mark: %s", call.id, error)
         self._acted("unthrottle", call, why, None)
 
     def restore_high(self, call: Call) -> None:
@@ -144,8 +147,8 @@ class Actions:
         for step in undo:
             try:
                 step()
-            except (KnobError, BpfError) as error:
-                log.debug("call %s: %s", call.id, error)
+            except KnobError:
+                log.debug("call %s is gone", call.id)
 
     # Of a session
 

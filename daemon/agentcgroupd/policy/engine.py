@@ -60,6 +60,8 @@ def decide(policy: Policy, now: Snapshot, signal: Signal, state: State) -> Outco
             decisions=rules[ruleset.name].decisions + len(found),
         )  # fmt: skip
         if not dry:
+            # One that is only slowed may have to be stopped all the same.
+            found = [d for d in found if not d.by_cpu]
             taken |= {d.subject for d in found} | {c for d in found for c in d.calls}
             stopped = stopped or any(d.action in _STOPPING for d in found)
     thawed_usec = now.now_usec if thawed else state.thawed_usec
