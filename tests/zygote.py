@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 PRELOAD = ("agentcgroupd.__main__", "agentcgroup", "grpc.aio", "tests.harness", "tests.gpu_fakes")
@@ -69,7 +70,9 @@ def _zygote() -> socket.socket:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with its:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zygote", str(its.fileno())], pass_fds=[its.fileno()]
+            [sys.executable, "-m", "tests.zygote", str(its.fileno())],
+            pass_fds=[its.fileno()],
+            cwd=Path(__file__).resolve().parent.parent,
         )
 
     def end() -> None:
