@@ -446,8 +446,9 @@ def test_newcomers_do_not_keep_a_task_from_its_turn(scheduler: Scheduler) -> Non
     """A chain of short-lived processes gets turn after turn; the one beside it in the same cgroup,
     on the same CPU and as nice as can be, is not forgotten for that."""
     control = scheduler.control
-    wait_max_ns = control.wait_max_ns
+    wait_max_ns, slice_ns = control.wait_max_ns, control.slice_ns
     control.wait_max_ns = 400 * 1_000_000
+    control.slice_ns = 100 * 1_000_000  # an emulated CPU forks in less than that
 
     def hog() -> None:
         os.sched_setaffinity(0, {0})
@@ -474,7 +475,7 @@ def test_newcomers_do_not_keep_a_task_from_its_turn(scheduler: Scheduler) -> Non
                 time.sleep(0.02)
             longest = max(longest, now - since)
     finally:
-        control.wait_max_ns = wait_max_ns
+        control.wait_max_ns, control.slice_ns = wait_max_ns, slice_ns
     assert longest < 2 * 0.4 + 0.4, f"it waited for {longest:.2f} s"
 
 
