@@ -65,7 +65,9 @@ def decide(policy: Policy, now: Snapshot, signal: Signal, state: State) -> Outco
             taken |= {d.subject for d in found} | {c for d in found for c in d.calls}
             stopped = stopped or any(d.action in _STOPPING for d in found)
     thawed_usec = now.now_usec if thawed else state.thawed_usec
-    return Outcome(tuple(decisions), State(rules, thawed_usec))
+    acted = {d.subject for d in decisions if not (d.by_cpu or d.dry_run)}
+    kept = tuple(d for d in decisions if not (d.by_cpu and d.subject in acted))
+    return Outcome(kept, State(rules, thawed_usec))
 
 
 def _cooled(ruleset: Ruleset, rule: RuleState, now: Snapshot) -> bool:
