@@ -79,7 +79,9 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[list[Suite]], list[str]]
     systemd_here: PID 1 is systemd.
     """
     if where == "guest":
-        host = Suite("host", ("tests/unit", "tests/kernel"), "native", 1800, marks="not controllers")
+        host = Suite(
+            "host", ("tests/unit", "tests/kernel"), "native", 1800, marks="not controllers"
+        )
         daemon, cpu, kernel = (
             Suite(
                 name,

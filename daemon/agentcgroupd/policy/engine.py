@@ -31,7 +31,7 @@ IMPORTANT_PRIORITY = 80
 THAW_SHARE = 0.5
 """What is kept for a call that goes on: what half of the calls like it stayed below. It can be
 paused again, the leader cannot."""
-_STOPPING = frozenset({Action.THROTTLE, Action.DENY, Action.FREEZE})
+_STOPPING = frozenset({Action.THROTTLE, Action.DENY, Action.FREEZE, Action.KILL})
 
 
 def decide(policy: Policy, now: Snapshot, signal: Signal, state: State) -> Outcome:
