@@ -518,6 +518,7 @@ static __always_inline bool keep(struct task_struct *prev, u32 slot)
 /* The task that was running goes on, of which nothing else tells. */
 static __always_inline void keep_on(u64 at, u64 now)
 {
+	running_on[at].next = TURN_NONE;
 	running_on[at].turn = TURN_KEEP;
 	running_on[at].since_ns = now;
 	running_on[at].taken = 0;
