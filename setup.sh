@@ -34,7 +34,7 @@ missing_packages() {
 	elif ! "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
 		echo python3-venv
 	fi
-	if have "$PYTHON"; then "$PYTHON" -m bpf_toolchain missing; fi
+	if have "$PYTHON"; then "$PYTHON" -m tools.bpf_toolchain missing; fi
 	if [ "$WHERE" != native ]; then missing_guest_packages; fi
 }
 
@@ -139,9 +139,9 @@ if [ ! -x .venv/bin/python ]; then rm -f "$STAMPS"/{venv,lock,project}; fi
 if [ "$(cat "$STAMPS/venv" 2>/dev/null)" != "$here" ]; then rm -f "$STAMPS"/{lock,project}; fi
 once venv "$here" "making .venv with Python ${version% *}" make_venv
 once lock "$(hash_of requirements.lock)" "installing requirements.lock" install_lock
-"$PYTHON" -m bpf_toolchain libbpf >/dev/null # asks the system and build/libbpf, not a stamp
+"$PYTHON" -m tools.bpf_toolchain libbpf >/dev/null # asks the system and build/libbpf, not a stamp
 mapfile -t sources < <(find agent_sdk/exec bpf daemon/load proto -type f | LC_ALL=C sort)
-once project "$(hash_of pyproject.toml build_hook.py bpf_toolchain.py "${sources[@]}")" \
+once project "$(hash_of pyproject.toml tools/*.py "${sources[@]}")" \
 	"building gRPC code, C and BPF programs, installing agentcgroup" install_project
 
 if [ "$WHERE" = guest ]; then

@@ -20,8 +20,8 @@ from typing import IO, Self
 
 from agentcgroupd.bpf.sched import running
 from bench.report import ROOT
-from bpf_toolchain import MULTIARCH, find_clang
-from debian_suites import Apt, find_mirror, unpack
+from tools.bpf_toolchain import MULTIARCH, find_clang
+from tools.debian_suites import Apt, find_mirror, unpack
 
 BUILD = ROOT / "build/flatcg"
 SUITE = "trixie-backports"

@@ -34,7 +34,7 @@ from bench.isolation_oomd import ensure as ensure_oomd
 from bench.isolation_report import TARGET_RATIO, cells, table, targets, totals
 from bench.isolation_runs import Group, Run, run_group, say
 from bench.report import RESULTS, ROOT, BenchReport
-from debian_suites import SuiteError
+from tools.debian_suites import SuiteError
 
 ALL = ("none", "static", *PEERS, "ours")
 RATIOS = (1.1, 1.5, 2.0, 3.0)

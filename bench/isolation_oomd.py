@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from bench.report import ROOT
-from debian_suites import Apt, Log, SuiteError, find_mirror, locked, twice, unpack
+from tools.debian_suites import Apt, Log, SuiteError, find_mirror, locked, twice, unpack
 
 INTO = ROOT / "build/bench-oomd"
 SUITE = "bookworm"

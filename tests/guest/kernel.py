@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from debian_suites import Apt, Log, SuiteError, find_mirror, locked, twice, unpack
+from tools.debian_suites import Apt, Log, SuiteError, find_mirror, locked, twice, unpack
 
 NEWEST = "newest"
 META_PACKAGE = "linux-image-cloud-amd64"

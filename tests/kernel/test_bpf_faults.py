@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 
-import build_hook
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd import doctor
 from agentcgroupd.bpf import abi, features, loader
@@ -31,9 +30,10 @@ from agentcgroupd.bpf.plane import OFF, DataPlane
 from agentcgroupd.config import BpfConfig, GuardConfig
 from agentcgroupd.doctor import State
 from agentcgroupd.errors import BpfError
-from bpf_toolchain import LIBBPF_CACHE, ensure_libbpf, find_clang
 from tests.guest import kernel
 from tests.harness import EXEC, ROOT, DaemonProcess, wait_until
+from tools import build_hook
+from tools.bpf_toolchain import LIBBPF_CACHE, ensure_libbpf, find_clang
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may load programs")
 

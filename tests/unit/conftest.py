@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def programs() -> Path:
     """The directory of the C programs, compiled from the sources as they are now."""
-    spec = importlib.util.spec_from_file_location("build_hook", ROOT / "build_hook.py")
+    spec = importlib.util.spec_from_file_location("build_hook", ROOT / "tools/build_hook.py")
     assert spec is not None and spec.loader is not None
     build_hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build_hook)

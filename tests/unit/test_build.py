@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 
-import bpf_toolchain
-import build_hook
-from bpf_toolchain import Libbpf, ToolchainError
+from tools import bpf_toolchain, build_hook
+from tools.bpf_toolchain import Libbpf, ToolchainError
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
-    ".gitignore", "LICENSE", "README.md", "agent_sdk", "bpf", "bpf_toolchain.py", "build_hook.py",
-    "daemon", "debian_suites.py", "policies", "proto", "pyproject.toml",
+    ".gitignore", "LICENSE", "README.md", "agent_sdk", "bpf", "daemon", "policies",
+    "proto", "pyproject.toml", "tools",
 )  # fmt: skip
 MADE = shutil.ignore_patterns("__pycache__", "v1", "objects", "lib")
 

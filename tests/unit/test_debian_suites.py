@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from debian_suites import Mirror, SuiteError, find_mirror, parse_depends
+from tools.debian_suites import Mirror, SuiteError, find_mirror, parse_depends
 
 DEB822 = """\
 # a comment

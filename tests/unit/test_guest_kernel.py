@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from debian_suites import SuiteError
 from tests.guest import kernel
+from tools.debian_suites import SuiteError
 
 RELEASES = [
     "6.9.1+deb13-cloud-amd64",

@@ -20,8 +20,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # hatchling loads this file alone
-from bpf_toolchain import MULTIARCH, Libbpf, ToolchainError, ensure_libbpf, find_clang
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # hatchling loads this file alone
+from tools.bpf_toolchain import MULTIARCH, Libbpf, ToolchainError, ensure_libbpf, find_clang
 
 PROTO = Path("proto/agentcgroup/v1/agentcgroup.proto")
 CFLAGS = ["-std=c11", "-O2", "-g0", "-static", "-Wall", "-Wextra", "-Werror", "-Wl,--build-id=none"]

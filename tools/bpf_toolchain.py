@@ -1,7 +1,7 @@
 """What bpf/ is built with: clang, and libbpf's headers and library.
 
-    python -m bpf_toolchain missing    Debian packages that the build lacks here, one a line
-    python -m bpf_toolchain libbpf     find libbpf, or fetch it into build/libbpf; prints where
+    python -m tools.bpf_toolchain missing    Debian packages that the build lacks here, one a line
+    python -m tools.bpf_toolchain libbpf     find libbpf, or fetch it into build/libbpf; prints where
 
 Clang is the system's. So is libbpf where it is new enough; else it comes from the backports of
 this Debian, and nothing is installed. Needs only the standard library, because setup asks first.
@@ -22,14 +22,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from debian_suites import Apt, Log, SuiteError, find_mirror, locked, twice, unpack
+from tools.debian_suites import Apt, Log, SuiteError, find_mirror, locked, twice, unpack
 
 CLANG_LEAST = 16
 CLANG_TESTED = 19
 """Taken before any other: what the verifier thinks of a program depends on its compiler."""
 LIBBPF_LEAST = (1, 4)
 """As in agentcgroupd/bpf/libbpf.py."""
-LIBBPF_CACHE = Path(__file__).parent / "build/libbpf"
+LIBBPF_CACHE = Path(__file__).parents[1] / "build/libbpf"
 MULTIARCH = f"{os.uname().machine}-linux-gnu"
 
 
@@ -274,7 +274,7 @@ def _loads(library: str) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """The two commands at the top of this module."""
-    parser = argparse.ArgumentParser(prog="python -m bpf_toolchain", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.bpf_toolchain", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", choices=["missing", "libbpf"])
     arguments = parser.parse_args(argv)
