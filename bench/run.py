@@ -21,10 +21,8 @@ GUEST_OPTIONS = ("--memory", "2048", "--timeout", "1800")
 
 
 def names() -> list[str]:
-    """All benchmarks there are."""
-    support = {"report", "run", "demo", "predictors"}
-    here = Path(__file__).parent
-    return sorted(p.stem for p in here.glob("*.py") if "_" not in p.stem and p.stem not in support)
+    """Every folder that holds a benchmark."""
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/benchmark.py"))
 
 
 def main() -> int:
@@ -33,7 +31,7 @@ def main() -> int:
     parser.add_argument("name", choices=names(), help="which benchmark")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
     chosen = parser.parse_args()
-    command = [sys.executable, "-m", f"bench.{chosen.name}", *chosen.arguments]
+    command = [sys.executable, "-m", f"bench.{chosen.name}.benchmark", *chosen.arguments]
     forced = os.environ.get("AGENTCG_WHERE", "")
     where = decide()
     if where.kind == "guest" and (forced == "guest" or chosen.name not in ANYWHERE):

@@ -1,7 +1,7 @@
 """What bpf/ is built with: clang, and libbpf's headers and library.
 
-    python -m tools.bpf_toolchain missing    Debian packages that the build lacks here, one a line
-    python -m tools.bpf_toolchain libbpf     find libbpf, or fetch it into build/libbpf; prints where
+    python -m tools.bpf_toolchain missing   Debian packages that the build lacks, one a line
+    python -m tools.bpf_toolchain libbpf    find libbpf or fetch it into build/libbpf; prints where
 
 Clang is the system's. So is libbpf where it is new enough; else it comes from the backports of
 this Debian, and nothing is installed. Needs only the standard library, because setup asks first.

@@ -88,5 +88,5 @@ def work_dir(argv: Sequence[str] | None = None) -> Path:
     """The directory that `prepare` filled, from the command line."""
     given = list(sys.argv[1:] if argv is None else argv)
     if len(given) != 1 or not Path(given[0]).is_dir():
-        raise SystemExit("usage: python -m bench.agents.NAME WORK (see bench/record_all.sh)")
+        raise SystemExit("usage: python -m bench.agents.NAME WORK (see bench/agents/record_all.sh)")
     return Path(given[0]).absolute()

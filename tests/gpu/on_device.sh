@@ -46,7 +46,7 @@ part facts 60 3000 "$PYTHON" -m tests.gpu.facts
 part standin 60 1200 "$PYTHON" -m pytest -q -p pytest_timeout -p no:cacheprovider --tb=line \
 	tests/kernel/test_vram.py tests/kernel/test_gpu_gate.py tests/kernel/test_gpu_calls.py
 # shellcheck disable=SC2086 # words
-part bench 400 4500 "$PYTHON" -m bench.gpu $BENCH_ARGS
+part bench 400 4500 "$PYTHON" -m bench.gpu.benchmark $BENCH_ARGS
 part gpu 200 2500 "$PYTHON" -m pytest -v -p pytest_timeout -p no:cacheprovider --tb=short --durations=0 tests/gpu
 cp -r build/bench/gpu.json "$OUT/" 2>/dev/null
 for directory in /sys/fs/cgroup/agentcg-test-*; do

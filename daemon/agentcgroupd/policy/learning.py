@@ -2,7 +2,8 @@
 calls of the pool went. For ordering and advice only, never for limits. Pure: no I/O, no clock.
 
 History tells nothing from one run of a task to the next (arXiv 2602.09345). Within one session the
-same command, run again, takes much the same; what that is worth is measured by bench/learning.py.
+same command, run again, takes much the same; what that is worth is measured by the benchmark
+`learning`.
 """
 
 from __future__ import annotations

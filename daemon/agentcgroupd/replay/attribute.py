@@ -29,7 +29,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from .trace import Sample, TraceCall
+from agentcgroupd.replay.trace import Sample, TraceCall
 
 AGENT = -1  # the holder that is no call
 _SHORT_CALL_PCT = 100.0

@@ -344,7 +344,7 @@ def make_backend(
     if strategy == "ours":
         return DaemonBackend(pool_bytes, work, memory_scale)
     if strategy == "oomd":
-        from .backends_oomd import OomdBackend
+        from agentcgroupd.replay.backends_oomd import OomdBackend
 
         return OomdBackend(pool_bytes, sessions, work)
     if strategy in (*STRATEGIES, *PEERS):

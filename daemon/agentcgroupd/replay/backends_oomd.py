@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from agentcgroupd.cgroup.tree import cgroup2_mount
-
-from .backends import Place, PlainBackend, ReplayError
+from agentcgroupd.replay.backends import Place, PlainBackend, ReplayError
 
 OOMD = "oomd"
 INTERVAL_S = 1
@@ -49,8 +48,8 @@ def find_oomd() -> str:
         if place and os.access(place, os.X_OK):
             return os.path.abspath(place)
     raise ReplayError(
-        "oomd is not here: run 'python -m bench.isolation_oomd' on a Debian machine with its "
-        "mirror, install Debian's package oomd, or set AGENTCG_OOMD to where it is"
+        "oomd is not here: run 'python -m bench.isolation.oomd_package' on a Debian machine with "
+        "its mirror, install Debian's package oomd, or set AGENTCG_OOMD to where it is"
     )
 
 

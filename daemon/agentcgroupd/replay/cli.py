@@ -86,7 +86,7 @@ def add_record_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_record(args: argparse.Namespace) -> int:
     """`agentcg record`; returns the exit status."""
-    from .record import RecordError, record
+    from agentcgroupd.replay.record import RecordError, record
 
     run_dir = os.environ.get("AGENTCG_RUN_DIR") or "/run/agentcgroup"
     try:
@@ -155,9 +155,8 @@ def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
 def run_replay(args: argparse.Namespace) -> int:
     """`agentcg replay`; returns the exit status: 1 also where something was left behind."""
     from agentcgroupd.errors import AgentcgroupdError
-
-    from . import engine, plan, result, trace
-    from .backends import ReplayError
+    from agentcgroupd.replay import engine, plan, result, trace
+    from agentcgroupd.replay.backends import ReplayError
 
     try:
         options = plan.Options(
@@ -189,7 +188,7 @@ def run_replay(args: argparse.Namespace) -> int:
     kernel = os.uname().release
     replayed = result.ReplayResult(kernel, "here", args.scale, args.speed, tuple(strategies))
     if args.plot:
-        from .plot import save
+        from agentcgroupd.replay.plot import save
 
         save(replayed, args.plot)
     print(json.dumps(replayed.to_json()) if args.json else result.table(strategies))

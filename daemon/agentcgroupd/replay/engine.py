@@ -22,11 +22,10 @@ from typing import Any
 
 from agentcgroupd.cgroup.knobs import MEMORY_EVENTS, MEMORY_PEAK
 from agentcgroupd.errors import CgroupGone, KnobError
-
-from . import outcome
-from .backends import Backend, Place, ReplayError, current_bytes, make_backend
-from .plan import Plan
-from .result import SessionResult, SessionState, StrategyResult, Timeline
+from agentcgroupd.replay import outcome
+from agentcgroupd.replay.backends import Backend, Place, ReplayError, current_bytes, make_backend
+from agentcgroupd.replay.plan import Plan
+from agentcgroupd.replay.result import SessionResult, SessionState, StrategyResult, Timeline
 
 LOAD = "agentcg-load"
 _DRIVER = Path(__file__).with_name("driver.py")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .plan import Plan, PlannedCall
-from .result import CallResult, Latency, Outcome, Span
+from agentcgroupd.replay.plan import Plan, PlannedCall
+from agentcgroupd.replay.result import CallResult, Latency, Outcome, Span
 
 _REFUSED = 125  # agentcg-exec's own exit status, as env(1) has it
 _SPAN_MIN_S = 0.001

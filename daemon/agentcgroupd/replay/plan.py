@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .attribute import Piece, attribute
-from .trace import MEGABYTE_BYTES, Sample, Trace, TraceCall
+from agentcgroupd.replay.attribute import Piece, attribute
+from agentcgroupd.replay.trace import MEGABYTE_BYTES, Sample, Trace, TraceCall
 
 PAGE_BYTES = 4096
 CPU_MAX_PCT = 100.0

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .result import ReplayResult, SessionResult, StrategyResult
+from agentcgroupd.replay.result import ReplayResult, SessionResult, StrategyResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

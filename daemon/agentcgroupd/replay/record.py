@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING
 from agentcgroupd.cgroup.knobs import CPU_STAT, MEMORY_CURRENT
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from agentcgroupd.errors import CgroupGone, KnobError
-
-from .trace import COMMAND_CHARS, MEGABYTE_BYTES, Sample, Trace, TraceCall, write
+from agentcgroupd.replay.trace import COMMAND_CHARS, MEGABYTE_BYTES, Sample, Trace, TraceCall, write
 
 if TYPE_CHECKING:
     from agentcgroup.v1 import agentcgroup_pb2 as pb

@@ -1,0 +1,363 @@
+"""The command against a fake daemon."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentcgroup import Agent, cli
+from agentcgroup.cli import common, output
+from tests.unit.fake_daemon import FakeDaemon, running
+
+
+@pytest.fixture
+def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
+    yield from running(monkeypatch)
+
+
+@pytest.fixture
+def agent_only(daemon: FakeDaemon) -> FakeDaemon:
+    """As in a container: only the agent's sockets are there."""
+    (daemon.run_dir / "admin" / "grpc.sock").unlink()
+    return daemon
+
+
+class Cli:
+    """Runs a command line in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+        self.err = ""
+
+    def __call__(self, *argv: str, code: int = 0) -> str:
+        self._capsys.readouterr()
+        try:
+            got = cli.main(argv)
+        except SystemExit as stop:
+            got = stop.code if isinstance(stop.code, int) else 1
+        out, self.err = self._capsys.readouterr()
+        assert got == code, (got, out, self.err)
+        return out
+
+    def json(self, *argv: str, code: int = 0) -> Any:
+        return json.loads(self(*argv, "--json", code=code))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(capsys)
+
+
+def test_status_of_the_pool(daemon: FakeDaemon, run: Cli) -> None:
+    with Agent() as agent, agent.tool_call("pytest"):
+        text = run("status")
+        found = run.json("status")
+    assert "300 MiB of 8.0 GiB" in text
+    assert "pytest" in text and "s1" in text
+    assert "\033" not in text
+    assert found["view"] == "pool"
+    assert found["pool"]["kernel"] == "7.3.4"
+    assert found["pool"]["not_enforced"] == []
+    assert found["sessions"][0]["memory_max_bytes"] is None
+    assert found["calls"][0]["state"] == "pending"
+
+
+def test_status_inside_a_session(agent_only: FakeDaemon, run: Cli) -> None:
+    text = run("status")
+    assert "s1" in text and "1.0 GiB left of 4.0 GiB" in text
+    found = run.json("status")
+    assert (found["view"], found["session"]["id"]) == ("session", "s1")
+
+
+def test_status_of_root_inside_a_session(daemon: FakeDaemon, run: Cli) -> None:
+    daemon.operator = False
+    assert run.json("status")["view"] == "session"
+    run("sessions", code=4)
+    assert "outside every session" in run.err
+
+
+def test_sessions(daemon: FakeDaemon, run: Cli) -> None:
+    assert run("sessions").splitlines()[1].startswith("s1")
+    assert [session["id"] for session in run.json("sessions")] == ["s1"]
+    daemon.sessions.clear()
+    assert "agentcg session run" in run("sessions")
+
+
+def test_session_open_adopt_close(daemon: FakeDaemon, run: Cli) -> None:
+    assert run.json("session", "open", "a", "--memory-max", "2G")["memory_max_bytes"] == 2 << 30
+    assert "2.0 GiB" in run("session", "open", "b", "--memory-max=2G")
+    run("session", "open", "a", code=4)
+    assert "open already" in run.err and "--reuse" in run.err
+    assert run.json("session", "adopt", "c", "/system.slice/x.scope")["adopted"] is True
+    assert "adopted" in run("sessions")
+    assert run.json("session", "close", "a") == {"session_id": "a", "calls_ended": 2}
+    assert "calls ended with it: 2" in run("session", "close", "b")
+    run("session", "close", "nobody", code=5)
+    assert "'nobody'" in run.err and "agentcg sessions" in run.err
+
+
+def test_session_run(daemon: FakeDaemon, run: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    command = ["sh", "-c", f'echo "$@" > {file}; exit 7', "sh", "--json", "--", "x"]
+    run("session", "run", "a", "--memory-max", "2G", "--", *command, code=7)
+    assert file.read_text() == "--json -- x\n"
+    assert len(daemon.entered("a", "admin")) == 1
+    assert list(daemon.sessions) == ["s1"]
+    run("session", "run", "s1", "--", "true", code=4)
+    run("session", "run", "s1", "--reuse", "--", "true")
+    assert list(daemon.sessions) == ["s1"]
+    run("session", "run", "a", "--keep", "--", "true")
+    assert list(daemon.sessions) == ["s1", "a"]
+    run("session", "run", "b", "--", "sh", "-c", "kill -KILL $$", code=128 + 9)
+    result = json.loads(run("session", "run", "c", "--json", "--", "true"))
+    assert result == {"session_id": "c", "exit_status": 0, "calls_ended": 2, "kept": False}
+    run("session", "run", "d", code=2)
+    assert "no command given" in run.err
+    run("session", "run", "e", "--", "no-such-program", code=127)
+    assert list(daemon.sessions) == ["s1", "a"]
+
+
+def command_line(*argv: str, **kwargs: Any) -> subprocess.Popen[str]:
+    code = "import sys; from agentcgroup.cli import main; sys.exit(main())"
+    return subprocess.Popen([sys.executable, "-c", code, *argv], text=True, **kwargs)
+
+
+def test_session_run_forwards_signals(daemon: FakeDaemon) -> None:
+    script = 'trap "echo got; exit 9" TERM; echo ready; while :; do sleep 0.05; done'
+    process = command_line(
+        "session", "run", "a", "--", "sh", "-c", script, stdout=subprocess.PIPE
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[0] == "got\n"
+    assert process.returncode == 9
+    assert list(daemon.sessions) == ["s1"]
+
+
+def test_calls_end_report(daemon: FakeDaemon, run: Cli) -> None:
+    assert "no call is open" in run("calls")
+    run("report", code=5)
+    assert "no report" in run.err and "agentcg calls" in run.err
+    with Agent() as agent:
+        agent.run(["true"])
+        call = agent.tool_call("sleeper").begin()
+        assert "sleeper" in run("calls")
+        assert run.json("calls")[0]["id"] == call.id
+        assert run.json("end", call.id)["verdict"] == "cancelled"
+        run("end", call.id, code=5)
+        other = agent.tool_call("other").begin()
+        assert "ends when" in run("end", other.id, "--detach")
+        third = agent.tool_call("third").begin()
+        assert "cancelled" in run("end", third.id)
+    text = run("report", "c1")
+    assert "ok: true ended." in text
+    assert "190 MiB" in text
+    assert "feedback: thawed: It was frozen." in text
+    assert run.json("report", "c1")["verdict"] == "ok"
+    assert run.json("report", "--last")["name"] == run.json("report")["name"] == "third"
+    table = run("report", "--limit", "2")
+    assert [line.split()[2] for line in table.splitlines()[1:]] == ["third", "other"]
+    assert len(run.json("report", "--limit", "2")) == 2
+    run("report", "c1", "--check")
+    run("report", "--last", "--check", code=1)
+    run("report", "--limit", "0", code=2)
+
+
+def test_agents_commands_inside_a_session(agent_only: FakeDaemon, run: Cli) -> None:
+    with Agent() as agent:
+        agent.run(["true"])
+    assert run.json("calls") == []
+    assert run.json("report")["name"] == "true"
+    assert len(run.json("report", "--limit", "5")) == 1
+    assert "1.0 GiB left of 4.0 GiB" in run("budget")
+    assert run.json("budget")["pids_limit"] is None
+
+
+def test_feedback_and_events(daemon: FakeDaemon, run: Cli) -> None:
+    with Agent() as agent:
+        agent.run(["true"])
+        agent.run(["false"])
+    lines = [json.loads(line) for line in run("feedback", "--json").splitlines()]
+    assert [line["code"] for line in lines] == ["thawed", "thawed"]
+    assert run("feedback", "--call", "c2").count("thawed: It was frozen.") == 1
+    events = run("events").splitlines()
+    assert "c1" in events[0] and "ok" in events[0]
+    assert "c2" in events[1] and "failed" in events[1]
+    line = json.loads(run("events", "--json").splitlines()[0])
+    assert line["ended"]["call_id"] == "c1" and line["begun"] is None
+
+
+@pytest.mark.parametrize("what", ["feedback", "events"])
+def test_follow(daemon: FakeDaemon, what: str) -> None:
+    process = command_line(what, "--follow", "--json", stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    daemon.say("one")
+    line = json.loads(process.stdout.readline())
+    assert (line["feedback"] if what == "events" else line)["sentence"] == "one"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 128 + signal.SIGINT
+    process.stdout.close()
+
+
+def test_daemon_away(daemon: FakeDaemon, run: Cli) -> None:
+    daemon.stop()
+    for argv in (["status"], ["sessions"], ["budget"], ["calls"], ["feedback", "--follow"]):
+        run(*argv, code=3)
+        assert "cannot be reached" in run.err
+        assert "systemctl start agentcgroupd" in run.err
+    found = run.json("status", code=3)
+    assert found["error"]["code"] == "UNAVAILABLE"
+
+
+def test_not_in_a_session(agent_only: FakeDaemon, run: Cli) -> None:
+    agent_only.in_session = False
+    run("budget", code=4)
+    assert "in no session" in run.err
+    assert "agentcg session run NAME -- COMMAND" in run.err
+
+
+def test_version(daemon: FakeDaemon, run: Cli) -> None:
+    assert run.json("version")["daemon"] == "0.1.0"
+    daemon.stop()
+    assert "not reachable" in run("version")
+    assert run.json("version")["daemon"] is None
+
+
+def test_exec_becomes_the_launcher(daemon: FakeDaemon) -> None:
+    daemon.launcher.write_text('#!/bin/sh\necho "$@"\nexit 5\n')
+    process = command_line(
+        "exec", "--memory", "1G", "--", "tool", "--json", stdout=subprocess.PIPE
+    )  # fmt: skip
+    assert process.communicate(timeout=20)[0] == "--memory 1G -- tool --json\n"
+    assert process.returncode == 5
+
+
+def test_exec_without_a_launcher(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTCG_EXEC", "/nowhere/at-all")
+    run("exec", "--", "true", code=127)
+    assert "/nowhere/at-all" in run.err
+
+
+def test_usage(run: Cli) -> None:
+    run(code=2)
+    run("nonsense", code=2)
+    assert "exit codes:" in run("--help")
+    assert "--memory-max" in run("session", "run", "--help")
+
+
+def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
+    module = types.ModuleType(name)
+    vars(module).update(members)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+class Diagnosis:
+    ok = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok}
+
+    def render(self, color: bool) -> str:
+        return f"color={color}"
+
+
+def test_doctor(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_module(monkeypatch, "agentcgroupd.doctor", run=Diagnosis)
+    assert run("doctor", code=1) == "color=False\n"
+    assert run.json("doctor", code=1) == {"ok": False}
+    monkeypatch.setattr(Diagnosis, "ok", True)
+    run("doctor")
+
+
+def test_record_and_replay_are_delegated(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(parser: Any) -> None:
+        parser.add_argument("--speed", type=float)
+        parser.add_argument("--json", action="store_true")
+        parser.add_argument("rest", nargs="*")
+
+    def go(args: Any) -> int:
+        print(args.speed, args.rest, args.json)
+        return 7
+
+    fake_module(
+        monkeypatch,
+        "agentcgroupd.replay.cli",
+        add_record_arguments=add,
+        run_record=go,
+        add_replay_arguments=add,
+        run_replay=go,
+    )
+    assert run("record", "--speed", "2", "--", "a", code=7) == "2.0 ['a'] False\n"
+    assert run("replay", "t.json", "--json", code=7) == "None ['t.json'] True\n"
+
+
+@pytest.mark.parametrize("command", ["doctor", "record", "replay"])
+def test_daemon_package_not_installed(
+    run: Cli, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def absent(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'pydantic'", name="pydantic")
+
+    monkeypatch.setattr("importlib.import_module", absent)
+    run(command, "x", code=2 if command == "doctor" else 1)
+    if command == "doctor":
+        run(command, code=1)
+    assert "pip install 'agentcgroup[daemon]'" in run.err and "pydantic" in run.err
+
+
+def test_colors_only_where_welcome(daemon: FakeDaemon) -> None:
+    def shown(**env: str) -> bytes:
+        master, slave = pty.openpty()
+        process = command_line("sessions", stdout=slave, env={**os.environ, **env})
+        os.close(slave)
+        text = b""
+        try:
+            while chunk := os.read(master, 4096):
+                text += chunk
+        except OSError as error:
+            assert error.errno == errno.EIO  # how a terminal says that its other side has closed
+        os.close(master)
+        assert process.wait() == 0
+        return text
+
+    assert b"\033[1m" in shown(TERM="xterm")
+    assert b"\033" not in shown(TERM="xterm", NO_COLOR="1")
+
+
+def test_reader_that_goes_away(daemon: FakeDaemon) -> None:
+    process = command_line("sessions", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    assert process.communicate(timeout=20)[1] == ""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_readable_numbers() -> None:
+    assert [output.size(n) for n in (None, 0, 2048, 512 << 20, 3 << 29, 5 << 40)] == [
+        "-", "0 B", "2.0 KiB", "512 MiB", "1.5 GiB", "5.0 TiB",
+    ]  # fmt: skip
+    durations = (None, 5, 1500, 2_500_000, 90_000_000, 12_000_000_000, 200_000_000_000)
+    assert [output.duration(n) for n in durations] == [
+        "-", "5 us", "1.5 ms", "2.50 s", "1 min 30 s", "3 h 20 min", "2 d 7 h",
+    ]  # fmt: skip
+    assert output.cores(1500) == "1.5"
+
+
+def test_exit_codes_are_as_documented() -> None:
+    codes = [common.OK, common.BAD, common.USAGE, common.UNAVAILABLE, common.REFUSED]
+    assert [*codes, common.NOT_FOUND] == [0, 1, 2, 3, 4, 5]
+    for code in range(6):
+        assert f"\n  {code}  " in common.EXIT_CODES

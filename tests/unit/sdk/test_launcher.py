@@ -1,0 +1,680 @@
+"""agentcg-exec and agentcg against a daemon that answers as a test wants it to."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+OK = b"OK\0call=c1\0"
+Handler = Callable[[socket.socket, bytes], None]
+Result = subprocess.CompletedProcess[str]
+
+# What a process can see of its surroundings; signal dispositions and mask come from the kernel.
+LOOK = """
+import json, os, sys
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+fds = [n for n in os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd/" + n)]
+json.dump({"argv": sys.argv[1:], "env": dict(os.environ), "pid": os.getpid(), "fds": sorted(fds),
+           "blocked": status["SigBlk"], "ignored": status["SigIgn"], "cwd": os.getcwd(),
+           "pending": status["ShdPnd"], "umask": status["Umask"]}, sys.stdout)
+"""
+
+
+# Leaves its marks on all of these, then becomes the program under test.
+PREPARE = """
+import os, signal, sys
+os.umask(0o027)
+signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
+os.kill(os.getpid(), signal.SIGUSR2)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def reply(*packets: bytes) -> Handler:
+    """Sends the packets in order."""
+
+    def handle(conn: socket.socket, request: bytes) -> None:
+        for packet in packets:
+            # After a refusal or garbage the launcher does not stay for more.
+            with suppress(BrokenPipeError):
+                conn.send(packet)
+
+    return handle
+
+
+@dataclass
+class Daemon:
+    """A stand-in for the daemon's attach socket; one connection at a time."""
+
+    path: Path
+    requests: list[list[bytes]] = field(default_factory=list)
+    malformed: list[bytes] = field(default_factory=list)
+
+    @property
+    def keys(self) -> dict[bytes, bytes]:
+        """The newest request's keys, without its arguments."""
+        pairs = [item.split(b"=", 1) for item in self.requests[-1][2:]]
+        return {key: value for key, value in pairs if key != b"arg"}
+
+    @property
+    def args(self) -> list[bytes]:
+        """The newest request's arguments."""
+        return [item[4:] for item in self.requests[-1] if item.startswith(b"arg=")]
+
+    def serve(self, listener: socket.socket, handle: Handler) -> None:
+        """Until the listener is shut down."""
+        while True:
+            try:
+                conn, _ = listener.accept()
+            except OSError:
+                return
+            with conn:
+                packet = conn.recv(65536)
+                if len(packet) > 16384 or not packet.endswith(b"\0"):
+                    self.malformed.append(packet)
+                self.requests.append(packet[:-1].split(b"\0"))
+                handle(conn, packet)
+
+
+@contextmanager
+def daemon(path: Path, handle: Handler) -> Iterator[Daemon]:
+    """Serves at path with the handler."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    it = Daemon(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen(16)
+        thread = threading.Thread(target=it.serve, args=(listener, handle))
+        thread.start()
+        try:
+            yield it
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(timeout=20)
+            assert not thread.is_alive() and not it.malformed
+
+
+@dataclass
+class Launcher:
+    """The program with a run directory of its own."""
+
+    programs: Path
+    run_dir: Path
+
+    @property
+    def agent(self) -> Path:
+        """Where it looks for the daemon."""
+        return self.run_dir / "agent/attach.sock"
+
+    @property
+    def admin(self) -> Path:
+        """Where it looks for the daemon with --session."""
+        return self.run_dir / "admin/attach.sock"
+
+    def env(self, **more: str) -> dict[str, str]:
+        """The environment it runs with."""
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("AGENTCG", "AGENT_"))}
+        return {**env, "AGENTCG_RUN_DIR": str(self.run_dir), **more}
+
+    def __call__(self, *args: str, **more: str) -> Result:
+        """Runs `agentcg-exec args...` to its end."""
+        return subprocess.run(
+            [str(self.programs / "agentcg-exec"), *args],
+            env=self.env(**more),
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=60,
+        )
+
+
+@pytest.fixture
+def launcher(programs: Path, tmp_path: Path) -> Launcher:
+    """A launcher whose daemon is away until a test starts one."""
+    return Launcher(programs, tmp_path)
+
+
+def test_source_is_short() -> None:
+    assert len((ROOT / "agent_sdk/exec/agentcg-exec.c").read_text().splitlines()) < 210
+
+
+def test_version_is_that_of_the_distribution(launcher: Launcher) -> None:
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert version is not None
+    result = launcher("--version")
+    assert (result.returncode, result.stdout) == (0, f"agentcg-exec {version[1]}\n")
+
+
+def test_help_names_every_option(launcher: Launcher) -> None:
+    result = launcher("--help")
+    assert result.returncode == 0
+    for option in (
+        "--call --session --name --memory --memory-max --cpu-weight --cpu-max --pids-max --timeout"
+        " --priority --on-pressure --hint --socket --on-unavailable"
+    ).split():
+        assert option in result.stdout
+
+
+# ---- what is asked
+
+
+def test_begin_sends_name_and_arguments(launcher: Launcher) -> None:
+    with daemon(launcher.agent, reply(OK)) as it:
+        result = launcher("/bin/echo", "--memory", "", "x y")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "--memory  x y\n", "")
+    assert it.requests[0][:2] == [b"ACG1", b"begin"]
+    assert it.keys == {b"name": b"echo", b"argc": b"4"}
+    assert it.args == [b"/bin/echo", b"--memory", b"", b"x y"]
+
+
+def test_begin_sends_every_field_of_the_intent(launcher: Launcher) -> None:
+    fields = {
+        "name": "n", "memory": "512M", "memory-max": "2G", "cpu-weight": "100", "cpu-max": "1.5",
+        "pids-max": "64", "timeout": "90s", "priority": "batch", "on-pressure": "freeze",
+        "hint": "memory:low",
+    }  # fmt: skip
+    expected = {k.replace("-", "_").encode(): v.encode() for k, v in fields.items()}
+    with daemon(launcher.agent, reply(OK)) as it:
+        launcher(*[word for k, v in fields.items() for word in (f"--{k}", v)], "--", "true")
+        assert it.keys == {**expected, b"argc": b"1"}
+        launcher(*[f"--{k}={v}" for k, v in fields.items()], "true", AGENT_RESOURCE_HINT="x")
+        assert it.keys == {**expected, b"argc": b"1"}
+        launcher("--name=a=b", "--memory=", "true", AGENT_RESOURCE_HINT="memory:2g")
+        assert it.keys == {
+            b"name": b"a=b", b"memory": b"", b"hint": b"memory:2g", b"argc": b"1",
+        }  # fmt: skip
+
+
+def test_values_are_sent_as_they_are_not_as_keys(launcher: Launcher) -> None:
+    with daemon(launcher.agent, reply(OK)) as it:
+        launcher("--hint", "a-b=c-d", "true", "--x-y=z-z")
+    assert it.keys[b"hint"] == b"a-b=c-d"
+    assert it.args == [b"true", b"--x-y=z-z"]
+
+
+def test_attach_and_enter(launcher: Launcher) -> None:
+    with daemon(launcher.agent, reply(b"OK\0call=c7\0")) as it:
+        result = launcher("--call", "c7", "echo", "hi", AGENT_RESOURCE_HINT="memory:low")
+        assert (result.returncode, result.stdout, result.stderr) == (0, "hi\n", "")
+        assert it.requests == [[b"ACG1", b"attach", b"call=c7"]]
+    with daemon(launcher.admin, reply(b"OK\0session=s1\0")) as it:
+        result = launcher("--session=s1", "--", "echo", "hi")
+        assert (result.returncode, result.stdout, result.stderr) == (0, "hi\n", "")
+        assert it.requests == [[b"ACG1", b"enter", b"session=s1"]]
+
+
+def test_socket_option_wins(launcher: Launcher, tmp_path: Path) -> None:
+    with daemon(tmp_path / "other.sock", reply(OK)) as it:
+        assert launcher("--socket", str(it.path), "true").stderr == ""
+        assert launcher(f"--socket={it.path}", "true", AGENTCG_RUN_DIR="/nowhere").stderr == ""
+    assert len(it.requests) == 2
+
+
+def test_command_line_of_a_megabyte(launcher: Launcher) -> None:
+    words = ["x" * 100_000] * 10 + ["end"]
+    with daemon(launcher.agent, reply(OK)) as it:
+        result = launcher("--", sys.executable, "-c", "import sys; print(sys.argv[11])", *words)
+    assert (result.returncode, result.stdout) == (0, "end\n")
+    assert it.keys[b"argc"] == b"14"
+    assert sum(map(len, it.args)) == 4096
+    assert it.args[3] == b"x" * len(it.args[3])
+
+
+def test_a_great_many_arguments(launcher: Launcher) -> None:
+    with daemon(launcher.agent, reply(OK)) as it:
+        assert launcher("true", *[""] * 50_000).returncode == 0
+        assert it.keys[b"argc"] == b"50001"
+        assert it.args[0] == b"true" and not any(it.args[1:])
+        assert launcher("true", *["ab"] * 50_000).returncode == 0
+        assert sum(map(len, it.args)) <= 4096
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_cut_between_characters(launcher: Launcher, shift: int) -> None:
+    text = "a" * shift + "\N{SNOWMAN}" * 3000
+    with daemon(launcher.agent, reply(OK)) as it:
+        launcher("true", text)
+        assert text.startswith(it.args[1].decode())
+        assert 4096 - 4 - 3 < len(it.args[1]) <= 4096 - 4
+        launcher("./" + text[:80], text)
+        name = it.keys[b"name"]
+        assert text.startswith(name.decode()) and 125 < len(name) <= 128
+
+
+@pytest.mark.parametrize("length", [16_300, 16_384, 100_000])
+def test_request_too_long_names_the_field(launcher: Launcher, length: int) -> None:
+    with daemon(launcher.agent, reply(OK)) as it:
+        result = launcher("--memory", "1" * length, "--name", "n" * 100, "true")
+        assert result.returncode == 125
+        assert "memory" in result.stderr and str(length) in result.stderr
+        result = launcher("true", AGENT_RESOURCE_HINT="h" * length)
+        if length > 16_300:
+            assert result.returncode == 125 and "hint" in result.stderr
+    assert len(it.requests) == (length == 16_300)
+
+
+# ---- what the tool becomes
+
+
+def test_tool_sees_the_same_world(launcher: Launcher, tmp_path: Path) -> None:
+    env = launcher.env(ODD="\udcff\nx=y", EMPTY="")
+    tool = [sys.executable, "-S", "-c", LOOK, "a", "", "--", "b c", "\udcfe"]
+    passed, other = os.pipe()
+
+    def look(*argv: str) -> dict[str, object]:
+        command = [sys.executable, "-S", "-c", PREPARE, *argv]
+        with subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, cwd=tmp_path, pass_fds=[passed]
+        ) as process:
+            assert process.stdout is not None
+            seen: dict[str, object] = json.loads(process.stdout.read())
+            assert seen.pop("pid") == process.pid
+        assert process.returncode == 0
+        return seen
+
+    bare = look(*tool)
+    with daemon(launcher.agent, reply(OK)):
+        ours = look(str(launcher.programs / "agentcg-exec"), "--memory=1G", "--", *tool)
+    os.close(passed)
+    os.close(other)
+    assert ours == bare
+    assert ours["fds"] == sorted(["0", "1", "2", str(passed)])
+    assert ours["blocked"] != ours["pending"] != ours["ignored"]
+
+
+def test_no_fd_is_left_even_where_stdio_was_closed(launcher: Launcher) -> None:
+    program = launcher.programs / "agentcg-exec"
+    script = f'"{program}" ls /proc/self/fd <&- 2>&-'
+    with daemon(launcher.agent, reply(OK)):
+        ours = subprocess.run(["sh", "-c", script], env=launcher.env(), capture_output=True)
+    bare = subprocess.run(["sh", "-c", "ls /proc/self/fd <&- 2>&-"], capture_output=True)
+    assert ours.stdout == bare.stdout
+
+
+def test_stdio_goes_through(launcher: Launcher) -> None:
+    with daemon(launcher.agent, reply(OK)):
+        result = subprocess.run(
+            [str(launcher.programs / "agentcg-exec"), "sh", "-c", "cat; echo err >&2"],
+            env=launcher.env(),
+            input=b"\x00binary\xff",
+            capture_output=True,
+        )
+    assert (result.stdout, result.stderr) == (b"\x00binary\xff", b"err\n")
+
+
+@pytest.mark.parametrize("status", [0, 1, 125, 255])
+def test_exit_status(launcher: Launcher, status: int) -> None:
+    with daemon(launcher.agent, reply(OK)):
+        assert launcher("sh", "-c", f"exit {status}").returncode == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_death_by_signal(launcher: Launcher, number: signal.Signals) -> None:
+    with daemon(launcher.agent, reply(OK)):
+        assert launcher("sh", "-c", f"kill -{int(number)} $$").returncode == -number
+
+
+def test_exec_failures(launcher: Launcher, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("not executable")
+    with daemon(launcher.agent, reply(OK)):
+        result = launcher("no-such-tool-here")
+        assert result.returncode == 127
+        assert result.stderr == "agentcg-exec: no-such-tool-here: No such file or directory\n"
+        result = launcher(str(plain))
+        assert result.returncode == 126
+        assert result.stderr == f"agentcg-exec: {plain}: Permission denied\n"
+
+
+# ---- replies
+
+
+def test_wait_then_ok(launcher: Launcher) -> None:
+    def handle(conn: socket.socket, request: bytes) -> None:
+        for _ in range(3):
+            conn.send(b"WAIT\0seconds=1\0")
+            time.sleep(0.1)
+        conn.send(OK)
+
+    with daemon(launcher.agent, handle):
+        result = launcher("echo", "hi")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "hi\n", "")
+
+
+def test_wait_then_refused_or_gone(launcher: Launcher) -> None:
+    waits = b"WAIT\0seconds=5\0"
+    with daemon(launcher.agent, reply(waits, b"ERR\0DEADLINE_EXCEEDED\0no room in time\0")):
+        result = launcher("--on-unavailable=run", "echo", "hi")
+    assert (result.returncode, result.stdout) == (125, "")
+    assert result.stderr == "agentcg-exec: no room in time\n"
+    launcher.agent.unlink()
+    with daemon(launcher.agent, reply(waits)):
+        result = launcher("echo", "hi")
+    assert (result.returncode, result.stdout) == (0, "hi\n")
+    assert "running without limits" in result.stderr
+
+
+@pytest.mark.parametrize("verb", [[], ["--call", "c1"]])
+def test_refused_is_never_run(launcher: Launcher, verb: list[str]) -> None:
+    err = b"ERR\0INVALID_ARGUMENT\0memory_max '9T' is more than the session's 2G\0"
+    with daemon(launcher.agent, reply(err)):
+        result = launcher(*verb, "--on-unavailable", "run", "echo", "hi")
+    assert (result.returncode, result.stdout) == (125, "")
+    assert result.stderr == "agentcg-exec: memory_max '9T' is more than the session's 2G\n"
+
+
+def test_hung_up_with_the_refusal_unread(launcher: Launcher) -> None:
+    """The daemon's reply counts even where the connection was reset by then."""
+    launcher.agent.parent.mkdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(launcher.agent))
+        listener.listen(1)
+        process = subprocess.Popen(
+            [str(launcher.programs / "agentcg-exec"), "echo", "hi"],
+            env=launcher.env(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        conn, _ = listener.accept()
+        conn.recv(1, socket.MSG_PEEK)  # the request is there, so it waits for a reply
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        conn.send(b"ERR\0PERMISSION_DENIED\0in no session\0")
+        conn.close()
+        process.send_signal(signal.SIGCONT)
+        out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (125, b"", b"agentcg-exec: in no session\n")
+
+
+def test_stopped_and_continued_while_it_waits(launcher: Launcher) -> None:
+    go = threading.Event()
+
+    def handle(conn: socket.socket, request: bytes) -> None:
+        go.wait(10)
+        conn.send(OK)
+
+    with daemon(launcher.agent, handle) as it:
+        process = subprocess.Popen(
+            [str(launcher.programs / "agentcg-exec"), "echo", "hi"],
+            env=launcher.env(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        while not it.requests:
+            time.sleep(0.001)
+        for _ in range(20):
+            process.send_signal(signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)
+            process.send_signal(signal.SIGCONT)
+        go.set()
+        out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (0, b"hi\n", b"")
+
+
+GARBAGE = [
+    b"\0",
+    b"OK",
+    b"OK\0",
+    b"OK\0call=c1",
+    b"OK call=c1\0",
+    b"OK\0session=s1\0",
+    b"OKAY\0call=c1\0",
+    b"ERR",
+    b"ERR\0A\0sentence without its end",
+    b"WAIT\0",
+    b"WAIT\0seconds=\0",
+    b"WAIT\0seconds=x\0",
+    b"WAIT\0seconds=1x\0",
+    b"WAIT\0seconds=1",
+    b"%n%n%n%s\0%s\0",
+    b"\xff" * 16384,
+    b"A" * 16384,
+    b"ERR\0" + b"A" * 20000 + b"\0",
+    b"OK\0call=" + b"A" * 20000 + b"\0",
+]
+
+
+@pytest.mark.parametrize("packet", GARBAGE, ids=range(len(GARBAGE)))
+def test_garbage_is_never_consent(launcher: Launcher, packet: bytes) -> None:
+    with daemon(launcher.agent, reply(packet, OK)):
+        result = launcher("--on-unavailable=run", "echo", "hi")
+    assert (result.returncode, result.stdout) == (125, "")
+    assert "does not speak the attach protocol" in result.stderr
+
+
+@pytest.mark.parametrize("packet", [b"ERR\0", b"ERR\0INTERNAL\0", b"ERR\0INTERNAL\0\0"])
+def test_refused_without_a_sentence(launcher: Launcher, packet: bytes) -> None:
+    with daemon(launcher.agent, reply(packet)):
+        result = launcher("echo", "hi")
+    assert (result.returncode, result.stdout) == (125, "")
+    assert result.stderr == "agentcg-exec: refused without a reason\n"
+
+
+def test_hostile_sentence_is_one_harmless_line(launcher: Launcher) -> None:
+    sentence = b"%s%n \x1b]0;x\x07\nagentcg-exec: fine\r\x7f\xc2\x9b31m \xc3\xa9 \xff"
+    with daemon(launcher.agent, reply(b"ERR\0INTERNAL\0" + sentence + b"\0")):
+        result = launcher("echo", "hi")
+    assert result.returncode == 125
+    assert result.stderr.encode(errors="surrogateescape") == (
+        b"agentcg-exec: %s%n ?]0;x??agentcg-exec: fine????31m \xc3\xa9 \xff\n"
+    )
+
+
+def test_longest_sentence(launcher: Launcher) -> None:
+    head = b"ERR\0INTERNAL\0"
+    sentence = b"s" * (16384 - len(head) - 1)
+    with daemon(launcher.agent, reply(head + sentence + b"\0")):
+        result = launcher("echo", "hi")
+    assert result.returncode == 125
+    assert result.stderr == f"agentcg-exec: {sentence.decode()}\n"
+
+
+# ---- the daemon is away
+
+
+def closed(conn: socket.socket, request: bytes) -> None:
+    """Hangs up without a reply."""
+
+
+@contextmanager
+def away(path: Path, how: str) -> Iterator[None]:
+    """A daemon that is away in one of the ways in which it can be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if how == "hangs up":
+        with daemon(path, closed):
+            yield
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        if how != "no socket":
+            listener.bind(str(path))
+        if how != "nobody listens":
+            yield
+            return
+    yield
+
+
+@pytest.mark.parametrize("how", ["no socket", "nobody listens", "hangs up"])
+def test_away(launcher: Launcher, how: str) -> None:
+    def run(*args: str, **env: str) -> bool:
+        result = launcher(*args, "echo", "hi", **env)
+        lines = result.stderr.splitlines()
+        assert len(lines) == 1
+        if result.returncode == 0:
+            assert result.stdout == "hi\n"
+            assert lines[0].startswith("agentcg-exec: warning: ")
+            assert lines[0].endswith("; running without limits")
+            return True
+        assert (result.returncode, result.stdout) == (125, "")
+        assert lines[0].startswith("agentcg-exec: ") and "warning" not in lines[0]
+        return False
+
+    with away(launcher.agent, how):
+        assert run()
+        assert run("--on-unavailable", "run")
+        assert not run("--on-unavailable=refuse")
+        assert not run(AGENTCG_ON_UNAVAILABLE="refuse")
+        assert run(AGENTCG_ON_UNAVAILABLE="")
+        assert run("--on-unavailable=run", AGENTCG_ON_UNAVAILABLE="refuse")
+        assert not run("--call=c1")
+        assert not run("--call=c1", AGENTCG_ON_UNAVAILABLE="run")
+        assert run("--call=c1", "--on-unavailable=run")
+    with away(launcher.admin, how):
+        assert not run("--session=s1")
+
+
+def test_warning_that_nobody_reads_kills_nothing(launcher: Launcher) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(
+        [str(launcher.programs / "agentcg-exec"), "sh", "-c", "kill -PIPE $$"],
+        env=launcher.env(),
+        stderr=write,
+        stdout=subprocess.PIPE,
+        restore_signals=True,
+    )
+    os.close(write)
+    # The tool ran, and with SIGPIPE as it was before: by default.
+    assert result.returncode == -signal.SIGPIPE
+
+
+def test_not_a_daemon_at_all(launcher: Launcher, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "stream.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        result = launcher("--socket", str(path), "echo", "hi")
+        assert (result.returncode, result.stdout) == (125, "")
+        assert str(path) in result.stderr
+    result = launcher("--socket", str(tmp_path / "file/x"), "echo", "hi")
+    assert (result.returncode, result.stdout) == (125, "")
+
+
+def test_silence_counts_as_away_after_ten_seconds(launcher: Launcher, tmp_path: Path) -> None:
+    """No reply; nothing more after WAIT; a backlog that stays full: side by side, to save time."""
+
+    program = str(launcher.programs / "agentcg-exec")
+
+    def listen(name: str, backlog: int) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(str(tmp_path / name))
+        listener.listen(backlog)
+        return listener
+
+    def start(name: str, *args: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [program, f"--socket={tmp_path / name}", *args, "date", "+%s.%N"],
+            env=launcher.env(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    with listen("silent", 4) as silent, listen("waits", 4) as waits, listen("full", 0) as full:
+        filler = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        filler.connect(full.getsockname())
+        began = time.time()
+        runs = {
+            "silent": start("silent"),
+            "refuse": start("silent", "--on-unavailable=refuse"),
+            "full": start("full"),
+            "waits": start("waits"),
+        }
+        conn, _ = waits.accept()
+        conn.send(b"WAIT\0seconds=2\0")
+        results = {
+            name: (*run.communicate(timeout=30), run.returncode) for name, run in runs.items()
+        }
+        silent.close()
+        filler.close()
+        conn.close()
+    out, err, status = results.pop("refuse")
+    assert (out, status) == ("", 125) and "no reply in time" in err
+    for name, seconds in (("silent", 10), ("full", 10), ("waits", 12)):
+        out, err, status = results[name]
+        assert status == 0 and "running without limits" in err
+        assert seconds - 0.1 <= float(out) - began < seconds + 3
+
+
+# ---- usage
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--memroy", "1G", "echo"], "--memroy"),
+        (["--memroy=1G", "echo"], "--memroy=1G"),
+        (["-m", "echo"], "m"),
+        (["--memory"], "--memory"),
+        (["--help=x", "echo"], "--help"),
+        (["--call=c1", "--memory=1G", "echo"], "--memory"),
+        (["--call=c1", "--session=s1", "echo"], "--session"),
+        (["--session=s1", "--name=x", "echo"], "--name"),
+        (["--on-unavailable=maybe", "echo"], "--on-unavailable"),
+        (["--socket", "/" + "x" * 200, "echo"], "socket path too long"),
+        (["--memory", "1G"], "no command"),
+        (["--"], "no command"),
+        ([], "no command"),
+        ([""], "no command"),
+    ],
+)
+def test_usage_errors_name_the_option(launcher: Launcher, args: list[str], named: str) -> None:
+    with daemon(launcher.agent, reply(OK)) as it:
+        result = launcher(*args)
+    assert result.returncode == 125
+    assert named in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (result.stdout, it.requests) == ("", [])
+
+
+def test_bad_environment_is_named(launcher: Launcher, tmp_path: Path) -> None:
+    result = launcher("echo", AGENTCG_ON_UNAVAILABLE="perhaps")
+    assert result.returncode == 125 and "'perhaps'" in result.stderr
+    result = launcher("echo", AGENTCG_RUN_DIR="/" + "x" * 200)
+    assert result.returncode == 125 and "socket path too long" in result.stderr
+
+
+# ---- agentcg
+
+
+def test_agentcg_finds_its_siblings(programs: Path, tmp_path: Path) -> None:
+    for name in ("agentcg", "agentcg-exec"):
+        (tmp_path / name).write_bytes((programs / name).read_bytes())
+        (tmp_path / name).chmod(0o755)
+    cli = tmp_path / "agentcg-cli"
+    cli.write_text('#!/bin/sh\necho cli "$@"\n')
+    cli.chmod(0o755)
+    agentcg = str(tmp_path / "agentcg")
+    env = {"PATH": "/usr/bin:/bin"}
+
+    def run(*args: str, **more: str) -> Result:
+        return subprocess.run(
+            [agentcg, *args], env={**env, **more}, capture_output=True, text=True, timeout=60
+        )
+
+    assert run("status", "--json").stdout == "cli status --json\n"
+    assert run().stdout == "cli\n"
+    with daemon(tmp_path / "agent/attach.sock", reply(OK)) as it:
+        result = run("exec", "--memory=1G", "--", "echo", "exec", AGENTCG_RUN_DIR=str(tmp_path))
+        assert (result.returncode, result.stdout, result.stderr) == (0, "exec\n", "")
+        assert it.keys[b"memory"] == b"1G"
+    (tmp_path / "elsewhere").mkdir()
+    cli.rename(tmp_path / "elsewhere/agentcg-cli")
+    assert run("x", PATH=str(tmp_path / "elsewhere") + ":/bin").stdout == "cli x\n"
+    result = run("x")
+    assert result.returncode == 127 and "agentcg-cli" in result.stderr

@@ -1,0 +1,143 @@
+"""`agentcg policy`: files without a daemon, and the policy in force at a fake one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agentcgroup.cli import policy as group
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.policy.explain import policy_state
+from agentcgroupd.policy.load import load_policy
+from tests.unit.fake_daemon import FakeDaemon, running
+from tests.unit.sdk.test_cli import Cli
+
+WRONG = '[[rulesets]]\nname = "a"\nwhen = [{ detector = "growing", abov = "1M" }]\ndo = 1\n'
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
+    """No daemon, and no configuration of this machine's."""
+    monkeypatch.setenv("AGENTCG_RUN_DIR", str(tmp_path / "none"))
+    monkeypatch.setattr(group, "CONFIG", tmp_path / "agentcgroupd.toml")
+    return Cli(capsys)
+
+
+@pytest.fixture
+def daemon(run: Cli, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
+    """With the default policy in force."""
+    state = policy_state(load_policy(None), loaded_unix_usec=1_700_000_000_000_000)
+    state.rulesets[0].holds, state.rulesets[0].decisions = True, 7
+    state.rulesets[0].acted_usec_ago = 1_500_000
+    for fake in running(monkeypatch):
+        fake.policy = state
+        yield fake
+
+
+def test_check(run: Cli, tmp_path: Path) -> None:
+    assert "policy default: ok" in run("policy", "check", "default")
+    path = tmp_path / "p.toml"
+    path.write_text(WRONG)
+    assert run("policy", "check", str(path), code=1) == ""
+    assert run.err.splitlines() == [
+        f"{path}:3: rulesets.a.when[0].abov: no such key; did you mean 'above'?",
+        f"{path}:4: rulesets.a.do: 1 cannot be used; allowed is a table",
+    ]
+    found = run.json("policy", "check", str(path), code=1)
+    assert found["ok"] is False and found["error"]["sentence"].startswith(f"{path}:3: ")
+    assert found["mistakes"][0] == {
+        "file": str(path), "line": 3, "key": "rulesets.a.when[0].abov",
+        "sentence": "no such key; did you mean 'above'?",
+    }  # fmt: skip
+    run("policy", "check", "defalt", code=1)
+    assert "did you mean 'default'?" in run.err
+
+
+def test_check_warns(run: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text("name = 'empty'")
+    assert "warning: rulesets: there are none" in run("policy", "check", str(path))
+    found = run.json("policy", "check", "default", "--pool", "16M")
+    assert found["ok"] is True and any("kill.when[0].below: 1%" in w for w in found["warnings"])
+    run("policy", "check", "default", "--pool", "much", code=2)
+    assert "--pool: 'much' cannot be used" in run.err
+
+
+def test_check_with_drop_ins(run: Cli, tmp_path: Path) -> None:
+    drop_in = tmp_path / "d"
+    run("policy", "check", "default", "--drop-in", str(drop_in), code=2)
+    assert "no such directory" in run.err
+    drop_in.mkdir()
+    (drop_in / "a.toml").write_text("name = 'ours'")
+    found = run.json("policy", "check", "default", "--drop-in", str(drop_in))
+    assert found["name"] == "ours" and found["sources"][1] == str(drop_in / "a.toml")
+
+
+def test_check_without_a_file_is_what_the_daemon_would_read(run: Cli, tmp_path: Path) -> None:
+    config = tmp_path / "agentcgroupd.toml"
+    config.write_text("[policy]\npath = 'workstation'\ndrop_in = ''\n")
+    assert run.json("policy", "check")["name"] == "workstation"
+    config.write_text("[policy]\npaht = 'workstation'\n")
+    run("policy", "check", code=1)
+    assert "policy.paht: no such key; did you mean 'path'?" in run.err
+
+
+def test_show_a_file(run: Cli) -> None:
+    text = run("policy", "show", "workstation")
+    assert "deny (deny): pool_free: less than 20% free beside the room kept" in text
+    assert "DECISIONS" not in text
+    assert run("policy", "show", "workstation", "--toml") == load_policy(Path("workstation")).text
+    assert [r["name"] for r in run.json("policy", "show", "default")["rulesets"]][
+        -1
+    ] == "kill-stalled"
+
+
+def test_show_needs_the_daemon(run: Cli) -> None:
+    run("policy", "show", code=3)
+    assert "cannot be reached" in run.err
+
+
+def test_show_the_policy_in_force(daemon: FakeDaemon, run: Cli) -> None:
+    text = run("policy", "show")
+    first = load_policy(None).policy.rulesets[0].name
+    row = next(line for line in text.splitlines() if line.startswith(first))
+    assert row.split()[2:] == ["holds", "7", "1.50", "s", "ago"]
+    assert "does not hold" in text and "loaded" in text
+    assert run("policy", "show", "--toml") == load_policy(None).text
+    assert run.json("policy", "show")["rulesets"][0]["acted_usec_ago"] == 1_500_000
+
+
+def test_diff(daemon: FakeDaemon, run: Cli, tmp_path: Path) -> None:
+    drop_in = tmp_path / "mine.toml"
+    text = load_policy(None).text.replace('until = "30%"', 'until = "31%"')
+    drop_in.write_text(text)
+    out = run("policy", "diff", str(drop_in))
+    assert out.splitlines() == [
+        f"from {drop_in} to the policy in force:",
+        "  rulesets.reclaim-waiting.when[0].until: 31% -> 30%",
+    ]
+    assert run.json("policy", "diff", "default", str(drop_in)) == [
+        {"key": "rulesets.reclaim-waiting.when[0].until", "before": "30%", "after": "31%"}
+    ]
+    assert "no difference" in run("policy", "diff", "default")
+
+
+def test_explain(daemon: FakeDaemon, run: Cli) -> None:
+    daemon.calls["c1"] = pb.Call(id="c1")
+    lines = run("policy", "explain", "c1").splitlines()
+    assert lines[0] == "It runs." and lines[-1] == "  freeze: soon"
+    assert "frozen: Paused." in lines[2]
+    assert run.json("policy", "explain", "c1")["numbers"] == {"memory_bytes": 5.0}
+    run("policy", "explain", "c2", code=5)
+    assert "no call 'c2' is open" in run.err
+
+
+def test_reload(daemon: FakeDaemon, run: Cli) -> None:
+    assert run("policy", "reload").startswith("policy default in force, from ")
+    daemon.policy.error = "f.toml:3: nme: no such key"
+    found = run.json("policy", "reload", code=4)
+    assert found["error"]["sentence"] == "f.toml:3: nme: no such key"
+    assert "f.toml:3: nme: no such key" in run.err
+    assert "f.toml:3" in run("policy", "show")

@@ -1,0 +1,246 @@
+"""What a wheel holds of bpf/ and policies/, and what the build says when something is missing."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tools import bpf_toolchain, build_hook
+from tools.bpf_toolchain import Libbpf, ToolchainError
+
+ROOT = Path(__file__).resolve().parents[3]
+SOURCES = (
+    ".gitignore", "LICENSE", "README.md", "agent_sdk", "bpf", "daemon", "policies",
+    "proto", "pyproject.toml", "tools",
+)  # fmt: skip
+MADE = shutil.ignore_patterns("__pycache__", "v1", "objects", "lib")
+
+
+def copy_tree(into: Path) -> Path:
+    """The checkout without what was built, but with a libbpf that was fetched before."""
+    into.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, into / name, ignore=MADE if name != "proto" else None)
+        else:
+            shutil.copy2(ROOT / name, into / name)
+    if bpf_toolchain.LIBBPF_CACHE.exists():
+        shutil.copytree(bpf_toolchain.LIBBPF_CACHE, into / "build/libbpf")
+    return into
+
+
+def build_wheel(tree: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run hatchling as pip would."""
+    return subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", "out"],
+        cwd=tree, capture_output=True, text=True, timeout=100, check=False,
+        env={**os.environ, **environ},
+    )  # fmt: skip
+
+
+def test_a_wheel_holds_programs_and_libbpf(tmp_path: Path) -> None:
+    tree = copy_tree(tmp_path / "tree")
+    done = build_wheel(tree)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tree / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    programs = {path.with_suffix(".o").name for path in (ROOT / "bpf").glob("*.bpf.c")}
+    folder = "agentcgroupd/bpf/objects/"
+    objects = {name.removeprefix(folder) for name in files if name.startswith(folder)}
+    assert "lifecycle.bpf.o" in objects
+    assert objects == programs - {"abi.bpf.o"}
+    for name in objects:
+        content = files[folder + name]
+        assert content[:4] == b"\x7fELF"
+        assert int.from_bytes(content[18:20], sys.byteorder) == 247  # EM_BPF, linux/elf-em.h
+        assert b".BTF" in content
+        assert b".debug_" not in content
+        assert bytes(tree) not in content
+    policies = {n for n in files if n.startswith("agentcgroupd/policies/")}
+    assert {f"agentcgroupd/policies/{p.name}" for p in (ROOT / "policies").iterdir()} == policies
+    assert b"Redistribution" in files["agentcgroupd/bpf/lib/LICENSE.libbpf"]
+    library = tmp_path / "libbpf.so.1"
+    library.write_bytes(files["agentcgroupd/bpf/lib/libbpf.so.1"])
+    loaded = ctypes.CDLL(str(library))
+    version = (loaded.libbpf_major_version(), loaded.libbpf_minor_version())
+    assert version >= bpf_toolchain.LIBBPF_LEAST
+    assert (tree / "daemon/agentcgroupd/bpf/objects/abi.bpf.o").exists()
+
+
+def test_a_missing_clang_is_said_without_a_traceback(tmp_path: Path) -> None:
+    tree = copy_tree(tmp_path / "tree")
+    done = build_wheel(tree, CLANG="no-such-clang")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last == "agentcgroup: CLANG=no-such-clang: there is no clang of this name"
+    assert "Traceback" not in done.stderr
+
+
+def test_objects_are_made_anew_only_when_a_source_or_a_header_is_newer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path
+    (root / "bpf").mkdir()
+    for name in ("abi.bpf.c", "abi.h"):
+        shutil.copy(ROOT / "bpf" / name, root / "bpf")
+    objects = root / build_hook.BPF_OUT / "objects"
+    objects.mkdir(parents=True)
+    (objects / "renamed.bpf.o").touch()
+    libbpf = bpf_toolchain.ensure_libbpf()
+    build_hook.compile_bpf(root, libbpf)
+    assert [path.name for path in objects.iterdir()] == ["abi.bpf.o"]
+    monkeypatch.setenv("CLANG", "no-such-clang")
+    build_hook.compile_bpf(root, libbpf)
+    made = (objects / "abi.bpf.o").stat().st_mtime
+    os.utime(root / "bpf/abi.h", (made + 1, made + 1))
+    with pytest.raises(ToolchainError, match="no-such-clang"):
+        build_hook.compile_bpf(root, libbpf)
+
+
+def program(path: Path, script: str) -> Path:
+    """An executable shell script."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_missing_kernel_headers_are_named(tmp_path: Path) -> None:
+    says = "fatal error: 'asm/types.h' file not found"
+    clang = program(tmp_path / "clang", f'echo "{says}" >&2; exit 1')
+    libbpf = Libbpf(tmp_path, tmp_path, tmp_path)
+    with pytest.raises(ToolchainError, match=r"asm/types.h is missing .*linux-libc-dev"):
+        build_hook.compile_object(
+            tmp_path, str(clang), libbpf, tmp_path / "a.bpf.c", tmp_path / "a.o"
+        )
+
+
+@pytest.mark.parametrize(
+    ("versions", "expected"),
+    [
+        ({"clang": 14, "clang-17": 17, "clang-22": 22}, "clang-22"),
+        ({"clang": 17, "clang-22": 22}, "clang"),
+        ({"clang": 17, "clang-19": 19, "clang-22": 22}, "clang-19"),
+        ({"clang": 14, "clang-15": 15}, None),
+        ({}, None),
+    ],
+)
+def test_which_clang(versions: dict[str, int], expected: str | None, tmp_path: Path) -> None:
+    for name, version in versions.items():
+        program(tmp_path / name, f"echo 'Debian clang version {version}.1.7 (3~deb12u1)'")
+    (tmp_path / "clang-format-19").touch()
+    environ = {"PATH": str(tmp_path)}
+    if expected:
+        assert bpf_toolchain.find_clang(environ) == str(tmp_path / expected)
+    else:
+        with pytest.raises(ToolchainError, match="please install one"):
+            bpf_toolchain.find_clang(environ)
+
+
+def test_a_chosen_clang_is_not_replaced(tmp_path: Path) -> None:
+    old = program(tmp_path / "old", "echo clang version 15.0.6")
+    with pytest.raises(ToolchainError, match=r"is clang 15; bpf/ needs 16 or later"):
+        bpf_toolchain.find_clang({"PATH": os.defpath, "CLANG": str(old)})
+    other = program(tmp_path / "other", "echo gcc 12")
+    with pytest.raises(ToolchainError, match="there is no clang of this name"):
+        bpf_toolchain.find_clang({"PATH": os.defpath, "CLANG": str(other)})
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["clang", "clang-14", "clang-19", "clang-22", "clang-tidy-23"], "clang-19"),
+        (["clang", "clang-14", "clang-17"], "clang-17"),
+        (["clang", "clang-14"], "clang"),
+        ([], "clang"),
+    ],
+)
+def test_which_clang_is_installed(names: list[str], expected: str) -> None:
+    assert bpf_toolchain.clang_package(names) == expected
+
+
+@pytest.mark.parametrize(
+    ("candidate", "expected"),
+    [("1:1.5.0-3", True), ("1:1.1.2-0+deb12u1", False), ("2.0-1", True), ("(none)", False)],
+)
+def test_whether_debian_offers_libbpf(candidate: str, expected: bool) -> None:
+    policy = f"libbpf-dev:\n  Installed: (none)\n  Candidate: {candidate}\n  Version table:\n"
+    assert bpf_toolchain.libbpf_is_offered(policy) is expected
+
+
+def lay_out(root: Path, headers: str, library: str) -> tuple[Path, list[Path], list[Path]]:
+    """A libbpf of these versions; arguments for Libbpf.at."""
+    major, minor = headers.split(".")
+    (root / "include/bpf").mkdir(parents=True)
+    (root / "include/bpf/libbpf_version.h").write_text(
+        f"#define LIBBPF_MAJOR_VERSION {major}\n#define LIBBPF_MINOR_VERSION {minor}\n"
+    )
+    (root / f"libbpf.so.{library}.0").touch()
+    (root / "libbpf.so.1").symlink_to(f"libbpf.so.{library}.0")
+    (root / "copyright").touch()
+    return root / "include", [root / "none", root / "libbpf.so.1"], [root / "copyright"]
+
+
+def test_libbpf_with_headers_and_licence(tmp_path: Path) -> None:
+    include, libraries, licences = lay_out(tmp_path, "1.10", "1.10")
+    assert Libbpf.at(include, libraries, licences) == Libbpf(include, libraries[1], licences[0])
+
+
+@pytest.mark.parametrize(
+    ("headers", "library", "message"),
+    [("1.3", "1.3", "libbpf_version.h is version 1.3"), ("1.4", "1.1", "so.1 is version 1.1")],
+)
+def test_old_libbpf_does_not_count(
+    headers: str, library: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ToolchainError, match=message):
+        Libbpf.at(*lay_out(tmp_path, headers, library))
+
+
+def test_incomplete_libbpf_does_not_count(tmp_path: Path) -> None:
+    include, libraries, _ = lay_out(tmp_path, "1.4", "1.4")
+    with pytest.raises(ToolchainError, match="No such file"):
+        Libbpf.at(tmp_path, [], [])
+    with pytest.raises(ToolchainError, match=r"libbpf.so.1 is not with"):
+        Libbpf.at(include, [], [])
+    with pytest.raises(ToolchainError, match="without its licence"):
+        Libbpf.at(include, libraries, [])
+
+
+def test_fetching_is_not_tried_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpf_toolchain, "_system_places", lambda: iter(()))
+    fetched = []
+
+    def fetch(into: Path, log: object) -> None:
+        fetched.append(into)
+        for directory in (into / "include/bpf", into / "lib"):
+            directory.mkdir(parents=True)
+        text = "#define LIBBPF_MAJOR_VERSION 1\n#define LIBBPF_MINOR_VERSION 4\n"
+        (into / "include/bpf/libbpf_version.h").write_text(text)
+        (into / "lib/libbpf.so.1").touch()
+        (into / "LICENSE").touch()
+
+    monkeypatch.setattr(bpf_toolchain, "_fetch", fetch)
+    cache = tmp_path / "build/libbpf"
+    first = bpf_toolchain.ensure_libbpf(cache)
+    assert bpf_toolchain.ensure_libbpf(cache) == first
+    assert fetched == [cache]
+
+
+def test_where_libbpf_cannot_be_had_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_release() -> dict[str, str]:
+        return {"ID": "other"}
+
+    monkeypatch.setattr(bpf_toolchain, "_system_places", lambda: iter(()))
+    monkeypatch.setattr("platform.freedesktop_os_release", no_release)
+    with pytest.raises(ToolchainError, match=r"please install .* libbpf-dev.*not a Debian release"):
+        bpf_toolchain.ensure_libbpf(tmp_path / "build/libbpf")
