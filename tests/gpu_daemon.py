@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from agentcgroupd import __main__ as program
-from agentcgroupd import service
+from agentcgroupd import daemon
 from tests.gpu_fakes import MAJORS, FakeControl, FakeNvml
 
 STATE = Path(os.environ["AGENTCG_TEST_GPUS"])
 
 
-class FakedDaemon(service.Daemon):
+class FakedDaemon(daemon.Daemon):
     """All else is real."""
 
     def __init__(self, config: Any) -> None:

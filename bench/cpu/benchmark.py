@@ -31,12 +31,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from agentcgroupd.admission import weight_of_priority
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.sched import SchedSettings, Scheduler
 from agentcgroupd.config import CpuConfig
-from agentcgroupd.cpu import INTERACTIVE_FACTOR, SESSION_FACTOR
+from agentcgroupd.cpu.scheduling import INTERACTIVE_FACTOR, SESSION_FACTOR
 from agentcgroupd.errors import BpfError
+from agentcgroupd.intents.grant import weight_of_priority
 from agentcgroupd.units import CgroupId
 from bench.cpu import flatcg, plot
 from bench.report import BenchReport, Target, quantile

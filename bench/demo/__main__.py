@@ -21,9 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from agentcgroup_lab.replay import engine, result
+from agentcgroup_lab.replay.backends import STRATEGIES, ReplayError
+from agentcgroup_lab.trace import format as trace_format
+from agentcgroup_lab.trace import plan
 from agentcgroupd.errors import AgentcgroupdError
-from agentcgroupd.replay import engine, plan, result, trace
-from agentcgroupd.replay.backends import STRATEGIES, ReplayError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDINGS = ROOT / "bench/recordings"
@@ -98,11 +100,12 @@ def measure() -> Speed:
     return Speed(n_bytes / min(touches_s), spawn_s, free_bytes)
 
 
-def load_recordings(directory: Path) -> dict[str, trace.Trace]:
+def load_recordings(directory: Path) -> dict[str, trace_format.Trace]:
     """All recordings of a directory by name."""
     paths = sorted([*directory.glob("*.jsonl.gz"), *directory.glob("*.jsonl")])
     return {
-        path.name.removesuffix(".gz").removesuffix(".jsonl"): trace.read(path) for path in paths
+        path.name.removesuffix(".gz").removesuffix(".jsonl"): trace_format.read(path)
+        for path in paths
     }
 
 
@@ -116,7 +119,7 @@ def pool_for(plans: Sequence[plan.Plan]) -> int:
     return int(most * HEADROOM) + FIXED_BYTES * len(plans)
 
 
-def choose(recordings: dict[str, trace.Trace], options: plan.Options) -> Choice:
+def choose(recordings: dict[str, trace_format.Trace], options: plan.Options) -> Choice:
     """Of the recordings whose calls rise highest, the three whose demand, when their peaks meet,
     exceeds their pool most and longest (its area above it). The one with the highest peak is the
     important session: it is the one that a kernel without further advice would kill first."""
@@ -236,7 +239,7 @@ def _run_in_guest(arguments: Sequence[str]) -> int:
 
 
 def _plot(found: Path) -> None:
-    from agentcgroupd.replay.plot import save
+    from agentcgroup_lab.replay.plot import save
 
     pictures = [found.with_name("memory.png"), found.with_name("memory.svg")]
     save(result.read(found), pictures)
@@ -273,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         try:
             replayed = run(args.traces)
-        except (ReplayError, AgentcgroupdError, trace.TraceError, OSError) as error:
+        except (ReplayError, AgentcgroupdError, trace_format.TraceError, OSError) as error:
             say(f"demo: {error}")
             return 1
         replayed.write(found)

@@ -1,6 +1,6 @@
 """Benchmark `density`: how many recorded agents one pool carries.
 
-By simulation (agentcgroupd.policy.simulate): the most sessions at which, for ten minutes, no call
+By simulation (agentcgroup_lab.simulate.run): the most sessions at which, for ten minutes, no call
 is killed and no important session takes more than 1.05 times as long as undisturbed, by bisection,
 for several seeds. It is compared with the number that fits when everyone's peak is reserved: nobody
 knows before who will reach the highest, so everyone gets the highest of all.
@@ -26,13 +26,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from agentcgroup_lab.replay.backends import ReplayError
+from agentcgroup_lab.simulate.plans import Profile, find_recordings, load_profiles
+from agentcgroup_lab.simulate.run import Setup, reserved, simulate
+from agentcgroup_lab.simulate.types import Kernel, Strategy
+from agentcgroup_lab.trace.plan import Options
 from agentcgroupd.errors import AgentcgroupdError
 from agentcgroupd.policy.load import load_policy
-from agentcgroupd.policy.simulate import Setup, reserved, simulate
-from agentcgroupd.policy.simulate_plans import Profile, find_recordings, load_profiles
-from agentcgroupd.policy.simulate_types import Kernel, Strategy
-from agentcgroupd.replay.backends import ReplayError
-from agentcgroupd.replay.plan import Options
 from bench.density.real import compare
 from bench.report import ROOT, BenchReport, Target
 

@@ -10,13 +10,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from agentcgroup_lab.replay import engine
+from agentcgroup_lab.replay.result import StrategyResult
+from agentcgroup_lab.simulate.plans import compile_plan
+from agentcgroup_lab.simulate.run import Result, Session, Setup, simulate_once
+from agentcgroup_lab.trace import format as trace_format
+from agentcgroup_lab.trace import plan
 from agentcgroupd.policy.load import load_policy
-from agentcgroupd.policy.model import Policy
 from agentcgroupd.policy.scale import scaled
-from agentcgroupd.policy.simulate import Result, Session, Setup, simulate_once
-from agentcgroupd.policy.simulate_plans import compile_plan
-from agentcgroupd.replay import engine, plan, trace
-from agentcgroupd.replay.result import StrategyResult
+from agentcgroupd.policy.schema import Policy
 from bench.report import Target, quantile
 
 EMULATED = os.environ.get("AGENTCG_EMULATED") == "1"
@@ -58,7 +60,7 @@ def _specs(paths: Sequence[Path], count: int, scale: float) -> list[engine.Sessi
     choice = random.Random("density")
     order = list(paths)
     choice.shuffle(order)
-    recorded = {path: trace.read(path) for path in order[:count]}
+    recorded = {path: trace_format.read(path) for path in order[:count]}
     specs = []
     for number in range(count):
         path = order[number % len(order)]

@@ -25,9 +25,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from agentcgroup_lab.replay import result
+from agentcgroup_lab.replay.backends import PEERS, STRATEGIES, ReplayError
+from agentcgroup_lab.trace import format as trace_format
 from agentcgroupd.errors import AgentcgroupdError
-from agentcgroupd.replay import result, trace
-from agentcgroupd.replay.backends import PEERS, STRATEGIES, ReplayError
 from bench.demo.__main__ import EMULATED, Speed, measure
 from bench.isolation.mixes import Mix, Settings, folders, headers, make_mix
 from bench.isolation.oomd_package import ensure as ensure_oomd
@@ -308,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SuiteError as error:
         say(f"isolation: oomd cannot be fetched; --strategies leaves it out: {error}")
         return 1
-    except (ReplayError, AgentcgroupdError, trace.TraceError, OSError) as error:
+    except (ReplayError, AgentcgroupdError, trace_format.TraceError, OSError) as error:
         say(f"isolation: {error}")
         return 1
     if not args.no_plot and (RESULTS / "isolation.json").exists():
@@ -330,7 +331,7 @@ def plot() -> None:
 
 
 def _has_oomd() -> bool:
-    from agentcgroupd.replay.backends_oomd import find_oomd
+    from agentcgroup_lab.replay.backends_oomd import find_oomd
 
     try:
         find_oomd()

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from agentcgroupd.replay.plan import Plan
+from agentcgroup_lab.trace.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from agentcgroupd.replay import plan, trace
-from agentcgroupd.replay.backends import ReplayError
-from agentcgroupd.replay.engine import SessionSpec
+from agentcgroup_lab.replay.backends import ReplayError
+from agentcgroup_lab.replay.engine import SessionSpec
+from agentcgroup_lab.trace import format as trace_format
+from agentcgroup_lab.trace import plan
 from bench.demo.__main__ import RECORDINGS, ROOT, Speed
 from bench.isolation.bound import makespan_bound_s
 
@@ -218,8 +219,8 @@ def draw(
 
 
 @cache
-def _read(path: Path) -> trace.Trace:
-    return trace.read(path)
+def _read(path: Path) -> trace_format.Trace:
+    return trace_format.read(path)
 
 
 def _build(number: int, drawn: Sequence[Header], options: plan.Options) -> Mix:

@@ -128,7 +128,7 @@ def draw_all(directory: Path = RESULTS) -> list[Path]:
     """Draw all that the written results hold; returns the pictures' paths."""
     import matplotlib as mpl
 
-    from agentcgroupd.replay import plot, result
+    from agentcgroup_lab.replay import plot, result
 
     document = json.loads((directory / "isolation.json").read_text(encoding="utf-8"))
     pictures = [directory / "isolation.png", directory / "isolation.svg"]

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from agentcgroupd.replay import engine
-from agentcgroupd.replay.result import Latency, SessionResult, StrategyResult
+from agentcgroup_lab.replay import engine
+from agentcgroup_lab.replay.result import Latency, SessionResult, StrategyResult
 from bench.isolation.mixes import Header, Mix, Settings, make_mix
 
 ALONE = "alone"

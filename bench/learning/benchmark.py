@@ -22,10 +22,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from agentcgroup_lab.trace import format as trace_format
 from agentcgroupd.policy.learning import Peaks
-from agentcgroupd.policy.model import Learning
+from agentcgroupd.policy.schema import Learning
 from agentcgroupd.policy.snapshot import Snapshot
-from agentcgroupd.replay import trace
 from bench.learning.predictors import (
     BY_TOOL,
     LARGE_BYTES,
@@ -286,7 +286,7 @@ def main() -> int:
     paths = sorted(folder.glob("*.jsonl*"))
     if not paths:
         raise SystemExit(f"{folder} holds no recordings (*.jsonl, *.jsonl.gz)")
-    rows = [row for i, path in enumerate(paths) for row in rows_of(trace.read(path), i)]
+    rows = [row for i, path in enumerate(paths) for row in rows_of(trace_format.read(path), i)]
     seen_rows = [row for row in rows if row.seen]
     every, seen = scores(rows), scores(seen_rows)
     found = coverages(rows)

@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from agentcgroup_lab.trace import format as trace_format
+from agentcgroup_lab.trace import plan
+from agentcgroupd.policy.command_shape import shape_of
 from agentcgroupd.policy.learning import Learned, Peaks
-from agentcgroupd.policy.model import Learning
-from agentcgroupd.policy.shape import shape_of
-from agentcgroupd.replay import plan, trace
+from agentcgroupd.policy.schema import Learning
 from bench.report import quantile
 
 MB = 1_000_000
@@ -57,7 +58,7 @@ def held_s(steps: Sequence[plan.Step]) -> float:
     return sum(step.duration_ms for step in steps if step.memory_bytes >= half > 0) / 1000
 
 
-def rows_of(recording: trace.Trace, session: int) -> list[Row]:
+def rows_of(recording: trace_format.Trace, session: int) -> list[Row]:
     """The calls with a command."""
     commands = {(c.id, c.tool): c.command for c in recording.calls}
     rows: list[Row] = []

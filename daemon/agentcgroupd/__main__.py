@@ -9,11 +9,11 @@ import os
 import sys
 from pathlib import Path
 
-from agentcgroupd.answers import VERSION
 from agentcgroupd.config import Config, load_config
+from agentcgroupd.daemon import Daemon, PartFailed
 from agentcgroupd.errors import AgentcgroupdError
 from agentcgroupd.policy.load import load_policy
-from agentcgroupd.service import Daemon, PartFailed
+from agentcgroupd.rpc.views import VERSION
 
 log = logging.getLogger("agentcgroupd")
 

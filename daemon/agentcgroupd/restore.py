@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.audit import Audit
-from agentcgroupd.calls import Calls
+from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.errors import KnobError
 from agentcgroupd.policy.learning import learn
-from agentcgroupd.session import Call, Session, read_record
-from agentcgroupd.sessions import Sessions
+from agentcgroupd.sessions.registry import Sessions
+from agentcgroupd.state.session import Call, Session, read_record
+from agentcgroupd.telemetry.audit import Audit
 
 log = logging.getLogger(__name__)
 

@@ -7,20 +7,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
-from agentcgroupd.boundaries import Boundaries
+from agentcgroupd.boundaries.events import Boundaries
 from agentcgroupd.bpf import features
 from agentcgroupd.bpf.memory import MemoryPrograms
 from agentcgroupd.bpf.plane import DataPlane
-from agentcgroupd.calls import Calls
+from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import Config
-from agentcgroupd.cpu import CpuScheduling
-from agentcgroupd.gpu.control import Gpus
-from agentcgroupd.policy.actions import Actions
-from agentcgroupd.policy.guard import Guard
+from agentcgroupd.cpu.scheduling import CpuScheduling
+from agentcgroupd.enforce.actions import Actions
+from agentcgroupd.gpu.service import Gpus
+from agentcgroupd.guard.loop import Guard
+from agentcgroupd.guard.signals import Signals
 from agentcgroupd.policy.snapshot import Host
-from agentcgroupd.pool import Pool
-from agentcgroupd.session import Call, Session
-from agentcgroupd.signals import Signals
+from agentcgroupd.sessions.pool import Pool
+from agentcgroupd.state.session import Call, Session
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agentcgroupd.bpf.device import DevicePrograms
+from agentcgroupd.bpf.elf import Library
 from agentcgroupd.bpf.vram import VramPrograms
 from agentcgroupd.gpu import cuda
-from agentcgroupd.gpu.elf import Library
 from agentcgroupd.gpu.gate import DEVICES, read_majors
 from agentcgroupd.gpu.libraries import Libraries, _host_paths
 from agentcgroupd.gpu.mps import ControlDaemon

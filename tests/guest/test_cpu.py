@@ -26,10 +26,10 @@ from agentcgroupd.bpf.libbpf import libbpf
 from agentcgroupd.bpf.sched import SchedSettings, Scheduler
 from agentcgroupd.cgroup.tree import cgroup2_mount
 from agentcgroupd.config import CpuConfig, PoolConfig
-from agentcgroupd.cpu import CpuScheduling
-from agentcgroupd.metrics import Metrics
-from agentcgroupd.policy.model import Policy
-from agentcgroupd.pool import prepare_pool
+from agentcgroupd.cpu.scheduling import CpuScheduling
+from agentcgroupd.policy.schema import Policy
+from agentcgroupd.sessions.pool import prepare_pool
+from agentcgroupd.telemetry.metrics import Metrics
 from tests.conftest import StartDaemon
 from tests.guest.cpu_load import SCHED_EXT
 from tests.harness import DaemonProcess, wait_until

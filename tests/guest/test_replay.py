@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from agentcgroup_lab.replay import engine
+from agentcgroup_lab.replay.result import SessionResult, StrategyResult
+from agentcgroup_lab.trace import format as trace_format
+from agentcgroup_lab.trace import plan, record
 from agentcgroupd.cgroup.tree import cgroup2_mount
-from agentcgroupd.replay import engine, plan, record, trace
-from agentcgroupd.replay.result import SessionResult, StrategyResult
 from tests.conftest import StartDaemon
 from tests.harness import EXEC, SLOW
 
@@ -22,16 +24,16 @@ MB = 1_000_000
 AGENT_MB, RISE_MB = 40.0, 120.0
 
 
-def recorded(name: str) -> trace.Trace:
+def recorded(name: str) -> trace_format.Trace:
     """Two calls: a small one, and one that rises by RISE_MB and stays there for two seconds."""
     levels = [AGENT_MB] * 10 + [AGENT_MB + 10] * 5 + [AGENT_MB] * 5
     levels += [AGENT_MB + RISE_MB] * 20 + [AGENT_MB] * 10
-    samples = tuple(trace.Sample(i / 10, mb, 5.0, 5.0) for i, mb in enumerate(levels))
+    samples = tuple(trace_format.Sample(i / 10, mb, 5.0, 5.0) for i, mb in enumerate(levels))
     calls = (
-        trace.TraceCall(0.95, 1.45, "a", "git", "git status"),
-        trace.TraceCall(1.75, 3.95, "b", "pytest", "pytest -q"),
+        trace_format.TraceCall(0.95, 1.45, "a", "git", "git status"),
+        trace_format.TraceCall(1.75, 3.95, "b", "pytest", "pytest -q"),
     )
-    return trace.Trace(name, "made", 0.1, samples, calls)
+    return trace_format.Trace(name, "made", 0.1, samples, calls)
 
 
 def sessions(n: int) -> list[engine.SessionSpec]:
@@ -139,7 +141,7 @@ result = tool.returncode
 
     daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="s"))
     assert recorder.wait(10 + SLOW) == 0
-    made = trace.read(output)
+    made = trace_format.read(output)
     assert made.task == "s"
     (call,) = made.calls
     assert call.tool == "grow"

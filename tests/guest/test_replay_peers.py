@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from agentcgroup_lab.replay.backends import ReplayError, make_backend
 from agentcgroupd.cgroup.knobs import MEMORY_HIGH, MEMORY_MAX
 from agentcgroupd.cgroup.tree import cgroup2_mount
-from agentcgroupd.replay.backends import ReplayError, make_backend
 
 pytestmark = pytest.mark.controllers
 

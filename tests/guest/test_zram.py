@@ -17,21 +17,21 @@ from pathlib import Path
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd import zram
-from agentcgroupd.admission import Grant
-from agentcgroupd.audit import Audit
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.psi import PressureTrigger
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from agentcgroupd.config import GuardConfig
-from agentcgroupd.feed import Feed
-from agentcgroupd.metrics import Metrics
-from agentcgroupd.policy.actions import Actions
-from agentcgroupd.policy.host import read_host, zram_used_bytes
-from agentcgroupd.policy.sessions_view import Views
+from agentcgroupd.enforce.actions import Actions
+from agentcgroupd.guard.host_capacity import read_host, zram_used_bytes
+from agentcgroupd.guard.session_sampler import Views
+from agentcgroupd.host import zram
+from agentcgroupd.host.zram import Zram, ZramError
+from agentcgroupd.intents.grant import Grant
 from agentcgroupd.policy.snapshot import Host
-from agentcgroupd.session import Call, Session, SessionLimits, boottime_usec
-from agentcgroupd.zram import Zram, ZramError
+from agentcgroupd.state.session import Call, Session, SessionLimits, boottime_usec
+from agentcgroupd.telemetry.audit import Audit
+from agentcgroupd.telemetry.feed import Feed
+from agentcgroupd.telemetry.metrics import Metrics
 from tests.conftest import StartDaemon
 from tests.harness import EXEC, SLOW, wait_until
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from agentcgroupd import doctor
 from agentcgroupd.bpf import features, loader
 from agentcgroupd.bpf.features import DEFINITIONS
-from agentcgroupd.doctor import Diagnosis, Feature, State
+from agentcgroupd.doctor import report
+from agentcgroupd.doctor.report import Diagnosis, Feature, State
 from tests.harness import ROOT
 from tests.kernel.test_bpf_faults import is_there, mapped, owned
 
@@ -34,7 +34,7 @@ def rows_of(diagnosis: Diagnosis) -> dict[str, Feature]:
 def diagnosis() -> Diagnosis:
     """Of this kernel; what it took must be given back."""
     before = owned(), mapped()
-    found = doctor.run()
+    found = report.run()
     assert (owned(), mapped()) == before
     return found
 
@@ -82,7 +82,7 @@ def test_what_it_loads_is_seen_and_gone(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(loader.BpfObject, "attach", watched)
     before = owned()
-    works = {row.name for row in doctor.run().features if row.state is State.WORKS}
+    works = {row.name for row in report.run().features if row.state is State.WORKS}
     links = {item for item in held - before if item[0] == "link"}
     attached = [d for d in DEFINITIONS if d.object not in ("memcg_ops", "sched")]
     programs = {p for d in attached if d.name in works for p in d.alternatives[0][0]}
@@ -107,7 +107,7 @@ def test_the_table_and_the_json(diagnosis: Diagnosis) -> None:
 
 def test_an_incomplete_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "OBJECTS", tmp_path)
-    rows = rows_of(doctor.run())
+    rows = rows_of(report.run())
     for definition in DEFINITIONS:
         if definition.object not in ("memcg_ops", "sched"):  # not even looked for without types
             row = rows[definition.name]
@@ -121,7 +121,10 @@ def test_an_incomplete_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def diagnosed_by(*command: str) -> dict[str, Any]:
     """The rows of doctor in a process that is started by `command`."""
-    code = "import json; from agentcgroupd import doctor; print(json.dumps(doctor.run().to_dict()))"
+    code = (
+        "import json; from agentcgroupd.doctor.report import run; "
+        "print(json.dumps(run().to_dict()))"
+    )
     done = subprocess.run([*command, sys.executable, "-c", code], cwd=ROOT, check=True,
                           stdout=subprocess.PIPE, text=True)  # fmt: skip
     return {row["name"]: row for row in json.loads(done.stdout)["features"]}

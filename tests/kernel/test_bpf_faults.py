@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd import doctor
 from agentcgroupd.bpf import abi, features, loader
 from agentcgroupd.bpf.features import DENY, LIFECYCLE, MARKS, OOM_VICTIMS, FeatureState
 from agentcgroupd.bpf.libbpf import libbpf
@@ -28,7 +27,8 @@ from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.bpf.loader import OBJECTS, BpfObject
 from agentcgroupd.bpf.plane import OFF, DataPlane
 from agentcgroupd.config import BpfConfig, GuardConfig
-from agentcgroupd.doctor import State
+from agentcgroupd.doctor import report as doctor
+from agentcgroupd.doctor.report import State
 from agentcgroupd.errors import BpfError
 from tests.guest import kernel
 from tests.harness import EXEC, ROOT, DaemonProcess, wait_until

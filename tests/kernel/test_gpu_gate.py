@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from agentcgroupd import syscalls
 from agentcgroupd.bpf import device
 from agentcgroupd.bpf.device import BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI, DevicePrograms
 from agentcgroupd.bpf.libbpf import libbpf
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from agentcgroupd.gpu.gate import Gate
+from agentcgroupd.host import syscalls
 from tests.gpu_fakes import DEVICES_MAJOR, MAJORS, OTHER_MAJOR, SHARED_MAJOR, unanswered
 
 OPEN = """

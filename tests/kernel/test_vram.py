@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from agentcgroupd.bpf import abi
+from agentcgroupd.bpf.elf import Library, NotElf
 from agentcgroupd.bpf.vram import VramPrograms
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from agentcgroupd.errors import BpfError
 from agentcgroupd.gpu import cuda
-from agentcgroupd.gpu.elf import Library, NotElf
 from agentcgroupd.gpu.libraries import Libraries
 from tests.harness import ROOT, SLOW, wait_until
 from tests.standin import build

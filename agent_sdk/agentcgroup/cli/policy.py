@@ -65,7 +65,7 @@ def add_commands(subparsers: common.Subparsers, chosen: tuple[str, ...]) -> None
         commands, "simulate", run_simulate, "Simulate recorded agents, without a kernel."
     )
     if chosen == ("policy", "simulate"):
-        load("agentcgroupd.policy.simulate_cli").add_simulate_arguments(simulate)
+        load("agentcgroup_lab.simulate.cli").add_simulate_arguments(simulate)
     common.command(commands, "reload", run_reload, "Have the daemon read its policy anew (root).")
 
 
@@ -187,7 +187,7 @@ def run_diff(args: argparse.Namespace) -> int:
         with common.admin() as client:
             document = client.policy().document
         after = load("agentcgroupd.policy.load").parse_policy(document, IN_FORCE)
-    changes = load("agentcgroupd.policy.document").diff(before, after)
+    changes = load("agentcgroupd.policy.toml").diff(before, after)
     if args.json:
         print_json([{"key": c.key, "before": c.before, "after": c.after} for c in changes])
         return common.OK
@@ -225,7 +225,7 @@ def print_explanation(explanation: Explanation) -> None:
 
 def run_simulate(args: argparse.Namespace) -> int:
     """Recorded agents under a policy."""
-    return int(load("agentcgroupd.policy.simulate_cli").run_simulate(args))
+    return int(load("agentcgroup_lab.simulate.cli").run_simulate(args))
 
 
 def run_reload(args: argparse.Namespace) -> int:

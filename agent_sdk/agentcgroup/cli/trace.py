@@ -47,18 +47,18 @@ def add_commands(subparsers: common.Subparsers, chosen: str | None) -> None:
         )
         parser.set_defaults(delegated=name)
         if chosen == name:
-            getattr(load("agentcgroupd.replay.cli"), f"add_{name}_arguments")(parser)
+            getattr(load("agentcgroup_lab.replay.cli"), f"add_{name}_arguments")(parser)
 
 
 def run_delegated(args: argparse.Namespace) -> int:
     """`record` and `replay`."""
-    run = getattr(load("agentcgroupd.replay.cli"), f"run_{args.delegated}")
+    run = getattr(load("agentcgroup_lab.replay.cli"), f"run_{args.delegated}")
     return int(run(args))
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     """What can be enforced here. Bad (1) where nothing useful can."""
-    diagnosis = load("agentcgroupd.doctor").run()
+    diagnosis = load("agentcgroupd.doctor.report").run()
     if args.json:
         print_json(diagnosis.to_dict())
     else:

@@ -12,13 +12,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from agentcgroupd import syscalls
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.btf import KIND_ENUM, kernel_btf
 from agentcgroupd.bpf.events import AnyEvent, RingBuffer
 from agentcgroupd.bpf.libbpf import libbpf
 from agentcgroupd.bpf.loader import BpfObject, why_refused
 from agentcgroupd.errors import BpfError
+from agentcgroupd.host import syscalls
 from agentcgroupd.units import CgroupId
 
 REFUSING, SEEING = "on_cuda", "on_cuda_seen"
@@ -111,7 +111,7 @@ class VramPrograms:
     def try_on(self) -> None:
         """Attach to a function of our own and take it back: some kernels load a program that writes
         registers and refuse it only then. Raises BpfError."""
-        from agentcgroupd.gpu.elf import first_export
+        from agentcgroupd.bpf.elf import first_export
 
         path = Path(os.__file__).with_name("lib-dynload")
         library = next(iter(sorted(path.glob("*.so"))), None)

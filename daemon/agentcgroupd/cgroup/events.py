@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from agentcgroupd.cgroup.knobs import Knob, T
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.syscalls import (
+from agentcgroupd.host.syscalls import (
     IN_IGNORED,
     IN_MODIFY,
     IN_Q_OVERFLOW,

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from agentcgroupd.bpf.abi import CudaCall
-from agentcgroupd.gpu.elf import Library
+from agentcgroupd.bpf.elf import Library
 
 ASK_TIMEOUT_S = 20.0
 
@@ -90,7 +90,7 @@ def offsets(
 def ask(path: Path) -> dict[str, list[int]]:
     """What cuGetProcAddress of a trusted library gives out: offsets in the file, by the name in
     CALLS or LAUNCHES. Runs the library, in a process of its own. Raises OSError or ValueError."""
-    argv = [sys.executable, "-m", "agentcgroupd.gpu.ask_cuda", str(path)]
+    argv = [sys.executable, "-m", "agentcgroupd.gpu.probe_cuda", str(path)]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=ASK_TIMEOUT_S,
                               check=False, stdin=subprocess.DEVNULL)  # fmt: skip

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from agentcgroupd.bpf.abi import CudaCall
+from agentcgroupd.bpf.elf import Library, NotElf
 from agentcgroupd.bpf.vram import VramPrograms
 from agentcgroupd.errors import BpfError
 from agentcgroupd.gpu import cuda
-from agentcgroupd.gpu.elf import Library, NotElf
 
 log = logging.getLogger(__name__)
 

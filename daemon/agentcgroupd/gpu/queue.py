@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.admission import Grant
-from agentcgroupd.convert import grant_to_proto
+from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.errors import FailedPrecondition, ResourceExhausted
-from agentcgroupd.gpu.room import Asking, Holding, admit, free_of, in_order
-from agentcgroupd.gpu.wanted import Device
-from agentcgroupd.intent import cut_argv
-from agentcgroupd.policy.actions import Actions
-from agentcgroupd.session import Call, Session, boottime_usec, unix_usec
+from agentcgroupd.gpu.allocation import Asking, Holding, admit, free_of, in_order
+from agentcgroupd.intents.gpu import Device
+from agentcgroupd.intents.grant import Grant
+from agentcgroupd.intents.parse import cut_argv
+from agentcgroupd.state.session import Call, Session, boottime_usec, unix_usec
+from agentcgroupd.telemetry.wire import grant_to_proto
 from agentcgroupd.units import show_bytes, show_usec
 
 WAITING_MOST = 1024

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.gpu.room import Holding
-from agentcgroupd.gpu.wanted import Device
-from agentcgroupd.session import Call, Session
+from agentcgroupd.gpu.allocation import Holding
+from agentcgroupd.intents.gpu import Device
+from agentcgroupd.state.session import Call, Session
 
 
 @dataclass(slots=True, eq=False)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from agentcgroupd.policy.model import Growing, Policy, PoolFills, PoolFree, Ruleset, Stalled
-from agentcgroupd.policy.rungs import CHOOSERS
-from agentcgroupd.policy.situation import Situation, still_needs
+from agentcgroupd.policy.choose import CHOOSERS
+from agentcgroupd.policy.headroom import Situation, still_needs
+from agentcgroupd.policy.schema import Growing, Policy, PoolFills, PoolFree, Ruleset, Stalled
 from agentcgroupd.policy.snapshot import (
     Action,
     CallView,

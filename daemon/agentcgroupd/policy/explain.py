@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.policy.choose import can_throttle
 from agentcgroupd.policy.engine import detector_holds, stalled_share
-from agentcgroupd.policy.model import Growing, Policy, PoolFills, PoolFree, Ruleset, Stalled
-from agentcgroupd.policy.rungs import can_throttle
-from agentcgroupd.policy.situation import Situation
+from agentcgroupd.policy.headroom import Situation
+from agentcgroupd.policy.schema import Growing, Policy, PoolFills, PoolFree, Ruleset, Stalled
 from agentcgroupd.policy.snapshot import CallView, RuleState, Snapshot, State
 from agentcgroupd.units import show_bytes, show_usec
 

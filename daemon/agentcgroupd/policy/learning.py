@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.policy.model import Learning
-from agentcgroupd.policy.shape import shape_of
+from agentcgroupd.policy.command_shape import shape_of
+from agentcgroupd.policy.schema import Learning
 from agentcgroupd.units import show_bytes
 
 SHAPES_KEPT = 64

@@ -15,11 +15,11 @@ from typing import Any
 import tomllib
 from pydantic import ValidationError
 
-from agentcgroupd.policy.document import to_toml
-from agentcgroupd.policy.doubts import doubts
-from agentcgroupd.policy.mistakes import Mistake, PolicyError, mistakes_of
-from agentcgroupd.policy.model import Policy
-from agentcgroupd.policy.positions import Mark, scan
+from agentcgroupd.policy.errors import Mistake, PolicyError, mistakes_of
+from agentcgroupd.policy.lint import doubts
+from agentcgroupd.policy.locations import Mark, scan
+from agentcgroupd.policy.schema import Policy
+from agentcgroupd.policy.toml import to_toml
 from agentcgroupd.units import suggestion
 
 DEFAULT = Path("default")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agentcgroupd.policy.engine import resume_mark
-from agentcgroupd.policy.model import Policy
+from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import Snapshot
 
 AGE_PRIORITY = 10

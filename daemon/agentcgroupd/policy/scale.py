@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from agentcgroupd.config import Section
-from agentcgroupd.policy.model import Amount, Policy
+from agentcgroupd.policy.schema import Amount, Policy
 
 LEAST_BYTES = 1 << 20
 """Less is not seen: memory is charged in batches."""

@@ -17,8 +17,8 @@ from typing import Any
 from google.protobuf import message
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.convert import error_to_proto
-from agentcgroupd.entrance import Entrance, Turn
+from agentcgroupd.calls.begin import Entrance, Turn
+from agentcgroupd.enforce.limits import AGENT_OOM_SCORE_ADJ, set_oom_score_adj
 from agentcgroupd.errors import (
     AgentcgroupdError,
     Internal,
@@ -27,13 +27,13 @@ from agentcgroupd.errors import (
     PermissionDenied,
     as_request_error,
 )
-from agentcgroupd.intent import WAIT_MOST_USEC, Intent
-from agentcgroupd.leaf import AGENT_OOM_SCORE_ADJ, set_oom_score_adj
-from agentcgroupd.metrics import Metrics
-from agentcgroupd.rpc.agent import AgentCalls, refuse_unknown
-from agentcgroupd.rpc.identity import Peer, check_operator, session_of
-from agentcgroupd.session import Call, Process
-from agentcgroupd.sessions import Sessions
+from agentcgroupd.intents.parse import WAIT_MOST_USEC, Intent
+from agentcgroupd.rpc.agent_calls import AgentCalls, refuse_unknown
+from agentcgroupd.rpc.peers import Peer, check_operator, session_of
+from agentcgroupd.sessions.registry import Sessions
+from agentcgroupd.state.session import Call, Process
+from agentcgroupd.telemetry.metrics import Metrics
+from agentcgroupd.telemetry.wire import error_to_proto
 from agentcgroupd.units import suggestion
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentcgroupd.replay import plan
-from agentcgroupd.replay.backends import ReplayError, make_backend
-from agentcgroupd.replay.backends_oomd import find_oomd, ruleset
-from agentcgroupd.replay.result import Latency, SessionResult, StrategyResult, Timeline
+from agentcgroup_lab.replay.backends import ReplayError, make_backend
+from agentcgroup_lab.replay.backends_oomd import find_oomd, ruleset
+from agentcgroup_lab.replay.result import Latency, SessionResult, StrategyResult, Timeline
+from agentcgroup_lab.trace import plan
 from bench.demo.__main__ import RECORDINGS, Speed
 from bench.isolation.benchmark import Journal, arguments, groups, summarize
 from bench.isolation.bound import makespan_bound_s, pieces
@@ -331,7 +331,7 @@ def test_an_oomd_that_is_nowhere_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.delenv("AGENTCG_OOMD")
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     monkeypatch.setattr(
-        "agentcgroupd.replay.backends_oomd.__file__", str(tmp_path / "a/b/c/d/e.py")
+        "agentcgroup_lab.replay.backends_oomd.__file__", str(tmp_path / "a/b/c/d/e.py")
     )
     with pytest.raises(ReplayError, match="oomd is not here"):
         find_oomd()

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from agentcgroup_lab.trace.format import Sample, Trace, TraceCall
+from agentcgroup_lab.trace.plan import Step
 from agentcgroupd.policy.learning import Peaks
-from agentcgroupd.policy.model import Learning
-from agentcgroupd.replay.plan import Step
-from agentcgroupd.replay.trace import Sample, Trace, TraceCall
+from agentcgroupd.policy.schema import Learning
 from bench.learning import benchmark, predictors
 from bench.learning.predictors import MB, Row
 from bench.run import ANYWHERE, names

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentcgroupd.boundaries.rules import OWN_LAUNCHERS, argv_of, begins_call
 from agentcgroupd.bpf import abi
 from agentcgroupd.config import SHELL_COMMANDS, BoundariesConfig, BoundaryRule, parse_config
 from agentcgroupd.errors import ConfigError
-from agentcgroupd.intent import NAME_CHARS_MAX, check_name
-from agentcgroupd.rules import OWN_LAUNCHERS, argv_of, begins_call, tool_name
+from agentcgroupd.intents.command import tool_name
+from agentcgroupd.intents.parse import NAME_CHARS_MAX, check_name
 
 DEFAULT = BoundariesConfig()
 ARGUMENTS = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))

@@ -12,17 +12,17 @@ from typing import Any, cast
 
 import pytest
 
-from agentcgroupd import boundaries, sightings
-from agentcgroupd.boundaries import Boundaries
+from agentcgroupd.boundaries import events, processes
+from agentcgroupd.boundaries.events import Boundaries
+from agentcgroupd.boundaries.processes import TICK_NS, Forked, Key, Sightings
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.lifecycle import Lifecycle
-from agentcgroupd.calls import Calls
+from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import BoundariesConfig
-from agentcgroupd.policy.actions import Actions
-from agentcgroupd.session import Call, Process, Session
-from agentcgroupd.sightings import TICK_NS, Forked, Key, Sightings
-from agentcgroupd.syscalls import process_stat
+from agentcgroupd.enforce.actions import Actions
+from agentcgroupd.host.syscalls import process_stat
+from agentcgroupd.state.session import Call, Process, Session
 
 AGENT_ID = 17
 ARGV = ["sh", "-c", "echo ready; read line; exit 3"]
@@ -173,7 +173,7 @@ class World:
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tool]:
     """One that runs, and is in the agent leaf as far as its cgroup says."""
-    monkeypatch.setattr("agentcgroupd.placement.cgroup_of", lambda pid: "/pool/s/agent")
+    monkeypatch.setattr("agentcgroupd.boundaries.placement.cgroup_of", lambda pid: "/pool/s/agent")
     made = Tool()
     try:
         yield made
@@ -256,7 +256,7 @@ def test_nothing_is_pruned_while_events_are_queued(
         world.boundaries.prune()
         world.lifecycle.buffer = [tool.exit()]
         with monkeypatch.context() as patch:
-            patch.setattr(boundaries, "SLICE_S", 0.0)  # so that none is dealt with at once
+            patch.setattr(events, "SLICE_S", 0.0)  # so that none is dealt with at once
             world.boundaries.prune()
         assert world.boundaries.behind
         assert world.calls.reports == []
@@ -269,10 +269,10 @@ def test_nothing_is_pruned_while_events_are_queued(
 
 def test_a_process_goes_from_forked_to_seen_to_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the newest that have ended are remembered."""
-    monkeypatch.setattr(sightings, "ENDED_MAX", 2)
+    monkeypatch.setattr(processes, "ENDED_MAX", 2)
     session = cast(Session, SimpleNamespace(id="s"))
     known = Sightings()
-    sighting = sightings.Sighting(session, "t", [], (1, 0), 0)
+    sighting = processes.Sighting(session, "t", [], (1, 0), 0)
     for pid in (1, 2, 3):
         known.fork((pid, 0), Forked(session, "t", 0))
     known.join(sighting, (1, 0))

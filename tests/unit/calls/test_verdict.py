@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.admission import Grant
-from agentcgroupd.ending import EndFacts, judge, report_of
+from agentcgroupd.calls.verdict import EndFacts, judge, report_of
+from agentcgroupd.intents.grant import Grant
 
 MIB = 1 << 20
 GRANT = Grant(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroupd.cgroup import knobs
-from agentcgroupd.policy import sessions_view
+from agentcgroupd.guard import session_sampler
 
 PRESSURE = (
     "some avg10=1.50 avg60=0.25 avg300=0.00 total=123456\n"
@@ -17,14 +17,14 @@ PRESSURE = (
 
 def test_what_the_policy_needs_of_a_file_is_what_the_whole_of_it_says() -> None:
     assert (
-        sessions_view.parse_stalled(PRESSURE) == knobs.parse_pressure(PRESSURE)["some"].total_usec
+        session_sampler.parse_stalled(PRESSURE) == knobs.parse_pressure(PRESSURE)["some"].total_usec
     )
     stat = "anon 4096\nworkingset_refault_anon 7\nworkingset_refault_file 35\npgfault 9\n"
-    assert sessions_view.parse_refaults(stat) == 42
-    assert sessions_view.parse_usage("usage_usec 51\nuser_usec 50\nsystem_usec 1\n") == 51
+    assert session_sampler.parse_refaults(stat) == 42
+    assert session_sampler.parse_usage("usage_usec 51\nuser_usec 50\nsystem_usec 1\n") == 51
 
 
-@pytest.mark.parametrize("parse", [sessions_view.parse_refaults, sessions_view.parse_stalled])
+@pytest.mark.parametrize("parse", [session_sampler.parse_refaults, session_sampler.parse_stalled])
 def test_a_file_without_the_line_is_an_error_not_zero(parse: object) -> None:
     assert callable(parse)
     with pytest.raises(ValueError):

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from agentcgroupd import cpu
 from agentcgroupd.bpf import abi, features, sched
 from agentcgroupd.bpf.sched import Ending, SchedSettings
 from agentcgroupd.config import CpuConfig
-from agentcgroupd.cpu import CpuScheduling, set_policy
+from agentcgroupd.cpu import scheduling
+from agentcgroupd.cpu.scheduling import CpuScheduling, set_policy
 from agentcgroupd.errors import BpfError
-from agentcgroupd.metrics import Metrics
-from agentcgroupd.policy.model import Policy
+from agentcgroupd.policy.schema import Policy
+from agentcgroupd.telemetry.metrics import Metrics
 
 POOL: Any = SimpleNamespace(controllers=("cpu", "memory"), cgroup=SimpleNamespace(id=1))
 STALL = Ending(1026, 0, "runnable task stall", "sh[7] failed to run for 30.1s")
@@ -219,8 +219,8 @@ def test_the_policy_of_every_thread_is_set_and_others_are_kept() -> None:
     started.wait()
     others = len(os.listdir("/proc/self/task")) - 3
     try:
-        assert set_policy(os.getpid(), os.SCHED_BATCH, cpu.OURS) == 2 + others
-        assert set_policy(os.getpid(), os.SCHED_BATCH, cpu.OURS) == 0
+        assert set_policy(os.getpid(), os.SCHED_BATCH, scheduling.OURS) == 2 + others
+        assert set_policy(os.getpid(), os.SCHED_BATCH, scheduling.OURS) == 0
         assert os.sched_getscheduler(0) == os.SCHED_BATCH
     finally:
         done.set()

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroupd.errors import InvalidField
+from agentcgroupd.gpu.allocation import Asking, Holding, admit, free_of, place
 from agentcgroupd.gpu.gate import read_majors
 from agentcgroupd.gpu.mps import environment
-from agentcgroupd.gpu.room import Asking, Holding, admit, free_of, place
-from agentcgroupd.gpu.wanted import Device, GpuCeiling, Wanted, gpu_part, parse_device
-from agentcgroupd.intent import parse_intent
+from agentcgroupd.intents.gpu import Device, GpuCeiling, Wanted, gpu_part, parse_device
+from agentcgroupd.intents.parse import parse_intent
 from agentcgroupd.units import parse_percent
 
 GIB = 1 << 30

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from agentcgroupd.config import GuardConfig
-from agentcgroupd.policy.guard import CALM_INTERVAL_S, Guard
-from agentcgroupd.policy.model import Policy
+from agentcgroupd.guard.loop import CALM_INTERVAL_S, Guard
+from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import Snapshot
 
 GIB = 1 << 30

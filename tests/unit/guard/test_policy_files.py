@@ -10,8 +10,8 @@ import pytest
 
 from agentcgroupd.config import PolicyConfig, parse_config
 from agentcgroupd.errors import ConfigError
-from agentcgroupd.metrics import Metrics
-from agentcgroupd.policy.files import PolicyFiles
+from agentcgroupd.guard.policy_files import PolicyFiles
+from agentcgroupd.telemetry.metrics import Metrics
 
 FREEZE = """
 [[rulesets]]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.policy.sessions_view import LOOK_NS_MOST, REFAULTS_USEC, SAMPLE_USEC, Views
+from agentcgroupd.guard.session_sampler import LOOK_NS_MOST, REFAULTS_USEC, SAMPLE_USEC, Views
 from agentcgroupd.policy.snapshot import SessionView
-from agentcgroupd.session import Call, Session, SessionLimits
+from agentcgroupd.state.session import Call, Session, SessionLimits
 
 MIB = 1 << 20
 

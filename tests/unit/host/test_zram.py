@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcgroupd import zram
 from agentcgroupd.config import parse_config
 from agentcgroupd.errors import ConfigError
-from agentcgroupd.zram import Swap, Zram, ZramError, ZramStat
+from agentcgroupd.host import zram
+from agentcgroupd.host.zram import Swap, Zram, ZramError, ZramStat
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 HEADING = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"

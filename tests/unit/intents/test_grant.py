@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcgroupd.admission import (
+from agentcgroupd.errors import InvalidField
+from agentcgroupd.intents.grant import (
     CALL_MEMORY_LEAST,
     HINT_LOW_BYTES,
     Ceiling,
@@ -16,8 +17,7 @@ from agentcgroupd.admission import (
     merge,
     weight_of_priority,
 )
-from agentcgroupd.errors import InvalidField
-from agentcgroupd.intent import Intent, check_name, cut_argv, parse_intent
+from agentcgroupd.intents.parse import Intent, check_name, cut_argv, parse_intent
 
 GIB, MIB = 1 << 30, 1 << 20
 ABOVE = Ceiling(

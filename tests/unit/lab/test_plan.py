@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentcgroupd.replay import plan
-from agentcgroupd.replay.attribute import attribute
-from agentcgroupd.replay.driver import Clock
-from agentcgroupd.replay.trace import Sample, Trace, TraceCall
+from agentcgroup_lab.replay.driver import Clock
+from agentcgroup_lab.trace import plan
+from agentcgroup_lab.trace.attribute import attribute
+from agentcgroup_lab.trace.format import Sample, Trace, TraceCall
 
 MB = 1_000_000
 ROUNDING_MB = 0.05  # pages, once for each holder

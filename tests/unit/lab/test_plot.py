@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agentcgroupd.replay import plot, result
+from agentcgroup_lab.replay import plot, result
 
 MB = 1_000_000
 

@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroup_lab.trace.record import CallLog, Raw, SeenCall, sample_until, to_trace
 from agentcgroupd.errors import CgroupGone
-from agentcgroupd.replay.record import CallLog, Raw, SeenCall, sample_until, to_trace
 
 UNIX = 1_700_000_000.0
 

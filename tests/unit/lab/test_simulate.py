@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentcgroupd.policy import simulate_cli, simulate_guard
-from agentcgroupd.policy.model import Policy
-from agentcgroupd.policy.simulate import (
+from agentcgroup_lab.simulate import cli, guard
+from agentcgroup_lab.simulate.guard import Guard, Looks
+from agentcgroup_lab.simulate.plans import Profile, Segment, compile_plan
+from agentcgroup_lab.simulate.report import table
+from agentcgroup_lab.simulate.run import (
     NORMAL_PRIORITY,
     Session,
     Setup,
@@ -25,13 +27,11 @@ from agentcgroupd.policy.simulate import (
     simulate,
     simulate_once,
 )
-from agentcgroupd.policy.simulate_guard import Guard, Looks
-from agentcgroupd.policy.simulate_plans import Profile, Segment, compile_plan
-from agentcgroupd.policy.simulate_report import table
-from agentcgroupd.policy.simulate_types import Kernel, Lane
-from agentcgroupd.policy.simulate_world import World
+from agentcgroup_lab.simulate.types import Kernel, Lane
+from agentcgroup_lab.simulate.world import World
+from agentcgroup_lab.trace.plan import AgentStep, Options, Plan, PlannedCall, Step
+from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import Action, Decision, Outcome, Snapshot, State
-from agentcgroupd.replay.plan import AgentStep, Options, Plan, PlannedCall, Step
 
 MB = 1_000_000
 Decider = Callable[[Snapshot], list[Decision]]
@@ -75,8 +75,8 @@ def decides(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decider], None]:
             del policy, signal
             return Outcome(tuple(decider(now)), state)
 
-        monkeypatch.setattr(simulate_guard, "decide", decide)
-        monkeypatch.setattr(simulate_guard, "attention_bytes", lambda policy, limit: limit)
+        monkeypatch.setattr(guard, "decide", decide)
+        monkeypatch.setattr(guard, "attention_bytes", lambda policy, limit: limit)
 
     return use
 
@@ -330,7 +330,7 @@ def write_recording(path: Path) -> None:
 
 def run_cli(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    simulate_cli.add_simulate_parser(parser.add_subparsers())
+    cli.add_simulate_parser(parser.add_subparsers())
     args = parser.parse_args(["simulate", *arguments])
     return int(args.run(args))
 

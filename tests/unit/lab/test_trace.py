@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentcgroupd.replay import trace
+from agentcgroup_lab.trace import format as trace_format
 
 HEADER = {
-    "schema": trace.SCHEMA,
+    "schema": trace_format.SCHEMA,
     "task": "a task",
     "model": "none",
     "duration_s": 0.1,
@@ -40,14 +40,14 @@ finite = st.floats(0, 1e6, allow_nan=False)
 
 
 @st.composite
-def traces(draw: st.DrawFn) -> trace.Trace:
+def traces(draw: st.DrawFn) -> trace_format.Trace:
     gaps = draw(st.lists(st.floats(0.001, 10.0), min_size=0, max_size=20))
     times = [0.0]
     for gap in gaps:
         times.append(times[-1] + gap)
-    samples = tuple(trace.Sample(t, draw(finite), draw(finite), draw(finite)) for t in times)
+    samples = tuple(trace_format.Sample(t, draw(finite), draw(finite), draw(finite)) for t in times)
     calls = [
-        trace.TraceCall(
+        trace_format.TraceCall(
             start,
             start + draw(st.floats(0, 100)),
             draw(st.text("abcdef0123456789", min_size=1, max_size=8)),
@@ -57,32 +57,32 @@ def traces(draw: st.DrawFn) -> trace.Trace:
         )
         for start in sorted(draw(st.lists(st.floats(0, 100), max_size=10)))
     ]
-    return trace.Trace("task", "model", draw(st.floats(0, 10)), samples, tuple(calls))
+    return trace_format.Trace("task", "model", draw(st.floats(0, 10)), samples, tuple(calls))
 
 
 @settings(max_examples=60, deadline=None)
 @given(recorded=traces(), suffix=st.sampled_from([".jsonl", ".jsonl.gz"]))
 def test_what_is_written_is_read_again(
-    recorded: trace.Trace, suffix: str, tmp_path_factory: pytest.TempPathFactory
+    recorded: trace_format.Trace, suffix: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("trace") / f"one{suffix}"
-    trace.write(recorded, path)
-    again = trace.read(path)
+    trace_format.write(recorded, path)
+    again = trace_format.read(path)
     assert again.samples == recorded.samples
     assert again.calls == recorded.calls
     assert (again.task, again.model) == (recorded.task, recorded.model)
     assert again.sample_period_s == recorded.sample_period_s
     assert list(path.parent.iterdir()) == [path]
     # Once more: what a header says beyond the totals stays.
-    trace.write(again, path)
-    assert trace.read(path) == again
+    trace_format.write(again, path)
+    assert trace_format.read(path) == again
 
 
 @pytest.mark.parametrize(
     ("records", "line", "field", "allowed"),
     [
         ([], 1, "file", "header"),
-        ([{**HEADER, "schema": "other/1"}], 1, "schema", trace.SCHEMA),
+        ([{**HEADER, "schema": "other/1"}], 1, "schema", trace_format.SCHEMA),
         ([{**HEADER, "peak_mb": "much"}, *SAMPLES, CALL], 1, "peak_mb", "number"),
         ([{**HEADER, "n_samples": 3}, *SAMPLES, CALL], 1, "n_samples", "2"),
         ([{**HEADER, "n_tool_calls": 0}, *SAMPLES, CALL], 1, "n_tool_calls", "1"),
@@ -105,8 +105,8 @@ def test_what_is_wrong_is_named(
     records: list[Any], line: int, field: str, allowed: str, tmp_path: Path
 ) -> None:
     path = _write(tmp_path / "bad.jsonl", *records)
-    with pytest.raises(trace.TraceError) as caught:
-        trace.read(path)
+    with pytest.raises(trace_format.TraceError) as caught:
+        trace_format.read(path)
     error = caught.value
     assert (error.line, error.field) == (line, field)
     assert allowed in error.allowed
@@ -117,15 +117,15 @@ def test_a_cut_gzip_file_is_an_error_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "cut.jsonl.gz"
     text = "".join(json.dumps(record) + "\n" for record in [HEADER, *SAMPLES, CALL])
     path.write_bytes(gzip.compress(text.encode())[:-20])
-    with pytest.raises(trace.TraceError, match="allowed: whole"):
-        trace.read(path)
+    with pytest.raises(trace_format.TraceError, match="allowed: whole"):
+        trace_format.read(path)
 
 
 def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _write(tmp_path / "one.jsonl", HEADER, *SAMPLES, CALL)
-    recorded = trace.read(path)
+    recorded = trace_format.read(path)
     before = path.read_bytes()
 
     def refuse(fd: int) -> None:
@@ -133,6 +133,6 @@ def test_a_failed_write_leaves_the_old_file(
 
     monkeypatch.setattr("os.fsync", refuse)
     with pytest.raises(OSError, match="No space"):
-        trace.write(recorded, path)
+        trace_format.write(recorded, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

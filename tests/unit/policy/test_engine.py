@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroupd.policy.engine import attention_bytes, decide, marks
-from agentcgroupd.policy.model import Amount, Policy, PoolFills, PoolFree
-from agentcgroupd.policy.situation import Situation
+from agentcgroupd.policy.headroom import Situation
+from agentcgroupd.policy.schema import Amount, Policy, PoolFills, PoolFree
 from agentcgroupd.policy.snapshot import (
     SESSION_ACTIONS,
     TICK,

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.policy.command_shape import SHAPE_CHARS_MAX, shape_of
 from agentcgroupd.policy.learning import (
     Expectation,
     Learned,
@@ -17,8 +18,7 @@ from agentcgroupd.policy.learning import (
     learn,
     was_cut_short,
 )
-from agentcgroupd.policy.model import Learning
-from agentcgroupd.policy.shape import SHAPE_CHARS_MAX, shape_of
+from agentcgroupd.policy.schema import Learning
 
 MIB, GIB = 1 << 20, 1 << 30
 TESTS = "pytest tests/"

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from agentcgroupd.config import Section
 from agentcgroupd.errors import ConfigError
-from agentcgroupd.policy.document import diff, to_toml
-from agentcgroupd.policy.doubts import doubts
+from agentcgroupd.policy.errors import ACTIONS, DETECTORS, PolicyError
+from agentcgroupd.policy.lint import doubts
 from agentcgroupd.policy.load import built_in, load_policy, parse_policy
-from agentcgroupd.policy.mistakes import ACTIONS, DETECTORS, PolicyError
-from agentcgroupd.policy.model import Amount, Freeze, Growing, Policy, PoolFree, Ruleset
+from agentcgroupd.policy.schema import Amount, Freeze, Growing, Policy, PoolFree, Ruleset
+from agentcgroupd.policy.toml import diff, to_toml
 
 ROOT = Path(__file__).resolve().parents[3]
 DOC = (ROOT / "docs/policies.md").read_text()

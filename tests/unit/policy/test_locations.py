@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroupd.policy.load import built_in
-from agentcgroupd.policy.positions import Mark, scan
+from agentcgroupd.policy.locations import Mark, scan
 
 SCALARS = st.sampled_from(
     ["1", "-1.5e3", "true", "inf", "1979-05-27 07:32:00", "07:32:00", '""', "''", '"a#]}"', "'\\'",

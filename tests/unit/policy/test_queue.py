@@ -8,8 +8,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcgroupd.policy.model import Policy
 from agentcgroupd.policy.queue import Waiting, admit, in_order, is_small, room_bytes
+from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import CallView, SessionView, Snapshot
 
 MIB = 1 << 20

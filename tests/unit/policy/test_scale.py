@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcgroupd.policy.document import diff, to_toml
 from agentcgroupd.policy.load import load_policy, parse_policy
 from agentcgroupd.policy.scale import scaled
+from agentcgroupd.policy.toml import diff, to_toml
 
 DEFAULT = load_policy(Path("default")).policy
 

@@ -274,7 +274,7 @@ class Diagnosis:
 
 
 def test_doctor(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_module(monkeypatch, "agentcgroupd.doctor", run=Diagnosis)
+    fake_module(monkeypatch, "agentcgroupd.doctor.report", run=Diagnosis)
     assert run("doctor", code=1) == "color=False\n"
     assert run.json("doctor", code=1) == {"ok": False}
     monkeypatch.setattr(Diagnosis, "ok", True)
@@ -293,7 +293,7 @@ def test_record_and_replay_are_delegated(run: Cli, monkeypatch: pytest.MonkeyPat
 
     fake_module(
         monkeypatch,
-        "agentcgroupd.replay.cli",
+        "agentcgroup_lab.replay.cli",
         add_record_arguments=add,
         run_record=go,
         add_replay_arguments=add,

@@ -1,0 +1,478 @@
+"""The life of a call: begin, attach, end; every way out removes its cgroup and leaves a report.
+
+A call ends when its cgroup is empty, whoever forgot to say so. One that was begun through gRPC is
+held open by its owner, so that several commands can run in it; it ends when the owner says so, or
+when the owner is gone and the cgroup is empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import secrets
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.calls.evidence import main_status, oom_counts
+from agentcgroupd.calls.owners import Owners
+from agentcgroupd.calls.reports import Reports
+from agentcgroupd.calls.timers import Deadlines
+from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.events import FileEvents
+from agentcgroupd.config import CallDefaults
+from agentcgroupd.enforce.limits import oom_score_adj, set_oom_score_adj, write_grant
+from agentcgroupd.errors import (
+    BpfError,
+    CgroupGone,
+    FailedPrecondition,
+    KnobError,
+    NotFound,
+    RequestError,
+    ResourceExhausted,
+    Unavailable,
+)
+from agentcgroupd.host.syscalls import pidfd_alive
+from agentcgroupd.intents.grant import Grant, grant_for, merge
+from agentcgroupd.intents.parse import check_name, cut_argv, parse_intent
+from agentcgroupd.state.session import (
+    CALL_PREFIX,
+    Call,
+    Process,
+    Session,
+    boottime_usec,
+    plain,
+    unix_usec,
+)
+from agentcgroupd.telemetry.wire import call_to_proto, grant_to_proto
+
+log = logging.getLogger(__name__)
+
+END_TIMEOUT_S = 15.0
+"""How long EndCall waits for killed processes; one in uninterruptible sleep can take longer, and
+the call then ends in the background."""
+
+
+class CallWatcher(Protocol):
+    """Who has to know of a call's cgroup before a process enters it, and when it is gone."""
+
+    def call_opened(self, call: Call) -> None:
+        """Its cgroup is there, with no process in it or, after a restart, with some."""
+
+    def call_closed(self, call: Call) -> None:
+        """Its cgroup is gone or given up."""
+
+    def entered(self, pid: int) -> None:
+        """A process is in a call, or in an agent leaf, and all that it will fork is as well."""
+
+    def catch_up(self) -> None:
+        """What is known of processes that have ended is to be known before a call is judged."""
+
+    def behind(self) -> bool:
+        """Whether more processes of a call may still be on their way into it."""
+
+
+class Calls:
+    """All open calls. Runs on the event loop; nothing here blocks on anything but the kernel."""
+
+    def __init__(
+        self,
+        config: CallDefaults,
+        events: FileEvents,
+        reports: Reports,
+        watcher: CallWatcher,
+    ) -> None:
+        self._config = config
+        self._events = events
+        self.reports = reports
+        self.actions = reports.actions
+        self._audit = self.actions.audit
+        self._metrics = self.actions.metrics
+        self._feed = self.actions.feed
+        self._ceiling = reports.ceiling
+        self._pool = reports.pool
+        self._watcher = watcher
+        self._loop = asyncio.get_running_loop()
+        self._owners = Owners(self._owner_gone)
+        self._deadlines = Deadlines(config, self._populated, self._finish, self._kill)
+        self.waiting: Callable[[Session], int] = lambda session: 0
+        """How many calls of a session wait to begin."""
+        self.on_begin: Callable[[], None] = lambda: None
+        """Told when a call's cgroup is there."""
+        self.on_end: Callable[[Call, int], None] = lambda call, held_bytes: None
+        """Told of each call whose cgroup is gone, and what it had taken at most."""
+        self.place: Callable[[Grant, str], Grant] = lambda grant, call_id: grant
+        """Finds the devices for a part of a GPU (gpu.control)."""
+        self.regrant: Callable[[Call, Grant], Grant] = lambda call, grant: grant
+        self.ending: Callable[[Call], None] = lambda call: None
+        """Told of each call that is empty, before its report is made."""
+        self.open: dict[str, Call] = {}
+        self._postponed: dict[str, Call] = {}
+        self.begun = 0
+        self.ended = 0
+
+    # Beginning
+
+    def begin(
+        self,
+        session: Session,
+        name: str,
+        intent: Mapping[str, str],
+        argv: list[str],
+        owner: Process | None,
+        observed: bool = False,
+        call_id: str = "",
+    ) -> Call:
+        """A new call with its cgroup, limits set, no process in it yet.
+
+        `owner` holds the call open; None: the call ends when it is empty. `observed`: nobody asked
+        for it. `call_id`: what it was called while it waited. Raises RequestError, and then nothing
+        is left behind.
+        """
+        with self.refusing(session, name), self._metrics.time("begin"):
+            return self._begin(session, name, intent, argv, owner, observed, call_id)
+
+    @contextmanager
+    def refusing(self, session: Session, name: str) -> Iterator[None]:
+        """Counts and notes a refusal on its way to the caller."""
+        try:
+            yield
+        except RequestError as error:
+            self._metrics.calls_refused.labels(error.code).inc()
+            self._audit.write("call_refused", session=session.id, name=name[:128],
+                              code=error.code, sentence=error.sentence)  # fmt: skip
+            raise
+
+    def _begin(
+        self,
+        session: Session,
+        name: str,
+        intent: Mapping[str, str],
+        argv: list[str],
+        owner: Process | None,
+        observed: bool,
+        call_id: str,
+    ) -> Call:
+        check_name(name)
+        self.check_room(session)
+        grant = grant_for(parse_intent(intent), self._ceiling(session))
+        call_id = call_id or secrets.token_hex(6)
+        grant = self.place(grant, call_id)
+        try:
+            session_ooms, pool_ooms = oom_counts(session, self._pool)
+            cgroup = session.cgroup.make_child(CALL_PREFIX + call_id)
+        except CgroupGone:
+            raise NotFound(f"the cgroup of session {session.id} is gone") from None
+        except KnobError as error:
+            raise Unavailable(f"the call's cgroup could not be made: {error}") from None
+        likely = self.reports.likely_bytes(session, name, argv, grant)
+        grant = self.reports.with_advice(session, name, argv, grant)
+        call = Call(
+            id=call_id, session=session, name=name, argv=cut_argv(argv), grant=grant, cgroup=cgroup,
+            began_unix_usec=unix_usec(), began_boot_usec=boottime_usec(),
+            held=owner is not None, owner=owner, observed=observed,
+            session_ooms_before=session_ooms, pool_ooms_before=pool_ooms, likely_bytes=likely,
+        )  # fmt: skip
+        try:
+            call.grant = write_grant(session, cgroup, grant)
+            cgroup.set_xattr(call.record())
+            self._adopt(call)
+        except (KnobError, BpfError, OSError) as error:
+            self._forget(call)
+            cgroup.remove()
+            raise Unavailable(f"the call's limits could not be set: {error}") from None
+        self.begun += 1
+        self._metrics.calls_begun.inc()
+        if observed:
+            self._metrics.calls_observed.labels("yes").inc()
+        if call.grant.advice:
+            self._metrics.calls_reduced.inc()
+        self._audit.write("call_begun", session=session.id, call=call.id, name=name,
+                          argv=list(call.argv), grant=plain(call.grant))  # fmt: skip
+        if self._feed.listening:
+            self._feed.publish(session.id, pb.Event(begun=call_to_proto(call, admin=True)))
+        self.on_begin()
+        return call
+
+    def check_room(self, session: Session) -> None:
+        """Whether one more may begin. Raises FailedPrecondition or ResourceExhausted."""
+        if session.closing:
+            raise FailedPrecondition(f"session {session.id} is being closed")
+        count = len(session.calls) + self.waiting(session)
+        if count >= session.limits.calls_max:
+            raise ResourceExhausted(
+                f"calls: {count} calls of this session are open or waiting, which is all it may "
+                "have; end one first", "calls_max", str(count + 1),
+                f"at most {session.limits.calls_max}",
+            )  # fmt: skip
+
+    def _adopt(self, call: Call) -> None:
+        """Start to look after a call, new or found again."""
+        call.watch = self._events.watch(
+            call.cgroup, knobs.CGROUP_EVENTS, lambda: self._changed(call)
+        )
+        self.open[call.id] = call
+        call.session.calls[call.id] = call
+        self._watcher.call_opened(call)
+        if call.owner is not None:
+            self._owners.add(call)
+        self._deadlines.begun(call)
+
+    # Entering
+
+    def attach(self, call: Call, process: Process) -> None:
+        """Move a process into the call and take it for the main one, whose end is the call's.
+        Raises RequestError or KnobError."""
+        if call.state == pb.CALL_STATE_ENDING:
+            raise FailedPrecondition(f"call {call.id} is ending")
+        with self._metrics.time("attach"):
+            call.cgroup.attach(process.pid)
+            if not pidfd_alive(process.pidfd):
+                raise FailedPrecondition(f"process {process.pid} ended before it could enter")
+        self._leave_observed(call, process)
+        if call.main is not None:
+            call.main.close()
+        call.main = process.copy()
+        call.client_status = call.exit_status = None
+        self._entered(call, process)
+
+    def _leave_observed(self, call: Call, process: Process) -> None:
+        """A shell that ends in `exec agentcg-exec ...` is found as a call before it asks for one;
+        the first is over then, and has nothing to say."""
+        for other in call.session.calls.values():
+            main = other.main
+            if other is not call and other.observed and main is not None and (
+                (main.pid, main.start_ticks) == (process.pid, process.start_ticks)
+            ):  # fmt: skip
+                other.ended_by, other.ended_why = "declared", f"It went on as call {call.id}."
+
+    def admit(self, call: Call, process: Process) -> None:
+        """Move one more process into the call, which dies with it if it is ending. Raises
+        KnobError."""
+        call.cgroup.attach(process.pid)
+        self._entered(call, process)
+        if call.state == pb.CALL_STATE_ENDING:
+            call.cgroup.kill()
+
+    def _entered(self, call: Call, process: Process) -> None:
+        self._watcher.entered(process.pid)
+        set_oom_score_adj(process.pid, oom_score_adj(call.grant.priority))
+        call.entered = True
+        if call.state == pb.CALL_STATE_PENDING:
+            call.state = pb.CALL_STATE_RUNNING
+        self._deadlines.entered(call)
+        call.cgroup.set_xattr(call.record())
+
+    def update(self, call: Call, intent: Mapping[str, str]) -> Call:
+        """Change an open call's grant. Raises RequestError, with nothing changed."""
+        if call.state == pb.CALL_STATE_ENDING:
+            raise FailedPrecondition(f"call {call.id} is ending")
+        current = call.cgroup.read_if(knobs.MEMORY_CURRENT)
+        grant = merge(call.grant, parse_intent(intent), self._ceiling(call.session), current)
+        grant = self.regrant(call, grant)
+        # What the policy did is undone first: its next look decides anew under the new grant.
+        self.actions.unthrottle(call, "Its grant was changed.")
+        grant = write_grant(call.session, call.cgroup, grant)
+        old = call.grant
+        if grant.memory_high_bytes is None and old.memory_high_bytes is not None:
+            call.cgroup.write(knobs.MEMORY_HIGH, None)
+        if grant.cpu_max_millicores is None and knobs.CPU_MAX.file in call.session.offered:
+            call.cgroup.write(knobs.CPU_MAX, knobs.CpuMax(None))
+        if grant.cpu_weight == 100 and call.grant.cpu_weight != 100:
+            call.cgroup.write(knobs.CPU_WEIGHT, 100)
+        call.grant = grant
+        call.likely_bytes = self.reports.likely_bytes(call.session, call.name, call.argv, grant)
+        call.cgroup.set_xattr(call.record())
+        self._deadlines.granted(call)
+        self._audit.write("call_updated", session=call.session.id, call=call.id,
+                          grant=plain(grant))  # fmt: skip
+        return call
+
+    # Ending
+
+    def end(
+        self, call: Call, detach: bool, status: int | None, why: str
+    ) -> pb.Report | Coroutine[Any, Any, pb.Report]:
+        """End a call and give its report; with `detach`, only let go of it. Where processes have
+        to die first, the report is to be awaited."""
+        if status is not None:
+            call.client_status = status
+        call.held = False
+        report = None if self._populated(call) else self._finish(call)
+        if report is not None:
+            return report
+        if detach:
+            call.cgroup.set_xattr(call.record())
+            return pb.Report(call_id=call.id, session_id=call.session.id, name=call.name,
+                             grant=grant_to_proto(call.grant),
+                             sentence="The call goes on until its last process ends.")  # fmt: skip
+        if call.done is None:
+            call.done = self._loop.create_future()
+        self._kill(call, "cancelled", why)
+        return self._ended(call, call.done)
+
+    async def _ended(self, call: Call, done: asyncio.Future[pb.Report]) -> pb.Report:
+        try:
+            return await asyncio.wait_for(asyncio.shield(done), END_TIMEOUT_S)
+        except TimeoutError:
+            raise Unavailable(
+                f"call {call.id} was killed, but a process of it does not die (it waits in the "
+                "kernel); its report comes when it does"
+            ) from None
+
+    def _kill(self, call: Call, ended_by: str, why: str) -> None:
+        """SIGKILL to what is left. If the main process has ended, only leftovers die, and the
+        call's verdict is that of the main process."""
+        call.state = pb.CALL_STATE_ENDING
+        try:
+            if main_status(call)[0] is not None:
+                call.leftovers = max(call.leftovers, len(call.cgroup.procs()))
+            elif not call.ended_by:
+                call.ended_by, call.ended_why = ended_by, why
+            self.actions.hurry(call)
+            call.cgroup.kill()
+        except CgroupGone:
+            self._finish(call)
+
+    def _populated(self, call: Call) -> bool:
+        try:
+            return call.cgroup.populated()
+        except CgroupGone:
+            call.ended_by = call.ended_by or "removed"
+            return False
+
+    def _changed(self, call: Call) -> None:
+        """cgroup.events changed: someone entered, or the last one left, or it was frozen."""
+        if call.id not in self.open or self._populated(call):
+            return
+        if call.observed and self._watcher.behind():
+            self._postponed[call.id] = call
+            return
+        if call.held and call.entered and call.state != pb.CALL_STATE_ENDING:
+            self._deadlines.emptied(call)
+        elif call.entered or call.ended_by == "removed":
+            self._finish(call)
+
+    def _owner_gone(self, call: Call) -> None:
+        """The process that held the call open has ended."""
+        call.held = False
+        if not self._populated(call):
+            self._finish(call)
+        else:
+            call.cgroup.set_xattr(call.record())
+
+    def _finish(self, call: Call) -> pb.Report | None:
+        """The cgroup is empty: report, remove, tell everyone. Once for each call."""
+        if call.id not in self.open:
+            return call.session.report(call.id)
+        with self._metrics.time("finish"):
+            self._watcher.catch_up()
+            self.ending(call)
+            report = self.reports.of(call)
+            # Before the cgroup goes: a daemon killed in between would lose the report. One killed
+            # after this finds the empty cgroup and writes the entry again; the later one counts.
+            self.reports.write(report)
+            removed = True
+            try:
+                call.cgroup.remove()
+            except KnobError as error:
+                if error.errno == errno.EBUSY:
+                    # A process entered between the event and now; its end brings us back.
+                    self._audit.write("call_goes_on", session=call.session.id, call=call.id)
+                    return None
+                log.error("call %s: its cgroup could not be removed: %s", call.id, error)
+                removed = False
+            self._forget(call, removed)
+            self.ended += 1
+            self.reports.keep(call.session, report)
+            self.reports.learn(call, report)
+        self.on_end(call, report.memory_peak_bytes)
+        if call.done is not None and not call.done.done():
+            call.done.set_result(report)
+        return report
+
+    def _forget(self, call: Call, removed: bool = False) -> None:
+        self.open.pop(call.id, None)
+        call.session.calls.pop(call.id, None)
+        if call.watch is not None:
+            (self._events.forget if removed else self._events.unwatch)(call.watch)
+        self._deadlines.drop(call)
+        self._owners.drop(call)
+        self._watcher.call_closed(call)
+        if call.main is not None:
+            call.main.close()
+            call.main = None
+
+    def record_short(
+        self, session: Session, name: str, argv: list[str], wall_usec: int,
+        status: int | None, cpu: dict[str, int], refused: str,
+    ) -> None:  # fmt: skip
+        """A call that had ended before it could have a cgroup, or was `refused` one: only its
+        report is left."""
+        report = self.reports.of_short(session, name, argv, wall_usec, status, cpu, refused)
+        self.reports.write(report)
+        self.reports.keep(session, report)
+        self.begun += 1
+        self.ended += 1
+        self._metrics.calls_begun.inc()
+        self._metrics.calls_observed.labels("no").inc()
+
+    def agent_entered(self, session: Session, process: Process) -> None:
+        """Move a process into a session's agent leaf. Raises KnobError."""
+        session.agent.attach(process.pid)
+        self._watcher.entered(process.pid)
+
+    def withdraw(self, call: Call) -> None:
+        """Undo a call whose process could not enter."""
+        self._finish(call)
+
+    # Finding again
+
+    def restore(self, session: Session, call: Call) -> None:
+        """Take up a call that an earlier daemon began; it may have ended meanwhile."""
+        call.held = call.held and call.owner is not None
+        self._adopt(call)
+        if call.owner is not None:
+            # Owners keeps a pidfd of its own.
+            call.owner.close()
+        # What was asked for: a process that sleeps in the kernel may not have stopped yet.
+        if call.cgroup.read(knobs.CGROUP_FREEZE):
+            call.frozen_since_usec = boottime_usec()
+            self.actions.thaw(call, "The daemon was restarted; what it had paused goes on.")
+        self.actions.restore_high(call)
+        if self._populated(call):
+            call.entered = True
+            call.state = pb.CALL_STATE_RUNNING
+            self._deadlines.entered(call)
+        elif not call.held:
+            self._finish(call)
+
+    def look(self, call: Call) -> None:
+        """As if its events file had just changed; for who knows better than to wait for that."""
+        if call.id in self.open and not self._populated(call):
+            self._finish(call)
+
+    def look_postponed(self) -> None:
+        """At calls that seemed empty while events of processes waited."""
+        postponed, self._postponed = self._postponed, {}
+        self._look_at(postponed.values())
+
+    def recheck(self) -> None:
+        """For the periodic sweep: look at every call as if its events file had just changed."""
+        self._look_at(list(self.open.values()))
+
+    def _look_at(self, calls: Iterable[Call]) -> None:
+        for call in calls:
+            try:
+                self._changed(call)
+            except (KnobError, OSError, ValueError) as error:
+                # One call that cannot be read must not take the others with it.
+                log.error("call %s: %s", call.id, error)
+
+    def let_go(self) -> None:
+        """The daemon stops; calls stay as they are for the next one."""
+        for call in list(self.open.values()):
+            self.actions.let_go(call, "The daemon is stopping.")
+            self._forget(call)

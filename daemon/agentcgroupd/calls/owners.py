@@ -1,0 +1,63 @@
+"""Processes that hold calls open: one watch for each process, however many calls it has."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+
+from agentcgroupd.errors import KnobError
+from agentcgroupd.state.session import Call
+
+log = logging.getLogger(__name__)
+
+
+class Owners:
+    """Watches the owners of calls and says when one has ended."""
+
+    def __init__(self, gone: Callable[[Call], None]) -> None:
+        """`gone` is called for each call of an owner that has ended, with `call.owner` None by
+        then."""
+        self._gone = gone
+        self._loop = asyncio.get_running_loop()
+        self._calls: dict[tuple[int, int], set[Call]] = {}
+        self._fds: dict[tuple[int, int], int] = {}
+
+    def add(self, call: Call) -> None:
+        """Start to watch `call.owner`, whose pidfd stays the caller's."""
+        owner = call.owner
+        assert owner is not None
+        key = (owner.pid, owner.start_ticks)
+        if key not in self._calls:
+            self._calls[key] = set()
+            self._fds[key] = os.dup(owner.pidfd)
+            self._loop.add_reader(self._fds[key], self._ended, key)
+        self._calls[key].add(call)
+
+    def drop(self, call: Call) -> None:
+        """Stop watching for this call; no error if it has no owner."""
+        owner, call.owner = call.owner, None
+        if owner is None:
+            return
+        key = (owner.pid, owner.start_ticks)
+        calls = self._calls.get(key, set())
+        calls.discard(call)
+        if not calls:
+            self._close(key)
+
+    def _close(self, key: tuple[int, int]) -> None:
+        if self._calls.pop(key, None) is not None:
+            fd = self._fds.pop(key)
+            self._loop.remove_reader(fd)
+            os.close(fd)
+
+    def _ended(self, key: tuple[int, int]) -> None:
+        calls = self._calls.get(key, set())
+        self._close(key)
+        for call in calls:
+            call.owner = None
+            try:
+                self._gone(call)
+            except (KnobError, OSError, ValueError) as error:
+                log.error("call %s: its owner ended: %s", call.id, error)

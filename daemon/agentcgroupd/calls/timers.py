@@ -1,0 +1,112 @@
+"""The times in a call's life: to be entered, to be used again, to be over."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.calls.evidence import main_status, signal_all
+from agentcgroupd.config import CallDefaults
+from agentcgroupd.errors import KnobError
+from agentcgroupd.state.session import Call, boottime_usec
+
+log = logging.getLogger(__name__)
+
+FROZEN_LOOK_USEC = 100_000
+"""A call that is paused at its timeout is looked at again so often."""
+
+
+class Deadlines:
+    """Timers of open calls. On a running loop."""
+
+    def __init__(
+        self,
+        config: CallDefaults,
+        populated: Callable[[Call], bool],
+        finish: Callable[[Call], Any],
+        kill: Callable[[Call, str, str], None],
+    ) -> None:
+        """`finish` ends a call that is empty; `kill` (call, by, why) one that is not."""
+        self._config = config
+        self._populated = populated
+        self._finish = finish
+        self._kill = kill
+        self._loop = asyncio.get_running_loop()
+
+    def begun(self, call: Call) -> None:
+        """A call is there, new or found again."""
+        if not call.entered:
+            self._set(call, "attach", self._config.attach_timeout, self._not_entered)
+        self.granted(call)
+
+    def granted(self, call: Call) -> None:
+        """Its timeout is new or another."""
+        if call.grant.timeout_usec is not None:
+            used = boottime_usec() - call.began_boot_usec
+            self._set(call, "timeout", call.grant.timeout_usec - used, self._timed_out)
+
+    def entered(self, call: Call) -> None:
+        """A process is in it."""
+        self._cancel(call, "attach")
+        self._cancel(call, "idle")
+
+    def emptied(self, call: Call) -> None:
+        """No process is in it, but its owner holds it open."""
+        if "idle" not in call.timers:
+            self._set(call, "idle", self._config.idle_timeout, self._idle)
+
+    def drop(self, call: Call) -> None:
+        """It is over."""
+        for timer in call.timers.values():
+            timer.cancel()
+        call.timers.clear()
+
+    def _set(self, call: Call, name: str, usec: int, action: Callable[[Call], None]) -> None:
+        self._cancel(call, name)
+        call.timers[name] = self._loop.call_later(max(0, usec) / 1e6, action, call)
+
+    @staticmethod
+    def _cancel(call: Call, name: str) -> None:
+        timer = call.timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _not_entered(self, call: Call) -> None:
+        if self._populated(call):
+            call.entered = True  # by another way than the attach socket
+        else:
+            self._finish(call)
+
+    def _idle(self, call: Call) -> None:
+        if call.held and not self._populated(call):
+            self._finish(call)
+
+    def _timed_out(self, call: Call) -> None:
+        """The timeout, not counting time that the daemon itself kept the call frozen."""
+        frozen = call.frozen_usec
+        if call.frozen_since_usec is not None:
+            frozen += boottime_usec() - call.frozen_since_usec
+        used = boottime_usec() - call.began_boot_usec - frozen
+        left = (call.grant.timeout_usec or 0) - used
+        if left > 0 or call.frozen_since_usec is not None:
+            self._set(call, "timeout", max(left, FROZEN_LOOK_USEC), self._timed_out)
+            return
+        call.held = False
+        if not self._populated(call):
+            self._finish(call)
+            return
+        if main_status(call)[0] is None:
+            call.ended_by = call.ended_by or "timeout"
+        call.state = pb.CALL_STATE_ENDING
+        try:
+            signal_all(call.cgroup, signal.SIGTERM)
+        except KnobError:
+            log.debug("call %s ended at its timeout", call.id)
+        self._set(call, "kill", self._config.term_grace, self._kill_after_term)
+
+    def _kill_after_term(self, call: Call) -> None:
+        self._kill(call, "timeout", "")

@@ -1,0 +1,336 @@
+"""Who schedules the CPU: our sched_ext scheduler, or the kernel's own with cpu.weight and cpu.max.
+
+Weights and limits are written to the cgroups either way, so the two give the same kind of result.
+Ours is loaded at the start where the kernel has what it needs and no other scheduler runs. When the
+kernel lets go of it (a stall, an error, SysRq-S) its tasks go on in the fair class at once; the
+daemon says why, and tries again later, at most `cpu.retries` times.
+
+What enters a managed cgroup becomes SCHED_EXT, which its children inherit; what leaves is given
+back. A SCHED_EXT task without a scheduler is one of the fair class, so that is always safe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from agentcgroupd.bpf import abi, features, sched
+from agentcgroupd.bpf.features import FeatureState
+from agentcgroupd.bpf.sched import CpuNumbers, SchedSettings, Scheduler
+from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.config import CpuConfig
+from agentcgroupd.errors import BpfError, CgroupGone, KnobError
+from agentcgroupd.policy.schema import CpuClasses
+from agentcgroupd.sessions.pool import Pool
+from agentcgroupd.state.session import Call, Session
+from agentcgroupd.telemetry.metrics import Metrics
+from agentcgroupd.units import CgroupId
+
+log = logging.getLogger(__name__)
+
+SCHED_EXT = 7
+"""include/uapi/linux/sched.h"""
+OURS = (os.SCHED_OTHER, os.SCHED_BATCH)
+"""Policies that are changed; who has asked for another one keeps it."""
+INTERACTIVE_FACTOR = 2
+SESSION_FACTOR = 4
+"""Budgets of an interactive call, and of a session, over that of a normal call."""
+HURRY_USEC = 50_000
+RETRY_MOST_S = 300.0
+
+
+def set_policy(pid: int, policy: int, of: tuple[int, ...] = (*OURS, SCHED_EXT)) -> int:
+    """Give every thread of a process the policy, if it has one that the daemon may change; returns
+    how many it was. Those that are made meanwhile inherit it, or are found by looking again."""
+    changed = 0
+    before: set[str] = set()
+    while True:
+        try:
+            threads = set(os.listdir(f"/proc/{pid}/task"))
+        except (FileNotFoundError, ProcessLookupError):
+            return changed
+        new = threads - before
+        if not new:
+            return changed
+        before |= new
+        for thread in map(int, new):
+            try:
+                found = os.sched_getscheduler(thread) & ~os.SCHED_RESET_ON_FORK
+                if found != policy and found in of:
+                    os.sched_setscheduler(thread, policy, os.sched_param(0))
+                    changed += 1
+            except ProcessLookupError:
+                continue
+            except OSError as error:
+                log.warning("scheduling policy of %d: %s", thread, error)
+
+
+class CpuScheduling:
+    """Keeps the scheduler running and knowing. Told of sessions and calls as a watcher; runs on the
+    event loop."""
+
+    def __init__(
+        self, config: CpuConfig, objects: Path | None, metrics: Metrics,
+        classes: Callable[[], CpuClasses],
+    ) -> None:  # fmt: skip
+        """Nothing is loaded yet. `objects`: directory of the compiled programs."""
+        self._config, self._objects, self._metrics = config, objects, metrics
+        self._classes = classes
+        self._scheduler: Scheduler | None = None
+        self._states_fd: int | None = None
+        self._sessions: Callable[[], Iterable[Session]] = lambda: ()
+        self._pool: Pool | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._left = 0
+        self.failures = 0
+        """How often the kernel has let go of it, or did not take it again."""
+        (definition,) = features.definitions_of(sched.OBJECT)
+        self._definition = definition
+        self.state = features.missing(definition, "it has not been tried yet")
+
+    # Its life
+
+    def open(
+        self, pool: Pool, states_fd: int | None, sessions: Callable[[], Iterable[Session]],
+        enabled: bool,
+    ) -> FeatureState:  # fmt: skip
+        """Load and attach it if this kernel takes it. `states_fd`: what the memory programs know;
+        `enabled`: programs are to be loaded at all. Never raises BpfError."""
+        self._pool, self._states_fd, self._sessions = pool, states_fd, sessions
+        if not enabled or self._config.scheduler == "off":
+            key = "cpu.scheduler" if enabled else "bpf.enabled"
+            self._is_missing(f"switched off in the configuration ({key})")
+        elif "cpu" not in pool.controllers:
+            self._is_missing("the pool has no cpu controller")
+        else:
+            state = sched.gate()
+            if state.works:
+                self._attach(self._load())
+            else:
+                self._set(state)
+        if not self.state.works and enabled:  # else that is said once, for all programs
+            log.warning("%s: missing: %s; instead: %s", self.state.name, self.state.reason,
+                        self.state.fallback)  # fmt: skip
+        return self.state
+
+    def _set(self, state: FeatureState) -> None:
+        self.state = state
+        self._metrics.features.labels(state.name).set(int(state.works))
+
+    def _is_missing(self, reason: str, remedy: str = "") -> None:
+        self._set(features.missing(self._definition, reason, remedy))
+
+    def _load(self) -> Scheduler | BpfError:
+        """What takes longest: the verifier's work. May run in a thread."""
+        config = self._config
+        settings = SchedSettings(
+            slice_usec=config.slice, wait_max_usec=config.wait_max,
+            boost_lead_usec=config.boost_lead, penalty_most=config.penalty_most,
+            stall_timeout_usec=config.stall_timeout,
+        )  # fmt: skip
+        try:
+            return Scheduler.load(settings, self._states_fd, self._objects)
+        except BpfError as error:
+            return error
+
+    def _attach(self, loaded: Scheduler | BpfError) -> None:
+        """Let the kernel ask it from now on, and tell it of what is there already."""
+        if isinstance(loaded, BpfError):
+            self._is_missing(features.one_line(loaded), features.remedy_of(loaded))
+            return
+        try:
+            loaded.attach()
+        except BpfError as error:
+            ending = loaded.ending()
+            loaded.close()
+            if error.errno == errno.EBUSY:
+                self._is_missing(*sched.occupied())
+            else:
+                why = f": {ending.sentence}" if ending else ""
+                self._is_missing(features.one_line(error) + why, features.remedy_of(error))
+            return
+        self._scheduler = loaded
+        self._left = 0
+        self._set(replace(sched.gate(), reason="", works=True))
+        log.info("%s: attached, as %s", self.state.name, sched.running())
+        for session in self._sessions():
+            try:
+                self.session_opened(session)
+                for call in session.calls.values():
+                    self.call_opened(call)
+            except BpfError as error:
+                log.error("session %s is not told to the CPU scheduler: %s", session.id, error)
+
+    def check(self) -> None:
+        """Now and then: whether the kernel still has it."""
+        scheduler = self._scheduler
+        if scheduler is None:
+            return
+        ending = scheduler.ending()
+        if ending is None:
+            self._show(scheduler)
+            return
+        self._scheduler = None
+        scheduler.close()
+        self.failures += 1
+        self._metrics.scheduler_ejected.inc()
+        self._is_missing(f"the kernel has let go of it: {ending.sentence}")
+        log.error("%s: the kernel has let go of it: %s; instead: %s", self.state.name,
+                  ending.sentence, self.state.fallback)  # fmt: skip
+        self._try_later()
+
+    def _try_later(self) -> None:
+        if self.failures > self._config.retries:
+            log.error("%s: not tried again: it failed %d times", self.state.name, self.failures)
+            return
+        wait_s = min(RETRY_MOST_S, self._config.retry_after / 1e6 * 2 ** (self.failures - 1))
+        log.info("%s: tried again in %.1f s", self.state.name, wait_s)
+        self._retry = asyncio.get_running_loop().call_later(wait_s, self._begin_again)
+
+    def _begin_again(self) -> None:
+        self._retry = None
+        self._task = asyncio.get_running_loop().create_task(self._again())
+
+    async def _again(self) -> None:
+        loaded = await asyncio.get_running_loop().run_in_executor(None, self._load)
+        self._attach(loaded)
+        if self._scheduler is None:
+            self.failures += 1
+            log.error("%s: %s", self.state.name, self.state.reason)
+            self._try_later()
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether a call above its memory mark is slowed."""
+        return (self._scheduler is not None and self._states_fd is not None
+                and self._config.penalty_most > 1)  # fmt: skip
+
+    def close(self) -> None:
+        """Detach: everything goes on in the fair class."""
+        if self._retry is not None:
+            self._retry.cancel()
+        if self._task is not None:
+            self._task.cancel()
+        if self._scheduler is not None:
+            self._scheduler.close()
+            self._scheduler = None
+
+    # What it is told
+
+    def session_opened(self, session: Session) -> None:
+        """Its agent leaf is there, with processes or without. Raises BpfError."""
+        if self._scheduler is None:
+            return
+        boost, permille = self._budget(session.limits.priority)
+        self._scheduler.describe(
+            session.cgroup.id, abi.CgroupKind.SESSION, boost * SESSION_FACTOR,
+            min(1000, permille * SESSION_FACTOR),
+        )  # fmt: skip
+        self._scheduler.describe(session.agent.id, abi.CgroupKind.AGENT, boost, permille)
+        self._take_all(session.agent)
+
+    def session_closed(self, session: Session) -> None:
+        """Its cgroup is gone or given back; see given_back()."""
+
+    def call_opened(self, call: Call) -> None:
+        """Its cgroup is there, with processes only after a restart. Raises BpfError."""
+        if self._scheduler is None:
+            return
+        boost, permille = self._budget(call.grant.priority)
+        self._scheduler.describe(call.cgroup.id, abi.CgroupKind.CALL, boost, permille)
+        if call.entered:
+            self._take_all(call.cgroup)
+
+    def call_closed(self, call: Call) -> None:
+        """The kernel has told the scheduler itself."""
+
+    def _budget(self, priority: int) -> tuple[int, int]:
+        """CPU time that may be taken ahead of others (usec), and how fast it comes back (permille
+        of one CPU), by class."""
+        classes, config = self._classes(), self._config
+        if priority < classes.batch_below:
+            return 0, 0
+        factor = INTERACTIVE_FACTOR if priority >= classes.interactive_from else 1
+        return config.boost * factor, min(1000, config.boost_refill_percent * 10 * factor)
+
+    def entered(self, pid: int) -> None:
+        """A process has entered a managed cgroup."""
+        if self._scheduler is not None:
+            set_policy(pid, SCHED_EXT)
+
+    def _take_all(self, cgroup: Cgroup) -> None:
+        self._give_all(cgroup, SCHED_EXT, OURS)
+
+    def _give_all(self, cgroup: Cgroup, policy: int, of: tuple[int, ...]) -> int:
+        changed = 0
+        seen = {0}
+        try:
+            # Until there is nobody new: what was forked meanwhile is as its parent was then.
+            while new := set(cgroup.procs()) - seen:
+                seen |= new
+                changed += sum(set_policy(pid, policy, of) for pid in new)
+            for name in cgroup.children():
+                changed += self._give_all(cgroup.child(name), policy, of)
+        except CgroupGone:
+            log.debug("%s is gone", cgroup.path)
+        except KnobError as error:
+            log.warning("%s: %s", cgroup.path, error)
+        return changed
+
+    def given_back(self, session: Session) -> None:
+        """The processes of an adopted session are its runtime's again."""
+        self._give_all(session.cgroup, os.SCHED_OTHER, (SCHED_EXT,))
+
+    def sweep(self) -> None:
+        """Take back what has left the class by itself: anyone may set SCHED_OTHER, and would then
+        go before everything that is ours."""
+        scheduler = self._scheduler
+        if scheduler is None or scheduler.control.left == self._left:
+            return
+        self._left = scheduler.control.left
+        changed = 0
+        for session in self._sessions():
+            changed += self._give_all(session.cgroup, SCHED_EXT, OURS)
+        if changed:
+            log.info("%d threads had left the scheduling class, and were put back", changed)
+
+    def hurry(self, call: Call) -> None:
+        """A call is about to be frozen or killed: let it come to where it holds nothing of the
+        kernel's. Never raises BpfError."""
+        if self._scheduler is None:
+            return
+        try:
+            self._scheduler.hurry(call.cgroup.id, HURRY_USEC)
+        except BpfError as error:
+            log.debug("call %s: %s", call.id, error)
+
+    # What it tells
+
+    def numbers(self, cgroup: CgroupId) -> CpuNumbers | None:
+        """None where it does not run, or has never seen the cgroup."""
+        if self._scheduler is None:
+            return None
+        try:
+            return self._scheduler.numbers(cgroup)
+        except BpfError as error:
+            log.warning("cgroup %d: %s", cgroup, error)
+            return None
+
+    def _show(self, scheduler: Scheduler) -> None:
+        """In the metrics."""
+        control = scheduler.control
+        for name in ("cgroups", "queues", "waiting", "without_entry", "picks", "picks_empty",
+                     "preempted", "finishing", "left"):  # fmt: skip
+            self._metrics.scheduler.labels(name).set(getattr(control, name))
+        found = self.numbers(self._pool.cgroup.id) if self._pool is not None else None
+        if found is not None:
+            for name in ("run", "wait", "boosted", "penalty", "stalled"):
+                self._metrics.cpu_seconds.labels(name).set(getattr(found, f"{name}_usec") / 1e6)
+            for name in ("slices", "boosts", "penalties", "stalls", "rescues"):
+                self._metrics.cpu_events.labels(name).set(getattr(found, name))

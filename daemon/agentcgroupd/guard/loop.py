@@ -1,0 +1,243 @@
+"""Looks at the pool, asks the engine, and applies what it decides.
+
+How often it looks depends on how soon the pool could be full, or could hold too much for its calls
+to end one after the other: at the fastest growth that is assumed possible, several looks fall into
+the time that the free memory lasts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping
+
+from agentcgroupd.calls.lifecycle import Calls
+from agentcgroupd.config import GuardConfig
+from agentcgroupd.errors import BpfError, KnobError
+from agentcgroupd.guard.high_mark import Tripwire
+from agentcgroupd.guard.sampler import Looker
+from agentcgroupd.policy.engine import attention_bytes, claim_bytes, decide, marks
+from agentcgroupd.policy.schema import Policy
+from agentcgroupd.policy.snapshot import (
+    SESSION_ACTIONS,
+    TICK,
+    Action,
+    Decision,
+    Signal,
+    SignalKind,
+    Snapshot,
+    State,
+)
+from agentcgroupd.state.session import Session
+
+log = logging.getLogger(__name__)
+
+BURST_BYTES_PER_S = 2 << 30
+"""Recorded agents' tool calls grew by up to 1.7 GB/s (arXiv 2602.09345), which is what a core can
+touch; so many calls may do so at once as there are cores."""
+CORES = min(8, os.cpu_count() or 1)
+"""More than eight together touch little more than eight do."""
+CALM_INTERVAL_S = 0.25
+IDLE_INTERVAL_S = 1.0
+DRY_SAID_USEC = 10_000_000
+"""What a dry run would do is told once in this time for each subject, not on every look."""
+
+
+class Guard:
+    """Keeps the pool below its limit. `start` and `stop` on a running loop."""
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        policy: Policy,
+        looker: Looker,
+        calls: Calls,
+        sessions: Mapping[str, Session],
+    ) -> None:
+        self._config = config
+        self._looker = looker
+        self._calls = calls
+        self._sessions = sessions
+        self._actions = calls.actions
+        self._limit = looker.limit_bytes
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._tripwire: Tripwire | None = None
+        self._dry_said: dict[tuple[str, str], int] = {}
+        self._free_bytes = 0
+        """Of the pool, at the last look."""
+        self._least_s = 0.0
+        """Between looks, so that on a slow machine looking does not become the main work."""
+        self.holds_back = False
+        """Whether something was done that is to be undone in time."""
+        self.policy = policy
+        self.state = State()
+        self.applied = 0
+        """Decisions that were applied so far."""
+        self.on_look: Callable[[Snapshot], None] = lambda snapshot: None
+        """Told of every snapshot: who waits for room looks as well."""
+        self.on_mark: Callable[[int, int], None] = lambda mark, low: None
+        """Told of another mark, and below what use that is over."""
+        self.wanted: Callable[[], bool] = lambda: False
+        """Whether snapshots are wanted although the pool is calm."""
+
+    def start(self, tripwire: Tripwire | None) -> None:
+        """Begin to look. `tripwire`: what says that the mark is passed, if no program does."""
+        self._tripwire = tripwire
+        if tripwire is not None:
+            tripwire.start(lambda: self.look_now(Signal(SignalKind.MARK)))
+        self._timer = self._loop.call_later(0, self._tick)
+
+    def stop(self) -> None:
+        """No more looks."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._tripwire is not None:
+            self._tripwire.stop()
+
+    @property
+    def mark_bytes(self) -> tuple[int, int]:
+        """Use of the pool at which to look at once, and below which that is over."""
+        return marks(self.policy, self._limit)
+
+    def change_policy(self, policy: Policy) -> None:
+        """From now on this one; what the old one has done is judged by it at once."""
+        self.policy = policy
+        self.on_mark(*self.mark_bytes)
+        if self._tripwire is not None:
+            try:
+                self._tripwire.move(*self.mark_bytes)
+            except KnobError as error:
+                log.error("the pool's mark cannot be moved: %s", error)
+        self.look_now(Signal(SignalKind.RELOADED))
+
+    def look_now(self, signal: Signal) -> None:
+        """Something happened; the timer goes on from here."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._tick(signal)
+
+    def call_began(self) -> None:
+        """The next look may have been put off because there was nobody to look at."""
+        if self._timer is None:
+            return
+        soon = self._loop.time() + max(self._least_s, self._open_interval_s())
+        if self._timer.when() > soon:
+            self._timer.cancel()
+            self._timer = self._loop.call_at(soon, self._tick)
+
+    def still_short(self) -> bool:
+        """Whether less of the pool is free than frozen calls wait for. Raises KnobError."""
+        return self._looker.usage() >= self.mark_bytes[1]
+
+    def snapshot(self) -> Snapshot:
+        """What the policy sees now. Raises KnobError."""
+        return self._looker.look(self._looker.usage())
+
+    def _tick(self, signal: Signal = TICK) -> None:
+        started = self._loop.time()
+        interval = IDLE_INTERVAL_S
+        try:
+            interval = self._look(signal)
+        except KnobError as error:
+            log.error("the pool cannot be read: %s", error)
+        finally:
+            self._least_s = 4 * (self._loop.time() - started)
+            self._timer = self._loop.call_later(max(interval, self._least_s), self._tick)
+
+    def _open_interval_s(self) -> float:
+        """Until the next look, while calls are open."""
+        calls = max(1, min(len(self._calls.open), CORES))
+        stop = self._limit - self.mark_bytes[0]
+        left = self._free_bytes - stop - claim_bytes(self.policy, self._limit)
+        until_s = left / (BURST_BYTES_PER_S * calls)
+        return max(self._config.tick / 1e6, min(CALM_INTERVAL_S, until_s / 2))
+
+    def _look(self, signal: Signal) -> float:
+        """One look; returns seconds until the next."""
+        usage = self._looker.usage()
+        if self._tripwire is not None:
+            self._tripwire.arm_below(usage)
+        self._free_bytes = free = self._limit - usage
+        calm = free > attention_bytes(self.policy, self._limit) and signal is TICK
+        if calm and not self.holds_back and not self.wanted():
+            return self._open_interval_s() if self._calls.open else CALM_INTERVAL_S
+        snapshot = self._looker.look(usage)
+        outcome = decide(self.policy, snapshot, signal, self.state)
+        self.state = outcome.state
+        for decision in outcome.decisions:
+            self._apply(decision, snapshot.now_usec)
+        # What was done is to be undone in time, however calm it gets.
+        self.holds_back = bool(outcome.decisions) or any(
+            c.frozen_for_usec is not None or c.denied_growth_bytes is not None
+            or c.throttled_growth_bytes is not None for c in snapshot.calls
+        ) or any(s.slowed for s in snapshot.sessions)  # fmt: skip
+        self.on_look(snapshot)
+        return self._open_interval_s() if self._calls.open else CALM_INTERVAL_S
+
+    def _apply(self, decision: Decision, now_usec: int) -> None:
+        if decision.dry_run:
+            self._say_dry(decision, now_usec)
+            return
+        try:
+            applied = (
+                self._apply_to_session(decision)
+                if decision.action in SESSION_ACTIONS
+                else self._apply_to_call(decision)
+            )
+        except (KnobError, BpfError) as error:
+            log.warning("%s of %s failed: %s", decision.action.value, decision.subject, error)
+            return
+        self.applied += applied
+
+    def _apply_to_call(self, decision: Decision) -> bool:
+        call = self._calls.open.get(decision.subject)
+        if call is None:
+            return False
+        actions, why = self._actions, decision.why
+        match decision.action:
+            case Action.THROTTLE:
+                actions.throttle(call, decision.amount, why, by_cpu=decision.by_cpu)
+            case Action.UNTHROTTLE:
+                actions.unthrottle(call, why)
+            case Action.DENY:
+                actions.deny(call, why)
+            case Action.ALLOW:
+                actions.allow(call, why)
+            case Action.FREEZE:
+                actions.freeze(call, why)
+            case Action.THAW:
+                actions.thaw(call, why)
+            case Action.KILL:
+                actions.stop(call, why)
+        return True
+
+    def _apply_to_session(self, decision: Decision) -> bool:
+        if not decision.subject:
+            self._actions.reclaim_pool(decision.amount, decision.why)
+            return True
+        session = self._sessions.get(decision.subject)
+        if session is None or session.closing:
+            return False
+        match decision.action:
+            case Action.RECLAIM:
+                calls = [self._calls.open[c] for c in decision.calls if c in self._calls.open]
+                if decision.calls and not calls:
+                    return False
+                self._actions.reclaim(session, decision.amount, calls, decision.why)
+            case Action.SLOW:
+                self._actions.slow(session, decision.amount, decision.why)
+            case Action.RESTORE:
+                self._actions.restore(session, decision.why)
+        return True
+
+    def _say_dry(self, decision: Decision, now_usec: int) -> None:
+        key = decision.action.value, decision.subject
+        if now_usec - self._dry_said.get(key, -DRY_SAID_USEC) < DRY_SAID_USEC:
+            return
+        if len(self._dry_said) > 10_000:
+            self._dry_said.clear()
+        self._dry_said[key] = now_usec
+        self._actions.dry(decision.action.value, decision.subject, decision.ruleset, decision.why)

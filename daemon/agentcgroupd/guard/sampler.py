@@ -1,0 +1,193 @@
+"""From the kernel to a snapshot: what the pool, its sessions and its calls use, and how fast that
+grows.
+
+A look reads a few small files for each open call, so who looks often pays for it: the guard looks
+as often as the pool's state demands (see guard).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.calls.lifecycle import Calls
+from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.errors import BpfError, KnobError
+from agentcgroupd.policy.headroom import GROWING_BYTES_PER_S
+from agentcgroupd.policy.snapshot import CallView, Host, SessionView, Snapshot
+from agentcgroupd.sessions.pool import Pool
+from agentcgroupd.state.session import Call, Session, boottime_usec
+
+log = logging.getLogger(__name__)
+
+CACHE_MATTERS_SHARE = 0.3
+"""Of the pool: with more free than this, nobody asks how much of its use is file cache."""
+APART_USEC = 2_000
+"""Looks closer together than this say nothing of growth: memory is charged in batches."""
+FADE = 0.7
+"""Of the growth seen last is kept when it ends, from one look to the next."""
+
+
+class Growth:
+    """Bytes a second since the last look, by key, falling off over a few looks after it ends."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, tuple[int, int]] = {}
+        self._rate: dict[str, float] = {}
+
+    def of(self, key: str, now_usec: int, value: int, since_usec: int | None = None) -> float:
+        """`since_usec`: at the first look, when it held nothing; None: it does not grow yet."""
+        first = (now_usec, value) if since_usec is None else (since_usec, 0)
+        then, before = self._before.get(key, first)
+        if now_usec - then < APART_USEC and key in self._before:
+            return self._rate.get(key, 0.0)
+        self._before[key] = (now_usec, value)
+        fresh = (value - before) * 1e6 / (now_usec - then) if now_usec > then else 0.0
+        self._rate[key] = max(fresh, self._rate.get(key, 0.0) * FADE)
+        return self._rate[key]
+
+    def keep(self, keys: set[str]) -> None:
+        """Forget all others."""
+        for gone in self._before.keys() - keys:
+            del self._before[gone]
+            self._rate.pop(gone, None)
+
+
+class HostReader(Protocol):
+    """What the host can do, and what of its memory the pool has in zram."""
+
+    zram_bytes: int
+
+    def __call__(self, now_usec: int) -> Host:
+        """Read now, or lately."""
+
+
+class Looker:
+    """Makes snapshots. `look` raises KnobError when the pool cannot be read."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        calls: Calls,
+        sessions: Callable[[int], tuple[SessionView, ...]],
+        host: HostReader,
+        peaks: Callable[[], tuple[int, ...]],
+        adopted: Callable[[], Iterable[Session]],
+    ) -> None:
+        """`sessions` and `host` are asked with the time of the look in usec (CLOCK_BOOTTIME)."""
+        assert pool.memory_max_bytes is not None
+        self._pool = pool
+        self._calls = calls
+        self._sessions = sessions
+        self._host = host
+        self._peaks = peaks
+        self._adopted = adopted
+        self._growth = Growth()
+        self._stall: tuple[int, int] | None = None
+        self._stalled_share = 0.0
+        self.limit_bytes = pool.memory_max_bytes
+
+    def usage(self) -> int:
+        """What the pool uses, file cache and what zram holds of it included. Adopted sessions lie
+        beside the pool's cgroup, but share its budget."""
+        used = self._pool.cgroup.read(knobs.MEMORY_CURRENT) + self._host.zram_bytes
+        for session in self._adopted():
+            try:
+                used += session.cgroup.read_if(knobs.MEMORY_CURRENT) or 0
+            except KnobError:
+                continue  # its runtime has just removed it
+        return used
+
+    def look(self, usage: int) -> Snapshot:
+        """`usage`: as just read."""
+        now = boottime_usec()
+        cache = 0
+        tight = self.limit_bytes - usage < self.limit_bytes * CACHE_MATTERS_SHARE
+        if tight:
+            cache = _cold_cache(self._pool.cgroup)
+        calls = tuple(view for call in list(self._calls.open.values())
+                      if (view := self._call(call, now, tight)) is not None)  # fmt: skip
+        # With and without the cache are two series: from one to the other is no growth.
+        key = "pool" if tight else "pool and cache"
+        growth = self._growth.of(key, now, usage - cache)
+        self._growth.keep({key, *(c.id for c in calls), *(f"{c.id}/" for c in calls)})
+        return Snapshot(
+            now_usec=now, limit_bytes=self.limit_bytes, usage_bytes=usage - cache,
+            growth_bytes_per_s=growth, calls=calls, sessions=self._sessions(now),
+            host=self._host(now), stalled_share=self._stalled(now), cache_bytes=cache,
+            peaks_bytes=self._peaks(),
+        )  # fmt: skip
+
+    def _call(self, call: Call, now: int, tight: bool) -> CallView | None:
+        if call.state == pb.CALL_STATE_ENDING:
+            return None
+        try:
+            memory = call.cgroup.read(knobs.MEMORY_CURRENT)
+            cpu = call.cgroup.read(knobs.CPU_STAT)["usage_usec"]
+            growth = self._growth.of(call.id, now, memory, call.began_boot_usec)
+            if tight and growth > GROWING_BYTES_PER_S:
+                # It may be reading or writing files, which costs nobody anything.
+                held = memory - _cold_cache(call.cgroup)
+                growth = min(
+                    growth, self._growth.of(f"{call.id}/", now, held, call.began_boot_usec)
+                )
+        except KnobError:
+            return None  # it has just ended
+        if growth > GROWING_BYTES_PER_S:
+            call.grew_usec = now
+        grant, since = call.grant, call.frozen_since_usec
+        paused = None if since is None else now - since
+        return CallView(
+            id=call.id, name=call.name, session_id=call.session.id, priority=grant.priority,
+            began_usec=call.began_boot_usec, memory_bytes=memory, growth_bytes_per_s=growth,
+            cpu_usec=cpu, grew_usec=call.grew_usec, frozen_for_usec=paused,
+            paused_usec=call.frozen_usec + (paused or 0),
+            on_pressure=grant.on_pressure,
+            expected_bytes=call.likely_bytes or grant.memory_expected_bytes,
+            memory_max_bytes=grant.memory_max_bytes,
+            denied_growth_bytes=_since(memory, call.denied_at_bytes),
+            refused_requests=self._refused(call),
+            throttled_growth_bytes=_since(memory, call.throttled_at_bytes),
+        )  # fmt: skip
+
+    def _refused(self, call: Call) -> int:
+        if call.denied_at_bytes is None:
+            return 0
+        try:
+            return self._calls.actions.refused(call) - call.refused_before
+        except BpfError as error:
+            log.debug("call %s: %s", call.id, error)
+            return 0
+
+    def _stalled(self, now: int) -> float | None:
+        """PSI of the pool since the last look that was long enough ago to say something; None
+        where this kernel has none (CONFIG_PSI, psi=0, cgroup.pressure)."""
+        try:
+            pressure = self._pool.cgroup.read_if(knobs.MEMORY_PRESSURE)
+        except KnobError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return None
+        if pressure is None:
+            return None
+        total = pressure["some"].total_usec
+        if self._stall is None:
+            self._stall = now, total
+            return 0.0
+        then, before = self._stall
+        if now - then >= 50_000:
+            self._stalled_share = min(1.0, max(0, total - before) / (now - then))
+            self._stall = now, total
+        return self._stalled_share
+
+
+def _since(memory: int, at: int | None) -> int | None:
+    return None if at is None else memory - at
+
+
+def _cold_cache(cgroup: Cgroup) -> int:
+    return cgroup.read(knobs.MEMORY_STAT).get("inactive_file", 0)

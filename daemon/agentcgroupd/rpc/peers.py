@@ -1,0 +1,265 @@
+"""Who is calling, by the kernel's word.
+
+gRPC shows a handler no peer credentials of a Unix socket. So a relay accepts the connections, asks
+the kernel who is there, and passes the bytes on to the gRPC server from a socket that it binds to
+an abstract name of its own making; grpc shows that name as the peer, and the relay knows whose it
+is. The server's own socket lies in a directory that only root can enter, and a peer whose name the
+relay did not make is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from agentcgroupd.errors import PermissionDenied
+from agentcgroupd.host.syscalls import peer_credentials, peer_pidfd, pidfd_alive
+from agentcgroupd.state.session import Process, Session
+from agentcgroupd.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+NOT_IN_SESSION = (
+    "this process is in no session: it is not in a cgroup that agentcgroup manages. "
+    "Open one with `agentcg session run NAME -- COMMAND`, or adopt the container's cgroup with "
+    "`agentcg session adopt`"
+)
+
+
+class Peer:
+    """The process that opened a connection."""
+
+    __slots__ = ("gid", "process", "uid")
+
+    def __init__(self, sock: socket.socket) -> None:
+        """From a connected Unix socket. Raises PermissionDenied if the process is gone or cannot be
+        seen from the daemon's pid namespace."""
+        credentials = peer_credentials(sock)
+        self.uid, self.gid = credentials.uid, credentials.gid
+        if credentials.pid == 0:
+            raise PermissionDenied("the calling process is in a pid namespace beside the daemon's")
+        pidfd = -1
+        try:
+            pidfd = peer_pidfd(sock)
+            self.process = Process.of_pidfd(credentials.pid, pidfd)
+        except (OSError, ProcessLookupError):
+            if pidfd >= 0:
+                os.close(pidfd)
+            raise PermissionDenied("the process that opened the connection has ended") from None
+
+    def cgroup_path(self) -> str:
+        """The cgroup the process is in now, below the cgroup2 mount. Raises PermissionDenied."""
+        try:
+            with open(f"/proc/{self.process.pid}/cgroup", encoding="utf-8") as file:
+                lines = file.read().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            lines = []
+        # Alive after the read: it was this process that was read, not a later one of its pid.
+        if not lines or not pidfd_alive(self.process.pidfd):
+            raise PermissionDenied("the process that opened the connection has ended")
+        path = next((line[3:] for line in lines if line.startswith("0::")), "")
+        if not path.startswith("/") or path.endswith(" (deleted)"):
+            raise PermissionDenied(f"the calling process is in no usable cgroup ({path!r})")
+        return path
+
+    def close(self) -> None:
+        """Give up the pidfd."""
+        self.process.close()
+
+
+SessionFinder = Callable[[str], Session | None]
+
+
+def session_of(peer: Peer, find: SessionFinder) -> Session:
+    """The session a peer belongs to. Raises PermissionDenied if it is in none."""
+    session = find(peer.cgroup_path())
+    if session is None:
+        raise PermissionDenied(NOT_IN_SESSION, "session", "", "a process of an open session")
+    return session
+
+
+def check_operator(peer: Peer, find: SessionFinder) -> None:
+    """Only root outside every session is the operator: root inside a container is still an
+    agent."""
+    if peer.uid != 0:
+        raise PermissionDenied(f"only root may do this (the caller has uid {peer.uid})")
+    session = find(peer.cgroup_path())
+    if session is not None:
+        raise PermissionDenied(f"a process of session {session.id} may not act as the operator")
+
+
+class _End(asyncio.Protocol):
+    """One end of a relayed connection; its bytes go to `other`."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.other: _End | None = None
+        self._early: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self.other is None or self.other.transport is None:
+            self._early.append(data)
+        else:
+            self.other.transport.write(data)
+
+    def join(self, other: _End) -> None:
+        """Both ends are there: pass on what came early."""
+        self.other, other.other = other, self
+        assert other.transport is not None
+        for data in self._early:
+            other.transport.write(data)
+        self._early.clear()
+
+    def pause_writing(self) -> None:
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.resume_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.close()
+
+
+class _Front(_End):
+    """The end towards the caller."""
+
+    def __init__(self, relay: Relay) -> None:
+        super().__init__()
+        self._relay = relay
+        self._name = ""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._name = self._relay.accepted(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._relay.left(self._name)
+
+
+class Relay:
+    """Accepts on `path`, passes on to the gRPC server at `backend`, and knows every peer by
+    name."""
+
+    def __init__(
+        self,
+        path: Path,
+        mode: int,
+        backend: Path,
+        metrics: Metrics,
+        find: SessionFinder,
+        most: int,
+    ) -> None:
+        """`most`: connections of one session's processes, or of one process outside, at a time."""
+        self._find = find
+        self._crowds: dict[str, str] = {}
+        """By the name of each connection: whose it is."""
+        self._path = path
+        self._mode = mode
+        self._backend = backend
+        self._metrics = metrics
+        self._most = most
+        self._peers: dict[str, Peer] = {}
+        self._fronts: dict[str, _Front] = {}
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Listen. OSError if the path cannot be bound."""
+        loop = asyncio.get_running_loop()
+        self._path.unlink(missing_ok=True)
+        self._server = await loop.create_unix_server(
+            lambda: _Front(self), str(self._path), backlog=512
+        )
+        self._path.chmod(self._mode)
+
+    async def stop(self) -> None:
+        """Stop listening and close every connection."""
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        for front in list(self._fronts.values()):
+            if front.transport is not None:
+                front.transport.abort()
+        self._path.unlink(missing_ok=True)
+
+    def peer(self, grpc_peer: str) -> Peer:
+        """The peer of `context.peer()`. Raises PermissionDenied for a name this relay did not
+        make."""
+        peer = self._peers.get(grpc_peer.rpartition(":")[2])
+        if peer is None:
+            raise PermissionDenied("the connection did not come through the daemon's own socket")
+        return peer
+
+    def accepted(self, front: _Front) -> str:
+        """A new connection: ask the kernel, then join it to the gRPC server."""
+        assert front.transport is not None
+        try:
+            peer = Peer(front.transport.get_extra_info("socket"))
+            whose = self._whose(peer)
+            crowd = sum(1 for other in self._crowds.values() if other == whose)
+            if crowd >= self._most:
+                peer.close()
+                raise PermissionDenied(f"{whose} has {crowd} connections open")
+        except PermissionDenied as error:
+            log.warning("%s: connection refused: %s", self._path, error)
+            self._metrics.peers_refused.labels("identity").inc()
+            front.transport.abort()
+            return ""
+        # Random, so that nobody can bind it first.
+        name = f"agentcg-{peer.process.pid}-{secrets.token_hex(16)}"
+        self._peers[name] = peer
+        self._crowds[name] = whose
+        self._fronts[name] = front
+        task = asyncio.get_running_loop().create_task(self._join(front, name))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return name
+
+    def _whose(self, peer: Peer) -> str:
+        try:
+            session = self._find(peer.cgroup_path())
+        except PermissionDenied:
+            peer.close()
+            raise
+        return f"session {session.id}" if session else f"process {peer.process.pid}"
+
+    async def _join(self, front: _Front, name: str) -> None:
+        loop = asyncio.get_running_loop()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.setblocking(False)
+        try:
+            sock.bind(f"\0{name}")
+            await loop.sock_connect(sock, str(self._backend))
+            _, back = await loop.create_connection(_End, sock=sock)
+        except OSError as error:
+            sock.close()
+            log.error("%s: the gRPC server does not answer: %s", self._path, error)
+            if front.transport is not None:
+                front.transport.abort()
+            return
+        front.join(back)
+        if front.transport is None or front.transport.is_closing():
+            assert back.transport is not None
+            back.transport.close()
+
+    def left(self, name: str) -> None:
+        """The caller has hung up."""
+        self._fronts.pop(name, None)
+        self._crowds.pop(name, None)
+        peer = self._peers.pop(name, None)
+        if peer is not None:
+            peer.close()

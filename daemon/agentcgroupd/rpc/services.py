@@ -1,0 +1,363 @@
+"""The gRPC services. Each method finds out who calls, checks the request, and asks the daemon."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf import message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
+from agentcgroupd.errors import (
+    AgentcgroupdError,
+    CgroupGone,
+    ConfigError,
+    FailedPrecondition,
+    NotFound,
+    as_request_error,
+)
+from agentcgroupd.rpc.agent_calls import AgentCalls, intent_fields, refuse_unknown
+from agentcgroupd.rpc.peers import Relay, check_operator
+from agentcgroupd.state.session import Call, Session
+from agentcgroupd.telemetry.wire import call_to_proto, error_to_proto
+
+if TYPE_CHECKING:
+    from agentcgroupd.daemon import Daemon
+
+log = logging.getLogger(__name__)
+
+ERROR_TRAILER = "agentcg-error-bin"
+REPORTS_DEFAULT = 20
+MESSAGE_BYTES_MAX = 4 << 20
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Service = TypeVar("Service", bound="_Service")
+Request = TypeVar("Request", bound=message.Message)
+Response = TypeVar("Response")
+
+
+def answers(
+    method: Callable[[Service, Request, Context], Awaitable[Response]],
+) -> Callable[[Service, Request, Context], Awaitable[Response]]:
+    """Wraps a unary method: times it, and turns the daemon's errors into statuses with a
+    trailer."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    async def wrapper(self: Service, request: Request, context: Context) -> Response:
+        started = time.perf_counter()
+        try:
+            refuse_unknown(request)
+            return await method(self, request, context)
+        except AgentcgroupdError as error:
+            await self.refuse(name, error, context)
+            raise AssertionError("abort always raises") from None
+        finally:
+            self.daemon.metrics.rpc.labels(name).observe(time.perf_counter() - started)
+
+    return wrapper
+
+
+class _Service:
+    def __init__(self, daemon: Daemon, relay: Relay) -> None:
+        self.daemon = daemon
+        self.relay = relay
+
+    async def refuse(self, name: str, error: AgentcgroupdError, context: Context) -> None:
+        """Abort with the error's code and sentence."""
+        refused = as_request_error(error)
+        self.daemon.metrics.rpc_errors.labels(name, refused.code).inc()
+        detail = error_to_proto(refused)
+        await context.abort(
+            grpc.StatusCode[refused.code],
+            refused.sentence,
+            ((ERROR_TRAILER, detail.SerializeToString()),),
+        )
+
+    def reports(self, sessions: list[Session], limit: int) -> pb.ListReportsResponse:
+        """The newest reports of some sessions, newest first."""
+        found = [report for session in sessions for report in session.reports]
+        found.sort(key=lambda r: r.began_unix_usec + r.wall_usec, reverse=True)
+        return pb.ListReportsResponse(reports=found[: limit or REPORTS_DEFAULT])
+
+
+class AgentService(_Service, pb_grpc.AgentServicer):
+    """What an agent may ask, about its own session only."""
+
+    def __init__(self, daemon: Daemon, relay: Relay) -> None:
+        super().__init__(daemon, relay)
+        self._calls = AgentCalls(daemon.sessions, daemon.entrance)
+
+    def _session(self, context: Context) -> Session:
+        return self._calls.session(self.relay.peer(context.peer()))
+
+    @answers
+    async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.Session:
+        """See the proto."""
+        return self.daemon.answers.describe(self._session(context), admin=False)
+
+    @answers
+    async def BeginCall(self, request: pb.BeginCallRequest, context: Context) -> pb.Call:
+        """See the proto."""
+        call = self._calls.begin(self.relay.peer(context.peer()), request)
+        return call if isinstance(call, pb.Call) else await call
+
+    @answers
+    async def EndCall(self, request: pb.EndCallRequest, context: Context) -> pb.Report:
+        """See the proto."""
+        report = self._calls.end(self.relay.peer(context.peer()), request)
+        return report if isinstance(report, pb.Report) else await report
+
+    @answers
+    async def UpdateIntent(self, request: pb.UpdateIntentRequest, context: Context) -> pb.Call:
+        """See the proto."""
+        call = self._calls.call(self.relay.peer(context.peer()), request.call_id)
+        updated = self.daemon.calls.update(call, intent_fields(request.intent))
+        return call_to_proto(updated, admin=False)
+
+    @answers
+    async def ListCalls(
+        self, request: pb.ListCallsRequest, context: Context
+    ) -> pb.ListCallsResponse:
+        """See the proto."""
+        session = self._session(context)
+        if request.session_id not in ("", session.id):
+            raise NotFound("an agent sees its own session only", "session_id", request.session_id)
+        return self.daemon.answers.list_calls([session], admin=False)
+
+    @answers
+    async def GetBudget(self, request: pb.GetBudgetRequest, context: Context) -> pb.Budget:
+        """See the proto."""
+        return self.daemon.answers.budget(self._session(context))
+
+    @answers
+    async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:
+        """See the proto."""
+        return _report(self._session(context), request.call_id)
+
+    @answers
+    async def ListReports(
+        self, request: pb.ListReportsRequest, context: Context
+    ) -> pb.ListReportsResponse:
+        """See the proto."""
+        return self.reports([self._session(context)], request.limit)
+
+    async def WatchFeedback(
+        self, request: pb.WatchFeedbackRequest, context: Context
+    ) -> AsyncIterator[pb.Feedback]:
+        """See the proto. Ends when the session is closed."""
+        try:
+            refuse_unknown(request)
+            session = self._session(context)
+        except AgentcgroupdError as error:
+            await self.refuse("WatchFeedback", error, context)
+            return
+        listener = self.daemon.feed.join(session.id)
+        try:
+            # Headers now: the caller knows from them that nothing after this is missed.
+            await context.send_initial_metadata(())
+            async for event in listener:
+                wanted = event.HasField("feedback") and request.call_id in (
+                    "", event.feedback.call_id,
+                )  # fmt: skip
+                if wanted:
+                    yield event.feedback
+        finally:
+            self.daemon.feed.leave(listener)
+
+
+def _report(session: Session, call_id: str) -> pb.Report:
+    report = session.report(call_id)
+    if report is not None:
+        return report
+    if call_id in session.calls:
+        raise FailedPrecondition(f"call {call_id} has not ended; its report is made when it does")
+    what = f"of a call {call_id[:64]!r}" if call_id else "yet: no call of this session has ended"
+    raise NotFound(f"there is no report {what}", "call_id", call_id)
+
+
+class AdminService(_Service, pb_grpc.AdminServicer):
+    """What the operator may ask."""
+
+    def _check(self, context: Context) -> None:
+        check_operator(self.relay.peer(context.peer()), self.daemon.sessions.of_cgroup)
+
+    def _sessions(self, session_id: str) -> list[Session]:
+        sessions = self.daemon.sessions
+        return [sessions.get(session_id)] if session_id else list(sessions.open.values())
+
+    def _open_call(self, call_id: str) -> Call:
+        call = self.daemon.calls.open.get(call_id)
+        if call is None:
+            raise NotFound(f"no call {call_id[:64]!r} is open", "call_id", call_id)
+        return call
+
+    @answers
+    async def GetPool(self, request: pb.GetPoolRequest, context: Context) -> pb.Pool:
+        """See the proto."""
+        self._check(context)
+        return self.daemon.answers.describe_pool()
+
+    @answers
+    async def OpenSession(self, request: pb.OpenSessionRequest, context: Context) -> pb.Session:
+        """See the proto."""
+        self._check(context)
+        return self.daemon.answers.describe(self.daemon.open_session(request.spec), admin=True)
+
+    @answers
+    async def AdoptSession(self, request: pb.AdoptSessionRequest, context: Context) -> pb.Session:
+        """See the proto."""
+        self._check(context)
+        session = self.daemon.adopt_session(request.cgroup_path, request.spec)
+        return self.daemon.answers.describe(session, admin=True)
+
+    @answers
+    async def CloseSession(
+        self, request: pb.CloseSessionRequest, context: Context
+    ) -> pb.CloseSessionResponse:
+        """See the proto."""
+        self._check(context)
+        session = self.daemon.sessions.get(request.session_id)
+        return pb.CloseSessionResponse(calls_ended=await self.daemon.close_session(session))
+
+    @answers
+    async def ListSessions(
+        self, request: pb.ListSessionsRequest, context: Context
+    ) -> pb.ListSessionsResponse:
+        """See the proto."""
+        self._check(context)
+        found = []
+        for session in self._sessions(""):
+            try:
+                found.append(self.daemon.answers.describe(session, admin=True))
+            except CgroupGone:
+                continue  # the sweep closes it
+        return pb.ListSessionsResponse(sessions=found)
+
+    @answers
+    async def ListCalls(
+        self, request: pb.ListCallsRequest, context: Context
+    ) -> pb.ListCallsResponse:
+        """See the proto."""
+        self._check(context)
+        return self.daemon.answers.list_calls(self._sessions(request.session_id), admin=True)
+
+    @answers
+    async def EndCall(self, request: pb.EndCallRequest, context: Context) -> pb.Report:
+        """See the proto."""
+        self._check(context)
+        why = "the operator ended the call"
+        waited = self.daemon.entrance.leave_queue(request.call_id, why)
+        if waited is not None:
+            return waited
+        call = self._open_call(request.call_id)
+        report = self.daemon.calls.end(call, request.detach, None, why)
+        return report if isinstance(report, pb.Report) else await report
+
+    @answers
+    async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:
+        """See the proto."""
+        self._check(context)
+        if not request.call_id:
+            newest = self.reports(self._sessions(""), 1).reports
+            if newest:
+                return newest[0]
+            raise NotFound("there is no report yet: no call has ended", "call_id", "")
+        for session in self._sessions(""):
+            if session.report(request.call_id) or request.call_id in session.calls:
+                return _report(session, request.call_id)
+        raise NotFound(f"there is no report of a call {request.call_id[:64]!r}", "call_id",
+                       request.call_id)  # fmt: skip
+
+    @answers
+    async def ListReports(
+        self, request: pb.ListReportsRequest, context: Context
+    ) -> pb.ListReportsResponse:
+        """See the proto."""
+        self._check(context)
+        return self.reports(self._sessions(request.session_id), request.limit)
+
+    @answers
+    async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.PolicyState:
+        """See the proto."""
+        self._check(context)
+        return self.daemon.answers.describe_policy(self.daemon.policy_files)
+
+    @answers
+    async def ReloadPolicy(
+        self, request: pb.ReloadPolicyRequest, context: Context
+    ) -> pb.PolicyState:
+        """See the proto."""
+        self._check(context)
+        try:
+            self.daemon.policy_files.reload()
+        except ConfigError as error:
+            raise FailedPrecondition(str(error), "policy") from None
+        return self.daemon.answers.describe_policy(self.daemon.policy_files)
+
+    @answers
+    async def ExplainCall(self, request: pb.ExplainCallRequest, context: Context) -> pb.Explanation:
+        """See the proto."""
+        self._check(context)
+        return self.daemon.answers.explain(self._open_call(request.call_id))
+
+    async def WatchEvents(
+        self, request: pb.WatchEventsRequest, context: Context
+    ) -> AsyncIterator[pb.Event]:
+        """See the proto."""
+        try:
+            refuse_unknown(request)
+            self._check(context)
+            if request.session_id:
+                self.daemon.sessions.get(request.session_id)
+        except AgentcgroupdError as error:
+            await self.refuse("WatchEvents", error, context)
+            return
+        listener = self.daemon.feed.join(request.session_id)
+        try:
+            await context.send_initial_metadata(())
+            async for event in listener:
+                yield event
+        finally:
+            self.daemon.feed.leave(listener)
+
+
+class GrpcServer:
+    """One gRPC server on a private socket, with health and reflection."""
+
+    def __init__(self, path: Path, service_name: str) -> None:
+        self._path = path
+        self._name = service_name
+        self.server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+                ("grpc.max_concurrent_streams", 1024),
+            ]
+        )
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        names = (service_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.server)
+
+    async def start(self) -> None:
+        """Serve. RuntimeError if the socket cannot be bound."""
+        self._path.unlink(missing_ok=True)
+        self.server.add_insecure_port(f"unix:{self._path}")
+        await self.server.start()
+        for name in ("", self._name):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self) -> None:
+        """Stop serving; requests under way get a moment."""
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(0.5)
+        self._path.unlink(missing_ok=True)

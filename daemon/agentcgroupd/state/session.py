@@ -1,0 +1,289 @@
+"""Sessions and calls: what the daemon keeps of each, and the record of it on the cgroup itself.
+
+The record, JSON in an extended attribute of the cgroup's directory, is all that a restarted daemon
+needs; memory holds nothing that cannot be read back from the kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections import deque
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.host.syscalls import pidfd_alive, process_stat
+from agentcgroupd.intents.grant import Grant
+from agentcgroupd.policy.learning import Learned
+
+RECORD_VERSION = 1
+AGENT_LEAF = "agent"
+CALL_PREFIX = "call-"
+ARGV_RECORD_CHARS = 512
+HISTORY_KEPT = 16
+
+
+def boottime_usec() -> int:
+    """Time since boot with suspends, which a restarted daemon shares with the one before it."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
+
+
+def unix_usec() -> int:
+    """Wall clock, for people only; no decision depends on it."""
+    return time.time_ns() // 1000
+
+
+@dataclass(slots=True)
+class Process:
+    """A process that cannot be confused with a later one of the same pid."""
+
+    pid: int
+    start_ticks: int
+    pidfd: int
+
+    @classmethod
+    def of_pidfd(cls, pid: int, pidfd: int) -> Process:
+        """Takes over `pidfd`. ProcessLookupError or FileNotFoundError if it has been reaped."""
+        stat = process_stat(pid)
+        if not pidfd_alive(pidfd):
+            raise ProcessLookupError(pid)
+        return cls(pid, stat.start_ticks, pidfd)
+
+    @classmethod
+    def find(cls, pid: int, start_ticks: int) -> Process | None:
+        """The process of a record, if that very one still exists."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return None
+        try:
+            if process_stat(pid).start_ticks == start_ticks and pidfd_alive(pidfd):
+                return cls(pid, start_ticks, pidfd)
+        except (ProcessLookupError, FileNotFoundError):
+            pass
+        os.close(pidfd)
+        return None
+
+    def copy(self) -> Process:
+        """The same process with a pidfd of its own."""
+        return Process(self.pid, self.start_ticks, os.dup(self.pidfd))
+
+    def close(self) -> None:
+        """Give up the pidfd."""
+        os.close(self.pidfd)
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """An open call."""
+
+    id: str
+    session: Session
+    name: str
+    argv: tuple[str, ...]
+    grant: Grant
+    cgroup: Cgroup
+    began_unix_usec: int
+    began_boot_usec: int
+    held: bool
+    """The owner has not ended it yet: it outlives being empty."""
+    owner: Process | None = None
+    main: Process | None = None
+    """The process that entered last; its wait status is the call's."""
+    entered: bool = False
+    state: pb.CallState.ValueType = pb.CALL_STATE_PENDING
+    ended_by: str = ""
+    ended_why: str = ""
+    leftovers: int = 0
+    observed: bool = False
+    """Begun by the daemon itself, which saw an exec in the agent leaf."""
+    exit_status: int | None = None
+    """Wait status of the main process as its exit event told it."""
+    client_status: int | None = None
+    denied_at_bytes: int | None = None
+    """What it held when its growth was denied; None: it may grow."""
+    was_denied: bool = False
+    """Its growth was denied at some time."""
+    refused_before: int = 0
+    """How often it had been refused memory when its growth was denied."""
+    throttled_at_bytes: int | None = None
+    """What it held when it was throttled; None: memory.high is as granted."""
+    history: tuple[pb.Feedback, ...] = ()
+    """What it was told last, oldest first; at most HISTORY_KEPT."""
+    likely_bytes: int = 0
+    """What it expects, corrected by what the last ones like it took; 0: nothing is known."""
+    waited_usec: int = 0
+    """In the queue for room, before it began."""
+    grew_usec: int = -(1 << 62)
+    """When a look last saw it grow, since boot."""
+    frozen_since_usec: int | None = None
+    frozen_usec: int = 0
+    held_for_turn: bool = False
+    """Frozen while others have their turn on the GPU (gpu.turns), whatever else freezes it."""
+    gpu_usage: pb.GpuUsage | None = None
+    """Made when it ends, of a call that had a part of a GPU."""
+    gpu_feedback: tuple[pb.Feedback, ...] = ()
+    """What it was told of its part."""
+    session_ooms_before: int = 0
+    pool_ooms_before: int = 0
+    watch: int | None = None
+    timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
+    done: asyncio.Future[pb.Report] | None = None
+    """Made by the first who waits; a call nobody waits for costs no future."""
+
+    def record(self) -> bytes:
+        """What is kept on the cgroup."""
+        return json.dumps(
+            {
+                "v": RECORD_VERSION,
+                "kind": "call",
+                "id": self.id,
+                "name": self.name,
+                "argv": _cut(self.argv),
+                "grant": plain(self.grant),
+                "began_unix_usec": self.began_unix_usec,
+                "began_boot_usec": self.began_boot_usec,
+                "held": self.held,
+                "observed": self.observed,
+                "owner": [self.owner.pid, self.owner.start_ticks] if self.owner else None,
+                "main": [self.main.pid, self.main.start_ticks] if self.main else None,
+                "entered": self.entered,
+                "frozen_usec": self.frozen_usec,
+                "waited_usec": self.waited_usec,
+                "session_ooms_before": self.session_ooms_before,
+                "pool_ooms_before": self.pool_ooms_before,
+            },
+            separators=(",", ":"),
+        ).encode()
+
+    @classmethod
+    def from_record(cls, session: Session, cgroup: Cgroup, data: dict[str, Any]) -> Call:
+        """A call found again. KeyError, TypeError or ValueError if the record is not ours."""
+        grant = data["grant"]
+        lists = ("advice", "not_enforced", "gpu_devices", "environment")
+        grant = Grant(**{**grant, **{name: tuple(grant.get(name, ())) for name in lists}})
+        call = cls(
+            id=str(data["id"]), session=session, name=_sendable(data["name"]),
+            argv=tuple(map(_sendable, data["argv"])), grant=grant, cgroup=cgroup,
+            began_unix_usec=int(data["began_unix_usec"]),
+            began_boot_usec=int(data["began_boot_usec"]),
+            held=bool(data["held"]), entered=bool(data["entered"]),
+            observed=bool(data.get("observed")),
+            frozen_usec=int(data["frozen_usec"]), waited_usec=int(data.get("waited_usec", 0)),
+            session_ooms_before=int(data["session_ooms_before"]),
+            pool_ooms_before=int(data["pool_ooms_before"]),
+        )  # fmt: skip
+        call.owner = Process.find(*data["owner"]) if data["owner"] else None
+        call.main = Process.find(*data["main"]) if data["main"] else None
+        return call
+
+
+def _sendable(text: str) -> str:
+    """Text without lone surrogates, which protobuf does not take."""
+    return str(text).encode("utf-8", "replace").decode()
+
+
+def plain(value: Grant | SessionLimits) -> dict[str, Any]:
+    """dataclasses.asdict copies deeply, which is most of a record's cost; these are flat."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+def _cut(argv: tuple[str, ...]) -> list[str]:
+    kept, left = [], ARGV_RECORD_CHARS
+    for argument in argv:
+        if left <= 0:
+            break
+        kept.append(argument[:left])
+        left -= len(argument) + 1
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """A session's own limits. None: none of its own."""
+
+    memory_low_bytes: int | None
+    memory_high_bytes: int | None
+    memory_max_bytes: int | None
+    cpu_weight: int
+    cpu_max_millicores: int | None
+    pids_max: int | None
+    priority: int
+    calls_max: int
+    gpu_percent: int | None = None
+    """Of each of `gpu_devices`, for the agent itself; calls ask for their own."""
+    gpu_memory_bytes: int | None = None
+    gpu_priority: int | None = None
+    gpu_devices: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """An open session."""
+
+    id: str
+    cgroup: Cgroup
+    agent: Cgroup
+    cgroup_path: str
+    """Below the cgroup2 mount, as /proc/<pid>/cgroup shows it."""
+    limits: SessionLimits
+    opened_unix_usec: int
+    adopted: bool = False
+    found: dict[str, str] = field(default_factory=dict)
+    """Interface files of an adopted cgroup as they were before, to be put back."""
+    offered: frozenset[str] = frozenset()
+    """Interface files that a leaf of this session has, so that those it lacks are not asked for."""
+    calls: dict[str, Call] = field(default_factory=dict)
+    reports: deque[pb.Report] = field(default_factory=deque)
+    learned: Learned = field(default_factory=Learned)
+    calls_ended: int = 0
+    connections: int = 0
+    closing: bool = False
+    environment: tuple[str, ...] = ()
+    """`NAME=value` for processes that are started in its agent leaf."""
+    slowed: bool = False
+    """Its cpu.weight is lowered."""
+    reclaimed_at_usec: int | None = None
+    """When memory was last reclaimed from it, since boot."""
+    watch: int | None = None
+    agent_memory_bytes: int = 0
+    """What its agent leaf could not give back at `agent_memory_at` (time.monotonic)."""
+    agent_memory_at: float = float("-inf")
+
+    def record(self) -> bytes:
+        """What is kept on the cgroup."""
+        return json.dumps(
+            {
+                "v": RECORD_VERSION,
+                "kind": "session",
+                "id": self.id,
+                "limits": plain(self.limits),
+                "opened_unix_usec": self.opened_unix_usec,
+                "adopted": self.adopted,
+                "found": self.found,
+            },
+            separators=(",", ":"),
+        ).encode()
+
+    def report(self, call_id: str) -> pb.Report | None:
+        """The kept report of an ended call, or the newest one for an empty id."""
+        if not call_id:
+            return self.reports[-1] if self.reports else None
+        return next((r for r in reversed(self.reports) if r.call_id == call_id), None)
+
+
+def read_record(raw: bytes | None, kind: str) -> dict[str, Any] | None:
+    """A record of this version and kind, None for anything else."""
+    if raw is None:
+        return None
+    try:
+        data = json.loads(raw)
+    except ValueError:
+        return None
+    if not isinstance(data, dict) or data.get("v") != RECORD_VERSION or data.get("kind") != kind:
+        return None
+    return data

@@ -1,0 +1,271 @@
+"""`agentcg policy simulate`: arguments, and what it prints.
+
+Only the standard library is imported with this module; the rest when the command runs.
+Exit status: 0 done, 1 it could not be done (the message says why), 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from agentcgroup_lab.simulate.plans import Profile
+    from agentcgroup_lab.simulate.run import Result, Setup
+    from agentcgroupd.policy.schema import Policy
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+STRATEGIES = ("ours", "none", "static", "reserve")
+SWEEP = (0.4, 0.55, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
+"""Of --sessions, how many are simulated."""
+_PROGRESS_S = 1.0
+T = TypeVar("T")
+
+
+def _parsed(parse: Callable[[str, str], T], field: str) -> Callable[[str], T]:
+    def convert(text: str) -> T:
+        from agentcgroupd.errors import InvalidField
+
+        try:
+            return parse(field, text)
+        except InvalidField as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _size(text: str) -> int:
+    from agentcgroupd.units import parse_bytes
+
+    return int(_parsed(parse_bytes, "size")(text))
+
+
+def _seconds(text: str) -> float:
+    from agentcgroupd.units import parse_duration
+
+    return _parsed(parse_duration, "time")(text) / 1e6
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a share from 0 to 1")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 100_000:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a whole number from 1 to 100000")
+    return int(text)
+
+
+def _ratio(text: str) -> float | None:
+    if text == "off":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1.0 <= value <= 100.0:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: off, or a ratio from 1 to 100")
+    return value
+
+
+def _strategies(text: str) -> tuple[str, ...]:
+    chosen = tuple(dict.fromkeys(text.split(",")))
+    if not set(chosen) <= set(STRATEGIES):
+        allowed = ", ".join(STRATEGIES)
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a list of {allowed}")
+    return chosen
+
+
+def add_simulate_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command `simulate` to those of `agentcg policy`."""
+    summary = "Simulate recorded agents under a policy, without a kernel."
+    parser = subparsers.add_parser("simulate", help=summary, description=summary)
+    add_simulate_arguments(parser)
+    parser.set_defaults(run=run_simulate)
+
+
+def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `agentcg policy simulate`."""
+    add = parser.add_argument
+    add(
+        "--trace",
+        metavar="PATH",
+        type=Path,
+        action="append",
+        required=True,
+        help="a recording, or a folder of them; may be repeated",
+    )
+    add("--pool", metavar="SIZE", type=_size, required=True, help="e.g. 64G")
+    add("--sessions", metavar="N", type=_count, required=True, help="at the same time")
+    add(
+        "--policy",
+        metavar="FILE",
+        default="default",
+        help="a TOML file, or the name of a policy that came with the daemon",
+    )
+    add(
+        "--strategy",
+        metavar="LIST",
+        type=_strategies,
+        default=("ours",),
+        help="of ours, none (the kernel's OOM killer), static (an even split), reserve (everyone's "
+        "peak); default: ours",
+    )
+    add(
+        "--zram",
+        metavar="RATIO",
+        type=_ratio,
+        default=None,
+        help="swap in compressed memory, so many bytes in one; default: off",
+    )
+    add(
+        "--cold",
+        metavar="SHARE",
+        type=_share,
+        default=0.8,
+        help="of an agent's memory, what it does not touch when it wakes up; default: 0.8",
+    )
+    add(
+        "--rise",
+        metavar="SIZE",
+        type=_size,
+        help="a second: how fast a call rises to a recorded level at least; default: evenly, as in "
+        "a replay",
+    )
+    add("--no-signals", action="store_true", help="the guard has its timer only")
+    add("--deny", action="store_true", help="the kernel lets growth be denied")
+    add(
+        "--duration",
+        metavar="TIME",
+        type=_seconds,
+        default=600.0,
+        help="of the simulation; a recording that ends is followed by another (default: 10m)",
+    )
+    add(
+        "--spread",
+        metavar="SHARE",
+        type=_share,
+        default=1.0,
+        help="each begins at a random point in this part of its recording (default: 1)",
+    )
+    add("--important", metavar="SHARE", type=_share, default=0.1, help="default: 0.1")
+    add("--scale", metavar="FACTOR", type=float, default=1.0, help="of memory (default: 1)")
+    add("--seed", metavar="N", type=int, default=0)
+    add(
+        "--sweep",
+        action="store_true",
+        help="for several numbers of sessions, 0.4 to 1.5 times --sessions",
+    )
+    add(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="draw survival, delay and use against the number of sessions (.png or .svg)",
+    )
+    if not any("--json" in action.option_strings for action in parser._actions):
+        add("--json", action="store_true", help="print the results as JSON")
+
+
+def run_simulate(args: argparse.Namespace) -> int:
+    """`agentcg policy simulate`; returns the exit status."""
+    from agentcgroup_lab.simulate.report import table
+    from agentcgroup_lab.trace.format import TraceError
+    from agentcgroupd.errors import AgentcgroupdError
+
+    try:
+        policy, profiles = _inputs(args)
+        results = list(_run(args, policy, profiles))
+        if args.out:
+            from agentcgroup_lab.simulate.plot import save
+
+            save(results, profiles, args.out)
+    except (AgentcgroupdError, TraceError, ValueError, OSError) as error:
+        print(f"agentcg policy simulate: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    if args.json:
+        print(json.dumps([result.to_json() for result in results]))
+    else:
+        print(table(results, profiles))
+    return EXIT_OK
+
+
+def _inputs(args: argparse.Namespace) -> tuple[Policy, list[Profile]]:
+    from agentcgroup_lab.simulate.plans import find_recordings, load_profiles
+    from agentcgroup_lab.trace.plan import Options
+    from agentcgroupd.policy.load import load_policy
+
+    policy = load_policy(Path(args.policy), None, args.pool).policy
+    options = Options(memory_scale=args.scale, cpu_max_pct=100.0 * (os.cpu_count() or 1))
+    return policy, load_profiles(find_recordings(args.trace), options, args.rise)
+
+
+def _setup(args: argparse.Namespace, strategy: Any, sessions: int) -> Setup:
+    from agentcgroup_lab.simulate.guard import Looks
+    from agentcgroup_lab.simulate.run import Setup
+    from agentcgroup_lab.simulate.types import Kernel
+
+    return Setup(
+        pool_bytes=args.pool,
+        sessions=sessions,
+        seed=args.seed,
+        strategy=strategy,
+        duration_s=args.duration,
+        spread=args.spread,
+        important_share=args.important,
+        kernel=Kernel(zram_ratio=args.zram, cold_share=args.cold),
+        looks=Looks(signals=not args.no_signals),
+        can_deny=args.deny,
+    )
+
+
+def _run(args: argparse.Namespace, policy: Policy, profiles: Sequence[Profile]) -> Iterator[Result]:
+    from agentcgroup_lab.simulate.run import simulate
+
+    shares = SWEEP if args.sweep else (1.0,)
+    counts = sorted({max(1, round(args.sessions * share)) for share in shares})
+    for strategy in args.strategy:
+        for sessions in counts:
+            name = f"{strategy}, {sessions} sessions"
+            progress = _Progress(name, args.duration)
+            yield simulate(policy, profiles, _setup(args, strategy, sessions), progress)
+            progress.done()
+
+
+class _Progress:
+    """One line on a terminal, rewritten at most once a second."""
+
+    def __init__(self, name: str, duration_s: float) -> None:
+        self._name, self._duration_s = name, duration_s
+        self._next = time.monotonic() + _PROGRESS_S
+        self._shown = False
+
+    def __call__(self, at_s: float) -> None:
+        now = time.monotonic()
+        if now >= self._next and sys.stderr.isatty():
+            self._next = now + _PROGRESS_S
+            self._shown = True
+            print(
+                f"\r{self._name}: {at_s:.0f} of {self._duration_s:.0f} s ",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def done(self) -> None:
+        """Leave nothing behind."""
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

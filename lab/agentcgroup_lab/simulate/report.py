@@ -1,0 +1,53 @@
+"""Results of simulations as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from agentcgroup_lab.simulate.plans import Profile
+from agentcgroup_lab.simulate.run import Result, reserved
+
+_COLUMNS = (
+    "strategy", "sessions", "x peak", "calls", "killed", "denied", "agents lost",
+    "important", "everyone", "use", "paused", "done",
+)  # fmt: skip
+
+
+def density(result: Result, profiles: Sequence[Profile]) -> float:
+    """How many times as many as reserving everyone's peak would allow."""
+    return result.sessions / max(1, reserved(result.pool_bytes, profiles))
+
+
+def _row(result: Result, profiles: Sequence[Profile]) -> tuple[str, ...]:
+    done = " ".join(f"{name} {count}" for name, count in result.actions.items())
+    return (
+        result.strategy,
+        str(result.sessions),
+        f"{density(result, profiles):.1f}",
+        str(result.calls_finished),
+        str(result.calls_killed + result.calls_oom),
+        str(result.calls_denied),
+        str(result.sessions_lost),
+        f"{result.important.p50:.3f} {result.important.most:.3f}",
+        f"{result.everyone.p50:.3f} {result.everyone.most:.3f}",
+        f"{result.use_mean:.0%} {result.use_p95:.0%}",
+        f"{result.paused_share:.2%}",
+        done or "-",
+    )
+
+
+def table(results: Sequence[Result], profiles: Sequence[Profile]) -> str:
+    """One line for each result, and what the columns mean."""
+    rows = [_COLUMNS, *(_row(result, profiles) for result in results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) if i in (0, 11) else cell.rjust(width)
+                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines.append(
+        "important, everyone: time taken over undisturbed, median and most; "
+        "use: mean and p95 of the pool; x peak: over reserving everyone's peak"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,344 @@
+"""The simulator's kernel: recorded sessions in one memory pool, advanced from event to event.
+
+Sessions follow their plans as `replay.driver` does: plan time stands while a call that the agent
+waits for is late, and a call that ends early brings forward what follows. What is assumed of the
+kernel is in `simulate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+
+from agentcgroup_lab.simulate.plans import Profile, Segment, Shape
+from agentcgroup_lab.simulate.pool import INFINITY, Pool
+from agentcgroup_lab.simulate.types import Call, Kernel, Lane, Strategy
+from agentcgroupd.enforce.limits import AGENT_OOM_SCORE_ADJ, oom_score_adj
+
+EPSILON_S = 1e-6
+
+
+class World(Pool):
+    """All sessions on the pool."""
+
+    def __init__(self, kernel: Kernel, limit_bytes: int, strategy: Strategy, lanes: int) -> None:
+        super().__init__(kernel, limit_bytes)
+        self.strategy = strategy
+        self.share = self.limit / max(1, lanes)
+        """Of a session, under a static split."""
+        self.calls: dict[Call, None] = {}
+        self.lanes: list[Lane] = []
+        self.peaks: list[float] = []
+        """What ended calls held at most, for whoever looks; emptied by it."""
+        self.delays: list[tuple[bool, float, float]] = []
+        """Of each ended call: important, seconds late, seconds paused."""
+        self.call_ended: Callable[[], None] = lambda: None
+        self.call_began: Callable[[], None] = lambda: None
+        self.follow: Callable[[Lane], None] = lambda lane: None
+        """What becomes of a lane whose session is over."""
+        self.hit: Callable[[], None] = lambda: None
+        """Called when a call is killed."""
+        self._ids = count(1)
+
+    def settle(self) -> None:
+        """At the end: count what sessions and pauses had so far."""
+        for call in self.calls:
+            if call.frozen_at_s is not None:
+                self.counts["paused_usec"] += int((self.now - call.frozen_at_s) * 1e6)
+        for lane in self.lanes:
+            if lane.state == "runs":
+                self._move(lane)
+                lane.spent_s += self.now - lane.begun_s
+                self.counts["sessions_hit"] += lane.hit
+
+    def set_pace(self, call: Call) -> None:
+        """After anything that changes how a call goes on: its speed, and when it is done."""
+        self.sync(call)
+        self.slope -= self.slope_of(call)
+        rate = call.segment.rate
+        call.capped = False
+        if call.frozen_at_s is not None:
+            call.speed = 0.0
+        elif call.throttled_bytes is None or rate <= 0.0:
+            call.speed = 1.0
+        elif self.kernel.zram_ratio and self.swap_free > 0.0:
+            call.speed, call.capped = self.kernel.zram_speed, True
+        else:
+            call.speed = min(1.0, self.kernel.throttled_bytes_per_s / rate)
+        self.slope += self.slope_of(call)
+        call.version += 1
+        call.view = None
+        if call.speed > 0.0:
+            self.at(self.now + max(0.0, call.left_s) / call.speed, self._step, call, call.version)
+
+    def _step(self, call: Call, version: int) -> None:
+        """The call's next segment, or its end."""
+        if call.version != version:
+            return
+        self.sync(call)
+        if call.position + 1 == len(call.shape.segments):
+            self.end_call(call, "finished")
+            return
+        self._enter(call, call.position + 1)
+
+    def _enter(self, call: Call, position: int) -> None:
+        self.slope -= self.slope_of(call)
+        call.position = position
+        segment = call.segment = call.shape.segments[position]
+        call.speed = 0.0
+        call.left_s = segment.duration_s
+        self.resize(call, segment.start_bytes)
+        if segment.rate > 0.0 and call.denied_bytes is not None:
+            self.end_call(call, "denied")  # a MemoryError, which ends it in its own way
+            return
+        if self.strategy == "static" and self._over_share(call, segment):
+            return
+        self.set_pace(call)
+
+    def _over_share(self, call: Call, segment: Segment) -> bool:
+        """A static split: the session's own limit is reached within this segment."""
+        lane = call.lane
+        held = lane.agent_bytes + sum(c.held_bytes for c in lane.calls)
+        if held + segment.rate * segment.duration_s <= self.share:
+            return False
+        self._kernel_kills([*lane.calls], [lane])
+        return call not in lane.calls
+
+    def start_call(self, lane: Lane, shape: Shape, skip_s: float = 0.0) -> None:
+        """Begin a call, at `skip_s` of its plan."""
+        call = Call(f"{lane.id}.{next(self._ids)}", lane, shape, self.now)
+        self.calls[call] = None
+        lane.calls.add(call)
+        lane.active_s = self.now
+        if not shape.background:
+            lane.open[call] = shape.end_s
+        position = 0
+        while skip_s > 0.0 and position + 1 < len(shape.segments):
+            duration_s = shape.segments[position].duration_s
+            if skip_s < duration_s:
+                break
+            skip_s -= duration_s
+            position += 1
+        self._enter(call, position)
+        if call.lane.calls and call in lane.calls and skip_s > 0.0:
+            call.left_s = max(0.0, call.left_s - skip_s)
+            self.usage += call.segment.rate * skip_s
+            call.held_bytes += call.segment.rate * skip_s
+            self.set_pace(call)
+        self.call_began()
+
+    def end_call(self, call: Call, how: str) -> None:
+        """It ends, and all that it held is free."""
+        self.sync(call)
+        lane = call.lane
+        if call.frozen_at_s is not None:
+            call.paused_s += self.now - call.frozen_at_s
+        self.slope -= self.slope_of(call)
+        call.speed = 0.0
+        call.version += 1
+        self.resize(call, 0.0)
+        del self.calls[call]
+        lane.calls.discard(call)
+        self.counts[how] += 1
+        shape = call.shape
+        if how == "finished":
+            self.peaks.append(shape.peak_bytes)
+            late_s = self.now - call.began_s - shape.duration_s
+            self.delays.append((lane.important, late_s, call.paused_s))
+        elif how in ("killed", "oom"):
+            lane.hit = True
+            self.hit()
+            self.counts["work_lost_usec"] += int(call.cpu_s * 1e6)
+        self.counts["paused_usec"] += int(call.paused_s * 1e6)
+        if lane.state == "runs":
+            self._after_call(lane, call)
+        self.call_ended()
+
+    def _after_call(self, lane: Lane, call: Call) -> None:
+        self._move(lane)
+        lane.active_s = self.now
+        end_s = lane.open.pop(call, None)
+        if end_s is not None:
+            lane.last_end_s = max(lane.last_end_s, end_s)
+            if not lane.open:
+                lane.at_s = max(lane.at_s, min(lane.last_end_s, self._next_start_s(lane)))
+        self.wake(lane)
+        self._plan_next(lane)
+
+    def open_session(self, lane: Lane, profile: Profile, phase_s: float = 0.0) -> None:
+        """Begin a recording at a point of its time."""
+        lane.profile, lane.state = profile, "runs"
+        lane.at_s, lane.since_s, lane.begun_s = phase_s, self.now, self.now
+        lane.last_end_s = 0.0
+        lane.next_call = lane.next_step = 0
+        lane.planned_s = profile.duration_s - phase_s
+        lane.agent_swapped = 0.0
+        lane.hit = False
+        lane.active_s = self.now
+        lane.reclaimed_s = None
+        self.counts["sessions"] += 1
+        self._agent_steps(lane)
+        while lane.next_call < len(profile.calls):
+            shape = profile.calls[lane.next_call]
+            if shape.start_s >= phase_s:
+                break
+            lane.next_call += 1
+            if shape.end_s > phase_s and lane.state == "runs":
+                self.start_call(lane, shape, phase_s - shape.start_s)
+        if lane.state == "runs":
+            self._plan_next(lane)
+
+    def close_session(self, lane: Lane, how: str) -> None:
+        """Its end: `ended`, or `lost` with all its calls."""
+        self._move(lane)
+        lane.state = "over"
+        lane.version += 1
+        if how == "lost":
+            lane.lost += 1
+            lane.hit = True
+            for call in [*lane.calls]:
+                self.end_call(call, "oom")
+            assert lane.profile is not None
+            left = len(lane.profile.calls) - lane.next_call
+            self.counts["not_run"] += left
+        self.counts["sessions_" + how] += 1
+        self.counts["sessions_hit"] += lane.hit
+        self.agent_holds(lane, 0.0)
+        lane.open.clear()
+        lane.spent_s += self.now - lane.begun_s
+        lane.ended_s = self.now
+        self.follow(lane)
+
+    def _move(self, lane: Lane) -> None:
+        """Plan time goes on to now, or to where a call that still runs should have ended."""
+        passed = self.now - lane.since_s
+        if passed > 0.0:
+            before_s = lane.at_s
+            at_s = before_s + passed
+            for end_s in lane.open.values():
+                if end_s < at_s:
+                    at_s = end_s
+            if at_s > before_s:
+                lane.done_s += at_s - before_s
+                lane.at_s = at_s
+            lane.since_s = self.now
+
+    @staticmethod
+    def _next_start_s(lane: Lane) -> float:
+        profile = lane.profile
+        assert profile is not None
+        if lane.next_call < len(profile.calls):
+            return profile.calls[lane.next_call].start_s
+        return profile.duration_s
+
+    def _plan_next(self, lane: Lane) -> None:
+        """When something of its plan is next due, if no call holds it up."""
+        profile = lane.profile
+        assert profile is not None
+        lane.version += 1
+        due_s = self._next_start_s(lane)
+        if lane.next_step < len(profile.agent):
+            due_s = min(due_s, profile.agent[lane.next_step].at_s)
+        if lane.next_call >= len(profile.calls) and due_s >= profile.duration_s and lane.calls:
+            return  # the end of a call is awaited
+        for end_s in lane.open.values():
+            if end_s < due_s:
+                return
+        wait_s = max(0.0, due_s - lane.at_s)
+        self.at(max(lane.since_s, self.now) + wait_s, self._lane_due, lane, lane.version)
+
+    def _lane_due(self, lane: Lane, version: int) -> None:
+        if lane.version != version:
+            return
+        self._move(lane)
+        profile = lane.profile
+        assert profile is not None
+        self._agent_steps(lane)
+        while lane.next_call < len(profile.calls):
+            shape = profile.calls[lane.next_call]
+            if shape.start_s > lane.at_s + EPSILON_S:
+                break
+            lane.next_call += 1
+            self.wake(lane)
+            self.start_call(lane, shape)
+            if lane.state != "runs":
+                return
+        if lane.at_s + EPSILON_S >= profile.duration_s and not lane.calls:
+            self.close_session(lane, "ended")
+            return
+        self._plan_next(lane)
+
+    def _agent_steps(self, lane: Lane) -> None:
+        profile = lane.profile
+        assert profile is not None
+        held = None
+        while lane.next_step < len(profile.agent):
+            step = profile.agent[lane.next_step]
+            if step.at_s > lane.at_s + EPSILON_S:
+                break
+            held = step.memory_bytes
+            lane.agent_pct = step.cpu_pct
+            lane.next_step += 1
+        if held is not None:
+            if lane.agent_pct >= self.kernel.agent_works_pct:
+                self.wake(lane)
+            if lane.agent_pct >= self.quiet_pct:
+                lane.active_s = self.now
+            self.agent_holds(lane, float(held))
+            if self.strategy == "static" and held > self.share:
+                self._kernel_kills([*lane.calls], [lane])
+
+    def go_on(self, call: Call) -> None:
+        """A paused call runs again, once what it touches is back."""
+        back = call.swapped_bytes * (1.0 - self.kernel.call_cold_share)
+        call.swapped_bytes -= back
+        self.swapped -= back
+        self.usage += back * (1.0 - self.kept)
+        self.at(self.now + back * self.kernel.page_in_s_per_byte, self._resume, call, call.version)
+
+    def _resume(self, call: Call, version: int) -> None:
+        if call.version == version and call.frozen_at_s is not None and call in self.calls:
+            call.paused_s += self.now - call.frozen_at_s
+            call.frozen_at_s = None
+            self.set_pace(call)
+
+    def relieve(self) -> None:
+        """The pool is at its limit: the kernel reclaims what is cold if it can, else it kills."""
+        self.usage = max(self.usage, self.limit)
+        if self.kernel.zram_ratio:
+            wanted = 0.01 * self.limit
+            idle = sorted((x for x in self.lanes if x.state == "runs" and not x.calls),
+                          key=lambda x: x.active_s)  # fmt: skip
+            freed = 0.0
+            for lane in idle:
+                freed += self.reclaim_agent(lane, INFINITY) * (1.0 - self.kept)
+                if freed >= wanted:
+                    break
+            if freed > 0.0 and self.usage < self.limit:
+                self.counts["kernel_reclaims"] += 1
+                return
+        while self.usage >= self.limit:
+            if not self._kernel_kills([*self.calls], self.lanes):
+                return
+
+    def _kernel_kills(self, calls: list[Call], lanes: list[Lane]) -> bool:
+        """mm/oom_kill.c: oom_badness: what a task holds, and its adjustment in thousandths of the
+        limit, which our calls and agents have."""
+        for call in calls:
+            self.sync(call)
+        ours = self.strategy == "ours"
+
+        def badness(call: Call) -> tuple[float, str]:
+            adjust = oom_score_adj(call.lane.priority) - AGENT_OOM_SCORE_ADJ if ours else 0
+            return call.resident_bytes + adjust / 1000 * self.limit, call.id
+
+        alive = [lane for lane in lanes if lane.state == "runs"]
+        victim = max(calls, key=badness, default=None)
+        agent = max(alive, key=lambda x: (x.agent_resident, x.id), default=None)
+        if victim is not None and (agent is None or badness(victim)[0] >= agent.agent_resident):
+            self.end_call(victim, "oom")
+        elif agent is not None:
+            self.close_session(agent, "lost")
+        else:
+            return False
+        return True
