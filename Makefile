@@ -12,7 +12,7 @@ help:
 	@echo 'make setup                install what is missing, build, fetch the test kernel where it is needed'
 	@echo 'make demo [TRACES=dir]    replay recorded agents with no control, a static split, and the daemon'
 	@echo 'make test                 unit tests, and tests on a real kernel (AGENTCG_NO_SKIP=1: no skips)'
-	@echo 'make lint                 ruff, mypy, clang-format'
+	@echo 'make lint                 ruff, import-linter, mypy, clang-format'
 	@echo 'make bench BENCH=name     a benchmark; results in build/bench/name.json'
 	@echo "make guest CMD='...'      run something in the test guest (GUEST_ARGS: see GUEST_ARGS=--help)"
 	@echo 'make lock                 write requirements.lock anew from pyproject.toml'
@@ -32,6 +32,7 @@ test: setup
 lint: setup
 	$(VENV)/ruff check
 	$(VENV)/ruff format --check
+	$(VENV)/lint-imports --no-cache
 	$(VENV)/mypy
 	git ls-files -co --exclude-standard '*.c' '*.h' | xargs -r $(VENV)/clang-format --dry-run -Werror
 

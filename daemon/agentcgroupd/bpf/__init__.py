@@ -1,1 +1,4 @@
-"""eBPF: programs of bpf/, loaded by libbpf through ctypes. Where: features -> loader -> libbpf."""
+"""eBPF: programs of bpf/, loaded by libbpf through ctypes. The way: features, loader, libbpf.
+
+May import cgroup, host, configuration, units and errors.
+"""

@@ -1,1 +1,4 @@
-"""cgroup v2: typed interface files (knobs), directories (tree) and their notifications (events)."""
+"""cgroup v2: interface files on a held directory, and events of theirs.
+
+May import host, units and errors.
+"""

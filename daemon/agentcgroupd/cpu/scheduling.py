@@ -25,7 +25,7 @@ from agentcgroupd.bpf.sched import CpuNumbers, SchedSettings, Scheduler
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.config import CpuConfig
 from agentcgroupd.errors import BpfError, CgroupGone, KnobError
-from agentcgroupd.policy.schema import CpuClasses
+from agentcgroupd.intents.cpu_class import CpuClasses
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.metrics import Metrics

@@ -1,5 +1,4 @@
-"""GPU sharing: who may open the devices, how much memory, whose turn it is.
+"""GPUs: who has which part, device files, shares by MPS or time slices, memory quotas.
 
-Start at `control.py`. What a call gets: `room.py`; whose turn it is: `arbiter.py`; the rungs that
-hold a memory quota: `quota.py`.
+May import enforce, sessions and everything below, but not calls.
 """

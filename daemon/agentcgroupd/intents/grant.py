@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from agentcgroupd.errors import InvalidField
+from agentcgroupd.intents.cpu_class import CpuClasses
 from agentcgroupd.intents.gpu import GpuCeiling, gpu_part
 from agentcgroupd.intents.parse import Intent
-from agentcgroupd.policy.schema import CpuClasses
 from agentcgroupd.units import BYTES_MIN, show_bytes, show_usec
 
 CALL_MEMORY_LEAST = 4 << 20

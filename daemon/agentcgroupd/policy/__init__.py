@@ -1,1 +1,4 @@
-"""What to do when the pool runs short: decided purely (engine), applied to the kernel (guard)."""
+"""The policy, without I/O or a clock: documents, decisions, learning, explanations.
+
+May import intents, configuration, units and errors; nothing that touches the kernel.
+"""

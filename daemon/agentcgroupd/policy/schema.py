@@ -13,8 +13,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from agentcgroupd.config import Duration, Priority, Section, quantity
+from agentcgroupd.config import Duration, Section, quantity
 from agentcgroupd.errors import InvalidField
+from agentcgroupd.intents.cpu_class import CpuClasses
 from agentcgroupd.units import parse_bytes, parse_priority, show_bytes
 
 AMOUNT_ALLOWED = (
@@ -273,18 +274,6 @@ class Admission(Section):
     """Waiting this long counts as much as one step of priority in ten."""
     overcommit: Annotated[float, Field(ge=1, le=100)] = 1.0
     """What running calls are expected to take may add up to this times what is free."""
-
-
-class CpuClasses(Section):
-    """CPU and IO by class, which follows from a call's priority."""
-
-    batch_below: Priority = 35
-    interactive_from: Priority = 65
-    batch_weight_percent: Annotated[int, Field(ge=1, le=1000)] = 100
-    """Of the weight that follows from the priority, which doubles for every 15 steps."""
-    interactive_weight_percent: Annotated[int, Field(ge=1, le=1000)] = 100
-    io_weight: bool = True
-    """Set io.weight beside cpu.weight where the device's scheduler keeps it."""
 
 
 class Learning(Section):

@@ -1,1 +1,4 @@
-"""The daemon's sockets: who is calling (identity), gRPC (server) and entering a cgroup (attach)."""
+"""The doors of the daemon: sockets, who is calling, and answers as protobuf.
+
+May import everything below; only the daemon itself imports this package.
+"""

@@ -1,0 +1,1 @@
+"""Replay of recordings on a real kernel, under one strategy or several."""
