@@ -103,9 +103,16 @@ def _is_debian(mirror: Mirror, suites: str) -> bool:
 class Apt:
     """apt with a state of its own for one suite. Nothing of the machine's own state changes."""
 
-    def __init__(self, state: Path, suite: str, mirror: Mirror) -> None:
+    def __init__(
+        self, state: Path, suite: str, mirror: Mirror, *, check_valid_until: bool = True
+    ) -> None:
+        """Make the state directory.
+
+        check_valid_until: refuse an index whose date has passed; its signature is always checked.
+        """
         self.suite = suite
         self._state = state
+        self._check_valid_until = check_valid_until
         for name in ("lists/partial", "archives/partial", "sources"):
             (state / name).mkdir(parents=True, exist_ok=True)
         (state / "status").touch()
@@ -145,6 +152,7 @@ class Apt:
             "Dir::Cache::srcpkgcache": "",
             "APT::Sandbox::User": "root",
             "APT::Update::Error-Mode": "any",
+            "Acquire::Check-Valid-Until": str(self._check_valid_until).lower(),
             "Acquire::Languages": "none",
             "Acquire::Retries": "3",
         }

@@ -1,8 +1,9 @@
-"""One boot of the test guest: its two processes, its output, its end.
+"""One boot of the test guest: its processes, its output, its end.
 
-QEMU gets one end of a stream socket for each of the guest's ports (console, standard output,
-standard error, control); this side relays what comes out of the other ends and knows from the
-control port whether the guest is alive and how the command ended. See init.sh for the guest's part.
+The machine (QEMU, or a kernel built as a program) gets one end of a stream socket for each of the
+guest's channels (console, standard output, standard error, control); this side relays what comes
+out of the other ends and knows from the control channel whether the guest is alive and how the
+command ended. init.sh is the guest's part.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """The descriptors that QEMU gets, one for each of the guest's ports."""
+    """The descriptors that the machine gets, one for each of the guest's channels."""
 
     console: int
     out: int
@@ -68,7 +69,7 @@ class Channels:
 
 @dataclass(slots=True)
 class Progress:
-    """What the guest has said on its control port."""
+    """What the guest has said on its control channel."""
 
     up: bool = False
     exit_status: int | None = None
@@ -159,8 +160,14 @@ class Boot:
             pid = self._spawn("virtiofsd", argv(listener.fileno()), [listener.fileno()])
         self._inodes = InodeWatch(pid, InodeWatch.limit_here())
 
-    def start_qemu(self, argv: Callable[[Channels], list[str]]) -> None:
-        """Start QEMU. argv: makes its command line, given its ends of the channels."""
+    def start_machine(
+        self, name: str, argv: Callable[[Channels], list[str]], cwd: Path | None = None
+    ) -> None:
+        """Start what runs the guest's kernel.
+
+        name: "qemu" or the like, for messages. argv: makes its command line, given its ends of the
+        channels. cwd: the directory that it starts in.
+        """
         with ExitStack() as theirs:  # our copies are closed, so that EOF comes through
             far: list[int] = []
             for sink in (self._take_console, self.out, self.err, self._progress.feed):
@@ -171,9 +178,11 @@ class Boot:
                 self._selector.register(near, selectors.EVENT_READ, sink)
                 self._control = near
                 far.append(end.fileno())
-            self._spawn("qemu", argv(Channels(*far)), far)
+            self._spawn(name, argv(Channels(*far)), far, cwd)
 
-    def _spawn(self, name: str, argv: list[str], descriptors: list[int]) -> int:
+    def _spawn(
+        self, name: str, argv: list[str], descriptors: list[int], cwd: Path | None = None
+    ) -> int:
         """Start a child that dies with the thread that started it, even if that is killed."""
         log = self._stack.enter_context((self.state / f"{name}.log").open("wb"))
         try:
@@ -183,6 +192,7 @@ class Boot:
                 stdout=log,
                 stderr=log,
                 pass_fds=descriptors,
+                cwd=cwd,
                 start_new_session=True,  # Ctrl-C is for us; we end the children
             )
         except FileNotFoundError as error:
@@ -204,7 +214,7 @@ class Boot:
             self._relay(remaining)
             self._forget_inodes()
         enough = time.monotonic() + DRAIN_SEC
-        while self._relay(0) and time.monotonic() < enough:  # what QEMU has left in the sockets
+        while self._relay(0) and time.monotonic() < enough:  # what is left in the sockets
             pass
         if self._progress.exit_status is None:
             raise self._failure()
@@ -234,7 +244,7 @@ class Boot:
 
     def _forget_inodes(self) -> None:
         if self._control and self._inodes and self._progress.up and self._inodes.due():
-            with suppress(BrokenPipeError):  # QEMU has just ended
+            with suppress(BrokenPipeError):  # the machine has just ended
                 self._control.send(b"forget\n")
 
     def _take_console(self, data: bytes) -> None:
@@ -254,9 +264,9 @@ class Boot:
         else:
             message = f"no sign of life within {self.limits.boot_sec:g} s"
         lines = [line.decode(errors="replace") for line in self._console if line.strip()]
-        for name in ("qemu", "virtiofsd"):
-            log = (self.state / f"{name}.log").read_text(errors="replace").splitlines()
-            lines.extend(f"{name}: {line}" for line in log[-10:])
+        for path in sorted(self.state.glob("*.log")):
+            log = path.read_text(errors="replace").splitlines()
+            lines.extend(f"{path.stem}: {line}" for line in log[-10:])
         tail = "\n".join(f"  | {line}" for line in lines) or "  | (nothing)"
         return GuestError(f"{message}; the console's last lines:\n{tail}", status)
 

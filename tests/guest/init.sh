@@ -1,15 +1,18 @@
 #!/bin/busybox sh
-# PID 1 of the test guest (tests/guest/vm.py writes the files "config" and "command" beside a copy).
+# PID 1 of the test guest (tests/guest/vm.py and uml.py write the files "config" and "command" beside
+# a copy).
 #
-# stage 1: / is the host's root over virtiofs. It becomes the lower layer of an overlay, so that the
+# stage 1: / is the host's root, over virtiofs or hostfs. It becomes the lower layer of an overlay, so that the
 #          guest may write anywhere and the host sees none of it, except below the directories that
 #          vm.py was asked to share.
 # stage 2 ("run" as $1): inside the overlay, runs the command and reports how it ended.
 #
 # Every fork costs 50 ms under emulation, so shell built-ins are used where there is a choice.
 #
-# Virtio ports: 1 standard output, 2 standard error, 3 control. On the last the guest says "up", then
-# "exit <status>"; the host says "forget" when its file server holds too many inodes for the guest.
+# The kernel's console aside, three channels lead to the host: standard output, standard error and
+# control. They are virtio ports 1 to 3 in QEMU and serial lines 0 to 2 in user-mode Linux. On the
+# last the guest says "up", then "exit <status>"; the host says "forget" when its file server holds
+# too many inodes for the guest.
 
 B=/bin/busybox
 [ "$1" = run ] && B=/run/guest/busybox # another root file system may have none
@@ -19,17 +22,46 @@ export PATH
 # --- stage 2 -----------------------------------------------------------------------------------
 
 run_command() {
-	for port in /dev/vport*p1; do port=${port%1}; done
-	exec 3<>"${port}3"
+	find_channels
+	exec 3<>"$control"
 	echo up >&3
-	while read -r _ <&3; do echo 2 >/proc/sys/vm/drop_caches; done &
+	while read -r _ <&3; do echo 2 >/proc/sys/vm/drop_caches; done 4>&- 5>&- &
 	export HOME=/root USER=root LOGNAME=root SHELL=/bin/sh TERM=dumb
 	ulimit -Hn 524288 # as under systemd; the kernel's own default is 4096
-	$B setsid /bin/sh /run/guest/command </dev/null >"${port}1" 2>"${port}2" 3>&-
-	echo "exit $?" >&3
+	$B setsid /bin/sh /run/guest/command </dev/null >"$out" 2>"$err" 3>&- 4>&- 5>&-
+	status=$?
+	wait_for_relays
+	echo "exit $status" >&3
 	exec 3>&-
 	$B sync
 	$B poweroff -f
+}
+
+# Sets out, err and control to files. A command that sees a terminal behaves differently, so pipes
+# lie between it and the serial lines.
+find_channels() {
+	relays=
+	for port in /dev/vport*p1; do port=${port%1}; done
+	if [ -e "${port}1" ]; then
+		out=${port}1 err=${port}2 control=${port}3
+		return
+	fi
+	out=/run/guest/out err=/run/guest/err control=/dev/ttyS2
+	$B mkfifo $out $err
+	for line in 0 1 2; do $B stty -F /dev/ttyS$line raw -echo; done
+	$B cat $out >/dev/ttyS0 3>&- &
+	relays=$!
+	$B cat $err >/dev/ttyS1 3>&- &
+	relays="$relays $!"
+	exec 4<>$out 5<>$err # so that they do not end before the command opens them
+}
+
+# Processes that the command has left behind may hold the pipes open: what they say later is lost.
+wait_for_relays() {
+	[ "$relays" ] || return
+	exec 4>&- 5>&-
+	{ $B sleep 1; kill $relays; } 2>/dev/null &
+	wait $relays
 }
 
 if [ "$1" = run ]; then

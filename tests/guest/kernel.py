@@ -98,7 +98,7 @@ def ensure(
         except SuiteError as error:
             raise KernelError(str(error)) from error
         if spec == NEWEST:
-            _write_atomically(cache / "newest", kernel.release + "\n")
+            write_atomically(cache / "newest", kernel.release + "\n")
         return kernel
 
 
@@ -262,7 +262,8 @@ def extract_vmlinux(image: bytes) -> bytes:
 # --- small helpers -----------------------------------------------------------------------------
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file of the cache in one step: whoever reads it sees all or nothing of it."""
     new = path.with_name(f"{path.name}.{os.getpid()}")
     new.write_text(text)
     new.rename(path)

@@ -19,7 +19,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,18 +100,19 @@ class Guest:
         Returns 128+n for a command killed by signal n, 124 past timeout_sec, and 125 for a guest
         that broke; the reason is then on `err`.
         """
-        out = out or _writer(sys.stdout.fileno())
-        err = err or _writer(sys.stderr.fileno())
+        out = out or writer(sys.stdout.fileno())
+        err = err or writer(sys.stderr.fileno())
         cwd = Path.cwd() if cwd is None else cwd
         env = passed_env(os.environ) if env is None else env
         try:
             kernel = ensure(self.kernel)
             with state_dir() as state:
-                write_state(state, self, kernel, command, cwd, env)
+                write_state(state, self.root, self.rw, config_text(self, kernel))
+                (state / "command").write_text(command_text(command, cwd, env))
                 limits = Limits(self.boot_timeout_sec, self.timeout_sec)
                 with Boot(state, limits, out, err, show_console=self.verbose) as boot:
                     boot.start_file_server(partial(file_server_argv, find_file_server()))
-                    boot.start_qemu(partial(qemu_argv, self, kernel, state))
+                    boot.start_machine("qemu", partial(qemu_argv, self, kernel, state))
                     return boot.wait()
         except (GuestError, KernelError) as error:
             err(f"guest: {error}\n".encode())
@@ -119,30 +120,27 @@ class Guest:
 
 
 def passed_env(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables of `environ` that the guest gets too, and two that say where it is."""
+    """The variables of `environ` that the guest gets too, and those that say where it is."""
     keep = {
         name: value
         for name, value in environ.items()
         if name in PASSED or name.startswith("AGENTCG_")
     }
-    return {**keep, "AGENTCG_WHERE": "native", "AGENTCG_EMULATED": "1"}
+    here = {"AGENTCG_WHERE": "native", "AGENTCG_GUEST": "qemu", "AGENTCG_EMULATED": "1"}
+    return {**keep, **here}
 
 
 # --- what the guest reads ------------------------------------------------------------------------
 
 
-def write_state(
-    state: Path,
-    guest: Guest,
-    kernel: Kernel,
-    command: str | Sequence[str],
-    cwd: Path,
-    env: Mapping[str, str],
-) -> None:
-    """Write init.sh, its config and the command. Raises GuestError for what cannot work."""
-    if not (guest.root / "bin/sh").exists():
-        raise GuestError(f"no root file system in {guest.root}: it has no /bin/sh")
-    for directory in guest.rw:
+def write_state(state: Path, root: Path, rw: Sequence[Path], config: str) -> None:
+    """Write init.sh and its config. Raises GuestError for what cannot work.
+
+    root: the guest's root file system. rw: the directories that are shared read-write.
+    """
+    if not (root / "bin/sh").exists():
+        raise GuestError(f"no root file system in {root}: it has no /bin/sh")
+    for directory in rw:
         if not directory.is_absolute():
             raise GuestError(f"{directory}: a shared directory needs an absolute path")
         directory.mkdir(parents=True, exist_ok=True)
@@ -150,12 +148,11 @@ def write_state(
     init = state / "init.sh"
     shutil.copyfile(CHECKOUT / "tests/guest/init.sh", init)
     init.chmod(0o755)
-    (state / "config").write_text(config_text(guest, kernel))
-    (state / "command").write_text(command_text(command, cwd, env))
+    (state / "config").write_text(config)
 
 
 def config_text(guest: Guest, kernel: Kernel) -> str:
-    """Shell assignments for init.sh; the shared directories become positional parameters."""
+    """What init.sh needs to know."""
     values = {
         "lower": str(guest.root.absolute()),
         "release": kernel.release,
@@ -164,8 +161,13 @@ def config_text(guest: Guest, kernel: Kernel) -> str:
         "pid1": "systemd" if guest.systemd else "command",
         "hostname": "agentcg-guest",
     }
+    return shell_text(values, guest.rw)
+
+
+def shell_text(values: Mapping[str, str], rw: Sequence[Path]) -> str:
+    """Shell assignments; the shared directories become positional parameters."""
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
-    lines.append(shlex.join(["set", "--", *(str(directory) for directory in guest.rw)]))
+    lines.append(shlex.join(["set", "--", *(str(directory) for directory in rw)]))
     return "\n".join(lines) + "\n"
 
 
@@ -276,10 +278,10 @@ def from_arguments(arguments: argparse.Namespace) -> Guest:
     )
 
 
-def env_from_arguments(arguments: argparse.Namespace) -> dict[str, str]:
-    """The command's environment that parsed options describe."""
-    env = passed_env(os.environ)
-    for item in arguments.env:
+def add_to_env(env: dict[str, str], items: Sequence[str]) -> dict[str, str]:
+    """Return the environment with what the options --env ask for: NAME=VALUE, or NAME of ours."""
+    env = dict(env)
+    for item in items:
         name, given, value = item.partition("=")
         if given:
             env[name] = value
@@ -288,7 +290,7 @@ def env_from_arguments(arguments: argparse.Namespace) -> dict[str, str]:
     return env
 
 
-def _writer(descriptor: int) -> Sink:
+def writer(descriptor: int) -> Sink:
     """A sink that writes to a descriptor, unbuffered."""
 
     def write(data: bytes) -> None:
@@ -303,20 +305,31 @@ def _terminated(number: int, _: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line. SIGTERM and Ctrl-C end the guest and leave nothing behind."""
-    arguments = parser().parse_args(argv)
+def run_as_program(run: Callable[[], int]) -> int:
+    """Run a guest as a command-line program does; return the exit status.
+
+    SIGTERM, SIGHUP and Ctrl-C end the guest and leave nothing behind.
+    """
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGHUP, _terminated)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     if os.geteuid() != 0:
         print("guest: needs root, to serve this machine's files to the guest", file=sys.stderr)
         return EXIT_BROKEN
     try:
-        return from_arguments(arguments).run(arguments.command, env=env_from_arguments(arguments))
+        return run()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # as in `... | head`
         return 128 + signal.SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    arguments = parser().parse_args(argv)
+    env = add_to_env(passed_env(os.environ), arguments.env)
+    guest = from_arguments(arguments)
+    return run_as_program(lambda: guest.run(arguments.command, env=env))
 
 
 if __name__ == "__main__":

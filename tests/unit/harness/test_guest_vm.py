@@ -104,7 +104,7 @@ def test_options_become_a_guest() -> None:
     assert guest.rw == (vm.CHECKOUT / "build", Path("/srv"))
     assert guest.kernel_args == ("x=1",)
     assert arguments.command == ["ls", "-l"]
-    assert vm.env_from_arguments(arguments)["A"] == "b"
+    assert vm.add_to_env({"A": "a"}, arguments.env) == {"A": "b"}
 
 
 # --- the end, played by a stand-in for QEMU ------------------------------------------------------
@@ -127,7 +127,7 @@ def play(
     try:
         with boot.Boot(tmp_path, limits, out.extend, err.extend) as machine:
             machine.start_file_server(lambda descriptor: ["sleep", "60"])
-            machine.start_qemu(argv)
+            machine.start_machine("qemu", argv)
             return machine.wait(), bytes(out), bytes(err)
     except boot.GuestError as error:
         return error, bytes(out), bytes(err)
