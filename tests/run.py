@@ -1,13 +1,14 @@
-"""`make test`: every suite in the place it belongs, and one line of totals at the end.
+"""`make test`: every suite in the place it belongs, and what each did in a table at the end.
 
     host      unit tests, and those that any Linux host with root can run, at full speed
-    guest     the whole daemon on a recent kernel: one boot for all of them
-    systemd   the units, under systemd as PID 1: another boot
-    kernel    those of the host suite that ask the kernel, on the recent one
-    cpu       the CPU scheduler, on the recent one
+    uml       what needs cgroup controllers: the whole daemon on user-mode Linux, without programs
+    programs  BPF programs, pressure and what else a full kernel has, on a recent one in QEMU
+    sched     the CPU scheduler, on the same kernel in QEMU
+    systemd   the units, under systemd as PID 1, in QEMU
 
 Where this machine has the controllers itself, all run natively, and nothing twice. Two lanes run
-side by side: a guest is one emulating thread. A suite that collects nothing has failed.
+side by side: a guest is one thread. A suite that collects nothing has failed. docs/testing.md says
+which test belongs where.
 """
 
 from __future__ import annotations
@@ -24,20 +25,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from tests.guest.vm import CHECKOUT
 from tests.guest.where import Kind, decide
 
 RESULTS = CHECKOUT / "build/test"
 PYTEST = [str(CHECKOUT / ".venv/bin/python"), "-m", "pytest", "-p", "no:cacheprovider"]
-CPU = ("tests/guest/test_cpu.py", "tests/guest/test_sched.py")
+SCHED = ("tests/guest/test_cpu.py", "tests/guest/test_sched.py")
 """A suite of their own, so that both lanes take about as long."""
-ANY_KERNEL = tuple(f"tests/kernel/test_{name}.py" for name in (
-    "gpu_calls", "hostile", "policy_reload", "readme"
-))  # fmt: skip
-"""What they show does not depend on the kernel's age: the host is enough."""
 NO_TESTS = 5  # pytest's exit status when it collected nothing
+
+Place = Literal["native", "uml", "qemu"]
+GUESTS: dict[Place, str] = {"uml": "tests.guest.uml", "qemu": "tests.guest.vm"}
+"""The programs that run a command in a guest."""
+
+ON_HOST = "not controllers"
+FULL_KERNEL = "programs or psi or full_kernel"
+"""What user-mode Linux lacks, by the markers of tests/conftest.py."""
+IN_UML = f"not full_speed and not ({FULL_KERNEL})"
+IN_QEMU = f"not full_speed and ({FULL_KERNEL} or with_programs)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +56,11 @@ class Suite:
 
     name: str
     paths: tuple[str, ...]
-    where: Kind
+    place: Place
     limit_sec: int
     test_limit_sec: int = 120
     marks: str = ""
+    without: tuple[str, ...] = ()
     guest_options: tuple[str, ...] = ()
 
     @property
@@ -60,17 +68,19 @@ class Suite:
         """Where pytest writes what happened."""
         return RESULTS / f"{self.name}.xml"
 
+    def selection(self) -> list[str]:
+        """The arguments of pytest that choose the tests."""
+        marks = ["-m", self.marks] if self.marks else []
+        return [*marks, *self.paths, *(f"--ignore={path}" for path in self.without)]
+
     def argv(self, extra: Sequence[str] = ()) -> list[str]:
         """The command that runs it."""
         pytest = [*PYTEST, f"--junit-xml={self.results}", f"--timeout={self.test_limit_sec}"]
-        if self.marks:
-            pytest += ["-m", self.marks]
-        pytest += [*extra, *self.paths]
-        if self.where == "native":
-            return pytest
-        pytest.insert(len(PYTEST), "-v")  # slow, so each test shows as it ends
-        guest = [sys.executable, "-m", "tests.guest.vm", f"--timeout={self.limit_sec}"]
-        return [*guest, *self.guest_options, "--", *pytest]
+        if self.place == "native":
+            return [*pytest, *extra, *self.selection()]
+        guest = [sys.executable, "-m", GUESTS[self.place], f"--timeout={self.limit_sec}"]
+        # Verbose, because a guest is slow: each test shows as it ends.
+        return [*guest, *self.guest_options, "--", *pytest, "-v", *extra, *self.selection()]
 
 
 def plan(where: Kind, systemd_here: bool) -> tuple[list[list[Suite]], list[str]]:
@@ -79,76 +89,119 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[list[Suite]], list[str]]
     systemd_here: PID 1 is systemd.
     """
     if where == "guest":
-        host = Suite(
-            "host", ("tests/unit", "tests/kernel"), "native", 1800, marks="not controllers"
+        host = Suite("host", ("tests/unit", "tests/kernel"), "native", 1800, marks=ON_HOST)
+        uml = Suite(
+            "uml",
+            ("tests/guest", "tests/kernel"),
+            "uml",
+            limit_sec=1800,
+            test_limit_sec=300,
+            marks=IN_UML,
         )
-        daemon, cpu, kernel = (
-            Suite(
-                name,
-                paths,
-                "guest",
-                limit_sec=2700,
-                test_limit_sec=600,
-                marks="not full_speed",
-                guest_options=("--memory=2048",),
-            )
-            for name, paths in (
-                ("guest", ("tests/guest", *(f"--ignore={path}" for path in CPU))),
-                ("cpu", CPU),
-                ("kernel", ("tests/kernel", *(f"--ignore={path}" for path in ANY_KERNEL))),
-            )
+        programs = Suite(
+            "programs",
+            ("tests/guest", "tests/kernel"),
+            "qemu",
+            limit_sec=2700,
+            test_limit_sec=600,
+            marks=IN_QEMU,
+            without=SCHED,
+            guest_options=("--memory=2048",),
+        )
+        sched = Suite(
+            "sched",
+            SCHED,
+            "qemu",
+            limit_sec=2700,
+            test_limit_sec=600,
+            marks=IN_QEMU,
+            guest_options=("--memory=2048",),
         )
         systemd = Suite(
             "systemd",
             ("tests/systemd",),
-            "guest",
+            "qemu",
             limit_sec=900,
             test_limit_sec=240,
             guest_options=("--systemd",),
         )
         # So that both lanes take about as long.
-        return [[host, kernel], [daemon, systemd, cpu]], []
+        return [[host, uml, systemd], [programs, sched]], []
     suites = [Suite("host", ("tests/unit", "tests/kernel", "tests/guest"), "native", 1100)]
     if systemd_here:
         return [[*suites, Suite("systemd", ("tests/systemd",), "native", 280)]], []
     return [suites], ["systemd: not PID 1 here (AGENTCG_WHERE=guest runs everything in the guest)"]
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a suite did: its tests by how they ended, and how long it took."""
+
+    suite: Suite
+    passed: int
+    failed: int
+    skipped: int
+    took_sec: float
+    broken: str = ""
+    """Why it counts as failed although no test has: it collected nothing, or broke."""
+
+
 @dataclass(slots=True)
 class Totals:
-    """Tests by how they ended; a suite that broke counts as one failure."""
+    """What all suites did; one that broke counts as one failure."""
 
-    passed: int = 0
-    failed: int = 0
-    skipped: int = 0
-    broken: list[str] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
 
-    def add(self, suite: Suite, status: int) -> None:
+    def add(self, suite: Suite, status: int, took_sec: float) -> None:
         """Count a suite by its results file and exit status."""
         try:
             root = ElementTree.parse(suite.results).getroot()
         except (FileNotFoundError, ElementTree.ParseError):
-            self._broke(suite, f"no results, exit status {status}")
+            broken = f"no results, exit status {status}"
+            self.outcomes.append(Outcome(suite, 0, 1, 0, took_sec, broken))
             return
         tests = failed = skipped = 0
         for element in root.iter("testsuite"):
             tests += int(element.get("tests", 0))
             failed += int(element.get("failures", 0)) + int(element.get("errors", 0))
             skipped += int(element.get("skipped", 0))
-        self.passed += max(0, tests - failed - skipped)
-        self.failed += failed
-        self.skipped += skipped
+        passed = max(0, tests - failed - skipped)
+        broken = ""
         if status == NO_TESTS or tests == 0:
-            self._broke(suite, "collected no tests")
+            broken = "collected no tests"
         elif status != 0 and failed == 0:
-            self._broke(suite, f"exit status {status}")
+            broken = f"exit status {status}"
+        self.outcomes.append(
+            Outcome(suite, passed, failed + bool(broken), skipped, took_sec, broken)
+        )
 
-    def _broke(self, suite: Suite, reason: str) -> None:
-        self.failed += 1
-        self.broken.append(f"{suite.name}: {reason}")
+    @property
+    def failed(self) -> int:
+        """Failures of all suites."""
+        return sum(outcome.failed for outcome in self.outcomes)
+
+    @property
+    def broken(self) -> list[str]:
+        """What is wrong with the suites that count as failed for another reason than a test."""
+        return [f"{o.suite.name}: {o.broken}" for o in self.outcomes if o.broken]
+
+    def table(self, took_sec: float) -> str:
+        """One line for each suite and one for all, which took `took_sec` together."""
+        rows = [
+            (o.suite.name, o.suite.place, o.passed, o.failed, o.skipped, round(o.took_sec))
+            for o in self.outcomes
+        ]
+        sums = [sum(row[column] for row in rows) for column in (2, 3, 4)]
+        head = ("suite", "place", "passed", "failed", "skipped", "seconds")
+        lines = [head, *rows, ("all", "", *sums, round(took_sec))]
+        return "\n".join(
+            "{:<10}{:<8}{:>7}{:>8}{:>9}{:>9}".format(*map(str, line)) for line in lines
+        )
 
     def __str__(self) -> str:
-        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+        passed = sum(outcome.passed for outcome in self.outcomes)
+        skipped = sum(outcome.skipped for outcome in self.outcomes)
+        return f"{passed} passed, {self.failed} failed, {skipped} skipped"
 
 
 class Runner:
@@ -186,7 +239,7 @@ class Runner:
     def _suite(self, suite: Suite) -> None:
         suite.results.unlink(missing_ok=True)
         begin = time.monotonic()
-        self._say(suite.name, f"{' '.join(suite.paths)} ({suite.where})")
+        self._say(suite.name, f"{' '.join(suite.paths)} ({suite.place})")
         process = subprocess.Popen(
             suite.argv(self._extra),
             cwd=CHECKOUT,
@@ -201,7 +254,7 @@ class Runner:
         with self._lock:
             self._running[suite.name] = process
         # The guest has its own limit, with a better message: this one is for what it misses.
-        grace_sec = 30 if suite.where == "guest" else 0
+        grace_sec = 30 if suite.place != "native" else 0
         timer = threading.Timer(suite.limit_sec + grace_sec, self._expired, (suite, process))
         timer.start()
         assert process.stdout is not None
@@ -209,10 +262,11 @@ class Runner:
             self._say(suite.name, line.rstrip("\n"))
         status = process.wait()
         timer.cancel()
+        took_sec = time.monotonic() - begin
         with self._lock:
             del self._running[suite.name]
-            self.totals.add(suite, status)
-        self._say(suite.name, f"exit status {status} after {time.monotonic() - begin:.0f} s")
+            self.totals.add(suite, status, took_sec)
+        self._say(suite.name, f"exit status {status} after {took_sec:.0f} s")
 
     def _expired(self, suite: Suite, process: subprocess.Popen[str]) -> None:
         self._say(suite.name, f"out of time: {suite.limit_sec} s")
@@ -227,7 +281,7 @@ class Runner:
 
     def _say(self, name: str, line: str) -> None:
         with self._lock:
-            print(f"{name:>7} | {line}", flush=True)
+            print(f"{name:>8} | {line}", flush=True)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -263,6 +317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("pytest", nargs="*", help="more options for pytest, after --")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    begin = time.monotonic()
     where = decide()
     print(f"tests of the daemon run: {where.kind} ({where.reason})", flush=True)
     lanes, left_out = plan(where.kind, Path("/run/systemd/system").is_dir())
@@ -277,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     for line in [*left_out, *runner.totals.broken]:
         print(f"! {line}")
+    print(runner.totals.table(time.monotonic() - begin))
     print(runner.totals, flush=True)
     return 1 if runner.totals.failed else 0
 

@@ -38,11 +38,11 @@ def report_of(daemon: DaemonProcess, session: str) -> pb.Report:
 
 def short_of_memory(daemon: DaemonProcess) -> tuple[AgentProcess, AgentProcess]:
     """An important call that takes half of the pool and holds it, and a batch call that has been
-    paused meanwhile."""
+    paused meanwhile: the pool's 640 MiB are less than what the two would take."""
     vip, batch = daemon.open("vip", priority="important"), daemon.open("b", priority="batch")
     hold = int(120_000 * SLOW)
-    vip.run(START, name="vip", LOAD=LOAD, schedule=f"8000 {300 * MIB} 0\n{hold} {300 * MIB} 0\n")
-    batch.run(START, name="batch", LOAD=LOAD, schedule=f"8000 {300 * MIB} 0\n100 {300 * MIB} 0\n")
+    vip.run(START, name="vip", LOAD=LOAD, schedule=f"8000 {320 * MIB} 0\n{hold} {320 * MIB} 0\n")
+    batch.run(START, name="batch", LOAD=LOAD, schedule=f"8000 {340 * MIB} 0\n100 {340 * MIB} 0\n")
     wait_until("the batch call is paused", lambda: bool(events(daemon, "freeze")), 60)
     return vip, batch
 

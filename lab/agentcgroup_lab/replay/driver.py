@@ -9,6 +9,7 @@ it appends to `events`, one JSON object a line, with CLOCK_MONOTONIC times that 
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -68,8 +69,11 @@ class Held:
         size = max(max_bytes - own_bytes, 0) + mmap.PAGESIZE
         self._own_bytes = own_bytes
         self._map = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        try:
             self._map.madvise(mmap.MADV_NOHUGEPAGE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a kernel without huge pages
+                raise
         half = mmap.PAGESIZE // 2
         self._chunk = b"".join(os.urandom(half) + bytes(half) for _ in range(64))
         self._bytes = 0
