@@ -1,12 +1,12 @@
 """Markers, the switch that turns every skip into a failure, and daemons of a test's own.
 
-controllers   needs cgroup v2 with memory, cpu and pids; skipped elsewhere
-full_speed    counts on real time or on thousands of processes: not for an emulated machine
+docs/testing.md says which markers send a test where.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -17,22 +17,44 @@ from tests.harness import DaemonProcess
 
 NO_SKIP = bool(os.environ.get("AGENTCG_NO_SKIP"))
 
+MARKERS = {
+    "controllers": "needs cgroup v2 with the memory, cpu and pids controllers, and root",
+    "programs": "needs a kernel that takes BPF programs",
+    "psi": "needs a kernel with pressure stall information",
+    "full_kernel": "needs something else that user-mode Linux lacks, such as zstd for zram",
+    "with_programs": "shows something else on a kernel that takes BPF programs: runs there too",
+    "full_speed": "too slow, or without meaning, on an emulated machine",
+}
+NOT_IN_UML = ("programs", "psi", "full_kernel")
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+
 StartDaemon = Callable[[str], DaemonProcess]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the markers: an undeclared one is an error."""
-    for marker in (
-        "controllers: needs cgroup v2 with the memory, cpu and pids controllers, and root",
-        "full_speed: too slow, or without meaning, on an emulated machine",
-    ):
-        config.addinivalue_line("markers", marker)
+    """Declare the markers (an undeclared one is an error), and take signals as usual.
+
+    A shell that starts this in the background has it ignore SIGINT and SIGQUIT, and nohup SIGHUP;
+    the processes that tests start would inherit that.
+    """
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            usual = signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, usual)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, with the reason."""
     where = decide()
+    in_uml = os.environ.get("AGENTCG_GUEST") == "uml"
     for item in items:
+        lacking = [name for name in NOT_IN_UML if item.get_closest_marker(name)] if in_uml else []
+        if lacking:
+            reason = f"user-mode Linux is not enough: {MARKERS[lacking[0]]}"
+            item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("controllers") and where.kind != "native":
             item.add_marker(pytest.mark.skip(reason=where.reason))
         if item.get_closest_marker("full_speed") and "AGENTCG_EMULATED" in os.environ:

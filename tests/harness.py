@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 _VENDOR = Path("/sys/class/dmi/id/sys_vendor")
 SLOW = 25.0 if _VENDOR.exists() and "QEMU" in _VENDOR.read_text() else 1.0
 """How much slower an emulated CPU is; only waiting times are multiplied by it."""
+IN_GUEST = "AGENTCG_GUEST" in os.environ
+"""Whether this is a test guest: each gives memory back later than a machine of its own would."""
 EXEC = os.environ.get("AGENTCG_EXEC") or str(Path(sys.executable).parent / "agentcg-exec")
 
 

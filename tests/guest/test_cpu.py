@@ -34,7 +34,7 @@ from tests.conftest import StartDaemon
 from tests.guest.cpu_load import SCHED_EXT
 from tests.harness import DaemonProcess, wait_until
 
-pytestmark = pytest.mark.controllers
+pytestmark = [pytest.mark.controllers, pytest.mark.programs]
 
 SETTINGS = SchedSettings(slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000,
                          penalty_most=8)  # fmt: skip

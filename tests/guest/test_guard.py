@@ -23,6 +23,7 @@ def daemon(start_daemon: StartDaemon) -> DaemonProcess:
     return start_daemon('[pool]\nmemory_max = "640M"\n')
 
 
+@pytest.mark.with_programs
 def test_three_calls_that_do_not_fit_together_all_end_well(daemon: DaemonProcess) -> None:
     agents = {
         name: daemon.open(name, priority=priority)
@@ -89,6 +90,7 @@ tool.stdin.close()
     assert reports["b"].feedback[0].code == pb.FEEDBACK_CODE_STOPPED
 
 
+@pytest.mark.programs
 def test_a_call_that_would_rather_be_refused_gets_an_error_and_lives(
     daemon: DaemonProcess,
 ) -> None:

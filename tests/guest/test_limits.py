@@ -13,7 +13,15 @@ import pytest
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from tests.conftest import StartDaemon
-from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, RemoteRpcError, wait_until
+from tests.harness import (
+    EXEC,
+    IN_GUEST,
+    SLOW,
+    AgentProcess,
+    DaemonProcess,
+    RemoteRpcError,
+    wait_until,
+)
 
 pytestmark = pytest.mark.controllers
 
@@ -134,19 +142,18 @@ def test_a_handled_child_oom_in_a_group_is_still_oom(
 def test_at_the_sessions_limit_a_call_goes_and_the_agent_stays(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
-    code = """
-tools = []
-for size in (120, 180):
-    tool = subprocess.Popen([EXEC, "--name", str(size), "--", LOAD],
-                            stdin=subprocess.PIPE, text=True)
-    tool.stdin.write(f"1 {size << 20} 0\\n{hold} {size << 20} 0\\n")
-    tool.stdin.close()
-    tools.append(tool)
-    time.sleep(pause)
-result = [tool.wait() for tool in tools]
-"""
-    statuses = agent.run(code, LOAD=LOAD, hold=int(600 * SLOW), pause=0.2 * SLOW)
-    assert sorted(statuses) == [-9, 0]
+    start = START + "globals()[name] = tool"
+    hold = f"1 {120 * MIB} 0\n10000 {120 * MIB} 0\n"
+    agent.run(start, name="first", options=["--name", "120"], LOAD=LOAD, schedule=hold)
+    wait_until("it has begun", lambda: bool(daemon.call_dirs()))
+    held = daemon.call_dirs()[0] / "memory.current"
+    wait_until("it has grown", lambda: int(held.read_text()) > 120 * MIB)
+    # It holds its memory for as long as the other one takes, however slow this machine is.
+    agent.run("first.send_signal(signal.SIGSTOP)")
+    grow = f"1 {180 * MIB} 0\n100 {180 * MIB} 0\n"
+    agent.run(start, name="second", options=["--name", "180"], LOAD=LOAD, schedule=grow)
+    ended = "second.wait(); first.send_signal(signal.SIGCONT); result = first.wait(), second.wait()"
+    assert sorted(agent.run(ended)) == [-9, 0]
     assert agent.process.poll() is None
     last(daemon)
     reports = daemon.admin.ListReports(pb.ListReportsRequest(session_id="alpha", limit=2)).reports
@@ -155,6 +162,7 @@ result = [tool.wait() for tool in tools]
     assert "300 MiB" in killed.sentence
 
 
+@pytest.mark.with_programs
 def test_however_much_the_agent_holds_a_call_goes_first(daemon: DaemonProcess) -> None:
     """Even an important one that holds next to nothing, where the agent's own growth did it."""
     big = daemon.open("big", memory_max="200M", priority="important")
@@ -177,14 +185,16 @@ result = tool.wait(60)
         assert big.run(grow) == -9
         assert big.process.poll() is None
     except EOFError:
-        # An emulated CPU may free the dead call's memory so late that the kernel goes on to the
-        # agent, which is alone by then.
-        assert SLOW != 1.0
+        # A guest may free the dead call's memory so late that the kernel goes on to the agent,
+        # which is alone by then.
+        assert IN_GUEST
     assert last(daemon, "big").verdict == pb.VERDICT_OOM_SESSION
-    first = next(v for v in _victims(daemon) if v["session"] == "big")
-    assert first["call"], "the agent was chosen before the call"
+    if _tells_victims(daemon):
+        first = next(v for v in _victims(daemon) if v["session"] == "big")
+        assert first["call"], "the agent was chosen before the call"
 
 
+@pytest.mark.with_programs
 def test_at_the_pools_limit_the_less_important_call_goes(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
@@ -198,13 +208,19 @@ def test_at_the_pools_limit_the_less_important_call_goes(
     assert agent.run("result = tool.wait()") == -9
     assert last(daemon).verdict == pb.VERDICT_OOM_POOL
     ended = last(daemon, "vip")
-    if SLOW == 1.0:
+    if not IN_GUEST:
         assert (status, ended.verdict) == (0, pb.VERDICT_OK)
     elif status:
-        # An emulated CPU frees the dead call's memory so late that the kernel, with nobody else
-        # left, may choose a second victim before the first one's 200 MiB are given back.
+        # A guest frees the dead call's memory so late that the kernel, with nobody else left, may
+        # choose a second victim before the first one's 200 MiB are given back.
         assert ended.verdict == pb.VERDICT_OOM_POOL
-        assert [v["session"] for v in _victims(daemon)[-2:]] == ["alpha", "vip"]
+        if _tells_victims(daemon):
+            assert [v["session"] for v in _victims(daemon)[-2:]] == ["alpha", "vip"]
+
+
+def _tells_victims(daemon: DaemonProcess) -> bool:
+    """Whether the kernel takes the program that sees whom the OOM killer chooses."""
+    return "OOM victims: missing" not in daemon.log.read_text()
 
 
 def _victims(daemon: DaemonProcess) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from agentcgroupd.bpf.loader import BpfMap, BpfObject
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from tests.harness import EXEC, wait_until
 
-pytestmark = pytest.mark.controllers
+pytestmark = [pytest.mark.controllers, pytest.mark.programs]
 
 LOAD = str(Path(EXEC).with_name("agentcg-load"))
 MIB = 1 << 20

@@ -22,7 +22,7 @@ from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from agentcgroupd.config import GuardConfig
 from tests.harness import SLOW, wait_until
 
-pytestmark = pytest.mark.controllers
+pytestmark = [pytest.mark.controllers, pytest.mark.programs]
 
 MIB = 1 << 20
 PR_SET_THP_DISABLE = 41

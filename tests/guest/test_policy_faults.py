@@ -74,6 +74,7 @@ def stalls(directory: Path) -> str:
     return f'[pool]\nmemory_max = "640M"\n[policy]\npath = "{policy}"\n'
 
 
+@pytest.mark.psi
 def test_a_session_that_was_slowed_is_not_left_so(
     start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_session_that_was_slowed_is_not_left_so(
     assert int(weight.read_text()) == before
 
 
+@pytest.mark.psi
 def test_a_detector_on_a_file_that_this_kernel_does_not_keep(
     start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
@@ -116,13 +118,17 @@ def test_another_policy_lets_go_what_the_first_had_paused(
         f'[pool]\nmemory_max = "640M"\n[policy]\ndrop_in = "{tmp_path}"\n'
     )  # fmt: skip
     vip, batch = short_of_memory(daemon)
-    (tmp_path / "off.toml").write_text('[[rulesets]]\nname = "freeze"\nenabled = false\n')
+    off = "".join(
+        f'[[rulesets]]\nname = "{name}"\nenabled = false\n' for name in ("freeze", "freeze-fast")
+    )
+    (tmp_path / "off.toml").write_text(off)
     daemon.admin.ReloadPolicy(pb.ReloadPolicyRequest())
     wait_until("it goes on", lambda: bool(events(daemon, "thaw")), 2.0 * SLOW)
     for agent in (vip, batch):
         agent.run("tool.kill(); tool.wait()")
 
 
+@pytest.mark.programs
 def test_a_tool_that_retries_for_ever_what_it_is_refused_is_paused(
     start_daemon: StartDaemon,
 ) -> None:

@@ -24,29 +24,30 @@ MB = 1_000_000
 AGENT_MB, RISE_MB = 40.0, 120.0
 
 
-def recorded(name: str) -> trace_format.Trace:
-    """Two calls: a small one, and one that rises by RISE_MB and stays there for two seconds."""
+def recorded(name: str, stays_s: int) -> trace_format.Trace:
+    """Two calls: a small one, and one that rises by RISE_MB and stays there."""
     levels = [AGENT_MB] * 10 + [AGENT_MB + 10] * 5 + [AGENT_MB] * 5
-    levels += [AGENT_MB + RISE_MB] * 20 + [AGENT_MB] * 10
+    levels += [AGENT_MB + RISE_MB] * (10 * stays_s) + [AGENT_MB] * 10
     samples = tuple(trace_format.Sample(i / 10, mb, 5.0, 5.0) for i, mb in enumerate(levels))
     calls = (
         trace_format.TraceCall(0.95, 1.45, "a", "git", "git status"),
-        trace_format.TraceCall(1.75, 3.95, "b", "pytest", "pytest -q"),
+        trace_format.TraceCall(1.75, 1.95 + stays_s, "b", "pytest", "pytest -q"),
     )
     return trace_format.Trace(name, "made", 0.1, samples, calls)
 
 
-def sessions(n: int) -> list[engine.SessionSpec]:
+def sessions(n: int, stays_s: int = 2) -> list[engine.SessionSpec]:
+    plans = {name: plan.make_plan(recorded(name, stays_s)) for name in (f"s{i}" for i in range(n))}
     return [
-        engine.SessionSpec(f"s{i}", "made", plan.make_plan(recorded(f"s{i}")), important=i == 0)
-        for i in range(n)
+        engine.SessionSpec(name, "made", made, important=name == "s0")
+        for name, made in plans.items()
     ]
 
 
-def run(strategy: str, n: int, pool_mb: float) -> StrategyResult:
-    options = engine.EngineOptions(timeout_s=20 + 4 * SLOW)
+def run(strategy: str, n: int, pool_mb: float, stays_s: int = 2) -> StrategyResult:
+    options = engine.EngineOptions(timeout_s=120)
     result = engine.run_strategy(
-        strategy, sessions(n), int(pool_mb * MB), options, say=lambda line: print(line)
+        strategy, sessions(n, stays_s), int(pool_mb * MB), options, say=lambda line: print(line)
     )
     assert result.leaks == ()
     assert not list(cgroup2_mount().glob("agentcg-replay-*"))
@@ -87,8 +88,9 @@ def test_a_static_split_kills_what_the_pool_could_have_held() -> None:
 
 
 def test_the_daemon_brings_all_through_a_pool_too_small_for_all_peaks() -> None:
-    # Both peaks together are 320 MB; one peak beside the other agent is 200 MB.
-    result = run("ours", 2, 270)
+    # Both peaks together are 320 MB; one peak beside the other agent is 200 MB. They last so long
+    # that they meet, also where one call rises seconds later than the other.
+    result = run("ours", 2, 270, stays_s=8)
     assert [session.state for session in result.sessions] == ["finished", "finished"]
     assert [outcomes(session) for session in result.sessions] == [["finished"] * 2] * 2
     assert {call.verdict for session in result.sessions for call in session.calls} == {"ok"}

@@ -24,7 +24,7 @@ from agentcgroupd.units import CgroupId
 from tests.guest.cpu_load import Load, settled, shares, spin
 from tests.harness import SLOW, patient, wait_until
 
-pytestmark = pytest.mark.controllers
+pytestmark = [pytest.mark.controllers, pytest.mark.programs]
 
 SETTINGS = SchedSettings(slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000,
                          penalty_most=8)  # fmt: skip

@@ -212,6 +212,7 @@ def test_the_operators_swap_is_left_alone() -> None:
         zram._destroy(theirs)
 
 
+@pytest.mark.full_kernel
 @pytest.mark.usefixtures("no_device_after")
 def test_the_daemon_makes_it_once_and_finds_it_again(start_daemon: StartDaemon) -> None:
     def config(setting: str) -> str:
@@ -438,6 +439,7 @@ def test_a_slowed_session_is_restored(place: Place) -> None:
     assert len(place.events("slow")) == len(place.events("restore")) == 1
 
 
+@pytest.mark.psi
 def test_stalls_on_memory_fire_a_trigger(place: Place, swap: Zram) -> None:
     call = place.call()
     grower = place.start(call.cgroup, f"import sys; sys.stdin.readline()\n{GROWER}", 100)

@@ -17,6 +17,8 @@ from agentcgroupd.bpf.features import LIFECYCLE, load
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, wait_until
 
+pytestmark = pytest.mark.programs
+
 RUN = """
 done = subprocess.run(argv, capture_output=True, text=True)
 result = (done.returncode, done.stdout)

@@ -28,6 +28,8 @@ from agentcgroupd.bpf.generate import OBJECTS, generate
 from agentcgroupd.bpf.libbpf import libbpf
 from tests.harness import ROOT
 
+pytestmark = pytest.mark.programs
+
 ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm64"}
 HERE = ARCHITECTURES[os.uname().machine]
 SIZES = {"char": 1, "bool": 1, "int": 4, "unsigned int": 4, "long": 8, "unsigned long": 8,

@@ -95,6 +95,7 @@ def opens(machine: Machine, agent: AgentProcess, **intent: str) -> list[str]:
     return text.split()
 
 
+@pytest.mark.programs
 def test_the_gate(machine: Machine, agent: AgentProcess) -> None:
     closed = ["EPERM", "EPERM", "EPERM", "EPERM", "opened"]
     assert opens(machine, agent) == closed
@@ -260,6 +261,7 @@ print(results, flush=True)
 """
 
 
+@pytest.mark.programs
 def test_the_quota_reaches_the_agent(machine: Machine, agent: AgentProcess) -> None:
     """Refused where this kernel can; told and counted where it cannot."""
     code = f"library, node = {str(build())!r}, {str(machine.nodes / 'nvidiactl')!r}\n{USE}"

@@ -22,6 +22,8 @@ from agentcgroupd.gpu.gate import Gate
 from agentcgroupd.host import syscalls
 from tests.gpu_fakes import DEVICES_MAJOR, MAJORS, OTHER_MAJOR, SHARED_MAJOR, unanswered
 
+pytestmark = pytest.mark.programs
+
 OPEN = """
 import errno, os, sys
 for path in sys.argv[1:]:

@@ -14,6 +14,8 @@ from agentcgroupd.bpf.btf import Btf, kernel_btf
 from agentcgroupd.bpf.libbpf import libbpf
 from agentcgroupd.errors import BpfError
 
+pytestmark = pytest.mark.programs
+
 V5 = ("handle_cgroup_online", "handle_cgroup_offline", "below_low", "below_min",
       "get_high_delay_ms")  # fmt: skip
 V7 = ("handle_cgroup_online", "handle_cgroup_offline", "below_low", "below_min",

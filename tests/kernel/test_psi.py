@@ -19,6 +19,8 @@ from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from agentcgroupd.errors import CgroupGone, KnobError
 from tests.harness import SLOW
 
+pytestmark = pytest.mark.psi
+
 WINDOW_USEC = 2_000_000
 """Without CAP_SYS_RESOURCE the kernel takes multiples of this only."""
 

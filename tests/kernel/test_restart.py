@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -156,21 +157,32 @@ def test_two_daemons_do_not_share_a_run_directory(fresh: DaemonProcess) -> None:
     assert fresh.open("beta").run("result = stub.GetSession(pb.GetSessionRequest()).id") == "beta"
 
 
-def test_the_sdk_rides_over_a_restart(fresh: DaemonProcess) -> None:
+@pytest.mark.parametrize("ends", ["while the daemon is away", "after its return"])
+def test_the_sdk_rides_over_a_restart(fresh: DaemonProcess, tmp_path: Path, ends: str) -> None:
     agent = fresh.open("alpha")
+    end = tmp_path / "end"
+    # The SDK gives up the report after some seconds, in which a busy machine starts no daemon.
     agent.run(
         """
 import threading
+import agentcgroup.flow
+agentcgroup.flow.END_TIMEOUT_S = 300.0
 box = {}
 def work():
-    box["done"] = agent.run(["sh", "-c", "sleep 2; exit 6"])
+    box["done"] = agent.run(["sh", "-c", 'while [ ! -e "$0" ]; do sleep 0.1; done; exit 6', end])
 thread = threading.Thread(target=work)
 thread.start()
-"""
+""",
+        end=str(end),
     )
     wait_until("the tool runs", lambda: bool(fresh.call_dirs()) and _tool_runs(fresh))
+    (procs,) = (directory / "cgroup.procs" for directory in fresh.call_dirs())
     fresh.kill()
+    if ends == "while the daemon is away":
+        end.touch()
+        wait_until("the tool has ended", lambda: procs.read_text() == "")
     fresh.start()
+    end.touch()
     result = agent.run(
         "thread.join()\nresult = (box['done'].returncode, str(box['done'].report.verdict))"
     )

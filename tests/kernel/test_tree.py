@@ -148,6 +148,7 @@ def test_a_thousand_leaves_come_and_go(top: Cgroup) -> None:
     assert set(top.children()) == before
 
 
+@pytest.mark.psi
 def test_psi_is_read_with_its_units(top: Cgroup) -> None:
     pressure = top.read_if(knobs.MEMORY_PRESSURE)
     if pressure is None:

@@ -26,6 +26,8 @@ from agentcgroupd.gpu.libraries import Libraries
 from tests.harness import ROOT, SLOW, wait_until
 from tests.standin import build
 
+pytestmark = pytest.mark.programs
+
 QUOTA = 256 << 20
 STEPS = 4000 if SLOW == 1 else 1500
 

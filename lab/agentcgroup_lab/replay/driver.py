@@ -125,12 +125,11 @@ class Driver:
     def run(self) -> None:
         """Until every call has ended and the plan's time is over."""
         self._apply_steps(0.0)  # before the clock starts: the agent has its memory already
+        gate = self._open_gate()
         self._log(e="up")
-        try:
-            with open(self._gate, "rb") as gate:
-                gate.read()  # until the engine has seen that all are up: they start as one
-        except FileNotFoundError:
-            pass  # too late for that
+        if gate is not None:
+            with os.fdopen(gate, "rb") as stream:
+                stream.read()  # until the engine has seen that all are up: they start as one
         self._log(e="ready")
         self._clock = Clock(time.monotonic())
         while True:
@@ -148,6 +147,17 @@ class Driver:
                 self._reap(0.0)
             else:
                 self._reap(self._clock.wait_s(self._next_event_s()))
+
+    def _open_gate(self) -> int | None:
+        """Open the pipe that ends once the engine lets all start; None where it has done so."""
+        try:
+            # Without O_NONBLOCK this would wait for a writer, and for ever where the engine has
+            # closed the pipe just now.
+            gate = os.open(self._gate, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        os.set_blocking(gate, True)
+        return gate
 
     def _start_s(self) -> float:
         if self._next_call >= len(self._calls):
