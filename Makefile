@@ -4,17 +4,19 @@ PYTHON ?= python3
 VENV := .venv/bin
 BENCH ?= calls
 CMD ?= uname -a
+GUEST ?= vm
 export PYTHON CMD
 
 .PHONY: help setup lock demo test lint bench guest clean
 
 help:
-	@echo 'make setup                install what is missing, build, fetch the test kernel where it is needed'
+	@echo 'make setup                install what is missing, build, fetch the test kernels where they are needed'
 	@echo 'make demo [TRACES=dir]    replay recorded agents with no control, a static split, and the daemon'
 	@echo 'make test                 unit tests, and tests on a real kernel (AGENTCG_NO_SKIP=1: no skips)'
 	@echo 'make lint                 ruff, import-linter, mypy, clang-format'
 	@echo 'make bench BENCH=name     a benchmark; results in build/bench/name.json'
-	@echo "make guest CMD='...'      run something in the test guest (GUEST_ARGS: see GUEST_ARGS=--help)"
+	@echo "make guest CMD='...'      run something on a recent kernel in QEMU (GUEST=uml: in user-mode Linux;"
+	@echo '                          GUEST_ARGS: see GUEST_ARGS=--help)'
 	@echo 'make lock                 write requirements.lock anew from pyproject.toml'
 	@echo 'make clean                remove what was built here (kernels stay in the cache)'
 	@echo
@@ -40,8 +42,7 @@ bench: setup
 	@$(VENV)/python -m bench.run $(BENCH) $(BENCH_ARGS)
 
 guest: setup
-	@$(VENV)/python -m tests.guest.kernel >/dev/null
-	@$(VENV)/python -m tests.guest.vm $(GUEST_ARGS) -- sh -c "$$CMD"
+	@$(VENV)/python -m tests.guest.$(GUEST) $(GUEST_ARGS) -- sh -c "$$CMD"
 
 # Exact versions for every Python and platform at once, each with its hashes.
 lock:

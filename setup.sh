@@ -1,7 +1,7 @@
 #!/bin/bash
 # Make this checkout ready to use: Debian packages that are missing, .venv from requirements.lock,
-# libbpf where the system's is too old, the build, and the test kernel where this machine cannot run
-# the daemon itself.
+# libbpf where the system's is too old, the build, and the test kernels where this machine cannot
+# run the daemon itself.
 # Each step says what it does and is skipped when its result is there: a second run starts at once.
 #
 # PYTHON  the interpreter for .venv, 3.11 or later (default python3)
@@ -145,7 +145,9 @@ once project "$(hash_of pyproject.toml tools/*.py "${sources[@]}")" \
 	"building gRPC code, C and BPF programs, installing agentcgroup" install_project
 
 if [ "$WHERE" = guest ]; then
-	once guest "$(<"$STAMPS/where")" "tests and demo run in a QEMU guest ($(<"$STAMPS/where"))" true
+	once guest "$(<"$STAMPS/where")" \
+		"tests run in user-mode Linux and QEMU, the demo in QEMU ($(<"$STAMPS/where"))" true
 	# The cache is shared by all checkouts, so the question is put to it and not to a stamp.
 	"$PYTHON" -m tests.guest.kernel "${AGENTCG_KERNEL:-newest}" >/dev/null
+	"$PYTHON" -m tests.guest.uml_kernel >/dev/null
 fi

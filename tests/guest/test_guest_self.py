@@ -1,4 +1,4 @@
-"""The test guest itself: what the tests of the daemon take for granted."""
+"""The test guests themselves: what the tests of the daemon take for granted."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from tests.guest.where import decide
 
 ROOT = Path("/sys/fs/cgroup")
 
-in_guest = pytest.mark.skipif(
-    "AGENTCG_EMULATED" not in os.environ, reason="about the guest, and this is not it"
-)
+GUEST = os.environ.get("AGENTCG_GUEST", "")
+pytestmark = pytest.mark.with_programs  # in both guests
+
+in_guest = pytest.mark.skipif(not GUEST, reason="about the guests, and this is none")
 
 
 def mounted(point: str) -> tuple[str, set[str]]:
@@ -63,7 +64,7 @@ def test_cgroup2_is_mounted_as_systemd_would() -> None:
         ("/tmp", "tmpfs"),
         ("/dev/shm", "tmpfs"),
         ("/sys/fs/bpf", "bpf"),
-        ("/sys/kernel/tracing", "tracefs"),
+        pytest.param("/sys/kernel/tracing", "tracefs", marks=pytest.mark.full_kernel),
     ],
 )
 def test_mounts(point: str, kind: str) -> None:
@@ -83,7 +84,8 @@ def test_checkout_is_visible_and_its_build_directory_shared(
     request: pytest.FixtureRequest,
 ) -> None:
     checkout = request.config.rootpath
-    assert mounted(str(checkout / "build"))[0] == "virtiofs"
+    shared = {"qemu": "virtiofs", "uml": "hostfs"}
+    assert mounted(str(checkout / "build"))[0] == shared[GUEST]
     marker = checkout / "agentcg-test-self"
     marker.touch()
     marker.unlink()
@@ -92,10 +94,10 @@ def test_checkout_is_visible_and_its_build_directory_shared(
 @in_guest
 def test_kernel_is_the_one_asked_for() -> None:
     release = os.uname().release
-    assert release.endswith("-cloud-amd64")
+    assert release.endswith("-cloud-amd64") == (GUEST == "qemu")
     modules = Path("/lib/modules") / release
     assert (modules / "modules.dep").exists()
-    if asked := os.environ.get("AGENTCG_KERNEL"):
+    if GUEST == "qemu" and (asked := os.environ.get("AGENTCG_KERNEL")):
         assert release.startswith(f"{asked}.") or release.startswith(f"{asked}+")
 
 
@@ -105,5 +107,6 @@ def test_loopback_is_up() -> None:
 
 
 @in_guest
+@pytest.mark.programs
 def test_btf_is_there_for_bpf_programs() -> None:
     assert Path("/sys/kernel/btf/vmlinux").stat().st_size > 1_000_000

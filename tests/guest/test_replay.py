@@ -15,7 +15,7 @@ from agentcgroup_lab.trace import format as trace_format
 from agentcgroup_lab.trace import plan, record
 from agentcgroupd.cgroup.tree import cgroup2_mount
 from tests.conftest import StartDaemon
-from tests.harness import EXEC, SLOW
+from tests.harness import EXEC, PATIENCE
 
 pytestmark = pytest.mark.controllers
 
@@ -105,7 +105,7 @@ def test_a_driver_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_
     stuck.write_text("#!/bin/sh\nexec sleep 3600\n")
     stuck.chmod(0o755)
     monkeypatch.setenv("AGENTCG_LOAD", str(stuck))
-    options = engine.EngineOptions(timeout_s=3 + 0.2 * SLOW)
+    options = engine.EngineOptions(timeout_s=3 + PATIENCE / 6)
     result = engine.run_strategy("none", sessions(1), 300 * MB, options)
     assert result.sessions[0].state == "timed out"
     assert outcomes(result.sessions[0]) == ["killed", "not run"]
@@ -142,7 +142,7 @@ result = tool.returncode
     from agentcgroup.v1 import agentcgroup_pb2 as pb
 
     daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="s"))
-    assert recorder.wait(10 + SLOW) == 0
+    assert recorder.wait(10 * PATIENCE) == 0
     made = trace_format.read(output)
     assert made.task == "s"
     (call,) = made.calls

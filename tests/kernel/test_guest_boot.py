@@ -1,4 +1,4 @@
-"""The test guest from the outside, booted for real: how it ends, and that nothing stays behind."""
+"""The test guests from outside, booted for real: how they end, and that nothing stays behind."""
 
 from __future__ import annotations
 
@@ -14,23 +14,38 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest import boot, kernel, vm
+from tests.guest import boot, kernel, uml_kernel, vm
 
 pytestmark = [
     pytest.mark.full_speed,
-    pytest.mark.skipif(os.geteuid() != 0, reason="the guest needs root"),
-    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed"),
-    pytest.mark.skipif(
-        kernel.cached(kernel.cache_dir(), kernel.NEWEST) is None,
-        reason="no test kernel in the cache",
-    ),
+    pytest.mark.skipif(os.geteuid() != 0, reason="the guests need root"),
 ]
+VM, UML = "tests.guest.vm", "tests.guest.uml"
 
 
-def guest(*options: str) -> subprocess.Popen[str]:
+def lacking(module: str) -> str:
+    """Why this guest cannot be booted here; empty where it can."""
+    if module == UML:
+        return "" if uml_kernel.cached(kernel.cache_dir()) else "no user-mode Linux in the cache"
+    if shutil.which("qemu-system-x86_64") is None:
+        return "QEMU is not installed"
+    if kernel.cached(kernel.cache_dir(), kernel.NEWEST) is None:
+        return "no test kernel in the cache"
+    return ""
+
+
+@pytest.fixture(params=[VM, UML])
+def module(request: pytest.FixtureRequest) -> str:
+    """Either guest's program."""
+    if reason := lacking(request.param):
+        pytest.skip(reason)
+    return str(request.param)
+
+
+def guest(module: str, *options: str) -> subprocess.Popen[str]:
     """Start a guest, in a process of its own as users do."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.guest.vm", *options],
+        [sys.executable, "-m", module, *options],
         cwd=vm.CHECKOUT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -38,28 +53,44 @@ def guest(*options: str) -> subprocess.Popen[str]:
     )
 
 
-def children(pid: int) -> list[int]:
-    """Pids of a process's children."""
-    return [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def below(pid: int) -> list[int]:
+    """Pids of all descendants of a process."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            found += [child, *below(child)]
+    return found
 
 
-def state_of(pid: int) -> Path:
-    """The state directory that a QEMU was given."""
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ").split()
+def state_of(pids: list[int]) -> Path:
+    """The state directory that one of these processes was given."""
+    words: list[str] = []
+    for pid in pids:
+        words += Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ").split()
     (init,) = (word.removeprefix("init=") for word in words if word.startswith("init="))
     return Path(init).parent
 
 
 @pytest.fixture
-def running() -> Iterator[tuple[subprocess.Popen[str], list[int], Path]]:
+def running(module: str) -> Iterator[tuple[subprocess.Popen[str], list[int], Path]]:
     """A guest whose command is running: its process, what that started, and its state."""
-    process = guest("--", "sh", "-c", "echo running; sleep 300")
+    process = guest(module, "--", "sh", "-c", "echo running; sleep 300")
     assert process.stdout is not None
     assert process.stdout.readline() == "running\n"
-    started = children(process.pid)
-    yield process, started, state_of(started[-1])
+    started = below(process.pid)
+    # QEMU has a file server beside it; in user-mode Linux each process is one of the host's.
+    assert len(started) == 2 if module == VM else len(started) > 2
+    yield process, started, state_of(started)
     process.kill()
     process.communicate()
+
+
+def wait_until_ended(pids: list[int]) -> None:
+    """AssertionError if one of them is still there after a while."""
+    deadline = time.monotonic() + 30
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(alive(pid) for pid in pids)
 
 
 def alive(pid: int) -> bool:
@@ -75,10 +106,9 @@ def test_a_signal_ends_everything(
     number: signal.Signals, running: tuple[subprocess.Popen[str], list[int], Path]
 ) -> None:
     process, started, state = running
-    assert len(started) == 2
     process.send_signal(number)
-    assert process.wait(timeout=10) == 128 + number
-    assert not any(alive(pid) for pid in started)
+    assert process.wait(timeout=60) == 128 + number
+    wait_until_ended(started)
     assert not state.exists()
 
 
@@ -88,35 +118,34 @@ def test_sigkill_takes_the_children_along(
     process, started, state = running
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
-    while any(alive(pid) for pid in started) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not any(alive(pid) for pid in started)
+    wait_until_ended(started)
     os.utime(state, (0, 0))
     boot.sweep(boot.STATE_PARENT)
     assert not state.exists()
 
 
-def test_panic_is_told_with_the_console() -> None:
-    out, err = guest("--", "sh", "-c", "echo before; echo c >/proc/sysrq-trigger").communicate()
+def test_panic_is_told_with_the_console(module: str) -> None:
+    script = "echo before; echo c >/proc/sysrq-trigger"
+    out, err = guest(module, "--", "sh", "-c", script).communicate()
     assert out == "before\n"
     assert "died before the command ended" in err
     assert "Kernel panic - not syncing: sysrq triggered crash" in err
 
 
-def test_time_runs_out() -> None:
+def test_time_runs_out(module: str) -> None:
     begin = time.monotonic()
-    process = guest("--timeout", "20", "--", "sh", "-c", "echo so far; sleep 300")
+    process = guest(module, "--timeout", "20", "--", "sh", "-c", "echo so far; sleep 300")
     out, err = process.communicate()
     assert process.returncode == boot.EXIT_TIMEOUT
     assert out == "so far\n"
     assert "stopped after 20 s" in err
-    assert time.monotonic() - begin < 26
+    assert time.monotonic() - begin < 60, "far less than the command takes"
 
 
-def test_two_at_once_keep_apart() -> None:
+def test_two_at_once_keep_apart(module: str) -> None:
     def run(word: str) -> tuple[str, int]:
-        process = guest("--", "sh", "-c", f"echo {word} >/etc/word; sleep 1; cat /etc/word; exit 7")
+        script = f"echo {word} >/etc/word; sleep 1; cat /etc/word; exit 7"
+        process = guest(module, "--", "sh", "-c", script)
         return process.communicate()[0], process.returncode
 
     with ThreadPoolExecutor() as pool:
@@ -126,6 +155,15 @@ def test_two_at_once_keep_apart() -> None:
 
 def test_a_walk_over_many_files_does_not_exhaust_the_file_server() -> None:
     """More inodes than virtiofsd may have descriptors for, where that limit is low."""
-    out, err = guest("--", "sh", "-c", "find /usr -xdev | wc -l; ls /var").communicate()
+    if reason := lacking(VM):
+        pytest.skip(reason)
+    out, err = guest(VM, "--", "sh", "-c", "find /usr -xdev | wc -l; ls /var").communicate()
     assert "Too many open files" not in err
     assert int(out.split()[0]) > 1000
+
+
+def test_output_ends_with_the_command_and_not_with_what_it_left_behind(module: str) -> None:
+    script = "(sleep 300; echo late) & head -c 300000 /dev/zero | tr '\\0' x; exit 3"
+    process = guest(module, "--", "sh", "-c", script)
+    out, _ = process.communicate(timeout=110)
+    assert (process.returncode, out) == (3, "x" * 300_000)

@@ -11,7 +11,7 @@ import pytest
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup.tree import Cgroup
 from tests.conftest import StartDaemon
-from tests.harness import SLOW, AgentProcess, DaemonProcess, wait_until
+from tests.harness import PATIENCE, AgentProcess, DaemonProcess, wait_until
 
 CALLS = 50
 
@@ -123,7 +123,7 @@ def test_a_frozen_call_goes_on_within_two_seconds_of_a_restart(fresh: DaemonProc
     fresh.kill()
     freeze.write_text("1")
     fresh.start()
-    wait_until("it is thawed", lambda: freeze.read_text().strip() == "0", 2 / SLOW)
+    wait_until("it is thawed", lambda: freeze.read_text().strip() == "0", 2, promised=True)
 
 
 def test_leftovers_are_swept_and_what_is_not_ours_is_left_alone(fresh: DaemonProcess) -> None:
@@ -206,4 +206,4 @@ def test_a_session_closed_while_calls_run_takes_them_along(fresh: DaemonProcess)
     closed = fresh.admin.CloseSession(pb.CloseSessionRequest(session_id="alpha"))
     assert closed.calls_ended == 3
     assert not (fresh.cgroup_dir / "alpha").exists()
-    assert agent.process.wait(10 * SLOW) == -signal.SIGKILL
+    assert agent.process.wait(10 * PATIENCE) == -signal.SIGKILL

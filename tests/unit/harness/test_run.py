@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,14 +26,14 @@ def results(suite: run.Suite, **counts: int) -> None:
 def test_counts(suite: run.Suite) -> None:
     results(suite, tests=10, failures=1, errors=1, skipped=3)
     totals = run.Totals()
-    totals.add(suite, 1)
+    totals.add(suite, 1, 4.0)
     assert str(totals) == "5 passed, 2 failed, 3 skipped"
     assert totals.broken == []
 
 
 def test_no_results_is_a_failure(suite: run.Suite) -> None:
     totals = run.Totals()
-    totals.add(suite, 125)
+    totals.add(suite, 125, 4.0)
     assert str(totals) == "0 passed, 1 failed, 0 skipped"
     assert totals.broken == ["one: no results, exit status 125"]
 
@@ -38,37 +41,136 @@ def test_no_results_is_a_failure(suite: run.Suite) -> None:
 def test_nothing_collected_is_a_failure(suite: run.Suite) -> None:
     results(suite, tests=0, failures=0, errors=0, skipped=0)
     totals = run.Totals()
-    totals.add(suite, 5)
+    totals.add(suite, 5, 4.0)
+    assert totals.failed == 1
     assert totals.broken == ["one: collected no tests"]
 
 
 def test_a_bad_status_is_a_failure_whatever_was_counted(suite: run.Suite) -> None:
     results(suite, tests=3, failures=0, errors=0, skipped=0)
     totals = run.Totals()
-    totals.add(suite, 137)
+    totals.add(suite, 137, 4.0)
     assert totals.failed == 1
     assert totals.broken == ["one: exit status 137"]
 
 
-def test_the_guest_does_what_the_host_cannot() -> None:
+def test_the_table_has_a_line_for_each_suite_and_one_for_all(suite: run.Suite) -> None:
+    totals = run.Totals()
+    for tests in (3, 5):
+        results(suite, tests=tests, failures=0, errors=0, skipped=1)
+        totals.add(suite, 0, 60.4)
+    head, first, second, every = (line.split() for line in totals.table(90.0).splitlines())
+    assert head == ["suite", "place", "passed", "failed", "skipped", "seconds"]
+    assert first == ["one", "native", "2", "0", "1", "60"]
+    assert second == ["one", "native", "4", "0", "1", "60"]
+    assert every == ["all", "6", "0", "2", "90"]
+
+
+def planned(name: str) -> run.Suite:
+    """One of the suites of a machine without controllers."""
+    lanes, _ = run.plan("guest", systemd_here=False)
+    (found,) = (suite for lane in lanes for suite in lane if suite.name == name)
+    return found
+
+
+def test_the_guests_do_what_the_host_cannot() -> None:
     lanes, left_out = run.plan("guest", systemd_here=False)
-    names = [[suite.name for suite in lane] for lane in lanes]
-    assert names == [["host", "kernel"], ["guest", "systemd", "cpu"]]
-    assert left_out == []
-    host, kernel, guest, systemd, cpu = [suite for lane in lanes for suite in lane]
-    assert "tests.guest.vm" not in host.argv()
-    assert "tests.guest.vm" in guest.argv()
-    assert "tests.guest.vm" in kernel.argv()
-    assert "--systemd" in systemd.argv()
-    # What one leaves out the other has.
-    assert [f"--ignore={path}" for path in cpu.paths] == list(guest.paths[1:])
-    assert guest.limit_sec < 50 * 60
-    assert all(Path(path).is_file() for path in (*run.CPU, *run.ANY_KERNEL))
+    assert {suite.name: suite.place for lane in lanes for suite in lane} == {
+        "host": "native",
+        "uml": "uml",
+        "programs": "qemu",
+        "sched": "qemu",
+        "systemd": "qemu",
+    }
+    assert len(lanes) == 2 and left_out == []
+    assert not {"tests.guest.vm", "tests.guest.uml"} & set(planned("host").argv())
+    assert "tests.guest.uml" in planned("uml").argv()
+    assert "tests.guest.vm" in planned("programs").argv()
+    assert "--systemd" in planned("systemd").argv()
+    paths = {path for lane in lanes for suite in lane for path in (*suite.paths, *suite.without)}
+    assert all(Path(path).exists() for path in paths)
+
+
+PLUGIN = """
+import json, sys
+import pytest
+
+class Collected:
+    def pytest_collection_finish(self, session):
+        tests = {item.nodeid: [mark.name for mark in item.iter_markers()] for item in session.items}
+        print("collected:" + json.dumps(tests))
+
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests"], [Collected()]))
+"""
+
+
+class Marks(dict[str, bool]):
+    """The names in an expression of pytest's -m: true for a test's own markers."""
+
+    def __missing__(self, name: str) -> bool:
+        return False
+
+
+def has(suite: run.Suite, test: str, marks: list[str]) -> bool:
+    """Whether a test belongs to a suite."""
+    path = test.partition("::")[0]
+    if path in suite.without or not any(f"{path}/".startswith(f"{at}/") for at in suite.paths):
+        return False
+    return not suite.marks or bool(eval(suite.marks, {}, Marks.fromkeys(marks, True)))
+
+
+@pytest.fixture(scope="module")
+def collected() -> dict[str, list[str]]:
+    """The names of all tests, and the markers of each."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLUGIN],
+        cwd=run.CHECKOUT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("collected:"))
+    tests: dict[str, list[str]] = json.loads(line.removeprefix("collected:"))
+    return {test: marks for test, marks in tests.items() if not test.startswith(ELSEWHERE)}
+
+
+ELSEWHERE = "tests/gpu/"
+"""Needs a GPU: tests/gpu/on_device.sh runs it."""
+
+
+def test_every_test_runs_somewhere(collected: dict[str, list[str]]) -> None:
+    lanes, _ = run.plan("guest", systemd_here=False)
+    suites = [suite for lane in lanes for suite in lane]
+    assert len(collected) > 500
+    nowhere = [
+        test
+        for test, marks in collected.items()
+        if not any(has(suite, test, marks) for suite in suites)
+    ]
+    assert nowhere == []
+
+
+def test_each_place_has_the_tests_that_only_it_can_run(collected: dict[str, list[str]]) -> None:
+    def places(test: str) -> set[str]:
+        lanes, _ = run.plan("guest", systemd_here=False)
+        suites = [suite for lane in lanes for suite in lane]
+        (marks,) = (marks for name, marks in collected.items() if name.endswith(f"::{test}"))
+        (name,) = (name for name in collected if name.endswith(f"::{test}"))
+        return {suite.name for suite in suites if has(suite, name, marks)}
+
+    assert places("test_counts") == {"host"}
+    assert places("test_exit_137_is_not_out_of_memory") == {"uml"}
+    assert places("test_reports_and_sessions_are_there_after_a_restart") == {"host", "uml"}
+    assert places("test_psi_is_read_with_its_units") == {"host", "programs"}
+    assert places("test_the_allowance_ends") == {"programs"}
+    assert places("test_three_calls_that_do_not_fit_together_all_end_well") == {"uml", "programs"}
+    assert places("test_cpu_max_is_kept") == {"sched"}
+    assert places("test_pid1_is_systemd") == {"systemd"}
 
 
 def test_native_says_what_it_leaves_out() -> None:
     lanes, left_out = run.plan("native", systemd_here=False)
-    assert [suite.where for lane in lanes for suite in lane] == ["native"]
+    assert [suite.place for lane in lanes for suite in lane] == ["native"]
     assert "systemd" in left_out[0]
     lanes, left_out = run.plan("native", systemd_here=True)
     assert [suite.name for lane in lanes for suite in lane] == ["host", "systemd"]
