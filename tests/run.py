@@ -137,13 +137,17 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[list[Suite]], list[str]]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a suite did: its tests by how they ended, and how long it took."""
+    """What a suite did: its tests by how they ended, how long it took, and CPU time of that.
+
+    Where the CPU time is far less, the suite has waited: for its own sleeps, or for a busy machine.
+    """
 
     suite: Suite
     passed: int
     failed: int
     skipped: int
     took_sec: float
+    cpu_sec: float
     broken: str = ""
     """Why it counts as failed although no test has: it collected nothing, or broke."""
 
@@ -154,13 +158,13 @@ class Totals:
 
     outcomes: list[Outcome] = field(default_factory=list)
 
-    def add(self, suite: Suite, status: int, took_sec: float) -> None:
+    def add(self, suite: Suite, status: int, took_sec: float, cpu_sec: float) -> None:
         """Count a suite by its results file and exit status."""
         try:
             root = ElementTree.parse(suite.results).getroot()
         except (FileNotFoundError, ElementTree.ParseError):
             broken = f"no results, exit status {status}"
-            self.outcomes.append(Outcome(suite, 0, 1, 0, took_sec, broken))
+            self.outcomes.append(Outcome(suite, 0, 1, 0, took_sec, cpu_sec, broken))
             return
         tests = failed = skipped = 0
         for element in root.iter("testsuite"):
@@ -174,13 +178,23 @@ class Totals:
         elif status != 0 and failed == 0:
             broken = f"exit status {status}"
         self.outcomes.append(
-            Outcome(suite, passed, failed + bool(broken), skipped, took_sec, broken)
+            Outcome(suite, passed, failed + bool(broken), skipped, took_sec, cpu_sec, broken)
         )
+
+    @property
+    def passed(self) -> int:
+        """Tests of all suites that passed."""
+        return sum(outcome.passed for outcome in self.outcomes)
 
     @property
     def failed(self) -> int:
         """Failures of all suites."""
         return sum(outcome.failed for outcome in self.outcomes)
+
+    @property
+    def skipped(self) -> int:
+        """Tests of all suites that were skipped."""
+        return sum(outcome.skipped for outcome in self.outcomes)
 
     @property
     def broken(self) -> list[str]:
@@ -189,21 +203,18 @@ class Totals:
 
     def table(self, took_sec: float) -> str:
         """One line for each suite and one for all, which took `took_sec` together."""
-        rows = [
-            (o.suite.name, o.suite.place, o.passed, o.failed, o.skipped, round(o.took_sec))
+        rows: list[tuple[str, str, int, int, int, float, float]] = [
+            (o.suite.name, o.suite.place, o.passed, o.failed, o.skipped, o.took_sec, o.cpu_sec)
             for o in self.outcomes
         ]
-        sums = [sum(row[column] for row in rows) for column in (2, 3, 4)]
-        head = ("suite", "place", "passed", "failed", "skipped", "seconds")
-        lines = [head, *rows, ("all", "", *sums, round(took_sec))]
-        return "\n".join(
-            "{:<10}{:<8}{:>7}{:>8}{:>9}{:>9}".format(*map(str, line)) for line in lines
-        )
+        cpu_sec = sum(outcome.cpu_sec for outcome in self.outcomes)
+        rows.append(("all", "", self.passed, self.failed, self.skipped, took_sec, cpu_sec))
+        form = "{:<10}{:<8}{:>7}{:>8}{:>9}{:>9.0f}{:>9.0f}"
+        head = "suite     place    passed  failed  skipped  seconds  CPU sec"
+        return "\n".join([head, *(form.format(*row) for row in rows)])
 
     def __str__(self) -> str:
-        passed = sum(outcome.passed for outcome in self.outcomes)
-        skipped = sum(outcome.skipped for outcome in self.outcomes)
-        return f"{passed} passed, {self.failed} failed, {skipped} skipped"
+        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
 
 
 class Runner:
@@ -262,12 +273,13 @@ class Runner:
         assert process.stdout is not None
         for line in process.stdout:
             self._say(suite.name, line.rstrip("\n"))
+        cpu_sec = _cpu_sec_at_end(process.pid)
         status = process.wait()
         timer.cancel()
         took_sec = time.monotonic() - begin
         with self._lock:
             del self._running[suite.name]
-            self.totals.add(suite, status, took_sec)
+            self.totals.add(suite, status, took_sec, cpu_sec)
         self._say(suite.name, f"exit status {status} after {took_sec:.0f} s")
 
     def _expired(self, suite: Suite, process: subprocess.Popen[str]) -> None:
@@ -284,6 +296,14 @@ class Runner:
     def _say(self, name: str, line: str) -> None:
         with self._lock:
             print(f"{name:>8} | {line}", flush=True)
+
+
+def _cpu_sec_at_end(pid: int) -> float:
+    """Wait until a child ends, without reaping it; CPU time of it and of what it has waited for."""
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    # utime, stime, cutime and cstime of proc_pid_stat(5).
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _end(process: subprocess.Popen[str]) -> None:

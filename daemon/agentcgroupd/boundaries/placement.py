@@ -67,9 +67,16 @@ class Placement:
         if call is None or call.id not in self._calls.open:
             if sighting.refused:
                 return
+            age_usec = (time.monotonic_ns() - sighting.at_ns) // 1000
             try:
                 call = self._calls.begin(
-                    sighting.session, sighting.name, {}, sighting.argv, None, observed=True
+                    sighting.session,
+                    sighting.name,
+                    {},
+                    sighting.argv,
+                    None,
+                    observed=True,
+                    age_usec=age_usec,
                 )
             except RequestError as error:
                 self._refused(sighting, error)

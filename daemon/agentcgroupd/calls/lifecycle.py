@@ -124,15 +124,16 @@ class Calls:
         owner: Process | None,
         observed: bool = False,
         call_id: str = "",
+        age_usec: int = 0,
     ) -> Call:
         """A new call with its cgroup, limits set, no process in it yet.
 
         `owner` holds the call open; None: the call ends when it is empty. `observed`: nobody asked
-        for it. `call_id`: what it was called while it waited. Raises RequestError, and then nothing
-        is left behind.
+        for it. `call_id`: what it was called while it waited. `age_usec`: for how long its tool has
+        run already. Raises RequestError, and then nothing is left behind.
         """
         with self.refusing(session, name), self._metrics.time("begin"):
-            return self._begin(session, name, intent, argv, owner, observed, call_id)
+            return self._begin(session, name, intent, argv, owner, observed, call_id, age_usec)
 
     @contextmanager
     def refusing(self, session: Session, name: str) -> Iterator[None]:
@@ -154,6 +155,7 @@ class Calls:
         owner: Process | None,
         observed: bool,
         call_id: str,
+        age_usec: int,
     ) -> Call:
         check_name(name)
         self.check_room(session)
@@ -171,7 +173,7 @@ class Calls:
         grant = self.reports.with_advice(session, name, argv, grant)
         call = Call(
             id=call_id, session=session, name=name, argv=cut_argv(argv), grant=grant, cgroup=cgroup,
-            began_unix_usec=unix_usec(), began_boot_usec=boottime_usec(),
+            began_unix_usec=unix_usec() - age_usec, began_boot_usec=boottime_usec() - age_usec,
             held=owner is not None, owner=owner, observed=observed,
             session_ooms_before=session_ooms, pool_ooms_before=pool_ooms, likely_bytes=likely,
         )  # fmt: skip

@@ -67,8 +67,8 @@ class FakeCalls:
         self.reports: list[tuple[str, int | None]] = []
         self.begun = 0
 
-    def begin(self, session: Session, name: str, *_: object, observed: bool) -> Call:
-        assert observed
+    def begin(self, session: Session, name: str, *_: object, observed: bool, age_usec: int) -> Call:
+        assert observed and age_usec >= 0
         self.begun += 1
         call = cast(Call, SimpleNamespace(id=f"{self.begun}", name=name, exit_status=None))
         self.open[call.id] = call

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import run
+from tests.harness import ROOT
 
 
 @pytest.fixture
@@ -26,14 +27,14 @@ def results(suite: run.Suite, **counts: int) -> None:
 def test_counts(suite: run.Suite) -> None:
     results(suite, tests=10, failures=1, errors=1, skipped=3)
     totals = run.Totals()
-    totals.add(suite, 1, 4.0)
+    totals.add(suite, 1, 4.0, 3.0)
     assert str(totals) == "5 passed, 2 failed, 3 skipped"
     assert totals.broken == []
 
 
 def test_no_results_is_a_failure(suite: run.Suite) -> None:
     totals = run.Totals()
-    totals.add(suite, 125, 4.0)
+    totals.add(suite, 125, 4.0, 3.0)
     assert str(totals) == "0 passed, 1 failed, 0 skipped"
     assert totals.broken == ["one: no results, exit status 125"]
 
@@ -41,7 +42,7 @@ def test_no_results_is_a_failure(suite: run.Suite) -> None:
 def test_nothing_collected_is_a_failure(suite: run.Suite) -> None:
     results(suite, tests=0, failures=0, errors=0, skipped=0)
     totals = run.Totals()
-    totals.add(suite, 5, 4.0)
+    totals.add(suite, 5, 4.0, 3.0)
     assert totals.failed == 1
     assert totals.broken == ["one: collected no tests"]
 
@@ -49,7 +50,7 @@ def test_nothing_collected_is_a_failure(suite: run.Suite) -> None:
 def test_a_bad_status_is_a_failure_whatever_was_counted(suite: run.Suite) -> None:
     results(suite, tests=3, failures=0, errors=0, skipped=0)
     totals = run.Totals()
-    totals.add(suite, 137, 4.0)
+    totals.add(suite, 137, 4.0, 3.0)
     assert totals.failed == 1
     assert totals.broken == ["one: exit status 137"]
 
@@ -58,12 +59,12 @@ def test_the_table_has_a_line_for_each_suite_and_one_for_all(suite: run.Suite) -
     totals = run.Totals()
     for tests in (3, 5):
         results(suite, tests=tests, failures=0, errors=0, skipped=1)
-        totals.add(suite, 0, 60.4)
+        totals.add(suite, 0, 60.4, 12.0)
     head, first, second, every = (line.split() for line in totals.table(90.0).splitlines())
-    assert head == ["suite", "place", "passed", "failed", "skipped", "seconds"]
-    assert first == ["one", "native", "2", "0", "1", "60"]
-    assert second == ["one", "native", "4", "0", "1", "60"]
-    assert every == ["all", "6", "0", "2", "90"]
+    assert head == ["suite", "place", "passed", "failed", "skipped", "seconds", "CPU", "sec"]
+    assert first == ["one", "native", "2", "0", "1", "60", "12"]
+    assert second == ["one", "native", "4", "0", "1", "60", "12"]
+    assert every == ["all", "6", "0", "2", "90", "24"]
 
 
 def planned(name: str) -> run.Suite:
@@ -124,7 +125,7 @@ def collected() -> dict[str, list[str]]:
     """The names of all tests, and the markers of each."""
     done = subprocess.run(
         [sys.executable, "-c", PLUGIN],
-        cwd=run.CHECKOUT,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
