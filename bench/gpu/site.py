@@ -197,7 +197,7 @@ class Site:
         """The zygote out of a pool that is to be removed."""
         if self._zygote is not None:
             from agentcgroupd.cgroup.tree import cgroup2_mount
-            from agentcgroupd.host.syscalls import cgroup_of
+            from agentcgroupd.host.proc import cgroup_of
 
             (cgroup2_mount() / cgroup_of(os.getpid()).strip("/") / "cgroup.procs").write_text(
                 str(self._zygote.pid)

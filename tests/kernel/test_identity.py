@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -152,6 +153,55 @@ def test_an_identity_is_looked_up_anew_for_each_request(
     with pytest.raises(RemoteRpcError) as caught:
         guest.run("stub.GetSession(pb.GetSessionRequest())")
     assert caught.value.code == "PERMISSION_DENIED"
+
+
+def unfrozen_hierarchy() -> Path | None:
+    """Where a cgroup v1 hierarchy that holds nobody back is mounted."""
+    for line in Path("/proc/self/mounts").read_bytes().split(b"\n"):
+        words = line.split(b" ")
+        if len(words) > 3 and words[2] == b"cgroup" and b"freezer" in words[3].split(b","):
+            return Path(os.fsdecode(words[1]))
+    return None
+
+
+@pytest.mark.parametrize("mark", ["\r", "\x0b", "\x0c", "\x1c", "\x85", "\u2028"])
+def test_a_v1_cgroups_name_makes_nobody_another(daemon: DaemonProcess, mark: str) -> None:
+    """A name may hold what some readers of text take for the end of a line."""
+    hierarchy = unfrozen_hierarchy()
+    if hierarchy is None:
+        pytest.skip("no cgroup v1 hierarchy with the freezer is mounted here")
+    top = hierarchy / f"x{os.getpid()}{mark}0::"
+    forged = Path(f"{top}{daemon.pool_path}/alpha/agent")
+    forged.mkdir(parents=True)
+    guest = daemon.enter("beta")
+    try:
+        (forged / "cgroup.procs").write_text(str(guest.process.pid))
+        assert guest.run("result = stub.GetSession(pb.GetSessionRequest()).id") == "beta"
+        fresh = "pb_grpc.AgentStub(grpc.insecure_channel(f'unix:{RUN_DIR}/agent/grpc.sock'))"
+        assert guest.run(f"result = {fresh}.GetSession(pb.GetSessionRequest()).id") == "beta"
+        show = "[EXEC, '--name', 't', '--', 'cat', '/proc/self/cgroup']"
+        shown = guest.run(f"result = subprocess.check_output({show})")
+        assert f"\n0::{daemon.pool_path}/beta/call-".encode() in shown
+    finally:
+        (hierarchy / "cgroup.procs").write_text(str(guest.process.pid))
+        for directory in (forged, *forged.parents):
+            if directory == hierarchy:
+                break
+            directory.rmdir()
+
+
+def test_a_cgroup_whose_name_is_no_utf8_is_one_of_its_session(daemon: DaemonProcess) -> None:
+    guest = daemon.enter("beta")
+    inner = Path(os.fsdecode(os.fsencode(daemon.cgroup_dir) + b"/beta/agent/\xff\xfe"))
+    inner.mkdir()
+    try:
+        (inner / "cgroup.procs").write_text(str(guest.process.pid))
+        connect = "grpc.insecure_channel(f'unix:{RUN_DIR}/agent/grpc.sock')"
+        code = f"result = pb_grpc.AgentStub({connect}).GetSession(pb.GetSessionRequest()).id"
+        assert guest.run(code) == "beta"
+    finally:
+        (daemon.cgroup_dir / "beta/agent/cgroup.procs").write_text(str(guest.process.pid))
+        inner.rmdir()
 
 
 GARBAGE = [

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from agentcgroupd.boundaries.placement import Placement
-from agentcgroupd.boundaries.processes import TICK_NS, Forked, Sighting, Sightings, cmdline, key_of
+from agentcgroupd.boundaries.processes import TICK_NS, Forked, Sighting, Sightings, key_of
 from agentcgroupd.boundaries.resync import Losses
 from agentcgroupd.boundaries.rules import argv_of, begins_call, may_begin_call
 from agentcgroupd.bpf import abi
@@ -31,6 +31,7 @@ from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import BoundariesConfig
 from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.errors import AgentcgroupdError
+from agentcgroupd.host.proc import command_line
 from agentcgroupd.intents.command import tool_name
 from agentcgroupd.state.session import Call, Session
 
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 SLICE_S = 0.005
 QUEUE_EVENTS_MAX = 4096
+CMDLINE_BYTES_MAX = 65_536
 
 
 class Boundaries:
@@ -219,7 +221,7 @@ class Boundaries:
         begins = begins_call(self._config, comm, argv)
         if not begins and (event.argv_cut or not argv):
             # The head did not say it, or its page could not be read: /proc has all of it.
-            argv = cmdline(key[0], whole=True) or argv
+            argv = command_line(key[0], CMDLINE_BYTES_MAX) or argv
             begins = begins_call(self._config, comm, argv)
         if begins:
             name = tool_name(comm, argv)

@@ -12,7 +12,8 @@ from agentcgroupd.boundaries.processes import Key, Sighting, Sightings
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.errors import AgentcgroupdError, FailedPrecondition, KnobError, RequestError
-from agentcgroupd.host.syscalls import cgroup_of, pidfd_alive
+from agentcgroupd.host.proc import cgroup_of
+from agentcgroupd.host.syscalls import pidfd_alive
 from agentcgroupd.state.session import AGENT_LEAF, Process
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,6 @@ from agentcgroupd.host.syscalls import process_stat
 from agentcgroupd.state.session import Call, Session
 
 ENDED_MAX = 65_536
-CMDLINE_BYTES_MAX = 65_536
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 Key = tuple[int, int]
@@ -125,16 +124,6 @@ class Sightings:
         """Forget all that have not ended."""
         self._forked.clear()
         self._seen.clear()
-
-
-def cmdline(pid: int, whole: bool = False) -> list[str]:
-    """A process's arguments, or their head; none of one that has ended."""
-    try:
-        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
-            text = file.read(CMDLINE_BYTES_MAX if whole else abi.ABI_ARGV_BYTES)
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return text.rstrip("\0").split("\0") if text else []
 
 
 def lives(key: Key) -> bool:

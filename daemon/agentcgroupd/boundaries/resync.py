@@ -19,14 +19,15 @@ from agentcgroupd.boundaries.processes import (
     Key,
     Sighting,
     Sightings,
-    cmdline,
     lives,
 )
 from agentcgroupd.boundaries.rules import begins_call
+from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.config import BoundariesConfig
 from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.errors import AgentcgroupdError, BpfError
+from agentcgroupd.host.proc import command_line, program_name
 from agentcgroupd.host.syscalls import process_stat
 from agentcgroupd.intents.command import tool_name
 from agentcgroupd.state.session import Session, boottime_usec
@@ -177,9 +178,8 @@ class Losses:
                 return  # put here from outside, or seen before: the agent itself
             forked = Forked(session, "", time.monotonic_ns())
             self._sightings.fork(key, forked)
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-            comm = file.read().rstrip("\n")
-        argv = cmdline(pid)
+        comm = program_name(pid)
+        argv = command_line(pid, abi.ABI_ARGV_BYTES)
         forked.executed = forked.executed or comm != forked.comm
         if begins_call(self._config, comm, argv):
             name = tool_name(comm, argv)

@@ -35,14 +35,14 @@ def format_limit(value: int | None) -> str:
 
 def parse_flat_keyed(text: str) -> dict[str, int]:
     """Lines of `key value`, as in memory.events or cpu.stat."""
-    pairs = (line.split() for line in text.splitlines() if line)
+    pairs = (line.split() for line in text.split("\n") if line)
     return {key: int(value) for key, value in pairs}
 
 
 def parse_nested_keyed(text: str) -> dict[str, dict[str, int]]:
     """Lines of `name key=value key=value`, as in io.stat."""
     result = {}
-    for line in text.splitlines():
+    for line in filter(None, text.split("\n")):
         name, *pairs = line.split()
         result[name] = {key: int(value) for key, _, value in (p.partition("=") for p in pairs)}
     return result
@@ -100,7 +100,7 @@ class Pressure:
 def parse_pressure(text: str) -> dict[str, Pressure]:
     """The lines `some` and `full` of a PSI file (Documentation/accounting/psi.rst)."""
     result = {}
-    for line in text.splitlines():
+    for line in filter(None, text.split("\n")):
         kind, *pairs = line.split()
         fields = dict(pair.split("=", 1) for pair in pairs)
         result[kind] = Pressure(float(fields["avg10"]), float(fields["avg60"]),
@@ -130,7 +130,7 @@ def _write_only(text: str) -> Reclaim:
 
 def parse_default_weight(text: str) -> int:
     """The line `default 100` of io.weight; lines of single devices are passed over."""
-    words = dict(line.split() for line in text.splitlines())
+    words = dict(line.split() for line in filter(None, text.split("\n")))
     return int(words["default"])
 
 

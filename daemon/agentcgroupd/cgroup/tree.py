@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -306,11 +307,23 @@ def move_all(source: Cgroup, target: Cgroup, attempts: int = 100) -> int:
     raise KnobError(OSError(errno.EBUSY, "still has processes"), str(source.path), "cgroup.procs")
 
 
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+
+
+def _unescape(name: bytes) -> str:
+    """A path of mountinfo, where the kernel writes blanks, newlines and backslashes as octal
+    numbers (fs/proc_namespace.c: show_mountinfo)."""
+    return os.fsdecode(_OCTAL.sub(lambda found: bytes([int(found[1], 8)]), name))
+
+
 def cgroup2_mount(mountinfo: str = "/proc/self/mountinfo") -> Path:
     """Where cgroup v2 is mounted. OSError (ENOENT) if it is not."""
-    with open(mountinfo, encoding="utf-8") as file:
-        for line in file:
-            left, _, right = line.partition(" - ")
-            if right.split()[0] == "cgroup2":
-                return Path(left.split()[4].encode().decode("unicode_escape"))
+    # Bytes, and lines that end at a newline alone: a mount point may hold any other control
+    # character as it is.
+    with open(mountinfo, "rb") as file:
+        lines = file.read().split(b"\n")
+    for line in lines:
+        mount, _, filesystem = line.partition(b" - ")
+        if filesystem.startswith(b"cgroup2 "):
+            return Path(_unescape(mount.split(b" ")[4]))
     raise OSError(errno.ENOENT, "no cgroup2 file system is mounted", mountinfo)

@@ -29,9 +29,8 @@ IN_Q_OVERFLOW = 0x4000
 SO_PEERPIDFD = 77
 """include/uapi/asm-generic/socket.h; Linux 6.5."""
 
-_PIDFD_INFO = struct.Struct(
-    "=QQ11Ii"
-)  # struct pidfd_info, first 64 bytes; include/uapi/linux/pidfd.h
+_PIDFD_INFO = struct.Struct("=QQ11Ii")
+"""struct pidfd_info, first 64 bytes; include/uapi/linux/pidfd.h."""
 _PIDFD_INFO_EXIT = 1 << 3
 _PIDFD_GET_INFO = (3 << 30) | (_PIDFD_INFO.size << 16) | (0xFF << 8) | 11
 
@@ -151,16 +150,12 @@ def process_stat(pid: int) -> ProcessStat:
     with open(f"/proc/{pid}/stat", "rb") as file:
         text = file.read().decode("utf-8", "replace")
     fields = text[text.rindex(")") + 2 :].split()
-    return ProcessStat(state=fields[0], parent_pid=int(fields[1]), start_ticks=int(fields[19]),
-                       exit_status=int(fields[49]))  # fmt: skip
-
-
-def cgroup_of(pid: int) -> str:
-    """The cgroup v2 path of a process, below the mount; FileNotFoundError or ProcessLookupError
-    when there is no such process."""
-    with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="replace") as file:
-        lines = file.read().splitlines()
-    return next((line[3:] for line in lines if line.startswith("0::")), "")
+    return ProcessStat(
+        state=fields[0],
+        parent_pid=int(fields[1]),
+        start_ticks=int(fields[19]),
+        exit_status=int(fields[49]),
+    )
 
 
 def bpf(command: int, attributes: ctypes.Structure) -> int:

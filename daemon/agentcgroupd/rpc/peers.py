@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import cast
 
 from agentcgroupd.errors import PermissionDenied
+from agentcgroupd.host.proc import CgroupUnknown, cgroup_of
 from agentcgroupd.host.syscalls import peer_credentials, peer_pidfd, pidfd_alive
 from agentcgroupd.state.session import Process, Session
 from agentcgroupd.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
+ENDED = "the process that opened the connection has ended"
 NOT_IN_SESSION = (
     "this process is in no session: it is not in a cgroup that agentcgroup manages. "
     "Open one with `agentcg session run NAME -- COMMAND`, or adopt the container's cgroup with "
@@ -44,26 +46,29 @@ class Peer:
         self.uid, self.gid = credentials.uid, credentials.gid
         if credentials.pid == 0:
             raise PermissionDenied("the calling process is in a pid namespace beside the daemon's")
-        pidfd = -1
         try:
             pidfd = peer_pidfd(sock)
+        except OSError:
+            raise PermissionDenied(ENDED) from None
+        try:
             self.process = Process.of_pidfd(credentials.pid, pidfd)
-        except (OSError, ProcessLookupError):
-            if pidfd >= 0:
-                os.close(pidfd)
-            raise PermissionDenied("the process that opened the connection has ended") from None
+        except BaseException as error:
+            os.close(pidfd)
+            if isinstance(error, OSError):
+                raise PermissionDenied(ENDED) from None
+            raise
 
     def cgroup_path(self) -> str:
         """The cgroup the process is in now, below the cgroup2 mount. Raises PermissionDenied."""
         try:
-            with open(f"/proc/{self.process.pid}/cgroup", encoding="utf-8") as file:
-                lines = file.read().splitlines()
+            path = cgroup_of(self.process.pid)
         except (FileNotFoundError, ProcessLookupError):
-            lines = []
+            raise PermissionDenied(ENDED) from None
+        except CgroupUnknown as error:
+            raise PermissionDenied(f"the calling process is in no usable cgroup: {error}") from None
         # Alive after the read: it was this process that was read, not a later one of its pid.
-        if not lines or not pidfd_alive(self.process.pidfd):
-            raise PermissionDenied("the process that opened the connection has ended")
-        path = next((line[3:] for line in lines if line.startswith("0::")), "")
+        if not pidfd_alive(self.process.pidfd):
+            raise PermissionDenied(ENDED)
         if not path.startswith("/") or path.endswith(" (deleted)"):
             raise PermissionDenied(f"the calling process is in no usable cgroup ({path!r})")
         return path
@@ -205,37 +210,44 @@ class Relay:
         return peer
 
     def accepted(self, front: _Front) -> str:
-        """A new connection: ask the kernel, then join it to the gRPC server."""
+        """Take in a new connection: ask the kernel who is there, then join it to the gRPC server.
+        Returns the name that stands for it, or nothing for one that was refused and closed."""
         assert front.transport is not None
         try:
-            peer = Peer(front.transport.get_extra_info("socket"))
-            whose = self._whose(peer)
-            crowd = sum(1 for other in self._crowds.values() if other == whose)
-            if crowd >= self._most:
-                peer.close()
-                raise PermissionDenied(f"{whose} has {crowd} connections open")
-        except PermissionDenied as error:
-            log.warning("%s: connection refused: %s", self._path, error)
-            self._metrics.peers_refused.labels("identity").inc()
+            name = self._identify(front.transport.get_extra_info("socket"))
+        except Exception as error:
+            # Whatever went wrong, who cannot be told is not let in.
             front.transport.abort()
+            self._metrics.peers_refused.labels("identity").inc()
+            if isinstance(error, PermissionDenied):
+                log.warning("%s: connection refused: %s", self._path, error)
+            else:
+                log.exception("%s: who opened a connection cannot be told", self._path)
             return ""
-        # Random, so that nobody can bind it first.
-        name = f"agentcg-{peer.process.pid}-{secrets.token_hex(16)}"
-        self._peers[name] = peer
-        self._crowds[name] = whose
         self._fronts[name] = front
         task = asyncio.get_running_loop().create_task(self._join(front, name))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return name
 
-    def _whose(self, peer: Peer) -> str:
+    def _identify(self, sock: socket.socket) -> str:
+        """Count a connection among those of its session or process and return the name that stands
+        for it. Raises PermissionDenied; then nothing of it is kept."""
+        peer = Peer(sock)
         try:
             session = self._find(peer.cgroup_path())
-        except PermissionDenied:
+            whose = f"session {session.id}" if session else f"process {peer.process.pid}"
+            crowd = sum(1 for other in self._crowds.values() if other == whose)
+            if crowd >= self._most:
+                raise PermissionDenied(f"{whose} has {crowd} connections open")
+            # Random, so that nobody can bind it first.
+            name = f"agentcg-{peer.process.pid}-{secrets.token_hex(16)}"
+        except BaseException:
             peer.close()
             raise
-        return f"session {session.id}" if session else f"process {peer.process.pid}"
+        self._peers[name] = peer
+        self._crowds[name] = whose
+        return name
 
     async def _join(self, front: _Front, name: str) -> None:
         loop = asyncio.get_running_loop()
@@ -245,11 +257,13 @@ class Relay:
             sock.bind(f"\0{name}")
             await loop.sock_connect(sock, str(self._backend))
             _, back = await loop.create_connection(_End, sock=sock)
-        except OSError as error:
+        except BaseException as error:
             sock.close()
-            log.error("%s: the gRPC server does not answer: %s", self._path, error)
             if front.transport is not None:
                 front.transport.abort()
+            if not isinstance(error, OSError):
+                raise
+            log.error("%s: the gRPC server does not answer: %s", self._path, error)
             return
         front.join(back)
         if front.transport is None or front.transport.is_closing():

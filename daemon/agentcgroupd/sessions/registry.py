@@ -24,7 +24,7 @@ from agentcgroupd.errors import (
     NotFound,
     Unavailable,
 )
-from agentcgroupd.host.syscalls import cgroup_of
+from agentcgroupd.host.proc import CgroupUnknown, cgroup_of
 from agentcgroupd.intents.gpu import GpuCeiling, Part, gpu_part
 from agentcgroupd.intents.grant import Ceiling, weight_of_priority
 from agentcgroupd.intents.parse import parse_intent
@@ -90,6 +90,9 @@ class Sessions:
         try:
             path = cgroup_of(pid)
         except (FileNotFoundError, ProcessLookupError):
+            return None
+        except CgroupUnknown as error:
+            log.warning("process %d is taken to be in no session: %s", pid, error)
             return None
         session = self.of_cgroup(path)
         if session is None:
