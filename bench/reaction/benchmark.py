@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.config import GuardConfig
@@ -219,7 +218,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS if SLOW == 1 else 5)
     arguments = parser.parse_args()
     emulated = SLOW > 1
-    memory = psutil.virtual_memory().total
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     pool_bytes = int(min(2 * GIB, memory // 3)) // MIB * MIB
     # Emulated memory is filled at some 150 MB/s at best.
     rates = [0.05, 0.1] if emulated else list(RATES_GB_S)

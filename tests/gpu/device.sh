@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PACKAGES='annotated-types grpcio grpcio-health-checking grpcio-reflection hypothesis iniconfig
-	nvidia-ml-py packaging pluggy prometheus-client protobuf psutil pydantic pydantic-core pygments
+	nvidia-ml-py packaging pluggy prometheus-client protobuf pydantic pydantic-core pygments
 	pytest pytest-timeout sortedcontainers typing-extensions typing-inspection'
 SITE=build/device/site
 

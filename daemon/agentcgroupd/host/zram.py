@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from agentcgroupd.errors import AgentcgroupdError
+from agentcgroupd.host.memory import host_memory_bytes
 from agentcgroupd.units import show_bytes
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class Swap:
 
 def parse_swaps(text: str) -> tuple[Swap, ...]:
     """/proc/swaps: a heading, then path, type, size and use in KiB, and priority of each."""
-    rows = (line.split() for line in text.splitlines()[1:])
+    rows = (line.split() for line in text.split("\n")[1:] if line)
     return tuple(
         Swap(path, int(size) << 10, int(used) << 10, int(priority))
         for path, _kind, size, used, priority in rows
@@ -205,7 +204,7 @@ def _prepare(setting: Setting, pool_bytes: int) -> Zram | None:
     if setting == "auto" and others:
         log.info("the host swaps to %s: no zram is made", ", ".join(s.path for s in others))
         return None
-    most = COMPRESSION * int(psutil.virtual_memory().total)
+    most = COMPRESSION * host_memory_bytes()
     if size > most:
         raise ZramError(f"pool.zram: {show_bytes(size)} cannot be used; allowed is at most "
                         f"{show_bytes(most)}, twice the host's memory")  # fmt: skip

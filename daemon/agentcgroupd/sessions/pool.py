@@ -11,12 +11,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount, move_all
 from agentcgroupd.config import PoolConfig
 from agentcgroupd.errors import ConfigError, KnobError
+from agentcgroupd.host.memory import host_memory_bytes
 from agentcgroupd.host.zram import Zram, ZramError
 from agentcgroupd.host.zram import prepare as prepare_zram
 from agentcgroupd.units import show_bytes
@@ -65,7 +64,7 @@ def offered_controllers(cgroup: Cgroup) -> tuple[str, ...]:
 
 def _memory_above(parent: Cgroup) -> int:
     """The nearest memory limit above the pool, or the host's memory, in bytes."""
-    total = int(psutil.virtual_memory().total)
+    total = host_memory_bytes()
     path = parent.path
     while (path / knobs.MEMORY_MAX.file).exists():
         limit = knobs.MEMORY_MAX.parse((path / knobs.MEMORY_MAX.file).read_text())
