@@ -1,4 +1,4 @@
-"""cgroup v2: interface files on a held directory, and events of theirs.
+"""cgroup v2: directories that are held open, their interface files, and changes of those.
 
 May import host, units and errors.
 """

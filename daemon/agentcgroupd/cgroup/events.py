@@ -27,9 +27,10 @@ _BUFFER_BYTES = 262_144
 
 
 class FileEvents:
-    """Calls back when watched interface files change. A context manager on a running loop."""
+    """Callbacks for changes of watched interface files, on the running loop until close()."""
 
     def __init__(self) -> None:
+        """Open the inotify descriptor. Raises OSError."""
         self._fd = inotify_init()
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._loop = asyncio.get_running_loop()
@@ -53,13 +54,13 @@ class FileEvents:
         return watch
 
     def unwatch(self, watch: int) -> None:
-        """End a watch; harmless after the cgroup was removed."""
+        """End a watch; no error if the cgroup was removed."""
         if self._callbacks.pop(watch, None) is not None:
             inotify_rm_watch(self._fd, watch)
 
     def forget(self, watch: int) -> None:
-        """As `unwatch`, once the cgroup is removed: the kernel has ended the watch itself, and
-        asking it to would wait for a grace period."""
+        """Drop the callback of a watch whose cgroup was removed. The kernel has ended that watch;
+        `unwatch` would ask it to once more, and wait for a grace period."""
         self._callbacks.pop(watch, None)
 
     def _drain(self) -> None:

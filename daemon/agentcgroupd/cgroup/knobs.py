@@ -15,81 +15,87 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Knob(Generic[T]):
-    """One interface file: its name, and the two directions between its text and its value."""
+    """An interface file: its name, and how its text becomes a value and a value its text."""
 
     file: str
     parse: Callable[[str], T]
     format: Callable[[T], str] = str
 
 
+def _lines(text: str) -> list[str]:
+    # The kernel ends a line with \n alone; str.splitlines() would also split at \r and others.
+    return [line for line in text.split("\n") if line]
+
+
 def parse_limit(text: str) -> int | None:
-    """A number, or `max` as None."""
+    """Parse a number, or `max` as None. Raises ValueError, like every parser here."""
     word = text.strip()
     return None if word == "max" else int(word)
 
 
 def format_limit(value: int | None) -> str:
-    """The inverse of `parse_limit`."""
+    """Text of a limit: the inverse of `parse_limit`."""
     return "max" if value is None else str(value)
 
 
 def parse_flat_keyed(text: str) -> dict[str, int]:
-    """Lines of `key value`, as in memory.events or cpu.stat."""
-    pairs = (line.split() for line in text.split("\n") if line)
+    """Parse lines of `key value`, as in memory.events or cpu.stat."""
+    pairs = (line.split() for line in _lines(text))
     return {key: int(value) for key, value in pairs}
 
 
 def parse_nested_keyed(text: str) -> dict[str, dict[str, int]]:
-    """Lines of `name key=value key=value`, as in io.stat."""
+    """Parse lines of `name key=value key=value`, as in io.stat."""
     result = {}
-    for line in filter(None, text.split("\n")):
+    for line in _lines(text):
         name, *pairs = line.split()
         result[name] = {key: int(value) for key, _, value in (p.partition("=") for p in pairs)}
     return result
 
 
 def parse_words(text: str) -> tuple[str, ...]:
-    """Words apart by blanks or lines, as in cgroup.controllers."""
+    """Parse words between blanks or line ends, as in cgroup.controllers."""
     return tuple(text.split())
 
 
 def parse_pids(text: str) -> tuple[int, ...]:
-    """Lines of one number, as in cgroup.procs. 0 stands for a process of another pid namespace."""
+    """Parse lines of one number, as in cgroup.procs. 0 stands for a process of another pid
+    namespace."""
     return tuple(int(line) for line in text.split())
 
 
 def parse_flag(text: str) -> bool:
-    """`0` or `1`."""
+    """Parse `0` or `1`."""
     return text.strip() == "1"
 
 
 def format_flag(value: bool) -> str:
-    """The inverse of `parse_flag`."""
+    """Text of a flag: the inverse of `parse_flag`."""
     return "1" if value else "0"
 
 
 @dataclass(frozen=True, slots=True)
 class CpuMax:
-    """cpu.max: at most quota_usec of CPU time (None: no limit) in each period_usec."""
+    """Value of cpu.max: at most quota_usec of CPU time (None: no limit) in each period_usec."""
 
     quota_usec: int | None
     period_usec: int = 100_000
 
 
 def parse_cpu_max(text: str) -> CpuMax:
-    """`max 100000` or `50000 100000`."""
+    """Parse `max 100000` or `50000 100000`: quota and period."""
     quota, period = text.split()
     return CpuMax(parse_limit(quota), int(period))
 
 
 def format_cpu_max(value: CpuMax) -> str:
-    """The inverse of `parse_cpu_max`."""
+    """Text of cpu.max: the inverse of `parse_cpu_max`."""
     return f"{format_limit(value.quota_usec)} {value.period_usec}"
 
 
 @dataclass(frozen=True, slots=True)
 class Pressure:
-    """One line of a PSI file: averages in percent, total stall time in microseconds."""
+    """A line of a PSI file: averages in percent, total stall time in microseconds."""
 
     avg10: float
     avg60: float
@@ -98,27 +104,27 @@ class Pressure:
 
 
 def parse_pressure(text: str) -> dict[str, Pressure]:
-    """The lines `some` and `full` of a PSI file (Documentation/accounting/psi.rst)."""
+    """Parse the lines `some` and `full` of a PSI file (Documentation/accounting/psi.rst)."""
     result = {}
-    for line in filter(None, text.split("\n")):
+    for line in _lines(text):
         kind, *pairs = line.split()
         fields = dict(pair.split("=", 1) for pair in pairs)
-        result[kind] = Pressure(float(fields["avg10"]), float(fields["avg60"]),
-                                float(fields["avg300"]), int(fields["total"]))  # fmt: skip
+        avg10, avg60, avg300 = (float(fields[key]) for key in ("avg10", "avg60", "avg300"))
+        result[kind] = Pressure(avg10, avg60, avg300, int(fields["total"]))
     return result
 
 
 @dataclass(frozen=True, slots=True)
 class Reclaim:
-    """memory.reclaim: how much is to leave memory, and how much rather anonymous than file memory
-    (swappiness, 0 to 200; None: as the host is set)."""
+    """Value of memory.reclaim: how much is to leave memory, and to what degree anonymous memory is
+    taken before file memory (swappiness, 0 to 200; None: the host's setting)."""
 
     size_bytes: int
     swappiness: int | None = None
 
 
 def format_reclaim(value: Reclaim) -> str:
-    """`16777216` or `16777216 swappiness=200` (the latter since Linux 6.9)."""
+    """Text of memory.reclaim: `16777216`, or `16777216 swappiness=200` (since Linux 6.9)."""
     if value.swappiness is None:
         return str(value.size_bytes)
     return f"{value.size_bytes} swappiness={value.swappiness}"
@@ -129,13 +135,13 @@ def _write_only(text: str) -> Reclaim:
 
 
 def parse_default_weight(text: str) -> int:
-    """The line `default 100` of io.weight; lines of single devices are passed over."""
-    words = dict(line.split() for line in filter(None, text.split("\n")))
+    """Parse the line `default 100` of io.weight; lines of single devices are left out."""
+    words = dict(line.split() for line in _lines(text))
     return int(words["default"])
 
 
 def format_default_weight(value: int) -> str:
-    """The inverse of `parse_default_weight`."""
+    """Text of io.weight: the inverse of `parse_default_weight`."""
     return f"default {value}"
 
 
@@ -145,11 +151,9 @@ CGROUP_EVENTS = Knob("cgroup.events", parse_flat_keyed)
 CGROUP_PROCS = Knob("cgroup.procs", parse_pids)
 CGROUP_FREEZE = Knob("cgroup.freeze", parse_flag, format_flag)
 CGROUP_KILL = Knob("cgroup.kill", parse_flag, format_flag)
-CGROUP_STAT = Knob("cgroup.stat", parse_flat_keyed)
 
 MEMORY_CURRENT = Knob("memory.current", int)
 MEMORY_PEAK = Knob("memory.peak", int)
-MEMORY_MIN = Knob("memory.min", parse_limit, format_limit)
 MEMORY_LOW = Knob("memory.low", parse_limit, format_limit)
 MEMORY_HIGH = Knob("memory.high", parse_limit, format_limit)
 MEMORY_MAX = Knob("memory.max", parse_limit, format_limit)
@@ -159,13 +163,10 @@ MEMORY_EVENTS_LOCAL = Knob("memory.events.local", parse_flat_keyed)
 MEMORY_STAT = Knob("memory.stat", parse_flat_keyed)
 MEMORY_PRESSURE = Knob("memory.pressure", parse_pressure)
 MEMORY_RECLAIM = Knob("memory.reclaim", _write_only, format_reclaim)
-"""Linux 5.19. The write blocks while the kernel reclaims, and fails with EAGAIN when it got less
-than it was asked for; what it got stays reclaimed."""
+"""Linux 5.19. A write blocks while the kernel reclaims. It fails with EAGAIN if the kernel got less
+than was asked for; what it got stays reclaimed."""
 MEMORY_SWAP_CURRENT = Knob("memory.swap.current", int)
 MEMORY_SWAP_MAX = Knob("memory.swap.max", parse_limit, format_limit)
-MEMORY_ZSWAP_CURRENT = Knob("memory.zswap.current", int)
-MEMORY_ZSWAP_MAX = Knob("memory.zswap.max", parse_limit, format_limit)
-MEMORY_ZSWAP_WRITEBACK = Knob("memory.zswap.writeback", parse_flag, format_flag)
 
 CPU_STAT = Knob("cpu.stat", parse_flat_keyed)
 CPU_WEIGHT = Knob("cpu.weight", int)
@@ -178,6 +179,5 @@ PIDS_MAX = Knob("pids.max", parse_limit, format_limit)
 PIDS_EVENTS = Knob("pids.events", parse_flat_keyed)
 
 IO_STAT = Knob("io.stat", parse_nested_keyed)
-IO_PRESSURE = Knob("io.pressure", parse_pressure)
 IO_WEIGHT = Knob("io.weight", parse_default_weight, format_default_weight)
-"""Only there with the cost model of CONFIG_BLK_CGROUP_IOCOST."""
+"""There only with the cost model of CONFIG_BLK_CGROUP_IOCOST."""

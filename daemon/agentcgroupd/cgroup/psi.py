@@ -22,7 +22,7 @@ Kind = Literal["some", "full"]
 
 
 class PressureTrigger:
-    """Calls `on_fire` on the event loop; `start` and `stop` on a running one.
+    """A trigger of a cgroup, which calls `on_fire` on the event loop that `start` ran on.
 
     The asyncio loop cannot wait for POLLPRI, so the file is in an epoll of its own, whose
     descriptor the loop waits for.
@@ -37,8 +37,8 @@ class PressureTrigger:
         on_fire: Callable[[], None],
         knob: Knob[dict[str, Pressure]] = MEMORY_PRESSURE,
     ) -> None:
-        """Fires when some task, or (`full`) all that could run, stalled for `stall_usec` within
-        `window_usec`, at most 10 s. Nothing is opened yet."""
+        """Describe a trigger, without opening anything yet. It fires when some task, or (`full`)
+        every task that could run, stalled for `stall_usec` within `window_usec` (at most 10 s)."""
         self._cgroup = cgroup
         self._knob = knob
         self._text = f"{kind} {stall_usec} {window_usec}"
@@ -52,9 +52,9 @@ class PressureTrigger:
 
         Raises CgroupGone, or KnobError: ENOENT or EOPNOTSUPP without PSI (psi=0), EINVAL for a
         window that this kernel does not take (below 500 ms before Linux 6.5, 519fabc7aaba; without
-        CAP_SYS_RESOURCE other than a multiple of 2 s), EACCES where it may not be written.
+        CAP_SYS_RESOURCE any but a multiple of 2 s), EACCES where the file may not be written.
         """
-        assert self._epoll is None, "it is started already"
+        assert self._epoll is None, "the trigger is started already"
         # The trigger lives as long as the descriptor through which it was written.
         self._fd = self._cgroup.open_file(self._knob, os.O_RDWR | os.O_NONBLOCK, self._text)
         self._epoll = select.epoll()
@@ -62,7 +62,7 @@ class PressureTrigger:
         asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._ready)
 
     def stop(self) -> None:
-        """No more callbacks; no error if it is not started."""
+        """End the callbacks; no error if the trigger is not started."""
         if self._epoll is not None:
             asyncio.get_running_loop().remove_reader(self._epoll.fileno())
             self._epoll.close()
@@ -72,12 +72,15 @@ class PressureTrigger:
             self._fd = -1
 
     def _ready(self) -> None:
-        """The loop's own look at the inner epoll has taken the event from the file
-        (kernel/sched/psi.c: psi_trigger_poll), so being called at all means that it fired; only an
-        error, which stays, can still be seen here."""
+        """Tell a firing from the cgroup's end.
+
+        The loop has polled the inner epoll, and that poll took the event from the file
+        (kernel/sched/psi.c: psi_trigger_poll). So being called means that the trigger fired, unless
+        the file is in error, which a second poll still shows.
+        """
         assert self._epoll is not None
         if any(events & select.EPOLLERR for _, events in self._epoll.poll(0)):
-            log.debug("%s is gone, and its pressure trigger", self._cgroup.path)
+            log.debug("%s is gone, and its pressure trigger with it", self._cgroup.path)
             self.stop()
             return
         self.fired += 1

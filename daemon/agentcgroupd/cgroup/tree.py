@@ -1,19 +1,18 @@
 """Cgroups as directories under a held descriptor.
 
-A `Cgroup` is a directory below one that the daemon keeps open, so an operation reaches the
-directory that was meant or fails; it never follows a path that someone else has made anew.
-Interface files are opened without O_CREAT: on a wrong mount the error shows, instead of a plain
-file appearing.
+A `Cgroup` is a directory below one that the daemon keeps open. An operation therefore reaches the
+directory that was meant, or fails; a directory that someone has since made under the same path is
+never touched. Interface files are opened without O_CREAT, so that on a wrong mount an error shows
+instead of a plain file appearing.
 
-A call's leaf keeps no descriptor of its own: it is named relative to its session's directory, and
-its name, random and used once, is made and removed by the daemon alone.
+A call's leaf has no descriptor of its own: it is named relative to its session's directory. Its
+name is random, is used once, and only the daemon makes and removes it.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,25 +26,27 @@ from agentcgroupd.cgroup.knobs import (
     Knob,
 )
 from agentcgroupd.errors import CgroupGone, KnobError
+from agentcgroupd.host.mounts import MOUNTINFO, Mount, mounts
 from agentcgroupd.units import CgroupId
 
 T = TypeVar("T")
 
 _GONE = (errno.ENOENT, errno.ENODEV)
 _READ_BYTES = 65_536
+_NAMESPACE_ROOT = Path("/")
 XATTR_NAME = "trusted.agentcgroup"
-"""trusted.*: readable and writable with CAP_SYS_ADMIN in the initial user namespace only, so a
-container cannot forge one."""
+"""Attributes named trusted.* are readable and writable only with CAP_SYS_ADMIN in the initial user
+namespace, so a container cannot forge one."""
 
 
 class Cgroup:
-    """One cgroup directory: `name` below the open directory `dir_fd` (`.` for that directory)."""
+    """A cgroup directory: `name` below the open directory `dir_fd` (`.`: that directory itself)."""
 
     __slots__ = ("_prefix", "dir_fd", "id", "path")
 
     def __init__(self, dir_fd: int, name: str, path: Path) -> None:
-        """`path` is for messages and for calls that take no descriptor; OSError if it is
-        missing."""
+        """Find the directory. `path` is for messages and for calls that take no descriptor. Raises
+        OSError if it is missing."""
         self.dir_fd = dir_fd
         self.path = path
         self._prefix = "" if name == "." else f"{name}/"
@@ -53,7 +54,7 @@ class Cgroup:
 
     @classmethod
     def open(cls, path: Path) -> Cgroup:
-        """Open an existing cgroup and hold its directory; close() gives it back."""
+        """Open an existing cgroup and hold its directory until close(). Raises OSError."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return cls(fd, ".", path)
 
@@ -68,6 +69,13 @@ class Cgroup:
         gone = error.errno in _GONE and not self.exists()
         return (CgroupGone if gone else KnobError)(error, str(self.path), file, value)
 
+    def _open_directory(self) -> int:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        try:
+            return os.open(f"{self._prefix}.", flags, dir_fd=self.dir_fd)
+        except OSError as error:
+            raise self._error(error, ".") from None
+
     def exists(self) -> bool:
         """Whether the directory is still the cgroup that this object was made for."""
         try:
@@ -80,12 +88,7 @@ class Cgroup:
 
     def files(self) -> frozenset[str]:
         """Names of the interface files that are there. Raises KnobError, or CgroupGone."""
-        try:
-            fd = os.open(
-                f"{self._prefix}.", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.dir_fd
-            )
-        except OSError as error:
-            raise self._error(error, ".") from None
+        fd = self._open_directory()
         try:
             return frozenset(os.listdir(fd))
         finally:
@@ -110,7 +113,8 @@ class Cgroup:
         return knob.parse(data.decode())
 
     def read_if(self, knob: Knob[T]) -> T | None:
-        """As `read`, or None where this kernel or cgroup does not have the file."""
+        """Read an interface file; None where this kernel or cgroup does not have it. Raises
+        KnobError, or CgroupGone."""
         try:
             return self.read(knob)
         except CgroupGone:
@@ -130,10 +134,11 @@ class Cgroup:
         self.write_text(knob.file, knob.format(value), 0 if wait else os.O_NONBLOCK)
 
     def write_text(self, file: str, text: str, flags: int = 0) -> None:
-        """Write to an interface file as it is."""
+        """Write text to an interface file as it is; `flags` are added to open(2)'s. Raises
+        KnobError, or CgroupGone."""
         try:
-            fd = os.open(self._prefix + file, os.O_WRONLY | os.O_CLOEXEC | flags,
-                         dir_fd=self.dir_fd)  # fmt: skip
+            how = os.O_WRONLY | os.O_CLOEXEC | flags
+            fd = os.open(self._prefix + file, how, dir_fd=self.dir_fd)
             try:
                 os.write(fd, text.encode())
             finally:
@@ -142,9 +147,11 @@ class Cgroup:
             raise self._error(error, file, text) from None
 
     def open_file(self, knob: Knob[Any], flags: int, text: str = "") -> int:
-        """A descriptor of an interface file, to be closed by the caller; `text`, where it is not
-        empty, is written first, and stays in force as long as the descriptor is open if that is the
-        file's way. Raises KnobError, or CgroupGone."""
+        """Open an interface file and return the descriptor, which the caller closes.
+
+        `text`, unless it is empty, is written first; some files (PSI triggers) keep what was
+        written in force for as long as the descriptor is open. Raises KnobError, or CgroupGone.
+        """
         try:
             fd = os.open(self._prefix + knob.file, flags | os.O_CLOEXEC, dir_fd=self.dir_fd)
             try:
@@ -158,30 +165,34 @@ class Cgroup:
         return fd
 
     def attach(self, pid: int) -> None:
-        """Move a process, with all its threads, into this cgroup."""
+        """Move a process, with all its threads, into this cgroup. Raises KnobError, or
+        CgroupGone."""
         self.write_text(CGROUP_PROCS.file, str(pid))
 
     def procs(self) -> tuple[int, ...]:
-        """Processes in this very cgroup, not in those below it."""
+        """Pids of the processes in this cgroup itself, not in those below it. Raises KnobError, or
+        CgroupGone."""
         return self.read(CGROUP_PROCS)
 
     def populated(self) -> bool:
-        """Whether a live process is in this cgroup or below it."""
+        """Whether a live process is in this cgroup or below it. Raises KnobError, or CgroupGone."""
         return self.read(CGROUP_EVENTS)["populated"] == 1
 
     def kill(self) -> None:
-        """SIGKILL to every process in this cgroup and below it (Linux 5.14)."""
+        """Send SIGKILL to every process in this cgroup and below it (Linux 5.14). Raises KnobError,
+        or CgroupGone."""
         self.write(CGROUP_KILL, True)
 
     def child(self, name: str) -> Cgroup:
-        """The existing cgroup `name` below this one."""
+        """The existing cgroup `name` below this one. Raises CgroupGone."""
         try:
             return Cgroup(self.dir_fd, self._prefix + name, self.path / name)
         except OSError as error:
             raise CgroupGone(error, str(self.path / name), ".") from None
 
     def make_child(self, name: str) -> Cgroup:
-        """Make the cgroup `name` below this one; KnobError (EEXIST) if it is there."""
+        """Make the cgroup `name` below this one. Raises KnobError (EEXIST: there is one), or
+        CgroupGone."""
         try:
             os.mkdir(self._prefix + name, 0o755, dir_fd=self.dir_fd)
         except OSError as error:
@@ -189,12 +200,8 @@ class Cgroup:
         return Cgroup(self.dir_fd, self._prefix + name, self.path / name)
 
     def children(self) -> Iterator[str]:
-        """Names of the cgroups directly below this one."""
-        try:
-            fd = os.open(f"{self._prefix}.", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC,
-                         dir_fd=self.dir_fd)  # fmt: skip
-        except OSError as error:
-            raise self._error(error, ".") from None
+        """Names of the cgroups directly below this one, sorted. Raises KnobError, or CgroupGone."""
+        fd = self._open_directory()
         try:
             names = [entry.name for entry in os.scandir(fd) if entry.is_dir(follow_symlinks=False)]
         finally:
@@ -202,13 +209,15 @@ class Cgroup:
         yield from sorted(names)
 
     def remove(self) -> None:
-        """rmdir this cgroup and every empty one below it. KnobError (EBUSY) while one is populated;
-        no error if it is gone already."""
+        """Remove this cgroup and all below it with rmdir(2); no error if it is gone already. Raises
+        KnobError (EBUSY: one of them is populated)."""
         try:
             for name in self.children():
                 self.child(name).remove()
-            os.rmdir(self._prefix.rstrip("/") or str(self.path),
-                     dir_fd=self.dir_fd if self._prefix else None)  # fmt: skip
+            if self._prefix:
+                os.rmdir(self._prefix.rstrip("/"), dir_fd=self.dir_fd)
+            else:
+                os.rmdir(self.path)
         except CgroupGone:
             return
         except OSError as error:
@@ -216,7 +225,8 @@ class Cgroup:
                 raise self._error(error, ".", "") from None
 
     def kill_and_remove(self, timeout_s: float = 10.0) -> None:
-        """Kill, wait until empty, remove; blocking, for start-up and shutdown."""
+        """Kill every process, wait until there is none, and remove the directories. Blocks for up
+        to `timeout_s`, so it is for start-up and shutdown. Raises KnobError (EBUSY: too late)."""
         deadline = time.monotonic() + timeout_s
         pause_s = 0.001
         while True:
@@ -233,8 +243,8 @@ class Cgroup:
             pause_s = min(pause_s * 2, 0.1)
 
     def enable(self, controllers: tuple[str, ...]) -> tuple[str, ...]:
-        """Enable controllers for the children of this cgroup, one by one; returns those that the
-        kernel refused or does not offer here."""
+        """Enable controllers for the children of this cgroup, one by one. Returns those that the
+        kernel refused or does not offer here. Raises KnobError, or CgroupGone."""
         refused = []
         enabled = self.read(CGROUP_SUBTREE_CONTROL)
         for name in controllers:
@@ -249,12 +259,13 @@ class Cgroup:
         return tuple(refused)
 
     def proc_path(self) -> str:
-        """A path of the directory through the held descriptor, ended by a slash where it has a
-        name, for calls that take only paths."""
+        """A path of the directory through the held descriptor, with a slash at its end, for system
+        calls that take only paths."""
         return f"/proc/self/fd/{self.dir_fd}/{self._prefix}"
 
     def get_xattr(self, name: str = XATTR_NAME) -> bytes | None:
-        """An extended attribute of the directory, None where it is not set."""
+        """An extended attribute of the directory; None where it is not set. Raises KnobError, or
+        CgroupGone."""
         try:
             return os.getxattr(self.proc_path(), name)
         except OSError as error:
@@ -263,14 +274,15 @@ class Cgroup:
             raise self._error(error, name) from None
 
     def set_xattr(self, value: bytes, name: str = XATTR_NAME) -> None:
-        """Set an extended attribute of the directory."""
+        """Set an extended attribute of the directory. Raises KnobError, or CgroupGone."""
         try:
             os.setxattr(self.proc_path(), name, value)
         except OSError as error:
             raise self._error(error, name, "") from None
 
     def remove_xattr(self, name: str = XATTR_NAME) -> None:
-        """Remove an extended attribute; no error if it is not set."""
+        """Remove an extended attribute; no error if it is not set. Raises KnobError, or
+        CgroupGone."""
         try:
             os.removexattr(self.proc_path(), name)
         except OSError as error:
@@ -278,7 +290,7 @@ class Cgroup:
                 raise self._error(error, name, "") from None
 
     def list_xattrs(self) -> list[str]:
-        """Names of the directory's extended attributes."""
+        """Names of the directory's extended attributes. Raises OSError."""
         return os.listxattr(self.proc_path())
 
 
@@ -300,30 +312,38 @@ def move_all(source: Cgroup, target: Cgroup, attempts: int = 100) -> int:
             except CgroupGone:
                 raise
             except KnobError as error:
-                # ESRCH: it ended meanwhile. EINVAL: pid 0, a process of a pid namespace beside
-                # ours.
+                # ESRCH: the process has ended meanwhile. (EINVAL, which is raised: pid 0 stands
+                # for a process of a pid namespace that is not below this one.)
                 if error.errno != errno.ESRCH:
                     raise
     raise KnobError(OSError(errno.EBUSY, "still has processes"), str(source.path), "cgroup.procs")
 
 
-_OCTAL = re.compile(rb"\\([0-7]{3})")
+def cgroup2_mount(mountinfo: Path = MOUNTINFO) -> Path:
+    """The directory where cgroup v2 is mounted.
+
+    Only a mount that shows this cgroup namespace from its root serves: below another one, a path
+    from /proc/<pid>/cgroup names some other directory or none. Raises OSError: ENOENT without a
+    mount, EXDEV (with both paths) if every mount has another root.
+    """
+    found = [mount for mount in mounts(mountinfo) if mount.kind == b"cgroup2"]
+    for mount in found:
+        if mount.root == _NAMESPACE_ROOT:
+            return mount.point
+    if found:
+        raise OSError(errno.EXDEV, _other_root(found[0]), str(mountinfo))
+    raise OSError(errno.ENOENT, "no cgroup2 file system is mounted", str(mountinfo))
 
 
-def _unescape(name: bytes) -> str:
-    """A path of mountinfo, where the kernel writes blanks, newlines and backslashes as octal
-    numbers (fs/proc_namespace.c: show_mountinfo)."""
-    return os.fsdecode(_OCTAL.sub(lambda found: bytes([int(found[1], 8)]), name))
-
-
-def cgroup2_mount(mountinfo: str = "/proc/self/mountinfo") -> Path:
-    """Where cgroup v2 is mounted. OSError (ENOENT) if it is not."""
-    # Bytes, and lines that end at a newline alone: a mount point may hold any other control
-    # character as it is.
-    with open(mountinfo, "rb") as file:
-        lines = file.read().split(b"\n")
-    for line in lines:
-        mount, _, filesystem = line.partition(b" - ")
-        if filesystem.startswith(b"cgroup2 "):
-            return Path(_unescape(mount.split(b" ")[4]))
-    raise OSError(errno.ENOENT, "no cgroup2 file system is mounted", mountinfo)
+def _other_root(mount: Mount) -> str:
+    root, point = str(mount.root), str(mount.point)
+    if ".." in mount.root.parts:
+        return (
+            f"cgroup2 at {point!r} begins at {root!r}, above this process's cgroup namespace: it "
+            "was mounted from outside; mount cgroup2 inside this namespace, or share the host's "
+            "(Docker: --cgroupns=host)"
+        )
+    return (
+        f"cgroup2 at {point!r} begins at {root!r}, below the root of this process's cgroup "
+        "namespace: mount cgroup2 itself instead of a part of it, or use a private cgroup namespace"
+    )

@@ -8,6 +8,7 @@ version number. A probe that needs a cgroup makes one of its own and removes it.
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -86,14 +87,17 @@ class Diagnosis:
 
 def run() -> Diagnosis:
     """Probe this host. Needs root for most answers; without it they are unknown, not missing."""
+    mount: Path | None = None
+    why = remedy = ""
     try:
-        mount: Path | None = cgroup2_mount()
-    except OSError:
-        mount = None
+        mount = cgroup2_mount()
+    except OSError as error:
+        why = error.strerror or ""
+        if error.errno == errno.ENOENT:
+            remedy = "boot with systemd.unified_cgroup_hierarchy=1"
     rows: list[Feature] = []
     if mount is None:
-        rows.append(Feature("call cgroups", State.MISSING, "no cgroup2 file system is mounted",
-                                "boot with systemd.unified_cgroup_hierarchy=1"))  # fmt: skip
+        rows.append(Feature("call cgroups", State.MISSING, why, remedy))
     elif os.geteuid() != 0:
         rows.append(Feature("call cgroups", State.UNKNOWN, "only root can try",
                                 "run `agentcg doctor` as root"))  # fmt: skip

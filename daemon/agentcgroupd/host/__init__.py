@@ -1,4 +1,4 @@
-"""The host below cgroups: system calls, zram, systemd's notifications.
+"""The host below cgroups: system calls, mounts, zram, messages to systemd.
 
 May import units and errors.
 """

@@ -30,7 +30,7 @@ SO_PEERPIDFD = 77
 """include/uapi/asm-generic/socket.h; Linux 6.5."""
 
 _PIDFD_INFO = struct.Struct("=QQ11Ii")
-"""struct pidfd_info, first 64 bytes; include/uapi/linux/pidfd.h."""
+"""The first 64 bytes of struct pidfd_info, include/uapi/linux/pidfd.h."""
 _PIDFD_INFO_EXIT = 1 << 3
 _PIDFD_GET_INFO = (3 << 30) | (_PIDFD_INFO.size << 16) | (0xFF << 8) | 11
 
@@ -48,7 +48,7 @@ def _check(result: int, call: str, subject: str) -> int:
 
 
 def inotify_init() -> int:
-    """A new inotify descriptor, non-blocking and close-on-exec."""
+    """Open an inotify descriptor, non-blocking and close-on-exec."""
     return _check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify_init1", "")
 
 
@@ -69,7 +69,7 @@ def inotify_rm_watch(fd: int, watch: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PeerCredentials:
-    """Who opened the other end of a Unix socket, as the kernel recorded it at connect(2)."""
+    """The process at the other end of a Unix socket, as the kernel recorded it at connect(2)."""
 
     pid: int
     uid: int
@@ -77,14 +77,14 @@ class PeerCredentials:
 
 
 def peer_credentials(sock: socket.socket) -> PeerCredentials:
-    """SO_PEERCRED. pid is 0 when the peer's pid namespace is not below ours."""
+    """Read SO_PEERCRED. `pid` is 0 if the peer's pid namespace is not below this process's."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     return PeerCredentials(*struct.unpack("iII", raw))
 
 
 def peer_pidfd(sock: socket.socket) -> int:
-    """A pidfd of the peer process. SO_PEERPIDFD names the very process; before Linux 6.5 the pid of
-    SO_PEERCRED is opened instead, and a pid recycled in between would not be noticed."""
+    """Open a pidfd of the peer process. SO_PEERPIDFD names that very process; before Linux 6.5 the
+    pid of SO_PEERCRED is opened instead, and a pid given out again in between goes unnoticed."""
     try:
         fd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     except OSError as error:
@@ -107,7 +107,7 @@ def has_peer_pidfd() -> bool:
 
 
 def pidfd_alive(fd: int) -> bool:
-    """Whether the process of a pidfd has not been waited for (a zombie still holds its pid)."""
+    """Whether the process of a pidfd has its pid still: it runs, or nobody has waited for it."""
     try:
         signal.pidfd_send_signal(fd, 0)
     except ProcessLookupError:
@@ -159,7 +159,8 @@ def process_stat(pid: int) -> ProcessStat:
 
 
 def bpf(command: int, attributes: ctypes.Structure) -> int:
-    """bpf(2) with a `union bpf_attr` laid out by the caller, for what libbpf does not know."""
+    """Call bpf(2) with a `union bpf_attr` laid out by the caller, for what libbpf does not know.
+    Returns its result, at least 0."""
     number = _SYS_BPF[os.uname().machine]
     size = ctypes.c_long(ctypes.sizeof(attributes))
     result = _libc.syscall(

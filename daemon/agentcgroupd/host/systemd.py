@@ -1,4 +1,4 @@
-"""sd_notify(3): telling systemd how the service is, without libsystemd."""
+"""Messages to systemd about the service's state, as sd_notify(3) sends them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ log = logging.getLogger(__name__)
 
 
 def notify(*assignments: str) -> bool:
-    """Send assignments such as READY=1; False when not started by systemd, or it does not
-    listen."""
+    """Send assignments such as READY=1. Returns False if systemd did not start this process, or
+    does not listen."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return False
@@ -27,7 +27,8 @@ def notify(*assignments: str) -> bool:
 
 
 def watchdog_interval_s() -> float:
-    """Half of WatchdogSec=, as sd_watchdog_enabled(3) advises; 0 when there is none."""
+    """Interval of the watchdog's messages in seconds: half of WatchdogSec=, as
+    sd_watchdog_enabled(3) advises; 0 without a watchdog."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return 0.0
     return int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6

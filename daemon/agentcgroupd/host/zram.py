@@ -1,14 +1,16 @@
-"""Swap in compressed memory: where a waiting agent's or a paused call's cold pages can go.
+"""Swap in compressed memory (zram): where the cold pages of waiting agents and paused calls can go.
 
-The daemon makes at most one zram device, and only where the configuration asks for it. It outlives
-the daemon, because calls that go on without one may have pages there; a restarted daemon knows it
-by the label in its swap header. What it holds is the host's memory and in no cgroup's account.
+The daemon makes at most one zram device, and only where the configuration asks for one. The device
+outlives the daemon, because calls that go on without a daemon may have pages there; a restarted
+daemon knows it by the label in its swap header. What the device holds takes memory of the host that
+is in no cgroup's account.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -24,15 +26,16 @@ log = logging.getLogger(__name__)
 LABEL = "agentcg"
 """Volume name in the swap header, at most 16 bytes."""
 SWAP_PRIORITY = 100
-"""Before swap on disks, whose priority is negative unless set; the same as zram-generator's."""
+"""The same as zram-generator's: above that of swap on disks, which is negative unless set."""
 POOL_SHARE = 0.5
+"""Size of an automatic device, as a share of the pool's memory."""
 COMPRESSION = 2
 """Expected ratio, so a device of more than twice the memory makes no sense
 (Documentation/admin-guide/blockdev/zram.rst: Set Disk size)."""
 SMALL_BYTES = 64 << 20
-"""What may be read back into memory at start when the device is no longer wanted."""
+"""Most that is read back into memory at start to remove a device that is no longer wanted."""
 ALGORITHMS = ("zstd", "lzo-rle")
-"""The densest first: memory is what is short."""
+"""Compression algorithms to choose from, the densest first: memory is what is short."""
 COMMAND_TIMEOUT_S = 60.0
 
 _CONTROL = Path("/sys/class/zram-control")
@@ -40,66 +43,75 @@ _BLOCK = Path("/sys/block")
 _DEV = Path("/dev")
 _SWAPS = Path("/proc/swaps")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_NODE = re.compile(r"/dev/zram([0-9]+)")
 
 Setting = int | Literal["off", "auto"]
 
 
 class ZramError(AgentcgroupdError):
-    """zram cannot be set up or taken away; the message is a sentence that says why."""
+    """A zram device cannot be set up or taken away; the message is a sentence that says why."""
 
 
-# What the kernel shows
+# Reading
 
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """One line of /proc/swaps."""
+    """A swap area of the host."""
 
     path: str
+    """For people, as /proc/swaps shows it: blanks and line ends as octal escapes. Bytes that are
+    not UTF-8 are shown as \\xNN."""
     size_bytes: int
     used_bytes: int
     priority: int
 
     @property
     def is_zram(self) -> bool:
-        """Whether it is compressed memory."""
-        return self.path.startswith("/dev/zram")
+        """Whether the area is compressed memory."""
+        return _NODE.fullmatch(self.path) is not None
 
 
-def parse_swaps(text: str) -> tuple[Swap, ...]:
-    """/proc/swaps: a heading, then path, type, size and use in KiB, and priority of each."""
-    rows = (line.split() for line in text.split("\n")[1:] if line)
-    return tuple(
-        Swap(path, int(size) << 10, int(used) << 10, int(priority))
-        for path, _kind, size, used, priority in rows
-    )
+def parse_swaps(data: bytes) -> tuple[Swap, ...]:
+    """Parse /proc/swaps: a heading, then for each area its path, type, size and use in KiB, and
+    priority. Raises ValueError."""
+    _heading, *lines = data.split(b"\n")
+    return tuple(_parse_swap(line) for line in lines if line)
+
+
+def _parse_swap(line: bytes) -> Swap:
+    # A blank in the path is escaped; other bytes that split() would split at are not.
+    path, _, rest = line.partition(b" ")
+    _kind, size, used, priority = rest.split()
+    shown = path.decode("utf-8", "backslashreplace")
+    return Swap(shown, int(size) << 10, int(used) << 10, int(priority))
 
 
 def swaps() -> tuple[Swap, ...]:
-    """What the host swaps to, in no order. Raises OSError."""
-    return parse_swaps(_SWAPS.read_text(encoding="utf-8"))
+    """The host's swap areas, in no order. Raises OSError."""
+    return parse_swaps(_SWAPS.read_bytes())
 
 
 @dataclass(frozen=True, slots=True)
 class ZramStat:
-    """The first fields of mm_stat, in bytes."""
+    """Use of a zram device: the first fields of its mm_stat."""
 
     held_bytes: int
-    """What was put in, uncompressed (orig_data_size)."""
+    """Size of the pages in the device before compression (orig_data_size)."""
     used_bytes: int
-    """Memory that this takes (mem_used_total)."""
+    """Memory that these pages take (mem_used_total)."""
     limit_bytes: int
-    """Most that it may take; 0: no limit."""
+    """Most that they may take; 0: no limit."""
 
 
 def parse_mm_stat(text: str) -> ZramStat:
-    """mm_stat (Documentation/admin-guide/blockdev/zram.rst: Stats)."""
+    """Parse mm_stat (Documentation/admin-guide/blockdev/zram.rst: Stats). Raises ValueError."""
     held, _compressed, used, limit, *_rest = map(int, text.split())
     return ZramStat(held, used, limit)
 
 
 def parse_label(page: bytes) -> str | None:
-    """The volume name in a swap area's first page; None if it is no swap area
+    """The volume name in a swap area's first page; None if the page is no swap area's
     (include/linux/swap.h: union swap_header)."""
     if len(page) < _PAGE_BYTES or page[_PAGE_BYTES - 10 : _PAGE_BYTES] != b"SWAPSPACE2":
         return None
@@ -107,24 +119,24 @@ def parse_label(page: bytes) -> str | None:
 
 
 def choose_algorithm(text: str) -> str | None:
-    """The one to set of those in comp_algorithm (`[lz4] zstd`); None: leave what is set."""
+    """Choose among the algorithms in comp_algorithm (`[lz4] zstd`); None: leave what is set."""
     offered = text.replace("[", " ").replace("]", " ").split()
     return next((name for name in ALGORITHMS if name in offered), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Zram:
-    """One device."""
+    """A zram device."""
 
     number: int
 
     @property
     def node(self) -> Path:
-        """The block device."""
+        """Path of the block device."""
         return _DEV / f"zram{self.number}"
 
     def read(self, file: str) -> str:
-        """An attribute as text. Raises OSError."""
+        """Text of an attribute in sysfs. Raises OSError."""
         return (_BLOCK / f"zram{self.number}" / file).read_text(encoding="ascii").strip()
 
     def write(self, file: str, value: str) -> None:
@@ -133,25 +145,27 @@ class Zram:
 
     @property
     def size_bytes(self) -> int:
-        """How much can be swapped to it at most; 0: not set up. Raises OSError."""
+        """Most that can be swapped to the device; 0: not set up. Raises OSError."""
         return int(self.read("disksize"))
 
     def stat(self) -> ZramStat:
-        """What it holds and takes now. Raises OSError."""
+        """Current use of the device. Raises OSError."""
         return parse_mm_stat(self.read("mm_stat"))
 
     def swap(self) -> Swap | None:
-        """Its line in /proc/swaps; None: the host does not swap to it. Raises OSError."""
+        """The device as a swap area; None: the host does not swap to it. Raises OSError."""
         return next((s for s in swaps() if s.path == str(self.node)), None)
 
 
 def swap_stats(areas: tuple[Swap, ...]) -> tuple[ZramStat, ...]:
-    """Of each zram device among them. Raises OSError."""
-    return tuple(Zram(int(s.path.removeprefix("/dev/zram"))).stat() for s in areas if s.is_zram)
+    """Use of each zram device among the areas, in their order. Raises OSError."""
+    found = (_NODE.fullmatch(area.path) for area in areas)
+    return tuple(Zram(int(node[1])).stat() for node in found if node)
 
 
 def find() -> Zram | None:
-    """The device that a daemon made, swapped to or not. Raises OSError."""
+    """Find the device that a daemon made, whether or not the host swaps to it; None: there is none.
+    Raises OSError."""
     for path in sorted(_BLOCK.glob("zram[0-9]*")):
         device = Zram(int(path.name.removeprefix("zram")))
         try:
@@ -164,7 +178,7 @@ def find() -> Zram | None:
 
 
 def unavailable() -> str:
-    """Why this host cannot have zram; nothing if it can. Loads and makes nothing."""
+    """Reason why this host cannot have zram; empty if it can. Loads and makes nothing."""
     if not _CONTROL.is_dir():
         try:
             _run("modprobe", "--dry-run", "--quiet", "zram")
@@ -174,14 +188,14 @@ def unavailable() -> str:
     return f"{missing[0]} is not installed (package util-linux)" if missing else ""
 
 
-# What is done
+# Making and removing
 
 
 def prepare(setting: Setting, pool_bytes: int) -> Zram | None:
-    """What `pool.zram` asks for: the device that is ours then, or None.
+    """Do what `pool.zram` asks for. Returns the device that is ours afterwards, or None.
 
     `auto` makes one of half of `pool_bytes`, unless the host swaps to anything already. Raises
-    ZramError; the host is then as it was.
+    ZramError; the host is then as it was before.
     """
     try:
         return _prepare(setting, pool_bytes)
@@ -206,8 +220,10 @@ def _prepare(setting: Setting, pool_bytes: int) -> Zram | None:
         return None
     most = COMPRESSION * host_memory_bytes()
     if size > most:
-        raise ZramError(f"pool.zram: {show_bytes(size)} cannot be used; allowed is at most "
-                        f"{show_bytes(most)}, twice the host's memory")  # fmt: skip
+        raise ZramError(
+            f"pool.zram: {show_bytes(size)} cannot be used; allowed is at most {show_bytes(most)}, "
+            "twice the host's memory"
+        )
     return _make(size)
 
 
@@ -217,9 +233,12 @@ def _take_up(device: Zram, wanted_bytes: int) -> None:
     size = device.size_bytes
     log.info("swap in %s of %s is there already", device.node, show_bytes(size))
     if abs(size - wanted_bytes) > _PAGE_BYTES:
-        log.warning("pool.zram would make it %s: it stays as it is until the host is started anew "
-                    "or `swapoff %s` has emptied it", show_bytes(wanted_bytes),
-                    device.node)  # fmt: skip
+        log.warning(
+            "pool.zram would make it %s: it stays as it is until the host is started anew or "
+            "`swapoff %s` has emptied it",
+            show_bytes(wanted_bytes),
+            device.node,
+        )
 
 
 def _make(size_bytes: int) -> Zram:
@@ -227,30 +246,31 @@ def _make(size_bytes: int) -> Zram:
     if why:
         raise ZramError(f"pool.zram: {why}")
     if not _CONTROL.is_dir():
-        # None by default: the device of an operator who counts on zram0 is not ours to make.
+        # The module's default of one device would take zram0, which an operator may count on.
         _run("modprobe", "zram", "num_devices=0")
-    # Reading this file makes a device and tells its number.
+    # Reading this file makes a device; what is read is its number.
     device = Zram(int((_CONTROL / "hot_add").read_text(encoding="ascii")))
     try:
         algorithm = choose_algorithm(device.read("comp_algorithm"))
         if algorithm is not None:
             device.write("comp_algorithm", algorithm)
         device.write("disksize", str(size_bytes))
-        # What compresses worse than expected stays in memory instead of taking the host's.
+        # Pages that compress worse than expected are not swapped once this limit is reached.
         device.write("mem_limit", str(size_bytes // COMPRESSION))
         _run("mkswap", "-L", LABEL, str(device.node))
         _run("swapon", "--priority", str(SWAP_PRIORITY), str(device.node))
     except (OSError, ZramError):
         _destroy(device)
         raise
-    log.info("made swap in %s: %s, compressed by %s into at most %s of memory", device.node,
-             show_bytes(size_bytes), algorithm or "the kernel's choice",
-             show_bytes(size_bytes // COMPRESSION))  # fmt: skip
+    size, limit = show_bytes(size_bytes), show_bytes(size_bytes // COMPRESSION)
+    chosen = algorithm or "the kernel's choice"
+    how = f"compressed by {chosen} into at most {limit} of memory"
+    log.info("made swap in %s: %s, %s", device.node, size, how)
     return device
 
 
 def remove(device: Zram) -> None:
-    """Take a device of ours away, if little is in it. Raises ZramError or OSError."""
+    """Take a device of ours away, if it holds at most SMALL_BYTES. Raises ZramError or OSError."""
     swap = device.swap()
     if swap is not None:
         if swap.used_bytes > SMALL_BYTES:
@@ -298,10 +318,14 @@ def _run(name: str, *arguments: str) -> None:
     if program is None:
         raise ZramError(f"pool.zram: {name} is not installed")
     try:
-        subprocess.run([program, *arguments], check=True, capture_output=True, text=True,
-                       timeout=COMMAND_TIMEOUT_S, stdin=subprocess.DEVNULL)  # fmt: skip
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.strip() or f"exit status {error.returncode}"
-        raise ZramError(f"pool.zram: {name} failed: {said}") from None
+        done = subprocess.run(
+            [program, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=COMMAND_TIMEOUT_S,
+        )
     except subprocess.TimeoutExpired:
         raise ZramError(f"pool.zram: {name} took more than {COMMAND_TIMEOUT_S:g} s") from None
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip() or f"exit status {done.returncode}"
+        raise ZramError(f"pool.zram: {name} failed: {said}")

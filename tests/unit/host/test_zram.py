@@ -15,9 +15,10 @@ from agentcgroupd.host import zram
 from agentcgroupd.host.zram import Swap, Zram, ZramError, ZramStat
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-HEADING = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
-ZRAM_LINE = "/dev/zram0                              partition\t204796\t\t20480\t\t100\n"
-FILE_LINE = "/srv/with\\040blank/swap                 file\t\t1048572\t\t0\t\t-2\n"
+HEADING = b"Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
+ZRAM_LINE = b"/dev/zram0                              partition\t204796\t\t20480\t\t100\n"
+FILE_NAME = b"/srv/with\\040blank/swap"
+FILE_LINE = FILE_NAME + b"                 file\t\t1048572\t\t0\t\t-2\n"
 
 
 def test_no_swap_is_a_heading_alone() -> None:
@@ -27,7 +28,30 @@ def test_no_swap_is_a_heading_alone() -> None:
 def test_swaps_are_read_with_their_units() -> None:
     device, file = zram.parse_swaps(HEADING + ZRAM_LINE + FILE_LINE)
     assert device == Swap("/dev/zram0", 204796 << 10, 20480 << 10, 100) and device.is_zram
-    assert file.size_bytes == 1048572 << 10 and file.priority == -2 and not file.is_zram
+    assert file == Swap("/srv/with\\040blank/swap", 1048572 << 10, 0, -2) and not file.is_zram
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"/swap\rfile", "/swap\rfile"),
+        (b"/a\x0bb\x0cc\x1cd\xc2\x85", "/a\x0bb\x0cc\x1cd\x85"),
+        (b"/swap\xff", r"/swap\xff"),
+        (b"/line\\012/dev/zram1", r"/line\012/dev/zram1"),
+        (b"/dev/zram-files/swap", "/dev/zram-files/swap"),
+    ],
+)
+def test_a_swap_files_name_is_one_name_whatever_is_in_it(name: bytes, shown: str) -> None:
+    device, file = zram.parse_swaps(HEADING + ZRAM_LINE + FILE_LINE.replace(FILE_NAME, name))
+    assert device.is_zram
+    assert file == Swap(shown, 1048572 << 10, 0, -2) and not file.is_zram
+    assert zram.swap_stats((file,)) == ()
+
+
+@pytest.mark.parametrize("line", [b"/swap file\t1\t0\n", b"/swap partition one 0 -2\n"])
+def test_a_line_of_another_form_is_an_error_not_no_swap(line: bytes) -> None:
+    with pytest.raises(ValueError):
+        zram.parse_swaps(HEADING + line)
 
 
 def test_mm_stat_of_every_kernel_has_the_fields_that_count() -> None:
@@ -76,7 +100,7 @@ def test_a_wrong_setting_is_named(text: object) -> None:
 
 
 class Host:
-    """What `prepare` finds, and what it does."""
+    """The host as `prepare` finds it, and a record of what `prepare` does."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ours: Zram | None = None
