@@ -319,7 +319,7 @@ def move_all(source: Cgroup, target: Cgroup, attempts: int = 100) -> int:
     raise KnobError(OSError(errno.EBUSY, "still has processes"), str(source.path), "cgroup.procs")
 
 
-def cgroup2_mount(mountinfo: Path = MOUNTINFO) -> Path:
+def cgroup2_mount(mountinfo: str | Path = MOUNTINFO) -> Path:
     """The directory where cgroup v2 is mounted.
 
     Only a mount that shows this cgroup namespace from its root serves: below another one, a path

@@ -52,6 +52,6 @@ def _parse_line(line: bytes) -> Mount:
     return Mount(kind, root, point, tuple(options.split(b",")))
 
 
-def mounts(path: Path = MOUNTINFO) -> tuple[Mount, ...]:
+def mounts(path: str | Path = MOUNTINFO) -> tuple[Mount, ...]:
     """Every mount that this process can reach. Raises OSError."""
-    return parse_mountinfo(path.read_bytes())
+    return parse_mountinfo(Path(path).read_bytes())
