@@ -1,4 +1,4 @@
-"""BTF, the kernel's and objects' type information: is there a type, a member, a function?
+"""Type information (BTF) of the kernel and of objects: is there a type, a member, a function?
 
 The layout of a type's record is that of include/uapi/linux/btf.h.
 """
@@ -67,10 +67,11 @@ class Member:
 
 
 class Btf:
-    """One set of types. Close with `close`, or use `kernel_btf`."""
+    """A set of types. Give it up with `close`; `kernel_btf` is kept for good."""
 
     def __init__(self, handle: int) -> None:
-        """`handle`: a struct btf of libbpf, owned from here on."""
+        """Wrap a struct btf of libbpf. Whoever calls `close` gives up `handle`; an object's own
+        types belong to the object."""
         self._handle = handle
         self._call = libbpf().call
 
@@ -80,11 +81,11 @@ class Btf:
         return cls(libbpf().pointer(f"types of {path}", "btf__parse", str(path).encode(), None))
 
     def close(self) -> None:
-        """Give the types up."""
+        """Free the types."""
         self._call("btf__free", self._handle)
 
     def find(self, name: str, *kinds: int) -> int | None:
-        """Id of the type of that name and one of the kinds."""
+        """Id of the type with that name and the first of the kinds that there is; None: none."""
         for kind in kinds:
             found = self._call("btf__find_by_name_kind", self._handle, name.encode(), kind)
             if found > 0:
@@ -92,7 +93,7 @@ class Btf:
         return None
 
     def record(self, type_id: int) -> tuple[str, int, int, int]:
-        """(name, kind, count of what follows, size or type id) of a type."""
+        """Record of a type: (name, kind, number of members or values, size in bytes or type id)."""
         record = _Type.from_address(self._call("btf__type_by_id", self._handle, type_id))
         kind, count = record.info >> 24 & 0x1F, record.info & 0xFFFF
         return self._name(record.name_off), kind, count, record.size_or_type
@@ -108,7 +109,7 @@ class Btf:
         return int(self._call("btf__type_by_id", self._handle, type_id)) + ctypes.sizeof(_Type)
 
     def strip(self, type_id: int) -> int:
-        """The type behind typedefs and qualifiers; 0 for void."""
+        """Id of the type behind typedefs and qualifiers; 0: void."""
         while type_id:
             _, kind, _, other = self.record(type_id)
             if kind not in _TRANSPARENT:
@@ -125,7 +126,7 @@ class Btf:
             yield Member(self._name(member.name_off), member.type, offset)
 
     def member(self, type_id: int, name: str) -> Member | None:
-        """The member of that name, also one inside anonymous structs and unions."""
+        """The member of that name, looked for in anonymous structs and unions too; None: none."""
         for found in self.members(type_id):
             if found.name == name:
                 return found
@@ -137,7 +138,7 @@ class Btf:
         return None
 
     def array(self, type_id: int) -> tuple[int, int]:
-        """(element type id, number of elements) of an array."""
+        """Type of an array: (id of the elements' type, number of elements)."""
         array = _Array.from_address(self._tail(type_id))
         return array.type, array.nelems
 
@@ -148,14 +149,14 @@ class Btf:
         return {self._name(entry.name_off): entry.val for entry in entries}
 
     def variables(self, section: str) -> dict[str, tuple[int, int]]:
-        """(offset, size) in bytes of each variable in a data section of an object."""
+        """Places of the variables in a data section of an object: (offset, size) in bytes."""
         type_id = self.find(section, KIND_DATASEC)
         if type_id is None:
             return {}
         entries = (_SectionVariable * self.record(type_id)[2]).from_address(self._tail(type_id))
         return {self.record(e.type)[0]: (e.offset, e.size) for e in entries}
 
-    # What a program can need
+    # Questions about the kernel that a program is to run on
 
     def has_struct(self, name: str, member: str = "") -> bool:
         """Whether there is a struct (or union) of that name, with that member if one is given."""

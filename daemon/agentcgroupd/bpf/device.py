@@ -1,8 +1,8 @@
-"""device.bpf.c on the daemon's side: which cgroups may open which GPUs.
+"""Daemon's side of device.bpf.c: the cgroups, and the GPUs that each may open.
 
-The program is attached without a link, so that it stays in force when the daemon is killed; the
-next daemon attaches its own, filled with what it has found again, and only then takes the old one
-away.
+The program is attached without a link, so that it stays in force when the daemon is killed. The
+next daemon fills the maps of its own program with the sessions and calls that it finds, attaches
+that program, and only then detaches the old one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROGRAMS_MOST = 64
 
 
 class _ProgramInfo(ctypes.Structure):
-    """struct bpf_prog_info, up to the name."""
+    """struct bpf_prog_info, up to the member `name`."""
 
     _fields_ = (
         ("type", ctypes.c_uint32),
@@ -47,10 +47,10 @@ class _ProgramInfo(ctypes.Structure):
 
 
 class DevicePrograms:
-    """The gate, as far as the kernel knows it."""
+    """The gate in front of the GPUs' device files: its program and maps."""
 
     def __init__(self, bpf: BpfObject) -> None:
-        """Takes over a loaded object."""
+        """Take over a loaded object. Raises BpfError."""
         self._bpf = bpf
         self._majors = bpf.map("majors", abi.GpuMajor)
         self._access = bpf.map("access", abi.GpuAccess)
@@ -69,12 +69,13 @@ class DevicePrograms:
             raise
 
     def start(self, handle: Callable[[list[AnyEvent]], None]) -> None:
-        """Hand over events on the running loop from now on."""
+        """Hand over events on the running loop from now on. Raises BpfError."""
         self._ring = RingBuffer(self._bpf.map_fd("events"), handle)
         self._ring.start()
 
     def set_majors(self, majors: Mapping[int, abi.GpuMajorKind]) -> None:
-        """The major numbers that are looked after; all others are let through. Raises BpfError."""
+        """Set the major numbers of the devices that the gate guards; devices with others are let
+        through. Raises BpfError."""
         for major in list(self._majors.keys()):
             if major not in majors:
                 self._majors.pop(major)
@@ -82,15 +83,16 @@ class DevicePrograms:
             self._majors[major] = abi.GpuMajor(kind=kind)
 
     def allow(self, cgroup: CgroupId, minors: Iterable[int]) -> None:
-        """What is in this cgroup, or below it, may open these GPUs. Raises BpfError."""
+        """Let processes in a cgroup, or below it, open the GPUs with these minor numbers, and no
+        others. Raises BpfError."""
         entry = abi.GpuAccess()
         for minor in minors:
             entry.minors[minor >> 6] |= 1 << (minor & 63)
         self._access[cgroup] = entry
 
     def forbid(self, cgroup: CgroupId) -> None:
-        """Nothing any more; no error if that is so. Files that are open stay open. Raises
-        BpfError."""
+        """Take back what `allow` gave a cgroup; no error if that was nothing. Files that are open
+        stay open. Raises BpfError."""
         self._access.pop(cgroup)
 
     def attach(self, cgroup: Cgroup) -> None:
@@ -99,16 +101,15 @@ class DevicePrograms:
         fd = os.open(cgroup.proc_path(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             before = _ours(fd)
-            libbpf().check(
-                f"attaching device/{PROGRAM} to {cgroup.path}", "bpf_prog_attach",
-                self._bpf.program_fd(PROGRAM), fd, BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI,
-            )  # fmt: skip
+            what, gate = f"attaching device/{PROGRAM} to {cgroup.path}", BPF_CGROUP_DEVICE
+            program = self._bpf.program_fd(PROGRAM)
+            libbpf().check(what, "bpf_prog_attach", program, fd, gate, BPF_F_ALLOW_MULTI)
             _detach(fd, before)
         finally:
             os.close(fd)
 
     def close(self) -> None:
-        """Give up everything but what is attached."""
+        """Unload everything except an attached program and its maps, which the kernel keeps."""
         if self._ring is not None:
             self._ring.close()
             self._ring = None
@@ -125,7 +126,7 @@ def detach(cgroup: Cgroup) -> None:
 
 
 def attached(cgroup: Cgroup) -> list[str]:
-    """Names of the device programs on this very cgroup. Raises BpfError."""
+    """Names of the device programs on a cgroup itself. Raises BpfError."""
     fd = os.open(cgroup.proc_path(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return [name for _, name in _programs(fd)]
@@ -136,19 +137,20 @@ def attached(cgroup: Cgroup) -> list[str]:
 def _programs(cgroup_fd: int) -> list[tuple[int, str]]:
     ids = (ctypes.c_uint32 * PROGRAMS_MOST)()
     count, flags = ctypes.c_uint32(PROGRAMS_MOST), ctypes.c_uint32()
-    libbpf().check("device programs of a cgroup", "bpf_prog_query", cgroup_fd, BPF_CGROUP_DEVICE,
-                   0, ctypes.byref(flags), ids, ctypes.byref(count))  # fmt: skip
+    places = ctypes.byref(flags), ids, ctypes.byref(count)
+    what = "device programs of a cgroup"
+    libbpf().check(what, "bpf_prog_query", cgroup_fd, BPF_CGROUP_DEVICE, 0, *places)
     found = []
     for program in ids[: count.value]:
         fd = libbpf().call("bpf_prog_get_fd_by_id", program)
         if fd == -errno.ENOENT:
-            continue  # it has just gone
+            continue  # unloaded since the query
         if fd < 0:
             raise BpfError(f"program {program}", -fd)
         info, size = _ProgramInfo(), ctypes.c_uint32(ctypes.sizeof(_ProgramInfo))
+        what, to_info, to_size = f"program {program}", ctypes.byref(info), ctypes.byref(size)
         try:
-            libbpf().check(f"program {program}", "bpf_obj_get_info_by_fd", fd,
-                           ctypes.byref(info), ctypes.byref(size))  # fmt: skip
+            libbpf().check(what, "bpf_obj_get_info_by_fd", fd, to_info, to_size)
         finally:
             os.close(fd)
         found.append((program, info.name.decode("utf-8", "replace")))
@@ -162,8 +164,8 @@ def _ours(cgroup_fd: int) -> list[int]:
 def _detach(cgroup_fd: int, programs: list[int]) -> None:
     for program in programs:
         fd = libbpf().check(f"program {program}", "bpf_prog_get_fd_by_id", program)
+        what = f"detaching program {program}"
         try:
-            libbpf().check(f"detaching program {program}", "bpf_prog_detach2", fd, cgroup_fd,
-                           BPF_CGROUP_DEVICE)  # fmt: skip
+            libbpf().check(what, "bpf_prog_detach2", fd, cgroup_fd, BPF_CGROUP_DEVICE)
         finally:
             os.close(fd)

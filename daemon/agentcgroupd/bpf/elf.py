@@ -1,7 +1,7 @@
-"""Where functions are in a shared library's file: what a probe has to be told.
+"""Offsets of functions in a shared library's file, where a probe is to be put.
 
-Only what is needed of ELF-64, little endian (elf(5)): program headers and the dynamic symbols. A
-library may be a container's own, made by whoever; everything read from it is checked.
+Reads what that needs of ELF-64, little endian (elf(5)): program headers and dynamic symbols. A
+library may come from a container and have any content; everything that is read from it is checked.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ NAME_MOST = 256
 
 
 class NotElf(ValueError):
-    """Not a shared library for this kind of machine, or a damaged one."""
+    """The file is no shared library for this kind of machine, or a damaged one."""
 
 
 class Library:
     """An open library. Use as a context manager."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises OSError or NotElf."""
+        """Map the file and read its headers. Raises OSError or NotElf."""
         with open(path, "rb") as file:
             try:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -51,7 +51,7 @@ class Library:
         self.close()
 
     def close(self) -> None:
-        """Unmap it."""
+        """Unmap the file."""
         self._data.close()
 
     def _read(self) -> None:
@@ -77,14 +77,16 @@ class Library:
         ]
 
     def mentions(self, name: str) -> bool:
-        """Whether a string of that name is among the symbols' names; quick, for most have none."""
+        """Whether the name is among the symbols' names. Quicker than `exports`, to leave out the
+        many libraries that have no such symbol."""
         text = b"\0" + name.encode() + b"\0"
         return any(
             self._data.find(text, start, start + size) >= 0 for _, _, start, size in self._symbols
         )
 
     def exports(self, names: Container[str] | None = None) -> Iterator[tuple[str, int]]:
-        """(name, offset in the file) of functions that the library itself has. Raises NotElf."""
+        """Functions that the library defines: (name, offset in the file), of `names` or of all.
+        Raises NotElf."""
         for offset, count, strings, _ in self._symbols:
             for index in range(count):
                 try:
@@ -104,7 +106,7 @@ class Library:
                         yield name, place
 
     def offset_of(self, address: int) -> int | None:
-        """Offset in the file of an address as linked; None where no part of the file goes."""
+        """Offset in the file of what is loaded at an address; None: no part of the file is."""
         for start, size, offset in self._loads:
             if start <= address < start + size:
                 return int(address - start + offset)
@@ -112,7 +114,7 @@ class Library:
 
 
 def first_export(path: Path) -> int:
-    """Offset of some function of a library. Raises OSError or NotElf."""
+    """Offset in the file of some function of a library. Raises OSError or NotElf."""
     with Library(path) as library:
         for _, offset in library.exports():
             return offset

@@ -1,4 +1,4 @@
-"""A ring buffer's events on the asyncio loop: read when there are any, never polled."""
+"""Events of a ring buffer on the asyncio loop: read when there are any, never polled."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from collections.abc import Callable
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.libbpf import SampleCallback, libbpf
 
-AnyEvent = (
-    abi.ForkEvent | abi.ExecEvent | abi.ExitEvent | abi.OomEvent
-    | abi.MarkEvent | abi.HighEvent | abi.RatesEvent | abi.DeniedEvent | abi.UrgentEvent
-    | abi.GpuDeviceEvent | abi.VramEvent
-)  # fmt: skip
+LifecycleEvent = abi.ForkEvent | abi.ExecEvent | abi.ExitEvent | abi.OomEvent
+MemoryEvent = abi.MarkEvent | abi.HighEvent | abi.RatesEvent | abi.DeniedEvent | abi.UrgentEvent
+AnyEvent = LifecycleEvent | MemoryEvent | abi.GpuDeviceEvent | abi.VramEvent
 
 _TYPES: dict[int, type[AnyEvent]] = {
     abi.EventType.FORK: abi.ForkEvent,
@@ -31,23 +29,21 @@ _TYPES: dict[int, type[AnyEvent]] = {
     abi.GpuEventType.ACTIVE: abi.VramEvent,
 }
 
-
 BATCH_EVENTS = 256
+"""Most that are handed over at a time, so that the loop's other work is not held up."""
 
 
 class RingBuffer:
-    """One ring buffer. What is there is handed over in order, as a list of at most BATCH_EVENTS;
-    the rest in the loop's next turn."""
+    """A ring buffer's reader. Events are handed over in order, in lists of at most BATCH_EVENTS,
+    one list in each turn of the loop."""
 
     def __init__(self, fd: int, handle: Callable[[list[AnyEvent]], None]) -> None:
-        """`fd` of the map, which stays the caller's. Raises BpfError."""
+        """Open the map with descriptor `fd`, which stays the caller's. Raises BpfError."""
         self._handle = handle
         self._batch: list[AnyEvent] = []
         self._callback = SampleCallback(self._sample)
-        self._ring = libbpf().pointer(
-            "ring buffer", "ring_buffer__new", fd,
-            ctypes.cast(self._callback, ctypes.c_void_p), None, None,
-        )  # fmt: skip
+        sample = ctypes.cast(self._callback, ctypes.c_void_p)
+        self._ring = libbpf().pointer("ring buffer", "ring_buffer__new", fd, sample, None, None)
         self._epoll_fd = libbpf().check("ring buffer", "ring_buffer__epoll_fd", self._ring)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._reading = False
@@ -58,7 +54,7 @@ class RingBuffer:
         self.read(True)
 
     def read(self, on: bool) -> None:
-        """Read on the loop, or leave events where they are for a while."""
+        """Read on the loop, or leave events where they are for the time being."""
         if self._loop is None or on == self._reading:
             return
         self._reading = on
@@ -71,12 +67,12 @@ class RingBuffer:
         kind = _TYPES.get(ctypes.c_uint32.from_address(data).value)
         if kind is not None and ctypes.sizeof(kind) <= size:
             self._batch.append(kind.from_buffer_copy(ctypes.string_at(data, ctypes.sizeof(kind))))
-        # Libbpf goes on for as long as there are events; a negative value stops it here.
+        # Libbpf goes on for as long as there are events; a negative value stops it.
         return 0 if len(self._batch) < BATCH_EVENTS else -1
 
     def drain(self) -> None:
-        """Hand over what is there now, at most BATCH_EVENTS. For use outside the loop's turn too,
-        where the order with another file's event matters."""
+        """Hand over the events that are there now, at most BATCH_EVENTS. A caller may do so before
+        the loop does, where these have to come before an event of another file."""
         libbpf().call("ring_buffer__consume", self._ring)
         batch, self._batch = self._batch, []
         if batch:

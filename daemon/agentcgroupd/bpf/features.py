@@ -1,8 +1,8 @@
-"""What the programs can do here: asked of the kernel's types first, then of the kernel itself.
+"""Features that the programs give the daemon on this kernel.
 
-A feature is some programs of one object. It works when everything it needs is in the kernel's BTF,
-the verifier takes its programs and they could be attached. A feature that is missing has a reason,
-and what is done without it; the others of its object work on.
+A feature is some programs of one object. It works if everything that it needs is in the kernel's
+BTF, the verifier accepts its programs and they could be attached. A missing feature has a reason,
+and a text that says what is done instead; the other features of its object work on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CPU_SCHEDULER = "CPU scheduler"
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """One thing that must be in the kernel's BTF: a function, a tracepoint, or a struct with a
+    """Something that must be in the kernel's BTF: a function, a tracepoint, or a struct with a
     member."""
 
     kind: str
@@ -41,7 +41,7 @@ class Need:
     member: str = ""
 
     def missing(self, btf: Btf) -> str:
-        """Nothing, or what the kernel lacks."""
+        """Words for what the kernel lacks; empty if it lacks nothing."""
         if self.kind == "function":
             return "" if btf.has_function(self.name) else f"no function {self.name}()"
         if self.kind == "tracepoint":
@@ -54,108 +54,157 @@ class Need:
 
     @property
     def remedy(self) -> str:
-        """What to do where it is missing."""
+        """Advice for a kernel without it."""
         return _REMEDIES.get(self.name, "use a newer kernel")
 
 
+_NO_MEMCG = "use a kernel with CONFIG_MEMCG"
 _REMEDIES = {
-    **dict.fromkeys(
-        ("mem_cgroup", "page_counter", "page_counter_try_charge", "__memcg_memory_event",
-         "mem_cgroup_handle_over_high"), "use a kernel with CONFIG_MEMCG"),
+    "mem_cgroup": _NO_MEMCG,
+    "page_counter": _NO_MEMCG,
+    "page_counter_try_charge": _NO_MEMCG,
+    "__memcg_memory_event": _NO_MEMCG,
+    "mem_cgroup_handle_over_high": _NO_MEMCG,
     "security_vm_enough_memory_mm": "use a kernel with CONFIG_SECURITY",
     "psi_memstall_enter": "use a kernel with CONFIG_PSI",
     "psi_memstall_leave": "use a kernel with CONFIG_PSI",
-    "sched_ext_ops": "use Linux 7.1 or newer with CONFIG_SCHED_CLASS_EXT and "
-                     "CONFIG_EXT_GROUP_SCHED",
+    "sched_ext_ops": (
+        "use Linux 7.1 or newer with CONFIG_SCHED_CLASS_EXT and CONFIG_EXT_GROUP_SCHED"
+    ),
     "scx_bpf_dsq_reenq": "use Linux 7.1 or newer",
     "memcg_bpf_ops": "nothing yet: no release of Linux has it",
-}  # fmt: skip
+}
 BTF_REMEDY = "use a kernel with CONFIG_DEBUG_INFO_BTF"
 
 
-def _function(name: str) -> Need:
-    return Need("function", name)
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to have a feature: programs of its object, and what they need of the kernel."""
 
-
-def _tracepoint(name: str) -> Need:
-    return Need("tracepoint", name)
+    programs: tuple[str, ...]
+    needs: tuple[Need, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """A feature as it is meant. `programs`: alternatives, the first whose needs are met counts."""
+    """A feature as it is meant. The first of its ways that the kernel has what it needs for is
+    taken."""
 
     name: str
     object: str
-    alternatives: tuple[tuple[tuple[str, ...], tuple[Need, ...]], ...]
+    ways: tuple[Way, ...]
     fallback: str
+
+
+def _functions(*names: str) -> tuple[Need, ...]:
+    return tuple(Need("function", name) for name in names)
+
+
+def _tracepoints(*names: str) -> tuple[Need, ...]:
+    return tuple(Need("tracepoint", name) for name in names)
 
 
 _MEMCG = (Need("struct", "mem_cgroup", "memory"), Need("struct", "page_counter", "parent"))
 
+
+def _charged(*functions: str) -> tuple[Need, ...]:
+    """Needs of a program that runs at these functions and reads memory cgroups."""
+    return (*_functions(*functions), *_MEMCG)
+
+
+def _callback(name: str) -> Way:
+    """A callback of memcg_bpf_ops: a program of the same name."""
+    return Way((name,), (Need("struct", "memcg_bpf_ops"), Need("struct", "memcg_bpf_ops", name)))
+
+
+_PROCESS_EVENTS = _tracepoints("sched_process_fork", "sched_process_exec", "sched_process_exit")
+_REFAULTS = _charged("workingset_refault", "page_counter_try_charge")
+_STALLS = _charged(
+    "psi_memstall_enter",
+    "psi_memstall_leave",
+    "page_counter_try_charge",
+    "security_vm_enough_memory_mm",
+)
+_SCHED_PROGRAMS = (
+    "select_cpu",
+    "enqueue",
+    "dispatch",
+    "cgroup_set_weight",
+    "cgroup_set_bandwidth",
+)
+_SCHED_EXT = (
+    Need("struct", "sched_ext_ops", "cgroup_init"),
+    Need("struct", "sched_ext_ops", "cgroup_set_bandwidth"),
+    # Came with 7.1, the first release that tells a scheduler of every task that leaves its queue.
+    Need("function", "scx_bpf_dsq_reenq"),
+)
+
 DEFINITIONS = (
     Definition(
-        LIFECYCLE, "lifecycle",
-        ((("on_fork", "on_exec", "on_exit"),
-          tuple(map(_tracepoint, ("sched_process_fork", "sched_process_exec",
-                                  "sched_process_exit")))),),
+        LIFECYCLE,
+        "lifecycle",
+        (Way(("on_fork", "on_exec", "on_exit"), _PROCESS_EVENTS),),
         "only calls that the agent declares have a cgroup of their own",
     ),
     Definition(
-        OOM_VICTIMS, "lifecycle", ((("on_oom_victim",), (_tracepoint("mark_victim"),)),),
+        OOM_VICTIMS,
+        "lifecycle",
+        (Way(("on_oom_victim",), _tracepoints("mark_victim")),),
         "which process was chosen is not told, only that one was",
     ),
     Definition(
-        MARKS, "memory", ((("on_charge",), (_function("page_counter_try_charge"), *_MEMCG)),),
+        MARKS,
+        "memory",
+        (Way(("on_charge",), _charged("page_counter_try_charge")),),
         "the pool's memory.high, set back when it is passed, wakes the guard",
     ),
     Definition(
-        DENY, "memory",
-        ((("on_enough_memory",), (_function("security_vm_enough_memory_mm"), *_MEMCG)),),
+        DENY,
+        "memory",
+        (Way(("on_enough_memory",), _charged("security_vm_enough_memory_mm")),),
         "calls are paused instead",
     ),
     Definition(
-        HIGH_EVENTS, "memory",
-        ((("on_memory_event",), (_function("__memcg_memory_event"), *_MEMCG)),
-         (("on_over_high",), (_function("mem_cgroup_handle_over_high"), *_MEMCG))),
+        HIGH_EVENTS,
+        "memory",
+        (
+            Way(("on_memory_event",), _charged("__memcg_memory_event")),
+            Way(("on_over_high",), _charged("mem_cgroup_handle_over_high")),
+        ),
         "memory.events is read at the end of a call",
     ),
     Definition(
-        RATES, "memory",
-        ((("on_charge", "on_refault"),
-          (_function("workingset_refault"), _function("page_counter_try_charge"), *_MEMCG)),),
+        RATES,
+        "memory",
+        (Way(("on_charge", "on_refault"), _REFAULTS),),
         "no rates",
     ),
     Definition(
-        URGENT, "memory",
-        ((("on_stall", "on_stall_end", "on_enough_memory", "on_charge"),
-          (*map(_function, ("psi_memstall_enter", "psi_memstall_leave", "page_counter_try_charge",
-                            "security_vm_enough_memory_mm")), *_MEMCG)),),
+        URGENT,
+        "memory",
+        (Way(("on_stall", "on_stall_end", "on_enough_memory", "on_charge"), _STALLS),),
         "the guard reacts a tick later, by pausing",
     ),
-    # Callbacks of a struct_ops: any of them is of use, and memcg_ops.load takes all there are.
+    # Any callback of the struct_ops is of use alone; memcg_ops.load takes all that there are.
     Definition(
-        RECLAIM_HOOKS, "memcg_ops",
-        tuple(((name,), (Need("struct", "memcg_bpf_ops"), Need("struct", "memcg_bpf_ops", name)))
-              for name in ("below_low", "below_min", "get_high_delay_ms", "memcg_charged")),
+        RECLAIM_HOOKS,
+        "memcg_ops",
+        tuple(map(_callback, ("below_low", "below_min", "get_high_delay_ms", "memcg_charged"))),
         "memory.low and memory.high alone",
     ),
-    # Attached as a whole, by cpu.CpuScheduling.
+    # Attached as a whole, by cpu.scheduling.
     Definition(
-        CPU_SCHEDULER, "sched",
-        ((("select_cpu", "enqueue", "dispatch", "cgroup_set_weight", "cgroup_set_bandwidth"),
-          (Need("struct", "sched_ext_ops", "cgroup_init"),
-           Need("struct", "sched_ext_ops", "cgroup_set_bandwidth"),
-           # Since 7.1 a task that leaves its queue is told of.
-           _function("scx_bpf_dsq_reenq"))),),
+        CPU_SCHEDULER,
+        "sched",
+        (Way(_SCHED_PROGRAMS, _SCHED_EXT),),
         "the kernel's own scheduler keeps cpu.weight and cpu.max",
     ),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureState:
-    """What became of a feature here. `reason` says why it is missing, in words."""
+    """State of a feature on this kernel. `reason` says in words why it is missing."""
 
     name: str
     works: bool
@@ -163,23 +212,23 @@ class FeatureState:
     fallback: str
     programs: tuple[str, ...] = ()
     remedy: str = ""
-    """What to do about it; empty where nothing is known, or where it works."""
+    """Advice on how to get it; empty if there is none, or if it works."""
 
 
 def definitions_of(name: str) -> tuple[Definition, ...]:
-    """The features of one object."""
+    """The features of an object."""
     return tuple(d for d in DEFINITIONS if d.object == name)
 
 
 def gate(definition: Definition, btf: Btf) -> FeatureState:
-    """Whether the kernel's types allow it, and with which programs."""
+    """Whether the kernel's types allow a feature, and with which programs."""
     reasons: list[str] = []
     remedies: list[str] = []
-    for programs, needs in definition.alternatives:
-        lacking = [text for need in needs if (text := need.missing(btf))]
-        remedies.extend(need.remedy for need in needs if need.missing(btf))
+    for way in definition.ways:
+        lacking = [text for need in way.needs if (text := need.missing(btf))]
+        remedies.extend(need.remedy for need in way.needs if need.missing(btf))
         if not lacking:
-            return FeatureState(definition.name, True, "", definition.fallback, programs)
+            return FeatureState(definition.name, True, "", definition.fallback, way.programs)
         reasons.extend(text for text in lacking if text not in reasons)
     return FeatureState(
         definition.name,
@@ -191,19 +240,19 @@ def gate(definition: Definition, btf: Btf) -> FeatureState:
 
 
 def missing(definition: Definition, reason: str, remedy: str = "") -> FeatureState:
-    """A feature that is missing for a reason of the moment."""
+    """State of a feature that is missing for the given reason."""
     return FeatureState(definition.name, False, reason, definition.fallback, remedy=remedy)
 
 
 def load(
     name: str, objects: Path | None = None, events_bytes: int | None = None
 ) -> tuple[BpfObject | None, list[FeatureState]]:
-    """Load and attach all features of an object that this kernel can have; not for the reclaim
-    hooks, which are attached to a cgroup: see memcg_ops.load.
+    """Load and attach all features of an object that this kernel can have. (The reclaim hooks are
+    attached to a cgroup instead, by memcg_ops.load.)
 
     `events_bytes`: size of the ring buffer, a power of two; None: as compiled.
-    Returns the object (None: not one of its features works) and what became of each feature.
-    Never raises BpfError: what went wrong is in the states. Nothing of a missing feature stays.
+    Returns the object (None: none of its features works) and the state of each feature. Raises no
+    BpfError: what went wrong is in the states. No program of a missing feature stays loaded.
     """
     definitions = definitions_of(name)
     try:
@@ -250,17 +299,18 @@ def _load_once(
 
 
 def _without(state: FeatureState, rejected: str, error: BpfError) -> FeatureState:
-    """The state after a load that failed at the program `rejected`, or as a whole."""
+    """State of a feature after a failure of the program `rejected`; empty: of the whole object."""
     if not state.works or (rejected and rejected not in state.programs):
         return state
-    return replace(state, works=False, reason=one_line(error), programs=(),
-                   remedy=remedy_of(error))  # fmt: skip
+    reason, remedy = one_line(error), remedy_of(error)
+    return replace(state, works=False, reason=reason, programs=(), remedy=remedy)
 
 
 def _attach(
     bpf: BpfObject, states: list[FeatureState]
 ) -> tuple[BpfObject | None, list[FeatureState]]:
-    """Attach each feature's programs once; one that fails takes its features with it."""
+    """Attach the programs of each feature, every program once. A feature with a program that cannot
+    be attached is missing."""
     for state in states:
         for program in state.programs if state.works else ():
             if program in bpf.attached():
@@ -282,15 +332,16 @@ def _attach(
 
 
 def one_line(error: BpfError) -> str:
-    """An error in one line for people."""
+    """Text of an error in one line, for people."""
     reason = str(error).partition("\n")[0]
     if "(" not in error.what and error.detail:
-        reason = f"{reason}: {error.detail.strip().splitlines()[-1]}"
+        _, _, last = error.detail.strip().rpartition("\n")
+        reason = f"{reason}: {last}"
     return reason
 
 
 def remedy_of(error: BpfError) -> str:
-    """What to do about an error of loading or attaching, or nothing."""
+    """Advice on an error of loading or attaching; empty: there is none."""
     refused = refusal(error.errno)
     if refused is not None:
         return refused.remedy

@@ -1,4 +1,7 @@
-"""`python -m agentcgroupd.bpf.generate`: abi.py from the type information of the compiled abi.h."""
+"""Writer of abi.py, from the type information of the compiled abi.h.
+
+Run as `python -m agentcgroupd.bpf.generate`.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,10 @@ from __future__ import annotations
 import ctypes
 import enum
 '''
-_SCALARS = {
-    (1, True): "ctypes.c_int8", (2, True): "ctypes.c_int16",
-    (4, True): "ctypes.c_int32", (8, True): "ctypes.c_int64",
-    (1, False): "ctypes.c_uint8", (2, False): "ctypes.c_uint16",
-    (4, False): "ctypes.c_uint32", (8, False): "ctypes.c_uint64",
-}  # fmt: skip
+
+
+def _scalar(size_bytes: int, is_signed: bool) -> str:
+    return f"ctypes.c_{'' if is_signed else 'u'}int{8 * size_bytes}"
 
 
 def _class_name(name: str) -> str:
@@ -33,15 +34,16 @@ def _class_name(name: str) -> str:
 
 
 class Writer:
-    """Writes each type once, those that it is made of before it."""
+    """Text of a module with each type once, after the types that it is made of."""
 
     def __init__(self, btf: Btf) -> None:
+        """Begin with the module's head."""
         self._btf = btf
         self._written: set[str] = set()
         self.text = HEADER
 
     def enum(self, type_id: int) -> None:
-        """An enum; the one named `abi` becomes constants."""
+        """Write an enum as a class; the one named `abi`, as constants."""
         name, _, _, _ = self._btf.record(type_id)
         values = self._btf.enumerators(type_id)
         if name == "abi":
@@ -54,7 +56,7 @@ class Writer:
         )
 
     def struct(self, type_id: int) -> str:
-        """A struct; returns its class name."""
+        """Write a struct unless it is written already. Returns the name of its class."""
         name, _, _, size = self._btf.record(type_id)
         title = _class_name(name)
         if name in self._written:
@@ -83,12 +85,12 @@ class Writer:
         if kind == KIND_INT and name == "char":
             return "ctypes.c_char"
         if kind == KIND_INT:
-            return _SCALARS[size, not name.startswith(("unsigned", "long unsigned"))]
+            return _scalar(size, not name.startswith(("unsigned", "long unsigned")))
         raise TypeError(f"{name}: a type of kind {kind} cannot be shared")
 
 
 def _hint(ctype: str) -> str:
-    """What a type checker is told of an attribute."""
+    """The Python type of a member, for type checkers."""
     element, is_array, _ = ctype.partition(" * ")
     if is_array:
         return "bytes" if element == "ctypes.c_char" else f"ctypes.Array[{element}]"
@@ -125,8 +127,8 @@ def generate(path: Path) -> str:
 
 
 def main() -> int:
-    """Write abi.py, or compare with --check."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Write abi.py, or with --check only compare it. Returns the exit status."""
+    parser = argparse.ArgumentParser(description="write abi.py from abi.bpf.o")
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     arguments = parser.parse_args()
     target = Path(__file__).with_name("abi.py")

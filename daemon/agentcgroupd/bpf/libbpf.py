@@ -1,7 +1,7 @@
-"""libbpf's functions that are used here, each declared once, and the errors they give.
+"""Functions of libbpf that are used here, each declared once, and the errors that they return.
 
 The library comes with the wheel (bpf/lib/libbpf.so.1); without it the system's own is taken. Since
-1.0 a function that fails returns a negative errno, or NULL with errno set.
+libbpf 1.0 a function that fails returns a negative errno, or NULL with errno set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from agentcgroupd.errors import BpfError
 
 BUNDLED = Path(__file__).parent / "lib/libbpf.so.1"
 LEAST_VERSION = (1, 4)
-"""The first that loads struct_ops maps with optional programs."""
+"""The first version that loads struct_ops maps with optional programs."""
 MESSAGES_KEPT = 4000
 _OWN_ERRORS = 4000
 """__LIBBPF_ERRNO__START in bpf/libbpf.h."""
@@ -84,9 +84,10 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 class Libbpf:
-    """The loaded library. Use `libbpf()`."""
+    """The loaded library, to be had from `libbpf()`."""
 
     def __init__(self, library: ctypes.CDLL, path: str) -> None:
+        """Declare the functions. Raises AttributeError if the library lacks one."""
         self.path = path
         self._library = library
         for name, (result, arguments) in _FUNCTIONS.items():
@@ -103,7 +104,7 @@ class Libbpf:
         self._vsnprintf.argtypes = (c_void_p, c_size_t, c_char_p, c_void_p)
 
     def _collect(self, level: int, template: bytes, arguments: int) -> int:
-        """libbpf's printer. Level 0 is a warning, which is all that is wanted here."""
+        """Keep a message of libbpf if it is a warning (level 0)."""
         if level == 0:
             buffer = ctypes.create_string_buffer(1 << 16)
             self._vsnprintf(buffer, len(buffer), template, arguments)
@@ -113,7 +114,7 @@ class Libbpf:
 
     @contextmanager
     def messages(self) -> Iterator[list[str]]:
-        """What libbpf warns of during the block, as it comes. Not for two threads at once."""
+        """Collect libbpf's warnings during the block, in order. Not for two threads at once."""
         outer, self._messages = self._messages, []
         try:
             yield self._messages
@@ -121,18 +122,20 @@ class Libbpf:
             self._messages = outer
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """The function as it is: its result tells of errors, or nothing does."""
+        """Call a function and return its result unchecked."""
         return getattr(self._library, name)(*arguments)
 
     def check(self, what: str, name: str, *arguments: Any) -> int:
-        """A function that returns an int; BpfError saying `what` was tried if it is negative."""
+        """Call a function that returns an int. Raises BpfError, which says `what` was tried, if the
+        int is negative."""
         result = int(self.call(name, *arguments))
         if result < 0:
             raise BpfError(what, errno_of(-result))
         return result
 
     def pointer(self, what: str, name: str, *arguments: Any) -> int:
-        """A function that returns a pointer; BpfError saying `what` was tried if it is NULL."""
+        """Call a function that returns a pointer. Raises BpfError, which says `what` was tried, if
+        the pointer is NULL."""
         ctypes.set_errno(0)
         result = self.call(name, *arguments)
         if not result:
@@ -142,7 +145,7 @@ class Libbpf:
 
 @cache
 def libbpf() -> Libbpf:
-    """The library, loaded once. Raises BpfError saying what to install."""
+    """The library, loaded once. Raises BpfError, which says what to install."""
     candidates = [str(BUNDLED)] if BUNDLED.exists() else []
     reasons = []
     for path in [*candidates, "libbpf.so.1"]:
@@ -163,11 +166,11 @@ def libbpf() -> Libbpf:
 
 
 def errno_of(number: int) -> int:
-    """An errno for what libbpf returned: its own numbers say, one as another, that it can make
-    nothing of the file."""
+    """An errno for a number that libbpf returned. ENOEXEC stands for libbpf's own numbers: each of
+    them says that libbpf cannot use the file."""
     return errno.ENOEXEC if number >= _OWN_ERRORS else number
 
 
 def pid_namespace() -> int:
-    """Inode of this process's pid namespace."""
+    """Inode of this process's pid namespace. Raises OSError."""
     return os.stat("/proc/self/ns/pid").st_ino

@@ -1,4 +1,4 @@
-"""lifecycle.bpf.c on the daemon's side: which cgroups are watched, and what happens in them."""
+"""Daemon's side of lifecycle.bpf.c: the cgroups that are watched, and what happens in them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from agentcgroupd.units import CgroupId
 
 
 class Lifecycle:
-    """Processes under managed cgroups, as they come and go."""
+    """Events of processes below managed cgroups: forks, execs, exits, OOM victims."""
 
     def __init__(self, bpf: BpfObject) -> None:
-        """Takes over a loaded and attached object."""
+        """Take over a loaded and attached object. Raises BpfError."""
         self._bpf = bpf
         self._managed = bpf.map("managed", abi.Managed)
         self.counters = bpf.shared("counters", abi.LifecycleCounters)
         self._ring: RingBuffer | None = None
 
     def start(self, handle: Callable[[list[AnyEvent]], None]) -> None:
-        """Hand over events on the running loop from now on."""
+        """Hand over events on the running loop from now on. Raises BpfError."""
         self._ring = RingBuffer(self._bpf.map_fd("events"), handle)
         self._ring.start()
 
     def manage(self, cgroup: CgroupId, kind: abi.CgroupKind) -> None:
-        """Watch a cgroup and what is below it. Raises BpfError; E2BIG: no room for another."""
+        """Watch a cgroup and all below it. Raises BpfError; E2BIG: no room for another."""
         self._managed[cgroup] = abi.Managed(kind=kind)
 
     def unmanage(self, cgroup: CgroupId) -> None:
@@ -34,29 +34,30 @@ class Lifecycle:
         self._managed.pop(cgroup)
 
     def drain(self) -> None:
-        """Hand over at once what is there."""
+        """Hand over at once the events that are there, at most BATCH_EVENTS."""
         if self._ring is not None:
             self._ring.drain()
 
     def read(self, on: bool) -> None:
-        """Go on handing over events, or leave them in the ring buffer for a while."""
+        """Go on handing over events, or leave them in the ring buffer for the time being."""
         if self._ring is not None:
             self._ring.read(on)
 
     def lost(self) -> dict[str, int]:
-        """Events without room in the ring buffer since the load, by type."""
-        return {kind.name.lower(): count for kind, count in
-                zip(abi.EventType, self.counters.lost, strict=False) if count}  # fmt: skip
+        """Number of events without room in the ring buffer since the load, by type."""
+        counts = zip(abi.EventType, self.counters.lost, strict=False)
+        return {kind.name.lower(): count for kind, count in counts if count}
 
     def missed(self) -> dict[str, int]:
-        """Events for which a program did not run, because another task had interrupted it on that
-        CPU, by type. Raises BpfError."""
+        """Number of events for which a program was left out, because another task had interrupted
+        it on that CPU, by type. A type that the kernel does not count is absent. Raises
+        BpfError."""
         programs = {"fork": "on_fork", "exec": "on_exec", "exit": "on_exit"}
         counts = {kind: self._bpf.missed(name) for kind, name in programs.items()}
-        return {kind: count for kind, count in counts.items() if count}
+        return {kind: count for kind, count in counts.items() if count is not None}
 
     def close(self) -> None:
-        """Detach and give up everything."""
+        """Detach the programs and unload them."""
         if self._ring is not None:
             self._ring.close()
             self._ring = None

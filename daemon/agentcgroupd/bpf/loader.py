@@ -1,10 +1,10 @@
-"""One BPF object: opened, checked, loaded, attached, and taken back in the opposite order.
+"""A BPF object: opened, checked, loaded, attached, and taken back in the opposite order.
 
     with BpfObject.open("lifecycle") as bpf:
         bpf.load()
         bpf.attach("on_exec")
 
-Nothing half-attached stays: an error in between closes what was opened.
+An error in between closes what was opened, so nothing stays half attached.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from agentcgroupd.errors import BpfError
 
 OBJECTS = Path(__file__).parent / "objects"
 LOG_LINES = 12
-"""Of the verifier's log; the reason stands at its end."""
+"""How much of the verifier's log an error quotes: its last lines, where the reason stands."""
 CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
 ENOTSUPP = 524
-"""The kernel's own, without a name in errno.h."""
+"""An errno of the kernel's own, without a name in errno.h."""
 _REFUSED = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOMEM, errno.EBUSY, ENOTSUPP)
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
 
@@ -44,17 +44,15 @@ class BpfMap(Generic[V]):
         self._fd, self._name, self._value, self.max_entries = fd, name, value, most
 
     def __setitem__(self, key: int, value: V) -> None:
-        """Raises BpfError; E2BIG: the map is full."""
-        libbpf().check(
-            f"map {self._name}: entry {key}", "bpf_map_update_elem", self._fd,
-            ctypes.byref(ctypes.c_uint64(key)), ctypes.byref(value), 0,
-        )  # fmt: skip
+        """Set an entry. Raises BpfError; E2BIG: the map is full."""
+        what, place = f"map {self._name}: entry {key}", ctypes.byref(ctypes.c_uint64(key))
+        new = ctypes.byref(value)
+        libbpf().check(what, "bpf_map_update_elem", self._fd, place, new, 0)
 
     def get(self, key: int) -> V | None:
-        """The entry, or None. Raises BpfError."""
-        value = self._value()
-        result = libbpf().call("bpf_map_lookup_elem", self._fd,
-                               ctypes.byref(ctypes.c_uint64(key)), ctypes.byref(value))  # fmt: skip
+        """A copy of the entry; None: there is none. Raises BpfError."""
+        value, place = self._value(), ctypes.byref(ctypes.c_uint64(key))
+        result = libbpf().call("bpf_map_lookup_elem", self._fd, place, ctypes.byref(value))
         if result == -errno.ENOENT:
             return None
         if result < 0:
@@ -63,13 +61,14 @@ class BpfMap(Generic[V]):
 
     def pop(self, key: int) -> None:
         """Remove the entry; no error if there is none. Raises BpfError."""
-        result = libbpf().call("bpf_map_delete_elem", self._fd,
-                               ctypes.byref(ctypes.c_uint64(key)))  # fmt: skip
+        place = ctypes.byref(ctypes.c_uint64(key))
+        result = libbpf().call("bpf_map_delete_elem", self._fd, place)
         if result < 0 and result != -errno.ENOENT:
             raise BpfError(f"map {self._name}: entry {key}", -result)
 
     def keys(self) -> Iterator[int]:
-        """All keys; one removed meanwhile makes it start over, so a key may come twice."""
+        """All keys. An entry that is removed meanwhile makes the kernel start over, so a key may
+        come twice. Raises BpfError."""
         before: Any = None
         while True:
             key = ctypes.c_uint64()
@@ -83,7 +82,7 @@ class BpfMap(Generic[V]):
 
 
 class _RunOptions(ctypes.Structure):
-    """struct bpf_test_run_opts of libbpf, up to what is given or read here."""
+    """struct bpf_test_run_opts of libbpf, up to the last member that is used here."""
 
     _fields_ = (
         ("sz", ctypes.c_size_t),
@@ -102,7 +101,7 @@ class _RunOptions(ctypes.Structure):
 
 
 class BpfObject:
-    """One object file and everything that was made from it."""
+    """An object file and everything that was made from it."""
 
     def __init__(self, name: str, path: Path, handle: int) -> None:
         self.name, self.path = name, path
@@ -144,18 +143,20 @@ class BpfObject:
     def _check_abi(self) -> None:
         found = self._constant("abi_version").value
         if found != abi.ABI_VERSION:
-            raise BpfError(
+            what = (
                 f"{self.path} was built for version {found} of the interface, the daemon has "
-                f"{abi.ABI_VERSION}: install both from one release", errno.EPROTO,
-            )  # fmt: skip
+                f"{abi.ABI_VERSION}: install both from one release"
+            )
+            raise BpfError(what, errno.EPROTO)
 
     def skip_program(self, name: str) -> None:
-        """Leave a program out of the load."""
+        """Leave a program out of the load. Raises BpfError."""
         program = self._program(name)
         libbpf().check(f"program {name}", "bpf_program__set_autoload", program, False)
 
     def resize(self, name: str, entries: int) -> None:
-        """Give a map another number of entries; a ring buffer: of bytes, a power of two."""
+        """Give a map another number of entries; to a ring buffer, another size in bytes, which is a
+        power of two. Raises BpfError."""
         libbpf().check(f"map {name}", "bpf_map__set_max_entries", self._map(name), entries)
 
     def programs(self) -> list[str]:
@@ -167,7 +168,7 @@ class BpfObject:
         return names
 
     def load(self) -> None:
-        """Make the maps and let the verifier check the programs. Raises BpfError with the end of
+        """Make the maps and have the verifier check the programs. Raises BpfError with the end of
         the verifier's log."""
         with libbpf().messages() as said:
             result = int(libbpf().call("bpf_object__load", self._handle))
@@ -198,19 +199,21 @@ class BpfObject:
         return tuple(name for name, _ in self._links)
 
     def detach(self, name: str) -> None:
-        """Take one program back."""
+        """Detach a program; no error if it is not attached."""
         for entry in [e for e in self._links if e[0] == name]:
             self._links.remove(entry)
             libbpf().call("bpf_link__destroy", entry[1])
 
     def map(self, name: str, value: type[V]) -> BpfMap[V]:
-        """A map by 64-bit ids. Raises BpfError if its sizes are not those of the daemon's types."""
+        """A map from 64-bit ids to values of a type. Raises BpfError (EPROTO: the sizes of its
+        entries are not those of the daemon's types)."""
         handle = self._map(name)
-        sizes = (libbpf().call("bpf_map__key_size", handle),
-                 libbpf().call("bpf_map__value_size", handle))  # fmt: skip
-        if sizes != (8, ctypes.sizeof(value)):
-            raise BpfError(f"map {name}: entries of {sizes} bytes, the daemon has "
-                           f"{(8, ctypes.sizeof(value))}", errno.EPROTO)  # fmt: skip
+        key_bytes = libbpf().call("bpf_map__key_size", handle)
+        value_bytes = libbpf().call("bpf_map__value_size", handle)
+        sizes, wanted = (key_bytes, value_bytes), (8, ctypes.sizeof(value))
+        if sizes != wanted:
+            what = f"map {name}: entries of {sizes} bytes, the daemon has {wanted}"
+            raise BpfError(what, errno.EPROTO)
         fd = libbpf().check(f"map {name}", "bpf_map__fd", handle)
         return BpfMap(fd, name, value, libbpf().call("bpf_map__max_entries", handle))
 
@@ -223,35 +226,38 @@ class BpfObject:
         return libbpf().check(f"program {name}", "bpf_program__fd", self._program(name))
 
     def shared(self, name: str, kind: type[S]) -> S:
-        """A global variable in mapped memory: reading and writing it is reading and writing the
-        program's own. It stays readable after close()."""
+        """A global variable of the programs, in memory that is shared with them: what is written
+        there, they read. The memory stays readable after close(). Raises BpfError."""
         offset = self._place(".bss", name, kind)
         fd = self.map_fd(".bss")
         size = libbpf().call("bpf_map__value_size", self._map(".bss"))
         pages = mmap.mmap(fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         return cast(S, kind.from_buffer(pages, offset))
 
-    def missed(self, name: str) -> int:
-        """How often a loaded program was left out because it was running on that CPU already; 0 on
-        kernels that do not count it (before 5.12). Raises BpfError."""
+    def missed(self, name: str) -> int | None:
+        """Number of times that the kernel left out a loaded program because it was running on that
+        CPU already; None on kernels that do not count them (before 5.12). Raises BpfError."""
         btf = kernel_btf()
         record = btf.find("bpf_prog_info", KIND_STRUCT)
         place = btf.member(record, "recursion_misses") if record else None
         if record is None or place is None:
-            return 0
+            return None
         info = ctypes.create_string_buffer(btf.record(record)[3])
-        size = ctypes.c_uint32(len(info))
-        libbpf().check(f"program {name}", "bpf_obj_get_info_by_fd", self.program_fd(name), info,
-                       ctypes.byref(size))  # fmt: skip
+        size, fd = ctypes.c_uint32(len(info)), self.program_fd(name)
+        what = f"program {name}"
+        libbpf().check(what, "bpf_obj_get_info_by_fd", fd, info, ctypes.byref(size))
         return ctypes.c_uint64.from_buffer(info, place.offset_bits // 8).value
 
     def run(self, name: str, context: ctypes.Structure) -> int:
-        """Run a loaded program of type syscall, which reads and writes `context`; what it
-        returned. Raises BpfError."""
-        options = _RunOptions(sz=ctypes.sizeof(_RunOptions), ctx_in=ctypes.addressof(context),
-                              ctx_size_in=ctypes.sizeof(context))  # fmt: skip
-        libbpf().check(f"running {self.name}/{name}", "bpf_prog_test_run_opts",
-                       self.program_fd(name), ctypes.byref(options))  # fmt: skip
+        """Run a loaded program of type syscall once, which reads and writes `context`. Returns what
+        the program returned. Raises BpfError."""
+        options = _RunOptions(
+            sz=ctypes.sizeof(_RunOptions),
+            ctx_in=ctypes.addressof(context),
+            ctx_size_in=ctypes.sizeof(context),
+        )
+        what, fd = f"running {self.name}/{name}", self.program_fd(name)
+        libbpf().check(what, "bpf_prog_test_run_opts", fd, ctypes.byref(options))
         return int(options.retval)
 
     def close(self) -> None:
@@ -265,54 +271,72 @@ class BpfObject:
     # Parts
 
     def _program(self, name: str) -> int:
-        return libbpf().pointer(
-            f"{self.name} has no program {name}", "bpf_object__find_program_by_name",
-            self._handle, name.encode(),
-        )  # fmt: skip
+        what, find = f"{self.name} has no program {name}", "bpf_object__find_program_by_name"
+        return libbpf().pointer(what, find, self._handle, name.encode())
 
     def _map(self, name: str) -> int:
-        return libbpf().pointer(
-            f"{self.name} has no map {name}", "bpf_object__find_map_by_name",
-            self._handle, name.encode(),
-        )  # fmt: skip
+        what, find = f"{self.name} has no map {name}", "bpf_object__find_map_by_name"
+        return libbpf().pointer(what, find, self._handle, name.encode())
+
+    def _types(self) -> Btf:
+        """The object's own types, which it keeps."""
+        return Btf(libbpf().pointer(f"{self.name}: no types", "bpf_object__btf", self._handle))
+
+    def _initial_value(self, name: str) -> tuple[int, int]:
+        """Address and size in bytes of what a map will hold first; to be changed before the load.
+        Raises BpfError."""
+        what, size = f"{self.name}: map {name} has no value", ctypes.c_size_t()
+        place = ctypes.byref(size)
+        start = libbpf().pointer(what, "bpf_map__initial_value", self._map(name), place)
+        return start, size.value
 
     def _place(self, section: str, name: str, kind: type[ctypes.c_uint32 | S]) -> int:
         """Offset in bytes of a variable in a data section."""
-        types = libbpf().pointer(f"{self.name}: no types", "bpf_object__btf", self._handle)
-        place = Btf(types).variables(section).get(name)
-        if place is None or place[1] != ctypes.sizeof(kind):
-            raise BpfError(f"{self.name}: no variable {name} of {ctypes.sizeof(kind)} bytes in "
-                           f"{section}", errno.EPROTO)  # fmt: skip
+        place, wanted = self._types().variables(section).get(name), ctypes.sizeof(kind)
+        if place is None or place[1] != wanted:
+            what = f"{self.name}: no variable {name} of {wanted} bytes in {section}"
+            raise BpfError(what, errno.EPROTO)
         return place[0]
 
     def _constant(self, name: str) -> ctypes.c_uint32:
-        """A constant as it will be at the load."""
+        """A constant of the programs; to be set before the load. Raises BpfError."""
         offset = self._place(".rodata", name, ctypes.c_uint32)
-        size = ctypes.c_size_t()
-        start = libbpf().pointer(f"{self.name}: no constants", "bpf_map__initial_value",
-                                 self._map(".rodata"), ctypes.byref(size))  # fmt: skip
-        if offset + ctypes.sizeof(ctypes.c_uint32) > size.value:
+        start, size = self._initial_value(".rodata")
+        if offset + ctypes.sizeof(ctypes.c_uint32) > size:
             raise BpfError(f"{self.name}: {name} is outside of .rodata", errno.EPROTO)
         return ctypes.c_uint32.from_address(start + offset)
 
 
 def capabilities() -> int:
-    """This process's effective capabilities as a bit mask."""
-    text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", text, re.MULTILINE)
+    """Effective capabilities of this process as a bit mask."""
+    # Bytes: the process's name, further up, may have a carriage return in it.
+    data = Path("/proc/self/status").read_bytes()
+    found = re.search(rb"^CapEff:\s*([0-9a-f]+)$", data, re.MULTILINE)
     return int(found[1], 16) if found else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why the kernel refuses programs, and what to do about it."""
+    """Reason why the kernel refuses programs, and what to do about it."""
 
     why: str
     remedy: str
 
 
+_LOCKED_DOWN = Refusal(
+    "the kernel is locked down: lockdown=confidentiality keeps programs from reading its memory",
+    "boot with lockdown=integrity",
+)
+_NO_TRAMPOLINES = Refusal(
+    "the kernel, or a policy on it, refuses programs of this kind: they need "
+    "CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS",
+    "use a kernel with CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS, and no policy against fentry and "
+    "fmod_ret programs",
+)
+
+
 def refusal(number: int) -> Refusal | None:
-    """What is likely behind an errno of bpf(2) here; None where that is not known."""
+    """The likely reason for an errno of bpf(2) on this host; None where no reason is known."""
     if number not in _REFUSED:
         return None
     held = capabilities()
@@ -325,10 +349,9 @@ def refusal(number: int) -> Refusal | None:
                 f"the daemon lacks {lacking}",
                 f"run as root with {lacking} (systemd: CapabilityBoundingSet=)",
             )
-    # EINVAL: the verifier knows no helper that reads memory then.
+    # In that mode the helpers that read memory do not exist for the verifier: EINVAL.
     if number in (errno.EPERM, errno.EACCES, errno.EINVAL) and lockdown() == "confidentiality":
-        return Refusal("the kernel is locked down: lockdown=confidentiality keeps programs from "
-                       "reading its memory", "boot with lockdown=integrity")  # fmt: skip
+        return _LOCKED_DOWN
     if number in (errno.EPERM, errno.ENOMEM) and not held >> CAP_SYS_ADMIN & 1:
         soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         if soft != resource.RLIM_INFINITY:
@@ -337,21 +360,18 @@ def refusal(number: int) -> Refusal | None:
                 "raise it (systemd: LimitMEMLOCK=infinity)",
             )
     if number in (errno.EPERM, errno.EBUSY, ENOTSUPP):
-        return Refusal("the kernel, or a policy on it, refuses programs of this kind: they need "
-                       "CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS",
-                       "use a kernel with CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS, and no policy "
-                       "against fentry and fmod_ret programs")  # fmt: skip
+        return _NO_TRAMPOLINES
     return None
 
 
 def why_refused(number: int) -> str:
-    """As `refusal`, only the reason, or nothing."""
+    """The likely reason for an errno of bpf(2), as `refusal` has it; empty where none is known."""
     found = refusal(number)
     return found.why if found else ""
 
 
 def lockdown() -> str:
-    """The kernel's lockdown mode: none, integrity or confidentiality."""
+    """Lockdown mode of the kernel: none, integrity or confidentiality."""
     try:
         found = re.search(r"\[(\w+)\]", LOCKDOWN.read_text(encoding="ascii"))
     except OSError:
@@ -360,14 +380,15 @@ def lockdown() -> str:
 
 
 def verifier_end(said: list[str]) -> str:
-    """The end of the verifier's log in libbpf's messages: which program, and why."""
+    """The end of the verifier's log in libbpf's messages: the program's name, and why it was
+    refused."""
     text = "".join(said)
     found = re.search(r"prog '(\w+)': -- BEGIN PROG LOAD LOG --\n(.*?)-- END PROG", text, re.DOTALL)
     if found is None:
         return _last(said)
-    # Newer kernels (7.3) go on to explain; what is wrong stands before that, as ever.
+    # Linux 7.3 explains more after that; the reason itself stands before it, as on older kernels.
     log = found[2].partition("\nVerification failed:")[0].rstrip()
-    lines = [line for line in log.splitlines() if not re.match(r"processed \d+ insns", line)]
+    lines = [line for line in log.split("\n") if not re.match(r"processed \d+ insns", line)]
     return "\n".join([f"program {found[1]}:", *lines[-LOG_LINES:]])
 
 

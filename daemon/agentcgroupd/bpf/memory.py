@@ -1,4 +1,4 @@
-"""memory.bpf.c on the daemon's side: marks, denied growth, and who is protected."""
+"""Daemon's side of memory.bpf.c: marks, denied growth, and protected sessions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from agentcgroupd.units import CgroupId
 
 
 class MemoryPrograms:
-    """What the programs know of each managed cgroup."""
+    """Settings and findings of the memory programs for each managed cgroup."""
 
     def __init__(self, bpf: BpfObject, config: GuardConfig) -> None:
-        """Takes over a loaded and attached object. Raises BpfError."""
+        """Take over a loaded and attached object. Raises BpfError."""
         self._bpf = bpf
         self._limits = bpf.map("limits", abi.MemoryLimits)
         self._states = bpf.map("states", abi.MemoryState)
@@ -31,13 +31,13 @@ class MemoryPrograms:
         self._ring: RingBuffer | None = None
 
     def start(self, handle: Callable[[list[AnyEvent]], None]) -> None:
-        """Hand over events on the running loop from now on."""
+        """Hand over events on the running loop from now on. Raises BpfError."""
         self._ring = RingBuffer(self._bpf.map_fd("events"), handle)
         self._ring.start()
 
     @property
     def states_fd(self) -> int:
-        """Descriptor of the map of what has been seen, which stays the object's."""
+        """Descriptor of the map of findings, which stays the object's. Raises BpfError."""
         return self._bpf.map_fd("states")
 
     # Cgroups
@@ -45,7 +45,7 @@ class MemoryPrograms:
     def watch(
         self, cgroup: CgroupId, kind: abi.CgroupKind, parent: CgroupId | None, priority: int = 0
     ) -> None:
-        """Know a cgroup, with no mark yet. Raises BpfError, and then it is not known."""
+        """Make a cgroup known, without a mark. Raises BpfError; the cgroup is not known then."""
         entry = abi.MemoryLimits(parent_id=parent or 0, kind=kind, priority=priority)
         self._states[cgroup] = abi.MemoryState()
         try:
@@ -56,7 +56,7 @@ class MemoryPrograms:
         self._entries[cgroup] = entry
 
     def forget(self, cgroup: CgroupId) -> None:
-        """No error if it is not known. Raises BpfError."""
+        """Drop a cgroup; no error if it is not known. Raises BpfError."""
         if self._entries.pop(cgroup, None) is not None:
             self._limits.pop(cgroup)
             self._states.pop(cgroup)
@@ -64,64 +64,70 @@ class MemoryPrograms:
                 self._count_denied()
 
     def set_mark(self, cgroup: CgroupId, soft_bytes: int, low_bytes: int) -> None:
-        """Tell when usage rises above `soft_bytes`, and when it falls below `low_bytes` after
-        that; 0: no mark. Raises BpfError."""
+        """Have an event sent when usage rises above `soft_bytes`, and another when it then falls
+        below `low_bytes`; 0: no mark. Raises BpfError."""
         self._change(cgroup, soft_mark_bytes=soft_bytes, soft_low_bytes=low_bytes)
 
     def set_throttle_mark(self, cgroup: CgroupId, mark_bytes: int, *, strict: bool = False) -> None:
-        """A call that grows beyond the mark is told to the CPU scheduler, which slows it; 0: beyond
-        its memory.high. Raises BpfError; `strict`: also for a call that is not watched."""
+        """Set the usage above which the CPU scheduler slows a call; 0: its memory.high. Raises
+        BpfError; with `strict` also for a call that is not watched."""
         if strict and cgroup not in self._entries:
             raise BpfError(f"cgroup {cgroup} is not watched", errno.ENOENT)
         self._change(cgroup, throttle_mark_bytes=mark_bytes)
 
     def set_rates(self, cgroup: CgroupId, faults_per_s: int, refaults_per_s: int) -> None:
-        """Tell when page faults or refaults come faster, and when they have fallen to half of
-        that; 0: not watched. Raises BpfError."""
+        """Have an event sent when page faults or refaults come faster than this, and another when
+        they have fallen to half of it; 0: not watched. Raises BpfError."""
         self._change(cgroup, faults_per_s=faults_per_s, refaults_per_s=refaults_per_s)
 
     def deny_above(self, cgroup: CgroupId, mark_bytes: int) -> None:
-        """Refuse memory (ENOMEM) that would take a call above the mark. Small requests pass up to
-        the allowance, so that a program can say what happened. Raises BpfError, also for a call
-        that is not watched."""
+        """Refuse memory (ENOMEM) that would take a call above the mark. Small requests still pass,
+        up to the allowance, so that a program can report what happened. Raises BpfError, also for a
+        call that is not watched."""
         entry = self._entries.get(cgroup)
         if entry is None:
             raise BpfError(f"cgroup {cgroup} is not watched", errno.ENOENT)
-        self._change(cgroup, deny_mode=abi.DenyMode.OVER_MARK, deny_mark_bytes=mark_bytes,
-                     deny_round=(entry.deny_round + 1) & 0x7FFFFFFF)  # fmt: skip
+        self._change(
+            cgroup,
+            deny_mode=abi.DenyMode.OVER_MARK,
+            deny_mark_bytes=mark_bytes,
+            deny_round=(entry.deny_round + 1) & 0x7FFFFFFF,
+        )
         self._count_denied()
 
     def allow(self, cgroup: CgroupId) -> None:
-        """Refuse nothing any more. Raises BpfError."""
+        """End `deny_above`. Raises BpfError."""
         self._change(cgroup, deny_mode=abi.DenyMode.NEVER, deny_mark_bytes=0)
         self._count_denied()
 
     def _count_denied(self) -> None:
-        """While there are none, the program on the way of every mapping ends at once."""
+        """Tell the programs how many calls are denied memory: with none, the one that runs at every
+        mmap() returns at once."""
         entries = self._entries.values()
         self.control.denying = sum(e.deny_mode != abi.DenyMode.NEVER for e in entries)
 
     def _change(self, cgroup: CgroupId, **values: int) -> None:
         entry = self._entries.get(cgroup)
         if entry is None:
-            return  # it could not be watched, which has been said
+            return  # watch() failed, and its caller was told
         for name, value in values.items():
             setattr(entry, name, value)
         self._limits[cgroup] = entry
 
     def state(self, cgroup: CgroupId) -> abi.MemoryState | None:
-        """What has been seen of a cgroup. Raises BpfError."""
+        """Findings for a cgroup; None: it is not known. Raises BpfError."""
         return self._states.get(cgroup)
 
     # The urgent reaction
 
     def protect(self, sessions: Iterable[tuple[CgroupId, int]], pool: CgroupId | None) -> int:
-        """Who is protected: (session's cgroup, priority), most important first, as many as fit;
-        returns how many did. Only while the pool is above its soft mark; None: nobody is."""
+        """Set the protected sessions: (cgroup, priority), most important first. Returns how many of
+        them there was room for. The protection holds while `pool` is above its soft mark; None: it
+        never does."""
         control, before = self.control, self._slots()
         chosen = list(sessions)[: abi.ABI_PROTECTED_MAX]
         control.pool_id = pool or 0
-        # Readers stop at the count: those beyond it are not looked at while the slots change.
+        # Programs read as many slots as the count says, so none reads one that is changing.
         control.protected_count = 0
         for slot, (cgroup, priority) in zip(control.protected_sessions, chosen, strict=False):
             old = before.get(cgroup, (0, 0, 0, 0))
@@ -131,27 +137,35 @@ class MemoryPrograms:
         return len(chosen)
 
     def _slots(self) -> dict[int, tuple[int, int, int, int]]:
+        """Stalls of the protected sessions, by cgroup: what a slot holds besides its owner."""
         slots = self.control.protected_sessions[: self.control.protected_count]
-        return {s.cgroup_id: (s.stalling, s.stalling_since_ns, s.window_ns, s.stalled_ns)
-                for s in slots}  # fmt: skip
+        return {
+            slot.cgroup_id: (
+                slot.stalling,
+                slot.stalling_since_ns,
+                slot.window_ns,
+                slot.stalled_ns,
+            )
+            for slot in slots
+        }
 
     def confirm_urgent(self, usec: int) -> None:
-        """Go on denying for this long from now."""
+        """Extend the urgent reaction: deny growth for `usec` from now."""
         self.control.urgent_until_ns = time.monotonic_ns() + usec * 1000
 
     def lift_urgent(self, usec: int) -> None:
-        """Deny no more, and let the program not begin anew for this long."""
+        """End the urgent reaction, and keep the program from another one for `usec` from now."""
         self.control.lifted_until_ns = time.monotonic_ns() + usec * 1000
         self.control.urgent_until_ns = 0
 
     def lost(self) -> dict[str, int]:
-        """What has not reached the daemon since the load: events without room in the ring buffer,
-        and marks and rates of cgroups without a state."""
+        """Number of losses since the load: events without room in the ring buffer ("memory"), and
+        checks of marks and rates for want of a cgroup's state ("memory_state")."""
         counts = {"memory": self.control.lost, "memory_state": self.control.untracked}
         return {kind: count for kind, count in counts.items() if count}
 
     def close(self) -> None:
-        """Detach and give up everything."""
+        """Detach the programs and unload them."""
         if self._ring is not None:
             self._ring.close()
             self._ring = None

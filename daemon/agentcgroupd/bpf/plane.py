@@ -1,7 +1,7 @@
-"""The data plane: every object that works here, and what became of the others.
+"""The data plane: every object that works on this kernel, and the states of all features.
 
-A daemon without a feature does without it; that is said once in the log, in `doctor` and as a
-metric. What fails while the daemon runs (a full map) is counted and said once too.
+The daemon works without a feature that the kernel does not have, and says so once in its log, in
+`doctor` and as a metric. What fails later, such as a map that is full, is counted and logged once.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ OFF = "switched off in the configuration (bpf.enabled)"
 
 
 class DataPlane:
-    """Loaded objects. `open`, then `lifecycle` and `memory` where they are not None, `close`."""
+    """The loaded objects: `open` loads them, `close` unloads them. Between the two, `lifecycle`,
+    `memory` and `reclaim` are there unless they are None."""
 
     def __init__(self, config: BpfConfig, guard: GuardConfig) -> None:
-        """Nothing is loaded yet."""
+        """Keep the configuration; nothing is loaded yet."""
         self._config = config
         self._guard = guard
         self.states: dict[str, FeatureState] = {}
@@ -42,11 +43,11 @@ class DataPlane:
         self._said: set[str] = set()
 
     def open(self) -> None:
-        """Load what this kernel takes. Never raises BpfError."""
+        """Load what this kernel takes. Raises no BpfError."""
         if not self._config.enabled:
-            off = (features.missing(d, OFF) for d in features.DEFINITIONS
-                   if d.name != features.CPU_SCHEDULER)  # fmt: skip
-            self.states = {state.name: state for state in off}
+            # The scheduler has a switch of its own.
+            ours = [d for d in features.DEFINITIONS if d.name != features.CPU_SCHEDULER]
+            self.states = {d.name: features.missing(d, OFF) for d in ours}
             log.info("in the kernel: nothing: %s", OFF)
             return
         for name, make in (("lifecycle", self._open_lifecycle), ("memory", self._open_memory)):
@@ -59,18 +60,16 @@ class DataPlane:
             except BpfError as error:
                 # Maps of other sizes than the daemon's types: an object of another release.
                 bpf.close()
-                for state in states:
-                    if state.works:
-                        self.states[state.name] = replace(
-                            state, works=False, reason=features.one_line(error), programs=(),
-                            remedy=features.remedy_of(error),
-                        )  # fmt: skip
+                reason, remedy = features.one_line(error), features.remedy_of(error)
+                for state in (state for state in states if state.works):
+                    self.states[state.name] = replace(
+                        state, works=False, reason=reason, programs=(), remedy=remedy
+                    )
         self.reclaim, states = memcg_ops.load(self._config.objects)
         self.states.update((state.name, state) for state in states)
         for state in self.states.values():
             if not state.works:
-                log.warning("%s: missing: %s; instead: %s", state.name, state.reason,
-                            state.fallback)  # fmt: skip
+                _log_missing(state)
         working = [state.name for state in self.states.values() if state.works]
         log.info("in the kernel: %s", ", ".join(working) or "nothing")
 
@@ -81,24 +80,24 @@ class DataPlane:
         self.memory = MemoryPrograms(bpf, self._guard)
 
     def drop_memory(self, reason: str) -> None:
-        """Unload programs that nobody could use here."""
+        """Unload the memory programs, whose features are missing from now on for the reason."""
         if self.memory is not None:
             self.memory.close()
             self.memory = None
         for definition in features.definitions_of("memory"):
             if self.works(definition.name):
-                self.states[definition.name] = features.missing(definition, reason)
-                log.warning("%s: missing: %s; instead: %s", definition.name, reason,
-                            definition.fallback)  # fmt: skip
+                state = features.missing(definition, reason)
+                self.states[definition.name] = state
+                _log_missing(state)
 
     def works(self, name: str) -> bool:
-        """Whether a feature does."""
+        """Whether the feature of that name works."""
         state = self.states.get(name)
         return state is not None and state.works
 
     def attempt(self, what: str, action: Callable[P, None], *args: P.args, **kw: P.kwargs) -> bool:
-        """Do something with a program that the daemon can go on without; False if it failed,
-        which is counted, and said the first time for each `what`."""
+        """Do something with a program that the daemon can go on without. Returns False if that
+        raised BpfError, which is counted, and logged the first time for each `what`."""
         try:
             action(*args, **kw)
         except BpfError as error:
@@ -110,8 +109,12 @@ class DataPlane:
         return True
 
     def close(self) -> None:
-        """Detach everything; no error if nothing is loaded."""
+        """Detach and unload everything; no error if nothing is loaded."""
         for part in (self.reclaim, self.memory, self.lifecycle):
             if part is not None:
                 part.close()
         self.reclaim = self.memory = self.lifecycle = None
+
+
+def _log_missing(state: FeatureState) -> None:
+    log.warning("%s: missing: %s; instead: %s", state.name, state.reason, state.fallback)

@@ -1,10 +1,10 @@
-"""sched.bpf.c on the daemon's side: the CPU scheduler, attached and looked after.
+"""Daemon's side of sched.bpf.c: the CPU scheduler is loaded, attached, told of cgroups, and read.
 
     scheduler = Scheduler.load(settings, memory)
     scheduler.attach()
     scheduler.describe(cgroup_id, kind, boost_cap_ns=..., boost_permille=...)
 
-It runs for as long as its link is open, which a daemon that is killed does not keep.
+The scheduler runs for as long as its link is open, so it ends with a daemon that is killed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from agentcgroupd.bpf import abi, features
-from agentcgroupd.bpf.btf import KIND_STRUCT, VMLINUX, Btf, kernel_btf
+from agentcgroupd.bpf.btf import KIND_STRUCT, VMLINUX, kernel_btf
 from agentcgroupd.bpf.features import FeatureState
 from agentcgroupd.bpf.libbpf import libbpf
 from agentcgroupd.bpf.loader import BpfObject
@@ -27,30 +27,30 @@ from agentcgroupd.units import CgroupId
 OBJECT = "sched"
 MAP = "scheduler"
 STRUCT = "sched_ext_ops___agentcg"
-"""The struct with the callbacks and settings that are used, in the object."""
+"""The object's struct with the callbacks and settings that are used."""
 NAME = "agentcg"
-"""The scheduler's name as in /sys/kernel/sched_ext/root/ops."""
+"""Name of the scheduler in /sys/kernel/sched_ext/root/ops."""
 SYSFS = Path("/sys/kernel/sched_ext")
 NSEC_PER_USEC = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class SchedSettings:
-    """How the scheduler behaves; see CpuConfig."""
+    """Settings of the scheduler, from the configuration (CpuConfig)."""
 
     slice_usec: int
     wait_max_usec: int
     boost_lead_usec: int
     penalty_most: int
     stall_timeout_usec: int = 30_000_000
-    """The kernel lets go of a scheduler that lets a task wait for longer; at most 30 s."""
+    """The kernel detaches a scheduler that lets a task wait for longer; at most 30 s."""
     name: str = NAME
 
 
 @dataclass(frozen=True, slots=True)
 class CpuNumbers:
-    """What the scheduler counted for a cgroup and all below it, since it was made or since the
-    scheduler was attached."""
+    """Counts of the scheduler for a cgroup and all below it, since the later of two events: the
+    cgroup was made, the scheduler was attached."""
 
     run_usec: int
     wait_usec: int
@@ -67,35 +67,34 @@ class CpuNumbers:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Why the kernel has let go of the scheduler."""
+    """Reason why the kernel has detached the scheduler."""
 
     kind: int
-    """enum scx_exit_kind."""
+    """A value of enum scx_exit_kind."""
     code: int
     reason: str
     message: str
 
     @property
     def sentence(self) -> str:
-        """In words."""
+        """Reason and message as one sentence."""
         return f"{self.reason}: {self.message}" if self.message else self.reason
 
 
 class SchedObject(BpfObject):
-    """The object, with its optional struct_ops."""
+    """The scheduler's object, with its optional struct_ops."""
 
     def share(self, name: str, fd: int) -> None:
         """Before the load: use the map of another object. Raises BpfError."""
         libbpf().check(f"map {name}", "bpf_map__reuse_fd", self._map(name), fd)
 
     def want_scheduler(self, settings: SchedSettings) -> None:
-        """Before the load: it is left out otherwise. Raises BpfError."""
+        """Before the load: ask for the scheduler too, which is left out otherwise, and write its
+        settings into its struct. Raises BpfError."""
         libbpf().check(f"map {MAP}", "bpf_map__set_autocreate", self._map(MAP), True)
-        types = Btf(libbpf().pointer("no types", "bpf_object__btf", self._handle))
+        types = self._types()
         flavor = types.find(STRUCT, KIND_STRUCT)
-        size = ctypes.c_size_t()
-        value = libbpf().pointer(f"map {MAP}: no value", "bpf_map__initial_value",
-                                 self._map(MAP), ctypes.byref(size))  # fmt: skip
+        value, _ = self._initial_value(MAP)
         timeout = types.member(flavor, "timeout_ms") if flavor else None
         name = types.member(flavor, "name") if flavor else None
         if timeout is None or name is None:
@@ -106,8 +105,8 @@ class SchedObject(BpfObject):
         ctypes.memmove(value + name.offset_bits // 8, text, len(text))
 
     def attach_scheduler(self) -> None:
-        """After the load: from now on the kernel asks it. Raises BpfError; EBUSY: there is another
-        scheduler."""
+        """After the load: hand the scheduler to the kernel. Raises BpfError; EBUSY: the kernel has
+        another scheduler."""
         with libbpf().messages() as said:
             try:
                 link = libbpf().pointer(
@@ -119,10 +118,10 @@ class SchedObject(BpfObject):
 
 
 class Scheduler:
-    """The loaded scheduler. Nothing of it is in force before `attach`."""
+    """The loaded scheduler, which is not in force before `attach`."""
 
     def __init__(self, bpf: SchedObject, settings: SchedSettings) -> None:
-        """Takes over a loaded object. Raises BpfError."""
+        """Take over a loaded object and write the settings. Raises BpfError."""
         self._bpf = bpf
         self._places = bpf.map("places", abi.SchedPlace)
         self.control = bpf.shared("control", abi.SchedControl)
@@ -138,8 +137,8 @@ class Scheduler:
     def load(
         cls, settings: SchedSettings, states_fd: int | None = None, objects: Path | None = None
     ) -> Self:
-        """`states_fd`: the map of the memory programs; None: there are none, and no penalties.
-        Raises BpfError."""
+        """Load the object. `states_fd` is the memory programs' map of what they have seen; without
+        one (None) no call pays a penalty for its memory. Raises BpfError."""
         bpf = SchedObject.open(OBJECT, objects / f"{OBJECT}.bpf.o" if objects else None)
         try:
             bpf.want_scheduler(settings)
@@ -152,8 +151,8 @@ class Scheduler:
             raise
 
     def attach(self) -> None:
-        """From now on SCHED_EXT tasks are its own. May block for as long as the kernel needs to
-        tell it of every task. Raises BpfError."""
+        """Let the scheduler have all SCHED_EXT tasks from now on. Blocks while the kernel tells the
+        scheduler of every task of the host. Raises BpfError."""
         self._bpf.attach_scheduler()
 
     def _entry(self, cgroup: CgroupId) -> abi.SchedCgroup | None:
@@ -166,9 +165,9 @@ class Scheduler:
     def describe(
         self, cgroup: CgroupId, kind: abi.CgroupKind, boost_cap_usec: int, boost_permille: int
     ) -> bool:
-        """What a cgroup is, and how much of its CPU time it may take ahead of others: at most
-        `boost_cap_usec` at a time, which comes back at `boost_permille` of one CPU. False: the
-        scheduler knows no such cgroup. Raises BpfError."""
+        """Tell the scheduler a cgroup's kind, and its budget of CPU time to be taken ahead of
+        others: at most `boost_cap_usec`, refilled at `boost_permille` of one CPU. Returns False if
+        the scheduler knows no such cgroup. Raises BpfError."""
         entry = self._entry(cgroup)
         if entry is None:
             return False
@@ -178,13 +177,14 @@ class Scheduler:
         return True
 
     def hurry(self, cgroup: CgroupId, usec: int) -> None:
-        """Let a cgroup's tasks go first for this long, also out of a pause: it is about to be
-        frozen or killed, and is to let go of what it holds. Raises BpfError."""
+        """Let a cgroup's tasks go first for `usec`, out of a pause too. For a cgroup that is about
+        to be frozen or killed, so that its tasks release what they hold in the kernel. Raises
+        BpfError."""
         wish = abi.SchedHurry(cgroup_id=cgroup, until_ns=time.monotonic_ns() + usec * NSEC_PER_USEC)
         self._bpf.run("hurry", wish)
 
     def numbers(self, cgroup: CgroupId) -> CpuNumbers | None:
-        """None: it knows no such cgroup. Raises BpfError."""
+        """Counts of a cgroup; None: the scheduler knows no such cgroup. Raises BpfError."""
         entry = self._entry(cgroup)
         if entry is None:
             return None
@@ -203,11 +203,11 @@ class Scheduler:
         )
 
     def places(self) -> int:
-        """How many cgroups it keeps an entry of."""
+        """Number of cgroups that have an entry of their own. Raises BpfError."""
         return sum(1 for _ in self._places.keys())
 
     def ending(self) -> Ending | None:
-        """None while the kernel keeps it."""
+        """Reason why the kernel has detached the scheduler; None while it has not."""
         if not self._ended.kind:
             return None
         return Ending(
@@ -218,13 +218,13 @@ class Scheduler:
         )
 
     def close(self) -> None:
-        """Detach and unload: its tasks go on in the fair class."""
+        """Detach and unload the scheduler; its tasks go on in the fair class."""
         self._bpf.close()
 
 
 def gate() -> FeatureState:
-    """Whether this kernel can have it: by its types, and by who schedules now. Never raises
-    BpfError."""
+    """Whether this kernel can have the scheduler: whether its types allow it and no other scheduler
+    is attached. Raises no BpfError."""
     (definition,) = features.definitions_of(OBJECT)
     try:
         state = features.gate(definition, kernel_btf())
@@ -237,16 +237,17 @@ def gate() -> FeatureState:
 
 
 def occupied() -> tuple[str, str]:
-    """Why another scheduler keeps ours out, and what to do. Raises BpfError."""
+    """Reason why the attached scheduler keeps ours out, and what to do. Raises BpfError."""
     name = running()
     if name.partition("_")[0] == NAME:
         return "another agentcgroupd has attached it already", "run one daemon on a host"
-    return (f"another sched_ext scheduler runs here: {name or 'it has just gone'}",
-            "stop it, or leave the CPU to it")  # fmt: skip
+    reason = f"another sched_ext scheduler runs here: {name or 'it has just gone'}"
+    return reason, "stop it, or leave the CPU to it"
 
 
 def try_here(objects: Path | None = None) -> FeatureState:
-    """Load it, without attaching it, and give it up. Never raises BpfError."""
+    """Load the scheduler without attaching it, and unload it: whether it would work here. Raises no
+    BpfError."""
     state = gate()
     if not state.works:
         return state
@@ -259,13 +260,13 @@ def try_here(objects: Path | None = None) -> FeatureState:
 
 
 def running() -> str:
-    """Name of the scheduler that the kernel has now, with what its author put behind it; empty:
-    none. Raises BpfError where the kernel knows no sched_ext."""
+    """Name of the scheduler that is attached, with the suffix that the kernel shows; empty: there
+    is none. Raises BpfError where the kernel has no sched_ext."""
     try:
         if (SYSFS / "state").read_text(encoding="ascii").strip() == "disabled":
             return ""
         return (SYSFS / "root/ops").read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
         if SYSFS.exists():
-            return ""  # between two looks it has gone
+            return ""  # detached between the two reads
         raise BpfError("the kernel has no sched_ext", errno.ENOSYS) from None
