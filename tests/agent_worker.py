@@ -1,7 +1,8 @@
-"""The process inside a session that tests speak through: reads pickled code, answers its result.
+"""Program of the process inside a session that runs code for tests: reads pickled code, writes its
+pickled result.
 
-Its argument is the session, which it enters as the launcher does (see docs/protocol.md); without,
-it has been started there."""
+The argument is the session, which the process enters as the launcher does (docs/protocol.md).
+Without an argument it was started inside the session."""
 
 from __future__ import annotations
 
@@ -25,12 +26,13 @@ from tests.harness import EXEC, RemoteRpcError
 
 
 def run_dir() -> Path:
-    """The daemon's."""
+    """The daemon's run directory."""
     return Path(os.environ["AGENTCG_RUN_DIR"])
 
 
 def packet(verb: str, *pairs: str, role: str = "agent") -> list[str]:
-    """One exchange of the attach protocol by hand; moves this very process if it succeeds."""
+    """Send a request of the attach protocol, and return the answer's words. If it succeeds, the
+    daemon has moved this process."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.connect(str(run_dir() / role / "attach.sock"))
         sock.send(b"".join(word.encode() + b"\0" for word in ("ACG1", verb, *pairs)))
@@ -38,7 +40,7 @@ def packet(verb: str, *pairs: str, role: str = "agent") -> list[str]:
 
 
 def enter(session_id: str) -> None:
-    """Move this process there, with the environment that it is to have."""
+    """Move this process into a session, and set the variables that the daemon's answer names."""
     answer = packet("enter", f"session={session_id}", role="admin")
     assert answer[0] == "OK", answer
     for word in answer:
@@ -49,18 +51,23 @@ def enter(session_id: str) -> None:
 
 
 def main() -> None:
-    """Serve until stdin ends."""
+    """Run what comes on stdin until it ends."""
     for session_id in sys.argv[1:]:
         enter(session_id)
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     channel = grpc.insecure_channel(f"unix:{run_dir()}/agent/grpc.sock")
-    scope: dict[str, Any] = {
-        "agent": agentcgroup.Agent(), "stub": pb_grpc.AgentStub(channel), "pb": pb, "grpc": grpc,
-        "os": os, "signal": signal, "socket": socket, "subprocess": subprocess, "sys": sys,
-        "threading": threading, "time": time, "packet": packet, "EXEC": EXEC, "RUN_DIR": run_dir(),
-        "pb_grpc": pb_grpc, "agentcgroup": agentcgroup,
-    }  # fmt: skip
+    modules = (agentcgroup, grpc, os, signal, socket, subprocess, sys, threading, time)
+    scope: dict[str, Any] = {module.__name__: module for module in modules}
+    scope.update(
+        agent=agentcgroup.Agent(),
+        stub=pb_grpc.AgentStub(channel),
+        pb=pb,
+        pb_grpc=pb_grpc,
+        packet=packet,
+        EXEC=EXEC,
+        RUN_DIR=run_dir(),
+    )
     while True:
         try:
             code, values = pickle.load(stdin)

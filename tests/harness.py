@@ -1,5 +1,5 @@
-"""A real daemon on this kernel for tests: started, killed and started again, with agents inside its
-sessions. Everything it makes lies below one cgroup of its own and is removed at the end."""
+"""A daemon on this kernel for tests: started, killed and started again, with agents inside its
+sessions. All that it makes lies below one cgroup of its own, which is removed at the end."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tests.zygote import Forked, fork
 ROOT = Path(__file__).resolve().parent.parent
 _VENDOR = Path("/sys/class/dmi/id/sys_vendor")
 SLOW = 25.0 if _VENDOR.exists() and "QEMU" in _VENDOR.read_text() else 1.0
-"""How much slower an emulated CPU is; only waiting times are multiplied by it."""
+"""Factor by which an emulated CPU is slower; only waiting times are multiplied by it."""
 PATIENCE = max(SLOW, 6.0)
-"""How much longer than usual a test waits before it has failed: other work may need this machine's
-CPUs as well."""
+"""Factor by which a test waits longer than a free machine needs, before it has failed: other work
+may need this machine's CPUs as well."""
 IN_GUEST = "AGENTCG_GUEST" in os.environ
-"""Whether this is a test guest: each gives memory back later than a machine of its own would."""
+"""Whether this is a test guest, which gives memory back later than a machine of its own would."""
 EXEC = os.environ.get("AGENTCG_EXEC") or str(Path(sys.executable).parent / "agentcg-exec")
 
 
@@ -39,8 +39,8 @@ P = ParamSpec("P")
 
 
 def patient(test: Callable[P, None]) -> Callable[P, None]:
-    """For what a CPU shows only when it is left alone: an emulated one shares its core with all
-    else that the host does, so there the best of three counts."""
+    """Decorate a test whose result needs a CPU that does nothing else. An emulated CPU shares its
+    core with the rest of the host, so there the best of three runs counts."""
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -63,9 +63,9 @@ def wait_until(
     *,
     promised: bool = False,
 ) -> None:
-    """Poll until `condition` holds; AssertionError naming `what` if it does not in time. `every_s`:
-    longer where to look is itself work for an emulated CPU. `promised`: the time is part of what is
-    tested, so a slow machine gets no more of it."""
+    """Poll until `condition` holds. Raises AssertionError, which names `what`, if it does not in
+    time. `every_s` is the pause between polls: longer where polling keeps an emulated CPU busy.
+    `promised`: the time is part of what is tested, so a slow machine gets no more of it."""
     deadline = time.monotonic() + timeout_s * (1.0 if promised else PATIENCE)
     while not condition():
         assert time.monotonic() < deadline, f"timed out: {what}"
@@ -81,8 +81,8 @@ class AgentProcess:
     """A Python process inside a session's agent leaf that runs what it is sent."""
 
     def __init__(self, run_dir: Path, session_id: str, *, is_forked: bool = True) -> None:
-        """`is_forked`: starts at once, but shares memory with processes outside, which the OOM
-        killer counts as its own; else it is executed by the launcher."""
+        """Start the process. With `is_forked` that is quick, but the process shares memory with
+        others outside, which the OOM killer counts as its own; else the launcher executes it."""
         env = {**os.environ, "AGENTCG_RUN_DIR": str(run_dir)}
         its_stdin, stdin = os.pipe()
         stdout, its_stdout = os.pipe()
@@ -90,18 +90,22 @@ class AgentProcess:
         if is_forked:
             self.process = fork("tests.agent_worker", [session_id], env, its_stdin, its_stdout, 2)
         else:
-            path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+            env["PYTHONPATH"] = os.pathsep.join(
+                filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+            )
+            worker = [sys.executable, "-m", "tests.agent_worker"]
+            argv = [EXEC, "--session", session_id, "--", *worker]
             self.process = subprocess.Popen(
-                [EXEC, "--session", session_id, "--", sys.executable, "-m", "tests.agent_worker"],
-                stdin=its_stdin, stdout=its_stdout, env={**env, "PYTHONPATH": path}, cwd=ROOT,
-            )  # fmt: skip
+                argv, stdin=its_stdin, stdout=its_stdout, env=env, cwd=ROOT
+            )
         os.close(its_stdin)
         os.close(its_stdout)
         self._stdin, self._stdout = os.fdopen(stdin, "wb"), os.fdopen(stdout, "rb")
 
     def run(self, code: str, **values: Any) -> Any:
-        """Execute `code` there with `values`, `agent`, `stub`, `pb` and the usual modules at hand;
-        returns its `result`, or raises what it raised (grpc errors as RemoteRpcError)."""
+        """Execute `code` in the process with `values`, `agent`, `stub`, `pb` and the usual modules
+        as globals. Returns its `result`, or raises what it raised (grpc errors as RemoteRpcError).
+        """
         pickle.dump((code, values), self._stdin)
         self._stdin.flush()
         ok, result = _load(self._stdout)
@@ -110,7 +114,7 @@ class AgentProcess:
         return result
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         with contextlib.suppress(BrokenPipeError):  # killed with its session just now
             self._stdin.close()
         try:
@@ -127,7 +131,7 @@ def _load(stream: BinaryIO | Any) -> tuple[bool, Any]:
 
 
 class RemoteRpcError(Exception):
-    """A gRPC error as the worker saw it."""
+    """A gRPC error that the worker got."""
 
     def __init__(self, code: str, details: str, error: bytes) -> None:
         super().__init__(code, details, error)
@@ -139,7 +143,8 @@ class DaemonProcess:
     """A daemon with a pool, sockets and files of its own."""
 
     def __init__(self, directory: Path, config: str = "") -> None:
-        """`config`: TOML sections beside pool.cgroup, server and audit."""
+        """Write the configuration. `config` is TOML to be added: sections other than [server] and
+        [audit]; a [pool] section comes first."""
         self.directory = directory
         self.run_dir = directory / "run"
         self.audit_path = directory / "audit.jsonl"
@@ -156,10 +161,10 @@ class DaemonProcess:
             + ("" if "[cpu]" in pool + config else '[cpu]\nscheduler = "off"\n')
         )
         self.module, self.environment = "agentcgroupd.__main__", dict[str, str]()
-        """Whose main() is the daemon, and what its environment has besides."""
+        """Module whose main() is the daemon, and variables that are added to its environment."""
         self.process: Forked | None = None
         self.forks_agents = True
-        """See AgentProcess."""
+        """`is_forked` of the agents (AgentProcess)."""
         self.agents: list[AgentProcess] = []
         self.log = directory / "log"
         self._channel: grpc.Channel | None = None
@@ -172,7 +177,7 @@ class DaemonProcess:
         return pb_grpc.AdminStub(self._channel)
 
     def start(self) -> None:
-        """Start and wait until it is ready."""
+        """Start the daemon and wait until it is ready."""
         argv = ["--config", str(self.config)]
         environment = {**os.environ, **self.environment}
         with self.log.open("ab") as log, open(os.devnull) as nothing:
@@ -189,14 +194,14 @@ class DaemonProcess:
         return (self.run_dir / "admin/attach.sock").exists()
 
     def kill(self) -> None:
-        """kill -9."""
+        """Send SIGKILL, wait, and remove the socket that shows that it is ready."""
         assert self.process is not None
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
         (self.run_dir / "admin/attach.sock").unlink()
 
     def stop(self) -> None:
-        """SIGTERM, and wait."""
+        """Send SIGTERM and wait; no error if the daemon does not run."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             self.process.wait(20 * PATIENCE)
@@ -208,7 +213,7 @@ class DaemonProcess:
         return self.enter(session_id)
 
     def enter(self, session_id: str) -> AgentProcess:
-        """One more process in a session's agent leaf."""
+        """Start another process in a session's agent leaf."""
         agent = AgentProcess(self.run_dir, session_id, is_forked=self.forks_agents)
         self.agents.append(agent)
         return agent
@@ -218,7 +223,7 @@ class DaemonProcess:
         return sorted(self.cgroup_dir.glob("*/call-*"))
 
     def close(self) -> None:
-        """Stop, and remove everything."""
+        """Stop the daemon and its agents, and remove the pool."""
         for agent in self.agents:
             agent.close()
         if self._channel is not None:

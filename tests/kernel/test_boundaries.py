@@ -27,7 +27,7 @@ result = (done.returncode, done.stdout)
 
 @pytest.fixture(scope="module", autouse=True)
 def _works() -> None:
-    """All of this needs the program."""
+    """Skip the module where the lifecycle program does not load."""
     bpf, states = load("lifecycle")
     if bpf is None:
         pytest.skip(f"no lifecycle program here: {states[0].reason}")
@@ -103,8 +103,8 @@ def test_what_is_forked_before_the_move_follows(
     for _ in range(3):
         out.unlink(missing_ok=True)
         assert shell(agent, script)[0] == 0
-        wait_until("the children speak",
-                   lambda: out.exists() and out.read_text().count("0::") == 2)  # fmt: skip
+        wait_until("one child speaks", out.exists)
+        wait_until("both children speak", lambda: out.read_text().count("0::") == 2)
         lines = {line for line in out.read_text().splitlines() if line.startswith("0::")}
         assert len(lines) == 1, lines
         assert "/alpha/call-" in lines.pop()
@@ -158,8 +158,7 @@ def test_a_shell_without_room_for_a_call_gets_one_when_there_is(daemon: DaemonPr
 
     wait_until("it is refused", lambda: refusals() == 1)
     (first / "cgroup.kill").write_text("1")
-    wait_until("the second has a call",
-               lambda: daemon.call_dirs() not in ([], [first]))  # fmt: skip
+    wait_until("the second has a call", lambda: daemon.call_dirs() not in ([], [first]))
     wait_until("with its child", lambda: len(leaf.read_text().split()) == 1)
     assert refusals() == 1
     for directory in daemon.call_dirs():
@@ -168,7 +167,7 @@ def test_a_shell_without_room_for_a_call_gets_one_when_there_is(daemon: DaemonPr
 
 
 def test_an_agent_that_was_there_before_the_daemon_is_no_call(daemon: DaemonProcess) -> None:
-    """An adopted cgroup whose agent is itself a shell's child: a restart changes nothing."""
+    """The agent of an adopted cgroup is itself a shell's child: a restart changes nothing."""
     root = Cgroup.open(cgroup2_mount())
     container = root.make_child(f"agentcg-test-box-{os.getpid()}")
     script = f"echo $$ > {container.path}/cgroup.procs; sh -c 'sleep 60 & wait'; true"
@@ -193,19 +192,31 @@ def test_an_agent_that_was_there_before_the_daemon_is_no_call(daemon: DaemonProc
         root.close()
 
 
-def in_calls(daemon: DaemonProcess) -> int:
-    """Processes in all call leaves."""
-    return sum(len((d / "cgroup.procs").read_text().split()) for d in daemon.call_dirs())
+def processes_in_calls(daemon: DaemonProcess) -> list[int]:
+    """Number of processes in each call leaf."""
+    return [len((d / "cgroup.procs").read_text().split()) for d in daemon.call_dirs()]
 
 
 def test_a_killed_call_says_so(daemon: DaemonProcess, agent: AgentProcess) -> None:
     agent.run("tool = subprocess.Popen(['sh', '-c', 'sleep 60; true'])")
-    wait_until("it is in its leaf with its child", lambda: in_calls(daemon) == 2)
+    wait_until("it is in its leaf with its child", lambda: sum(processes_in_calls(daemon)) == 2)
     agent.run("tool.kill(); result = tool.wait()")
     for directory in daemon.call_dirs():
         (directory / "cgroup.kill").write_text("1")
     report = reports(daemon)[0]
     assert (report.verdict, report.term_signal) == (pb.VERDICT_SIGNALED, signal.SIGKILL)
+
+
+STORM = """
+from concurrent.futures import ThreadPoolExecutor
+def one(_):
+    pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 3"], {})
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+with ThreadPoolExecutor(16) as pool:
+    codes = set(pool.map(one, range(count)))
+result = codes
+assert codes == {3}, codes
+"""
 
 
 def test_a_storm_loses_no_call(daemon: DaemonProcess, agent: AgentProcess) -> None:
@@ -224,16 +235,7 @@ def test_a_storm_loses_no_call(daemon: DaemonProcess, agent: AgentProcess) -> No
 
     other = threading.Thread(target=someone_else)
     other.start()
-    agent.run("""
-from concurrent.futures import ThreadPoolExecutor
-def one(_):
-    pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 3"], {})
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-with ThreadPoolExecutor(16) as pool:
-    codes = set(pool.map(one, range(count)))
-result = codes
-assert codes == {3}, codes
-""", count=count)  # fmt: skip
+    agent.run(STORM, count=count)
     took = time.monotonic() - started
     over.set()
     other.join()
@@ -248,15 +250,15 @@ assert codes == {3}, codes
     unknown = [r for r in newest if (r.verdict, r.exit_code) != (pb.VERDICT_FAILED, 3)]
     assert {r.verdict for r in unknown} <= {pb.VERDICT_UNKNOWN}
     assert len(unknown) <= sum(counts.get("exit", 0) for counts in lost)
-    assert sum(e["event"] == "call_ended" and e["report"].get("observed", False)
-               for e in events) >= count  # fmt: skip
+    told = [e["report"] for e in events if e["event"] == "call_ended"]
+    assert sum(report.get("observed", False) for report in told) >= count
     assert not daemon.call_dirs()
 
 
 def test_events_without_room_are_counted_and_made_up_for(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """A stopped daemon and a ring buffer of 8 KiB: what still runs afterwards is in a call."""
+    """The daemon is stopped, and its ring buffer has 8 KiB: what runs afterwards is in a call."""
     directory = tmp_path_factory.mktemp("o")
     daemon = DaemonProcess(directory, '[bpf]\nevents_size = "8K"\n')
     try:
@@ -273,9 +275,7 @@ tools = [subprocess.Popen(["sh", "-c", script]) for _ in range(3)]
 """)
         daemon.process.send_signal(signal.SIGCONT)
         wait_until("what runs is in calls", lambda: len(daemon.call_dirs()) == 3)
-        wait_until("with the children", lambda: all(
-            len((d / "cgroup.procs").read_text().split()) == 2 for d in daemon.call_dirs()
-        ))  # fmt: skip
+        wait_until("with the children", lambda: all(n == 2 for n in processes_in_calls(daemon)))
         leaf = (daemon.cgroup_dir / "alpha/agent/cgroup.procs").read_text().split()
         assert leaf == [str(agent.process.pid)]
         events = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
@@ -297,7 +297,7 @@ def test_a_restarted_daemon_takes_up_what_began_without_it(
     agent.run("tool = subprocess.Popen(['sh', '-c', 'sleep 60; true'])")
     time.sleep(0.2)
     daemon.start()
-    wait_until("it is in its leaf with its child", lambda: in_calls(daemon) == 2)
+    wait_until("it is in its leaf with its child", lambda: sum(processes_in_calls(daemon)) == 2)
     call = daemon.admin.ListCalls(pb.ListCallsRequest()).calls[0]
     assert call.observed and call.name == "sleep"
     agent.run("tool.kill(); tool.wait()")

@@ -26,7 +26,7 @@ NAMES = [definition.name for definition in DEFINITIONS]
 
 
 def rows_of(diagnosis: Diagnosis) -> dict[str, Feature]:
-    """By name; none comes twice."""
+    """Rows by name, none of which comes twice."""
     rows = {row.name: row for row in diagnosis.features}
     assert len(rows) == len(diagnosis.features)
     return rows
@@ -34,7 +34,7 @@ def rows_of(diagnosis: Diagnosis) -> dict[str, Feature]:
 
 @pytest.fixture(scope="module")
 def diagnosis() -> Diagnosis:
-    """Of this kernel; what it took must be given back."""
+    """The diagnosis of this kernel, which has given back all that it took."""
     before = owned(), mapped()
     found = report.run()
     assert (owned(), mapped()) == before
@@ -118,7 +118,7 @@ def test_an_incomplete_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert row.remedy == "install the daemon and its programs again, from one release"
 
 
-# --- As other processes see it: seconds each in the guest, and the same there ---------------------
+# --- In other processes: each takes seconds in the guest, with the same result --------------------
 
 
 def diagnosed_by(*command: str) -> dict[str, Any]:
@@ -127,17 +127,18 @@ def diagnosed_by(*command: str) -> dict[str, Any]:
         "import json; from agentcgroupd.doctor.report import run; "
         "print(json.dumps(run().to_dict()))"
     )
-    done = subprocess.run([*command, sys.executable, "-c", code], cwd=ROOT, check=True,
-                          stdout=subprocess.PIPE, text=True)  # fmt: skip
+    argv = [*command, sys.executable, "-c", code]
+    done = subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return {row["name"]: row for row in json.loads(done.stdout)["features"]}
 
 
 @pytest.mark.full_speed
 def test_only_root_can_try() -> None:
-    """Unknown, not missing. It may read everything here, so that it finds its own modules."""
-    cap = "dac_read_search"
-    rows = diagnosed_by("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
-                        f"--inh-caps=+{cap}", f"--ambient-caps=+{cap}")  # fmt: skip
+    """For another user features are unknown, not missing. The process may read every file, so that
+    it finds its own modules."""
+    nobody = ("--reuid=65534", "--regid=65534", "--clear-groups")
+    may_read = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    rows = diagnosed_by("setpriv", *nobody, *may_read)
     for name in NAMES:
         assert rows[name]["state"] == "unknown"
         assert rows[name]["reason"] == "only root can try"
@@ -146,7 +147,7 @@ def test_only_root_can_try() -> None:
 
 @pytest.mark.full_speed
 def test_a_kernel_without_types() -> None:
-    """Its file is hidden in a mount namespace."""
+    """The file with the kernel's types is hidden in a mount namespace."""
     hide = 'mount -t tmpfs none /sys/kernel/btf && exec "$@"'
     rows = diagnosed_by("unshare", "--mount", "sh", "-c", hide, "sh")
     assert rows["kernel types (BTF)"]["state"] == "missing"

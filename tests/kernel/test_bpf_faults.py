@@ -1,5 +1,5 @@
-"""What goes wrong with the kernel's programs: each time a reason in plain words, nothing left in
-the kernel, and a daemon that works on without."""
+"""Faults of the kernel's programs: each time a reason in plain words, nothing left in the kernel,
+and a daemon that works on without them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ NAMES = {"on_fork", "on_exec", "on_exit", "on_oom_victim"}
 Owned = tuple[str, int]
 """("prog", "map", "link" or "btf", its id)"""
 _NAME_PLACES = {"prog": 64, "map": 24}
-"""Of the name in struct bpf_prog_info and bpf_map_info, include/uapi/linux/bpf.h."""
+"""Offsets of the name in struct bpf_prog_info and bpf_map_info, include/uapi/linux/bpf.h."""
 
 
 def owned(pid: int | str = "self") -> set[Owned]:
@@ -57,13 +57,13 @@ def owned(pid: int | str = "self") -> set[Owned]:
             text = Path(entry.path).read_text(encoding="ascii", errors="replace")
         except OSError:
             continue  # the descriptor of this very scan
-        found |= {(kind, int(number)) for kind, number in
-                  re.findall(r"^(prog|map|link|btf)_id:\t(\d+)$", text, re.MULTILINE)}  # fmt: skip
+        ids = re.findall(r"^(prog|map|link|btf)_id:\t(\d+)$", text, re.MULTILINE)
+        found |= {(kind, int(number)) for kind, number in ids}
     return found
 
 
 def mapped(pid: int | str = "self") -> int:
-    """How many maps a process has in its memory; these live without a descriptor too."""
+    """Number of maps in a process's memory, where they live on without a descriptor."""
     return Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").count("anon_inode:bpf-map")
 
 
@@ -73,7 +73,7 @@ def library() -> ctypes.CDLL:
 
 
 def is_there(item: Owned) -> bool:
-    """Whether the kernel still has it. Ids are not used again soon."""
+    """Whether the kernel still has an item. Ids are not used again soon."""
     kind, number = item
     found = ctypes.c_uint32()
     get_next = getattr(library(), f"bpf_{kind}_get_next_id")
@@ -97,7 +97,7 @@ def name_of(item: Owned) -> str:
 
 
 def wait_until_gone(items: set[Owned]) -> None:
-    """Freeing goes on after the last descriptor is closed."""
+    """Wait until the kernel has freed the items, which goes on after the last descriptor closes."""
     wait_until(f"the kernel has freed {sorted(items)}", lambda: not any(map(is_there, items)))
 
 
@@ -128,13 +128,13 @@ def compiled(directory: Path, *edits: tuple[str, str, str]) -> Path:
 
 
 def put(directory: Path, content: bytes) -> Path:
-    """A directory with that for a lifecycle object."""
+    """A directory with a lifecycle object of this content."""
     (directory / "lifecycle.bpf.o").write_bytes(content)
     return directory
 
 
 def reason_of(objects: Path, name: str = "lifecycle") -> str:
-    """Why none of an object's features works; one reason for all."""
+    """The one reason why no feature of an object works."""
     bpf, states = features.load(name, objects)
     if bpf is not None:
         bpf.close()
@@ -152,12 +152,17 @@ def test_an_object_that_is_not_there(tmp_path: Path) -> None:
 GOOD = (OBJECTS / "lifecycle.bpf.o").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"\x7fELF", b"#!/bin/sh\n" * 1000, bytes(range(256)) * 64, bytes(100_000),
-     GOOD[:16] + bytes(len(GOOD) - 16)],
-    ids=["empty", "magic", "script", "garbage", "zeroes", "head alone"],
-)  # fmt: skip
+BAD = {
+    "empty": b"",
+    "magic": b"\x7fELF",
+    "script": b"#!/bin/sh\n" * 1000,
+    "garbage": bytes(range(256)) * 64,
+    "zeroes": bytes(100_000),
+    "head alone": GOOD[:16] + bytes(len(GOOD) - 16),
+}
+
+
+@pytest.mark.parametrize("content", BAD.values(), ids=BAD.keys())
 def test_an_object_that_is_none(tmp_path: Path, content: bytes) -> None:
     reason = reason_of(put(tmp_path, content))
     assert reason.startswith(f"opening {tmp_path}/lifecycle.bpf.o: ENOEXEC (Exec format error): ")
@@ -165,7 +170,7 @@ def test_an_object_that_is_none(tmp_path: Path, content: bytes) -> None:
 
 
 def test_an_object_that_was_cut_off(tmp_path: Path) -> None:
-    """At any length, from the file's head to the last byte."""
+    """Cut at many lengths, from the file's head to the last byte."""
     lengths = [1, 63, 64, 65, *range(1000, len(GOOD), len(GOOD) // 40), len(GOOD) - 1]
     for length in lengths:
         reason = reason_of(put(tmp_path, GOOD[:length]))
@@ -173,8 +178,8 @@ def test_an_object_that_was_cut_off(tmp_path: Path) -> None:
 
 
 def test_a_constant_that_lies_outside_of_its_section(tmp_path: Path) -> None:
-    """Its place comes from the file, from BTF or from a symbol by the linker that made it. It is
-    not written to unseen: that was a crash, or worse."""
+    """The place of a constant is read from the file, from BTF or from a symbol. A place outside of
+    the section is refused: to write there would crash the daemon or do worse."""
     with BpfObject.open("lifecycle") as bpf:
         place = bpf._place(".rodata", "daemon_pid_ns", ctypes.c_uint32)
     reasons = []
@@ -201,7 +206,7 @@ def test_an_object_of_another_release(tmp_path: Path) -> None:
 
 
 def test_a_map_of_another_size(tmp_path: Path) -> None:
-    """It loads, but what it holds is not what the daemon reads: the plane gives it up."""
+    """The object loads, but its entries are not what the daemon reads: the plane unloads it."""
     objects = compiled(
         tmp_path, ("abi.h", "struct managed {\n\t__u32 kind;", "struct managed {\n\t__u64 kind;")
     )
@@ -240,10 +245,8 @@ def test_one_program_that_the_verifier_rejects(tmp_path: Path) -> None:
     objects = compiled(tmp_path)  # the sources, to be replaced
     source = objects / "source/lifecycle.bpf.c"
     source.write_text(f"{head}int BPF_PROG(on_oom_victim{tail.removesuffix(end)}{REJECTED}")
-    build_hook.compile_object(
-        source.parent, find_clang(), ensure_libbpf(LIBBPF_CACHE), source,
-        objects / "lifecycle.bpf.o",
-    )  # fmt: skip
+    target, clang, libbpf_dir = objects / "lifecycle.bpf.o", find_clang(), LIBBPF_CACHE
+    build_hook.compile_object(source.parent, clang, ensure_libbpf(libbpf_dir), source, target)
     with BpfObject.open("lifecycle", objects / "lifecycle.bpf.o") as whole:
         with pytest.raises(BpfError, match="loading lifecycle: EACCES") as caught:
             whole.load()
@@ -269,8 +272,8 @@ def test_one_program_that_the_verifier_rejects(tmp_path: Path) -> None:
 
 
 def test_one_program_that_cannot_be_attached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its feature's others are detached again; the object's other features work on. No kernel here
-    refuses one of these programs alone, so the refusal is made up."""
+    """The other programs of its feature are detached; the object's other features work on. No
+    kernel here refuses one of these programs alone, so the refusal is made up."""
     attach = BpfObject.attach
 
     def refuse_one(self: BpfObject, *names: str) -> None:
@@ -328,9 +331,9 @@ def test_a_full_map() -> None:
         assert sorted(set(managed.keys())) == [1, 2] and managed.get(3) is None
         managed.pop(1)
         managed[3] = abi.Managed(kind=abi.CgroupKind.POOL)
-        kept = managed.get(3), managed.get(2)
-        assert [entry and entry.kind for entry in kept] == [abi.CgroupKind.POOL,
-                                                            abi.CgroupKind.AGENT]  # fmt: skip
+        third, second = managed.get(3), managed.get(2)
+        assert third is not None and third.kind == abi.CgroupKind.POOL
+        assert second is not None and second.kind == abi.CgroupKind.AGENT
 
 
 # --- A process that may not, a kernel that will not -----------------------------------------------
@@ -350,14 +353,14 @@ print(json.dumps(rows))
 
 
 def loaded_by(*command: str) -> dict[str, FeatureState]:
-    """What becomes of the features in a process that is started by `command`."""
-    done = subprocess.run([*command, sys.executable, "-c", LOAD_ALL], cwd=ROOT, check=True,
-                          stdout=subprocess.PIPE, text=True)  # fmt: skip
+    """States of the features in a process that is started by `command`."""
+    argv = [*command, sys.executable, "-c", LOAD_ALL]
+    done = subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return states_in(done.stdout)
 
 
 def states_in(output: str) -> dict[str, FeatureState]:
-    """From what LOAD_ALL printed."""
+    """States of the features in the output of LOAD_ALL."""
     return {row["name"]: FeatureState(**row) for row in json.loads(output.splitlines()[-1])}
 
 
@@ -380,19 +383,21 @@ def test_without_capabilities(dropped: str, lacking: str) -> None:
 
 @pytest.mark.full_speed
 def test_two_capabilities_are_enough() -> None:
-    """Those that the reasons name: without CAP_SYS_ADMIN the lifecycle works all the same."""
+    """The two that the reasons name are enough: the lifecycle works without CAP_SYS_ADMIN."""
     states = loaded_by("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", "--")
     assert states[LIFECYCLE].works and states[OOM_VICTIMS].works
 
 
 def test_a_locked_down_kernel_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what its lockdown file says; a refusal for another reason is not put down to it."""
+    """The file says so. A refusal for another reason is not blamed on the lockdown."""
     file = tmp_path / "lockdown"
     monkeypatch.setattr(loader, "LOCKDOWN", file)
     assert loader.lockdown() == "none"
-    for text, blamed in (("none integrity [confidentiality]\n", True),
-                         ("none [integrity] confidentiality\n", False),
-                         ("[none] integrity confidentiality\n", False)):  # fmt: skip
+    for text, blamed in (
+        ("none integrity [confidentiality]\n", True),
+        ("none [integrity] confidentiality\n", False),
+        ("[none] integrity confidentiality\n", False),
+    ):
         file.write_text(text)
         for number in (errno.EPERM, errno.EACCES, errno.EINVAL):
             assert ("lockdown=confidentiality" in loader.why_refused(number)) is blamed
@@ -408,16 +413,14 @@ def test_a_locked_down_kernel_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     reason="no QEMU, or no test kernel in the cache",
 )
 def test_a_kernel_that_is_locked_down() -> None:
-    """For real, in a guest: the verifier says EINVAL, and the reason is still the lockdown."""
+    """In a guest: the verifier says EINVAL, and the reason that is given is the lockdown."""
     script = (
         "mount -t securityfs none /sys/kernel/security; "
         "echo confidentiality > /sys/kernel/security/lockdown; "
         f"exec {sys.executable} -c '{LOAD_ALL}'"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.guest.vm", "--", "sh", "-c", script],
-        cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    argv = [sys.executable, "-m", "tests.guest.vm", "--", "sh", "-c", script]
+    done = subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     for state in states_in(done.stdout).values():
         assert not state.works
         assert "the kernel is locked down" in state.reason, state
@@ -425,7 +428,8 @@ def test_a_kernel_that_is_locked_down() -> None:
 
 
 def test_a_refused_trampoline_has_a_remedy() -> None:
-    """On a kernel without them, or with a policy against them; elsewhere all of memory works."""
+    """A kernel without trampolines, or with a policy against them, is named with a remedy; on any
+    other all memory programs work."""
     bpf, states = features.load("memory")
     if bpf is not None:
         bpf.close()
@@ -461,7 +465,7 @@ def test_close_leaves_nothing() -> None:
 
 
 def test_close_in_the_middle_leaves_nothing() -> None:
-    """Opened, loaded, half attached; and closed twice."""
+    """An object is opened, loaded and half attached, and closed twice after each step."""
     before = owned()
     for steps in range(4):
         bpf = BpfObject.open("lifecycle")
@@ -508,7 +512,7 @@ def metric(daemon: DaemonProcess, name: str) -> float:
 
 
 def run_in(daemon: DaemonProcess, session: str, *argv: str) -> int:
-    """A command as the agent of a session."""
+    """Run a command as the agent of a session. Returns its exit status."""
     env = {**os.environ, "AGENTCG_RUN_DIR": str(daemon.run_dir)}
     return subprocess.run(
         [EXEC, "--session", session, "--", *argv], env=env, check=False
@@ -516,7 +520,7 @@ def run_in(daemon: DaemonProcess, session: str, *argv: str) -> int:
 
 
 def call_and_report(daemon: DaemonProcess, session: str) -> None:
-    """One declared call, seen by no program, from its beginning to its report."""
+    """Make a declared call that no program sees, and check it to its report."""
     assert run_in(daemon, session, EXEC, "--name", "mine", "--", "sh", "-c", "exit 5") == 5
     wait_until("it has ended", lambda: not daemon.call_dirs())
     request = pb.ListReportsRequest(session_id=session, limit=10)
@@ -530,12 +534,12 @@ def call_and_report(daemon: DaemonProcess, session: str) -> None:
 
 
 def open_session(daemon: DaemonProcess, name: str) -> None:
-    """An empty one."""
+    """Open a session without limits."""
     daemon.admin.OpenSession(pb.OpenSessionRequest(spec=pb.SessionSpec(id=name)))
 
 
 def pid_of(daemon: DaemonProcess) -> int:
-    """Of the running daemon."""
+    """Pid of the running daemon."""
     assert daemon.process is not None
     return daemon.process.pid
 
@@ -544,7 +548,7 @@ def pid_of(daemon: DaemonProcess) -> int:
 def run_daemon(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[[str], DaemonProcess]]:
-    """Starts daemons, which are ended after the test."""
+    """A function that starts daemons, which are ended after the test."""
     daemons: list[DaemonProcess] = []
 
     def start(config: str) -> DaemonProcess:
@@ -562,8 +566,8 @@ def run_daemon(
 def test_more_cgroups_than_a_map_has_room_for(
     tmp_path: Path, run_daemon: Callable[[str], DaemonProcess]
 ) -> None:
-    """Room for two: sessions and calls beyond that work, only unseen by the program; said once,
-    counted each time. Then: nothing of a daemon that was killed, or stopped, stays."""
+    """The map has room for two. Sessions and calls beyond that work, only unseen by the program,
+    which is logged once and counted each time. Nothing of a killed or stopped daemon stays."""
     objects = compiled(
         tmp_path, ("lifecycle.bpf.c", "__uint(max_entries, 65536);", "__uint(max_entries, 2);")
     )
@@ -601,7 +605,8 @@ def test_more_cgroups_than_a_map_has_room_for(
 def test_a_daemon_without_programs(
     tmp_path: Path, run_daemon: Callable[[str], DaemonProcess], enabled: bool
 ) -> None:
-    """It says so, once for each feature or once for all; loads nothing, and serves calls."""
+    """The daemon says so, once for each feature or once for all; it loads nothing and serves
+    calls."""
     choice = f'objects = "{tmp_path}"' if enabled else "enabled = false"
     daemon = run_daemon(f"[bpf]\n{choice}\n")
     open_session(daemon, "alpha")

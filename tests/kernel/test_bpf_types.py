@@ -1,5 +1,5 @@
-"""The programs' idea of the kernel against the running kernel's BTF, and of the daemon against
-theirs."""
+"""Types that the programs declare, compared with the running kernel's BTF; types that the daemon
+declares, compared with the programs'."""
 
 from __future__ import annotations
 
@@ -32,9 +32,12 @@ pytestmark = pytest.mark.programs
 
 ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm64"}
 HERE = ARCHITECTURES[os.uname().machine]
-SIZES = {"char": 1, "bool": 1, "int": 4, "unsigned int": 4, "long": 8, "unsigned long": 8,
-         "__u8": 1, "__u32": 4, "__s32": 4, "__u64": 8, "__s64": 8}  # fmt: skip
-"""In bytes, on the machines that bpf/ is for."""
+SIZES = {
+    **dict.fromkeys(("char", "bool", "__u8"), 1),
+    **dict.fromkeys(("int", "unsigned int", "__u32", "__s32"), 4),
+    **dict.fromkeys(("long", "unsigned long", "__u64", "__s64"), 8),
+}
+"""Sizes of types in bytes, on the machines that bpf/ is for."""
 
 # --- What kernel.h declares -----------------------------------------------------------------------
 
@@ -130,7 +133,7 @@ def kinds_of(declaration: Declared) -> tuple[int, ...]:
 
 
 def misfit(kernel: Btf, declaration: Declared, typedefs: dict[str, str]) -> str:
-    """What is wrong with a declaration on this kernel; nothing if it fits."""
+    """Fault of a declaration on this kernel; empty if it fits."""
     # A flavor is another form of the kernel's own type.
     name = declaration.type.partition("___")[0]
     type_id = kernel.find(name, *kinds_of(declaration))
@@ -154,7 +157,7 @@ def misfit(kernel: Btf, declaration: Declared, typedefs: dict[str, str]) -> str:
 
 
 def misfit_of_type(kernel: Btf, type_id: int, text: str, typedefs: dict[str, str]) -> str:
-    """What is wrong with a member's type."""
+    """Fault of a member's type; empty if it fits."""
     name, kind, _, size = kernel.record(kernel.strip(type_id))
     if text.endswith("*"):
         if kind != KIND_PTR:
@@ -231,7 +234,7 @@ SCHED_STRUCTS = re.findall(r"^struct (\w+) \{$", SCHED_KERNEL_H, re.MULTILINE)
 
 
 def resolved_size(types: Btf, type_id: int) -> int:
-    """In bytes."""
+    """Size of a type in bytes."""
     return int(libbpf().call("btf__resolve_size", types._handle, type_id))
 
 
@@ -262,7 +265,7 @@ def test_the_kernel_has_what_the_scheduler_uses(name: str) -> None:
 
 
 def test_the_daemon_has_the_programs_types() -> None:
-    """abi.py is what abi.h, as compiled, says."""
+    """The text of abi.py is what abi.h, as compiled, makes it."""
     text = Path(abi.__file__).read_text(encoding="ascii")
     assert text == generate(OBJECTS / "abi.bpf.o"), "run `python -m agentcgroupd.bpf.generate`"
 
@@ -276,7 +279,7 @@ def shared() -> Iterator[Btf]:
 
 
 def names_in_abi_h(kind: str) -> set[str]:
-    """Of the structs, or enums, that abi.h declares."""
+    """Names of the structs, or enums, that abi.h declares."""
     text = (ROOT / "bpf/abi.h").read_text(encoding="ascii")
     return set(re.findall(rf"^{kind} (\w+) {{$", text, re.MULTILINE))
 

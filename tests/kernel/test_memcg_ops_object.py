@@ -1,5 +1,6 @@
-"""The reclaim hooks' object: opened, checked, and cut to what a kernel has. No kernel has the hooks
-yet, so the kernels here are made up; what the hooks decide is in tests/guest/test_memcg_ops.py."""
+"""Object of the reclaim hooks: opened, checked, and cut to what a kernel has. No kernel has the
+hooks yet, so the kernels here are made up; tests/guest/test_memcg_ops.py tests what hooks decide.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +17,13 @@ from agentcgroupd.errors import BpfError
 
 pytestmark = pytest.mark.programs
 
-V5 = ("handle_cgroup_online", "handle_cgroup_offline", "below_low", "below_min",
-      "get_high_delay_ms")  # fmt: skip
-V7 = ("handle_cgroup_online", "handle_cgroup_offline", "below_low", "below_min",
-      "memcg_charged", "memcg_uncharged")  # fmt: skip
+COMMON = ("handle_cgroup_online", "handle_cgroup_offline", "below_low", "below_min")
+V5 = (*COMMON, "get_high_delay_ms")
+V7 = (*COMMON, "memcg_charged", "memcg_uncharged")
 
 
 class Kernel(Btf):
-    """This kernel's types, and a memcg_bpf_ops with some callbacks."""
+    """Types of this kernel, and a made-up memcg_bpf_ops with some callbacks."""
 
     def __init__(self, callbacks: tuple[str, ...], place: str = "cgroup") -> None:
         self._callbacks, self._place = callbacks, place
@@ -58,9 +58,14 @@ def test_this_kernel_lacks_the_struct() -> None:
 
 @pytest.mark.parametrize(
     ("callbacks", "works"),
-    [(V5, True), (V7, True), (("memcg_charged",), True), (("below_min",), True),
-     (("handle_cgroup_online", "handle_cgroup_offline"), False)],
-)  # fmt: skip
+    [
+        (V5, True),
+        (V7, True),
+        (("memcg_charged",), True),
+        (("below_min",), True),
+        (("handle_cgroup_online", "handle_cgroup_offline"), False),
+    ],
+)
 def test_any_callback_that_decides_is_enough(callbacks: tuple[str, ...], works: bool) -> None:
     (definition,) = features.definitions_of("memcg_ops")
     state = features.gate(definition, Kernel(callbacks))

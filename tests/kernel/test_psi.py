@@ -1,4 +1,4 @@
-"""PSI triggers on this kernel: on CPU pressure, which two processes too many are enough for."""
+"""PSI triggers on this kernel, for CPU pressure: two processes more than CPUs make it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.harness import SLOW
 pytestmark = pytest.mark.psi
 
 WINDOW_USEC = 2_000_000
-"""Without CAP_SYS_RESOURCE the kernel takes multiples of this only."""
+"""The kernel takes only multiples of this without CAP_SYS_RESOURCE."""
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def leaf() -> Iterator[Cgroup]:
 
 @pytest.fixture
 def busy(leaf: Cgroup) -> Iterator[None]:
-    """More processes than CPUs in it."""
+    """More busy processes than CPUs in the cgroup."""
     count = len(os.sched_getaffinity(0)) + 2
     started = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(count)]
     try:
@@ -87,8 +87,11 @@ def test_it_is_silent_while_nobody_stalls(leaf: Cgroup) -> None:
     async def run() -> None:
         fired: list[None] = []
         calls = 0
-        trigger = PressureTrigger(leaf, "some", 50_000, WINDOW_USEC,
-                                  lambda: fired.append(None), knobs.CPU_PRESSURE)  # fmt: skip
+
+        def on_fire() -> None:
+            fired.append(None)
+
+        trigger = PressureTrigger(leaf, "some", 50_000, WINDOW_USEC, on_fire, knobs.CPU_PRESSURE)
         original = trigger._ready
 
         def ready() -> None:
@@ -123,8 +126,8 @@ def test_two_triggers_on_one_file_do_not_disturb_each_other(leaf: Cgroup, busy: 
 def test_a_cgroup_that_goes_away_ends_its_trigger(leaf: Cgroup) -> None:
     async def run() -> None:
         child = leaf.make_child("x")
-        trigger = PressureTrigger(child, "some", 50_000, WINDOW_USEC, lambda: None,
-                                  knobs.CPU_PRESSURE)  # fmt: skip
+        cpu, nothing = knobs.CPU_PRESSURE, lambda: None
+        trigger = PressureTrigger(child, "some", 50_000, WINDOW_USEC, nothing, cpu)
         before = len(os.listdir("/proc/self/fd"))
         trigger.start()
         child.remove()

@@ -1,6 +1,6 @@
 """Quota and accounting of GPU memory by probes, with a stand-in for libcuda, on this kernel.
 
-Where the kernel does not let a probe refuse, the same is accounted and told.
+Where the kernel does not let a probe refuse, what is over the quota is accounted and reported.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def worker(cgroup: Cgroup, *argv: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def say(process: subprocess.Popen[str]) -> None:
-    """Let it go on."""
+    """Write a line to the process, which waits for one."""
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
 
 
 def hear(process: subprocess.Popen[str]) -> Any:
-    """What it says."""
+    """Next line of the process's output, as JSON."""
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line, f"it ended with {process.wait()}"
@@ -97,16 +97,17 @@ def hear(process: subprocess.Popen[str]) -> Any:
 
 @pytest.mark.parametrize("seed", (1, 2) if SLOW == 1 else (3,))
 def test_thousands_in_random_order(programs: VramPrograms, cgroup: Cgroup, seed: int) -> None:
-    """Every function, every way to give memory back, beside a model in the process itself."""
+    """Call every function, and give memory back in every way, beside a model in the process."""
     programs.set_quota(cgroup.id, QUOTA)
-    argv = ("-m", "tests.standin.worker", str(build()), str(seed), str(STEPS), str(QUOTA),
-            str(int(programs.refuses)))  # fmt: skip
+    numbers = (seed, STEPS, QUOTA, int(programs.refuses))
+    argv = ("-m", "tests.standin.worker", str(build()), *map(str, numbers))
     with worker(cgroup, *argv) as process:
         say(process)
         expected = hear(process)
         account = programs.account(cgroup.id)
-        assert {name: getattr(account, f"{name}_bytes" if name in ("used", "peak") else name)
-                for name in expected} == expected  # fmt: skip
+        members = {"used": "used_bytes", "peak": "peak_bytes"}
+        counted = {name: getattr(account, members.get(name, name)) for name in expected}
+        assert counted == expected
         assert account.untracked == 0
         assert expected["allocations"] > STEPS / 10
         assert expected["refused" if programs.refuses else "over"] > 10
@@ -205,7 +206,7 @@ def test_addresses_that_the_symbol_table_does_not_have(
 def test_what_does_not_help(
     programs: VramPrograms, cgroup: Cgroup, unseen: str, tmp_path: Any
 ) -> None:
-    """The probe is in the file: no environment, no re-executed child gets around it."""
+    """The probe is in the file, so neither an environment nor a new exec gets around it."""
     programs.set_quota(cgroup.id, 1 << 20)
     code = ONE.format(function="cuMemAlloc_v2")
     if unseen == "exec":
@@ -249,7 +250,7 @@ for line in sys.stdin:
 def test_a_copy_under_another_name_is_found(
     programs: VramPrograms, cgroup: Cgroup, tmp_path: Any
 ) -> None:
-    """A container brings its own, and calls it what it likes."""
+    """A container has a library of its own, under any name."""
     copy = tmp_path / "libsomething.so.7"
     copy.write_bytes(build().read_bytes())
     programs.set_quota(cgroup.id, None)
@@ -275,13 +276,17 @@ def test_a_copy_under_another_name_is_found(
 
 
 def test_what_is_no_library(tmp_path: Any) -> None:
-    """Files are whoever's: nothing in them may do harm."""
+    """Files come from anyone, and nothing in them may do harm."""
     good = build().read_bytes()
-    for name, data in {
-        "empty": b"", "short": good[:40], "text": b"#!/bin/sh\n" * 9, "cut": good[: len(good) // 2],
+    files = {
+        "empty": b"",
+        "short": good[:40],
+        "text": b"#!/bin/sh\n" * 9,
+        "cut": good[: len(good) // 2],
         "offsets": good[:40] + b"\xff" * 24 + good[64:],
         "headers": good[:64] + b"\xff" * 400 + good[464:],
-    }.items():  # fmt: skip
+    }
+    for name, data in files.items():
         path = tmp_path / name
         path.write_bytes(data)
         try:

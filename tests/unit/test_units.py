@@ -1,4 +1,4 @@
-"""Quantities: what is read, what is refused, and that a refusal names field, value and allowed."""
+"""Quantities: texts that are read, and texts that are refused with field, value and allowed."""
 
 from __future__ import annotations
 
@@ -34,29 +34,35 @@ PARSERS: list[Callable[[str, str], object]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("512M", 512 << 20), ("512m", 512 << 20), ("512MB", 512 << 20), ("512MiB", 512 << 20),
-        ("2GiB", 2 << 30), ("1.5G", 3 << 29), (".5g", 1 << 29), ("1048576", 1 << 20),
-        ("1048576B", 1 << 20), (" 2 G ", 2 << 30), ("1t", 1 << 40), ("7E", 7 << 60),
-    ],
-)  # fmt: skip
+SIZES = {
+    **dict.fromkeys(("512M", "512m", "512MB", "512MiB"), 512 << 20),
+    **dict.fromkeys(("2GiB", " 2 G "), 2 << 30),
+    **dict.fromkeys(("1048576", "1048576B"), 1 << 20),
+    "1.5G": 3 << 29,
+    ".5g": 1 << 29,
+    "1t": 1 << 40,
+    "7E": 7 << 60,
+}
+
+
+@pytest.mark.parametrize(("text", "value"), SIZES.items())
 def test_sizes(text: str, value: int) -> None:
     assert parse_bytes("memory", text) == value
 
 
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("", "not a number"), ("-1", "negative"), ("-0", "negative"), ("0", "zero"), ("0G", "zero"),
-        ("NaN", "not a number"), ("inf", "not a number"), ("1e9", "unit"),
-        ("1.5", "part of a byte"),
-        ("12Q", "unit"), ("8E", "too large"), ("9" * 30 + "E", "too large"), ("1K", "below 1 MiB"),
-        ("1 2M", "not a number"), ("0x10M", "unit"), ("1_000M", "number"),
-        ("M", "not a number"), ("9" * 1_000_000, "not a number"), ("1GG", "unit"), ("1ib", "unit"),
-    ],
-)  # fmt: skip
+NOT_SIZES = {
+    **dict.fromkeys(("", "NaN", "inf", "1 2M", "M", "9" * 1_000_000), "not a number"),
+    **dict.fromkeys(("-1", "-0"), "negative"),
+    **dict.fromkeys(("0", "0G"), "zero"),
+    **dict.fromkeys(("1e9", "12Q", "0x10M", "1GG", "1ib"), "unit"),
+    **dict.fromkeys(("8E", "9" * 30 + "E"), "too large"),
+    "1.5": "part of a byte",
+    "1K": "below 1 MiB",
+    "1_000M": "number",
+}
+
+
+@pytest.mark.parametrize(("text", "why"), NOT_SIZES.items())
 def test_sizes_that_are_refused(text: str, why: str) -> None:
     with pytest.raises(InvalidField, match=why) as caught:
         parse_bytes("memory_max", text)
@@ -79,11 +85,18 @@ def test_cores_that_are_refused(text: str) -> None:
         parse_cores("cpu_max", text)
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("90", 90_000_000), ("1.5s", 1_500_000), ("250ms", 250_000), ("10m", 600_000_000),
-     ("2h", 7_200_000_000), ("1d", 86_400_000_000), ("5000us", 5000)],
-)  # fmt: skip
+DURATIONS_USEC = {
+    "90": 90_000_000,
+    "1.5s": 1_500_000,
+    "250ms": 250_000,
+    "10m": 600_000_000,
+    "2h": 7_200_000_000,
+    "1d": 86_400_000_000,
+    "5000us": 5000,
+}
+
+
+@pytest.mark.parametrize(("text", "value"), DURATIONS_USEC.items())
 def test_durations(text: str, value: int) -> None:
     assert parse_duration("timeout", text) == value
 
@@ -95,9 +108,8 @@ def test_durations_that_are_refused(text: str) -> None:
 
 
 def test_priorities() -> None:
-    assert [parse_priority("p", t) for t in ("0", "100", "batch", "Normal", " important ")] == [
-        0, 100, 20, 50, 80,
-    ]  # fmt: skip
+    read = {"0": 0, "100": 100, "batch": 20, "Normal": 50, " important ": 80}
+    assert {text: parse_priority("p", text) for text in read} == read
     for text in ("101", "-1", "1.5", "high"):
         with pytest.raises(InvalidField):
             parse_priority("priority", text)
@@ -138,6 +150,11 @@ def test_shown_sizes_are_near(value: int) -> None:
 
 
 def test_shown_times() -> None:
-    assert [show_usec(v) for v in (1500, 35_000, 1_250_000, 125_000_000, 120_000_000)] == [
-        "1.5 ms", "35 ms", "1.25 s", "2 min 5 s", "2 min",
-    ]  # fmt: skip
+    shown = {
+        1500: "1.5 ms",
+        35_000: "35 ms",
+        1_250_000: "1.25 s",
+        125_000_000: "2 min 5 s",
+        120_000_000: "2 min",
+    }
+    assert {usec: show_usec(usec) for usec in shown} == shown

@@ -29,7 +29,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Run:
-    """How one replay went."""
+    """Outcome of a replay."""
 
     status: int
     error: str
@@ -46,7 +46,7 @@ class Load:
     directory: Path
 
     def start(self, schedule: str, *args: str) -> subprocess.Popen[str]:
-        """Starts a replay whose progress can be read from stdout."""
+        """Start a replay whose progress can be read from stdout."""
         file = self.directory / "schedule"
         file.write_text(schedule)
         return subprocess.Popen(
@@ -57,7 +57,7 @@ class Load:
         )
 
     def __call__(self, schedule: str, *args: str) -> Run:
-        """Runs a replay to its end."""
+        """Run a replay to its end."""
         began = time.monotonic()
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with self.start(schedule, *args) as process:
@@ -83,7 +83,7 @@ def load(programs: Path, tmp_path: Path) -> Load:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process."""
+    """Resident anonymous memory of a process (RssAnon)."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) << 10
@@ -230,9 +230,8 @@ def test_alloc_latency(load: Load) -> None:
 def test_alloc_latency_of_nothing_is_not_zero(load: Load) -> None:
     file = load.directory / "latency.json"
     assert load("10 1000 0\n", "--alloc-latency", str(file)).status == 0
-    assert json.loads(file.read_text()) == {
-        "n": 0, "p50_usec": None, "p95_usec": None, "p99_usec": None, "max_usec": None,
-    }  # fmt: skip
+    percentiles = ("p50_usec", "p95_usec", "p99_usec", "max_usec")
+    assert json.loads(file.read_text()) == {"n": 0, **dict.fromkeys(percentiles)}
 
 
 def test_memory_refused(load: Load) -> None:
@@ -277,9 +276,16 @@ def test_bad_input_names_the_line(load: Load, schedule: str, said: str) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    ["--fill=half", "--page-rate=-1", "--page-rate=1x", "--progress=999", "--progress=/no/file",
-     "--alloc-latency=/no/file", "--frobnicate"],
-)  # fmt: skip
+    [
+        "--fill=half",
+        "--page-rate=-1",
+        "--page-rate=1x",
+        "--progress=999",
+        "--progress=/no/file",
+        "--alloc-latency=/no/file",
+        "--frobnicate",
+    ],
+)
 def test_bad_options_are_named(load: Load, option: str) -> None:
     run = load("10 0 0\n", option)
     assert run.status == 2

@@ -1,4 +1,4 @@
-"""Which kernel is chosen, and how it is unpacked."""
+"""Kernels for the guest: the choice of one, and its unpacking."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_parts_of_a_whole_kernel() -> None:
 
 
 def bzimage(payload: bytes) -> bytes:
-    """The least that looks like one: three setup sectors, the payload 16 bytes after them."""
+    """The least that passes for a kernel image: three setup sectors, the payload 16 bytes later."""
     image = bytearray(4 * 512)
     image[0x1F1] = 3
     image[0x202:0x206] = b"HdrS"

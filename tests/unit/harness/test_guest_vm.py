@@ -1,4 +1,4 @@
-"""The guest's command lines, its files, and how its end is told; nothing here boots."""
+"""Command lines and files of the guest, and how its end is recognised; nothing here boots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How `make test` plans its suites and counts what they did."""
+"""The plan of `make test`: its suites, and the counts of what they did."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where tests, demo and benchmarks run."""
+"""The choice where tests, demo and benchmarks run."""
 
 from __future__ import annotations
 
