@@ -24,10 +24,8 @@ from agentcgroupd.policy.snapshot import (
     Snapshot,
     State,
 )
-from agentcgroupd.units import show_bytes, show_usec
+from agentcgroupd.units import IMPORTANT_PRIORITY, show_bytes, show_usec
 
-IMPORTANT_PRIORITY = 80
-"""`important`, as operators write it."""
 THAW_SHARE = 0.5
 """What is kept for a call that goes on: what half of the calls like it stayed below. It can be
 paused again, the leader cannot."""
