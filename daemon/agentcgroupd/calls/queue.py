@@ -23,9 +23,9 @@ from agentcgroupd.policy.queue import (
     Waiting,
     admit,
     estimate_usec,
+    free_for_admission_bytes,
     in_order,
     is_small,
-    room_bytes,
 )
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import CallView, Snapshot
@@ -140,7 +140,7 @@ class Queue:
         return asked
 
     def _allowed(self, now: Snapshot) -> str:
-        room = max(0, room_bytes(self._policy(), self._with_starting(now)))
+        room = max(0, free_for_admission_bytes(self._policy(), self._with_starting(now)))
         return f"at most {show_bytes(room)} at this moment"
 
     def _refusal(self, asked: Asked, now: Snapshot) -> str:
@@ -260,7 +260,7 @@ class Queue:
         ahead = sum(w.expected_bytes for w in order[: index + 1])
         room = 0
         if self._latest is not None:
-            room = room_bytes(policy, self._with_starting(self._latest))
+            room = free_for_admission_bytes(policy, self._with_starting(self._latest))
         speed = 0.0
         if self._freed:
             passed = max(1_000_000, now_usec - self._freed[0][0])

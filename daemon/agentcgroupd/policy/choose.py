@@ -1,7 +1,8 @@
-"""The rungs of the ladder: who is acted on, once a ruleset says that it is time.
+"""Action choosers: who is acted on, once a ruleset says that it is time.
 
-Each chooser gets the situation and its ruleset, and names calls or sessions with a reason in words
-and numbers. What was chosen by an earlier ruleset on the same look is left alone.
+Each chooser takes the headroom, its ruleset, the ruleset's action and the ids that earlier rulesets
+have chosen on the same look, which are left alone. It returns decisions on calls or sessions, each
+with its reason in words and numbers.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from typing import Any
 
-from agentcgroupd.policy.headroom import DENIED_SLACK_BYTES, GROWING_BYTES_PER_S, Situation
+from agentcgroupd.policy.headroom import (
+    DENIED_SLACK_BYTES,
+    GROWING_BYTES_PER_S,
+    Headroom,
+    lead_of,
+)
 from agentcgroupd.policy.schema import (
     Deny,
     Freeze,
@@ -20,262 +26,336 @@ from agentcgroupd.policy.schema import (
     Slow,
     Throttle,
 )
-from agentcgroupd.policy.snapshot import Action, CallView, Decision, Host
+from agentcgroupd.policy.snapshot import Action, CallView, Decision, Host, SessionView
 from agentcgroupd.units import show_bytes, show_usec
 
 RECLAIM_LEAST_BYTES = 1 << 20
-"""Less is not worth a walk through a cgroup's pages."""
+"""Least amount that is worth a walk through a cgroup's pages."""
 REFUSED_ENOUGH = 1000
-"""A call that goes on asking after so many refusals will not take no for an answer: it only burns
-CPU time, and is paused until there is room."""
+"""Refusals after which a call that still asks for memory is paused: it only burns CPU time."""
 KILL_LEAST_BYTES = 16 << 20
 KILL_LEAST_SHARE = 0.01
-"""Ending a call that holds less than this, of the pool at most, frees nothing that matters."""
+"""Least that a call must hold to be ended: KILL_LEAST_BYTES, or this part of a small pool. Ending a
+smaller one frees nothing that matters."""
 KILL_SHARE = 0.5
-"""What the leader may still need is taken as what half of the calls like it took."""
+"""Part of the calls like the leader that stayed below what the leader is taken to reach, when it is
+asked whether ending other calls would be enough."""
 KILL_STALLED = 0.3
-"""Of the time spent in waiting for memory: in a pool that is full to the last page nobody grows any
-more, whoever needs to."""
+"""Part of the time spent waiting for memory from which the pool counts as stuck. In a pool that is
+full to the last page no call grows any more, though calls need to."""
 WORK_USEC = 1_000_000
-"""Added to the CPU time of a call when its loss is weighed: a start has a price of its own."""
+"""Added to a call's CPU time when the loss of its work is weighed: a start costs something too."""
 
-Chooser = Callable[[Situation, Ruleset, Any, Set[str]], list[Decision]]
+Chooser = Callable[[Headroom, Ruleset, Any, Set[str]], list[Decision]]
 
 
 def mark_bytes(ruleset: Ruleset, limit_bytes: int) -> int:
-    """Free memory below which this ruleset wants growth to stop; 0: it does not say."""
+    """Return the free memory below which a ruleset wants growth to stop; 0: it does not say."""
     marks = [d.below.of(limit_bytes) for d in ruleset.when if isinstance(d, PoolFree)]
     return max(marks, default=0)
 
 
-def _stoppable(at: Situation, ruleset: Ruleset, taken: Set[str]) -> list[CallView]:
-    """Growing calls other than the leader, the least important and the fastest growing first; while
-    only room is short, not the one that it is kept for first, and none of the small ones."""
-    spared = ruleset.spare_priority
-    only_room = at.now.free_bytes >= mark_bytes(ruleset, at.now.limit_bytes) > 0
-    exempt = {c.id for c in ((at.leader, at.heir) if only_room else (at.leader,)) if c}
-    least = at.small_bytes if only_room else 0
+def _spared(subject: CallView | SessionView, ruleset: Ruleset, taken: Set[str]) -> bool:
+    """Tell whether a call or session is left alone for its priority, or because it was chosen."""
+    return subject.priority >= ruleset.spare_priority or subject.id in taken
+
+
+# Calls that grow
+
+
+def _stoppable(headroom: Headroom, ruleset: Ruleset, taken: Set[str]) -> list[CallView]:
+    """Return the growing calls that may be stopped, the least important and fastest growing first.
+
+    The leader is never among them. While there is enough free memory and only the reserve is short,
+    small calls are left alone, and so is the call that is to finish first.
+    """
+    now = headroom.now
+    only_reserve_short = now.free_bytes >= mark_bytes(ruleset, now.limit_bytes) > 0
+    exempt = [headroom.leader, headroom.next_to_finish] if only_reserve_short else [headroom.leader]
+    exempt_ids = {c.id for c in exempt if c is not None}
+    least_bytes = headroom.small_bytes if only_reserve_short else 0
     found = [
-        c for c in at.growing
-        if c.id not in exempt and c.id not in taken
-        and c.priority < spared and c.memory_bytes >= least
-    ]  # fmt: skip
+        c
+        for c in headroom.growing
+        if c.id not in exempt_ids
+        and c.memory_bytes >= least_bytes
+        and not _spared(c, ruleset, taken)
+    ]
     return sorted(found, key=lambda c: (c.priority, -c.growth_bytes_per_s, -c.began_usec, c.id))
 
 
-def _until_it_fits(
-    at: Situation, ruleset: Ruleset, calls: list[CallView], decide: Callable[[CallView], Decision]
-) -> list[Decision]:
-    """One after the other, at least one, until what still grows fits into what is left."""
-    now = at.now
-    lookahead_s = at.policy.headroom.lookahead / 1e6
-    left = now.free_bytes - mark_bytes(ruleset, now.limit_bytes) - at.room_bytes
-    growth = at.growth_bytes_per_s
-    decisions: list[Decision] = []
+def _until_it_fits(headroom: Headroom, ruleset: Ruleset, calls: list[CallView]) -> list[CallView]:
+    """Return the first of `calls`, at least one, without whose growth the rest of the growth fits
+    into the free memory above the mark and the reserve."""
+    now = headroom.now
+    lookahead_s = headroom.settings.lookahead / 1e6
+    left = now.free_bytes - mark_bytes(ruleset, now.limit_bytes) - headroom.reserve_bytes
+    growth = headroom.growth_bytes_per_s
+    chosen: list[CallView] = []
     for call in calls:
-        if decisions and growth * lookahead_s <= left:
+        if chosen and growth * lookahead_s <= left:
             break
-        decisions.append(decide(call))
+        chosen.append(call)
         growth -= call.growth_bytes_per_s
-    return decisions
+    return chosen
 
 
-def _shortage(at: Situation, call: CallView) -> str:
-    now = at.now
+def _shortage(headroom: Headroom, call: CallView) -> str:
+    now = headroom.now
     return (
         f"{show_bytes(max(0, now.free_bytes))} of the pool's {show_bytes(now.limit_bytes)} are "
         f"left and this call grows by {show_bytes(call.growth_bytes_per_s)} a second"
-        f"{at.more_important(call)}."
+        f"{_while_leader(headroom, call)}."
     )
 
 
+def _while_leader(headroom: Headroom, call: CallView) -> str:
+    """Say why this call waits and not the leader; nothing where no other call leads."""
+    leader = headroom.leader
+    if leader is None or leader.id == call.id:
+        return ""
+    return f", while {leader.name!r} is {lead_of(leader, call)}"
+
+
 def _denied_enough(call: CallView) -> bool:
-    """Its growth is denied, and that holds."""
+    """Tell whether a call's growth is denied, and that holds."""
     return call.denied_growth_bytes is not None and call.denied_growth_bytes <= DENIED_SLACK_BYTES
 
 
-def _obstinate(at: Situation, ruleset: Ruleset, taken: Set[str]) -> list[Decision]:
-    """Calls that retry for ever what they are refused."""
-    return [Decision(
-        Action.FREEZE, call.id,
-        f"Paused: memory was refused to it {call.refused_requests} times and it goes on asking. It "
-        f"goes on by itself when there is room{at.more_important(call)}.",
-    ) for call in at.running
-      if call.denied_growth_bytes is not None and call.refused_requests >= REFUSED_ENOUGH
-      and call is not at.leader and call.id not in taken
-      and call.priority < ruleset.spare_priority]  # fmt: skip
+def _keeps_retrying(call: CallView) -> bool:
+    """Tell whether a call whose growth is denied asks again and again."""
+    return call.denied_growth_bytes is not None and call.refused_requests >= REFUSED_ENOUGH
 
 
 def can_throttle(host: Host, do: Throttle) -> bool:
-    """Whether there is a way to slow a call's growth here that is no standstill."""
+    """Tell whether this host can slow a call's growth without bringing it to a standstill."""
     return not do.needs_swap or host.swap_free_bytes > 0 or host.can_penalize
 
 
-def throttle(at: Situation, ruleset: Ruleset, do: Throttle, taken: Set[str]) -> list[Decision]:
-    """Growing calls go on, at the pace at which their own cold pages leave; or, where those can go
-    nowhere, with less CPU time the more they grow."""
-    if not can_throttle(at.now.host, do):
+def throttle(headroom: Headroom, ruleset: Ruleset, do: Throttle, taken: Set[str]) -> list[Decision]:
+    """Slow growing calls to the pace at which their own cold pages leave; without swap, give them
+    less CPU time the more they grow."""
+    host = headroom.now.host
+    if not can_throttle(host, do):
         return []
-    by_cpu = do.needs_swap and at.now.host.swap_free_bytes <= 0
-    how = (
-        "with less CPU time the more it grows beyond that" if by_cpu else
-        "more memory comes at the pace at which what it does not touch is swapped out"
-    )  # fmt: skip
-    slack = do.slack.of(at.now.limit_bytes)
-    calls = [c for c in _stoppable(at, ruleset, taken)
-             if c.throttled_growth_bytes is None and not _denied_enough(c)]  # fmt: skip
-    return _until_it_fits(at, ruleset, calls, lambda call: Decision(
-        Action.THROTTLE, call.id,
-        f"Slowed at {show_bytes(call.memory_bytes + slack)}: {_shortage(at, call)} It goes on; "
-        f"{how}.",
-        amount=slack, by_cpu=by_cpu,
-    ))  # fmt: skip
+    by_cpu = do.needs_swap and host.swap_free_bytes <= 0
+    if by_cpu:
+        how = "with less CPU time the more it grows beyond that"
+    else:
+        how = "more memory comes at the pace at which what it does not touch is swapped out"
+    slack = do.slack.of(headroom.now.limit_bytes)
+    calls = [
+        c
+        for c in _stoppable(headroom, ruleset, taken)
+        if c.throttled_growth_bytes is None and not _denied_enough(c)
+    ]
+    decisions = []
+    for call in _until_it_fits(headroom, ruleset, calls):
+        mark = show_bytes(call.memory_bytes + slack)
+        why = f"Slowed at {mark}: {_shortage(headroom, call)} It goes on; {how}."
+        decisions.append(Decision(Action.THROTTLE, call.id, why, amount=slack, by_cpu=by_cpu))
+    return decisions
 
 
-def deny(at: Situation, ruleset: Ruleset, do: Deny, taken: Set[str]) -> list[Decision]:
-    """What growing calls ask for is refused; they live."""
-    if not at.now.host.can_deny:
+def deny(headroom: Headroom, ruleset: Ruleset, do: Deny, taken: Set[str]) -> list[Decision]:
+    """Refuse what growing calls ask for; the calls live on."""
+    if not headroom.now.host.can_deny:
         return []
-    calls = [c for c in _stoppable(at, ruleset, taken)
-             if c.denied_growth_bytes is None
-             and (do.whom == "all" or c.on_pressure == "deny")]  # fmt: skip
-    return _until_it_fits(at, ruleset, calls, lambda call: Decision(
-        Action.DENY, call.id,
-        f"No more memory for now: {_shortage(at, call)} What it asks for is refused (ENOMEM, "
-        "MemoryError) until there is room; work in smaller parts, or try again later.",
-    ))  # fmt: skip
+    calls = [
+        c
+        for c in _stoppable(headroom, ruleset, taken)
+        if c.denied_growth_bytes is None and (do.whom == "all" or c.on_pressure == "deny")
+    ]
+    decisions = []
+    for call in _until_it_fits(headroom, ruleset, calls):
+        why = (
+            f"No more memory for now: {_shortage(headroom, call)} What it asks for is refused "
+            "(ENOMEM, MemoryError) until there is room; work in smaller parts, or try again later."
+        )
+        decisions.append(Decision(Action.DENY, call.id, why))
+    return decisions
 
 
-def freeze(at: Situation, ruleset: Ruleset, do: Freeze, taken: Set[str]) -> list[Decision]:
-    """Growing calls are paused; nothing of theirs is lost."""
+def freeze(headroom: Headroom, ruleset: Ruleset, do: Freeze, taken: Set[str]) -> list[Decision]:
+    """Pause growing calls, which lose nothing, and calls that do not take no for an answer."""
     del do
-    calls = [c for c in _stoppable(at, ruleset, taken) if not _denied_enough(c)]
-    obstinate = _obstinate(at, ruleset, {*taken, *(c.id for c in calls)})
-    return obstinate + _until_it_fits(at, ruleset, calls, lambda call: Decision(
-        Action.FREEZE, call.id,
-        f"Paused: {_shortage(at, call)} It goes on by itself; nothing is lost.",
-    ))  # fmt: skip
+    calls = [c for c in _stoppable(headroom, ruleset, taken) if not _denied_enough(c)]
+    considered = {*taken, *(c.id for c in calls)}
+    decisions = []
+    for call in headroom.running:
+        if call is headroom.leader or _spared(call, ruleset, considered):
+            continue
+        if _keeps_retrying(call):
+            why = (
+                f"Paused: memory was refused to it {call.refused_requests} times and it goes on "
+                "asking. It goes on by itself when there is room"
+                f"{_while_leader(headroom, call)}."
+            )
+            decisions.append(Decision(Action.FREEZE, call.id, why))
+    for call in _until_it_fits(headroom, ruleset, calls):
+        why = f"Paused: {_shortage(headroom, call)} It goes on by itself; nothing is lost."
+        decisions.append(Decision(Action.FREEZE, call.id, why))
+    return decisions
 
 
-def reclaim(at: Situation, ruleset: Ruleset, do: Reclaim, taken: Set[str]) -> list[Decision]:
-    """Cold memory of those who do not run."""
-    host = at.now.host
+# Cold memory, and the CPU time of sessions
+
+
+def reclaim(headroom: Headroom, ruleset: Ruleset, do: Reclaim, taken: Set[str]) -> list[Decision]:
+    """Take back cold memory: of waiting agents, of paused calls, or the pool's file cache."""
+    host = headroom.now.host
     if not host.can_reclaim:
         return []
     if do.whom == "cache":
-        return _reclaim_cache(at, do)
+        return _reclaim_cache(headroom, do)
     if host.swap_free_bytes <= 0:
-        return []  # what does not run holds anonymous memory, which can go nowhere
-    return (_reclaim_waiting if do.whom == "waiting" else _reclaim_frozen)(at, ruleset, do, taken)
+        return []  # The others hold anonymous memory, which can only go to swap.
+    if do.whom == "waiting":
+        return _reclaim_waiting(headroom, ruleset, do, taken)
+    return _reclaim_frozen(headroom, do, taken)
 
 
-def _reclaim_cache(at: Situation, do: Reclaim) -> list[Decision]:
-    """Of the pool as a whole: file pages that nobody has touched for long."""
-    now = at.now
+def _reclaim_cache(headroom: Headroom, do: Reclaim) -> list[Decision]:
+    now = headroom.now
     amount = min(do.step.of(now.limit_bytes), now.cache_bytes)
     if amount < RECLAIM_LEAST_BYTES:
         return []
-    return [Decision(
-        Action.RECLAIM, "",
-        f"{show_bytes(amount)} of {show_bytes(now.cache_bytes)} of cold file cache given back.",
-        amount=amount,
-    )]  # fmt: skip
+    why = f"{show_bytes(amount)} of {show_bytes(now.cache_bytes)} of cold file cache given back."
+    return [Decision(Action.RECLAIM, "", why, amount=amount)]
 
 
 def _reclaim_waiting(
-    at: Situation, ruleset: Ruleset, do: Reclaim, taken: Set[str]
+    headroom: Headroom, ruleset: Ruleset, do: Reclaim, taken: Set[str]
 ) -> list[Decision]:
+    """Take from the least important and largest agents first, as long as swap is free."""
+    now = headroom.now
+    sessions = [
+        s
+        for s in now.sessions
+        if s.waiting_usec >= do.waiting_for
+        and s.refaults_per_s <= do.refaults_per_s
+        and not _reclaimed_lately(s, do)
+        and not _spared(s, ruleset, taken)
+    ]
     decisions = []
-    step = do.step.of(at.now.limit_bytes)
-    left = at.now.host.swap_free_bytes
-    sessions = [s for s in at.now.sessions
-                if s.waiting_usec >= do.waiting_for and s.priority < ruleset.spare_priority
-                and s.id not in taken and s.refaults_per_s <= do.refaults_per_s
-                and (s.reclaimed_usec is None or s.reclaimed_usec >= do.every)]  # fmt: skip
+    step = do.step.of(now.limit_bytes)
+    left = now.host.swap_free_bytes
     for session in sorted(sessions, key=lambda s: (s.priority, -s.agent_bytes, s.id)):
         amount = min(step, session.agent_bytes - session.guarantee_bytes, left)
         if amount < RECLAIM_LEAST_BYTES:
             continue
         left -= amount
-        decisions.append(Decision(
-            Action.RECLAIM, session.id,
+        why = (
             f"{show_bytes(amount)} of memory that the agent has not touched is moved to swap: it "
             f"has waited for {show_usec(session.waiting_usec)}, and "
-            f"{show_bytes(max(0, at.now.free_bytes))} of the pool are left.",
-            amount=amount,
-        ))  # fmt: skip
+            f"{show_bytes(max(0, now.free_bytes))} of the pool are left."
+        )
+        decisions.append(Decision(Action.RECLAIM, session.id, why, amount=amount))
     return decisions
 
 
-def _reclaim_frozen(
-    at: Situation, ruleset: Ruleset, do: Reclaim, taken: Set[str]
-) -> list[Decision]:
-    """The last to go on first."""
-    decisions: list[Decision] = []
-    left = min(do.step.of(at.now.limit_bytes), at.now.host.swap_free_bytes)
-    busy = {s.id for s in at.now.sessions
-            if s.reclaimed_usec is not None and s.reclaimed_usec < do.every} | taken  # fmt: skip
-    for call in reversed(at.frozen):
+def _reclaimed_lately(session: SessionView, do: Reclaim) -> bool:
+    return session.reclaimed_usec is not None and session.reclaimed_usec < do.every
+
+
+def _reclaim_frozen(headroom: Headroom, do: Reclaim, taken: Set[str]) -> list[Decision]:
+    """Take from the paused call that is to go on last first, and from one call of a session."""
+    now = headroom.now
+    decisions = []
+    left = min(do.step.of(now.limit_bytes), now.host.swap_free_bytes)
+    busy = {*taken, *(s.id for s in now.sessions if _reclaimed_lately(s, do))}
+    for call in reversed(headroom.frozen):
         amount = min(call.memory_bytes, left)
         if call.session_id in busy or amount < RECLAIM_LEAST_BYTES:
             continue
         left -= amount
         busy.add(call.session_id)
-        decisions.append(Decision(
-            Action.RECLAIM, call.session_id,
+        why = (
             f"{show_bytes(amount)} of the paused call {call.name!r} is moved to swap until it goes "
-            "on.",
-            amount=amount, calls=(call.id,),
-        ))  # fmt: skip
+            "on."
+        )
+        decisions.append(
+            Decision(Action.RECLAIM, call.session_id, why, amount=amount, calls=(call.id,))
+        )
     return decisions
 
 
-def slow(at: Situation, ruleset: Ruleset, do: Slow, taken: Set[str]) -> list[Decision]:
-    """Sessions that would only reclaim with it get less CPU."""
-    return [Decision(
-        Action.SLOW, s.id,
-        f"Less CPU for now ({do.percent} % of its weight): {100 * s.stalled_share:.0f} % of the "
-        "last moment went into waiting for memory.",
-        amount=do.percent,
-    ) for s in at.now.sessions
-      if not s.slowed and s.stalled_share > do.above and s.priority < ruleset.spare_priority
-      and s.id not in taken]  # fmt: skip
+def slow(headroom: Headroom, ruleset: Ruleset, do: Slow, taken: Set[str]) -> list[Decision]:
+    """Give less CPU time to sessions that would only spend it on reclaim."""
+    decisions = []
+    for session in headroom.now.sessions:
+        stalled = not session.slowed and session.stalled_share > do.above
+        if not stalled or _spared(session, ruleset, taken):
+            continue
+        why = (
+            f"Less CPU for now ({do.percent} % of its weight): {100 * session.stalled_share:.0f} % "
+            "of the last moment went into waiting for memory."
+        )
+        decisions.append(Decision(Action.SLOW, session.id, why, amount=do.percent))
+    return decisions
 
 
-def kill(at: Situation, ruleset: Ruleset, do: Kill, taken: Set[str]) -> list[Decision]:
-    """Last: the leader still grows into what others hold. One call goes, the least important, and
-    among equals the one that frees the most memory for each second of work lost. Where only its
-    equals are left, and calls like it took more than all of them hold, the leader itself goes:
-    ending them would be in vain."""
+# Ending a call
+
+
+def kill(headroom: Headroom, ruleset: Ruleset, do: Kill, taken: Set[str]) -> list[Decision]:
+    """End one call where the leader cannot go on."""
     del do
-    leader, now = at.leader, at.now
-    if leader is None or leader.frozen_for_usec is not None:
+    leader, now = headroom.leader, headroom.now
+    if leader is None or leader.frozen_for_usec is not None or not _more_is_needed(headroom):
         return []
-    stalled = (now.stalled_share or 0.0) > KILL_STALLED
-    if at.growth_bytes_per_s <= GROWING_BYTES_PER_S and not stalled:
-        return []  # full, but nobody needs more
-    least = min(KILL_LEAST_BYTES, int(now.limit_bytes * KILL_LEAST_SHARE))
-    candidates = [c for c in now.calls
-                  if c is not leader and c.priority <= leader.priority and c.memory_bytes >= least
-                  and c.priority < ruleset.spare_priority and c.id not in taken]  # fmt: skip
-    may_go = leader.priority < ruleset.spare_priority and leader.id not in taken
-    if may_go and all(c.priority == leader.priority for c in candidates):
-        peak = now.likely_peak(leader.memory_bytes, KILL_SHARE) or 0
-        peak = min(peak, leader.memory_max_bytes or peak)
-        missing = peak - leader.memory_bytes - max(0, now.free_bytes)
-        if sum(c.memory_bytes for c in candidates) < missing and leader.memory_bytes >= least:
-            candidates = [leader]
-    if not candidates:
+    victim = victim_of(headroom, leader, ruleset, taken)
+    if victim is None:
         return []
-    victim = min(candidates, key=lambda c: (
-        c.priority, c.on_pressure != "kill", -c.memory_bytes / (c.cpu_usec + WORK_USEC), c.id,
-    ))  # fmt: skip
-    return [Decision(
-        Action.KILL, victim.id,
+    why = (
         f"Stopped: the pool of {show_bytes(now.limit_bytes)} was full, {leader.name!r} could not "
         f"go on, and this call held {show_bytes(victim.memory_bytes)} with the least work to lose "
-        f"({show_usec(victim.cpu_usec)} of CPU time). Try again later, or with less memory.",
-    )]  # fmt: skip
+        f"({show_usec(victim.cpu_usec)} of CPU time). Try again later, or with less memory."
+    )
+    return [Decision(Action.KILL, victim.id, why)]
+
+
+def _more_is_needed(headroom: Headroom) -> bool:
+    """Tell whether the pool still grows or stalls; a pool that is only full harms nobody."""
+    stalled = (headroom.now.stalled_share or 0.0) > KILL_STALLED
+    return stalled or headroom.growth_bytes_per_s > GROWING_BYTES_PER_S
+
+
+def victim_of(
+    headroom: Headroom, leader: CallView, ruleset: Ruleset, taken: Set[str]
+) -> CallView | None:
+    """Return the call whose end helps the leader at the least loss; None where there is none.
+
+    The victim is the least important call, among equals one that asked for it (`on_pressure =
+    "kill"`), then the one that frees most memory for each second of work lost. The leader itself is
+    the victim where only calls as important as it could go and even all of them would not be
+    enough.
+    """
+    limit_bytes = headroom.now.limit_bytes
+    least_bytes = min(KILL_LEAST_BYTES, int(limit_bytes * KILL_LEAST_SHARE))
+    large = [c for c in headroom.now.calls if c.memory_bytes >= least_bytes]
+    may_go = [c for c in large if not _spared(c, ruleset, taken)]
+    others = [c for c in may_go if c is not leader and c.priority <= leader.priority]
+    if leader in may_go and _others_are_too_small(headroom, leader, others):
+        return leader
+    return min(others, key=_loss, default=None)
+
+
+def _others_are_too_small(headroom: Headroom, leader: CallView, others: list[CallView]) -> bool:
+    """Tell whether all others, none of them less important, hold less than the leader misses."""
+    if any(c.priority < leader.priority for c in others):
+        return False
+    peak = headroom.now.likely_peak(leader.memory_bytes, KILL_SHARE) or 0
+    if leader.memory_max_bytes is not None:
+        peak = min(peak, leader.memory_max_bytes)
+    missing = peak - leader.memory_bytes - max(0, headroom.now.free_bytes)
+    return sum(c.memory_bytes for c in others) < missing
+
+
+def _loss(call: CallView) -> tuple[int, bool, float, str]:
+    """Sort key of victims: the smallest is the least loss."""
+    freed_per_work = call.memory_bytes / (call.cpu_usec + WORK_USEC)
+    return call.priority, call.on_pressure != "kill", -freed_per_work, call.id
 
 
 CHOOSERS: dict[str, Chooser] = {

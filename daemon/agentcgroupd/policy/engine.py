@@ -1,18 +1,28 @@
-"""Where it is decided: `decide(policy, snapshot, signal, state) -> outcome`. No I/O, no clock.
+"""What to do when memory runs short: `decide(policy, snapshot, signal, state) -> outcome`.
 
-The pool is the first line: rulesets act before its limit is touched, so that the kernel's OOM
-killer has nothing to do. Every detector of every ruleset is evaluated on every look. First what was
-done earlier is undone where its ruleset no longer holds, then the rulesets are tried in their
-order, and a call is ended only when none of them could stop anything on this look.
+Pure: no I/O and no clock. The pool is the first line of defence: rulesets act before its limit is
+touched, so that the kernel's OOM killer has nothing to do. Every detector of every ruleset is
+evaluated on every look. What was done earlier is undone first, where its ruleset no longer holds.
+Then the rulesets are tried in their order, and a call is ended only when none of them could stop
+anything on this look.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from agentcgroupd.policy.choose import CHOOSERS
-from agentcgroupd.policy.headroom import Situation, still_needs
-from agentcgroupd.policy.schema import Growing, Policy, PoolFills, PoolFree, Ruleset, Stalled
+from agentcgroupd.policy.headroom import Headroom, still_needs
+from agentcgroupd.policy.schema import (
+    Detector,
+    Growing,
+    Policy,
+    PoolFills,
+    PoolFree,
+    Ruleset,
+    Stalled,
+)
 from agentcgroupd.policy.snapshot import (
     Action,
     CallView,
@@ -27,48 +37,63 @@ from agentcgroupd.policy.snapshot import (
 from agentcgroupd.units import IMPORTANT_PRIORITY, show_bytes, show_usec
 
 THAW_SHARE = 0.5
-"""What is kept for a call that goes on: what half of the calls like it stayed below. It can be
-paused again, the leader cannot."""
+"""Part of the calls like it whose peak is kept free for a call that goes on. Less is kept than for
+the leader, because a call that goes on can be paused again."""
 _STOPPING = frozenset({Action.THROTTLE, Action.DENY, Action.FREEZE, Action.KILL})
 
 
 def decide(policy: Policy, now: Snapshot, signal: Signal, state: State) -> Outcome:
-    """What to do now. The same arguments always give the same outcome."""
-    at = Situation(policy, now)
-    rules: dict[str, RuleState] = {}
-    for ruleset in policy.rulesets:
-        before = state.rules.get(ruleset.name, RuleState())
-        rules[ruleset.name] = replace(before, holding=_holding(at, ruleset, before))
+    """Return what to do now and what to remember. Equal arguments give equal outcomes."""
+    headroom = Headroom(policy, now)
+    rules = {r.name: _evaluated(headroom, r, state.rules.get(r.name)) for r in policy.rulesets}
     holds = {r.name: r.enabled and all(rules[r.name].holding) for r in policy.rulesets}
-    decisions, thawed = _ways_back(at, holds, signal, state)
-    taken = {d.subject for d in decisions}
-    stopped = False
+    undone, thawed = _ways_back(headroom, holds, signal, state)
+    look = _Look(undone)
     for ruleset in policy.rulesets:
-        if not holds[ruleset.name] or not _cooled(ruleset, rules[ruleset.name], now):
+        name, action = ruleset.name, ruleset.do.action
+        if not holds[name] or not _cooled(ruleset, rules[name], now):
             continue
-        if ruleset.do.action == "kill" and stopped:
+        if action == "kill" and look.stopped_any:
             continue
-        found = CHOOSERS[ruleset.do.action](at, ruleset, ruleset.do, taken)
+        found = CHOOSERS[action](headroom, ruleset, ruleset.do, look.taken)
         if not found:
             continue
-        dry = policy.dry_run or ruleset.dry_run
-        decisions += [replace(d, ruleset=ruleset.name, dry_run=dry) for d in found]
-        rules[ruleset.name] = replace(
-            rules[ruleset.name], acted_usec=now.now_usec,
-            decisions=rules[ruleset.name].decisions + len(found),
-        )  # fmt: skip
-        if not dry:
-            # One that is only slowed may have to be stopped all the same.
-            found = [d for d in found if not d.by_cpu]
-            taken |= {d.subject for d in found} | {c for d in found for c in d.calls}
-            stopped = stopped or any(d.action in _STOPPING for d in found)
+        look.add(ruleset, found, dry_run=policy.dry_run or ruleset.dry_run)
+        total = rules[name].decisions + len(found)
+        rules[name] = replace(rules[name], acted_usec=now.now_usec, decisions=total)
     thawed_usec = now.now_usec if thawed else state.thawed_usec
-    acted = {d.subject for d in decisions if not (d.by_cpu or d.dry_run)}
-    kept = tuple(d for d in decisions if not (d.by_cpu and d.subject in acted))
-    return Outcome(kept, State(rules, thawed_usec))
+    return Outcome(look.decisions(), State(rules, thawed_usec))
+
+
+class _Look:
+    """Decisions of one look so far, and what they mean for the rulesets that follow."""
+
+    def __init__(self, undone: Iterable[Decision]) -> None:
+        self._decisions = list(undone)
+        self.taken = {d.subject for d in self._decisions}
+        """Ids of calls and sessions that later rulesets leave alone."""
+        self.stopped_any = False
+        """Whether a ruleset could stop or slow any call, so that none has to be ended."""
+
+    def add(self, ruleset: Ruleset, found: Sequence[Decision], dry_run: bool) -> None:
+        """Add what a ruleset has chosen. A dry run leaves everything to later rulesets, and a call
+        that only gets less CPU time may still have to be stopped."""
+        self._decisions += [replace(d, ruleset=ruleset.name, dry_run=dry_run) for d in found]
+        if dry_run:
+            return
+        binding = [d for d in found if not d.by_cpu]
+        for decision in binding:
+            self.taken.update((decision.subject, *decision.calls))
+        self.stopped_any = self.stopped_any or any(d.action in _STOPPING for d in binding)
+
+    def decisions(self) -> tuple[Decision, ...]:
+        """Return all decisions, without less CPU time for a call that was stopped as well."""
+        acted = {d.subject for d in self._decisions if not (d.by_cpu or d.dry_run)}
+        return tuple(d for d in self._decisions if not (d.by_cpu and d.subject in acted))
 
 
 def _cooled(ruleset: Ruleset, rule: RuleState, now: Snapshot) -> bool:
+    """Tell whether a ruleset may act again. A clock that went back delays nothing."""
     if ruleset.cooldown is None or rule.acted_usec is None:
         return True
     passed = now.now_usec - rule.acted_usec
@@ -78,43 +103,42 @@ def _cooled(ruleset: Ruleset, rule: RuleState, now: Snapshot) -> bool:
 # Detectors
 
 
-def _holding(at: Situation, ruleset: Ruleset, before: RuleState) -> tuple[bool, ...]:
-    """Each of its detectors. What held before the policy was changed says nothing."""
-    held = before.holding if len(before.holding) == len(ruleset.when) else ()
-    return tuple(
-        detector_holds(at, detector, held[index] if held else False)
-        for index, detector in enumerate(ruleset.when)
-    )
+def _evaluated(headroom: Headroom, ruleset: Ruleset, before: RuleState | None) -> RuleState:
+    """Return a ruleset's state with its detectors evaluated. If the policy was changed to another
+    number of detectors, what held before says nothing."""
+    before = before or RuleState()
+    same = len(before.holding) == len(ruleset.when)
+    held = before.holding if same else (False,) * len(ruleset.when)
+    holding = (detector_holds(headroom, d, h) for d, h in zip(ruleset.when, held, strict=True))
+    return replace(before, holding=tuple(holding))
 
 
-def detector_holds(
-    at: Situation, detector: PoolFree | PoolFills | Stalled | Growing, held: bool
-) -> bool:
-    """Whether a detector holds; `held`: whether it did at the last look."""
-    now = at.now
+def detector_holds(headroom: Headroom, detector: Detector, held: bool) -> bool:
+    """Tell whether a detector holds. `held`: whether it did at the last look."""
+    now = headroom.now
     match detector:
         case PoolFree():
             edge = (detector.until if held else detector.below).of(now.limit_bytes)
-            return now.free_bytes < edge + (at.room_bytes if detector.keep_room else 0)
+            return now.free_bytes < edge + (headroom.reserve_bytes if detector.keep_room else 0)
         case PoolFills():
-            growth, until = at.growth_bytes_per_s, detector.until
+            growth, until = headroom.growth_bytes_per_s, detector.until
             if held and until is not None and now.free_bytes < until.of(now.limit_bytes):
                 return True
             return growth > 0 and now.free_bytes < growth * detector.within / 1e6
         case Stalled():
-            share = stalled_share(at, detector.scope)
+            share = stalled_share(headroom, detector.scope)
             return share is not None and share > (detector.until if held else detector.above)
         case Growing():
-            return at.growth_bytes_per_s > detector.above.of(now.limit_bytes)
+            return headroom.growth_bytes_per_s > detector.above.of(now.limit_bytes)
 
 
-def stalled_share(at: Situation, scope: str) -> float | None:
-    """Of the pool, or the highest of an important session; None: this kernel does not tell."""
-    if at.now.stalled_share is None:
-        return None
-    if scope == "pool":
-        return at.now.stalled_share
-    shares = (s.stalled_share for s in at.now.sessions if s.priority >= IMPORTANT_PRIORITY)
+def stalled_share(headroom: Headroom, scope: str) -> float | None:
+    """Return the part of the time in which tasks stalled on memory: of the pool, or the highest of
+    an important session. None: this kernel does not tell."""
+    now = headroom.now
+    if now.stalled_share is None or scope == "pool":
+        return now.stalled_share
+    shares = (s.stalled_share for s in now.sessions if s.priority >= IMPORTANT_PRIORITY)
     return max(shares, default=0.0)
 
 
@@ -122,66 +146,84 @@ def stalled_share(at: Situation, scope: str) -> float | None:
 
 
 def _ways_back(
-    at: Situation, holds: dict[str, bool], signal: Signal, state: State
+    headroom: Headroom, holds: dict[str, bool], signal: Signal, state: State
 ) -> tuple[list[Decision], bool]:
-    """Undo what no ruleset wants any more; whether a call was let go on."""
-    policy, leader = at.policy, at.leader
-    wanted = {r.do.action for r in _done(policy) if holds[r.name]}
-    decisions: list[Decision] = []
-    free = show_bytes(max(0, at.now.free_bytes))
-    if "deny" not in wanted:
-        why = f"Memory may be asked for again: {free} of the pool are free."
-        decisions += [Decision(Action.ALLOW, c.id, why) for c in at.now.calls
-                      if c.denied_growth_bytes is not None]  # fmt: skip
-    elif leader is not None and leader.denied_growth_bytes is not None:
-        decisions.append(Decision(Action.ALLOW, leader.id, "Memory may be asked for again: it is "
-                                  "its turn."))  # fmt: skip
-    if "throttle" in wanted and leader is not None and leader.throttled_growth_bytes is not None:
-        decisions.append(Decision(Action.UNTHROTTLE, leader.id, "At full speed again: it is its "
-                                  "turn."))  # fmt: skip
-    if "throttle" not in wanted:
-        why = f"At full speed again: {free} of the pool are free."
-        decisions += [Decision(Action.UNTHROTTLE, c.id, why) for c in at.now.calls
-                      if c.throttled_growth_bytes is not None]  # fmt: skip
-    if "slow" not in wanted:
-        why = "CPU as before: it no longer waits for memory."
-        decisions += [Decision(Action.RESTORE, s.id, why) for s in at.now.sessions if s.slowed]
-    thawed = _thaw(at, "freeze" in wanted, signal, state)
-    return decisions + thawed, bool(thawed)
+    """Undo what no ruleset wants any more, and whatever was done to the leader before it led.
+
+    Returns the decisions, and whether a paused call goes on. `holds`: by a ruleset's name.
+    """
+    now = headroom.now
+    wanted = {r.do.action for r in _acting(headroom.policy) if holds[r.name]}
+    denied = [c for c in now.calls if c.denied_growth_bytes is not None]
+    throttled = [c for c in now.calls if c.throttled_growth_bytes is not None]
+    slowed = [] if "slow" in wanted else [s for s in now.sessions if s.slowed]
+    thawed = _thaw(headroom, "freeze" in wanted, signal, state)
+    decisions = [
+        *_release(headroom, Action.ALLOW, denied, "deny" in wanted),
+        *_release(headroom, Action.UNTHROTTLE, throttled, "throttle" in wanted),
+        *(Decision(Action.RESTORE, s.id, _RESTORED) for s in slowed),
+        *thawed,
+    ]
+    return decisions, bool(thawed)
 
 
-def _thaw(at: Situation, short: bool, signal: Signal, state: State) -> list[Decision]:
-    """Who goes on: the leader whenever it is paused (another led when it was), one when nothing
-    else runs, whoever fits when there is room, one whose lease is over when there is any at all."""
-    if not at.frozen:
+_RESTORED = "CPU as before: it no longer waits for memory."
+_RELEASED = {
+    Action.ALLOW: "Memory may be asked for again",
+    Action.UNTHROTTLE: "At full speed again",
+}
+
+
+def _release(
+    headroom: Headroom, action: Action, calls: Iterable[CallView], still_wanted: bool
+) -> list[Decision]:
+    """Let go of all these calls, or of the leader alone while a ruleset still wants them held."""
+    words = _RELEASED[action]
+    if still_wanted:
+        why = f"{words}: it is its turn."
+        return [Decision(action, c.id, why) for c in calls if c is headroom.leader]
+    why = f"{words}: {show_bytes(max(0, headroom.now.free_bytes))} of the pool are free."
+    return [Decision(action, c.id, why) for c in calls]
+
+
+def _thaw(headroom: Headroom, short: bool, signal: Signal, state: State) -> list[Decision]:
+    """Let paused calls go on. `short`: a ruleset still wants calls to be paused.
+
+    The leader always goes on: another call led when it was paused, or nothing else runs. The others
+    go on as they fit while the pool is not short. While it is short, one call goes on: the next to
+    finish if what it needs is free, else one whose lease is over if there is any room at all.
+    """
+    if not headroom.frozen:
         return []
-    now, head = at.now, at.policy.headroom
+    now, settings, leader = headroom.now, headroom.settings, headroom.leader
     free = show_bytes(max(0, now.free_bytes))
-    leader = at.leader
     if leader is not None and leader.frozen_for_usec is not None:
-        why = "it is its turn" if at.running else "nothing else is running"
+        why = "it is its turn" if headroom.running else "nothing else is running"
         return [_go_on(leader, f"{why}, and {free} of the pool are free")]
     since = now.now_usec - state.thawed_usec
-    if 0 <= since < head.thaw_every and signal.kind is not SignalKind.ENDED:
+    if 0 <= since < settings.thaw_every and signal.kind is not SignalKind.ENDED:
         return []
     if not short:
-        return _as_many_as_fit(at, f"{free} of the pool are free")
-    heir = at.heir
-    if heir is not None and heir.frozen_for_usec is not None:
-        if now.free_bytes >= max(at.needs(heir), resume_mark(at.policy, now.limit_bytes)):
-            return [_go_on(heir, f"it is nearest to its end, and {free} of the pool are free")]
-    expired = next((c for c in at.frozen if (c.frozen_for_usec or 0) >= head.lease), None)
-    if expired is not None and now.free_bytes > _stop_mark(at.policy, now.limit_bytes):
+        return _as_many_as_fit(headroom, f"{free} of the pool are free")
+    first = headroom.next_to_finish
+    if first is not None and first.frozen_for_usec is not None:
+        resume = resume_mark(headroom.policy, now.limit_bytes)
+        if now.free_bytes >= max(headroom.need_bytes(first), resume):
+            return [_go_on(first, f"it is nearest to its end, and {free} of the pool are free")]
+    expired = next((c for c in headroom.frozen if _paused_usec(c) >= settings.lease), None)
+    if expired is not None and now.free_bytes > _stop_mark(headroom.policy, now.limit_bytes):
         return [_go_on(expired, f"{free} of the pool are free")]
     return []
 
 
-def _as_many_as_fit(at: Situation, why: str) -> list[Decision]:
-    """In order of importance, while room is left for what they may still take; at least one."""
-    left = at.now.free_bytes - resume_mark(at.policy, at.now.limit_bytes) - at.room_bytes
+def _as_many_as_fit(headroom: Headroom, why: str) -> list[Decision]:
+    """Let paused calls go on in order of importance while what they may still take is left beside
+    the mark and the reserve, but at least one."""
+    now = headroom.now
+    left = now.free_bytes - resume_mark(headroom.policy, now.limit_bytes) - headroom.reserve_bytes
     decisions: list[Decision] = []
-    for call in at.frozen:
-        left -= still_needs(at.now, call, THAW_SHARE)
+    for call in headroom.frozen:
+        left -= still_needs(now, call, THAW_SHARE)
         if decisions and left < 0:
             break
         decisions.append(_go_on(call, why))
@@ -189,48 +231,55 @@ def _as_many_as_fit(at: Situation, why: str) -> list[Decision]:
 
 
 def _go_on(call: CallView, why: str) -> Decision:
-    paused = show_usec(call.frozen_for_usec or 0)
+    paused = show_usec(_paused_usec(call))
     return Decision(Action.THAW, call.id, f"Going on after {paused}: {why}.")
+
+
+def _paused_usec(call: CallView) -> int:
+    return call.frozen_for_usec or 0
 
 
 # Marks
 
 
-def _done(policy: Policy) -> list[Ruleset]:
-    """Those that do what they decide."""
+def _acting(policy: Policy) -> list[Ruleset]:
+    """Return the rulesets that do what they decide."""
     return [r for r in policy.rulesets if r.enabled and not (r.dry_run or policy.dry_run)]
 
 
-def _freezing(policy: Policy) -> list[PoolFree]:
-    return [d for r in _done(policy) if r.do.action in ("freeze", "deny")
-            for d in r.when if isinstance(d, PoolFree)]  # fmt: skip
+def _stop_detectors(policy: Policy) -> list[PoolFree]:
+    """Return the detectors of free memory by which growing calls are denied or paused."""
+    stopping = [r for r in _acting(policy) if r.do.action in ("freeze", "deny")]
+    return [d for r in stopping for d in r.when if isinstance(d, PoolFree)]
 
 
 def _stop_mark(policy: Policy, limit_bytes: int) -> int:
-    """Free bytes below which calls are stopped, 0 if no ruleset does."""
-    return max((d.below.of(limit_bytes) for d in _freezing(policy)), default=0)
+    """Return the free bytes below which calls are stopped; 0 if no ruleset stops any."""
+    return max((d.below.of(limit_bytes) for d in _stop_detectors(policy)), default=0)
 
 
 def resume_mark(policy: Policy, limit_bytes: int) -> int:
-    """Free bytes above which paused calls go on."""
-    return max((d.until.of(limit_bytes) for d in _freezing(policy)), default=0)
+    """Return the free bytes above which paused calls go on; 0 if no ruleset pauses any."""
+    return max((d.until.of(limit_bytes) for d in _stop_detectors(policy)), default=0)
 
 
 def marks(policy: Policy, limit_bytes: int) -> tuple[int, int]:
-    """Use of the pool in bytes at which to look at once, and below which that is over. A policy
-    that stops nobody has its mark at the limit."""
+    """Return the use of the pool in bytes at which to look at once, and the use below which that is
+    over. The mark of a policy that stops no call is the limit."""
     stop, resume = _stop_mark(policy, limit_bytes), resume_mark(policy, limit_bytes)
     return limit_bytes - stop, limit_bytes - max(stop, resume)
 
 
 def attention_bytes(policy: Policy, limit_bytes: int) -> int:
-    """Free bytes above which no ruleset on the pool's use can hold, whoever leads."""
-    most = policy.headroom.leader_most.of(limit_bytes)
-    free = [d for r in policy.rulesets if r.enabled for d in r.when if isinstance(d, PoolFree)]
-    edges = [d.until.of(limit_bytes) + (most if d.keep_room else 0) for d in free]
+    """Return the free bytes above which no `pool_free` of any ruleset can hold, whoever leads."""
+    reserve_most = policy.headroom.leader_most.of(limit_bytes)
+    enabled = [r for r in policy.rulesets if r.enabled]
+    detectors = [d for r in enabled for d in r.when if isinstance(d, PoolFree)]
+    edges = [d.until.of(limit_bytes) + (reserve_most if d.keep_room else 0) for d in detectors]
     return max(edges, default=0)
 
 
 def claim_bytes(policy: Policy, limit_bytes: int) -> int:
-    """How far a call of which nothing is known is taken to go."""
-    return min(policy.headroom.prior.of(limit_bytes), policy.headroom.leader_most.of(limit_bytes))
+    """Return the size in bytes that a call is taken to reach of which nothing is known."""
+    settings = policy.headroom
+    return min(settings.prior.of(limit_bytes), settings.leader_most.of(limit_bytes))

@@ -1,87 +1,113 @@
 """How things stand under the policy, in words: each ruleset with its numbers, and one call.
 
-Pure, as the engine is; the engine's own functions say what holds.
+Pure, like the engine, whose own functions say what holds.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.policy.choose import can_throttle
 from agentcgroupd.policy.engine import detector_holds, stalled_share
-from agentcgroupd.policy.headroom import Situation
-from agentcgroupd.policy.schema import Growing, Policy, PoolFills, PoolFree, Ruleset, Stalled
+from agentcgroupd.policy.headroom import Headroom, lead_of
+from agentcgroupd.policy.schema import (
+    Detector,
+    Growing,
+    Policy,
+    PoolFills,
+    PoolFree,
+    Ruleset,
+    Stalled,
+)
 from agentcgroupd.policy.snapshot import CallView, RuleState, Snapshot, State
 from agentcgroupd.units import show_bytes, show_usec
 
 if TYPE_CHECKING:
     from agentcgroupd.policy.load import Loaded
 
-AnyDetector = PoolFree | PoolFills | Stalled | Growing
 _DOES = {
     "throttle": "is slowed",
     "deny": "gets no more memory",
     "freeze": "is paused",
     "kill": "may be ended",
 }
-"""Actions on calls, in words; the others are on sessions."""
+"""Actions on calls, in words. The other actions are on sessions."""
 
 
 # Rulesets
 
 
 def policy_state(
-    loaded: Loaded, error: str = "", loaded_unix_usec: int = 0,
-    snapshot: Snapshot | None = None, state: State | None = None,
-) -> pb.PolicyState:  # fmt: skip
-    """The policy and how each ruleset stands; without a snapshot, what each one looks for."""
+    loaded: Loaded,
+    error: str = "",
+    loaded_unix_usec: int = 0,
+    snapshot: Snapshot | None = None,
+    state: State | None = None,
+) -> pb.PolicyState:
+    """Return the policy and how each ruleset stands; without a snapshot, what each one looks for.
+
+    `error`: why the policy's files as they are now are not in force; empty: they are.
+    """
     policy = loaded.policy
-    at = None if snapshot is None else Situation(policy, snapshot)
+    headroom = None if snapshot is None else Headroom(policy, snapshot)
     rules = state.rules if state is not None else {}
     return pb.PolicyState(
-        name=policy.name, document=loaded.text, sources=[str(s) for s in loaded.sources],
-        loaded_unix_usec=loaded_unix_usec, error=error, dry_run=policy.dry_run,
-        rulesets=[_ruleset_state(at, r, rules.get(r.name, RuleState()), policy.dry_run)
-                  for r in policy.rulesets],
-    )  # fmt: skip
+        name=policy.name,
+        document=loaded.text,
+        sources=[str(s) for s in loaded.sources],
+        loaded_unix_usec=loaded_unix_usec,
+        error=error,
+        dry_run=policy.dry_run,
+        rulesets=[
+            _ruleset_state(headroom, r, rules.get(r.name, RuleState()), policy.dry_run)
+            for r in policy.rulesets
+        ],
+    )
 
 
 def _ruleset_state(
-    at: Situation | None, ruleset: Ruleset, rule: RuleState, dry_run: bool
+    headroom: Headroom | None, ruleset: Ruleset, rule: RuleState, dry_run: bool
 ) -> pb.RulesetState:
     words = [] if ruleset.enabled else ["disabled: it is not tried"]
-    holding = [_holds(at, ruleset, rule, i) for i in range(len(ruleset.when))]
+    holding = [_holds(headroom, ruleset, rule, i) for i in range(len(ruleset.when))]
+    for detector, holds in zip(ruleset.when, holding, strict=True):
+        words.append(_in_words(headroom, detector, holds))
     found = pb.RulesetState(
-        name=ruleset.name, action=ruleset.do.action, dry_run=dry_run or ruleset.dry_run,
-        holds=ruleset.enabled and all(holding), decisions=rule.decisions,
-        detectors=words + [_in_words(at, *d) for d in zip(ruleset.when, holding, strict=True)],
-    )  # fmt: skip
-    if at is not None and rule.acted_usec is not None:
-        found.acted_usec_ago = max(0, at.now.now_usec - rule.acted_usec)
+        name=ruleset.name,
+        action=ruleset.do.action,
+        dry_run=dry_run or ruleset.dry_run,
+        holds=ruleset.enabled and all(holding),
+        decisions=rule.decisions,
+        detectors=words,
+    )
+    if headroom is not None and rule.acted_usec is not None:
+        found.acted_usec_ago = max(0, headroom.now.now_usec - rule.acted_usec)
     return found
 
 
-def _holds(at: Situation | None, ruleset: Ruleset, rule: RuleState, index: int) -> bool:
+def _holds(headroom: Headroom | None, ruleset: Ruleset, rule: RuleState, index: int) -> bool:
     held = len(rule.holding) == len(ruleset.when) and rule.holding[index]
-    return at is not None and detector_holds(at, ruleset.when[index], held)
+    return headroom is not None and detector_holds(headroom, ruleset.when[index], held)
 
 
-def _in_words(at: Situation | None, detector: AnyDetector, holds: bool) -> str:
-    """One sentence: what is looked at, its number now, whether it holds."""
-    looks = _looks_for(at, detector)
-    if at is None:
-        return f"{detector.detector}: {looks}"
-    return f"{detector.detector}: {_reading(at, detector)}; {'holds' if holds else 'not'}: {looks}"
+def _in_words(headroom: Headroom | None, detector: Detector, holds: bool) -> str:
+    """Say in a sentence what a detector looks at, its number now, and whether it holds."""
+    wanted = _condition(detector)
+    if headroom is None:
+        return f"{detector.detector}: {wanted}"
+    stands = "holds" if holds else "not"
+    return f"{detector.detector}: {_reading(headroom, detector)}; {stands}: {wanted}"
 
 
-def _looks_for(at: Situation | None, detector: AnyDetector) -> str:
+def _condition(detector: Detector) -> str:
     match detector:
         case PoolFree():
-            room = " beside the room kept" if detector.keep_room else ""
-            return f"less than {detector.below} free{room}, until {detector.until}"
+            beside = " beside the room kept" if detector.keep_room else ""
+            return f"less than {detector.below} free{beside}, until {detector.until}"
         case PoolFills():
             return f"full within {show_usec(detector.within)}"
         case Stalled():
@@ -91,24 +117,25 @@ def _looks_for(at: Situation | None, detector: AnyDetector) -> str:
             return f"more than {detector.above} a second"
 
 
-def _reading(at: Situation, detector: AnyDetector) -> str:
-    now = at.now
+def _reading(headroom: Headroom, detector: Detector) -> str:
     match detector:
         case PoolFree():
-            room = ""
-            if detector.keep_room and at.room_bytes:
-                room = f", of which {show_bytes(at.room_bytes)} are room kept"
-            return f"{_free(now)} free{room}"
+            kept = ""
+            if detector.keep_room and headroom.reserve_bytes:
+                kept = f", of which {show_bytes(headroom.reserve_bytes)} are room kept"
+            return f"{_free(headroom.now)} free{kept}"
         case PoolFills():
-            left = _until_free(at, 0)
-            return "it does not grow" if left is None else f"full in {_soon(left)} as it grows now"
+            left_s = _until_free_s(headroom, 0)
+            if left_s is None:
+                return "it does not grow"
+            return f"full in {_soon(left_s)} as it grows now"
         case Stalled():
-            share = stalled_share(at, detector.scope)
+            share = stalled_share(headroom, detector.scope)
             if share is None:
                 return "this kernel does not tell (no PSI)"
             return f"stalled {share:.3g} of the time"
         case Growing():
-            return f"grows by {show_bytes(max(0.0, at.growth_bytes_per_s))} a second"
+            return f"grows by {show_bytes(max(0.0, headroom.growth_bytes_per_s))} a second"
 
 
 def _free(now: Snapshot) -> str:
@@ -116,12 +143,14 @@ def _free(now: Snapshot) -> str:
     return f"{show_bytes(max(0, now.free_bytes))} of {show_bytes(now.limit_bytes)} ({percent:.3g}%)"
 
 
-def _until_free(at: Situation, edge_bytes: int) -> float | None:
-    """Seconds until no more than this is free, at the present growth; None: never."""
-    above = at.now.free_bytes - edge_bytes
+def _until_free_s(headroom: Headroom, edge_bytes: int) -> float | None:
+    """Return the seconds until no more than `edge_bytes` are free, at the present growth; None:
+    never."""
+    above = headroom.now.free_bytes - edge_bytes
     if above <= 0:
         return 0.0
-    return above / at.growth_bytes_per_s if at.growth_bytes_per_s > 0 else None
+    growth = headroom.growth_bytes_per_s
+    return above / growth if growth > 0 else None
 
 
 def _soon(seconds: float) -> str:
@@ -132,46 +161,53 @@ def _soon(seconds: float) -> str:
 
 
 def explain(
-    policy: Policy, snapshot: Snapshot, state: State, call_id: str,
+    policy: Policy,
+    snapshot: Snapshot,
+    state: State,
+    call_id: str,
     history: Iterable[pb.Feedback] = (),
-) -> pb.Explanation:  # fmt: skip
-    """How the policy sees a call of the snapshot, what it did to it, what would come next. KeyError
-    if the call is not there."""
+) -> pb.Explanation:
+    """Return how the policy sees a call of the snapshot, what was done to it (`history`), and what
+    would come next. Raises KeyError if the call is not there."""
     call = next((c for c in snapshot.calls if c.id == call_id), None)
     if call is None:
         raise KeyError(call_id)
-    at = Situation(policy, snapshot)
+    headroom = Headroom(policy, snapshot)
     return pb.Explanation(
-        call_id=call_id, sentence=_standing(at, call), numbers=_numbers(at, call),
-        history=history, outlook=[*_ways_back(at, state, call), *_outlook(at, state, call)],
-    )  # fmt: skip
+        call_id=call_id,
+        sentence=_standing(headroom, call),
+        numbers=_numbers(headroom, call),
+        history=history,
+        outlook=[*_ways_back(headroom, call), *_outlook(headroom, state, call)],
+    )
 
 
-def _standing(at: Situation, call: CallView) -> str:
-    doing = f"runs with {show_bytes(call.memory_bytes)}"
+def _standing(headroom: Headroom, call: CallView) -> str:
+    holds = show_bytes(call.memory_bytes)
     if call.frozen_for_usec is not None:
-        doing = f"has been paused for {show_usec(call.frozen_for_usec)} with " + show_bytes(
-            call.memory_bytes
-        )
+        doing = f"has been paused for {show_usec(call.frozen_for_usec)} with {holds}"
     elif call.growth_bytes_per_s > 0:
-        doing += f", growing by {show_bytes(call.growth_bytes_per_s)} a second"
-    held = [word for word, there in (
-        ("more memory is denied", call.denied_growth_bytes is not None),
-        ("it is slowed", call.throttled_growth_bytes is not None),
-    ) if there]  # fmt: skip
-    leader = at.leader
-    if leader is None or leader.id == call.id:
-        place = "it leads: it is never paused while it runs"
+        doing = f"runs with {holds}, growing by {show_bytes(call.growth_bytes_per_s)} a second"
     else:
-        why = "more important" if leader.priority > call.priority else "further on"
-        place = f"{leader.name!r} of session {leader.session_id} goes first, which is {why}"
-    parts = (f"{call.name!r} {doing} (priority {call.priority})", *held, place)
-    return "; ".join(parts) + f"; {_free(at.now)} are free."
+        doing = f"runs with {holds}"
+    parts = [f"{call.name!r} {doing} (priority {call.priority})"]
+    if call.denied_growth_bytes is not None:
+        parts.append("more memory is denied")
+    if call.throttled_growth_bytes is not None:
+        parts.append("it is slowed")
+    leader = headroom.leader
+    if leader is None or leader.id == call.id:
+        parts.append("it leads: it is never paused while it runs")
+    else:
+        why = lead_of(leader, call)
+        first = f"{leader.name!r} of session {leader.session_id}"
+        parts.append(f"{first} goes first, which is {why}")
+    return "; ".join(parts) + f"; {_free(headroom.now)} are free."
 
 
-def _numbers(at: Situation, call: CallView) -> dict[str, float]:
-    """What is known; the rest is absent."""
-    now = at.now
+def _numbers(headroom: Headroom, call: CallView) -> dict[str, float]:
+    """Return what is known in numbers; what is not known is absent."""
+    now = headroom.now
     known = {
         "priority": call.priority,
         "memory_bytes": call.memory_bytes,
@@ -187,90 +223,105 @@ def _numbers(at: Situation, call: CallView) -> dict[str, float]:
         "pool_free_bytes": now.free_bytes,
         "pool_growth_bytes_per_s": now.growth_bytes_per_s,
         "pool_stalled_share": now.stalled_share,
-        "leader_room_bytes": at.room_bytes,
+        "leader_room_bytes": headroom.reserve_bytes,
     }
     return {name: float(value) for name, value in known.items() if value is not None}
 
 
-def _ways_back(at: Situation, state: State, call: CallView) -> Iterator[str]:
-    """When what was done to it ends."""
-    wanted = {"denied": call.denied_growth_bytes is not None and "deny",
-              "slowed": call.throttled_growth_bytes is not None and "throttle"}  # fmt: skip
-    for word, action in wanted.items():
-        if action:
-            yield f"no longer {word} when {_over(at, action)}"
+def _ways_back(headroom: Headroom, call: CallView) -> Iterator[str]:
+    """Say when what was done to a call ends."""
+    if call.denied_growth_bytes is not None:
+        yield f"no longer denied when {_enough(headroom, 'deny')}"
+    if call.throttled_growth_bytes is not None:
+        yield f"no longer slowed when {_enough(headroom, 'throttle')}"
     if call.frozen_for_usec is None:
         return
-    yield f"it goes on when {_over(at, 'freeze')}, or when nothing else runs"
-    left = at.policy.headroom.lease - call.frozen_for_usec
+    yield f"it goes on when {_enough(headroom, 'freeze')}, or when nothing else runs"
+    left = headroom.settings.lease - call.frozen_for_usec
     when = f"in {show_usec(left)} at the latest" if left > 0 else "now: its lease is over"
     yield f"it goes on {when}, as soon as there is any room"
-    ahead = sum(
-        1 for c in at.frozen if c.id != call.id and at.frozen.index(c) < at.frozen.index(call)
-    )
+    ahead = headroom.frozen.index(call)
     if ahead:
         yield f"{ahead} paused call{'s go' if ahead > 1 else ' goes'} on before it"
 
 
-def _over(at: Situation, action: str) -> str:
-    """What must be so for no ruleset of this action to hold."""
+def _enough(headroom: Headroom, action: str) -> str:
+    """Say how much must be free for no ruleset of this action to hold."""
+    rulesets = [r for r in headroom.policy.rulesets if r.enabled and r.do.action == action]
     needed = [
-        d.until.of(at.now.limit_bytes) + (at.room_bytes if d.keep_room else 0)
-        for r in at.policy.rulesets if r.enabled and r.do.action == action
-        for d in r.when if isinstance(d, PoolFree)
-    ]  # fmt: skip
+        d.until.of(headroom.now.limit_bytes) + (headroom.reserve_bytes if d.keep_room else 0)
+        for r in rulesets
+        for d in r.when
+        if isinstance(d, PoolFree)
+    ]
     return f"{show_bytes(max(needed))} of the pool are free" if needed else "its ruleset ends"
 
 
-def _outlook(at: Situation, state: State, call: CallView) -> Iterator[str]:
-    """Each ruleset that could touch it next, the soonest first."""
+# What comes next for a call
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a ruleset may do to a call, and in how many seconds (infinite: not as things go)."""
+
+    seconds: float
+    sentence: str
+    action: str
+
+
+def _outlook(headroom: Headroom, state: State, call: CallView) -> Iterator[str]:
+    """Say what each ruleset could do to a call next, the soonest first."""
+    steps = list(_steps(headroom, state, call))
     if call.frozen_for_usec is not None:
-        steps = [s for s in _steps(at, state, call) if s[2].do.action == "kill"]
-    else:
-        steps = list(_steps(at, state, call))
-    for _, sentence, _ in sorted(steps, key=lambda s: s[0]):
-        yield sentence
+        steps = [s for s in steps if s.action == "kill"]
+    for step in sorted(steps, key=lambda s: s.seconds):
+        yield step.sentence
     if not steps:
         yield "no ruleset would do anything to it as things are"
 
 
-def _steps(at: Situation, state: State, call: CallView) -> Iterator[tuple[float, str, Ruleset]]:
-    """Seconds until a ruleset may hold (infinite: not as things go), and that in words."""
-    for ruleset in at.policy.rulesets:
-        word = _DOES.get(ruleset.do.action)
-        if not ruleset.enabled or word is None or not _touches(at, ruleset, call):
+def _steps(headroom: Headroom, state: State, call: CallView) -> Iterator[_Step]:
+    """Yield a step for each ruleset that could choose a call, in the order of the policy."""
+    for ruleset in headroom.policy.rulesets:
+        action = ruleset.do.action
+        if not ruleset.enabled or action not in _DOES or not _touches(headroom, ruleset, call):
             continue
         rule = state.rules.get(ruleset.name, RuleState())
-        waits = [0.0 if _holds(at, ruleset, rule, i) else _wait(at, d)
-                 for i, d in enumerate(ruleset.when)]  # fmt: skip
+        waits = [
+            0.0 if _holds(headroom, ruleset, rule, index) else _wait_s(headroom, detector)
+            for index, detector in enumerate(ruleset.when)
+        ]
         seconds = max(waits)
-        conditions = " and ".join(_looks_for(at, d) for d in ruleset.when)
         if seconds == 0:
-            when = "that is so now" + _but(at, ruleset, call)
+            when = "that is so now" + _proviso(headroom, ruleset, call)
         elif math.isinf(seconds):
             when = "not as things are going now"
         else:
-            when = f"in {_soon(seconds)} as the pool grows now" + _but(at, ruleset, call)
-        dry = " (dry run: only said)" if at.policy.dry_run or ruleset.dry_run else ""
-        yield seconds, f"{ruleset.name}: it {word}{dry} at {conditions}: {when}", ruleset
+            proviso = _proviso(headroom, ruleset, call)
+            when = f"in {_soon(seconds)} as the pool grows now{proviso}"
+        dry = " (dry run: only said)" if headroom.policy.dry_run or ruleset.dry_run else ""
+        conditions = " and ".join(_condition(d) for d in ruleset.when)
+        sentence = f"{ruleset.name}: it {_DOES[action]}{dry} at {conditions}: {when}"
+        yield _Step(seconds, sentence, action)
 
 
-def _wait(at: Situation, detector: AnyDetector) -> float:
-    """Seconds until a detector that does not hold would, as the pool grows now."""
+def _wait_s(headroom: Headroom, detector: Detector) -> float:
+    """Return the seconds until a detector that does not hold would, as the pool grows now."""
     if isinstance(detector, PoolFree):
-        room = at.room_bytes if detector.keep_room else 0
-        left = _until_free(at, detector.below.of(at.now.limit_bytes) + room)
+        reserve = headroom.reserve_bytes if detector.keep_room else 0
+        edge = detector.below.of(headroom.now.limit_bytes) + reserve
+        left = _until_free_s(headroom, edge)
     elif isinstance(detector, PoolFills):
-        full = _until_free(at, 0)
+        full = _until_free_s(headroom, 0)
         left = None if full is None else max(0.0, full - detector.within / 1e6)
     else:
-        left = None  # nothing says how stalls or growth go on
+        left = None  # Nothing says how stalls or growth go on.
     return math.inf if left is None else left
 
 
-def _touches(at: Situation, ruleset: Ruleset, call: CallView) -> bool:
-    """Whether this ruleset could ever choose this call, as the rungs choose."""
-    host, do, leader = at.now.host, ruleset.do, at.leader
+def _touches(headroom: Headroom, ruleset: Ruleset, call: CallView) -> bool:
+    """Tell whether a ruleset's action chooser could ever choose a call."""
+    host, do, leader = headroom.now.host, ruleset.do, headroom.leader
     if call.priority >= ruleset.spare_priority or leader is None or leader.id == call.id:
         return False
     if do.action == "throttle":
@@ -281,8 +332,8 @@ def _touches(at: Situation, ruleset: Ruleset, call: CallView) -> bool:
     return True
 
 
-def _but(at: Situation, ruleset: Ruleset, call: CallView) -> str:
-    """Why it may be spared all the same."""
+def _proviso(headroom: Headroom, ruleset: Ruleset, call: CallView) -> str:
+    """Say why the call may be spared all the same; nothing where it would not be."""
     if ruleset.do.action == "kill":
         return ", if nothing else could be done"
-    return "" if call in at.growing else ", if it grows then"
+    return "" if call in headroom.growing else ", if it grows then"

@@ -38,7 +38,7 @@ def is_small(policy: Policy, expected_bytes: int, limit_bytes: int) -> bool:
     return expected_bytes <= policy.admission.small.of(limit_bytes)
 
 
-def room_bytes(policy: Policy, now: Snapshot) -> int:
+def free_for_admission_bytes(policy: Policy, now: Snapshot) -> int:
     """What calls that begin now may be expected to take: what is free, less what is kept free, less
     what running and paused calls are still expected to take."""
     promised = sum(max(0, c.expected_bytes - c.memory_bytes) for c in now.calls)
@@ -58,7 +58,7 @@ def in_order(policy: Policy, now_usec: int, waiting: Sequence[Waiting]) -> list[
 
 def admit(policy: Policy, now: Snapshot, waiting: Sequence[Waiting]) -> list[str]:
     """Ids of the calls that may start now, in this order."""
-    room = room_bytes(policy, now)
+    room = free_for_admission_bytes(policy, now)
     guarantees = {s.id: s.guarantee_bytes - s.memory_bytes for s in now.sessions}
     # With nothing else under way the first one starts however large it is: no room will ever come.
     idle = not now.calls

@@ -236,7 +236,7 @@ class Ruleset(Section):
     do: AnyAction
 
 
-class Headroom(Section):
+class HeadroomSettings(Section):
     """What is kept free, and for whom."""
 
     lookahead: Duration = 250_000
@@ -293,7 +293,7 @@ class Policy(Section):
     description: str = ""
     dry_run: bool = False
     """Of all rulesets."""
-    headroom: Headroom = Headroom()
+    headroom: HeadroomSettings = HeadroomSettings()
     admission: Admission = Admission()
     cpu: CpuClasses = CpuClasses()
     learning: Learning = Learning()

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroupd.policy.engine import attention_bytes, decide, marks
-from agentcgroupd.policy.headroom import Situation
+from agentcgroupd.policy.headroom import Headroom
 from agentcgroupd.policy.schema import Amount, Policy, PoolFills, PoolFree
 from agentcgroupd.policy.snapshot import (
     SESSION_ACTIONS,
@@ -68,7 +68,7 @@ DEFAULT = with_prior(
     ),
     MIB,
 )
-"""One rung at a time: everything here grows faster than real calls in so small a pool."""
+"""One ruleset at a time: everything here grows faster than real calls in so small a pool."""
 
 
 def call(name: str, **changes: Any) -> CallView:
@@ -186,8 +186,8 @@ def test_among_equals_who_needs_least_leads_then_the_oldest() -> None:
 def test_who_runs_goes_on_leading_while_what_it_needs_is_there() -> None:
     runs = needing("runs", 100, 300)
     nearer = replace(needing("nearer", 100, 200), frozen_for_usec=1, growth_bytes_per_s=0.0)
-    assert Situation(DEFAULT, snapshot(runs, nearer, free=350)).leader is runs
-    assert Situation(DEFAULT, snapshot(runs, nearer, free=250)).leader is nearer
+    assert Headroom(DEFAULT, snapshot(runs, nearer, free=350)).leader is runs
+    assert Headroom(DEFAULT, snapshot(runs, nearer, free=250)).leader is nearer
 
 
 def needing(name: str, holds: int, needs: int, **changes: Any) -> CallView:
@@ -199,7 +199,7 @@ def needing(name: str, holds: int, needs: int, **changes: Any) -> CallView:
 
 def room(*calls: CallView) -> int:
     """In MiB."""
-    return Situation(DEFAULT, snapshot(*calls, free=500)).room_bytes // MIB
+    return Headroom(DEFAULT, snapshot(*calls, free=500)).reserve_bytes // MIB
 
 
 def test_room_is_what_lets_all_end_in_turn() -> None:
@@ -220,20 +220,22 @@ def test_room_is_what_lets_all_end_in_turn() -> None:
 def test_with_its_room_free_every_call_can_end(calls: list[tuple[int, int]]) -> None:
     """The banker's invariant, by its definition: some order lets each take all that it needs."""
     views = [needing(f"c{i}", holds, needs) for i, (holds, needs) in enumerate(calls)]
-    at = Situation(DEFAULT, snapshot(*views, free=500))
-    free, left = at.room_bytes, list(at.counting)
+    headroom = Headroom(DEFAULT, snapshot(*views, free=500))
+    free, left = headroom.reserve_bytes, list(headroom.claimants)
     while left:
-        able = next((c for c in left if at.needs(c) <= free), None)
+        able = next((c for c in left if headroom.need_bytes(c) <= free), None)
         assert able is not None, "nobody can end"
         free += able.memory_bytes
         left.remove(able)
-    assert at.room_bytes == 0 or not can_all_end(at, at.room_bytes - 1), "and no less would do"
+    assert headroom.reserve_bytes == 0 or not can_all_end(headroom, headroom.reserve_bytes - 1), (
+        "and no less would do"
+    )
 
 
-def can_all_end(at: Situation, free: int) -> bool:
+def can_all_end(headroom: Headroom, free: int) -> bool:
     """Whether any order does it; taking whoever can is as good as any (EWD 623)."""
-    left = list(at.counting)
-    while able := [c for c in left if at.needs(c) <= free]:
+    left = list(headroom.claimants)
+    while able := [c for c in left if headroom.need_bytes(c) <= free]:
         free += sum(c.memory_bytes for c in able)
         left = [c for c in left if c not in able]
     return not left
@@ -614,14 +616,14 @@ def test_properties(
             assert target.id not in running
     subjects = [d.subject for d in outcome.decisions
                 if d.action not in SESSION_ACTIONS | LET_GO]  # fmt: skip
-    assert len(subjects) == len(set(subjects)), "one rung for a call on one look"
+    assert len(subjects) == len(set(subjects)), "one action for a call on one look"
     chosen = {action: {d.subject for d in outcome.decisions if d.action is action}
               for action in Action}  # fmt: skip
     held_up = chosen[Action.FREEZE] | chosen[Action.KILL]
     if calls:
         # Something always goes on, so that memory comes back.
         assert (running - held_up) | chosen[Action.THAW] | chosen[Action.KILL]
-        leader = Situation(DEFAULT, now).leader
+        leader = Headroom(DEFAULT, now).leader
         assert leader is not None
         stops = chosen[Action.FREEZE] | chosen[Action.DENY] | chosen[Action.THROTTLE]
         assert leader.id not in stops, "the most important call is never held up"
@@ -663,7 +665,7 @@ def test_an_important_call_leads_however_small_it_is() -> None:
     small = call("pytest", priority=80, began_usec=2, memory_bytes=MIB, growth_bytes_per_s=FAST)
     late = call("late", paused_usec=121_000_000, frozen_for_usec=1)
     now = snapshot(server, small, late, call("big", growth_bytes_per_s=FAST), free=30)
-    assert Situation(DEFAULT, now).leader is small
+    assert Headroom(DEFAULT, now).leader is small
     assert actions(now) == [(Action.FREEZE, "big")]
 
 

@@ -58,7 +58,7 @@ def test_the_leader_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "on_pressure", "rungs"),
+    ("host", "on_pressure", "rulesets"),
     [
         ({}, "freeze", ["freeze", "freeze-fast", "kill", "kill-stalled"]),
         (
@@ -80,11 +80,11 @@ def test_the_leader_is_left_alone() -> None:
     ],
 )
 def test_only_rungs_that_could_touch_it(
-    host: dict[str, object], on_pressure: str, rungs: list[str]
+    host: dict[str, object], on_pressure: str, rulesets: list[str]
 ) -> None:
     now = snapshot(300 * MIB, call("a", 50), call("b", 20, on_pressure=on_pressure), **host)
     found = explain(POLICY, now, State(), "b")
-    assert [line.split(":")[0] for line in found.outlook] == rungs
+    assert [line.split(":")[0] for line in found.outlook] == rulesets
     assert found.outlook[0].endswith("that is so now")
 
 

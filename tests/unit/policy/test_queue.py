@@ -8,7 +8,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcgroupd.policy.queue import Waiting, admit, in_order, is_small, room_bytes
+from agentcgroupd.policy.queue import Waiting, admit, free_for_admission_bytes, in_order, is_small
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import CallView, SessionView, Snapshot
 
@@ -53,7 +53,7 @@ def test_what_starts_fits_into_what_is_left(rows: list[Waiting], free: int, prom
     started = admit(POLICY, now, rows)
     assert len(set(started)) == len(started) and set(started) <= {w.id for w in rows}
     large = [w for w in rows if w.id in started and not is_small(POLICY, w.expected_bytes, 1 << 32)]
-    assert sum(w.expected_bytes for w in large) <= max(0, room_bytes(POLICY, now))
+    assert sum(w.expected_bytes for w in large) <= max(0, free_for_admission_bytes(POLICY, now))
     small = {w.id for w in rows if is_small(POLICY, w.expected_bytes, 1 << 32)}
     assert small <= set(started), "small calls never wait"
 
