@@ -84,12 +84,12 @@ def _reading(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
             return common.USAGE
         except errors.ConfigError as error:
             if args.json:
-                mistakes = [
+                details = [
                     {"file": m.file, "line": m.line or None, "key": m.key, "sentence": m.sentence}
-                    for m in getattr(error, "mistakes", ())
+                    for m in getattr(error, "errors", ())
                 ]
                 found = AgentcgError(str(error)).to_dict()
-                print_json({"ok": False, "error": found, "mistakes": mistakes})
+                print_json({"ok": False, "error": found, "mistakes": details})
             print(error, file=sys.stderr)
             return common.BAD
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from agentcgroupd.config import PolicyConfig
 from agentcgroupd.errors import ConfigError
-from agentcgroupd.policy.lint import doubts
+from agentcgroupd.policy.lint import lint
 from agentcgroupd.policy.load import Loaded, find_sources, load_policy
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.toml import diff
@@ -142,7 +142,7 @@ class PolicyFiles:
     def _say(self) -> None:
         loaded = self.loaded
         log.info("policy %s in force: %s", loaded.policy.name, " ".join(map(str, loaded.sources)))
-        for sentence in doubts(loaded.policy, self.limit_bytes):
+        for sentence in lint(loaded.policy, self.limit_bytes):
             log.warning("policy %s: %s", loaded.policy.name, sentence)
 
 

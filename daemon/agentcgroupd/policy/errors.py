@@ -1,9 +1,8 @@
-"""What is wrong with a policy, in words: file, line, key, value, what is allowed."""
+"""Errors in a policy, in words: file, line, key, value, what is allowed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -12,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from agentcgroupd.config import Section
 from agentcgroupd.errors import VALUE_SHOWN_CHARS, ConfigError, InvalidField
-from agentcgroupd.policy.locations import Mark
+from agentcgroupd.policy.locations import Location
 from agentcgroupd.policy.schema import AnyAction, Detector, Policy
 from agentcgroupd.units import suggestion
 
@@ -20,6 +19,7 @@ Path = tuple[str | int, ...]
 
 
 def _by_tag(union: Any, key: str) -> dict[str, type[Section]]:
+    """Return the models of a tagged union by their tags. `key`: the field that holds the tag."""
     models = get_args(get_args(union)[0])
     return {get_args(m.model_fields[key].annotation)[0]: m for m in models}
 
@@ -31,8 +31,8 @@ MISSING = "it is missing"
 
 
 @dataclass(frozen=True, slots=True)
-class Mistake:
-    """One of them. `line` 0: the file as a whole."""
+class ErrorDetail:
+    """An error in a policy. `line` 0: the file as a whole."""
 
     file: str
     line: int
@@ -45,19 +45,20 @@ class Mistake:
 
 
 class PolicyError(ConfigError):
-    """A policy that cannot be used; the message has a line for each mistake."""
+    """A policy that cannot be used. The message has a line for each of its errors."""
 
-    def __init__(self, mistakes: Iterable[Mistake]) -> None:
-        self.mistakes = tuple(mistakes)
-        super().__init__("\n".join(map(str, self.mistakes)))
+    def __init__(self, *errors: ErrorDetail) -> None:
+        self.errors = errors
+        super().__init__("\n".join(map(str, errors)))
 
 
 def key_of(path: Path, data: dict[str, Any]) -> str:
-    """`rulesets.freeze.when[0].below`: rulesets by their names, where they have one."""
+    """Return a path as text, such as `rulesets.freeze.when[0].below`: rulesets go by their names,
+    where they have one."""
     text, value = "", data
     for part in path:
         try:
-            value = value[part]  # type: ignore[index]  # lists below the top
+            value = value[part]  # type: ignore[index]  # There are lists below the top.
         except (KeyError, IndexError, TypeError):
             value = {}
         name = value.get("name") if text == "rulesets" and isinstance(value, dict) else None
@@ -70,44 +71,56 @@ def key_of(path: Path, data: dict[str, Any]) -> str:
     return text
 
 
-def mistakes_of(error: ValidationError, data: dict[str, Any], marks: Mark) -> list[Mistake]:
-    """The mistakes in a document that pydantic refused, in the order of their lines."""
+def details_of(
+    error: ValidationError, data: dict[str, Any], locations: Location
+) -> list[ErrorDetail]:
+    """Return the errors in a document that pydantic refused, in the order of their lines: first
+    those of the document's own file, then those of its drop-ins."""
     found: dict[Path, str] = {}
     for item in error.errors():
-        path, sentence = _mistake(_path(item["loc"]), item)
+        path, sentence = _explained(_path(item["loc"]), item)
         found.setdefault(path, sentence)
     for path, sentence in list(found.items()):
         meant = re.match(r"no such key; did you mean '(.*)'\?", sentence)
         if meant and found.get((*path[:-1], meant[1])) == MISSING:
             del found[(*path[:-1], meant[1])]
-    # An array whose elements are wrong counts as empty too.
-    paths = [p for p in found if not any(p == q[: len(p)] for q in found if len(q) > len(p))]
-    mistakes = [Mistake(marks.find(p).file, marks.find(p).line, key_of(p, data), found[p])
-                for p in paths]  # fmt: skip
-    return sorted(mistakes, key=lambda m: (m.file != marks.file, m.file, m.line))
+    details = []
+    for path, sentence in found.items():
+        # Pydantic counts an array whose elements are wrong as empty, too.
+        if not any(_is_within(other, path) for other in found):
+            place = locations.find(path)
+            details.append(ErrorDetail(place.file, place.line, key_of(path, data), sentence))
+    return sorted(details, key=lambda d: (d.file != locations.file, d.file, d.line))
+
+
+def _is_within(path: Path, outer: Path) -> bool:
+    return len(path) > len(outer) and path[: len(outer)] == outer
 
 
 def _path(loc: tuple[int | str, ...]) -> Path:
-    """Where in the document: pydantic names the kind of detector or action in between."""
+    """Return the path in the document: pydantic puts the kind of detector or action in between."""
     path: list[str | int] = []
     tagged = False
     for part in loc:
-        kinds = ACTIONS if path[-1:] == ["do"] else DETECTORS if path[-2:-1] == ["when"] else {}
+        kinds: dict[str, type[Section]] = {}
+        if path[-1:] == ["do"]:
+            kinds = ACTIONS
+        elif path[-2:-1] == ["when"]:
+            kinds = DETECTORS
         tagged = not tagged and part in kinds
         if not tagged:
             path.append(part)
     return tuple(path)
 
 
-def _mistake(path: Path, item: Any) -> tuple[Path, str]:
-    """The exact place, and the sentence."""
+def _explained(path: Path, item: Any) -> tuple[Path, str]:
+    """Return the exact place of one of pydantic's errors, and what is wrong there in words."""
     kind, context = item["type"], item.get("ctx", {})
     cause = context.get("error")
     if isinstance(cause, InvalidField):
-        if isinstance(item["input"], dict):  # two keys contradict each other
-            path += tuple(
-                int(p) if p.isdigit() else p for p in re.findall(r"[^.\[\]]+", cause.field)
-            )
+        if isinstance(item["input"], dict):  # Two keys of this table contradict each other.
+            parts = re.findall(r"[^.\[\]]+", cause.field)
+            path += tuple(int(part) if part.isdigit() else part for part in parts)
         return path, f"{_shown(cause.value)} cannot be used; allowed is {cause.allowed}"
     if kind == "extra_forbidden":
         known = _section(path[:-1], item).model_fields
@@ -132,7 +145,7 @@ def _discriminator(context: Any) -> str:
 
 
 def _not_among(value: object, expected: str) -> str:
-    """`expected`: words in quotes, as pydantic lists them."""
+    """Say which words are allowed. `expected`: words in quotes, as pydantic lists them."""
     words = re.findall(r"'([^']*)'", expected)
     hint = suggestion(str(value), words)
     sentence = f"{_shown(value)} cannot be used; allowed is {', '.join(words)}"
@@ -165,11 +178,11 @@ def _allowed(item: Any) -> str:
 
 
 def _shown(value: object) -> str:
-    """As written in TOML, as far as it matters."""
+    """Return a value as it would be written in TOML, cut where it is long."""
     if isinstance(value, dict):
         return "a table"
     if value is None:
-        return "''"  # what an empty text is read as
+        return "''"  # An empty text is read as None.
     if isinstance(value, bool):
         return str(value).lower()
     text = repr(value)
@@ -177,7 +190,7 @@ def _shown(value: object) -> str:
 
 
 def _section(path: Path, item: Any) -> type[BaseModel]:
-    """The model of the table at a path, which an unknown key was found in."""
+    """Return the model of the table at a path, in which an unknown key was found."""
     loc = item["loc"][:-1]
     if path[-1:] == ("do",):
         return ACTIONS[str(loc[-1])]
@@ -191,6 +204,7 @@ def _section(path: Path, item: Any) -> type[BaseModel]:
 
 
 def _model_of(info: FieldInfo) -> type[BaseModel]:
-    (model,) = [a for a in (info.annotation, *get_args(info.annotation))
-                if isinstance(a, type) and issubclass(a, BaseModel)]  # fmt: skip
+    """Return the one model that a field's annotation names."""
+    types = [a for a in (info.annotation, *get_args(info.annotation)) if isinstance(a, type)]
+    (model,) = [t for t in types if issubclass(t, BaseModel)]
     return model

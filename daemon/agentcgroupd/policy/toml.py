@@ -1,10 +1,16 @@
-"""A policy as text: the whole document, and how two of them differ, key by key."""
+"""Policies as text: the whole document as TOML, and how two policies differ, key by key.
+
+The writer is our own because operators read what it writes, and copy it into drop-ins: each
+detector and each action stands on one line, as in the policies that come with the daemon. tomli-w
+makes a table of every action, and of the detectors too as soon as one is longer than 100
+characters; neither can be set.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -19,7 +25,7 @@ _SIZES = ((1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K"), (1, ""
 
 
 def _exactly(value: int, units: tuple[tuple[int, str], ...]) -> str:
-    """With the largest unit that leaves nothing over."""
+    """Return a quantity with the largest unit that leaves nothing over."""
     factor, unit = next((f, u) for f, u in units if value % f == 0)
     return f"{value // factor}{unit}"
 
@@ -30,7 +36,7 @@ def _is_duration(info: FieldInfo) -> bool:
 
 
 def _plain(info: FieldInfo, value: object) -> str | int | float | bool:
-    """A value as an operator would write it."""
+    """Return a value as an operator would write it: quantities as text with their units."""
     if isinstance(value, Amount):
         parts = []
         if value.percent is not None:
@@ -45,14 +51,15 @@ def _plain(info: FieldInfo, value: object) -> str | int | float | bool:
 
 
 def _toml(value: str | int | float | bool) -> str:
+    """Return a value in TOML."""
     if isinstance(value, str):
-        # What JSON escapes is escaped alike in TOML, which alone forbids DEL.
+        # TOML escapes like JSON, but for DEL, which only TOML forbids.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _items(section: Section) -> Iterator[tuple[str, FieldInfo, Any]]:
-    """What is set, defaults included."""
+    """Yield name, field and value of each key that is set, defaults included."""
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
         if value is not None:
@@ -60,7 +67,7 @@ def _items(section: Section) -> Iterator[tuple[str, FieldInfo, Any]]:
 
 
 def to_toml(policy: Policy) -> str:
-    """The whole document; read again, it is the same policy."""
+    """Return the whole policy as a document. Read again, it is the same policy."""
     lines: list[str] = []
     tables: list[str] = []
     for name, info, value in _items(policy):
@@ -75,6 +82,7 @@ def to_toml(policy: Policy) -> str:
 
 
 def _pairs(section: Section) -> Iterator[str]:
+    """Yield the lines of a table: tables and arrays in it are inline ones."""
     for name, info, value in _items(section):
         if isinstance(value, tuple):
             yield f"{name} = ["
@@ -96,7 +104,7 @@ def _inline(section: Section) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One key that differs. None: it is not there."""
+    """A key that differs between two policies. None: it is not there."""
 
     key: str
     before: str | None
@@ -111,30 +119,33 @@ class Change:
 
 
 def diff(before: Policy, after: Policy) -> list[Change]:
-    """What is different, key by key; rulesets are compared by their names."""
-    changes = _changes(dict(_entries(before)), dict(_entries(after)))
-    old, new = ({r.name: r for r in p.rulesets} for p in (before, after))
+    """Return what is different, key by key. Rulesets are compared by their names."""
+    changes = _changes(_entries(before), _entries(after))
+    old = {r.name: r for r in before.rulesets}
+    new = {r.name: r for r in after.rulesets}
     for name in old | new:
         key = f"rulesets.{name}"
-        if name in old and name in new:
-            entries = (dict(_entries(r, f"{key}.")) for r in (old[name], new[name]))
-            changes += _changes(*entries)
+        if name not in new:
+            changes.append(Change(key, describe(old[name]), None))
+        elif name not in old:
+            changes.append(Change(key, None, describe(new[name])))
         else:
-            was, now = (describe(p[name]) if name in p else None for p in (old, new))
-            changes.append(Change(key, was, now))
-    common = [[n for n in p if n in old and n in new] for p in (old, new)]
-    if common[0] != common[1]:
-        changes.append(Change("order of rulesets", *map(", ".join, common)))
+            changes += _changes(_entries(old[name], f"{key}."), _entries(new[name], f"{key}."))
+    old_order = [name for name in old if name in new]
+    new_order = [name for name in new if name in old]
+    if old_order != new_order:
+        changes.append(Change("order of rulesets", ", ".join(old_order), ", ".join(new_order)))
     return changes
 
 
-def _changes(before: dict[str, str], after: dict[str, str]) -> list[Change]:
-    return [Change(key, before.get(key), after.get(key)) for key in before | after
-            if before.get(key) != after.get(key)]  # fmt: skip
+def _changes(before: Iterable[tuple[str, str]], after: Iterable[tuple[str, str]]) -> list[Change]:
+    old, new = dict(before), dict(after)
+    changes = [Change(key, old.get(key), new.get(key)) for key in old | new]
+    return [change for change in changes if change.before != change.after]
 
 
 def _entries(section: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Keys with their values, of all tables but the rulesets."""
+    """Yield the keys with their values, of all tables but the rulesets."""
     for name, info, value in _items(section):
         if isinstance(value, Section):
             yield from _entries(value, f"{prefix}{name}.")
@@ -148,13 +159,13 @@ def _entries(section: Section, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def describe(ruleset: Ruleset) -> str:
-    """`freeze when pool_free (below 6%, until 12%)`."""
+    """Return a ruleset in words, such as `freeze when pool_free (below 6%, until 12%)`."""
     conditions = " and ".join(f"{d.detector} ({', '.join(_settings(d))})" for d in ruleset.when)
     return f"{ruleset.do.action} when {conditions}"
 
 
 def _settings(section: Section) -> Iterator[str]:
-    """What is set and not as it is by default."""
+    """Yield what is set and is not the default."""
     for name, info, value in _items(section):
         if name not in ("detector", "action") and value != info.default:
             yield name if value is True else f"{name} {_plain(info, value)}"

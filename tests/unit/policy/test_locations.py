@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroupd.policy.load import built_in
-from agentcgroupd.policy.locations import Mark, scan
+from agentcgroupd.policy.locations import Location, scan
+
+KeyPath = tuple[str | int, ...]
 
 SCALARS = st.sampled_from(
     ["1", "-1.5e3", "true", "inf", "1979-05-27 07:32:00", "07:32:00", '""', "''", '"a#]}"', "'\\'",
@@ -28,10 +30,10 @@ class Writer:
     def __init__(self, data: st.DataObject) -> None:
         self.draw = data.draw
         self.text = ""
-        self.lines: dict[tuple[str | int, ...], int] = {}
+        self.lines: dict[KeyPath, int] = {}
         self.names = 0
 
-    def key(self, table: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    def key(self, table: KeyPath) -> KeyPath:
         """A new one, perhaps of several parts."""
         self.names += 1
         written = self.draw(KEYS).format(f"k{self.names}")
@@ -45,7 +47,7 @@ class Writer:
     def line(self) -> int:
         return self.text.count("\n") + 1
 
-    def pairs(self, table: tuple[str | int, ...], depth: int, between: str | None = None) -> None:
+    def pairs(self, table: KeyPath, depth: int, between: str | None = None) -> None:
         for index in range(self.draw(st.integers(0, 2))):
             self.text += f"{between}{self.draw(GAPS)}" if between and index else ""
             path = self.key(table)
@@ -53,7 +55,7 @@ class Writer:
             self.value(path, depth)
             self.text += "" if between else f"{self.draw(GAPS)}{self.draw(LINES)}\n"
 
-    def value(self, path: tuple[str | int, ...], depth: int) -> None:
+    def value(self, path: KeyPath, depth: int) -> None:
         kind = self.draw(st.sampled_from(["scalar", "array", "table"] if depth else ["scalar"]))
         if kind == "scalar":
             self.text += self.draw(SCALARS)
@@ -101,7 +103,7 @@ def _parts(key: str) -> list[str]:
     return parts
 
 
-def _paths(value: Any, path: tuple[str | int, ...] = ()) -> set[tuple[str | int, ...]]:
+def _paths(value: Any, path: KeyPath = ()) -> set[KeyPath]:
     items = value.items() if isinstance(value, dict) else enumerate(value)
     found = set()
     for key, child in items:
@@ -111,9 +113,9 @@ def _paths(value: Any, path: tuple[str | int, ...] = ()) -> set[tuple[str | int,
     return found
 
 
-def _lines(mark: Mark, path: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], int]:
-    found: dict[tuple[str | int, ...], int] = {}
-    for key, child in mark.children.items():
+def _lines(location: Location, path: KeyPath = ()) -> dict[KeyPath, int]:
+    found: dict[KeyPath, int] = {}
+    for key, child in location.children.items():
         found |= {(*path, key): child.line, **_lines(child, (*path, key))}
     return found
 
