@@ -131,8 +131,7 @@ class InSession(Predictor):
 
     def ended(self, row: Row) -> None:
         learned = self.learned.setdefault(row.session, Learned(self.learning))
-        wall_usec = int((row.ended_s - row.began_s) * 1e6)
-        learned.ended(self._shape(row), None, row.peak_bytes, wall_usec, False)
+        learned.ended(self._shape(row), None, row.peak_bytes, False)
 
 
 @dataclass

@@ -1,9 +1,10 @@
-"""Who may start: `admit(policy, snapshot, waiting) -> ids`. Pure, like the engine.
+"""Admission of calls that wait: `admit(policy, snapshot, waiting) -> ids`. Pure, like the engine.
 
-Calls that say what they expect share the room that is left, by priority and age. What running calls
-are still expected to take counts as taken. A small call never waits, and neither does one that says
-nothing: it can be paused when it turns out large. Nobody waits for ever: age outweighs priority in
-time, and once the first in the queue has waited for half of its time nothing large passes it.
+Calls that say what they expect share the memory that is free, by priority and age. What running
+calls are still expected to take counts as taken. A small call never waits, and neither does a call
+that says nothing: it can be paused when it turns out large. No call waits for ever: age outweighs
+priority in time, and once the first in the queue has waited for half of its time, no large call
+passes it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import Snapshot
 
 AGE_PRIORITY = 10
-"""Steps of priority that a call gains for each `age_step` of waiting: a batch call (20) that has
+"""Steps of priority that a call gains for each `age_step` of waiting. A batch call (20) that has
 waited for six of them goes before an important one (80) that has just come."""
 
 
@@ -34,58 +35,61 @@ class Waiting:
 
 
 def is_small(policy: Policy, expected_bytes: int, limit_bytes: int) -> bool:
-    """Whether a call starts at once, whatever there is."""
+    """Tell whether a call starts at once, however little is free."""
     return expected_bytes <= policy.admission.small.of(limit_bytes)
 
 
 def free_for_admission_bytes(policy: Policy, now: Snapshot) -> int:
-    """What calls that begin now may be expected to take: what is free, less what is kept free, less
-    what running and paused calls are still expected to take."""
+    """Return the bytes that calls that begin now may be expected to take: what is free, less the
+    mark at which paused calls go on, less what open calls are still expected to take."""
     promised = sum(max(0, c.expected_bytes - c.memory_bytes) for c in now.calls)
     free = now.free_bytes - resume_mark(policy, now.limit_bytes)
     return int(free - promised / policy.admission.overcommit)
 
 
 def in_order(policy: Policy, now_usec: int, waiting: Sequence[Waiting]) -> list[Waiting]:
-    """The next to start first."""
+    """Return the waiting calls, the next to start first. `now_usec`: on the snapshot's clock."""
 
-    def key(w: Waiting) -> tuple[float, int, str]:
-        aged = AGE_PRIORITY * max(0, now_usec - w.since_usec) / policy.admission.age_step
-        return -(w.priority + aged), w.since_usec, w.id
+    def key(call: Waiting) -> tuple[float, int, str]:
+        waited_usec = max(0, now_usec - call.since_usec)
+        aged = AGE_PRIORITY * waited_usec / policy.admission.age_step
+        return -(call.priority + aged), call.since_usec, call.id
 
     return sorted(waiting, key=key)
 
 
 def admit(policy: Policy, now: Snapshot, waiting: Sequence[Waiting]) -> list[str]:
-    """Ids of the calls that may start now, in this order."""
-    room = free_for_admission_bytes(policy, now)
-    guarantees = {s.id: s.guarantee_bytes - s.memory_bytes for s in now.sessions}
-    # With nothing else under way the first one starts however large it is: no room will ever come.
+    """Return the ids of the calls that may start now, in this order."""
+    free = free_for_admission_bytes(policy, now)
+    guaranteed = {s.id: s.guarantee_bytes - s.memory_bytes for s in now.sessions}
+    # In an idle pool the first call starts however large it is: no call will give memory back.
     idle = not now.calls
     blocked = False
     started: list[str] = []
-    for w in in_order(policy, now.now_usec, waiting):
-        own = guarantees.get(w.session_id, 0)
-        if w.expected_bytes <= own:
-            guarantees[w.session_id] = own - w.expected_bytes
-        elif is_small(policy, w.expected_bytes, now.limit_bytes):
+    for call in in_order(policy, now.now_usec, waiting):
+        expected, left = call.expected_bytes, guaranteed.get(call.session_id, 0)
+        fits = expected <= free and not blocked
+        if expected <= left:
+            guaranteed[call.session_id] = left - expected
+        elif is_small(policy, expected, now.limit_bytes):
             pass
-        elif w.expected_bytes <= room and not blocked:
-            room -= w.expected_bytes
-        elif idle and not started:
-            room -= w.expected_bytes
+        elif fits or (idle and not started):
+            free -= expected
         else:
-            half = w.since_usec + (w.deadline_usec - w.since_usec) // 2
-            blocked = blocked or now.now_usec >= half
+            half_usec = call.since_usec + (call.deadline_usec - call.since_usec) // 2
+            blocked = blocked or now.now_usec >= half_usec
             continue
-        started.append(w.id)
+        started.append(call.id)
     return started
 
 
-def estimate_usec(ahead_bytes: int, room_now_bytes: int, freed_bytes_per_s: float) -> int | None:
-    """When a call may start with this much expected by those before it and itself, judged by how
-    fast calls have given room back lately; None: none was."""
-    short = ahead_bytes - room_now_bytes
+def estimate_usec(ahead_bytes: int, free_bytes: int, freed_bytes_per_s: float) -> int | None:
+    """Return in how many microseconds a call may start; None where no call gave memory back lately.
+
+    `ahead_bytes`: what the call and those before it expect. `free_bytes`: what is free for
+    admission. `freed_bytes_per_s`: how fast calls have given memory back lately.
+    """
+    short = ahead_bytes - free_bytes
     if short <= 0:
         return 0
     return int(short / freed_bytes_per_s * 1e6) if freed_bytes_per_s > 0 else None

@@ -1,5 +1,5 @@
-"""What a policy sees and what it may answer: plain values, the same for the kernel's truth and for
-the simulator."""
+"""Snapshots of the pool, decisions and the engine's memory: plain values, which the guard fills
+from the kernel and the simulator from its model."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 PEAKS_LEAST = 20
-"""Fewer calls that got as far as this one tell nothing about how far one like it may go."""
+"""Least number of calls that got as far as a call, to tell how far that call may go."""
 
 
 class SignalKind(enum.Enum):
-    """Why a decision is asked for."""
+    """Reason for which a decision is asked for."""
 
     TICK = "tick"
     MARK = "mark"
-    """Use of the pool passed its mark."""
+    """The pool's use passed its mark."""
     PRESSURE = "pressure"
     """A PSI trigger fired."""
-    BEGAN = "began"
     ENDED = "ended"
-    OOM = "oom"
+    """A call ended."""
     URGENT = "urgent"
     """The program in the kernel has already denied growth for a stalled session."""
     RELOADED = "reloaded"
-    """The policy is another than before."""
+    """The policy was replaced."""
 
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """Something happened. `subject`: id of the call or session; empty: the pool."""
+    """An event in the pool. `subject`: id of the call or session; empty: the pool itself."""
 
     kind: SignalKind
     subject: str = ""
@@ -42,7 +41,7 @@ TICK = Signal(SignalKind.TICK)
 
 @dataclass(frozen=True, slots=True)
 class CallView:
-    """One open call as the policy sees it."""
+    """An open call as the policy sees it."""
 
     id: str
     name: str
@@ -52,90 +51,95 @@ class CallView:
     memory_bytes: int
     growth_bytes_per_s: float
     cpu_usec: int
-    """Work done so far, which is lost if the call is killed."""
+    """CPU time so far: work that is lost if the call is killed."""
     grew_usec: int = -(1 << 62)
-    """When it last took memory fast enough to matter, on the snapshot's clock."""
+    """Time of the last growth that was fast enough to matter, on the snapshot's clock."""
     frozen_for_usec: int | None = None
-    """None: it runs."""
+    """Time since the call was paused; None: it runs."""
     paused_usec: int = 0
-    """For how long it has been paused in all."""
+    """Time for which the call has been paused in all."""
     denied_growth_bytes: int | None = None
-    """How much it has grown since its growth was denied; None: it may grow."""
+    """Growth since growth was denied to the call; None: the call may grow."""
     refused_requests: int = 0
-    """How often it was refused memory since its growth was denied."""
+    """Number of refusals since growth was denied."""
     throttled_growth_bytes: int | None = None
-    """How much it has grown since it was throttled; None: it is not."""
+    """Growth since the call was throttled; None: it is not throttled."""
     on_pressure: str = "freeze"
     expected_bytes: int = 0
-    """What it will take: as its intent says, corrected by what the last ones like it took; 0: not
-    known."""
+    """Memory that the call will take, by its intent, corrected by what the last calls like it took;
+    0: not known."""
     memory_max_bytes: int | None = None
+    """The call's own limit; None: it has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionView:
-    """One session as the policy sees it."""
+    """An open session as the policy sees it."""
 
     id: str
     priority: int
     memory_bytes: int
     agent_bytes: int
-    """What its agent leaf holds."""
+    """Memory of the agent leaf."""
     guarantee_bytes: int = 0
     waiting_usec: int = 0
-    """For how long it has had no call and its agent next to no CPU: it waits for its model."""
+    """Time without a call and with next to no CPU time of the agent: it waits for its model."""
     refaults_per_s: float = 0.0
-    """Pages that had been reclaimed and were needed again."""
+    """Pages a second that had been reclaimed and were needed again."""
     stalled_share: float = 0.0
-    """Part of the last moment in which some task of it stalled on memory, 0 to 1 (PSI some)."""
+    """Part of the last moment in which some task stalled on memory, 0 to 1 (PSI some)."""
     slowed: bool = False
-    """Its CPU weight is lowered."""
+    """Whether the CPU weight is lowered (Action.SLOW)."""
     reclaimed_usec: int | None = None
-    """Time since memory was last reclaimed from it; None: not yet."""
+    """Time since memory was last reclaimed from the session; None: not yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What this kernel and host can do, as far as decisions depend on it."""
+    """Abilities of this kernel and host."""
 
     can_deny: bool = False
+    """A program in the kernel can refuse what a call asks for."""
     can_penalize: bool = False
     """The CPU scheduler slows a call by how far it has grown above a mark."""
     can_reclaim: bool = False
     """memory.reclaim is there (Linux 5.19)."""
     swap_free_bytes: int = 0
-    """0: anonymous memory can go nowhere, and throttling it by memory.high is a standstill."""
+    """Swap space that is left. 0: anonymous memory can go nowhere, and a call that memory.high
+    throttles comes to a standstill."""
     swap_is_zram: bool = False
+    """Whether the swap space that is used first lies in memory. No decision depends on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The pool at one moment."""
+    """A view of the pool at one moment."""
 
     now_usec: int
-    """A clock that never goes back (CLOCK_BOOTTIME)."""
+    """Time of a clock that goes on while the machine sleeps (CLOCK_BOOTTIME)."""
     limit_bytes: int
     usage_bytes: int
-    """Without cold file cache, which the kernel takes back by itself."""
+    """Memory in use, without cold file cache, which the kernel takes back by itself."""
     growth_bytes_per_s: float
     calls: tuple[CallView, ...]
     sessions: tuple[SessionView, ...] = ()
     host: Host = field(default_factory=Host)
     stalled_share: float | None = 0.0
-    """As in SessionView, of the whole pool; None: this kernel does not tell."""
+    """Part of the last moment in which some task in the pool stalled on memory, 0 to 1 (PSI some);
+    None: this kernel does not tell."""
     cache_bytes: int = 0
     """Cold file cache in the pool, which is not counted in `usage_bytes`."""
     peaks_bytes: tuple[int, ...] = ()
-    """What ended calls of this pool took at most, ascending."""
+    """Peaks of the pool's ended calls, ascending."""
 
     @property
     def free_bytes(self) -> int:
-        """What is left of the pool; negative when it is over."""
+        """Bytes that are left of the pool; negative when it is over its limit."""
         return self.limit_bytes - self.usage_bytes
 
     def likely_peak(self, at_least: int, share: float) -> int | None:
-        """What `share` of the calls that got beyond `at_least` bytes stayed below; None when too
-        few did."""
+        """Return the peak in bytes that `share` (0 to 1) of the calls stayed below that got beyond
+        `at_least` bytes; None where too few calls got there."""
         beyond = bisect.bisect_right(self.peaks_bytes, at_least)
         count = len(self.peaks_bytes) - beyond
         if count < PEAKS_LEAST:
@@ -144,7 +148,7 @@ class Snapshot:
 
 
 class Action(enum.Enum):
-    """What can be done: to a call, or (RECLAIM, SLOW, RESTORE) to a session."""
+    """Actions on a call or, those in SESSION_ACTIONS, on a session."""
 
     RECLAIM = "reclaim"
     THROTTLE = "throttle"
@@ -155,9 +159,9 @@ class Action(enum.Enum):
     THAW = "thaw"
     KILL = "kill"
     SLOW = "slow"
-    """Less CPU."""
+    """Give less CPU time."""
     RESTORE = "restore"
-    """CPU as before."""
+    """Give CPU time as before."""
 
 
 SESSION_ACTIONS = frozenset({Action.RECLAIM, Action.SLOW, Action.RESTORE})
@@ -165,46 +169,48 @@ SESSION_ACTIONS = frozenset({Action.RECLAIM, Action.SLOW, Action.RESTORE})
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One action and why, in words that the agent concerned will read."""
+    """An action and the reason for it, in words that the agent concerned will read."""
 
     action: Action
     subject: str
-    """Id of a call; of a session for SESSION_ACTIONS, or nothing for the pool (RECLAIM)."""
+    """Id of a call, or of a session for SESSION_ACTIONS; empty: the pool (RECLAIM)."""
     why: str
     ruleset: str = ""
     amount: int = 0
-    """RECLAIM: bytes. THROTTLE: bytes that it may still grow by. SLOW: percent of its CPU
+    """RECLAIM: bytes. THROTTLE: bytes that the call may still grow by. SLOW: percent of the CPU
     weight."""
     by_cpu: bool = False
-    """THROTTLE: by the CPU scheduler alone; else by memory.high, too."""
+    """THROTTLE: by the CPU scheduler alone; else by memory.high as well."""
     calls: tuple[str, ...] = ()
-    """RECLAIM: only from these calls of the session, paused ones; empty: from its agent leaf."""
+    """RECLAIM: ids of the session's paused calls to take from; empty: from its agent leaf."""
     dry_run: bool = False
-    """Only to be told."""
+    """Whether the decision is only told, not carried out."""
 
 
 @dataclass(frozen=True, slots=True)
 class RuleState:
-    """What is remembered of one ruleset between looks."""
+    """State of one ruleset between looks."""
 
     holding: tuple[bool, ...] = ()
-    """Each of its detectors: whether it held at the last look."""
+    """For each detector, whether it held at the last look."""
     acted_usec: int | None = None
-    """When it last decided something, on the snapshot's clock."""
+    """Time of the last decision, on the snapshot's clock; None: there was none yet."""
     decisions: int = 0
+    """Number of decisions so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What the engine remembers between looks; it keeps nothing itself."""
+    """Memory of the engine between looks; the engine itself keeps nothing."""
 
     rules: Mapping[str, RuleState] = field(default_factory=dict)
     thawed_usec: int = 0
+    """Time of the last look at which a paused call was let go on, on the snapshot's clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What to do now, and what to hand in with the next snapshot."""
+    """Decisions of one look, and the state to hand in with the next snapshot."""
 
     decisions: tuple[Decision, ...]
     state: State
