@@ -38,11 +38,11 @@ KILL_LEAST_SHARE = 0.01
 """Least that a call must hold to be ended: KILL_LEAST_BYTES, or this part of a small pool. Ending a
 smaller one frees nothing that matters."""
 KILL_SHARE = 0.5
-"""Part of the calls like the leader that stayed below what the leader is taken to reach, when it is
-asked whether ending other calls would be enough."""
+"""The leader is taken to reach what this part of the calls like it stayed below, when it is asked
+whether ending all others would be enough."""
 KILL_STALLED = 0.3
-"""Part of the time spent waiting for memory from which the pool counts as stuck. In a pool that is
-full to the last page no call grows any more, though calls need to."""
+"""A pool is stuck when more than this part of the time goes into waiting for memory. In a pool that
+is full to the last page no call grows any more, though calls need to."""
 WORK_USEC = 1_000_000
 """Added to a call's CPU time when the loss of its work is weighed: a start costs something too."""
 

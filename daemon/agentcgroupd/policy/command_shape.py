@@ -1,9 +1,10 @@
-"""A command line's shape: the tool and the arguments that matter, so that the same work, asked for
-again in other words, is known again.
+"""Shapes of command lines: the tool and the arguments that matter, by which the same work is
+recognized when it is asked for in other words.
 
 `bash -c 'cd x && python3 -m pytest -xvs tests/a.py 2>&1 | tail -50'` has the shape
 `pytest tests/a.py`. Options are left out: most only change what is printed, and which of them take
-a value cannot be known here. Nothing is executed or expanded, and nothing raises.
+a value cannot be known here. Commands are not executed, words are not expanded, and no command line
+raises an error.
 """
 
 from __future__ import annotations
@@ -19,28 +20,30 @@ SHAPE_CHARS_MAX = 120
 SCRIPT_CHARS_MAX = 4096
 WORDS_MAX = 64
 COMMANDS_MAX = 4
-"""Of one script, the first that matter."""
+"""Most commands of a script that are part of its shape: the first ones that matter."""
 OPERANDS_MAX = 16
 WORD_CHARS_MAX = 72
-"""Longer ones are text, not names; so is what has white space and more than half as many."""
+"""Most characters of a name. Longer words are taken for text, and so are words with white space of
+more than half as many."""
 _NESTED_MAX = 3
+"""Most shells within each other that are looked into."""
 
 _SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "ash"})
 _WRAPPERS = frozenset(
     "sudo env nohup time timeout exec command nice ionice stdbuf setsid xargs builtin".split()
 )
-"""They run what follows their options, numbers and assignments."""
+"""Programs that run what follows their options, numbers and assignments."""
 _RUNNERS = frozenset({"uv", "poetry", "pipenv", "pdm", "hatch"})
-"""`uv run pytest` is pytest."""
+"""Programs whose command `run` runs another: `uv run pytest` is pytest."""
 _KEYWORDS = frozenset("do then else elif if while until ! {".split())
 _MINOR = frozenset(
     "cat cd pushd popd pwd export unset source . deactivate set true : echo printf mkdir sleep"
     " test [ [[ ]] ulimit umask alias trap wait for case select in done fi esac } exit return"
     " local".split()
 )
-"""Never what a script is run for, unless there is nothing else in it."""
+"""Commands that a script is not run for, unless it holds no others."""
 _FILTERS = frozenset("head tail grep egrep sed awk uniq wc tee cut tr less more cat".split())
-"""Behind a pipe they only pass on what the first command says."""
+"""Commands that, behind a pipe, only pass on what the first command says."""
 
 _TOKEN = re.compile(
     r"(?P<blank>(?:[ \t\r\f\v]|\\\n)+)"
@@ -66,8 +69,8 @@ _IMPORT = re.compile(r"(?:^|[;\n])[ \t]*(?:import|from)\s+([A-Za-z_]\w*)")
 
 
 def shape_of(name: str, argv: Sequence[str]) -> str:
-    """The shape of a call: of its command line where there is one, else its name. At most
-    `SHAPE_CHARS_MAX` printable characters, and never empty."""
+    """Return the shape of a call's command line, or of its name where it has none: 1 to
+    `SHAPE_CHARS_MAX` printable characters."""
     words = _bounded(argv)
     shapes = list(dict.fromkeys(_of_words(words, 0)))[:COMMANDS_MAX]
     text = "; ".join(shapes) or _argument(name.strip()) or "?"
@@ -76,7 +79,7 @@ def shape_of(name: str, argv: Sequence[str]) -> str:
 
 
 def _bounded(argv: Sequence[str]) -> list[str]:
-    """As much of it as an intent may have; an agent's argument must not cost the daemon time."""
+    """Return the head of a command line: an agent's argument must not cost the daemon time."""
     words: list[str] = []
     left = SCRIPT_CHARS_MAX
     for word in argv[:WORDS_MAX]:
@@ -88,7 +91,7 @@ def _bounded(argv: Sequence[str]) -> list[str]:
 
 
 def _of_words(words: list[str], depth: int) -> Iterator[str]:
-    """The shapes of what one simple command runs."""
+    """Yield the shapes of what a simple command runs."""
     words = _unwrapped(words)
     if not words:
         return
@@ -101,27 +104,32 @@ def _of_words(words: list[str], depth: int) -> Iterator[str]:
 
 
 def _of_script(script: str, depth: int) -> Iterator[str]:
-    commands = list(itertools.islice(_commands(script[:SCRIPT_CHARS_MAX]), WORDS_MAX))
-    known = [_unwrapped(words) for words, _ in commands]
-    major = [
-        words for words, (raw, piped) in zip(known, commands, strict=True)
-        if words and words[0] not in _MINOR
-        and not (piped and os.path.basename(raw[0]) in _FILTERS)
-    ]  # fmt: skip
-    for words in major or [words for words in known if words][:1]:
+    """Yield the shapes of a script's commands: of those that matter, else of the first one."""
+    commands = itertools.islice(_commands(script[:SCRIPT_CHARS_MAX]), WORDS_MAX)
+    major: list[list[str]] = []
+    minor: list[list[str]] = []
+    for raw, piped in commands:
+        words = _unwrapped(raw)
+        if not words:
+            continue
+        filters = piped and os.path.basename(raw[0]) in _FILTERS
+        (minor if filters or words[0] in _MINOR else major).append(words)
+    for words in major or minor[:1]:
         yield from _of_words(words, depth)
 
 
 def _commands(script: str) -> Iterator[tuple[list[str], bool]]:
-    """The simple commands of a script, and whether each reads from a pipe. Only as much of the
-    shell's grammar as it takes to tell them apart; a script that was cut short is read as far as it
-    goes."""
+    """Yield the simple commands of a script, and whether each reads from a pipe.
+
+    Only as much of the shell's grammar is known as it takes to tell commands apart. A script that
+    was cut short is read as far as it goes.
+    """
     words: list[str] = []
     heredocs: list[str] = []
     piped, target, at = False, "", 0
     while at < len(script):
         token = _TOKEN.match(script, at)
-        assert token is not None  # `other` takes any character
+        assert token is not None  # `other` matches any character.
         text, at = token[0], token.end()
         if token.lastgroup == "word":
             if target in ("<<", "<<-"):
@@ -143,7 +151,7 @@ def _commands(script: str) -> Iterator[tuple[list[str], bool]]:
 
 
 def _behind(heredocs: list[str], script: str, at: int) -> int:
-    """Where a script goes on after the text of its here-documents."""
+    """Return where a script goes on after the text of its here-documents."""
     for delimiter in heredocs:
         end = re.compile(rf"^\t*{re.escape(delimiter)}$", re.M).search(script, at)
         at = end.end() if end else len(script)
@@ -157,7 +165,7 @@ def _unquoted(word: str) -> str:
 
 
 def _unwrapped(words: list[str]) -> list[str]:
-    """Without keywords, assignments, and programs that only run another."""
+    """Return a command without keywords, assignments, and programs that only run another."""
     at = 0
     while at < len(words):
         head = os.path.basename(words[at])
@@ -167,7 +175,7 @@ def _unwrapped(words: list[str]) -> list[str]:
             at = _after_options(words, at + 2)
         elif head in _WRAPPERS:
             after = _after_options(words, at + 1)
-            if after == len(words):  # `env` by itself
+            if after == len(words):  # `env` and the like without a command.
                 break
             at = after
         else:
@@ -176,6 +184,7 @@ def _unwrapped(words: list[str]) -> list[str]:
 
 
 def _after_options(words: list[str], at: int) -> int:
+    """Return the index behind the options and numbers that begin at `at`."""
     while at < len(words) and (words[at][:1] == "-" or _AMOUNT.fullmatch(words[at])):
         at += 1
     return at
@@ -202,12 +211,13 @@ def _of_command(words: list[str]) -> str:
 
 
 def _imports(code: str) -> str:
-    """What a script given as an argument imports: most of what it holds comes with that."""
+    """Return what a Python script imports, which tells most of the memory that it takes."""
     return ",".join(sorted(set(_IMPORT.findall(code[:SCRIPT_CHARS_MAX]))))
 
 
 def _argument(word: str) -> str:
-    # The ends tell long words apart; patterns over all of one would cost time.
+    """Return a word without what differs from run to run: numbers, hashes, temporary files."""
+    # The ends tell long words apart; patterns would take long over the whole of one.
     if len(word) > 4 * WORD_CHARS_MAX:
         word = word[: 2 * WORD_CHARS_MAX] + word[-2 * WORD_CHARS_MAX :]
     spaced = any(c.isspace() for c in word)
@@ -215,7 +225,7 @@ def _argument(word: str) -> str:
     if temporary:
         return f"/tmp/*{temporary[1] or ''}"
     if "::" in word:
-        word = word.partition("[")[0]  # a test's parameters
+        word = word.partition("[")[0]  # A test goes by its name without parameters.
     word = _DIGITS.sub("N", _HASH.sub("#", word))
     if len(word) <= (WORD_CHARS_MAX // 2 if spaced else WORD_CHARS_MAX):
         return word

@@ -37,8 +37,8 @@ from agentcgroupd.policy.snapshot import (
 from agentcgroupd.units import IMPORTANT_PRIORITY, show_bytes, show_usec
 
 THAW_SHARE = 0.5
-"""Part of the calls like it whose peak is kept free for a call that goes on. Less is kept than for
-the leader, because a call that goes on can be paused again."""
+"""A call that goes on is taken to reach what this part of the calls like it stayed below. For the
+leader a larger part counts, because the leader is not paused again."""
 _STOPPING = frozenset({Action.THROTTLE, Action.DENY, Action.FREEZE, Action.KILL})
 
 

@@ -1,8 +1,8 @@
-"""The language of policies: one TOML document, checked by pydantic models.
+"""Schema of policies: one TOML document, checked by pydantic models.
 
 A policy is a list of rulesets, tried in order on every look. Each has detectors, which must all
 hold, and one action. A detector that has begun to hold goes on until its `until` is reached, so
-that nothing flaps, and what an action did is undone when its ruleset no longer holds.
+that actions do not flap. What an action did is undone when its ruleset no longer holds.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ AMOUNT_ALLOWED = (
     "a part of the pool such as 6%, from 0.1% to 100%, a size such as 512M, or both as in "
     "6%, at most 512M"
 )
-
-
 AT_MOST = ", at most "
+NOBODY = 101
+"""Priority that no call and no session has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """A part of the pool, or bytes, or a part but at most so many bytes."""
+    """An amount of memory: a part of the pool, a size, or a part but at most a size."""
 
     percent: float | None = None
     size_bytes: int | None = None
 
     def of(self, limit_bytes: int) -> int:
-        """In bytes, of a pool of this size."""
+        """Return the amount in bytes, in a pool of this size."""
         share = limit_bytes if self.percent is None else int(limit_bytes * self.percent / 100)
         return share if self.size_bytes is None else min(self.size_bytes, share)
 
@@ -43,25 +43,25 @@ class Amount:
         parts = [] if self.percent is None else [f"{self.percent:g}%"]
         if self.size_bytes is not None:
             parts.append(show_bytes(self.size_bytes))
-        return ", at most ".join(parts)
+        return AT_MOST.join(parts)
 
     def above(self, other: Amount) -> bool | None:
-        """Whether it is more than another, if only in some pools; None where that depends on the
-        pool alone."""
+        """Tell whether this amount is more than another, if only in pools of some sizes; None where
+        a part is compared with a size."""
         pairs = ((self.percent, other.percent), (self.size_bytes, other.size_bytes))
         known = [a > b for a, b in pairs if a is not None and b is not None]
         return any(known) if known else None
 
 
 def parse_amount(field: str, text: str) -> Amount:
-    """`6%`, `512M` or `6%, at most 512M`. Raises InvalidField."""
+    """Return the amount that `6%`, `512M` or `6%, at most 512M` says. Raises InvalidField."""
     stripped = text.strip()
-    share, separator, most = stripped.partition(AT_MOST)
+    first, separator, second = stripped.partition(AT_MOST)
     if separator:
-        both = parse_amount(field, share), parse_amount(field, most)
-        if both[0].percent is None or both[0].size_bytes or both[1].size_bytes is None:
+        part, most = parse_amount(field, first), parse_amount(field, second)
+        if part.percent is None or part.size_bytes or most.size_bytes is None:
             raise InvalidField(field, text, AMOUNT_ALLOWED)
-        return Amount(both[0].percent, both[1].size_bytes)
+        return Amount(part.percent, most.size_bytes)
     if not stripped.endswith("%"):
         try:
             return Amount(size_bytes=parse_bytes(field, stripped))
@@ -88,10 +88,6 @@ PoolAmount = Annotated[Amount, BeforeValidator(_amount)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-NOBODY = 101
-"""A priority that no call and no session has."""
-
-
 def _spare_priority(field: str, text: str) -> int:
     return NOBODY if text.strip() == str(NOBODY) else parse_priority(field, text)
 
@@ -100,6 +96,7 @@ SparePriority = Annotated[int, quantity(_spare_priority, "priority")]
 
 
 def _wrong(field: str, value: object, allowed: str) -> InvalidField:
+    """Return the error of a key that contradicts another."""
     return InvalidField(field, str(value), allowed, "the policy contradicts itself")
 
 
@@ -107,13 +104,13 @@ def _wrong(field: str, value: object, allowed: str) -> InvalidField:
 
 
 class PoolFree(Section):
-    """Less of the pool is free than `below`, until `until` is free again."""
+    """Detector: less of the pool is free than `below`, until `until` is free again."""
 
     detector: Literal["pool_free"]
     below: PoolAmount
     until: PoolAmount
     keep_room: bool = False
-    """Beside what the leader, the most important call that must get through, may still need."""
+    """Whether the reserve has to be free as well, with which all calls can end in turn."""
 
     @model_validator(mode="after")
     def _ordered(self) -> PoolFree:
@@ -123,19 +120,21 @@ class PoolFree(Section):
 
 
 class PoolFills(Section):
-    """At its present growth the pool would be full within this time; and then until so much is
-    free, because what is stopped no longer grows."""
+    """Detector: at its present growth the pool would be full within this time."""
 
     detector: Literal["pool_fills"]
     within: Duration
     until: PoolAmount | None = None
+    """The detector goes on holding until so much is free, because what is stopped no longer
+    grows; None: it holds only while the pool grows so fast."""
 
 
 class Stalled(Section):
-    """Tasks stall on memory (PSI some) for more than this part of the time."""
+    """Detector: tasks stall on memory (PSI some) for more than this part of the time."""
 
     detector: Literal["stalled"]
     scope: Literal["pool", "important"] = "pool"
+    """Tasks of the whole pool, or of the important session that stalls most."""
     above: Share
     until: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -147,7 +146,7 @@ class Stalled(Section):
 
 
 class Growing(Section):
-    """The pool grows faster than this, in bytes a second."""
+    """Detector: the pool grows by more than this amount a second."""
 
     detector: Literal["growing"]
     above: Annotated[Amount, BeforeValidator(_amount)]
@@ -160,59 +159,64 @@ Detector = Annotated[PoolFree | PoolFills | Stalled | Growing, Field(discriminat
 
 
 class Reclaim(Section):
-    """Take cold memory back (memory.reclaim) without stopping anyone."""
+    """Action: take cold memory back (memory.reclaim), without stopping any call."""
 
     action: Literal["reclaim"]
     whom: Literal["waiting", "frozen", "cache"] = "waiting"
-    """Sessions whose agent waits for its model, the calls that are paused, or the pool's cold file
+    """Whose memory: of agents that wait for their model, of paused calls, or the pool's cold file
     cache."""
     waiting_for: Duration = 1_000_000
+    """Time after which an agent counts as waiting."""
     step: PoolAmount = Amount(percent=2.0)
-    """At most so much of one session at a time."""
+    """Most that is taken at a time: of each waiting agent, of all paused calls, of the cache."""
     every: Duration = 2_000_000
-    """Not more often from the same session."""
+    """Least time between two steps on the same session."""
     refaults_per_s: Annotated[float, Field(ge=0)] = 200.0
-    """A session that needs more of it back than this is left alone."""
+    """Pages a second; a session that needs more of them back is left alone."""
 
 
 class Throttle(Section):
-    """A mark just above what a growing call holds: it goes on beyond, slowly. memory.high does it
-    where its cold memory can be swapped out, and the CPU scheduler where that is ours."""
+    """Action: set a mark just above what a growing call holds, beyond which it only grows slowly.
+    memory.high does that where cold memory can be swapped out, and our CPU scheduler where it
+    runs."""
 
     action: Literal["throttle"]
     slack: PoolAmount = Amount(size_bytes=16 << 20)
+    """Distance of the mark from what the call holds."""
     needs_swap: bool = True
-    """Without swap, memory.high brings a program that allocates to a near standstill, so the mark
-    is the CPU scheduler's alone, or there is none."""
+    """Whether memory.high is left alone where there is no swap: it would bring a program that
+    allocates to a near standstill. The mark is then the CPU scheduler's alone, or there is none."""
 
 
 class Deny(Section):
-    """What a growing call asks for is refused (ENOMEM), where the kernel lets us."""
+    """Action: refuse what a growing call asks for (ENOMEM), where the kernel lets us."""
 
     action: Literal["deny"]
     whom: Literal["willing", "all"] = "willing"
-    """Willing: calls whose intent says on_pressure = deny."""
+    """Calls whose intent says `on_pressure = "deny"`, or all."""
 
 
 class Freeze(Section):
-    """Growing calls are paused, the least important first."""
+    """Action: pause growing calls, the least important first."""
 
     action: Literal["freeze"]
 
 
 class Kill(Section):
-    """One call is ended: only when nothing else could be done on this look."""
+    """Action: end one call, only when nothing else could be done on the same look."""
 
     action: Literal["kill"]
 
 
 class Slow(Section):
-    """Sessions that stall on memory get less CPU: more would only be spent on reclaim."""
+    """Action: give less CPU time to sessions that stall on memory: they would spend it on
+    reclaim."""
 
     action: Literal["slow"]
     percent: Annotated[int, Field(ge=1, le=99)] = 25
+    """Part of the session's CPU weight that is left to it."""
     above: Share = 0.2
-    """Stalled for more than this part of the time."""
+    """Part of the time; sessions that stall for more than this are slowed."""
 
 
 AnyAction = Annotated[
@@ -221,78 +225,79 @@ AnyAction = Annotated[
 
 
 class Ruleset(Section):
-    """One rung: when, and what then."""
+    """A rule: when to act, and what to do then."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
     description: str = ""
     enabled: bool = True
     dry_run: bool = False
-    """Decide and tell, but do nothing."""
+    """Whether decisions are only made and told, and nothing is done."""
     cooldown: Duration | None = None
-    """Not again before this time has passed."""
+    """Least time between two decisions; None: decide on every look."""
     spare_priority: SparePriority = NOBODY
-    """Calls and sessions of at least this priority are left alone; 101: none is."""
+    """Priority from which calls and sessions are left alone; NOBODY: none is."""
     when: Annotated[tuple[Detector, ...], Field(min_length=1)]
     do: AnyAction
 
 
 class HeadroomSettings(Section):
-    """What is kept free, and for whom."""
+    """The policy's table `headroom`: what is kept free, and for which calls."""
 
     lookahead: Duration = 250_000
-    """Growth is assumed to go on this long."""
+    """Time for which growth is assumed to go on."""
     leader_share: Share = 0.9
-    """Room is kept for a call's growth up to what this part of the calls like it stayed
-    below."""
+    """A call is taken to reach what this part of the calls like it stayed below."""
     prior: PoolAmount = Amount(size_bytes=2 << 30)
-    """As long as too few have got as far to tell, how far a growing call is taken to go: recorded
-    tool calls rose by up to 1.9 GB (arXiv 2602.09345)."""
+    """Size that a growing call is taken to reach as long as too few calls have got as far to tell:
+    recorded tool calls rose by up to 1.9 GB (arXiv 2602.09345)."""
     leader_most: PoolAmount = Amount(percent=60.0)
-    """But no call is taken to go further than this: others would wait for its end."""
+    """Most that a call is taken to reach: all others would wait for its end."""
     steady: Duration = 1_000_000
-    """A call that has not grown for this long is taken to have all that it needs."""
+    """Time without growth after which a call is taken to have all that it needs."""
     small: PoolAmount = Amount(percent=2.0, size_bytes=64 << 20)
-    """A call that holds less keeps no room free, and is not stopped for another's room."""
+    """Size below which a call has no claim on the reserve and is not stopped for it."""
     lease: Duration = 120_000_000
-    """A paused call goes on after this time at the latest, as soon as there is any room."""
+    """Time after which a paused call goes on as soon as there is any room."""
     thaw_every: Duration = 250_000
-    """Its effect must be seen before the next is let go on."""
+    """Time between two looks at which calls go on: the effect of the first must be seen."""
 
 
 class Admission(Section):
-    """Who may start."""
+    """The policy's table `admission`: which calls may start."""
 
     enabled: bool = True
     small: PoolAmount = Amount(size_bytes=64 << 20)
-    """A call that expects no more starts at once, and so does one that says nothing."""
+    """Most that a call may expect to start at once. A call that says nothing does so, too."""
     wait: Duration = 60_000_000
-    """A call waits at most this long where its intent does not say; then it starts, and may be
+    """Most time that a call waits where its intent does not say; then it starts, and may be
     paused."""
     waiting_max: Annotated[int, Field(ge=0, le=100_000)] = 1000
-    """More are refused."""
+    """Most calls that may wait; more are refused."""
     age_step: Duration = 5_000_000
-    """Waiting this long counts as much as one step of priority in ten."""
+    """Time of waiting that counts as much as 10 of the 100 steps of priority."""
     overcommit: Annotated[float, Field(ge=1, le=100)] = 1.0
-    """What running calls are expected to take may add up to this times what is free."""
+    """Divisor of what open calls are still expected to take: they do not all peak together."""
 
 
 class Learning(Section):
-    """What the last calls of the same shape took."""
+    """The policy's table `learning`: when the last calls of a shape correct an intent."""
 
     enabled: bool = True
     runs_least: Annotated[int, Field(ge=1, le=100)] = 2
+    """Runs of the same shape that are needed."""
     runs_kept: Annotated[int, Field(ge=1, le=1000)] = 8
+    """Runs of the same shape that are remembered."""
     tell_ratio: Annotated[float, Field(gt=1)] = 4.0
-    """An intent is called wrong when it is this many times off."""
+    """Factor by which an intent must be off, up or down, to be called wrong."""
 
 
 class Policy(Section):
-    """A whole document."""
+    """A whole policy."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")] = "unnamed"
     description: str = ""
     dry_run: bool = False
-    """Of all rulesets."""
+    """Whether all rulesets only decide and tell."""
     headroom: HeadroomSettings = HeadroomSettings()
     admission: Admission = Admission()
     cpu: CpuClasses = CpuClasses()
@@ -301,16 +306,19 @@ class Policy(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Policy:
-        names = [r.name for r in self.rulesets]
-        twice = next((i for i, n in enumerate(names) if n in names[:i]), None)
-        if twice is not None:
-            raise _wrong(f"rulesets[{twice}].name", names[twice], "each name once")
+        seen: set[str] = set()
+        for index, ruleset in enumerate(self.rulesets):
+            if ruleset.name in seen:
+                raise _wrong(f"rulesets[{index}].name", ruleset.name, "each name once")
+            seen.add(ruleset.name)
         if self.cpu.batch_below > self.cpu.interactive_from:
             allowed = f"at most interactive_from, which is {self.cpu.interactive_from}"
             raise _wrong("cpu.batch_below", self.cpu.batch_below, allowed)
-        kills = [i for i, r in enumerate(self.rulesets) if r.enabled and r.do.action == "kill"]
-        stops = [i for i, r in enumerate(self.rulesets) if r.enabled and r.do.action == "freeze"]
-        if kills and stops and min(kills) < max(stops):
-            allowed = f"an order in which kill comes after {self.rulesets[max(stops)].name!r}"
-            raise _wrong(f"rulesets[{min(kills)}]", self.rulesets[min(kills)].name, allowed)
+        enabled = [(i, r) for i, r in enumerate(self.rulesets) if r.enabled]
+        kills = [(i, r.name) for i, r in enabled if r.do.action == "kill"]
+        freezes = [(i, r.name) for i, r in enabled if r.do.action == "freeze"]
+        if kills and freezes and kills[0] < freezes[-1]:
+            index, name = kills[0]
+            allowed = f"an order in which kill comes after {freezes[-1][1]!r}"
+            raise _wrong(f"rulesets[{index}]", name, allowed)
         return self
