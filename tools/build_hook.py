@@ -1,7 +1,8 @@
 """Build step run by hatchling: gRPC code from proto/, the static C programs, and bpf/.
 
-Runs for wheels and for editable installs alike, so that a checkout and an installed wheel hold the
-same files. Nothing it makes is committed.
+Wheels and editable installs get the same files, so that a checkout behaves as an installed wheel
+does. A source archive (sdist) gets none of them: whoever builds from it makes them there. Nothing
+that is made here is committed.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ PROGRAMS = {
 }
 BPF_OUT = Path("daemon/agentcgroupd/bpf")
 # The next instruction set, v4, needs Linux 6.6.
-BPF_FLAGS = ["-target", "bpf", "-mcpu=v3", "-O2", "-g",
-             "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"]  # fmt: skip
+BPF_FLAGS = "-target bpf -mcpu=v3 -O2 -g -Wall -Wextra -Wno-unused-parameter -Werror".split()
 # What libbpf's headers call a machine, whose registers hold a traced function's arguments.
 BPF_MACHINES = {"x86_64": "x86", "aarch64": "arm64"}
 
@@ -44,31 +44,28 @@ def generate_grpc(root: Path) -> None:
     well_known = str(files("grpc_tools") / "_proto")
     plugin_dir = Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{plugin_dir}{os.pathsep}{os.environ.get('PATH', '')}"}
-    subprocess.run(
-        [
-            sys.executable, "-m", "grpc_tools.protoc",
-            f"-I{root / 'proto'}", f"-I{well_known}",
-            f"--python_out={out}", f"--grpc_python_out={out}",
-            f"--mypy_out={out}", f"--mypy_grpc_out={out}",
-            str(root / PROTO),
-        ],
-        check=True,
-        env=env,
-    )  # fmt: skip
+    includes = [f"-I{root / 'proto'}", f"-I{well_known}"]
+    outputs = [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
+    protoc = [sys.executable, "-m", "grpc_tools.protoc"]
+    subprocess.run([*protoc, *includes, *outputs, str(root / PROTO)], check=True, env=env)
     (out / "agentcgroup/v1/__init__.py").write_text('"""Generated from proto/."""\n')
 
 
-def compile_programs(root: Path) -> None:
-    """Compile each C program to build/bin, statically, so that it starts in a fraction of a ms."""
+def compile_programs(root: Path, version: str) -> None:
+    """Compile each C program to build/bin, statically, so that it starts in a fraction of a ms.
+
+    `version` is what `agentcg-exec --version` says. A program that is newer than its source and
+    than pyproject.toml, where the version stands, is left as it is.
+    """
     bin_dir = root / "build/bin"
     bin_dir.mkdir(parents=True, exist_ok=True)
+    compiler = [os.environ.get("CC", "cc"), *CFLAGS, f'-DAGENTCG_VERSION="{version}"']
     for name, source in PROGRAMS.items():
-        target = bin_dir / name
-        path = root / source
-        if target.exists() and target.stat().st_mtime > path.stat().st_mtime:
+        target, path = bin_dir / name, root / source
+        newest = max(path.stat().st_mtime, (root / "pyproject.toml").stat().st_mtime)
+        if target.exists() and target.stat().st_mtime > newest:
             continue
-        compiler = os.environ.get("CC", "cc")
-        subprocess.run([compiler, *CFLAGS, "-o", str(target), str(path)], check=True)
+        subprocess.run([*compiler, "-o", str(target), str(path)], check=True)
 
 
 def build_bpf(root: Path) -> None:
@@ -115,12 +112,11 @@ def compile_object(root: Path, clang: str, libbpf: Libbpf, source: Path, target:
     machine = os.uname().machine
     if machine not in BPF_MACHINES:
         raise ToolchainError(f"bpf/ is for {' and '.join(BPF_MACHINES)}; this is {machine}")
-    argv = [
-        clang, *BPF_FLAGS, f"-D__TARGET_ARCH_{BPF_MACHINES[machine]}",
-        # Clang knows no include directory for this target.
-        "-isystem", f"/usr/include/{MULTIARCH}", "-isystem", str(libbpf.include),
-        f"-ffile-prefix-map={root}=.", "-c", str(source), "-o", str(target),
-    ]  # fmt: skip
+    flags = [*BPF_FLAGS, f"-D__TARGET_ARCH_{BPF_MACHINES[machine]}"]
+    # Clang knows no include directory for this target.
+    flags += ["-isystem", f"/usr/include/{MULTIARCH}", "-isystem", str(libbpf.include)]
+    flags += [f"-ffile-prefix-map={root}=."]
+    argv = [clang, *flags, "-c", str(source), "-o", str(target)]
     done = subprocess.run(argv, stderr=subprocess.PIPE, text=True, check=False)
     sys.stderr.write(done.stderr)
     if done.returncode != 0:
@@ -160,15 +156,20 @@ class BuildHook(BuildHookInterface):  # type: ignore[type-arg]
     """Hatchling's entry point."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Make everything that is built, then tell hatchling that the wheel is for one machine."""
+        """Make what a wheel holds besides the sources, and say that it is for one machine.
+
+        `version` is hatchling's word for the kind of build: "standard" or "editable".
+        """
+        if self.target_name != "wheel":
+            return
         root = Path(self.root)
         generate_grpc(root)
-        compile_programs(root)
+        compile_programs(root, self.metadata.version)
         try:
             build_bpf(root)
         except ToolchainError as error:
             self.app.abort(f"agentcgroup: {error}")
         build_data["pure_python"] = False
-        if version == "standard":  # a checkout has them in their own place
+        if version == "standard":  # an editable install reads them from the checkout
             build_data["force_include"][str(root / "policies")] = "agentcgroupd/policies"
         build_data["tag"] = f"py3-none-linux_{os.uname().machine}"

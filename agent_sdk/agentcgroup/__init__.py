@@ -1,5 +1,7 @@
 """agentcgroup: resource control for AI agents, one tool call at a time."""
 
+from typing import TYPE_CHECKING
+
 from agentcgroup.admin import Admin
 from agentcgroup.aio import AsyncAgent, AsyncCall
 from agentcgroup.client import Agent, Call
@@ -37,7 +39,19 @@ from agentcgroup.types import (
     Verdict,
 )
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """Read `__version__` when it is first asked for: importlib.metadata is slow to import."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import version
+
+        globals()[name] = found = version("agentcgroup")
+        return found
+
 
 __all__ = [
     "Admin",

@@ -68,7 +68,7 @@ static int parse_options(int argc, char **argv)
 		if (o == '?')
 			exit(REFUSED);
 		if (o == HELP || o == VERSION)
-			exit(fputs(o == HELP ? help : "agentcg-exec 0.1.0\n", stdout) < 0);
+			exit(fputs(o == HELP ? help : "agentcg-exec " AGENTCG_VERSION "\n", stdout) < 0);
 		values[o] = optarg;
 	}
 	return optind;

@@ -9,28 +9,38 @@ import os
 import sys
 from pathlib import Path
 
-from agentcgroupd.config import Config, load_config
-from agentcgroupd.daemon import Daemon, PartFailed
-from agentcgroupd.errors import AgentcgroupdError
-from agentcgroupd.policy.load import load_policy
-from agentcgroupd.rpc.views import VERSION
-
-log = logging.getLogger("agentcgroupd")
+from agentcgroup import __version__
+from agentcgroup.extras import missing
 
 EXIT_CONFIG = 78
 """EX_CONFIG of sysexits.h: trying again will not help."""
+
+try:
+    from agentcgroupd.config import Config, load_config
+    from agentcgroupd.daemon import Daemon, PartFailed
+    from agentcgroupd.errors import AgentcgroupdError
+    from agentcgroupd.policy.load import load_policy
+except ImportError as error:
+    extra = missing(error)
+    if extra is None:
+        raise
+    print(f"agentcgroupd: {extra}", file=sys.stderr)
+    sys.exit(EXIT_CONFIG)
+
+log = logging.getLogger("agentcgroupd")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="agentcgroupd",
         description="Controls what sandboxed AI agents may use, one tool call at a time.",
-        epilog="exit status: 0 stopped; 1 could not go on; 2 usage; 78 unusable configuration",
+        epilog="exit status: 0 stopped; 1 could not go on; 2 usage; "
+        "78 the configuration or the installation cannot be used",
     )
     parser.add_argument("--config", type=Path, help="TOML file (default: none, all defaults)")
     parser.add_argument("--check", action="store_true", help="read the configuration and stop")
     parser.add_argument("--verbose", action="store_true", help="log every step")
-    parser.add_argument("--version", action="version", version=f"agentcgroupd {VERSION}")
+    parser.add_argument("--version", action="version", version=f"agentcgroupd {__version__}")
     return parser.parse_args()
 
 

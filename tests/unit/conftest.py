@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import agentcgroup
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -23,5 +25,5 @@ def programs() -> Path:
     # Two test runs at a time must not execute what the other is just writing.
     with open(bin_dir.parent / "programs.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        build_hook.compile_programs(ROOT)
+        build_hook.compile_programs(ROOT, agentcgroup.__version__)
     return bin_dir

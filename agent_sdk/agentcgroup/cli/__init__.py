@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from agentcgroup import errors, paths
+from agentcgroup import errors, extras, paths
 
 from . import calls, common, policy, session, status, streams, trace
 from .output import print_json
@@ -32,18 +32,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except errors.AgentcgError as error:
-        if "--json" in _options(arguments):
-            print_json({"error": error.to_dict()})
-        return common.explain(error)
-    except trace.MissingExtra as error:
-        print(f"agentcg: {error}", file=sys.stderr)
-        return common.BAD
+        return _failed(error, arguments)
+    except ModuleNotFoundError as error:
+        extra = extras.missing(error)
+        if extra is None:
+            raise
+        return _failed(extra, arguments)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader (head, less) has what it wants. Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+def _failed(error: errors.AgentcgError, arguments: list[str]) -> int:
+    """Report an error in words, and with --json as JSON too; returns the exit code."""
+    if "--json" in _options(arguments):
+        print_json({"error": error.to_dict()})
+    return common.explain(error)
 
 
 def _run(arguments: list[str]) -> int:
@@ -62,13 +69,16 @@ def _run(arguments: list[str]) -> int:
 
 
 def _options(arguments: list[str]) -> list[str]:
-    """The arguments that are ours: those before a "--"."""
+    """The arguments before a "--": what comes behind it belongs to another command."""
     return arguments[: arguments.index("--")] if "--" in arguments else arguments
 
 
 def build_parser(chosen: tuple[str, ...] = ()) -> argparse.ArgumentParser:
-    """The parser; of the delegated commands only the one `chosen`, the first words of the command
-    line, knows its arguments."""
+    """Make the parser.
+
+    `chosen` holds the first words of the command line: `record`, `replay` and `policy simulate`
+    have their arguments only if chosen, because those are defined in another package.
+    """
     parser = argparse.ArgumentParser(
         prog="agentcg",
         description="Resource control for AI agents, one tool call at a time.",

@@ -36,17 +36,21 @@ def add_commands(subparsers: common.Subparsers) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("call", nargs="?", metavar="CALL", help="the call's id; else the newest")
     which.add_argument("--last", action="store_true", help="the newest (as without CALL)")
-    which.add_argument("--limit", type=_positive, metavar="N", help="a table of the newest N")
+    which.add_argument("--limit", type=whole_number, metavar="N", help="a table of the newest N")
     parser.add_argument(
         "--check", action="store_true", help="exit with 1 unless the verdict is 'ok'"
     )
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
+def whole_number(text: str) -> int:
+    """Read a number from the command line; argparse shows the error.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not a whole number, 1 or more.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+    return int(text)
 
 
 def run_calls(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`doctor`, `record`, `replay`: made in the daemon's package, which needs more than the SDK."""
+"""`doctor`, `record`, `replay`: the work is done in packages that need more than the SDK."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ import importlib
 import sys
 from typing import Any
 
+from agentcgroup.extras import missing
+
 from . import common
 from .output import print_json, wants_color
 
 DELEGATED = ("record", "replay")
 
 
-class MissingExtra(Exception):
-    """The daemon's package cannot be imported; the message says what to install."""
-
-
 def load(name: str) -> Any:
-    """Import a module of the daemon's package.
+    """Import a module of the daemon's or the laboratory's package and return it.
 
     Raises:
-        MissingExtra: something that it needs is not installed.
+        MissingExtra: something that the module needs is not installed.
     """
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise MissingExtra(
-            f"this command needs the Python package {error.name}; "
-            "try: pip install 'agentcgroup[daemon]'"
-        ) from error
+    except ImportError as error:
+        extra = missing(error)
+        if extra is None:
+            raise
+        raise extra from error
 
 
 def add_commands(subparsers: common.Subparsers, chosen: str | None) -> None:
-    """Add this module's commands. Only the arguments of the one `chosen` are asked for: that
-    imports the daemon's package."""
+    """Add this module's commands.
+
+    Only the arguments of the command `chosen` are asked for, because that imports another package.
+    """
     common.command(
         subparsers, "doctor", run_doctor, "Show what this kernel can enforce, and what is missing."
     )
@@ -51,13 +51,13 @@ def add_commands(subparsers: common.Subparsers, chosen: str | None) -> None:
 
 
 def run_delegated(args: argparse.Namespace) -> int:
-    """`record` and `replay`."""
+    """Run `record` or `replay`; returns the exit code."""
     run = getattr(load("agentcgroup_lab.replay.cli"), f"run_{args.delegated}")
     return int(run(args))
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """What can be enforced here. Bad (1) where nothing useful can."""
+    """Print what can be enforced here; BAD where nothing useful can."""
     diagnosis = load("agentcgroupd.doctor.report").run()
     if args.json:
         print_json(diagnosis.to_dict())

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from agentcgroup import __version__
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf.sched import CpuNumbers
 from agentcgroupd.calls.begin import Entrance
@@ -22,8 +23,6 @@ from agentcgroupd.units import CgroupId, show_bytes
 if TYPE_CHECKING:
     from agentcgroupd.gpu.service import Gpus
     from agentcgroupd.guard.loop import Guard
-
-VERSION = "0.1.0"
 
 
 class Answers:
@@ -75,7 +74,7 @@ class Answers:
             leftovers_removed=self.leftovers_removed,
             controllers=self.pool.controllers,
             not_enforced=self.sessions.not_enforced(),
-            version=VERSION,
+            version=__version__,
             kernel=os.uname().release,
             started_unix_usec=self.started_unix_usec,
         )
