@@ -91,7 +91,7 @@ def find_pythons(names: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
 
 
 def _version(python: str) -> tuple[int, int] | None:
-    """Ask an interpreter its version; None where it does not run, e.g. a shim with nothing to it."""
+    """Ask an interpreter its version; None where it does not run, as a shim may not."""
     code = "import sys; print(*sys.version_info[:2])"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     match = re.fullmatch(r"(\d+) (\d+)\n", done.stdout)
@@ -108,9 +108,8 @@ def check_install(wheel: Path, python: str, version: tuple[int, int], work: Path
     pip = [str(venv / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--quiet"]
     _run([*pip, "install", str(wheel)], timeout_sec=600)
     expected = wheel.name.split("-")[1]
-    _expect(
-        venv, "python", "-c", "import agentcgroup; print(agentcgroup.__version__)", out=expected
-    )
+    code = "import agentcgroup; print(agentcgroup.__version__)"
+    _expect(venv, "python", "-c", code, out=expected)
     _expect(venv, "agentcg", "--help", out="exit codes:")
     _expect(venv, "agentcg", "version", out=expected)
     _expect(venv, "agentcg-exec", "--version", out=f"agentcg-exec {expected}")
