@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except errors.AgentcgError as error:
         return _failed(error, arguments)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         extra = extras.missing(error)
         if extra is None:
             raise

@@ -1,56 +1,53 @@
-"""What a wheel holds of bpf/ and policies/, and what the build says when something is missing."""
+"""What the archives hold, that they install, and what the build says when something is missing."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import shutil
-import subprocess
 import sys
+import tarfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tomllib
 
-from tools import bpf_toolchain, build_hook
+import agentcgroup
+from tools import bpf_toolchain, build_hook, check_wheel
 from tools.bpf_toolchain import Libbpf, ToolchainError
 
 ROOT = Path(__file__).resolve().parents[3]
-SOURCES = (
-    ".gitignore", "LICENSE", "README.md", "agent_sdk", "bpf", "daemon", "policies",
-    "proto", "pyproject.toml", "tools",
-)  # fmt: skip
-MADE = shutil.ignore_patterns("__pycache__", "v1", "objects", "lib")
+# One Python is enough for every change; all that are in PATH are tried before a release.
+ALL_PYTHONS = os.environ.get("AGENTCG_ALL_PYTHONS") == "1"
 
 
-def copy_tree(into: Path) -> Path:
-    """The checkout without what was built, but with a libbpf that was fetched before."""
-    into.mkdir()
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, into / name, ignore=MADE if name != "proto" else None)
-        else:
-            shutil.copy2(ROOT / name, into / name)
-    if bpf_toolchain.LIBBPF_CACHE.exists():
-        shutil.copytree(bpf_toolchain.LIBBPF_CACHE, into / "build/libbpf")
-    return into
+@dataclass
+class Built:
+    """A copy of the checkout, and the archives that were made of it there."""
+
+    tree: Path
+    wheel: Path
+    sdist: Path
+    wheel_of_sdist: Path
 
 
-def build_wheel(tree: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run hatchling as pip would."""
-    return subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", "out"],
-        cwd=tree, capture_output=True, text=True, timeout=100, check=False,
-        env={**os.environ, **environ},
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    work = tmp_path_factory.mktemp("build")
+    tree = check_wheel.copy_checkout(work / "tree")
+    wheel, sdist = check_wheel.build(tree, "wheel"), check_wheel.build(tree, "sdist")
+    unpacked = check_wheel.unpack_sdist(sdist, work / "sdist")
+    # The compilers' work is done once: what is newer than its sources is left as it is.
+    for made in ("build", "daemon/agentcgroupd/bpf/objects"):
+        shutil.copytree(tree / made, unpacked / made)
+    return Built(tree, wheel, sdist, check_wheel.build(unpacked, "wheel"))
 
 
-def test_a_wheel_holds_programs_and_libbpf(tmp_path: Path) -> None:
-    tree = copy_tree(tmp_path / "tree")
-    done = build_wheel(tree)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = (tree / "out").glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+def test_a_wheel_holds_programs_and_libbpf(built: Built, tmp_path: Path) -> None:
+    tree = built.tree
+    with zipfile.ZipFile(built.wheel) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     programs = {path.with_suffix(".o").name for path in (ROOT / "bpf").glob("*.bpf.c")}
     folder = "agentcgroupd/bpf/objects/"
@@ -75,13 +72,59 @@ def test_a_wheel_holds_programs_and_libbpf(tmp_path: Path) -> None:
     assert (tree / "daemon/agentcgroupd/bpf/objects/abi.bpf.o").exists()
 
 
-def test_a_missing_clang_is_said_without_a_traceback(tmp_path: Path) -> None:
-    tree = copy_tree(tmp_path / "tree")
-    done = build_wheel(tree, CLANG="no-such-clang")
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
+def test_a_source_archive_holds_sources_and_makes_the_same_wheel(built: Built) -> None:
+    with tarfile.open(built.sdist) as archive:
+        (top,) = {name.partition("/")[0] for name in archive.getnames()}
+        names = {name.removeprefix(f"{top}/") for name in archive.getnames()}
+    policies = {f"policies/{path.name}" for path in (ROOT / "policies").iterdir()}
+    assert policies <= names
+    assert {"bpf/abi.h", "proto/agentcgroup/v1/agentcgroup.proto", "tools/build_hook.py"} <= names
+    assert not [name for name in names if name.endswith((".o", ".so.1", "_pb2.py"))]
+    with zipfile.ZipFile(built.wheel) as one, zipfile.ZipFile(built.wheel_of_sdist) as other:
+        assert sorted(one.namelist()) == sorted(other.namelist())
+
+
+def test_the_version_stands_in_pyproject_toml(built: Built) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert agentcgroup.__version__ == project["version"]
+    assert built.wheel.name.split("-")[1] == project["version"]
+    with zipfile.ZipFile(built.wheel) as archive:
+        (launcher,) = (n for n in archive.namelist() if n.endswith("/scripts/agentcg-exec"))
+        assert f"agentcg-exec {project['version']}\n\0".encode() in archive.read(launcher)
+
+
+@pytest.mark.timeout(1800 if ALL_PYTHONS else 400)
+def test_the_wheel_works_in_a_fresh_environment(built: Built, tmp_path: Path) -> None:
+    this = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    pythons = check_wheel.find_pythons([] if ALL_PYTHONS else [this])
+    assert pythons
+    for python, version in pythons.items():
+        check_wheel.check_install(built.wheel_of_sdist, python, version, tmp_path)
+
+
+def test_a_python_that_is_not_supported_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path / "python3.12", "echo 3 12")
+    program(tmp_path / "python3.13", "echo 'no such version' >&2; exit 127")
+    program(tmp_path / "python3.9", "echo 3 9")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert check_wheel.find_pythons() == {str(tmp_path / "python3.12"): (3, 12)}
+    for name in ("python3.9", "python3.13", "python3.14"):
+        with pytest.raises(check_wheel.CheckError, match=f"{name} is no Python"):
+            check_wheel.find_pythons([name])
+
+
+def test_a_missing_clang_is_said_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLANG", "no-such-clang")
+    tree = check_wheel.copy_checkout(tmp_path / "tree")
+    with pytest.raises(check_wheel.CheckError, match="ended with 1, not 0") as caught:
+        check_wheel.build(tree, "wheel")
+    last = str(caught.value).splitlines()[-1]
     assert last == "agentcgroup: CLANG=no-such-clang: there is no clang of this name"
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in str(caught.value)
 
 
 def test_objects_are_made_anew_only_when_a_source_or_a_header_is_newer(
