@@ -1,4 +1,4 @@
-"""What bpf/ is built with: clang, and libbpf's headers and library.
+"""Find what bpf/ is built with: clang, and libbpf's headers and library.
 
     python -m tools.bpf_toolchain missing   Debian packages that the build lacks, one a line
     python -m tools.bpf_toolchain libbpf    find libbpf or fetch it into build/libbpf; prints where
@@ -26,22 +26,22 @@ from tools.debian_suites import Apt, Log, SuiteError, find_mirror, locked, twice
 
 CLANG_LEAST = 16
 CLANG_TESTED = 19
-"""Taken before any other: what the verifier thinks of a program depends on its compiler."""
+"""Preferred to any other: whether the verifier accepts a program depends on its compiler."""
 LIBBPF_LEAST = (1, 4)
-"""As in agentcgroupd/bpf/libbpf.py."""
+"""The daemon's own minimum, LEAST_VERSION in agentcgroupd/bpf/libbpf.py."""
 LIBBPF_CACHE = Path(__file__).parents[1] / "build/libbpf"
 MULTIARCH = f"{os.uname().machine}-linux-gnu"
 
 
 class ToolchainError(Exception):
-    """Something to build with is missing; the text says what to install."""
+    """A tool of the build is missing; the text says what to install."""
 
 
 # --- clang ---------------------------------------------------------------------------------------
 
 
 def find_clang(environ: Mapping[str, str] = os.environ) -> str:
-    """The clang to use: $CLANG, or one in PATH that is new enough. Raises ToolchainError."""
+    """Return the clang to use: $CLANG, or one in PATH that is new enough. Raises ToolchainError."""
     if chosen := environ.get("CLANG"):
         version = clang_version(chosen)
         if version is None:
@@ -69,7 +69,7 @@ def find_clang(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def clang_version(clang: str) -> int | None:
-    """Its major version; None if it is not clang, or not there."""
+    """Return the major version of a clang; None for what is not clang, or not there."""
     match = re.search(r"clang version (\d+)", _output(clang, "--version"))
     return int(match[1]) if match else None
 
@@ -79,10 +79,10 @@ def clang_version(clang: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Libbpf:
-    """Files of one libbpf.
+    """Files of a libbpf.
 
-    include: holds bpf/*.h. library: the shared library, maybe a link to it. licence: its terms,
-    which go with every copy of it.
+    include: holds bpf/*.h. library: the shared library or a link to it. licence: the terms that go
+    with every copy of the library.
     """
 
     include: Path
@@ -91,7 +91,7 @@ class Libbpf:
 
     @classmethod
     def at(cls, include: Path, libraries: Iterable[Path], licences: Iterable[Path]) -> Libbpf:
-        """What is in these places: the first of each that is there. Raises ToolchainError."""
+        """Return the first of each that is there. Raises ToolchainError."""
         header = include / "bpf/libbpf_version.h"
         try:
             text = header.read_text()
@@ -115,7 +115,11 @@ class Libbpf:
 
 
 def ensure_libbpf(cache: Path = LIBBPF_CACHE, log: Log | None = None) -> Libbpf:
-    """The system's libbpf, or the one in `cache`, fetched if need be. Raises ToolchainError."""
+    """Return the system's libbpf, or the one in `cache`, fetched if need be.
+
+    Raises:
+        ToolchainError: there is none; the text says what to install.
+    """
     log = log or (lambda message: print(f"libbpf: {message}", file=sys.stderr, flush=True))
     try:
         return find_libbpf(cache)
@@ -137,7 +141,11 @@ def ensure_libbpf(cache: Path = LIBBPF_CACHE, log: Log | None = None) -> Libbpf:
 
 
 def find_libbpf(cache: Path = LIBBPF_CACHE) -> Libbpf:
-    """The system's libbpf or the one in `cache`. Raises ToolchainError with what was looked at."""
+    """Return the system's libbpf or the one in `cache`.
+
+    Raises:
+        ToolchainError: there is none that is new enough; the text says what was looked at.
+    """
     reasons = []
     for include, libraries in _system_places():
         try:
@@ -152,16 +160,16 @@ def find_libbpf(cache: Path = LIBBPF_CACHE) -> Libbpf:
 
 
 def _in_directory(directory: Path) -> Libbpf:
-    """The layout of the cache."""
+    """Return the libbpf in a directory that is laid out as the cache."""
     return Libbpf.at(
         directory / "include", [directory / "lib/libbpf.so.1"], [directory / "LICENSE"]
     )
 
 
 def _system_places() -> Iterator[tuple[Path, list[Path]]]:
-    """Pairs of an include directory and where the library of those headers may be."""
-    include, library = (_output("pkg-config", f"--variable={name}", "libbpf").strip()
-                        for name in ("includedir", "libdir"))  # fmt: skip
+    """Yield pairs of an include directory and where the library of those headers may be."""
+    include = _output("pkg-config", "--variable=includedir", "libbpf").strip()
+    library = _output("pkg-config", "--variable=libdir", "libbpf").strip()
     if include and library:
         yield Path(include), [Path(library) / "libbpf.so.1"]
         return
@@ -171,7 +179,7 @@ def _system_places() -> Iterator[tuple[Path, list[Path]]]:
 
 
 def _system_licences() -> list[Path]:
-    """Where distributions put it: Debian, then the others."""
+    """Return where distributions may have put the licence: Debian first, then the others."""
     share = Path("/usr/share")
     return [
         *sorted(share.glob("doc/libbpf[0-9]*/copyright")),
@@ -212,7 +220,7 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 
 def _output(*argv: str) -> str:
-    """What a program prints; nothing where there is no such program, or where it fails."""
+    """Return what a program prints; empty where there is no such program, or where it fails."""
     env = {**os.environ, "LC_ALL": "C.UTF-8"}
     try:
         done = subprocess.run(argv, capture_output=True, text=True, env=env, check=False)
@@ -225,7 +233,7 @@ def _output(*argv: str) -> str:
 
 
 def missing_packages(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Debian packages that hold what is not there, under the names that this Debian gives them."""
+    """Name the Debian packages that hold what is missing, under their names in this release."""
     missing = []
     if not environ.get("CLANG"):  # one that was chosen is not replaced
         try:
@@ -250,7 +258,7 @@ def missing_packages(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def clang_package(names: Iterable[str]) -> str:
-    """Of the packages that there are, the one with the clang that find_clang() would take."""
+    """Choose among package names the one with the clang that find_clang() would take."""
     matches = (re.fullmatch(r"clang-(\d+)", name) for name in names)
     numbers = sorted(int(match[1]) for match in matches if match)
     if CLANG_TESTED in numbers:
@@ -259,7 +267,7 @@ def clang_package(names: Iterable[str]) -> str:
 
 
 def libbpf_is_offered(policy: str) -> bool:
-    """Whether `apt-cache policy libbpf-dev` has a candidate that is new enough."""
+    """Say whether `apt-cache policy libbpf-dev` has a candidate that is new enough."""
     match = re.search(r"Candidate: (?:\d+:)?(\d+)\.(\d+)", policy)
     return match is not None and (int(match[1]), int(match[2])) >= LIBBPF_LEAST
 
@@ -273,7 +281,7 @@ def _loads(library: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The two commands at the top of this module."""
+    """Run one of the two commands at the top of this module; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.bpf_toolchain", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", choices=["missing", "libbpf"])

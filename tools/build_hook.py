@@ -34,7 +34,7 @@ PROGRAMS = {
 BPF_OUT = Path("daemon/agentcgroupd/bpf")
 # The next instruction set, v4, needs Linux 6.6.
 BPF_FLAGS = "-target bpf -mcpu=v3 -O2 -g -Wall -Wextra -Wno-unused-parameter -Werror".split()
-# What libbpf's headers call a machine, whose registers hold a traced function's arguments.
+# The machine's name in libbpf's headers, which read a traced function's arguments from registers.
 BPF_MACHINES = {"x86_64": "x86", "aarch64": "arm64"}
 
 
@@ -108,7 +108,7 @@ def compile_bpf(root: Path, libbpf: Libbpf) -> None:
 
 
 def compile_object(root: Path, clang: str, libbpf: Libbpf, source: Path, target: Path) -> None:
-    """Run clang. Raises ToolchainError, after what clang says."""
+    """Compile one BPF program. Raises ToolchainError, after clang's own messages."""
     machine = os.uname().machine
     if machine not in BPF_MACHINES:
         raise ToolchainError(f"bpf/ is for {' and '.join(BPF_MACHINES)}; this is {machine}")
@@ -128,9 +128,10 @@ def compile_object(root: Path, clang: str, libbpf: Libbpf, source: Path, target:
 
 
 def drop_dwarf(libbpf: Libbpf, source: Path, target: Path) -> None:
-    """Pass an object through libbpf's linker, as `bpftool gen object` does: it keeps the programs
-    and their BTF and leaves the debugging information, two thirds of the file, behind.
-    Raises ToolchainError.
+    """Pass an object through libbpf's linker, as `bpftool gen object` does. Raises ToolchainError.
+
+    The linker keeps the programs and their BTF and leaves the debugging information, two thirds of
+    the file, behind.
     """
     try:
         library = ctypes.CDLL(str(libbpf.library), use_errno=True)

@@ -1,4 +1,4 @@
-"""Fetch Debian packages of any suite without installing anything: what the build and tests lack.
+"""Fetch Debian packages of any suite, for the build and the tests, without installing anything.
 
 apt runs with a private state directory and this machine's own Debian mirror, so a suite that the
 machine does not use can be read without pinning or upgrades:
@@ -38,7 +38,7 @@ class Mirror:
     signed_by: str = ""
 
     def stanza(self, suite: str) -> str:
-        """A deb822 source for `suite`."""
+        """Return a deb822 source for `suite`."""
         keyring = f"Signed-By: {self.signed_by}\n" if self.signed_by else ""
         return f"Types: deb\nURIs: {self.uris}\nSuites: {suite}\nComponents: main\n{keyring}"
 
@@ -46,7 +46,7 @@ class Mirror:
 def find_mirror(
     etc_apt: Path = Path("/etc/apt"), environ: Mapping[str, str] = os.environ
 ) -> Mirror:
-    """This machine's Debian mirror, or $AGENTCG_DEBIAN_MIRROR. Raises SuiteError."""
+    """Return $AGENTCG_DEBIAN_MIRROR, else this machine's Debian mirror. Raises SuiteError."""
     if uris := environ.get("AGENTCG_DEBIAN_MIRROR"):
         return Mirror(uris, environ.get("AGENTCG_DEBIAN_KEYRING", ""))
     texts = [path.read_text() for path in sorted(etc_apt.glob("sources.list.d/*.sources"))]
@@ -93,7 +93,7 @@ def parse_one_line(text: str) -> Iterator[tuple[Mirror, str]]:
 
 
 def _is_debian(mirror: Mirror, suites: str) -> bool:
-    """Debian's own archive, not its security one and nobody else's."""
+    """Say whether a source is Debian's main archive: not the security one, and no one else's."""
     names = suites.split()
     known = {"stable", "testing", "unstable", "sid", "bookworm", "trixie", "forky", "duke"}
     path = mirror.uris.split()[0].rstrip("/") if mirror.uris else ""
@@ -101,7 +101,7 @@ def _is_debian(mirror: Mirror, suites: str) -> bool:
 
 
 class Apt:
-    """apt with a state of its own for one suite. Nothing of the machine's own state changes."""
+    """An apt with a state of its own for one suite; the machine's own state stays as it is."""
 
     def __init__(
         self, state: Path, suite: str, mirror: Mirror, *, check_valid_until: bool = True
@@ -119,15 +119,15 @@ class Apt:
         (state / "sources/suite.sources").write_text(mirror.stanza(suite))
 
     def update(self) -> None:
-        """Read the suite's index again. Raises SuiteError, as all of these do."""
+        """Read the suite's index again. Raises SuiteError, as the other methods do."""
         self._run("apt-get", "-q", "update", timeout_sec=300)
 
     def names(self, prefix: str) -> list[str]:
-        """Names of all packages in the suite that start with `prefix`."""
+        """Return the names of all packages in the suite that start with `prefix`."""
         return self._run("apt-cache", "pkgnames", prefix).split()
 
     def depends(self, package: str) -> list[str]:
-        """Names in the package's Depends field; [] for a package that the suite lacks."""
+        """Return the names in a package's Depends field; [] for a package that the suite lacks."""
         try:
             return parse_depends(self._run("apt-cache", "--no-all-versions", "show", package))
         except SuiteError:
@@ -177,7 +177,7 @@ class Apt:
 
 
 def parse_depends(stanza: str) -> list[str]:
-    """Package names of the first Depends field, first alternatives only, versions dropped."""
+    """Return the names in the first Depends field: first alternatives only, without versions."""
     match = re.search(r"^Depends: (.*)$", stanza, re.MULTILINE)
     if match is None:
         return []
@@ -197,7 +197,7 @@ def unpack(packages: Iterable[Path], into: Path) -> None:
 
 
 def twice(action: Callable[[], T], log: Log) -> T:
-    """A download that failed is tried once more: mirrors hiccup."""
+    """Do a download, and once more where it failed: mirrors have short faults."""
     try:
         return action()
     except SuiteError as error:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
 
-from agentcgroup import flow, paths
-from agentcgroup.channel import Connection
+from agentcgroup import paths, queries
+from agentcgroup.channel import Client, Connection
 from agentcgroup.intent import Quantity, spec_message
+from agentcgroup.queries import Query
 from agentcgroup.streams import Stream
 from agentcgroup.types import (
     CallInfo,
@@ -22,11 +21,8 @@ from agentcgroup.types import (
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1.agentcgroup_pb2_grpc import AdminStub
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
-
-class Admin:
+class Admin(Client[AdminStub]):
     """A connection to the daemon's admin socket, made when first needed.
 
     Limits of a session are text or numbers, as in an intent: memory_low, memory_high, memory_max
@@ -36,31 +32,17 @@ class Admin:
 
     def __init__(self, run_dir: str | None = None) -> None:
         self.run_dir = os.path.abspath(run_dir or paths.run_dir())
-        self.connection = Connection(f"unix:{paths.admin_socket(self.run_dir)}", AdminStub)
-
-    def close(self) -> None:
-        """Close the connection; a later use opens a new one."""
-        self.connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        super().__init__(Connection(f"unix:{paths.admin_socket(self.run_dir)}", AdminStub))
 
     def pool(self) -> PoolInfo:
-        """The pool as a whole."""
-        return PoolInfo.from_proto(self._ask("GetPool", pb.GetPoolRequest()))
+        """Return the state of the pool as a whole."""
+        return self._ask(Query("GetPool", pb.GetPoolRequest(), PoolInfo.from_proto))
 
     def sessions(self) -> list[SessionInfo]:
-        """All open sessions."""
-        reply = self._ask("ListSessions", pb.ListSessionsRequest())
-        return [SessionInfo.from_proto(session) for session in reply.sessions]
+        """Return all open sessions."""
+        request = pb.ListSessionsRequest()
+        read = SessionInfo.from_proto
+        return self._ask(Query("ListSessions", request, lambda r: [*map(read, r.sessions)]))
 
     def open_session(self, session_id: str, **limits: Quantity | None) -> SessionInfo:
         """Open a session.
@@ -70,7 +52,7 @@ class Admin:
             InvalidIntent: a limit makes no sense.
         """
         request = pb.OpenSessionRequest(spec=spec_message(session_id, limits))
-        return SessionInfo.from_proto(self._ask("OpenSession", request))
+        return self._ask(Query("OpenSession", request, SessionInfo.from_proto))
 
     def adopt_session(
         self, session_id: str, cgroup_path: str, **limits: Quantity | None
@@ -78,36 +60,35 @@ class Admin:
         """Make a session of an existing cgroup; `cgroup_path` is below the cgroup2 mount."""
         spec = spec_message(session_id, limits)
         request = pb.AdoptSessionRequest(cgroup_path=cgroup_path, spec=spec)
-        return SessionInfo.from_proto(self._ask("AdoptSession", request))
+        return self._ask(Query("AdoptSession", request, SessionInfo.from_proto))
 
     def close_session(self, session_id: str) -> int:
-        """End a session with all its processes; an adopted one is given back. Returns the number of
-        calls that were ended with it."""
-        reply = self._ask("CloseSession", pb.CloseSessionRequest(session_id=session_id))
-        return int(reply.calls_ended)
+        """End a session with all its processes; an adopted cgroup is given back.
+
+        Returns the number of calls that were ended with it.
+        """
+        request = pb.CloseSessionRequest(session_id=session_id)
+        return self._ask(Query("CloseSession", request, lambda reply: int(reply.calls_ended)))
 
     def calls(self, session_id: str = "") -> list[CallInfo]:
-        """Open calls, of one session or of all."""
-        reply = self._ask("ListCalls", pb.ListCallsRequest(session_id=session_id))
-        return [CallInfo.from_proto(call) for call in reply.calls]
+        """Return the open calls of one session, or of all."""
+        return self._ask(queries.calls(session_id))
 
     def end_call(self, call_id: str, *, detach: bool = False) -> Report:
         """End a call of any session; with `detach`, leave its processes alone."""
-        request = pb.EndCallRequest(call_id=call_id, detach=detach)
-        return Report.from_proto(self._ask("EndCall", request))
+        return self._ask(queries.end_call(call_id, detach))
 
     def report(self, call_id: str | None = None) -> Report:
-        """The report of an ended call, or the newest one."""
-        return Report.from_proto(self._ask("GetReport", pb.GetReportRequest(call_id=call_id or "")))
+        """Return the report of an ended call, or the newest one."""
+        return self._ask(queries.report(call_id))
 
     def reports(self, limit: int = 20, session_id: str = "") -> list[Report]:
-        """The newest reports, newest first, of one session or of all."""
-        request = pb.ListReportsRequest(session_id=session_id, limit=limit)
-        return [Report.from_proto(report) for report in self._ask("ListReports", request).reports]
+        """Return the newest reports, newest first, of one session or of all."""
+        return self._ask(queries.reports(limit, session_id))
 
     def policy(self) -> PolicyState:
-        """The policy in force, and how its rulesets stand."""
-        return PolicyState.from_proto(self._ask("GetPolicy", pb.GetPolicyRequest()))
+        """Return the policy in force, and how its rulesets stand."""
+        return self._ask(Query("GetPolicy", pb.GetPolicyRequest(), PolicyState.from_proto))
 
     def reload_policy(self) -> PolicyState:
         """Have the policy's files read anew.
@@ -115,21 +96,18 @@ class Admin:
         Raises:
             Refused: they cannot be used; the policy before stays in force.
         """
-        return PolicyState.from_proto(self._ask("ReloadPolicy", pb.ReloadPolicyRequest()))
+        return self._ask(Query("ReloadPolicy", pb.ReloadPolicyRequest(), PolicyState.from_proto))
 
     def explain_call(self, call_id: str) -> Explanation:
-        """How the policy sees an open call, what it did to it, and what it would do next."""
+        """Say how the policy sees an open call, what it did to it, and what it would do next."""
         request = pb.ExplainCallRequest(call_id=call_id)
-        return Explanation.from_proto(self._ask("ExplainCall", request))
+        return self._ask(Query("ExplainCall", request, Explanation.from_proto))
 
     def events(self, session_id: str = "") -> Stream[Event]:
-        """What happens, in one session or all, as it happens: an iterator without end."""
+        """Watch what happens, in one session or all: an iterator without end."""
         self.pool()
         request = pb.WatchEventsRequest(session_id=session_id)
         return Stream(
             lambda: self.connection.stub.WatchEvents(request, wait_for_ready=True),
             Event.from_proto,
         )
-
-    def _ask(self, method: str, request: Any) -> Any:
-        return self.connection.carry(flow.unary(method, request))

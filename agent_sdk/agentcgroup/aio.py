@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
-from agentcgroup import flow, packets
+from agentcgroup import flow, packets, queries
 from agentcgroup.call import AgentSettings, CallBase, RunArguments, split_run_arguments
 from agentcgroup.errors import AgentcgError, from_rpc_error
 from agentcgroup.intent import Intent, command, name_of
 from agentcgroup.process import communicate
+from agentcgroup.queries import Query
 from agentcgroup.results import Result, raise_if_not_started
 from agentcgroup.streams import AsyncStream
 from agentcgroup.types import Budget, CallInfo, Feedback, Grant, Report, SessionInfo
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 
 class AsyncCall(CallBase):
-    """One tool call. Made by `AsyncAgent.tool_call`; `async with` begins and ends it."""
+    """A tool call, made by `AsyncAgent.tool_call`; `async with` begins and ends it."""
 
     def __init__(self, agent: AsyncAgent, name: str, intent: Intent, argv: tuple[str, ...]) -> None:
         super().__init__(agent.settings, name, intent, argv)
@@ -39,15 +40,9 @@ class AsyncCall(CallBase):
         self._popened: list[asyncio.subprocess.Process] = []
 
     async def begin(self) -> Self:
-        """Begin the call, as `async with` does. Errors as those of `Call.begin`."""
+        """Begin the call, as `async with` does. Raises what `Call.begin` raises."""
         launcher = self._launcher()
-        settings = self._settings
-        self._begun(
-            launcher,
-            await self._agent.carry(
-                flow.begin(self._request, settings.on_unavailable, settings.seen)
-            ),
-        )
+        self._begun(launcher, await self._agent.carry(self._begin_flow()))
         return self
 
     async def end(self) -> Report | None:
@@ -89,7 +84,7 @@ class AsyncCall(CallBase):
         check: bool = False,
         **kwargs: Any,
     ) -> Result:
-        """Run a command in the call and wait for it; arguments as those of `subprocess.run`.
+        """Run a command in the call and wait for it; the arguments are those of `subprocess.run`.
 
         Returns and raises what `Call.run` does. When the task is cancelled the process is killed.
         """
@@ -114,8 +109,8 @@ class AsyncCall(CallBase):
     async def popen(self, args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
         """Start a command in the call without waiting.
 
-        Arguments as those of `asyncio.create_subprocess_exec`, the command as one list. The process
-        is ended with the call, if it has not ended before.
+        The arguments are those of `asyncio.create_subprocess_exec`, with the command as one list.
+        The process is ended with the call, if it has not ended before.
         """
         argv = command(args, kwargs.pop("shell", False), kwargs.pop("executable", None))
         process = await asyncio.create_subprocess_exec(*self._argv(argv), **kwargs)
@@ -127,16 +122,14 @@ class AsyncCall(CallBase):
         """Change what the open call may use; what is not named stays. Returns the new grant."""
         request = self._update_request(intent)
         if self.confined:
-            reply = await self._agent.carry(flow.unary("UpdateIntent", request))
-            self.grant = Grant.from_proto(reply.grant)
+            self.grant = await self._agent.carry(queries.update(request).flow())
         return self.grant
 
 
 class AsyncAgent:
-    """An agent's connection to the daemon, for asyncio. Arguments as those of `Agent`.
+    """An agent's connection to the daemon, for asyncio. The arguments are those of `Agent`.
 
-    It may be used from one event loop after another (each gets its own channel), not from two at
-    the same time.
+    One event loop after another may use it (each gets its own channel), not two at the same time.
     """
 
     def __init__(self, run_dir: str | None = None, *, on_unavailable: str | None = None) -> None:
@@ -149,7 +142,7 @@ class AsyncAgent:
 
     @property
     def stub(self) -> Any:
-        """The stub of this process and event loop."""
+        """Return the stub of this process and event loop."""
         home = (os.getpid(), asyncio.get_running_loop())
         if self._home != home:
             if self._channel is not None:
@@ -179,9 +172,8 @@ class AsyncAgent:
             return outcome
 
     async def _send(self, rpc: flow.Rpc) -> Any:
-        # Only gRPC can wait for a daemon that is away.
-        data = packets.packet(rpc.method, rpc.request)
-        if data is not None and not rpc.wait:
+        data = packets.packet_for(rpc)
+        if data is not None:
             path = self.settings.attach_path
             return await packets.ask_async(path, rpc.method, data, rpc.timeout)
         try:
@@ -209,7 +201,7 @@ class AsyncAgent:
         await self.close()
 
     def tool_call(self, name: str, *, argv: Any = (), **intent: Unpack[Intent]) -> AsyncCall:
-        """A call to be begun by `async with`. Arguments as those of `Agent.tool_call`."""
+        """Make a call, to be begun by `async with`. The arguments are `Agent.tool_call`'s."""
         return AsyncCall(self, name, intent, tuple(argv))
 
     async def run(
@@ -221,7 +213,7 @@ class AsyncAgent:
         check: bool = False,
         **kwargs: Any,
     ) -> Result:
-        """Run a command as a call of its own. Arguments and result as those of `Agent.run`."""
+        """Run a command as a call of its own. Arguments and result are those of `Agent.run`."""
         intent, rest = split_run_arguments(kwargs, call_timeout)
         argv = command(args, rest.get("shell", False), rest.get("executable"))
         async with self.tool_call(name or name_of(argv), argv=argv, **intent) as call:
@@ -231,35 +223,34 @@ class AsyncAgent:
         return result
 
     async def session(self) -> SessionInfo:
-        """The session that this process is in."""
-        return SessionInfo.from_proto(await self._ask("GetSession", pb.GetSessionRequest()))
+        """Return the session that this process is in."""
+        return await self._ask(queries.session())
 
     async def budget(self) -> Budget:
-        """What is left for this session: bytes, cores, processes."""
-        return Budget.from_proto(await self._ask("GetBudget", pb.GetBudgetRequest()))
+        """Return what is left for this session: bytes, cores, processes."""
+        return await self._ask(queries.budget())
 
     async def calls(self) -> list[CallInfo]:
-        """The session's open calls."""
-        reply = await self._ask("ListCalls", pb.ListCallsRequest())
-        return [CallInfo.from_proto(call) for call in reply.calls]
+        """Return the session's open calls."""
+        return await self._ask(queries.calls())
 
     async def report(self, call_id: str | None = None) -> Report:
-        """The report of an ended call, or the newest one."""
-        request = pb.GetReportRequest(call_id=call_id or "")
-        return Report.from_proto(await self._ask("GetReport", request))
+        """Return the report of an ended call, or the newest one."""
+        return await self._ask(queries.report(call_id))
 
     async def reports(self, limit: int = 20) -> list[Report]:
-        """The newest reports, newest first."""
-        reply = await self._ask("ListReports", pb.ListReportsRequest(limit=limit))
-        return [Report.from_proto(report) for report in reply.reports]
+        """Return the newest reports, newest first."""
+        return await self._ask(queries.reports(limit))
 
     async def end_call(self, call_id: str, *, detach: bool = False) -> Report:
         """End an open call of this session by its id; with `detach`, leave its processes alone."""
-        request = pb.EndCallRequest(call_id=call_id, detach=detach)
-        return Report.from_proto(await self._ask("EndCall", request))
+        return await self._ask(queries.end_call(call_id, detach))
 
     def feedback(self, call_id: str | None = None) -> AsyncStream[Feedback]:
-        """Feedback as it happens: `async for item in agent.feedback()`. See `Agent.feedback`."""
+        """Watch feedback about the session (or one call): `async for item in agent.feedback()`.
+
+        The first item asked for raises what `Agent.feedback` raises at once.
+        """
         request = pb.WatchFeedbackRequest(call_id=call_id or "")
         return AsyncStream(
             lambda: self.stub.WatchFeedback(request, wait_for_ready=True),
@@ -268,7 +259,7 @@ class AsyncAgent:
             endless=call_id is None,
         )
 
-    async def _ask(self, method: str, request: Any) -> Any:
-        reply = await self.carry(flow.unary(method, request))
+    async def _ask(self, query: Query[T]) -> T:
+        answer = await self.carry(query.flow())
         self.settings.seen = True
-        return reply
+        return answer

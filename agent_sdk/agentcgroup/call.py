@@ -1,4 +1,4 @@
-"""What a call is, apart from waiting: shared by the sync and the asyncio client."""
+"""A call without the waiting: what the sync and the asyncio client share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ import sys
 import warnings
 from typing import Any, get_args
 
-from agentcgroup import paths
-from agentcgroup.errors import AgentcgError, AgentcgWarning, InvalidIntent, ReportNotReady
-from agentcgroup.flow import OnUnavailable
+from agentcgroup import flow, paths
+from agentcgroup.errors import (
+    AgentcgError,
+    AgentcgWarning,
+    InvalidIntent,
+    ReportNotReady,
+    Unavailable,
+)
+from agentcgroup.flow import Flow, OnUnavailable
 from agentcgroup.intent import (
     INTENT_FIELDS,
     Intent,
@@ -36,7 +42,11 @@ def warn(sentence: str) -> None:
 
 
 def choose_on_unavailable(value: str | None) -> OnUnavailable:
-    """The policy for when the daemon is away: `value`, else $AGENTCG_ON_UNAVAILABLE, else "run"."""
+    """Return what to do when the daemon is away: `value`, else $AGENTCG_ON_UNAVAILABLE, else "run".
+
+    Raises:
+        InvalidIntent: the one that counts is neither "run" nor "refuse".
+    """
     chosen = value or os.environ.get("AGENTCG_ON_UNAVAILABLE") or "run"
     for known in get_args(OnUnavailable):
         if chosen == known:
@@ -50,7 +60,7 @@ def choose_on_unavailable(value: str | None) -> OnUnavailable:
 
 
 class AgentSettings:
-    """What an agent's client was told; shared by both clients.
+    """Settings of an agent's client.
 
     Attributes:
         run_dir: directory of the daemon's sockets.
@@ -65,12 +75,12 @@ class AgentSettings:
 
     @property
     def target(self) -> str:
-        """The gRPC target of the agent socket."""
+        """Return the gRPC target of the agent socket."""
         return f"unix:{paths.agent_socket(self.run_dir)}"
 
     @property
     def attach_path(self) -> str:
-        """The agents' attach socket."""
+        """Return the path of the agents' attach socket."""
         return paths.attach_socket(self.run_dir)
 
 
@@ -102,7 +112,7 @@ class CallBase:
 
     @property
     def report(self) -> Report | None:
-        """How the call ended; None where it ran without control or its report was lost.
+        """Return how the call ended; None where it ran without control or its report was lost.
 
         Raises:
             ReportNotReady: the call is still open.
@@ -115,10 +125,14 @@ class CallBase:
         return self._report
 
     def _launcher(self) -> str:
-        """To be called before the call is begun: a missing launcher must leave nothing behind."""
+        """Find the launcher before the call is begun: a missing one must leave nothing behind."""
         if self._state != "new":
             raise RuntimeError(f"{self!r} was begun already; each call is begun once")
         return paths.find_launcher()
+
+    def _begin_flow(self) -> Flow[pb.Call | Unavailable]:
+        settings = self._settings
+        return flow.begin(self._request, settings.on_unavailable, settings.seen)
 
     def _begun(self, launcher: str, outcome: pb.Call | AgentcgError) -> None:
         self._state = "open"
@@ -139,7 +153,7 @@ class CallBase:
         ]
 
     def _argv(self, command: list[str]) -> list[str]:
-        """The command line that starts `command` in this call."""
+        """Return the command line that starts `command` in this call."""
         if self._state != "open":
             raise RuntimeError(f"{self!r} is not open; use 'with agent.tool_call(...) as call:'")
         return self._launch + command
@@ -165,7 +179,7 @@ class CallBase:
 
 
 class RunArguments:
-    """Arguments of `subprocess.run` sorted: `argv` is the command, `popen` goes to Popen.
+    """Arguments of `subprocess.run`, sorted: `argv` is the command, `popen` goes to Popen.
 
     Raises:
         ValueError: they contradict each other, as in subprocess.run.
@@ -189,7 +203,7 @@ class RunArguments:
 def split_run_arguments(
     kwargs: dict[str, Any], call_timeout: Quantity | None
 ) -> tuple[Intent, dict[str, Any]]:
-    """Keywords of `Agent.run` as (intent, arguments of subprocess.run).
+    """Split the keywords of `Agent.run` into an intent and arguments of subprocess.run.
 
     `timeout` is subprocess's there; the intent's comes as `call_timeout`.
     """

@@ -1,4 +1,7 @@
-"""A lazily made connection to one of the daemon's sockets, safe to carry over fork()."""
+"""A lazily made connection to one of the daemon's sockets, safe to carry over fork().
+
+`Client` is what the two synchronous clients share.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import grpc
 from agentcgroup import packets
 from agentcgroup.errors import AgentcgError, from_rpc_error
 from agentcgroup.flow import CHANNEL_OPTIONS, Flow, Rpc
+from agentcgroup.queries import Query
+from agentcgroup.streams import Closing
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -21,7 +26,7 @@ class Connection(Generic[S]):
     """The channel and stub for a socket, made at first use and once in each process.
 
     Args:
-        target: gRPC target, "unix:/path".
+        target: the gRPC target, "unix:/path".
         make_stub: the stub's class.
         attach_path: the attach socket, for what can go in a packet; empty: all goes over gRPC.
     """
@@ -38,7 +43,7 @@ class Connection(Generic[S]):
 
     @property
     def stub(self) -> S:
-        """The stub of this process."""
+        """Return the stub of this process."""
         pid = os.getpid()
         found = self._by_pid.get(pid)
         if found is None:
@@ -71,9 +76,8 @@ class Connection(Generic[S]):
             return outcome
 
     def _send(self, rpc: Rpc) -> Any:
-        # Only gRPC can wait for a daemon that is away.
-        data = packets.packet(rpc.method, rpc.request) if self._attach_path else None
-        if data is not None and not rpc.wait:
+        data = packets.packet_for(rpc) if self._attach_path else None
+        if data is not None:
             return packets.ask(self._attach_path, rpc.method, data, rpc.timeout)
         stub: Any = self.stub
         try:
@@ -88,3 +92,22 @@ class Connection(Generic[S]):
         found = self._by_pid.pop(os.getpid(), None)
         if found is not None:
             found[0].close()
+
+
+class Client(Closing, Generic[S]):
+    """A client of one socket.
+
+    Attributes:
+        connection: the connection to it.
+    """
+
+    def __init__(self, connection: Connection[S]) -> None:
+        self.connection = connection
+
+    def close(self) -> None:
+        """Close the connection; a later use opens a new one."""
+        self.connection.close()
+
+    def _ask(self, query: Query[T]) -> T:
+        """Ask the daemon and return what it answers. Raises AgentcgError."""
+        return self.connection.carry(query.flow())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from agentcgroup import flow
+from agentcgroup import flow, queries
 from agentcgroup.call import AgentSettings, CallBase, RunArguments, split_run_arguments
-from agentcgroup.channel import Connection
+from agentcgroup.channel import Client, Connection
 from agentcgroup.intent import Intent, command, name_of
+from agentcgroup.queries import Query
 from agentcgroup.results import CallPopen, Result, raise_if_not_started
 from agentcgroup.streams import Stream
 from agentcgroup.types import Budget, CallInfo, Feedback, Grant, Report, SessionInfo
@@ -19,11 +20,13 @@ from agentcgroup.v1.agentcgroup_pb2_grpc import AgentStub
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+T = TypeVar("T")
+
 
 class Call(CallBase):
-    """One tool call. Made by `Agent.tool_call`; a `with` block begins and ends it.
+    """A tool call, made by `Agent.tool_call`; a `with` block begins and ends it.
 
-    Every process started in it is in the call's cgroup; what is left of them at the end is ended.
+    Every process started in the call is in its cgroup; what is left of them at the end is ended.
     """
 
     def __init__(self, agent: Agent, name: str, intent: Intent, argv: tuple[str, ...]) -> None:
@@ -41,13 +44,7 @@ class Call(CallBase):
             LauncherNotFound: agentcg-exec is not installed.
         """
         launcher = self._launcher()
-        settings = self._settings
-        self._begun(
-            launcher,
-            self._connection.carry(
-                flow.begin(self._request, settings.on_unavailable, settings.seen)
-            ),
-        )
+        self._begun(launcher, self._connection.carry(self._begin_flow()))
         return self
 
     def end(self) -> Report | None:
@@ -84,7 +81,7 @@ class Call(CallBase):
         check: bool = False,
         **kwargs: Any,
     ) -> Result:
-        """Run a command in the call and wait for it; arguments as those of `subprocess.run`.
+        """Run a command in the call and wait for it; the arguments are those of `subprocess.run`.
 
         Returns a `subprocess.CompletedProcess` with `.call_id`, and with `.report` and `.feedback`
         once the call has ended.
@@ -117,7 +114,7 @@ class Call(CallBase):
         return result
 
     def popen(self, args: Any, **kwargs: Any) -> CallPopen:
-        """Start a command in the call without waiting; arguments as those of `subprocess.Popen`.
+        """Start a command in the call without waiting; the arguments are `subprocess.Popen`'s.
 
         The process is ended with the call, if it has not ended before.
         """
@@ -137,14 +134,14 @@ class Call(CallBase):
         """
         request = self._update_request(intent)
         if self.confined:
-            reply = self._connection.carry(flow.unary("UpdateIntent", request))
-            self.grant = Grant.from_proto(reply.grant)
+            self.grant = self._connection.carry(queries.update(request).flow())
         return self.grant
 
 
-class Agent:
-    """An agent's connection to the daemon. Connects when first needed; may be used by several
-    threads, and in a forked child.
+class Agent(Client[AgentStub]):
+    """An agent's connection to the daemon, made when first needed.
+
+    Several threads may use it, and a forked child.
 
     Args:
         run_dir: directory of the daemon's sockets; else $AGENTCG_RUN_DIR, else /run/agentcgroup.
@@ -154,25 +151,11 @@ class Agent:
 
     def __init__(self, run_dir: str | None = None, *, on_unavailable: str | None = None) -> None:
         self.settings = AgentSettings(run_dir, on_unavailable)
-        self.connection = Connection(self.settings.target, AgentStub, self.settings.attach_path)
-
-    def close(self) -> None:
-        """Close the connection; a later use opens a new one."""
-        self.connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        target, attach_path = self.settings.target, self.settings.attach_path
+        super().__init__(Connection(target, AgentStub, attach_path))
 
     def tool_call(self, name: str, *, argv: Any = (), **intent: Unpack[Intent]) -> Call:
-        """A call to be begun by `with`.
+        """Make a call, to be begun by `with`.
 
         Args:
             name: the tool, e.g. "pytest".
@@ -190,7 +173,7 @@ class Agent:
         check: bool = False,
         **kwargs: Any,
     ) -> Result:
-        """Run a command as a call of its own; in place of `subprocess.run`.
+        """Run a command as a call of its own, in place of `subprocess.run`.
 
         Args:
             args: the command.
@@ -212,38 +195,35 @@ class Agent:
         return result
 
     def session(self) -> SessionInfo:
-        """The session that this process is in."""
-        return SessionInfo.from_proto(self._ask("GetSession", pb.GetSessionRequest()))
+        """Return the session that this process is in."""
+        return self._ask(queries.session())
 
     def budget(self) -> Budget:
-        """What is left for this session: bytes, cores, processes."""
-        return Budget.from_proto(self._ask("GetBudget", pb.GetBudgetRequest()))
+        """Return what is left for this session: bytes, cores, processes."""
+        return self._ask(queries.budget())
 
     def calls(self) -> list[CallInfo]:
-        """The session's open calls."""
-        reply = self._ask("ListCalls", pb.ListCallsRequest())
-        return [CallInfo.from_proto(call) for call in reply.calls]
+        """Return the session's open calls."""
+        return self._ask(queries.calls())
 
     def report(self, call_id: str | None = None) -> Report:
-        """The report of an ended call, or the newest one.
+        """Return the report of an ended call, or the newest one.
 
         Raises:
             CallNotFound: there is none.
         """
-        return Report.from_proto(self._ask("GetReport", pb.GetReportRequest(call_id=call_id or "")))
+        return self._ask(queries.report(call_id))
 
     def reports(self, limit: int = 20) -> list[Report]:
-        """The newest reports, newest first."""
-        reply = self._ask("ListReports", pb.ListReportsRequest(limit=limit))
-        return [Report.from_proto(report) for report in reply.reports]
+        """Return the newest reports, newest first."""
+        return self._ask(queries.reports(limit))
 
     def end_call(self, call_id: str, *, detach: bool = False) -> Report:
         """End an open call of this session by its id; with `detach`, leave its processes alone."""
-        request = pb.EndCallRequest(call_id=call_id, detach=detach)
-        return Report.from_proto(self._ask("EndCall", request))
+        return self._ask(queries.end_call(call_id, detach))
 
     def feedback(self, call_id: str | None = None) -> Stream[Feedback]:
-        """Feedback about the session (or one call) as it happens: an iterator without end.
+        """Watch feedback about the session (or one call): an iterator without end.
 
         Raises:
             Unavailable, NotInSession: at once. Later, a daemon that is away is waited for.
@@ -256,7 +236,7 @@ class Agent:
             endless=call_id is None,
         )
 
-    def _ask(self, method: str, request: Any) -> Any:
-        reply = self.connection.carry(flow.unary(method, request))
+    def _ask(self, query: Query[T]) -> T:
+        answer = super()._ask(query)
         self.settings.seen = True
-        return reply
+        return answer

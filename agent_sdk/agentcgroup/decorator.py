@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 class ToolDecorator(Protocol):
-    """Takes the call off the front of a function's parameters, sync or async."""
+    """A decorator that takes the call off the front of a function's parameters, sync or async."""
 
     @overload
     def __call__(
@@ -37,13 +37,13 @@ class ToolDecorator(Protocol):
 
 @functools.cache
 def default_agent() -> Agent:
-    """The agent that `@tool` uses where none is given."""
+    """Return the agent that `@tool` uses where none is given."""
     return Agent()
 
 
 @functools.cache
 def default_async_agent() -> AsyncAgent:
-    """The agent that `@tool` uses for coroutines where none is given."""
+    """Return the agent that `@tool` uses for coroutines where none is given."""
     return AsyncAgent()
 
 
@@ -53,7 +53,9 @@ def tool(
     agent: Agent | AsyncAgent | None = None,
     **intent: Unpack[Intent],
 ) -> ToolDecorator:
-    """Decorator: the function gets an open call as its first argument, callers do not pass it.
+    """Make each invocation of a function a call, which the function gets as its first argument.
+
+    Callers do not pass the call:
 
         @tool(memory="512M")
         def run_tests(call: Call, path: str) -> str:
@@ -61,13 +63,13 @@ def tool(
 
         run_tests("tests/unit")
 
-    A coroutine function gets an `AsyncCall`. The signature that others see (agent frameworks make
-    the tool's schema of it) is that without the call.
+    A coroutine function gets an `AsyncCall`. Others see the signature without the call, so that an
+    agent framework makes the right schema of it.
 
     Args:
         name: the tool's name; else the function's.
-        agent: whose calls they are; else one made at first use with the defaults of `Agent`.
-        **intent: what each call may use, see `Intent`.
+        agent: the owner of the calls; else one made at first use with the defaults of `Agent`.
+        **intent: what each call may use: the fields of `Intent`.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Everything that can go wrong, as types; the one place where a gRPC error becomes one of them."""
+"""Errors as types, and the one place where a gRPC error becomes one of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ERROR_TRAILER = "agentcg-error-bin"
 
 
 class AgentcgWarning(UserWarning):
-    """A tool ran without control, or its report was lost; the tool's own result is not affected."""
+    """A tool ran without control, or its report was lost; the tool's own result is unaffected."""
 
 
 class AgentcgError(Exception):
@@ -44,7 +44,7 @@ class AgentcgError(Exception):
         return (_rebuild, (type(self), self.sentence, self.to_dict()))
 
     def to_dict(self) -> dict[str, str]:
-        """The error in parts, keys as in the protocol's message Error."""
+        """Return the error in parts, keys as in the protocol's message Error."""
         return {
             "code": self.code,
             "field": self.field,
@@ -66,19 +66,19 @@ class Unavailable(AgentcgError):
 
 
 class NotInSession(AgentcgError):
-    """This process is in no session, so there is nothing a call could be part of."""
+    """The calling process is in no session, so a call has nothing to be part of."""
 
     default_code = "UNAUTHENTICATED"
 
 
 class PermissionDenied(AgentcgError):
-    """This process may not do that (e.g. it is not root, or it is inside a session)."""
+    """The calling process may not do that: it is not root, or it is inside a session."""
 
     default_code = "PERMISSION_DENIED"
 
 
 class InvalidIntent(AgentcgError):
-    """Something written in an intent or a session's limits makes no sense; see `field`."""
+    """A value in an intent or in a session's limits makes no sense; `field` names it."""
 
     default_code = "INVALID_ARGUMENT"
 
@@ -90,19 +90,19 @@ class Refused(AgentcgError):
 
 
 class AlreadyExists(Refused):
-    """There is a session of that name already."""
+    """A session of that name exists already."""
 
     default_code = "ALREADY_EXISTS"
 
 
 class NotFound(AgentcgError):
-    """There is no session or cgroup of that name."""
+    """No session or cgroup of that name exists."""
 
     default_code = "NOT_FOUND"
 
 
 class CallNotFound(NotFound):
-    """There is no call of that id in reach of the caller, or no report of it any more."""
+    """No call of that id is in reach of the caller, or its report is not kept any more."""
 
 
 class LauncherNotFound(AgentcgError):
@@ -132,7 +132,7 @@ _NOT_A_CALL = frozenset({"session_id", "id", "cgroup_path"})
 
 
 def from_rpc_error(error: grpc.RpcError) -> AgentcgError:
-    """The typed error for a failed RPC, sync or asyncio.
+    """Return the typed error for a failed RPC, sync or asyncio.
 
     The daemon's sentence is the status message; its parts come from the trailer. An error that no
     daemon wrote (nobody listens, no answer in time) gets a sentence of our own.
@@ -146,7 +146,7 @@ def from_rpc_error(error: grpc.RpcError) -> AgentcgError:
         return from_message(parts)
     details = error.details() or ""
     if code == "CANCELLED":
-        # Not by us: so says gRPC where the daemon stops while it is being asked.
+        # gRPC says so where the daemon stops while it is being asked; we cancel nothing here.
         code, details = "UNAVAILABLE", "it has just stopped"
     if code == "UNAVAILABLE":
         details = f"agentcgroupd cannot be reached: {details or 'no reason given'}"
@@ -157,7 +157,7 @@ def from_rpc_error(error: grpc.RpcError) -> AgentcgError:
 
 
 def from_message(parts: pb.Error) -> AgentcgError:
-    """The typed error for an Error of the daemon."""
+    """Return the typed error for an Error of the daemon."""
     kind = _BY_CODE.get(parts.code, AgentcgError)
     if kind is NotFound and parts.field not in _NOT_A_CALL:
         kind = CallNotFound

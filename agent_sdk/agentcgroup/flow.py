@@ -1,7 +1,7 @@
-"""The conversation with the daemon, written once for the sync and the asyncio client.
+"""The beginning and the end of a call, written once for the sync and the asyncio client.
 
 Each function is a generator that yields an `Rpc` and is sent its reply, or thrown the typed error;
-what it returns is the outcome. It does no I/O, so both clients only carry its messages.
+what it returns is the outcome. None does I/O, so both clients only carry the messages.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 
 @dataclass(slots=True)
 class Rpc:
-    """One request to the daemon.
+    """A request to the daemon.
 
     method: its name in the protocol. timeout, pause: seconds, the latter slept before it is sent.
     wait: wait within the timeout for a daemon that is away. queued: seconds besides that the daemon
@@ -58,11 +58,6 @@ class Rpc:
 
 
 Flow = Generator[Rpc, Any, T]
-
-
-def unary(method: str, request: Message) -> Flow[Any]:
-    """A single request; the outcome is its reply."""
-    return (yield Rpc(method, request))
 
 
 def begin(

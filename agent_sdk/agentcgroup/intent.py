@@ -17,7 +17,7 @@ NAME_MAX_CHARS = 128
 
 
 class Intent(TypedDict, total=False):
-    """What may be said about a call; everything left out (or None) is the session's default.
+    """The wishes for a call; for a field that is left out (or None) the session's default holds.
 
     memory, memory_max: bytes, or text such as "512M". cpu_weight: 1..10000. cpu_max: cores, or text
     such as "250m". pids_max: processes and threads. timeout: seconds, or text such as "10m".
@@ -48,7 +48,7 @@ INTENT_FIELDS = frozenset(Intent.__annotations__)
 
 
 def to_text(field: str, value: object) -> str:
-    """The protocol's text for a Python value; the daemon alone judges what it means.
+    """Return the protocol's text for a Python value; the daemon alone judges what it means.
 
     Raises:
         InvalidIntent: it is neither text nor a number (a bool is neither).
@@ -70,7 +70,7 @@ def to_text(field: str, value: object) -> str:
 
 
 def intent_message(intent: Intent) -> pb.Intent:
-    """The message Intent; fields that are absent or None stay empty."""
+    """Make the message Intent; fields that are absent or None stay empty."""
     message = pb.Intent()
     for field, value in intent.items():
         if field not in INTENT_FIELDS:
@@ -81,7 +81,7 @@ def intent_message(intent: Intent) -> pb.Intent:
 
 
 def spec_message(session_id: str, limits: dict[str, Any]) -> pb.SessionSpec:
-    """The message SessionSpec from its fields; those that are None stay empty."""
+    """Make the message SessionSpec from its fields; those that are None stay empty."""
     spec = pb.SessionSpec(id=session_id)
     for field, value in limits.items():
         if field not in pb.SessionSpec.DESCRIPTOR.fields_by_name:
@@ -92,7 +92,7 @@ def spec_message(session_id: str, limits: dict[str, Any]) -> pb.SessionSpec:
 
 
 def begin_request(name: str, intent: Intent, argv: Iterable[str] = ()) -> pb.BeginCallRequest:
-    """The message BeginCallRequest; `argv` is cut to what the daemon keeps of it."""
+    """Make the message BeginCallRequest; `argv` is cut to what the daemon keeps of it."""
     request = pb.BeginCallRequest(name=name, argv=cut_argv(argv))
     if intent:
         request.intent.CopyFrom(intent_message(intent))
@@ -100,7 +100,7 @@ def begin_request(name: str, intent: Intent, argv: Iterable[str] = ()) -> pb.Beg
 
 
 def cut_argv(argv: Iterable[str]) -> list[str]:
-    """Arguments as valid UTF-8 text, cut to 4,096 bytes altogether."""
+    """Return arguments as valid UTF-8 text, cut to 4,096 bytes altogether."""
     cut: list[str] = []
     left = ARGV_MAX_BYTES
     for argument in argv:
@@ -114,10 +114,13 @@ def cut_argv(argv: Iterable[str]) -> list[str]:
 
 
 def command(args: object, shell: bool = False, executable: object = None) -> list[str]:
-    """The argument vector for `args` as subprocess understands it.
+    """Return the argument vector for `args` as subprocess understands it.
 
-    With `shell`, text goes to /bin/sh (or `executable`). Without, `executable` cannot be had: the
-    launcher runs argv[0].
+    With `shell`, text goes to /bin/sh, or to `executable`. Without, `executable` is an error,
+    because the launcher runs argv[0].
+
+    Raises:
+        ValueError: the command is empty, or `executable` comes without `shell`.
     """
     if isinstance(args, (str, bytes, os.PathLike)):
         argv = [os.fsdecode(args)]
@@ -135,10 +138,10 @@ def command(args: object, shell: bool = False, executable: object = None) -> lis
 
 
 def name_of(argv: Sequence[str]) -> str:
-    """The call's name where none was given: the program's file name."""
+    """Return the name of a call that was given none: the program's file name."""
     return cut_name(os.path.basename(argv[0]) or argv[0])
 
 
 def cut_name(name: str) -> str:
-    """A name as the daemon takes it: valid text, at most 128 characters."""
+    """Return a name as the daemon takes it: valid text, at most 128 characters."""
     return os.fsencode(name).decode("utf-8", "replace")[:NAME_MAX_CHARS]

@@ -1,7 +1,7 @@
 """BeginCall and EndCall in one packet each way, over the attach socket.
 
-The same messages as over gRPC, at a fraction of the cost, and these two are on the way of every
-call. See docs/protocol.md, verb `rpc`.
+The messages are those of gRPC, at a fraction of the cost, and every tool call waits for these two.
+docs/protocol.md describes the packets (verb `rpc`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from google.protobuf.message import DecodeError, Message
 
 from agentcgroup.errors import AgentcgError, Unavailable, from_message
+from agentcgroup.flow import Rpc
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 
 REQUEST_BYTES_MAX = 16_384
@@ -20,16 +21,30 @@ _REPLY_BYTES_MAX = 1 << 20
 _REPLIES: dict[str, type[Message]] = {"BeginCall": pb.Call, "EndCall": pb.Report}
 
 
-def packet(method: str, request: Message) -> bytes | None:
-    """The request as a packet; None for what has to go over gRPC (another method, or too long)."""
-    if method not in _REPLIES:
+def packet_for(rpc: Rpc) -> bytes | None:
+    """Return the packet for a request; None where it has to go over gRPC.
+
+    Only gRPC knows the other methods, has room for long requests, and can wait for a daemon that
+    is away.
+    """
+    if rpc.method not in _REPLIES or rpc.wait:
         return None
-    data = b"ACG1\0rpc\0" + method.encode() + b"\0" + request.SerializeToString()
+    data = b"ACG1\0rpc\0" + rpc.method.encode() + b"\0" + rpc.request.SerializeToString()
     return data if len(data) <= REQUEST_BYTES_MAX else None
 
 
 def ask(path: str, method: str, data: bytes, timeout: float) -> Any:
-    """Send a packet, wait for the answer. Raises AgentcgError."""
+    """Send a packet to the socket at `path` and return the message that answers it.
+
+    Args:
+        path: the attach socket.
+        method: the request's name in the protocol.
+        data: the packet.
+        timeout: seconds for each answer; an answer that asks to wait adds its own.
+
+    Raises:
+        AgentcgError: the daemon's error, or Unavailable.
+    """
     try:
         with _socket() as sock:
             sock.settimeout(timeout)
@@ -45,7 +60,7 @@ def ask(path: str, method: str, data: bytes, timeout: float) -> Any:
 
 
 async def ask_async(path: str, method: str, data: bytes, timeout: float) -> Any:
-    """As `ask`, on the running event loop."""
+    """Do what `ask` does, on the running event loop."""
     loop = asyncio.get_running_loop()
     try:
         with _socket() as sock:
@@ -62,7 +77,7 @@ async def ask_async(path: str, method: str, data: bytes, timeout: float) -> Any:
 
 
 def _asks_to_wait(reply: bytes) -> int | None:
-    """Seconds that the real answer may take; None: this is it."""
+    """Return how many seconds the real answer may take; None where this is the answer."""
     word, _, rest = reply.partition(b"\0")
     seconds = rest.rstrip(b"\0").removeprefix(b"seconds=")
     return int(seconds) if word == b"WAIT" and seconds.isdigit() else None

@@ -1,4 +1,4 @@
-"""Where the daemon's sockets and the launcher are."""
+"""Paths of the daemon's sockets and of the launcher."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ DEFAULT_RUN_DIR = "/run/agentcgroup"
 
 
 def run_dir() -> str:
-    """The directory of the daemon's sockets: $AGENTCG_RUN_DIR, else /run/agentcgroup."""
+    """Return the directory of the daemon's sockets: $AGENTCG_RUN_DIR, else /run/agentcgroup."""
     return os.environ.get("AGENTCG_RUN_DIR") or DEFAULT_RUN_DIR
 
 
 def agent_socket(directory: str) -> str:
-    """Path of the gRPC socket for agents below a run directory."""
+    """Return the path of the gRPC socket for agents below a run directory."""
     return f"{directory}/agent/grpc.sock"
 
 
 def attach_socket(directory: str) -> str:
-    """Path of the attach socket for agents below a run directory."""
+    """Return the path of the attach socket for agents below a run directory."""
     return f"{directory}/agent/attach.sock"
 
 
 def admin_socket(directory: str) -> str:
-    """Path of the gRPC socket for the operator below a run directory."""
+    """Return the path of the gRPC socket for the operator below a run directory."""
     return f"{directory}/admin/grpc.sock"
 
 
 def admin_attach_socket(directory: str) -> str:
-    """Path of the attach socket for the operator below a run directory."""
+    """Return the path of the attach socket for the operator below a run directory."""
     return f"{directory}/admin/attach.sock"
 
 
 def find_launcher() -> str:
-    """Absolute path of agentcg-exec.
+    """Return the absolute path of agentcg-exec.
 
-    Looked for in $AGENTCG_EXEC (a path, believed as it is), then beside this interpreter's scripts,
-    then in $PATH; found once per process and value of $AGENTCG_EXEC.
+    $AGENTCG_EXEC, a path, is believed as it is; else the launcher is looked for beside this
+    interpreter's scripts, then in $PATH. The search is made once per process and value of
+    $AGENTCG_EXEC.
 
     Raises:
         LauncherNotFound: it is in none of these places.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 
 class Finished(NamedTuple):
-    """A process that has ended: return code as subprocess gives it, and what was collected."""
+    """A process that has ended: the return code as subprocess gives it, and what was collected."""
 
     returncode: int
     stdout: Any
@@ -18,8 +18,10 @@ class Finished(NamedTuple):
 
 
 class _Collector(asyncio.SubprocessProtocol):
-    """Collects what a process writes. `exited` is set at its end, `done` when the pipes are
-    closed too."""
+    """A collector of what a process writes.
+
+    exited: set at the end of the process. done: set when the pipes are closed too.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, piped: set[int]) -> None:
         self.chunks: dict[int, list[bytes]] = {fd: [] for fd in piped}
@@ -48,7 +50,10 @@ class _Collector(asyncio.SubprocessProtocol):
 
 
 class _Text:
-    """Takes text, encoding, errors and universal_newlines out of Popen's arguments."""
+    """The text handling that text, encoding, errors and universal_newlines ask of Popen.
+
+    These are taken out of `kwargs`.
+    """
 
     def __init__(self, kwargs: dict[str, Any]) -> None:
         self.encoding = kwargs.pop("encoding", None)
@@ -82,8 +87,8 @@ async def communicate(
         kwargs: arguments of subprocess.Popen.
 
     Raises:
-        subprocess.TimeoutExpired: the process has been killed. Also when the task is cancelled it
-            is killed, before the cancellation goes on.
+        subprocess.TimeoutExpired: the process has been killed.
+        asyncio.CancelledError: the task was cancelled; the process has been killed.
     """
     loop = asyncio.get_running_loop()
     options = {"stdin": None, "stdout": None, "stderr": None, **kwargs}
@@ -114,7 +119,7 @@ async def communicate(
         if not collector.exited.done():
             _kill(transport)
             await collector.exited
-        # Whoever else holds the pipes: nobody reads them any more.
+        # Another process may still hold the other ends of the pipes; nobody reads them any more.
         transport.close()
 
 

@@ -1,4 +1,4 @@
-"""What a finished or running process of a call looks like to the caller: as subprocess has it."""
+"""Finished and running processes of a call, in the shape that subprocess gives them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ else:
 
 
 class OpenCall(Protocol):
-    """The part of a call that a result looks at."""
+    """The part of a call that a result reads."""
 
     @property
     def id(self) -> str: ...
@@ -42,12 +42,12 @@ class Result(Completed):
 
     @property
     def call_id(self) -> str:
-        """The call's id; empty where the tool ran without control."""
+        """Return the call's id; empty where the tool ran without control."""
         return self._call.id
 
     @property
     def report(self) -> Report | None:
-        """How the whole call ended; None where it ran without control or its report was lost.
+        """Return how the call ended; None where it ran without control or its report was lost.
 
         Raises:
             ReportNotReady: the call is still open.
@@ -56,7 +56,7 @@ class Result(Completed):
 
     @property
     def feedback(self) -> tuple[Feedback, ...]:
-        """What the daemon had to say about the call; empty where there is no report."""
+        """Return what the daemon had to say about the call; empty where there is no report."""
         report = self._call.report
         return report.feedback if report is not None else ()
 
@@ -75,7 +75,7 @@ class CheckFailed(subprocess.CalledProcessError):
 
 
 class CallPopen(PopenAny):
-    """A `subprocess.Popen` of a process in a call; `args` is the tool's command, not ours."""
+    """A `subprocess.Popen` of a process in a call; `args` is the tool's command line."""
 
     def __init__(self, argv: list[str], args: Any, **kwargs: Any) -> None:
         super().__init__(argv, **kwargs)
@@ -83,7 +83,7 @@ class CallPopen(PopenAny):
 
 
 def wait_status(returncode: int) -> int:
-    """The waitpid(2) status for a return code as subprocess gives it (negative: signal)."""
+    """Return the waitpid(2) status for subprocess's return code (negative: a signal)."""
     return -returncode if returncode < 0 else returncode << 8
 
 
@@ -93,8 +93,8 @@ CANNOT_EXEC, NOT_FOUND = 126, 127
 def raise_if_not_started(argv: list[str], returncode: int, cwd: Any, env: Any) -> None:
     """Raise what subprocess raises for a program that is not there or cannot be run.
 
-    The launcher can only say it by exit status 126 or 127, which a tool may use for itself, so we
-    look for the program too.
+    The launcher says so by exit status 126 or 127. A tool may use these for itself, so the program
+    is looked for too.
 
     Raises:
         FileNotFoundError, PermissionError: as subprocess.

@@ -20,13 +20,32 @@ T = TypeVar("T")
 RECONNECT_PAUSE_S = 0.1
 
 
+class Closing:
+    """A thing with a `close` method, which a `with` block calls at its end."""
+
+    def close(self) -> None:
+        """Let go of what is held."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
 class _StreamBase(Generic[T]):
-    """State of a stream, and what to do when it breaks.
+    """The state of a stream, and what to do when it breaks.
 
     Args:
-        start: starts the RPC; it waits for a daemon that is away.
+        start: starts the RPC; a daemon that is away is waited for.
         convert: makes the item of a message.
-        endless: that the daemon ends it means only that the daemon is stopping.
+        endless: when the daemon ends the stream it is only stopping, and the stream is begun again.
     """
 
     def __init__(
@@ -39,7 +58,7 @@ class _StreamBase(Generic[T]):
         self._rpc: Any = None
 
     def _broken(self, error: grpc.RpcError) -> AgentcgError | None:
-        """What to raise; None where the stream is to be started again (or was closed)."""
+        """Return what to raise; None where the stream is to be started again (or was closed)."""
         typed = from_rpc_error(error)
         return None if self._closed or isinstance(typed, Unavailable) else typed
 
@@ -52,11 +71,11 @@ class _StreamBase(Generic[T]):
             self._rpc.cancel()
 
 
-class Stream(_StreamBase[T]):
+class Stream(_StreamBase[T], Closing):
     """An iterator that waits for the next item.
 
-    After a restart of the daemon it goes on; what happened in between is not delivered. `close()`,
-    from any thread, ends it.
+    After a restart of the daemon the stream goes on; what happened in between is not delivered.
+    `close()`, from any thread, ends the iteration.
     """
 
     def __init__(
@@ -90,20 +109,9 @@ class Stream(_StreamBase[T]):
         self._cancel()
         self._closing.set()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 class AsyncStream(_StreamBase[T]):
-    """The asyncio form of `Stream`. It starts with the first item asked for, or `async with`."""
+    """The asyncio form of `Stream`, begun by the first item asked for, or by `async with`."""
 
     def __init__(
         self,

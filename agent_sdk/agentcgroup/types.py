@@ -1,8 +1,8 @@
-"""What the daemon answers, as frozen dataclasses.
+"""The daemon's answers, as frozen dataclasses.
 
 Fields have the names and units of the protocol's messages. An optional field that the daemon left
-out is None: not limited, or not measured here, never zero. `from_proto` takes a message of the same
-name, `to_dict` gives plain data for JSON.
+out is None: not limited, or not measured here; a zero is always a measured zero. `from_proto` takes
+a message of the same name, `to_dict` gives plain data for JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ M = TypeVar("M", bound="_Answer")
 
 
 class Verdict(str, Enum):
-    """How a call ended."""
+    """The way in which a call ended."""
 
     UNSPECIFIED = "unspecified"
     OK = "ok"
@@ -41,7 +41,7 @@ class Verdict(str, Enum):
 
 
 class Evidence(str, Enum):
-    """Where the wait status behind a verdict comes from."""
+    """The source of the wait status behind a verdict."""
 
     UNSPECIFIED = "unspecified"
     KERNEL = "kernel"
@@ -52,7 +52,7 @@ class Evidence(str, Enum):
 
 
 class CallState(str, Enum):
-    """What an open call is doing."""
+    """The state of an open call."""
 
     UNSPECIFIED = "unspecified"
     PENDING = "pending"
@@ -65,7 +65,7 @@ class CallState(str, Enum):
 
 
 class FeedbackCode(str, Enum):
-    """What a piece of feedback is about."""
+    """The subject of a piece of feedback."""
 
     UNSPECIFIED = "unspecified"
     OOM = "oom"
@@ -107,18 +107,18 @@ class _Answer:
 
     @classmethod
     def from_proto(cls: type[M], message: Message) -> M:
-        """The dataclass for `message`, a protobuf message with fields of the same names."""
+        """Return the dataclass for `message`, a protobuf message with fields of the same names."""
         readers = _readers(cls, message.DESCRIPTOR)  # type: ignore[arg-type]  # a TypeVar's hash
         return cls(**{name: read(message) for name, read in readers})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: keys as in the protocol, enums as lower-case words, absent as None."""
+        """Return plain data: keys as in the protocol, enums as lower-case words, absent as None."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
 class Grant(_Answer):
-    """What a call may use. None means: no limit of its own. Bytes, microseconds, millicores."""
+    """The limits of a call. None means: no limit of its own. Bytes, microseconds, millicores."""
 
     memory_expected_bytes: int
     memory_high_bytes: int | None
@@ -132,17 +132,17 @@ class Grant(_Answer):
     advice: tuple[str, ...]
     not_enforced: tuple[str, ...]
     gpu_percent: int | None = None
-    """Of each of `gpu_devices` (UUIDs), as is gpu_memory_bytes."""
+    """Share of each of `gpu_devices` (UUIDs); gpu_memory_bytes is meant for each of them too."""
     gpu_memory_bytes: int | None = None
     gpu_priority: int | None = None
     gpu_devices: tuple[str, ...] = ()
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """What the launcher sets for the tool."""
+    """Environment variables that the launcher sets for the tool."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage(_Answer):
-    """What a cgroup uses now. None means: this kernel does not measure it here."""
+    """The present use of a cgroup. None means: this kernel does not measure it here."""
 
     memory_current_bytes: int | None
     memory_peak_bytes: int | None
@@ -159,9 +159,9 @@ class Place(_Answer):
     waiting: int
     waited_usec: int
     estimate_usec: int | None
-    """Until it begins, judged by how fast the queue has moved; None: it has not."""
+    """Time until the call begins, by how fast the queue has moved; None: it has not moved yet."""
     deadline_usec: int
-    """From now, when it begins all the same or, where its intent named the time, is refused."""
+    """Time until the call begins all the same or, where its intent names the time, is refused."""
     expected_bytes: int
     room_bytes: int
 
@@ -181,16 +181,16 @@ class CallInfo(_Answer):
     began_unix_usec: int
     usage: Usage | None
     observed: bool = False
-    """Nobody declared it: the daemon saw the agent execute a tool."""
+    """True: nobody declared the call; the daemon saw the agent execute a tool."""
     place: Place | None = None
-    """While it waits for room; it has no cgroup then."""
+    """Set while the call waits for room; it has no cgroup then."""
     waited_usec: int = 0
-    """For room, before it began."""
+    """Time spent waiting for room before the call began."""
 
 
 @dataclass(frozen=True, slots=True)
 class Feedback(_Answer):
-    """One thing that happened to a call: a code, numbers (names end in their unit), a sentence."""
+    """Something that happened to a call: a code, numbers (names end in their unit), a sentence."""
 
     call_id: str
     session_id: str
@@ -202,46 +202,46 @@ class Feedback(_Answer):
 
 @dataclass(frozen=True, slots=True)
 class GpuUsage(_Answer):
-    """What a call did with its part of the GPUs. None means: not measured here."""
+    """Use that a call made of its part of the GPUs. None means: not measured here."""
 
     memory_peak_bytes: int | None
     sm_percent: float | None
     energy_mj: int | None
     held_back_usec: int
-    """Paused for others' turns."""
+    """Time for which the call was paused because it was another's turn."""
     refused: int
-    """Allocations over the quota."""
+    """Number of allocations that were refused because they exceeded the quota."""
     memory_held_by: str
-    """probes, mps or counting."""
+    """Name of the means that held the quota: probes, mps or counting."""
     share_held_by: str
-    """mps or turns."""
+    """Name of the means that held the share: mps or turns."""
 
 
 @dataclass(frozen=True, slots=True)
 class CpuNumbers(_Answer):
-    """What the CPU scheduler counted of a cgroup and all below it."""
+    """The CPU scheduler's counts for a cgroup and all below it."""
 
     run_usec: int
     wait_usec: int
-    """Of all its tasks: ready to run, and not running."""
+    """Time for which tasks were ready to run and did not run, summed over all tasks."""
     wait_max_usec: int
     slices: int
     boosts: int
-    """Slices that it was given ahead of others."""
+    """Slices that the cgroup was given ahead of others."""
     boosted_usec: int
     penalties: int
-    """Times that it sat out because its memory had grown above its mark."""
+    """Times that the cgroup sat out because its memory had grown above its mark."""
     penalty_usec: int
     stalls: int
-    """Times that it was out of cpu.max."""
+    """Times that the cgroup had used up its cpu.max."""
     stalled_usec: int
     rescues: int
-    """Slices that it was given because it had waited too long."""
+    """Slices that the cgroup was given because it had waited too long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report(_Answer):
-    """How a call ended and what it used."""
+    """The end of a call, and what the call used."""
 
     call_id: str
     session_id: str
@@ -271,16 +271,16 @@ class Report(_Answer):
     feedback: tuple[Feedback, ...]
     observed: bool = False
     waited_usec: int = 0
-    """For room, before it began; not counted in wall_usec."""
+    """Time spent waiting for room before the call began; not counted in wall_usec."""
     gpu: GpuUsage | None = None
-    """None: it had no part of a GPU."""
+    """None: the call had no part of a GPU."""
     cpu: CpuNumbers | None = None
     """None where the kernel's own scheduler runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuBudget(_Answer):
-    """What is left of one GPU."""
+    """The part of a GPU that is left."""
 
     index: int
     uuid: str
@@ -293,7 +293,7 @@ class GpuBudget(_Answer):
 
 @dataclass(frozen=True, slots=True)
 class Budget(_Answer):
-    """What is left for the caller's session, and one sentence saying so."""
+    """The part of the caller's session that is left, and one sentence saying so."""
 
     memory_limit_bytes: int | None
     memory_used_bytes: int | None
@@ -355,7 +355,7 @@ class PoolInfo(_Answer):
 
 @dataclass(frozen=True, slots=True)
 class RulesetState(_Answer):
-    """One ruleset of the policy: what it does, and whether it is time to."""
+    """A ruleset of the policy: what it does, and whether its conditions hold."""
 
     name: str
     action: str
@@ -368,7 +368,10 @@ class RulesetState(_Answer):
 
 @dataclass(frozen=True, slots=True)
 class PolicyState(_Answer):
-    """The policy in force. `error`: why its files as they are now are not; empty: they are."""
+    """The policy in force.
+
+    error: why the files, as they are now, cannot be used; empty where they are in force.
+    """
 
     name: str
     document: str
@@ -381,7 +384,7 @@ class PolicyState(_Answer):
 
 @dataclass(frozen=True, slots=True)
 class Explanation(_Answer):
-    """How the policy sees a call, what it did to it (oldest first), and what it would do next."""
+    """The policy's view of a call, what it did to it (oldest first), and what it would do next."""
 
     call_id: str
     sentence: str
@@ -394,11 +397,11 @@ class Explanation(_Answer):
 class Event(_Answer):
     """Something that happened in the pool: exactly one field is set."""
 
-    begun: CallInfo | None
-    ended: Report | None
-    feedback: Feedback | None
-    session_opened: SessionInfo | None
-    session_closed: SessionInfo | None
+    begun: CallInfo | None = None
+    ended: Report | None = None
+    feedback: Feedback | None = None
+    session_opened: SessionInfo | None = None
+    session_closed: SessionInfo | None = None
 
 
 _MESSAGES: dict[str, type[_Answer]] = {
@@ -431,7 +434,7 @@ Reader = Callable[[Any], Any]
 
 @cache
 def _readers(cls: Any, descriptor: Any) -> tuple[tuple[str, Reader], ...]:
-    """For each field of `cls`: its name and the function that reads it from a message."""
+    """Return for each field of `cls` its name and the function that reads it from a message."""
     return tuple(
         (f.name, _reader(descriptor.fields_by_name[f.name])) for f in dataclasses.fields(cls)
     )
@@ -460,7 +463,7 @@ def _reader(field: FieldDescriptor) -> Reader:
 
 
 def _words(descriptor: EnumDescriptor, words: type[Enum]) -> dict[int, Enum]:
-    """Enum numbers of the protocol -> members here, by name: VERDICT_OOM_CALL -> OOM_CALL."""
+    """Map enum numbers of the protocol to members here, by name: VERDICT_OOM_CALL -> OOM_CALL."""
     prefix = next(v.name for v in descriptor.values if v.number == 0)[: -len("UNSPECIFIED")]
     known = words.__members__
     found = {v.number: known.get(v.name[len(prefix) :]) for v in descriptor.values}

@@ -15,24 +15,16 @@ from .status import print_calls
 
 def add_commands(subparsers: common.Subparsers) -> None:
     """Add this module's commands."""
-    parser = common.command(
-        subparsers,
-        "calls",
-        run_calls,
-        "List the open calls: of all sessions as root, else one's own.",
-    )
+    summary = "List the open calls: of all sessions as root, else one's own."
+    parser = common.command(subparsers, "calls", run_calls, summary)
     parser.add_argument("--session", default="", metavar="ID", help="only of this session (root)")
-    parser = common.command(
-        subparsers, "end", run_end, "End an open call: its processes are killed. Prints its report."
-    )
+    summary = "End an open call: its processes are killed. Prints its report."
+    parser = common.command(subparsers, "end", run_end, summary)
     parser.add_argument("call", metavar="CALL", help="the call's id")
-    parser.add_argument(
-        "--detach", action="store_true",
-        help="leave its processes alone; it ends when the last one has",
-    )  # fmt: skip
-    parser = common.command(
-        subparsers, "report", run_report, "Show how a call ended and what it used."
-    )
+    detach = "leave its processes alone; the call ends when the last one has"
+    parser.add_argument("--detach", action="store_true", help=detach)
+    summary = "Show how a call ended and what it used."
+    parser = common.command(subparsers, "report", run_report, summary)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("call", nargs="?", metavar="CALL", help="the call's id; else the newest")
     which.add_argument("--last", action="store_true", help="the newest (as without CALL)")
@@ -54,7 +46,7 @@ def whole_number(text: str) -> int:
 
 
 def run_calls(args: argparse.Namespace) -> int:
-    """Open calls."""
+    """Print the open calls; returns the exit code, as every `run_` function."""
     with common.either() as client:
         calls = client.calls(args.session) if isinstance(client, Admin) else client.calls()
     if args.json:
@@ -67,7 +59,7 @@ def run_calls(args: argparse.Namespace) -> int:
 
 
 def run_end(args: argparse.Namespace) -> int:
-    """End a call."""
+    """End a call and print its report."""
     with common.either() as client:
         report = client.end_call(args.call, detach=args.detach)
     if args.json:
@@ -80,7 +72,7 @@ def run_end(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    """The report of one call, or a table."""
+    """Print the report of one call, or a table of the newest."""
     with common.either() as client:
         if args.limit:
             reports = client.reports(args.limit)
@@ -98,15 +90,16 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def verdict_text(verdict: Verdict) -> str:
-    """A verdict in its colour."""
+    """Return a verdict in its colour."""
     return paint(str(verdict), "green" if verdict is Verdict.OK else "red")
 
 
 def print_report(report: Report) -> None:
-    """A report for people; what was not measured is left out."""
-    grant = report.grant
-    limit = grant.memory_max_bytes if grant is not None else None
-    throttled = report.memory_throttled_usec
+    """Print a report for people; what was not measured is left out."""
+    limit = report.grant.memory_max_bytes if report.grant is not None else None
+    peak = size(report.memory_peak_bytes) + (f" of {size(limit)}" if limit else "")
+    user, system = duration(report.cpu_user_usec), duration(report.cpu_system_usec)
+    cpu_time = f"{duration(report.cpu_usage_usec)} (user {user}, system {system})"
     fields = [
         ("call", f"{report.call_id}  {report.name}  (session {report.session_id})"),
         ("command", " ".join(report.argv)),
@@ -115,19 +108,19 @@ def print_report(report: Report) -> None:
         ("exit status", number(report.exit_code)),
         ("signal", number(report.term_signal)),
         ("wall time", duration(report.wall_usec)),
-        ("memory peak", size(report.memory_peak_bytes) + (f" of {size(limit)}" if limit else "")),
-        ("cpu time", f"{duration(report.cpu_usage_usec)} (user {duration(report.cpu_user_usec)}, "
-                     f"system {duration(report.cpu_system_usec)})"),
+        ("memory peak", peak),
+        ("cpu time", cpu_time),
         ("cpu throttled", duration(report.cpu_throttled_usec)),
         ("cpu waited", cpu_text(report.cpu)),
-        ("memory throttled", duration(throttled)),
+        ("memory throttled", duration(report.memory_throttled_usec)),
         ("frozen", duration(report.frozen_usec) if report.frozen_usec else "-"),
         ("processes peak", number(report.pids_peak)),
         ("read", size(report.io_read_bytes)),
         ("written", size(report.io_write_bytes)),
         ("oom kills", number(report.oom_kills or None)),
-        *(_gpu_fields(report.gpu) if report.gpu is not None else ()),
-    ]  # fmt: skip
+    ]
+    if report.gpu is not None:
+        fields += _gpu_fields(report.gpu)
     print_fields([(name, value) for name, value in fields if value not in ("", "-")])
     for item in report.feedback:
         print(f"{paint('feedback', 'yellow')}: {item.code}: {item.sentence}")
@@ -146,11 +139,12 @@ def _gpu_fields(gpu: GpuUsage) -> list[tuple[str, str]]:
 
 
 def cpu_text(cpu: CpuNumbers | None) -> str:
-    """What the scheduler did to a call; `-` where it does not run."""
+    """Say what the project's CPU scheduler did to a call; `-` where it does not run."""
     if cpu is None:
         return "-"
-    parts = [f"{duration(cpu.wait_usec)} (at most {duration(cpu.wait_max_usec)} at a time) "
-             f"for {cpu.slices} slices"]  # fmt: skip
+    longest = duration(cpu.wait_max_usec)
+    waited = f"{duration(cpu.wait_usec)} (at most {longest} at a time) for {cpu.slices} slices"
+    parts = [waited]
     if cpu.boosts:
         parts.append(f"ahead of others {cpu.boosts} times for {duration(cpu.boosted_usec)}")
     if cpu.penalties:
@@ -161,7 +155,7 @@ def cpu_text(cpu: CpuNumbers | None) -> str:
 
 
 def print_reports(reports: Sequence[Report]) -> None:
-    """A table of reports."""
+    """Print a table of reports."""
     headers = ["CALL", "SESSION", "TOOL", "VERDICT", ">EXIT", ">WALL", ">PEAK", ">CPU"]
     rows = [
         [

@@ -41,7 +41,10 @@ def command(
     summary: str,
     **kwargs: Any,
 ) -> argparse.ArgumentParser:
-    """Add a command with --json; `run` gets its arguments and returns the exit code."""
+    """Add a command with --json and return its parser.
+
+    `run` gets the arguments and returns the exit code.
+    """
     parser = subparsers.add_parser(
         name,
         help=summary,
@@ -55,10 +58,10 @@ def command(
 
 
 def admin() -> Admin:
-    """The operator's client.
+    """Make the operator's client.
 
     Raises:
-        Unavailable, PermissionDenied: its socket is not there, or not for this user.
+        PermissionDenied: the admin socket is not for this user.
     """
     directory = paths.run_dir()
     socket = paths.admin_socket(directory)
@@ -72,12 +75,12 @@ def admin() -> Admin:
 
 
 def agent() -> Agent:
-    """The client of the session that this process is in."""
+    """Make the client of the session that this process is in."""
     return Agent(on_unavailable="refuse")
 
 
 def either() -> Admin | Agent:
-    """The operator's client where this process may use it, else that of its session."""
+    """Make the operator's client where this process may use it, else that of its session."""
     try:
         operator = admin()
         operator.pool()
@@ -103,29 +106,26 @@ def explain(error: errors.AgentcgError) -> int:
     return code
 
 
+_START = (
+    "'systemctl start agentcgroupd' (its sockets are expected in {run_dir}; another place is set "
+    "by AGENTCG_RUN_DIR)"
+)
+_ENTER = "open a session and start the agent in it: 'agentcg session run NAME -- COMMAND', as root"
+_AS_ROOT = (
+    "as root outside every session (sudo agentcg ...); inside a session only its own calls can be "
+    "seen"
+)
+_LIST = "'agentcg calls' for open calls, 'agentcg report --limit 20' for ended ones"
+
+# The first line that an error is an instance of counts: subclasses stand before their bases.
 _ADVICE: list[tuple[type[errors.AgentcgError], int, str]] = [
-    (
-        errors.Unavailable,
-        UNAVAILABLE,
-        "'systemctl start agentcgroupd' (its sockets are expected in {run_dir}; another place is "
-        "set by AGENTCG_RUN_DIR)",
-    ),
-    (
-        errors.NotInSession,
-        REFUSED,
-        "open a session and start the agent in it: 'agentcg session run NAME -- COMMAND', as root",
-    ),
-    (
-        errors.PermissionDenied,
-        REFUSED,
-        "as root outside every session (sudo agentcg ...); inside a session only its own calls "
-        "can be seen",
-    ),
+    (errors.Unavailable, UNAVAILABLE, _START),
+    (errors.NotInSession, REFUSED, _ENTER),
+    (errors.PermissionDenied, REFUSED, _AS_ROOT),
     (errors.AlreadyExists, REFUSED, "another name, or 'session run --reuse'"),
-    (errors.CallNotFound, NOT_FOUND, "'agentcg calls' for open calls, 'agentcg report --limit 20' "
-     "for ended ones"),
+    (errors.CallNotFound, NOT_FOUND, _LIST),
     (errors.NotFound, NOT_FOUND, "'agentcg sessions'"),
     (errors.InvalidIntent, REFUSED, ""),
     (errors.Refused, REFUSED, ""),
     (errors.LauncherNotFound, BAD, ""),
-]  # fmt: skip
+]

@@ -15,27 +15,27 @@ _CODES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
 
 
 def wants_color(stream: TextIO) -> bool:
-    """Colours are for a terminal, unless NO_COLOR is set (to anything) or TERM is dumb."""
+    """Say whether to write colours: to a terminal, unless NO_COLOR is set or TERM is dumb."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def paint(text: str, color: str) -> str:
-    """`text` in a colour ("bold", "red", ...), if stdout shows colours."""
+    """Return `text` in a colour ("bold", "red", ...), if stdout shows colours."""
     return f"\033[{_CODES[color]}m{text}\033[0m" if wants_color(sys.stdout) else text
 
 
 def print_json(value: Any) -> None:
-    """One JSON document, indented."""
+    """Print a JSON document, indented."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def print_json_line(value: Any) -> None:
-    """One line of a stream of JSON documents, at once."""
+    """Print a JSON document in one line of a stream, and flush it."""
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """An aligned table; a column whose header starts with ">" is aligned to the right."""
+    """Print an aligned table; a column whose header starts with ">" is aligned to the right."""
     titles = [header.lstrip(">") for header in headers]
     right = [header.startswith(">") for header in headers]
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
@@ -49,14 +49,14 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:
-    """Lines of name and value, the values aligned."""
+    """Print lines of name and value, the values aligned."""
     width = max(len(name) for name, _ in fields)
     for name, value in fields:
         print(f"{paint(name.ljust(width), 'bold')}  {value}")
 
 
 def size(count: int | None) -> str:
-    """Bytes, as people read them: "512 MiB"."""
+    """Write bytes as people read them: "512 MiB"; "-" for None."""
     if count is None:
         return NONE
     value = float(count)
@@ -68,7 +68,7 @@ def size(count: int | None) -> str:
 
 
 def duration(usec: int | None) -> str:
-    """Microseconds, as people read them: "1.25 s", "3 h 20 min"."""
+    """Write microseconds as people read them: "1.25 s", "3 h 20 min"; "-" for None."""
     if usec is None:
         return NONE
     if usec < 1000:
@@ -86,20 +86,20 @@ def duration(usec: int | None) -> str:
 
 
 def since(unix_usec: int) -> str:
-    """How long ago a moment was; "-" where it is not known."""
+    """Write how long ago a moment was; "-" where it is not known (0)."""
     return duration(max(0, int(time.time() * 1e6) - unix_usec)) if unix_usec else NONE
 
 
 def clock(unix_usec: int) -> str:
-    """The local time of a moment: "14:03:21"."""
+    """Write the local time of a moment: "14:03:21"."""
     return time.strftime("%H:%M:%S", time.localtime(unix_usec / 1e6))
 
 
 def cores(millicores: int | None) -> str:
-    """Millicores as cores: "1.5"."""
+    """Write millicores as cores: "1.5"; "-" for None."""
     return NONE if millicores is None else f"{millicores / 1000:g}"
 
 
 def number(value: int | None) -> str:
-    """A count, or "-"."""
+    """Write a count; "-" for None."""
     return NONE if value is None else str(value)

@@ -1,5 +1,8 @@
-"""`policy`: what is done when memory runs short. Files are read by the daemon's package, which
-knows their language; the policy in force is asked for."""
+"""`policy`: what is done when memory runs short.
+
+Files are read by the daemon's package, which knows their language. The daemon is asked for the
+policy in force.
+"""
 
 from __future__ import annotations
 
@@ -31,46 +34,44 @@ IN_FORCE = "the policy in force"
 
 
 def add_commands(subparsers: common.Subparsers, chosen: tuple[str, ...]) -> None:
-    """Add this module's commands. The arguments of `simulate` are asked for only if it was
-    `chosen`: that imports the daemon's package."""
+    """Add this module's commands.
+
+    The arguments of `simulate` are asked for only if it was `chosen`, because that imports another
+    package.
+    """
     summary = "Check, show, compare, simulate and reload policies; explain one's view of a call."
     parser = subparsers.add_parser("policy", help=summary, description=summary)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     file_help = "a TOML file, or the name of a policy that came with the daemon"
-    check = common.command(
-        commands, "check", _reading(run_check), "Say what is wrong with a policy."
-    )
-    check.add_argument("file", nargs="?", metavar="FILE",
-                       help=f"{file_help}; else what the daemon's configuration says")  # fmt: skip
-    check.add_argument("--pool", metavar="SIZE", help="warn of what a pool of this size makes odd")
-    show = common.command(
-        commands, "show", _reading(run_show),
-        "Show the policy in force and how its rulesets stand (root), or that of a file.",
-    )  # fmt: skip
+    else_help = f"{file_help}; else what the daemon's configuration says"
+    pool_help = "warn of settings that make no sense for a pool of this size"
+    summary = "Say what is wrong with a policy."
+    check = common.command(commands, "check", _reading(run_check), summary)
+    check.add_argument("file", nargs="?", metavar="FILE", help=else_help)
+    check.add_argument("--pool", metavar="SIZE", help=pool_help)
+    summary = "Show the policy in force and how its rulesets stand (root), or that of a file."
+    show = common.command(commands, "show", _reading(run_show), summary)
     show.add_argument("file", nargs="?", metavar="FILE", help=file_help)
     show.add_argument("--toml", action="store_true", help="print the whole document")
     for command in (check, show):
         command.add_argument("--drop-in", metavar="DIR", help="with the drop-ins of this directory")
-    diff = common.command(
-        commands, "diff", _reading(run_diff), "Say key by key how two policies differ."
-    )
+    summary = "Say key by key how two policies differ."
+    diff = common.command(commands, "diff", _reading(run_diff), summary)
     diff.add_argument("before", metavar="A", help=file_help)
     diff.add_argument("after", nargs="?", metavar="B", help="the same; else the policy in force")
-    explain = common.command(
-        commands, "explain", run_explain, "Say how the policy sees an open call (root)."
-    )
+    summary = "Say how the policy sees an open call (root)."
+    explain = common.command(commands, "explain", run_explain, summary)
     explain.add_argument("call", metavar="CALL", help="the call's id")
-    simulate = common.command(
-        commands, "simulate", run_simulate, "Simulate recorded agents, without a kernel."
-    )
+    summary = "Simulate recorded agents, without a kernel."
+    simulate = common.command(commands, "simulate", run_simulate, summary)
     if chosen == ("policy", "simulate"):
         load("agentcgroup_lab.simulate.cli").add_simulate_arguments(simulate)
     common.command(commands, "reload", run_reload, "Have the daemon read its policy anew (root).")
 
 
 def _reading(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Says what is wrong with the files that `run` reads."""
+    """Wrap `run` so that mistakes in the files that it reads are said, file and line."""
 
     def wrapper(args: argparse.Namespace) -> int:
         if getattr(args, "drop_in", None) and not Path(args.drop_in).is_dir():
@@ -97,7 +98,7 @@ def _reading(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
 
 
 def _load(file: str | None, drop_in: str | None, limit_bytes: int | None = None) -> Any:
-    """A Loaded of the daemon's package."""
+    """Read a policy, else that of the daemon's configuration; returns a policy.load.Loaded."""
     read = load("agentcgroupd.policy.load").load_policy
     if file is not None:
         return read(Path(file), drop_in and Path(drop_in), limit_bytes)
@@ -106,25 +107,23 @@ def _load(file: str | None, drop_in: str | None, limit_bytes: int | None = None)
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Whether a policy can be used."""
+    """Print whether a policy can be used; returns the exit code, as every `run_` function."""
     parse_bytes = load("agentcgroupd.units").parse_bytes
     loaded = _load(args.file, args.drop_in, args.pool and parse_bytes("--pool", args.pool))
     sources = [str(source) for source in loaded.sources]
     if args.json:
-        warnings = list(loaded.warnings)
-        print_json({"ok": True, "name": loaded.policy.name, "sources": sources,
-                    "warnings": warnings})  # fmt: skip
+        found = {"ok": True, "name": loaded.policy.name, "sources": sources}
+        print_json({**found, "warnings": list(loaded.warnings)})
         return common.OK
-    count = len(loaded.policy.rulesets)
-    print(f"policy {loaded.policy.name}: {paint('ok', 'green')}, {count} rulesets, "
-          f"from {' '.join(sources)}")  # fmt: skip
+    ok, count = paint("ok", "green"), len(loaded.policy.rulesets)
+    print(f"policy {loaded.policy.name}: {ok}, {count} rulesets, from {' '.join(sources)}")
     for warning in loaded.warnings:
         print(f"{paint('warning', 'yellow')}: {warning}")
     return common.OK
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """A policy and its rulesets."""
+    """Print a policy and its rulesets."""
     if args.file is None and args.drop_in is None:
         with common.admin() as client:
             state = client.policy()
@@ -144,7 +143,7 @@ def _state(loaded: Any) -> PolicyState:
 
 
 def print_policy(state: PolicyState) -> None:
-    """For people: where it comes from, and each ruleset with its detectors."""
+    """Print for people where a policy comes from, and each ruleset with its detectors."""
     in_force = bool(state.loaded_unix_usec)
     loaded = f"{since(state.loaded_unix_usec)} ago" if in_force else ""
     fields = [
@@ -179,7 +178,7 @@ def _print_standing(state: PolicyState) -> None:
 
 
 def run_diff(args: argparse.Namespace) -> int:
-    """Two policies, key by key."""
+    """Print how two policies differ, key by key."""
     before = _load(args.before, None).policy
     if args.after is not None:
         after = _load(args.after, None).policy
@@ -200,7 +199,7 @@ def run_diff(args: argparse.Namespace) -> int:
 
 
 def run_explain(args: argparse.Namespace) -> int:
-    """One call under the policy."""
+    """Print how the policy sees a call."""
     with common.admin() as client:
         explanation = client.explain_call(args.call)
     if args.json:
@@ -211,7 +210,7 @@ def run_explain(args: argparse.Namespace) -> int:
 
 
 def print_explanation(explanation: Explanation) -> None:
-    """For people: the sentence, what was done, what would come."""
+    """Print for people the sentence, what was done, and what would come next."""
     print(explanation.sentence)
     if explanation.history:
         print(paint("so far", "bold"))
@@ -224,12 +223,12 @@ def print_explanation(explanation: Explanation) -> None:
 
 
 def run_simulate(args: argparse.Namespace) -> int:
-    """Recorded agents under a policy."""
+    """Simulate recorded agents under a policy."""
     return int(load("agentcgroup_lab.simulate.cli").run_simulate(args))
 
 
 def run_reload(args: argparse.Namespace) -> int:
-    """Read the files anew."""
+    """Have the daemon read the policy's files anew."""
     with common.admin() as client:
         state = client.reload_policy()
     if args.json:

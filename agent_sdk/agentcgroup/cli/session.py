@@ -46,22 +46,20 @@ def add_commands(subparsers: common.Subparsers) -> None:
     parser = common.command(verbs, "open", run_open, "Open a session.")
     parser.add_argument("name", metavar="NAME")
     _add_limits(parser)
-    parser = common.command(
-        verbs, "adopt", run_adopt, "Make a session of an existing cgroup, e.g. a container's."
-    )
+    summary = "Make a session of an existing cgroup, e.g. a container's."
+    parser = common.command(verbs, "adopt", run_adopt, summary)
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("cgroup", metavar="CGROUP", help="its path below the cgroup2 mount")
     _add_limits(parser)
-    parser = common.command(
-        verbs, "close", run_close, "End a session and all in it; an adopted one is given back."
-    )
+    summary = "End a session and all in it; an adopted one is given back."
+    parser = common.command(verbs, "close", run_close, summary)
     parser.add_argument("name", metavar="NAME")
-    parser = common.command(
-        verbs, "run", run_run,
+    summary = (
         "Open a session, run a command in it, pass on its exit status, close the session.\n"
-        "With --json a JSON document follows the command's own output.",
-        usage="%(prog)s NAME [options] -- COMMAND [ARGUMENT...]",
-    )  # fmt: skip
+        "With --json a JSON document follows the command's own output."
+    )
+    usage = "%(prog)s NAME [options] -- COMMAND [ARGUMENT...]"
+    parser = common.command(verbs, "run", run_run, summary, usage=usage)
     parser.add_argument("name", metavar="NAME")
     parser.set_defaults(command=[])
     parser.add_argument("--reuse", action="store_true", help="use a session that is open already")
@@ -88,19 +86,19 @@ def _show(session: SessionInfo, as_json: bool) -> int:
 
 
 def run_open(args: argparse.Namespace) -> int:
-    """Open a session."""
+    """Open a session and print it; returns the exit code, as every `run_` function."""
     with common.admin() as client:
         return _show(client.open_session(args.name, **_limits(args)), args.json)
 
 
 def run_adopt(args: argparse.Namespace) -> int:
-    """Adopt a cgroup."""
+    """Make a session of a cgroup and print it."""
     with common.admin() as client:
         return _show(client.adopt_session(args.name, args.cgroup, **_limits(args)), args.json)
 
 
 def run_close(args: argparse.Namespace) -> int:
-    """Close a session."""
+    """Close a session and print how many calls were ended with it."""
     with common.admin() as client:
         ended = client.close_session(args.name)
     if args.json:
@@ -119,7 +117,7 @@ def run_run(args: argparse.Namespace) -> int:
         )
         return common.USAGE
     launcher = paths.find_launcher()
-    # From here on: dying of a signal would leave the session open.
+    # From here on signals go to the command: dying of one would leave the session open.
     with common.admin() as client, _Forwarder() as forwarder:
         opened = _open_or_reuse(client, args)
         status, ended = common.BAD, 0
@@ -137,7 +135,7 @@ def run_run(args: argparse.Namespace) -> int:
 
 
 def _open_or_reuse(client: Admin, args: argparse.Namespace) -> bool:
-    """Whether it was us who opened the session."""
+    """Open the session; False where it was open already and --reuse allows that."""
     try:
         client.open_session(args.name, **_limits(args))
     except errors.AlreadyExists:
@@ -151,15 +149,15 @@ def _close(client: Admin, name: str) -> int:
     try:
         return client.close_session(name)
     except errors.NotFound:
-        return 0  # Somebody else closed it.
+        return 0  # closed by somebody else
     except errors.AgentcgError as error:
-        # The command's exit status matters more than ours.
+        # The command's exit status matters more than this failure.
         print(f"agentcg: session {name} is not closed: {error}", file=sys.stderr)
         return 0
 
 
 class _Forwarder:
-    """Passes the signals that a person or an init system sends us on to the command."""
+    """A command, and the signals of a person or an init system that are passed on to it."""
 
     SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 
@@ -191,7 +189,7 @@ class _Forwarder:
     def _forward(self, number: int, frame: FrameType | None) -> None:
         if self._process is None:
             self._early.append(number)
-        # The terminal has sent ^C and ^\ to the command too.
+        # ^C and ^\ reach the command from the terminal itself, so they are not sent a second time.
         elif number not in (signal.SIGINT, signal.SIGQUIT) or not _in_foreground():
             self._process.send_signal(number)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -20,16 +20,18 @@ from .output import cores, number, print_fields, print_json, print_table, since,
 
 def add_commands(subparsers: common.Subparsers) -> None:
     """Add this module's commands."""
-    common.command(
-        subparsers, "status", run_status, "Show the pool with its sessions and calls, or one's own."
-    )
+    summary = "Show the pool with its sessions and calls, or one's own."
+    common.command(subparsers, "status", run_status, summary)
     common.command(subparsers, "sessions", run_sessions, "List the open sessions (root).")
     common.command(subparsers, "budget", run_budget, "Show what is left for the session one is in.")
     common.command(subparsers, "version", run_version, "Show the versions of command and daemon.")
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """The pool for the operator, the session for an agent."""
+    """Print the pool for the operator, the session for an agent.
+
+    Returns the exit code, as every `run_` function does.
+    """
     with common.either() as client:
         if isinstance(client, Admin):
             _pool_status(client, args.json)
@@ -41,12 +43,10 @@ def run_status(args: argparse.Namespace) -> int:
 def _pool_status(client: Admin, as_json: bool) -> None:
     pool, sessions, calls = client.pool(), client.sessions(), client.calls()
     if as_json:
-        print_json({
-            "view": "pool",
-            "pool": pool.to_dict(),
-            "sessions": [session.to_dict() for session in sessions],
-            "calls": [call.to_dict() for call in calls],
-        })  # fmt: skip
+        found: dict[str, Any] = {"view": "pool", "pool": pool.to_dict()}
+        found["sessions"] = [session.to_dict() for session in sessions]
+        found["calls"] = [call.to_dict() for call in calls]
+        print_json(found)
         return
     print_fields(_pool_fields(pool))
     if sessions:
@@ -77,12 +77,10 @@ def _pool_fields(pool: PoolInfo) -> list[tuple[str, str]]:
 def _session_status(client: Agent, as_json: bool) -> None:
     session, budget, calls = client.session(), client.budget(), client.calls()
     if as_json:
-        print_json({
-            "view": "session",
-            "session": session.to_dict(),
-            "budget": budget.to_dict(),
-            "calls": [call.to_dict() for call in calls],
-        })  # fmt: skip
+        found: dict[str, Any] = {"view": "session", "session": session.to_dict()}
+        found["budget"] = budget.to_dict()
+        found["calls"] = [call.to_dict() for call in calls]
+        print_json(found)
         return
     print_sessions([session])
     print()
@@ -93,9 +91,9 @@ def _session_status(client: Agent, as_json: bool) -> None:
 
 
 def print_sessions(sessions: Sequence[SessionInfo]) -> None:
-    """A table of sessions."""
-    headers = ["SESSION", ">PRIORITY", ">MEMORY", ">GUARANTEE", ">LIMIT", ">CORES", ">CALLS",
-               ">ENDED", ">OPEN FOR", "KIND"]  # fmt: skip
+    """Print a table of sessions."""
+    headers = ["SESSION", ">PRIORITY", ">MEMORY", ">GUARANTEE", ">LIMIT"]
+    headers += [">CORES", ">CALLS", ">ENDED", ">OPEN FOR", "KIND"]
     rows = [
         [
             session.id,
@@ -115,7 +113,7 @@ def print_sessions(sessions: Sequence[SessionInfo]) -> None:
 
 
 def print_calls(calls: Sequence[CallInfo]) -> None:
-    """A table of open calls."""
+    """Print a table of open calls."""
     headers = ["CALL", "SESSION", "TOOL", "STATE", ">MEMORY", ">PEAK", ">LIMIT", ">PIDS", ">FOR"]
     rows = [
         [
@@ -137,7 +135,7 @@ def print_calls(calls: Sequence[CallInfo]) -> None:
 
 
 def run_sessions(args: argparse.Namespace) -> int:
-    """All sessions."""
+    """Print all sessions."""
     with common.admin() as client:
         sessions = client.sessions()
     if args.json:
@@ -150,26 +148,26 @@ def run_sessions(args: argparse.Namespace) -> int:
 
 
 def _budget_fields(budget: Budget) -> list[tuple[str, str]]:
-    def left(available: str, limit: str) -> str:
-        return f"{available} left of {limit}"
+    def left(show: Callable[[int | None], str], available: int | None, limit: int | None) -> str:
+        return f"{show(available)} left of {show(limit)}"
 
     def gpu(g: GpuBudget) -> str:
-        memory = left(size(g.memory_available_bytes), size(g.memory_total_bytes))
+        memory = left(size, g.memory_available_bytes, g.memory_total_bytes)
         return "lost" if g.lost else f"{g.percent_available} % and {memory}"
 
+    memory = left(size, budget.memory_available_bytes, budget.memory_limit_bytes)
     return [
-        ("memory", left(size(budget.memory_available_bytes), size(budget.memory_limit_bytes))
-         + f", session uses {size(budget.memory_used_bytes)}"),
-        ("cores", left(cores(budget.cpu_available_millicores), cores(budget.cpu_limit_millicores))),
-        ("processes", left(number(budget.pids_available), number(budget.pids_limit))),
+        ("memory", f"{memory}, session uses {size(budget.memory_used_bytes)}"),
+        ("cores", left(cores, budget.cpu_available_millicores, budget.cpu_limit_millicores)),
+        ("processes", left(number, budget.pids_available, budget.pids_limit)),
         ("calls", f"{budget.calls_open} open of {budget.calls_max}"),
         *((f"gpu {g.index}", gpu(g)) for g in budget.gpus),
         ("in short", budget.sentence),
-    ]  # fmt: skip
+    ]
 
 
 def run_budget(args: argparse.Namespace) -> int:
-    """What is left for the session."""
+    """Print what is left for the session."""
     with common.agent() as client:
         budget = client.budget()
     if args.json:
@@ -180,7 +178,7 @@ def run_budget(args: argparse.Namespace) -> int:
 
 
 def run_version(args: argparse.Namespace) -> int:
-    """Versions; a daemon that is away is no error here."""
+    """Print versions; a daemon that is away is no error here."""
     from agentcgroup import __version__
 
     daemon: str | None = None

@@ -18,22 +18,18 @@ from .output import clock, duration, paint, print_json_line
 
 def add_commands(subparsers: common.Subparsers) -> None:
     """Add this module's commands."""
-    parser = common.command(
-        subparsers, "feedback", run_feedback,
-        "Show feedback about one's session. --json prints one document a line.",
-    )  # fmt: skip
+    summary = "Show feedback about one's session. --json prints one document a line."
+    parser = common.command(subparsers, "feedback", run_feedback, summary)
     parser.add_argument("--call", metavar="CALL", help="only about this call")
     parser.add_argument("--follow", action="store_true", help="wait for more, until interrupted")
-    parser = common.command(
-        subparsers, "events", run_events,
-        "Show what happened in the pool (root). --json prints one document a line.",
-    )  # fmt: skip
+    summary = "Show what happened in the pool (root). --json prints one document a line."
+    parser = common.command(subparsers, "events", run_events, summary)
     parser.add_argument("--session", default="", metavar="ID", help="only of this session")
     parser.add_argument("--follow", action="store_true", help="wait for more, until interrupted")
 
 
 def run_feedback(args: argparse.Namespace) -> int:
-    """Feedback in recent reports, or as it happens."""
+    """Print feedback of recent reports, or as it happens; returns the exit code."""
     with common.either() as client:
         if args.follow and isinstance(client, Admin):
             events = client.events()
@@ -54,22 +50,19 @@ def run_feedback(args: argparse.Namespace) -> int:
 
 
 def feedback_line(item: Feedback) -> str:
-    """Feedback as one line."""
+    """Write feedback as one line."""
     who = item.call_id or item.session_id
     return f"{clock(item.at_unix_usec)}  {who}  {paint(str(item.code), 'yellow')}: {item.sentence}"
 
 
 def run_events(args: argparse.Namespace) -> int:
-    """Recent ends of calls, or everything as it happens."""
+    """Print recent ends of calls, or everything as it happens; returns the exit code."""
     with common.admin() as client:
         if args.follow:
             events: Iterable[Event] = client.events(args.session)
         else:
-            events = [
-                Event(begun=None, ended=report, feedback=None, session_opened=None,
-                      session_closed=None)
-                for report in client.reports(session_id=args.session)[::-1]
-            ]  # fmt: skip
+            reports = client.reports(session_id=args.session)
+            events = [Event(ended=report) for report in reversed(reports)]
         for event in events:
             if args.json:
                 print_json_line(event.to_dict())
@@ -79,7 +72,7 @@ def run_events(args: argparse.Namespace) -> int:
 
 
 def event_line(event: Event) -> str:
-    """An event as one line."""
+    """Write an event as one line."""
     if event.begun is not None:
         call = event.begun
         return f"{clock(call.began_unix_usec)}  {call.session_id}/{call.id}  begun: {call.name}"

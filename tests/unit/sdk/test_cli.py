@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import pty
@@ -15,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 
-from agentcgroup import Agent, cli
+from agentcgroup import Agent, cli, extras
 from agentcgroup.cli import common, output
+from agentcgroup.extras import EXTRA_OF
 from tests.unit.fake_daemon import FakeDaemon, running
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -28,7 +33,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
 
 @pytest.fixture
 def agent_only(daemon: FakeDaemon) -> FakeDaemon:
-    """As in a container: only the agent's sockets are there."""
+    """A daemon seen from a container, which has only the agent's sockets."""
     (daemon.run_dir / "admin" / "grpc.sock").unlink()
     return daemon
 
@@ -135,9 +140,8 @@ def command_line(*argv: str, **kwargs: Any) -> subprocess.Popen[str]:
 
 def test_session_run_forwards_signals(daemon: FakeDaemon) -> None:
     script = 'trap "echo got; exit 9" TERM; echo ready; while :; do sleep 0.05; done'
-    process = command_line(
-        "session", "run", "a", "--", "sh", "-c", script, stdout=subprocess.PIPE
-    )  # fmt: skip
+    argv = ["session", "run", "a", "--", "sh", "-c", script]
+    process = command_line(*argv, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
@@ -172,7 +176,9 @@ def test_calls_end_report(daemon: FakeDaemon, run: Cli) -> None:
     assert len(run.json("report", "--limit", "2")) == 2
     run("report", "c1", "--check")
     run("report", "--last", "--check", code=1)
-    run("report", "--limit", "0", code=2)
+    for wrong in ("0", "-1", "x", "1.5"):
+        run("report", f"--limit={wrong}", code=2)
+        assert f"'{wrong}' is not a whole number, 1 or more" in run.err
 
 
 def test_agents_commands_inside_a_session(agent_only: FakeDaemon, run: Cli) -> None:
@@ -237,9 +243,8 @@ def test_version(daemon: FakeDaemon, run: Cli) -> None:
 
 def test_exec_becomes_the_launcher(daemon: FakeDaemon) -> None:
     daemon.launcher.write_text('#!/bin/sh\necho "$@"\nexit 5\n')
-    process = command_line(
-        "exec", "--memory", "1G", "--", "tool", "--json", stdout=subprocess.PIPE
-    )  # fmt: skip
+    argv = ["exec", "--memory", "1G", "--", "tool", "--json"]
+    process = command_line(*argv, stdout=subprocess.PIPE)
     assert process.communicate(timeout=20)[0] == "--memory 1G -- tool --json\n"
     assert process.returncode == 5
 
@@ -315,6 +320,66 @@ def test_daemon_package_not_installed(
     if command == "doctor":
         run(command, code=1)
     assert "pip install 'agentcgroup[daemon]'" in run.err and "pydantic" in run.err
+    sentence = run.json(command, code=1)["error"]["sentence"]
+    assert run.err == f"agentcg: {sentence}\n"
+
+
+def test_a_module_that_is_missed_while_a_command_runs(
+    run: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(args: Any) -> int:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.figure")
+
+    def lose(args: Any) -> int:
+        raise ModuleNotFoundError("No module named 'agentcgroup.x'", name="agentcgroup.x")
+
+    def add(parser: Any) -> None:
+        pass
+
+    fakes = {"add_record_arguments": add, "add_replay_arguments": add}
+    fakes |= {"run_record": lose, "run_replay": draw}
+    fake_module(monkeypatch, "agentcgroup_lab.replay.cli", **fakes)
+    run("replay", code=1)
+    assert "matplotlib" in run.err and f"agentcgroup[{EXTRA_OF['matplotlib']}]" in run.err
+    with pytest.raises(ModuleNotFoundError, match=r"agentcgroup\.x"):
+        run("record")
+
+
+def test_extras_that_are_named_are_there() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {*EXTRA_OF.values(), "daemon"} <= set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize(
+    ("least", "module", "said"),
+    [
+        ((3, 11), "pydantic.fields", "pip install 'agentcgroup[daemon]'"),
+        ((3, 11), "pynvml", "pip install 'agentcgroup[gpu]'"),
+        ((3, 99), "tomllib", "needs Python 3.99 or later"),
+        ((3, 99), "typing", "needs Python 3.99 or later"),
+    ],
+)
+def test_the_daemon_says_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    least: tuple[int, int],
+    module: str,
+    said: str,
+) -> None:
+    monkeypatch.delitem(sys.modules, "agentcgroupd.__main__", raising=False)
+    monkeypatch.setattr(extras, "DAEMON_PYTHON", least)
+    lacking = types.ModuleType("agentcgroupd.config")
+
+    def get(name: str) -> Any:
+        raise ImportError(f"no {module}", name=module)
+
+    vars(lacking)["__getattr__"] = get
+    monkeypatch.setitem(sys.modules, "agentcgroupd.config", lacking)
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("agentcgroupd.__main__")
+    assert ended.value.code == 78
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("agentcgroupd: this needs ") and said in line
 
 
 def test_colors_only_where_welcome(daemon: FakeDaemon) -> None:
@@ -346,13 +411,13 @@ def test_reader_that_goes_away(daemon: FakeDaemon) -> None:
 
 
 def test_readable_numbers() -> None:
-    assert [output.size(n) for n in (None, 0, 2048, 512 << 20, 3 << 29, 5 << 40)] == [
-        "-", "0 B", "2.0 KiB", "512 MiB", "1.5 GiB", "5.0 TiB",
-    ]  # fmt: skip
-    durations = (None, 5, 1500, 2_500_000, 90_000_000, 12_000_000_000, 200_000_000_000)
-    assert [output.duration(n) for n in durations] == [
-        "-", "5 us", "1.5 ms", "2.50 s", "1 min 30 s", "3 h 20 min", "2 d 7 h",
-    ]  # fmt: skip
+    sizes = {None: "-", 0: "0 B", 2048: "2.0 KiB", 512 << 20: "512 MiB"}
+    sizes |= {3 << 29: "1.5 GiB", 5 << 40: "5.0 TiB"}
+    assert {count: output.size(count) for count in sizes} == sizes
+    durations = {None: "-", 5: "5 us", 1500: "1.5 ms", 2_500_000: "2.50 s"}
+    durations |= {90_000_000: "1 min 30 s", 12_000_000_000: "3 h 20 min"}
+    durations |= {200_000_000_000: "2 d 7 h"}
+    assert {usec: output.duration(usec) for usec in durations} == durations
     assert output.cores(1500) == "1.5"
 
 

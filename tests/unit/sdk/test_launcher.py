@@ -184,11 +184,9 @@ def test_begin_sends_name_and_arguments(launcher: Launcher) -> None:
 
 
 def test_begin_sends_every_field_of_the_intent(launcher: Launcher) -> None:
-    fields = {
-        "name": "n", "memory": "512M", "memory-max": "2G", "cpu-weight": "100", "cpu-max": "1.5",
-        "pids-max": "64", "timeout": "90s", "priority": "batch", "on-pressure": "freeze",
-        "hint": "memory:low",
-    }  # fmt: skip
+    fields = {"name": "n", "memory": "512M", "memory-max": "2G"}
+    fields |= {"cpu-weight": "100", "cpu-max": "1.5", "pids-max": "64", "timeout": "90s"}
+    fields |= {"priority": "batch", "on-pressure": "freeze", "hint": "memory:low"}
     expected = {k.replace("-", "_").encode(): v.encode() for k, v in fields.items()}
     with daemon(launcher.agent, reply(OK)) as it:
         launcher(*[word for k, v in fields.items() for word in (f"--{k}", v)], "--", "true")
@@ -196,9 +194,8 @@ def test_begin_sends_every_field_of_the_intent(launcher: Launcher) -> None:
         launcher(*[f"--{k}={v}" for k, v in fields.items()], "true", AGENT_RESOURCE_HINT="x")
         assert it.keys == {**expected, b"argc": b"1"}
         launcher("--name=a=b", "--memory=", "true", AGENT_RESOURCE_HINT="memory:2g")
-        assert it.keys == {
-            b"name": b"a=b", b"memory": b"", b"hint": b"memory:2g", b"argc": b"1",
-        }  # fmt: skip
+        keys = {b"name": b"a=b", b"memory": b"", b"hint": b"memory:2g"}
+        assert it.keys == {**keys, b"argc": b"1"}
 
 
 def test_values_are_sent_as_they_are_not_as_keys(launcher: Launcher) -> None:

@@ -48,9 +48,11 @@ def test_check(run: Cli, tmp_path: Path) -> None:
     found = run.json("policy", "check", str(path), code=1)
     assert found["ok"] is False and found["error"]["sentence"].startswith(f"{path}:3: ")
     assert found["mistakes"][0] == {
-        "file": str(path), "line": 3, "key": "rulesets.a.when[0].abov",
+        "file": str(path),
+        "line": 3,
+        "key": "rulesets.a.when[0].abov",
         "sentence": "no such key; did you mean 'above'?",
-    }  # fmt: skip
+    }
     run("policy", "check", "defalt", code=1)
     assert "did you mean 'default'?" in run.err
 

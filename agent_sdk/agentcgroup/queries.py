@@ -1,0 +1,69 @@
+"""Questions to the daemon that take one request and one reply, for all three clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from agentcgroup.flow import Flow, Rpc
+from agentcgroup.types import Budget, CallInfo, Grant, Report, SessionInfo
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Query(Generic[T]):
+    """A request, and how its reply is read.
+
+    method: its name in the protocol. read: makes what the caller gets of the reply's message.
+    """
+
+    method: str
+    request: Message
+    read: Callable[[Any], T]
+
+    def flow(self) -> Flow[T]:
+        """Ask; the outcome is what `read` makes of the reply."""
+        return self.read((yield Rpc(self.method, self.request)))
+
+
+def session() -> Query[SessionInfo]:
+    """Ask which session the caller is in."""
+    return Query("GetSession", pb.GetSessionRequest(), SessionInfo.from_proto)
+
+
+def budget() -> Query[Budget]:
+    """Ask what is left for the caller's session."""
+    return Query("GetBudget", pb.GetBudgetRequest(), Budget.from_proto)
+
+
+def calls(session_id: str = "") -> Query[list[CallInfo]]:
+    """Ask for the open calls; only the operator may name a session."""
+    request = pb.ListCallsRequest(session_id=session_id)
+    return Query("ListCalls", request, lambda reply: [*map(CallInfo.from_proto, reply.calls)])
+
+
+def report(call_id: str | None) -> Query[Report]:
+    """Ask for the report of an ended call; None: the newest."""
+    return Query("GetReport", pb.GetReportRequest(call_id=call_id or ""), Report.from_proto)
+
+
+def reports(limit: int, session_id: str = "") -> Query[list[Report]]:
+    """Ask for the newest reports, newest first; only the operator may name a session."""
+    request = pb.ListReportsRequest(session_id=session_id, limit=limit)
+    return Query("ListReports", request, lambda reply: [*map(Report.from_proto, reply.reports)])
+
+
+def end_call(call_id: str, detach: bool) -> Query[Report]:
+    """Ask for the end of a call; with `detach` its processes are left alone."""
+    request = pb.EndCallRequest(call_id=call_id, detach=detach)
+    return Query("EndCall", request, Report.from_proto)
+
+
+def update(request: pb.UpdateIntentRequest) -> Query[Grant]:
+    """Ask for another grant for an open call."""
+    return Query("UpdateIntent", request, lambda reply: Grant.from_proto(reply.grant))
