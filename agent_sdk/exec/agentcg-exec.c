@@ -18,7 +18,7 @@
 enum { REFUSED = 125, CANNOT_EXEC = 126, NOT_FOUND = 127 }; /* as env(1) has them */
 enum { PACKET_MAX = 16384, ARGS_MAX = 4096, CALL_NAME_MAX = 128, TIMEOUT_S = 10 };
 
-/* Those before KEYS are keys of the request, those from NAME on of `begin` alone. */
+/* Options before KEYS are keys of the request; those from NAME on are for `begin` alone. */
 enum { CALL, SESSION, NAME, HINT, KEYS = NAME + 15, SOCKET = KEYS, AWAY, HELP, VERSION, OPTIONS };
 static const char *const verbs[] = { [CALL] = "attach", [SESSION] = "enter", [NAME] = "begin" };
 static const char *const names[OPTIONS] = {
@@ -28,6 +28,7 @@ static const char *const names[OPTIONS] = {
 	"on-unavailable", "help",    "version"
 };
 static char *values[OPTIONS];
+static const char version[] = "agentcg-exec " AGENTCG_VERSION "\n"; /* from pyproject.toml */
 static const char help[] =
 	"usage: agentcg-exec [OPTION VALUE]... [--] cmd [arg]...\n"
 	"Runs cmd as a new call: --name --memory --memory-max --cpu-weight --cpu-max --pids-max\n"
@@ -39,7 +40,7 @@ static const char help[] =
 	"Exit status: of cmd; 125 refused or bad usage, 126 cmd cannot run, 127 cmd not found\n";
 
 static struct sockaddr_un server = { .sun_family = AF_UNIX };
-static char request[PACKET_MAX], reply[PACKET_MAX + 3]; /* what was not sent reads as "" */
+static char request[PACKET_MAX], reply[PACKET_MAX + 3]; /* bytes not received read as "" */
 static size_t request_len;
 
 /* One line on stderr. A stderr that nobody reads must not kill what is to become the tool. */
@@ -68,13 +69,13 @@ static int parse_options(int argc, char **argv)
 		if (o == '?')
 			exit(REFUSED);
 		if (o == HELP || o == VERSION)
-			exit(fputs(o == HELP ? help : "agentcg-exec " AGENTCG_VERSION "\n", stdout) < 0);
+			exit(fputs(o == HELP ? help : version, stdout) < 0);
 		values[o] = optarg;
 	}
 	return optind;
 }
 
-/* Appends at most `max` bytes of value, cut between UTF-8 characters; returns how many. */
+/* Appends at most `max` bytes of value, cut between UTF-8 characters; returns how many it took. */
 static size_t add(const char *key, const char *value, size_t max)
 {
 	size_t len = strnlen(value, max), room = sizeof(request) - request_len;
@@ -108,7 +109,7 @@ static void make_request(int what, int argc, char **argv)
 		add("name", base && base[1] ? base + 1 : argv[0], CALL_NAME_MAX);
 	sprintf(count, "%d", argc);
 	add("argc", count, -1);
-	/* What is left of the packet holds what it can of the arguments. */
+	/* The rest of the packet holds as many of the arguments as fit. */
 	for (; *argv && left > 0 && (room = PACKET_MAX - request_len - sizeof("arg=")) > 0;
 	     argv++) {
 		len = add("arg", *argv, left < room ? left : room);
@@ -151,7 +152,7 @@ static const char *enter_cgroup(int what)
 	if (len <= 0)
 		return !len ? "it hung up" : errno == EAGAIN ? "no reply in time" : strerror(errno);
 	if (!strcmp(reply, "OK") && !strncmp(second, done, strlen(done))) {
-		/* The buffer stays; what was not sent reads as the end. */
+		/* putenv() points into the buffer, which stays. An empty word ends the list. */
 		for (char *word = (char *)second; *word; word += strlen(word) + 1)
 			if (!strncmp(word, "env=", 4) && putenv(word + 4))
 				die(REFUSED, "out of memory");

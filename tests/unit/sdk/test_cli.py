@@ -336,7 +336,7 @@ def test_a_module_that_is_missed_while_a_command_runs(
     def add(parser: Any) -> None:
         pass
 
-    fakes = {"add_record_arguments": add, "add_replay_arguments": add}
+    fakes: dict[str, Any] = {"add_record_arguments": add, "add_replay_arguments": add}
     fakes |= {"run_record": lose, "run_replay": draw}
     fake_module(monkeypatch, "agentcgroup_lab.replay.cli", **fakes)
     run("replay", code=1)
