@@ -104,7 +104,7 @@ class Libbpf:
         library = next((path for path in libraries if path.exists()), None)
         if library is None:
             raise ToolchainError(f"libbpf.so.1 is not with {header}")
-        # The name behind the link, libbpf.so.1.4.6: headers of another version may lie about.
+        # Headers and library may be of different versions: the file behind the link tells its own.
         match = re.fullmatch(r"libbpf\.so\.(\d+)\.(\d+).*", library.resolve().name)
         if match and (int(match[1]), int(match[2])) < LIBBPF_LEAST:
             raise ToolchainError(f"{library} is version {match[1]}.{match[2]}")
@@ -235,7 +235,7 @@ def _output(*argv: str) -> str:
 def missing_packages(environ: Mapping[str, str] = os.environ) -> list[str]:
     """Name the Debian packages that hold what is missing, under their names in this release."""
     missing = []
-    if not environ.get("CLANG"):  # one that was chosen is not replaced
+    if not environ.get("CLANG"):  # a chosen clang is not replaced
         try:
             find_clang(environ)
         except ToolchainError:

@@ -78,7 +78,7 @@ def build_bpf(root: Path) -> None:
         target = out / name
         if target.exists() and filecmp.cmp(source, target, shallow=False):
             continue
-        # A daemon that has the old library mapped keeps it: it is replaced, not written over.
+        # Renamed into place: a daemon may have the old file mapped, and must keep it.
         new = target.with_name(f".{name}.{os.getpid()}")
         shutil.copyfile(source, new)
         new.replace(target)

@@ -118,7 +118,7 @@ def check_install(wheel: Path, python: str, version: tuple[int, int], work: Path
     needs = "agentcgroup[daemon]" if version >= DAEMON_LEAST else "needs Python 3.11 or later"
     _expect(venv, "agentcgroupd", "--version", err=needs, code=EXIT_CONFIG)
     _expect(venv, "agentcg", "policy", "check", "default", err=needs, code=1)
-    # What these need of the daemon's package may be little; either way they end with a sentence.
+    # These may work without the extra, or not; in both cases they end without a traceback.
     _expect(venv, "agentcg", "doctor", code=None)
     _expect(venv, "agentcg", "record", "s", "-o", "trace.jsonl", code=None)
     _expect(venv, "agentcg", "replay", "--pool", "1G", "trace.jsonl", code=None)
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
             work = Path(name)
             tree = copy_checkout(work / "tree")
             sdist = build(tree, "sdist")
-            # From the archive and not from the checkout: what is left out of it is then missed.
+            # Built from the archive, so that a file that the archive lacks is missed here.
             wheel = build(unpack_sdist(sdist, work / "sdist"), "wheel")
             pythons = find_pythons(arguments.pythons)
             for python, version in pythons.items():

@@ -71,7 +71,7 @@ class AsyncCall(CallBase):
         if error is None:
             await self.end()
         else:
-            # Being cancelled once more must not leave the call open.
+            # A second cancellation must not leave the call open.
             await asyncio.shield(asyncio.ensure_future(self.end()))
 
     async def run(
@@ -137,7 +137,7 @@ class AsyncAgent:
         self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
-        # Channels of a parent process: closing them here would disturb it.
+        # Channels of a parent process are kept: closing them here would disturb the parent.
         self._inherited: list[grpc.aio.Channel] = []
 
     @property

@@ -98,7 +98,7 @@ class Call(CallBase):
                 stdout, stderr = process.communicate(input, timeout=timeout)
             except subprocess.TimeoutExpired:
                 process.kill()
-                # Not communicate(): something it started may hold the pipes open until the end.
+                # communicate() would wait for the pipes, which the tool's children may hold open.
                 process.wait()
                 raise
             except BaseException:

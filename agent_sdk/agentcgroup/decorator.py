@@ -59,7 +59,7 @@ def tool(
 
         @tool(memory="512M")
         def run_tests(call: Call, path: str) -> str:
-            return call.run(["pytest", path], capture_output=True, text=True).stdout
+            return str(call.run(["pytest", path], capture_output=True, text=True).stdout)
 
         run_tests("tests/unit")
 

@@ -40,7 +40,7 @@ class AgentcgError(Exception):
         self.allowed = allowed
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The default would lose the keyword arguments on the way through a process pool.
+        # Exception's own method would lose the keyword arguments in a process pool.
         return (_rebuild, (type(self), self.sentence, self.to_dict()))
 
     def to_dict(self) -> dict[str, str]:

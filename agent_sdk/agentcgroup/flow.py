@@ -32,7 +32,7 @@ END_PAUSE_S = 0.05
 """Between attempts: a daemon that is shutting down answers "unavailable" at once."""
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
-    # Other channels of the process must not share our back-off: a new Agent tries at once.
+    # Without this a new Agent would wait for the back-off of another channel to the same daemon.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -105,7 +105,7 @@ def end(request: pb.EndCallRequest) -> Flow[Report | AgentcgError]:
             if left <= 0 or away.code != "UNAVAILABLE":
                 return away
         except CallNotFound as error:
-            # It ended by itself, or by an EndCall whose answer was lost with the daemon.
+            # The call ended by itself, or by an EndCall whose answer was lost with the daemon.
             if method == "GetReport":
                 return error
             method, message = "GetReport", pb.GetReportRequest(call_id=request.call_id)

@@ -64,7 +64,7 @@ def to_text(field: str, value: object) -> str:
         )
     if isinstance(value, int):
         return str(value)
-    # Not 1e-05 or 1e+16: the daemon takes plain decimal numbers only. NaN and inf stay words.
+    # The daemon takes plain decimal numbers only, not 1e-05 or 1e+16. NaN and inf stay words.
     text = repr(value)
     return f"{value:.9f}".rstrip("0").rstrip(".") if "e" in text else text.removesuffix(".0")
 

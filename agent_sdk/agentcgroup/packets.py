@@ -102,5 +102,5 @@ def _parse(method: str, reply: bytes) -> Any:
             raise from_message(pb.Error.FromString(raw))
     except DecodeError:
         raise AgentcgError(f"agentcgroupd answered {method} with something else") from None
-    # Closed without an answer: it is stopping.
+    # A daemon that closes the connection without an answer is stopping.
     raise Unavailable("agentcgroupd cannot be reached: it has just stopped")

@@ -141,7 +141,7 @@ class AsyncStream(_StreamBase[T]):
                 if raised is not None:
                     raise raised from None
             except asyncio.CancelledError:
-                # close() in another task cancels the RPC; that is no cancellation of this task.
+                # close() in another task cancels the RPC, which does not cancel this task.
                 if self._is_closed():
                     break
                 raise

@@ -55,8 +55,10 @@ def refuse(
 
 
 class AttachSocket:
-    """The attach socket: gRPC's messages in packets are passed on to the gRPC socket beside it;
-    every other request is answered with `reply` and remembered as (pid, words)."""
+    """An attach socket that passes packets with gRPC's messages on to the gRPC socket beside it.
+
+    Every other request is answered with `reply` and remembered as (pid, words).
+    """
 
     def __init__(self, directory: Path) -> None:
         self.reply = b"OK\0call=c1\0"
@@ -112,7 +114,7 @@ class AttachSocket:
 
 
 class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
-    """Start and stop it as often as needed; what it knows stays.
+    """A daemon that can be started and stopped as often as needed; what it knows stays.
 
     Attributes:
         begun: every BeginCallRequest, oldest first. ended: every EndCallRequest.
@@ -169,7 +171,7 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
                 (self.run_dir / service / "grpc.sock").unlink(missing_ok=True)
 
     def entered(self, call_id: str, service: str = "agent") -> list[int]:
-        """The processes that entered a call (or, as admin, a session)."""
+        """Return the processes that entered a call (or, as admin, a session)."""
         path = self.run_dir / service / f"entered-{call_id}"
         return [int(pid) for pid in path.read_text().split()] if path.exists() else []
 
@@ -273,7 +275,7 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
         return report
 
     def report_of(self, call: pb.Call, request: pb.EndCallRequest) -> pb.Report:
-        """The report that an end makes, from the wait status alone."""
+        """Make the report of an ended call from the wait status alone."""
         report = pb.Report(
             call_id=call.id,
             session_id=call.session_id,
@@ -369,7 +371,7 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
             sessions_open=len(self.sessions),
             calls_open=len(self.calls),
             controllers=["cpu", "memory", "pids"],
-            version="0.1.0",
+            version="1.2.3",
             kernel="7.3.4",
         )
 
@@ -442,7 +444,7 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
 
 
 def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
-    """Body of a fixture: a started daemon that the environment points to."""
+    """Yield a started daemon that the environment points to; the body of a fixture."""
     # Not tmp_path: a socket's path has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="acg-") as directory:
         fake = FakeDaemon(Path(directory))

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader (head, less) has what it wants. Python would complain when it flushes at exit.
+        # The reader (head, less) has what it wants. Flushing stdout at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
@@ -56,7 +56,7 @@ def _failed(error: errors.AgentcgError, arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     words = [argument for argument in _options(arguments) if not argument.startswith("-")]
     tail: list[str] = []
-    # By hand, because argparse would take options behind NAME for the command's.
+    # Split by hand, because argparse would take options behind NAME for the command's.
     if words[:2] == ["session", "run"] and "--" in arguments:
         split = arguments.index("--")
         arguments, tail = arguments[:split], arguments[split + 1 :]

@@ -65,7 +65,7 @@ def admin() -> Admin:
     """
     directory = paths.run_dir()
     socket = paths.admin_socket(directory)
-    # gRPC would say "connection refused" for all of these.
+    # Asked here, because gRPC says "connection refused" for all of these.
     if os.path.isdir(directory) and not os.access(os.path.dirname(socket), os.X_OK):
         if os.path.isdir(os.path.dirname(socket)):
             raise errors.PermissionDenied(f"{os.path.dirname(socket)} may not be entered")

@@ -186,7 +186,7 @@ def run_version(args: argparse.Namespace) -> int:
         with common.admin() as client:
             daemon = client.pool().version
     except errors.AgentcgError:
-        daemon = None  # Not reachable, or not for us.
+        daemon = None  # away, or not for this user
     found: dict[str, Any] = {
         "agentcg": __version__,
         "daemon": daemon,

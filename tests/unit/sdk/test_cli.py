@@ -39,7 +39,7 @@ def agent_only(daemon: FakeDaemon) -> FakeDaemon:
 
 
 class Cli:
-    """Runs a command line in this process."""
+    """A runner of command lines in this process."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
@@ -235,7 +235,7 @@ def test_not_in_a_session(agent_only: FakeDaemon, run: Cli) -> None:
 
 
 def test_version(daemon: FakeDaemon, run: Cli) -> None:
-    assert run.json("version")["daemon"] == "0.1.0"
+    assert run.json("version")["daemon"] == "1.2.3"
     daemon.stop()
     assert "not reachable" in run("version")
     assert run.json("version")["daemon"] is None

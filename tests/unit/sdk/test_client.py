@@ -353,7 +353,7 @@ def test_restart_in_the_middle_keeps_the_report(daemon: FakeDaemon, agent: Agent
 
 
 def test_daemon_dies_while_it_ends_the_call(daemon: FakeDaemon, agent: Agent) -> None:
-    """The end was done but its answer lost: the report is fetched from the restarted daemon."""
+    """An end whose answer was lost: the report is fetched from the restarted daemon."""
 
     def end_and_die(request: Any) -> None:
         call = daemon.calls.pop("c1")
@@ -450,7 +450,7 @@ def test_fork(daemon: FakeDaemon, agent: Agent) -> None:
     agent.budget()
     pid = os.fork()
     if pid == 0:
-        # Nothing of the parent's test run may go on here, whatever happens.
+        # The child must not go on with the parent's test run, whatever happens.
         status = 1
         try:
             signal.alarm(20)

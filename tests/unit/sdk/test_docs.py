@@ -1,4 +1,4 @@
-"""What docs/sdk.md and docs/cli.md say is so: their examples run, their tables are complete."""
+"""docs/sdk.md and docs/cli.md: their examples run, and their tables are complete."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLI = (DOCS / "cli.md").read_text()
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """The code blocks of a language, in order."""
+    """Return the code blocks of a language, in order."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 

@@ -34,7 +34,7 @@ json.dump({"argv": sys.argv[1:], "env": dict(os.environ), "pid": os.getpid(), "f
 """
 
 
-# Leaves its marks on all of these, then becomes the program under test.
+# A program that changes what a tool inherits, then becomes the program under test.
 PREPARE = """
 import os, signal, sys
 os.umask(0o027)
@@ -47,7 +47,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 def reply(*packets: bytes) -> Handler:
-    """Sends the packets in order."""
+    """Make a handler that sends the packets in order."""
 
     def handle(conn: socket.socket, request: bytes) -> None:
         for packet in packets:
@@ -68,17 +68,17 @@ class Daemon:
 
     @property
     def keys(self) -> dict[bytes, bytes]:
-        """The newest request's keys, without its arguments."""
+        """Return the newest request's keys, without its arguments."""
         pairs = [item.split(b"=", 1) for item in self.requests[-1][2:]]
         return {key: value for key, value in pairs if key != b"arg"}
 
     @property
     def args(self) -> list[bytes]:
-        """The newest request's arguments."""
+        """Return the newest request's arguments."""
         return [item[4:] for item in self.requests[-1] if item.startswith(b"arg=")]
 
     def serve(self, listener: socket.socket, handle: Handler) -> None:
-        """Until the listener is shut down."""
+        """Answer connections until the listener is shut down."""
         while True:
             try:
                 conn, _ = listener.accept()
@@ -94,7 +94,7 @@ class Daemon:
 
 @contextmanager
 def daemon(path: Path, handle: Handler) -> Iterator[Daemon]:
-    """Serves at path with the handler."""
+    """Serve at `path` with the handler while the block runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     it = Daemon(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -119,21 +119,21 @@ class Launcher:
 
     @property
     def agent(self) -> Path:
-        """Where it looks for the daemon."""
+        """Return the path of the socket where the program looks for the daemon."""
         return self.run_dir / "agent/attach.sock"
 
     @property
     def admin(self) -> Path:
-        """Where it looks for the daemon with --session."""
+        """Return the path of the socket where `--session` looks for the daemon."""
         return self.run_dir / "admin/attach.sock"
 
     def env(self, **more: str) -> dict[str, str]:
-        """The environment it runs with."""
+        """Return the environment that the program runs with."""
         env = {k: v for k, v in os.environ.items() if not k.startswith(("AGENTCG", "AGENT_"))}
         return {**env, "AGENTCG_RUN_DIR": str(self.run_dir), **more}
 
     def __call__(self, *args: str, **more: str) -> Result:
-        """Runs `agentcg-exec args...` to its end."""
+        """Run `agentcg-exec args...` to its end."""
         return subprocess.run(
             [str(self.programs / "agentcg-exec"), *args],
             env=self.env(**more),
@@ -486,12 +486,12 @@ def test_longest_sentence(launcher: Launcher) -> None:
 
 
 def closed(conn: socket.socket, request: bytes) -> None:
-    """Hangs up without a reply."""
+    """Hang up without a reply."""
 
 
 @contextmanager
 def away(path: Path, how: str) -> Iterator[None]:
-    """A daemon that is away in one of the ways in which it can be."""
+    """Prepare a daemon that is away in one of the possible ways."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if how == "hangs up":
         with daemon(path, closed):
@@ -546,7 +546,7 @@ def test_warning_that_nobody_reads_kills_nothing(launcher: Launcher) -> None:
         restore_signals=True,
     )
     os.close(write)
-    # The tool ran, and with SIGPIPE as it was before: by default.
+    # The tool ran, with the default action for SIGPIPE, as before.
     assert result.returncode == -signal.SIGPIPE
 
 
@@ -564,7 +564,7 @@ def test_not_a_daemon_at_all(launcher: Launcher, tmp_path: Path) -> None:
 
 
 def test_silence_counts_as_away_after_ten_seconds(launcher: Launcher, tmp_path: Path) -> None:
-    """No reply; nothing more after WAIT; a backlog that stays full: side by side, to save time."""
+    """Three waits at the same time: no reply, nothing after WAIT, a backlog that stays full."""
 
     program = str(launcher.programs / "agentcg-exec")
 

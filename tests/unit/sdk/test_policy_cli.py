@@ -1,4 +1,4 @@
-"""`agentcg policy`: files without a daemon, and the policy in force at a fake one."""
+"""`agentcg policy`: files without a daemon, and the policy in force at a fake daemon."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WRONG = '[[rulesets]]\nname = "a"\nwhen = [{ detector = "growing", abov = "1M" }
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
-    """No daemon, and no configuration of this machine's."""
+    """Run commands without a daemon, and without this machine's configuration."""
     monkeypatch.setenv("AGENTCG_RUN_DIR", str(tmp_path / "none"))
     monkeypatch.setattr(group, "CONFIG", tmp_path / "agentcgroupd.toml")
     return Cli(capsys)
@@ -27,7 +27,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.fixture
 def daemon(run: Cli, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
-    """With the default policy in force."""
+    """Run a fake daemon with the default policy in force."""
     state = policy_state(load_policy(None), loaded_unix_usec=1_700_000_000_000_000)
     state.rulesets[0].holds, state.rulesets[0].decisions = True, 7
     state.rulesets[0].acted_usec_ago = 1_500_000
