@@ -17,8 +17,9 @@ from pathlib import Path
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
-from agentcgroupd.calls.begin import Entrance
+from agentcgroupd.calls.admission import Admission
 from agentcgroupd.calls.lifecycle import Calls
+from agentcgroupd.calls.queue import AdmissionQueue
 from agentcgroupd.calls.reports import Reports
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
@@ -39,7 +40,9 @@ from agentcgroupd.guard.high_mark import Tripwire
 from agentcgroupd.guard.loop import Guard
 from agentcgroupd.guard.policy_files import PolicyFiles
 from agentcgroupd.host.systemd import notify, watchdog_interval_s
+from agentcgroupd.policy.learning import Peaks
 from agentcgroupd.restore import restore
+from agentcgroupd.rpc.agent_calls import AgentCalls
 from agentcgroupd.rpc.attach import AttachServer
 from agentcgroupd.rpc.peers import Relay
 from agentcgroupd.rpc.services import AdminService, AgentService, GrpcServer
@@ -50,6 +53,7 @@ from agentcgroupd.state.session import RECORD_VERSION, Session, boottime_usec, r
 from agentcgroupd.telemetry.audit import Audit
 from agentcgroupd.telemetry.feed import Feed
 from agentcgroupd.telemetry.metrics import Heartbeat, Metrics, MetricsServer
+from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.watchers import Watchers
 
 log = logging.getLogger(__name__)
@@ -83,7 +87,7 @@ class Daemon:
                          config.bpf.enabled)  # fmt: skip
         self.cpu = CpuScheduling(config.cpu, config.bpf.objects, self.metrics,
                                  lambda: self.policy_files.policy.cpu)  # fmt: skip
-        self.watchers = Watchers(config, lambda: self.actions, self.cpu)
+        self.watchers = Watchers(config, lambda: self.actions, self.cpu, self.gpus)
         self.pool: Pool
         self.sessions: Sessions
         self.calls: Calls
@@ -108,16 +112,26 @@ class Daemon:
             self.pool.cgroup,
         )  # fmt: skip
         self.actions.hurry = self.cpu.hurry
-        reports = Reports(self.actions, self.pool.cgroup, self.sessions.ceiling, self.cpu.numbers)
-        self.calls = Calls(self.config.calls, self.events, reports, self.watchers)
-        self.entrance = Entrance(self.calls)
-        self.answers = Answers(self.pool, self.sessions, self.entrance, self.cpu.numbers)
+        notices = Notices(self.audit, self.metrics, self.feed)
+        self.peaks = Peaks()
+        self.queue = AdmissionQueue([self.gpus.resource], notices)
+        ceiling = self.sessions.ceiling
+        reports = Reports(self.pool.cgroup, notices, ceiling, self.cpu.numbers, self.peaks)
+        self.calls = Calls(
+            self.config.calls, self.events, self.actions, notices, reports, self.watchers, ceiling,
+            self.queue.count,
+        )  # fmt: skip
+        self.admission = Admission(self.calls, self.queue)
+        self.agent_calls = AgentCalls(self.sessions, self.calls, self.queue, self.admission)
+        self.answers = Answers(
+            self.pool, self.sessions, self.calls, self.queue.waiting, self.cpu.numbers
+        )
         await self._start_gpus()
         before = self.pool.cgroup.get_xattr(ALIVE_XATTR)
         self._note_alive()
         self.pool.settled_ticks = int(before or self.pool.cgroup.get_xattr(ALIVE_XATTR) or 0)
         self.watchers.follow(self.pool, self.calls, self.sessions.open.values)
-        restore(self.sessions, self.calls, self.audit, self._watch)
+        restore(self.sessions, self.calls, self.audit, self._watch, self.peaks)
         self.sweep()
         await self._open_sockets(run)
         self.watchers.start(self._start_control())
@@ -142,24 +156,22 @@ class Daemon:
         await gpus.start(self.pool.cgroup)
         self.sessions.gpus = lambda: gpus.ceiling
         self.sessions.place_gpu = gpus.grants.place_part
-        self.calls.place, self.calls.regrant = gpus.grants.place, gpus.grants.regrant
-        self.calls.ending = gpus.call_ending
-        self.watchers.gpus = self.entrance.gpus = self.answers.gpus = gpus
+        self.answers.gpus = gpus
 
-    def _start_control(self) -> Guard | None:
+    def _start_control(self) -> Control | None:
         """None where the pool has no limit on memory: there is nothing to keep then."""
         if not self.config.guard.enabled or self.pool.memory_max_bytes is None:
             return None
         control = Control(
-            self.config.guard, self.policy_files.policy, self.pool, self.entrance,
-            self.sessions.open, self.watchers.abilities,
+            self.config.guard, self.policy_files.policy, self.pool, self.calls, self.queue,
+            self.peaks, self.sessions.open, self.watchers.abilities,
         )  # fmt: skip
         self.control = control
         self.policy_files.on_change = control.change_policy
         control.guard.start(self._tripwire(control.guard))
         control.start()
         self.answers.guard = control.guard
-        return control.guard
+        return control
 
     def _tripwire(self, guard: Guard) -> Tripwire | None:
         """None where a program tells the mark, or where memory.high is the operator's."""
@@ -201,7 +213,8 @@ class Daemon:
             else:
                 pb_grpc.add_AdminServicer_to_server(AdminService(self, relay), server.server)
             attach = AttachServer(run / role / "attach.sock", mode, role == "admin", self.sessions,
-                                  self.entrance, self.metrics)  # fmt: skip
+                                  self.calls, self.admission, self.agent_calls,
+                                  self.metrics)  # fmt: skip
             await server.start()
             await relay.start()
             attach.start()
@@ -310,7 +323,7 @@ class Daemon:
         if session.closing:
             raise FailedPrecondition(f"session {session.id} is being closed already")
         session.closing = True
-        self.entrance.close_session(session)
+        self.queue.close_session(session)
         calls = list(session.calls.values())
         try:
             endings = [self.calls.end(c, False, None, "its session was closed") for c in calls]

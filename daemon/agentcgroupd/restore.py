@@ -8,7 +8,7 @@ from collections.abc import Callable
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.errors import KnobError
-from agentcgroupd.policy.learning import learn
+from agentcgroupd.policy.learning import Peaks, learn
 from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.session import Call, Session, read_record
 from agentcgroupd.telemetry.audit import Audit
@@ -17,7 +17,11 @@ log = logging.getLogger(__name__)
 
 
 def restore(
-    sessions: Sessions, calls: Calls, audit: Audit, watch: Callable[[Session], None]
+    sessions: Sessions,
+    calls: Calls,
+    audit: Audit,
+    watch: Callable[[Session], None],
+    peaks: Peaks,
 ) -> None:
     """Take up what the cgroups and the audit log tell. `watch` is told of each session before its
     calls."""
@@ -40,7 +44,7 @@ def restore(
         session.reports.extendleft(reversed(mine[-(session.reports.maxlen or 0) :]))
         session.calls_ended += len(mine)
         for report in mine:
-            learn(session.learned, calls.reports.peaks, report)
+            learn(session.learned, peaks, report)
     log.info("took up %d sessions and %d calls", len(sessions.open), len(calls.open))
 
 

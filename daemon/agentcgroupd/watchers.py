@@ -16,8 +16,9 @@ from agentcgroupd.config import Config
 from agentcgroupd.cpu.scheduling import CpuScheduling
 from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.gpu.service import Gpus
-from agentcgroupd.guard.loop import Guard
+from agentcgroupd.guard.assembly import Control
 from agentcgroupd.guard.signals import Signals
+from agentcgroupd.intents.grant import Grant
 from agentcgroupd.policy.snapshot import Host
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.state.session import Call, Session
@@ -28,13 +29,16 @@ log = logging.getLogger(__name__)
 class Watchers:
     """The data plane with its signals and boundaries. Is told of sessions and calls."""
 
-    def __init__(self, config: Config, actions: Callable[[], Actions], cpu: CpuScheduling) -> None:
+    def __init__(
+        self, config: Config, actions: Callable[[], Actions], cpu: CpuScheduling, gpus: Gpus
+    ) -> None:
         """Nothing is loaded yet. `actions` is asked from `follow` on."""
         self.cpu = cpu
         self._config = config
         self._actions = actions
         self.plane = DataPlane(config.bpf, config.guard)
-        self.gpus: Gpus | None = None
+        self.gpus = gpus
+        self._control: Control | None = None
         self._signals: Signals | None = None
         self._boundaries: Boundaries | None = None
 
@@ -79,10 +83,11 @@ class Watchers:
         for state in (*plane.states.values(), cpu):
             actions.metrics.features.labels(state.name).set(int(state.works))
 
-    def start(self, guard: Guard | None) -> None:
-        """Listen from now on."""
+    def start(self, control: Control | None) -> None:
+        """Listen from now on. `control`: None where the guard does not run."""
+        self._control = control
         if self._signals is not None:
-            self._signals.start(guard)
+            self._signals.start(None if control is None else control.guard)
         if self._boundaries is not None:
             self.plane.attempt("processes cannot be followed", self._boundaries.start)
 
@@ -104,32 +109,46 @@ class Watchers:
         """Its agent leaf is there."""
         for watcher in self._each():
             self.plane.attempt("a session cannot be watched", watcher.session_opened, session)
-        if self.gpus is not None:
-            self.gpus.session_opened(session)
+        self.gpus.session_opened(session)
 
     def session_closed(self, session: Session) -> None:
         """Its cgroup is gone or given back."""
         for watcher in self._each():
             self.plane.attempt("a session cannot be let go", watcher.session_closed, session)
-        if self.gpus is not None:
-            self.gpus.session_closed(session)
+        self.gpus.session_closed(session)
 
     def call_opened(self, call: Call) -> None:
-        """See calls.CallWatcher."""
+        """See calls.lifecycle.CallObserver."""
         for watcher in self._each():
             self.plane.attempt("a call cannot be watched", watcher.call_opened, call)
-        if self.gpus is not None:
-            self.gpus.call_opened(call)
+        self.gpus.call_opened(call)
+
+    def call_begun(self, call: Call) -> None:
+        """Have the guard sample soon."""
+        if self._control is not None:
+            self._control.guard.call_began()
+
+    def regrant(self, call: Call, grant: Grant) -> Grant:
+        """Change an open call's part of GPUs."""
+        return self.gpus.grants.regrant(call, grant)
+
+    def call_ending(self, call: Call) -> None:
+        """Have what the call did with its part of GPUs kept for its report."""
+        self.gpus.call_ending(call)
+
+    def call_ended(self, call: Call, held_bytes: int) -> None:
+        """Tell the guard that memory may be free now."""
+        if self._control is not None:
+            self._control.call_ended(call, held_bytes)
 
     def call_closed(self, call: Call) -> None:
-        """See calls.CallWatcher."""
+        """See calls.lifecycle.CallObserver."""
         for watcher in self._each():
             self.plane.attempt("a call cannot be let go", watcher.call_closed, call)
-        if self.gpus is not None:
-            self.gpus.call_closed(call)
+        self.gpus.call_closed(call)
 
     def entered(self, pid: int) -> None:
-        """See calls.CallWatcher."""
+        """See calls.lifecycle.CallObserver."""
         self.cpu.entered(pid)
 
     def sweep(self) -> None:
@@ -140,8 +159,7 @@ class Watchers:
         if self._boundaries is not None:
             self._boundaries.catch_up()
             self._boundaries.prune()
-        if self.gpus is not None:
-            self.gpus.sweep()
+        self.gpus.sweep()
         self._actions().metrics.bpf_failures.set(self.plane.failures)
 
     def close(self) -> None:

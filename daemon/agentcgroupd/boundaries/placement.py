@@ -14,6 +14,7 @@ from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.errors import AgentcgroupdError, FailedPrecondition, KnobError, RequestError
 from agentcgroupd.host.proc import cgroup_of
 from agentcgroupd.host.syscalls import pidfd_alive
+from agentcgroupd.intents.request import observed_request
 from agentcgroupd.state.session import AGENT_LEAF, Process
 
 log = logging.getLogger(__name__)
@@ -70,15 +71,8 @@ class Placement:
                 return
             age_usec = (time.monotonic_ns() - sighting.at_ns) // 1000
             try:
-                call = self._calls.begin(
-                    sighting.session,
-                    sighting.name,
-                    {},
-                    sighting.argv,
-                    None,
-                    observed=True,
-                    age_usec=age_usec,
-                )
+                request = observed_request(sighting.name, sighting.argv)
+                call = self._calls.begin(sighting.session, request, None, age_usec)
             except RequestError as error:
                 self._refused(sighting, error)
                 return

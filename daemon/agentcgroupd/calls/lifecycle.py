@@ -11,21 +11,28 @@ import asyncio
 import errno
 import logging
 import secrets
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.calls.evidence import main_status, oom_counts
+from agentcgroupd.calls.evidence import main_status
 from agentcgroupd.calls.owners import Owners
 from agentcgroupd.calls.reports import Reports
 from agentcgroupd.calls.timers import Deadlines
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import CallDefaults
-from agentcgroupd.enforce.limits import oom_score_adj, set_oom_score_adj, write_grant
+from agentcgroupd.enforce.actions import Actions
+from agentcgroupd.enforce.limits import (
+    oom_score_adj,
+    rewrite_grant,
+    set_oom_score_adj,
+    write_grant,
+)
 from agentcgroupd.errors import (
-    BpfError,
+    AgentcgroupdError,
     CgroupGone,
     FailedPrecondition,
     KnobError,
@@ -35,8 +42,10 @@ from agentcgroupd.errors import (
     Unavailable,
 )
 from agentcgroupd.host.syscalls import pidfd_alive
-from agentcgroupd.intents.grant import Grant, grant_for, merge
-from agentcgroupd.intents.parse import check_name, cut_argv, parse_intent
+from agentcgroupd.intents.grant import Ceiling, Grant, grant_for, merge
+from agentcgroupd.intents.parse import NAME_CHARS_MAX, Intent
+from agentcgroupd.intents.request import CallRequest
+from agentcgroupd.state.candidate import Candidate
 from agentcgroupd.state.session import (
     CALL_PREFIX,
     Call,
@@ -46,6 +55,7 @@ from agentcgroupd.state.session import (
     plain,
     unix_usec,
 )
+from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import call_to_proto, grant_to_proto
 
 log = logging.getLogger(__name__)
@@ -55,59 +65,66 @@ END_TIMEOUT_S = 15.0
 the call then ends in the background."""
 
 
-class CallWatcher(Protocol):
-    """Who has to know of a call's cgroup before a process enters it, and when it is gone."""
+class CallObserver(Protocol):
+    """What follows calls: programs in the kernel, the guard, GPUs. Called on the event loop."""
 
     def call_opened(self, call: Call) -> None:
-        """Its cgroup is there, with no process in it or, after a restart, with some."""
+        """Take note of a call's cgroup, with no process in it or, after a restart, with some.
+        Raises BpfError where the call cannot have what it was granted."""
 
-    def call_closed(self, call: Call) -> None:
-        """Its cgroup is gone or given up."""
+    def call_begun(self, call: Call) -> None:
+        """Take note that a call has begun, its limits set and its start told."""
+
+    def regrant(self, call: Call, grant: Grant) -> Grant:
+        """Change what an open call has to `grant`, and return that with what follows from it.
+        Raises RequestError, with nothing changed."""
 
     def entered(self, pid: int) -> None:
-        """A process is in a call, or in an agent leaf, and all that it will fork is as well."""
+        """Take note that a process is in a call or in an agent leaf, as all that it will fork."""
 
     def catch_up(self) -> None:
-        """What is known of processes that have ended is to be known before a call is judged."""
+        """Read what is known of processes that have ended, before a call is judged by it."""
 
     def behind(self) -> bool:
-        """Whether more processes of a call may still be on their way into it."""
+        """Tell whether more processes of a call may still be on their way into it."""
+
+    def call_ending(self, call: Call) -> None:
+        """Take note that a call is empty and that its report is about to be made."""
+
+    def call_closed(self, call: Call) -> None:
+        """Take note that a call's cgroup is gone or given up."""
+
+    def call_ended(self, call: Call, held_bytes: int) -> None:
+        """Take note that a call is over, and what it has held at most."""
 
 
 class Calls:
-    """All open calls. Runs on the event loop; nothing here blocks on anything but the kernel."""
+    """All open calls. Runs on the event loop; only the kernel is waited for."""
 
     def __init__(
         self,
         config: CallDefaults,
         events: FileEvents,
+        actions: Actions,
+        notices: Notices,
         reports: Reports,
-        watcher: CallWatcher,
+        observer: CallObserver,
+        ceiling: Callable[[Session], Ceiling],
+        waiting: Callable[[Session], int],
     ) -> None:
+        """`ceiling`: the limits above a new call of a session. `waiting`: how many calls of a
+        session wait to begin; they count towards its calls_max."""
         self._config = config
         self._events = events
-        self.reports = reports
-        self.actions = reports.actions
-        self._audit = self.actions.audit
-        self._metrics = self.actions.metrics
-        self._feed = self.actions.feed
-        self._ceiling = reports.ceiling
-        self._pool = reports.pool
-        self._watcher = watcher
+        self.actions = actions
+        self._audit, self._metrics, self._feed = notices.audit, notices.metrics, notices.feed
+        self._reports = reports
+        self._observer = observer
+        self._ceiling = ceiling
+        self._waiting = waiting
         self._loop = asyncio.get_running_loop()
         self._owners = Owners(self._owner_gone)
         self._deadlines = Deadlines(config, self._populated, self._finish, self._kill)
-        self.waiting: Callable[[Session], int] = lambda session: 0
-        """How many calls of a session wait to begin."""
-        self.on_begin: Callable[[], None] = lambda: None
-        """Told when a call's cgroup is there."""
-        self.on_end: Callable[[Call, int], None] = lambda call, held_bytes: None
-        """Told of each call whose cgroup is gone, and what it had taken at most."""
-        self.place: Callable[[Grant, str], Grant] = lambda grant, call_id: grant
-        """Finds the devices for a part of a GPU (gpu.control)."""
-        self.regrant: Callable[[Call, Grant], Grant] = lambda call, grant: grant
-        self.ending: Callable[[Call], None] = lambda call: None
-        """Told of each call that is empty, before its report is made."""
         self.open: dict[str, Call] = {}
         self._postponed: dict[str, Call] = {}
         self.begun = 0
@@ -116,111 +133,138 @@ class Calls:
     # Beginning
 
     def begin(
-        self,
-        session: Session,
-        name: str,
-        intent: Mapping[str, str],
-        argv: list[str],
-        owner: Process | None,
-        observed: bool = False,
-        call_id: str = "",
-        age_usec: int = 0,
+        self, session: Session, request: CallRequest, owner: Process | None, age_usec: int = 0
     ) -> Call:
-        """A new call with its cgroup, limits set, no process in it yet.
+        """Begin a call that does not queue, which has its cgroup then and no process yet.
 
-        `owner` holds the call open; None: the call ends when it is empty. `observed`: nobody asked
-        for it. `call_id`: what it was called while it waited. `age_usec`: for how long its tool has
-        run already. Raises RequestError, and then nothing is left behind.
+        `owner` holds the call open; None: the call ends when it is empty. `age_usec`: for how long
+        its tool has run already. Raises RequestError, and then nothing is left behind.
         """
-        with self.refusing(session, name), self._metrics.time("begin"):
-            return self._begin(session, name, intent, argv, owner, observed, call_id, age_usec)
+        with self.refusing(session, request.name):
+            candidate = self.grant(session, request)
+            return self.open_call(candidate, candidate.grant, owner, age_usec)
 
     @contextmanager
     def refusing(self, session: Session, name: str) -> Iterator[None]:
-        """Counts and notes a refusal on its way to the caller."""
+        """Count and write down a refusal on its way to the caller."""
         try:
             yield
         except RequestError as error:
             self._metrics.calls_refused.labels(error.code).inc()
-            self._audit.write("call_refused", session=session.id, name=name[:128],
-                              code=error.code, sentence=error.sentence)  # fmt: skip
+            self._audit.write(
+                "call_refused",
+                session=session.id,
+                name=name[:NAME_CHARS_MAX],
+                code=error.code,
+                sentence=error.sentence,
+            )
             raise
 
-    def _begin(
-        self,
-        session: Session,
-        name: str,
-        intent: Mapping[str, str],
-        argv: list[str],
-        owner: Process | None,
-        observed: bool,
-        call_id: str,
-        age_usec: int,
+    def grant(self, session: Session, request: CallRequest, call_id: str = "") -> Candidate:
+        """Decide what a call gets, if one more may be there at all. `call_id`: the one that it has
+        had since it was first granted; empty: it gets one. Raises RequestError."""
+        self._check_count(session)
+        grant = grant_for(request.intent, self._ceiling(session))
+        likely_bytes, advice = self._reports.expect(session, request.name, request.argv, grant)
+        if advice:
+            grant = replace(grant, advice=(*grant.advice, advice))
+        return Candidate(call_id or secrets.token_hex(6), session, request, grant, likely_bytes)
+
+    def _check_count(self, session: Session) -> None:
+        """Refuse a call beyond calls_max. Raises FailedPrecondition or ResourceExhausted."""
+        if session.closing:
+            raise FailedPrecondition(f"session {session.id} is being closed")
+        count, most = len(session.calls) + self._waiting(session), session.limits.calls_max
+        if count < most:
+            return
+        sentence = (
+            f"calls: {count} calls of this session are open or waiting, which is all it may have; "
+            "end one first"
+        )
+        raise ResourceExhausted(sentence, "calls_max", str(count + 1), f"at most {most}")
+
+    def open_call(
+        self, candidate: Candidate, grant: Grant, owner: Process | None, age_usec: int = 0
     ) -> Call:
-        check_name(name)
-        self.check_room(session)
-        grant = grant_for(parse_intent(intent), self._ceiling(session))
-        call_id = call_id or secrets.token_hex(6)
-        grant = self.place(grant, call_id)
+        """Make a call's cgroup with its limits, and enter it in the books.
+
+        `grant`: the candidate's, completed by what was kept for it. Raises RequestError, and then
+        nothing is left behind.
+        """
+        with self._metrics.time("begin"):
+            call = self._with_cgroup(candidate, grant, owner, age_usec)
+            try:
+                call.grant = write_grant(call.session, call.cgroup, grant)
+                call.cgroup.set_xattr(call.record())
+                self._follow(call)
+            except (AgentcgroupdError, OSError) as error:
+                self._forget(call)
+                call.cgroup.remove()
+                if isinstance(error, RequestError):
+                    raise
+                raise Unavailable(f"the call's limits could not be set: {error}") from None
+            self._tell_begun(call)
+        self._observer.call_begun(call)
+        return call
+
+    def _with_cgroup(
+        self, candidate: Candidate, grant: Grant, owner: Process | None, age_usec: int
+    ) -> Call:
+        """Make a call's cgroup, without limits yet. Raises NotFound or Unavailable."""
+        session, request = candidate.session, candidate.request
         try:
-            session_ooms, pool_ooms = oom_counts(session, self._pool)
-            cgroup = session.cgroup.make_child(CALL_PREFIX + call_id)
+            session_ooms, pool_ooms = self._reports.oom_counts(session)
+            cgroup = session.cgroup.make_child(CALL_PREFIX + candidate.id)
         except CgroupGone:
             raise NotFound(f"the cgroup of session {session.id} is gone") from None
         except KnobError as error:
             raise Unavailable(f"the call's cgroup could not be made: {error}") from None
-        likely = self.reports.likely_bytes(session, name, argv, grant)
-        grant = self.reports.with_advice(session, name, argv, grant)
-        call = Call(
-            id=call_id, session=session, name=name, argv=cut_argv(argv), grant=grant, cgroup=cgroup,
-            began_unix_usec=unix_usec() - age_usec, began_boot_usec=boottime_usec() - age_usec,
-            held=owner is not None, owner=owner, observed=observed,
-            session_ooms_before=session_ooms, pool_ooms_before=pool_ooms, likely_bytes=likely,
-        )  # fmt: skip
-        try:
-            call.grant = write_grant(session, cgroup, grant)
-            cgroup.set_xattr(call.record())
-            self._adopt(call)
-        except (KnobError, BpfError, OSError) as error:
-            self._forget(call)
-            cgroup.remove()
-            raise Unavailable(f"the call's limits could not be set: {error}") from None
-        self.begun += 1
-        self._metrics.calls_begun.inc()
-        if observed:
-            self._metrics.calls_observed.labels("yes").inc()
-        if call.grant.advice:
-            self._metrics.calls_reduced.inc()
-        self._audit.write("call_begun", session=session.id, call=call.id, name=name,
-                          argv=list(call.argv), grant=plain(call.grant))  # fmt: skip
-        if self._feed.listening:
-            self._feed.publish(session.id, pb.Event(begun=call_to_proto(call, admin=True)))
-        self.on_begin()
-        return call
+        return Call(
+            id=candidate.id,
+            session=session,
+            name=request.name,
+            argv=request.argv,
+            grant=grant,
+            cgroup=cgroup,
+            began_unix_usec=unix_usec() - age_usec,
+            began_boot_usec=boottime_usec() - age_usec,
+            held=owner is not None,
+            owner=owner,
+            observed=request.observed,
+            session_ooms_before=session_ooms,
+            pool_ooms_before=pool_ooms,
+            likely_bytes=candidate.likely_bytes,
+        )
 
-    def check_room(self, session: Session) -> None:
-        """Whether one more may begin. Raises FailedPrecondition or ResourceExhausted."""
-        if session.closing:
-            raise FailedPrecondition(f"session {session.id} is being closed")
-        count = len(session.calls) + self.waiting(session)
-        if count >= session.limits.calls_max:
-            raise ResourceExhausted(
-                f"calls: {count} calls of this session are open or waiting, which is all it may "
-                "have; end one first", "calls_max", str(count + 1),
-                f"at most {session.limits.calls_max}",
-            )  # fmt: skip
-
-    def _adopt(self, call: Call) -> None:
-        """Start to look after a call, new or found again."""
+    def _follow(self, call: Call) -> None:
+        """Start to look after a call, new or found again. Raises BpfError, KnobError or OSError."""
         call.watch = self._events.watch(
             call.cgroup, knobs.CGROUP_EVENTS, lambda: self._changed(call)
         )
         self.open[call.id] = call
         call.session.calls[call.id] = call
-        self._watcher.call_opened(call)
+        self._observer.call_opened(call)
         if call.owner is not None:
             self._owners.add(call)
         self._deadlines.begun(call)
+
+    def _tell_begun(self, call: Call) -> None:
+        self.begun += 1
+        self._metrics.calls_begun.inc()
+        if call.observed:
+            self._metrics.calls_observed.labels("yes").inc()
+        if call.grant.advice:
+            self._metrics.calls_reduced.inc()
+        self._audit.write(
+            "call_begun",
+            session=call.session.id,
+            call=call.id,
+            name=call.name,
+            argv=list(call.argv),
+            grant=plain(call.grant),
+        )
+        if self._feed.listening:
+            self._feed.publish(call.session.id, pb.Event(begun=call_to_proto(call, admin=True)))
 
     # Entering
 
@@ -245,9 +289,9 @@ class Calls:
         the first is over then, and has nothing to say."""
         for other in call.session.calls.values():
             main = other.main
-            if other is not call and other.observed and main is not None and (
-                (main.pid, main.start_ticks) == (process.pid, process.start_ticks)
-            ):  # fmt: skip
+            if other is call or not other.observed or main is None:
+                continue
+            if (main.pid, main.start_ticks) == (process.pid, process.start_ticks):
                 other.ended_by, other.ended_why = "declared", f"It went on as call {call.id}."
 
     def admit(self, call: Call, process: Process) -> None:
@@ -259,7 +303,7 @@ class Calls:
             call.cgroup.kill()
 
     def _entered(self, call: Call, process: Process) -> None:
-        self._watcher.entered(process.pid)
+        self._observer.entered(process.pid)
         set_oom_score_adj(process.pid, oom_score_adj(call.grant.priority))
         call.entered = True
         if call.state == pb.CALL_STATE_PENDING:
@@ -267,29 +311,22 @@ class Calls:
         self._deadlines.entered(call)
         call.cgroup.set_xattr(call.record())
 
-    def update(self, call: Call, intent: Mapping[str, str]) -> Call:
+    def update(self, call: Call, intent: Intent) -> Call:
         """Change an open call's grant. Raises RequestError, with nothing changed."""
         if call.state == pb.CALL_STATE_ENDING:
             raise FailedPrecondition(f"call {call.id} is ending")
         current = call.cgroup.read_if(knobs.MEMORY_CURRENT)
-        grant = merge(call.grant, parse_intent(intent), self._ceiling(call.session), current)
-        grant = self.regrant(call, grant)
-        # What the policy did is undone first: its next look decides anew under the new grant.
+        grant = merge(call.grant, intent, self._ceiling(call.session), current)
+        grant = self._observer.regrant(call, grant)
+        # What the policy did is undone first: its next decision is made under the new grant.
         self.actions.unthrottle(call, "Its grant was changed.")
-        grant = write_grant(call.session, call.cgroup, grant)
-        old = call.grant
-        if grant.memory_high_bytes is None and old.memory_high_bytes is not None:
-            call.cgroup.write(knobs.MEMORY_HIGH, None)
-        if grant.cpu_max_millicores is None and knobs.CPU_MAX.file in call.session.offered:
-            call.cgroup.write(knobs.CPU_MAX, knobs.CpuMax(None))
-        if grant.cpu_weight == 100 and call.grant.cpu_weight != 100:
-            call.cgroup.write(knobs.CPU_WEIGHT, 100)
-        call.grant = grant
-        call.likely_bytes = self.reports.likely_bytes(call.session, call.name, call.argv, grant)
+        call.grant = rewrite_grant(call.session, call.cgroup, call.grant, grant)
+        call.likely_bytes, _ = self._reports.expect(call.session, call.name, call.argv, call.grant)
         call.cgroup.set_xattr(call.record())
         self._deadlines.granted(call)
-        self._audit.write("call_updated", session=call.session.id, call=call.id,
-                          grant=plain(grant))  # fmt: skip
+        self._audit.write(
+            "call_updated", session=call.session.id, call=call.id, grant=plain(call.grant)
+        )
         return call
 
     # Ending
@@ -307,9 +344,13 @@ class Calls:
             return report
         if detach:
             call.cgroup.set_xattr(call.record())
-            return pb.Report(call_id=call.id, session_id=call.session.id, name=call.name,
-                             grant=grant_to_proto(call.grant),
-                             sentence="The call goes on until its last process ends.")  # fmt: skip
+            return pb.Report(
+                call_id=call.id,
+                session_id=call.session.id,
+                name=call.name,
+                grant=grant_to_proto(call.grant),
+                sentence="The call goes on until its last process ends.",
+            )
         if call.done is None:
             call.done = self._loop.create_future()
         self._kill(call, "cancelled", why)
@@ -349,7 +390,7 @@ class Calls:
         """cgroup.events changed: someone entered, or the last one left, or it was frozen."""
         if call.id not in self.open or self._populated(call):
             return
-        if call.observed and self._watcher.behind():
+        if call.observed and self._observer.behind():
             self._postponed[call.id] = call
             return
         if call.held and call.entered and call.state != pb.CALL_STATE_ENDING:
@@ -370,12 +411,12 @@ class Calls:
         if call.id not in self.open:
             return call.session.report(call.id)
         with self._metrics.time("finish"):
-            self._watcher.catch_up()
-            self.ending(call)
-            report = self.reports.of(call)
+            self._observer.catch_up()
+            self._observer.call_ending(call)
+            report = self._reports.of(call)
             # Before the cgroup goes: a daemon killed in between would lose the report. One killed
             # after this finds the empty cgroup and writes the entry again; the later one counts.
-            self.reports.write(report)
+            self._reports.write(report)
             removed = True
             try:
                 call.cgroup.remove()
@@ -388,9 +429,9 @@ class Calls:
                 removed = False
             self._forget(call, removed)
             self.ended += 1
-            self.reports.keep(call.session, report)
-            self.reports.learn(call, report)
-        self.on_end(call, report.memory_peak_bytes)
+            self._reports.keep(call.session, report)
+            self._reports.learn(call, report)
+        self._observer.call_ended(call, report.memory_peak_bytes)
         if call.done is not None and not call.done.done():
             call.done.set_result(report)
         return report
@@ -402,20 +443,26 @@ class Calls:
             (self._events.forget if removed else self._events.unwatch)(call.watch)
         self._deadlines.drop(call)
         self._owners.drop(call)
-        self._watcher.call_closed(call)
+        self._observer.call_closed(call)
         if call.main is not None:
             call.main.close()
             call.main = None
 
     def record_short(
-        self, session: Session, name: str, argv: list[str], wall_usec: int,
-        status: int | None, cpu: dict[str, int], refused: str,
-    ) -> None:  # fmt: skip
-        """A call that had ended before it could have a cgroup, or was `refused` one: only its
-        report is left."""
-        report = self.reports.of_short(session, name, argv, wall_usec, status, cpu, refused)
-        self.reports.write(report)
-        self.reports.keep(session, report)
+        self,
+        session: Session,
+        name: str,
+        argv: Sequence[str],
+        wall_usec: int,
+        status: int | None,
+        cpu: Mapping[str, int],
+        refused: str,
+    ) -> None:
+        """Make the report of a call that had ended before it could have a cgroup, or was `refused`
+        one and why. `status`: as waitpid(2) gives it; `cpu`: keys as in cpu.stat."""
+        report = self._reports.of_short(session, name, argv, wall_usec, status, cpu, refused)
+        self._reports.write(report)
+        self._reports.keep(session, report)
         self.begun += 1
         self.ended += 1
         self._metrics.calls_begun.inc()
@@ -424,7 +471,7 @@ class Calls:
     def agent_entered(self, session: Session, process: Process) -> None:
         """Move a process into a session's agent leaf. Raises KnobError."""
         session.agent.attach(process.pid)
-        self._watcher.entered(process.pid)
+        self._observer.entered(process.pid)
 
     def withdraw(self, call: Call) -> None:
         """Undo a call whose process could not enter."""
@@ -435,7 +482,7 @@ class Calls:
     def restore(self, session: Session, call: Call) -> None:
         """Take up a call that an earlier daemon began; it may have ended meanwhile."""
         call.held = call.held and call.owner is not None
-        self._adopt(call)
+        self._follow(call)
         if call.owner is not None:
             # Owners keeps a pidfd of its own.
             call.owner.close()

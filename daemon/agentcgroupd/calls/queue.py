@@ -1,305 +1,367 @@
-"""The queue for room: calls that were asked for and have not begun.
+"""The one queue of calls that were asked for and have not begun.
 
-Who may start is decided by policy.queue; this keeps the queue, tells agents their place, and wakes
-them. A call that waits has no cgroup and no process; if its caller goes away, it is gone. The
-agent's own leaf never waits, and neither does a call that says nothing of its memory.
+A call may need several resources (memory of the pool, a part of a GPU) and is let in by one after
+the other; what it has been let in by is kept for it while it waits for the next. Who may start is
+decided by each resource; the queue keeps the calls, tells agents their place, and wakes them. A
+call that waits has no cgroup and no process; if its caller goes away, nothing of it is left.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import secrets
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.enforce.actions import Actions
-from agentcgroupd.errors import FailedPrecondition, KnobError, ResourceExhausted
+from agentcgroupd.errors import FailedPrecondition, ResourceExhausted
 from agentcgroupd.intents.grant import Grant
-from agentcgroupd.intents.parse import cut_argv
-from agentcgroupd.policy.queue import (
-    Waiting,
-    admit,
-    estimate_usec,
-    free_for_admission_bytes,
-    in_order,
-    is_small,
-)
-from agentcgroupd.policy.schema import Policy
-from agentcgroupd.policy.snapshot import CallView, Snapshot
+from agentcgroupd.state.candidate import Candidate, Wait
 from agentcgroupd.state.session import Call, Session, boottime_usec, unix_usec
+from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import grant_to_proto
-from agentcgroupd.units import show_bytes, show_usec
+from agentcgroupd.units import show_usec
 
-log = logging.getLogger(__name__)
 
-FRESH_USEC = 20_000
-"""A snapshot may be this old: five hundred calls that come at once look once."""
-FREED_WINDOW_USEC = 60_000_000
-"""How fast room comes back is judged by the calls that ended in this time."""
+class Reservation(Protocol):
+    """What a resource keeps for a call from when it may start until it has begun or given up."""
+
+    def apply(self, grant: Grant) -> Grant:
+        """Add what is kept to the call's grant."""
+
+    def release(self) -> None:
+        """Keep it no longer. Safe to call twice."""
+
+
+class Resource(Protocol):
+    """Something that calls wait for until there is enough of it."""
+
+    name: str
+    """As in `waits for memory`."""
+
+    def on_freed(self, retry: Callable[[], None]) -> None:
+        """Take what is to be called whenever there may be more of the resource."""
+
+    def needed_by(self, candidate: Candidate) -> bool:
+        """Tell whether a call has to be let in; False: it may start whatever there is."""
+
+    def wait_of(self, candidate: Candidate, now_usec: int) -> Wait:
+        """Make the terms on which a call waits from now on."""
+
+    def waiting_max(self) -> int:
+        """How many calls may wait at a time."""
+
+    def let_in(self, waiting: Sequence[Wait]) -> Mapping[str, Reservation | None]:
+        """Choose the calls that may start now, by id, each with what is kept for it."""
+
+    def in_order(self, waiting: Iterable[Wait]) -> list[Wait]:
+        """Sort calls that wait, the next to start first."""
+
+    def outlook(self, ahead: Sequence[Wait]) -> Mapping[str, int]:
+        """Say more of a call's place, by the names in the message Place. `ahead`: the calls that
+        start before it, and it."""
+
+    def asked(self, candidate: Candidate) -> Mapping[str, int]:
+        """Say what a call asks for, for the audit log."""
+
+    def shortage(self, candidate: Candidate) -> str:
+        """Say what a call waits for and what is there, in words."""
+
+    def refusal(self, candidate: Candidate, waited_usec: int = 0) -> ResourceExhausted:
+        """Make the error for a call that is not let in, or no longer waits."""
 
 
 @dataclass(slots=True, eq=False)
-class Asked:
-    """A call that waits."""
+class Ticket:
+    """A call on its way through the queue."""
 
-    session: Session
-    name: str
-    argv: tuple[str, ...]
-    grant: Grant
-    waiting: Waiting
-    refuse: bool
-    """At the deadline, which its intent named; else it starts then."""
+    candidate: Candidate
+    asked_usec: int
     asked_unix_usec: int
-    turn: asyncio.Future[None] = field(repr=False)
+    reservations: list[Reservation] = field(default_factory=list)
+    waited_for: list[Resource] = field(default_factory=list)
+    """Resources that it has had to wait for, the present one last."""
+    wait: Wait | None = None
+    """Why it cannot start yet; None: it can."""
+    started: asyncio.Future[None] | None = None
+    """Done when the call need not wait for the present resource any more."""
+    cancelled: str = ""
+    """Why the call is not wanted any more."""
+    late: bool = False
+    """It starts because its time is over, not because there is room."""
 
-    @property
-    def id(self) -> str:
-        """Of the call that it will be."""
-        return self.waiting.id
+    def apply(self, grant: Grant) -> Grant:
+        """Add what is kept for the call to its grant."""
+        for reservation in self.reservations:
+            grant = reservation.apply(grant)
+        return grant
 
-    @property
-    def waits_usec(self) -> int:
-        """At most, from when it was asked for."""
-        return self.waiting.deadline_usec - self.waiting.since_usec
+    def release(self) -> None:
+        """Keep nothing for the call any more: it has begun, or never will."""
+        for reservation in self.reservations:
+            reservation.release()
+
+    def start(self, reservation: Reservation | None) -> None:
+        """End the wait for the present resource, with what that keeps for the call."""
+        if reservation is not None:
+            self.reservations.append(reservation)
+        assert self.started is not None
+        self.started.set_result(None)
 
 
-class Queue:
-    """All that wait. Runs on the event loop."""
+class AdmissionQueue:
+    """All calls that wait, whatever for. Runs on the event loop."""
 
-    def __init__(
-        self,
-        policy: Callable[[], Policy],
-        look: Callable[[], Snapshot],
-        actions: Actions,
-    ) -> None:
-        """`look` makes a snapshot; it may raise KnobError, and then nobody waits."""
-        self._policy = policy
-        self._look = look
-        self._actions = actions
-        self._loop = asyncio.get_running_loop()
-        self._asked: dict[str, Asked] = {}
-        self._starting: dict[str, CallView] = {}
-        """May start, but are in no snapshot yet."""
-        self._latest: Snapshot | None = None
-        self._freed: deque[tuple[int, int]] = deque()
+    def __init__(self, resources: Iterable[Resource], notices: Notices) -> None:
+        """`resources`: in the order in which a call is let in by them."""
+        self._notices = notices
+        self._tickets: dict[str, Ticket] = {}
+        self._resources: list[Resource] = []
+        for resource in resources:
+            self.add(resource)
+
+    def add(self, resource: Resource) -> None:
+        """Let calls be let in by one more resource, after those that are there."""
+        self._resources.append(resource)
+        resource.on_freed(lambda: self._start_waiting(resource))
 
     def __len__(self) -> int:
-        return len(self._asked)
+        return len(self._tickets)
 
     def count(self, session: Session) -> int:
-        """How many of one session wait."""
-        return len(self.of(session)) if self._asked else 0
+        """How many calls of one session wait."""
+        return len(self.of(session)) if self._tickets else 0
 
-    def of(self, session: Session) -> list[Asked]:
-        """Those of one session."""
-        return [a for a in self._asked.values() if a.session is session]
+    def of(self, session: Session) -> list[Ticket]:
+        """Calls of one session that wait."""
+        return [t for t in self._tickets.values() if t.candidate.session is session]
 
-    # Asking
+    def waits_for(self, resource: Resource) -> bool:
+        """Tell whether any call waits for a resource."""
+        return any(self._waiting(resource))
 
-    def ask(
-        self,
-        session: Session,
-        name: str,
-        argv: list[str],
-        grant: Grant,
-        expected_bytes: int,
-        call_id: str = "",
-    ) -> Asked | None:
-        """A place in the queue for a call that has been granted, or None: it may begin at once.
-        Raises ResourceExhausted when too many wait, or this one may not."""
-        admission = self._policy().admission
-        if not admission.enabled or expected_bytes <= 0:
-            return None
-        now = self._fresh()
-        if now is None or is_small(self._policy(), expected_bytes, now.limit_bytes):
-            return None
-        usec = boottime_usec()
-        wait = admission.wait if grant.wait_usec is None else grant.wait_usec
-        waiting = Waiting(call_id or secrets.token_hex(6), session.id, grant.priority,
-                          expected_bytes, usec, usec + wait)  # fmt: skip
-        asked = Asked(session, name, cut_argv(argv), grant, waiting, grant.wait_usec is not None,
-                      unix_usec(), self._loop.create_future())  # fmt: skip
-        self._asked[asked.id] = asked
-        self._start(now)
-        del self._asked[asked.id]
-        if asked.turn.done():
-            return None
-        if wait == 0:
-            raise ResourceExhausted(self._refusal(asked, now), "memory", show_bytes(expected_bytes),
-                                    self._allowed(now))  # fmt: skip
-        if len(self._asked) >= admission.waiting_max:
-            raise ResourceExhausted(
-                f"calls: {len(self._asked)} calls wait for memory already, which is all that may; "
-                "try again later, or expect less memory", "memory", show_bytes(expected_bytes),
-                self._allowed(now),
-            )  # fmt: skip
-        self._asked[asked.id] = asked
-        return asked
+    def _waiting(self, resource: Resource) -> list[Wait]:
+        """Calls that wait for a resource and have not been let in."""
+        return [
+            ticket.wait
+            for ticket in self._tickets.values()
+            if ticket.wait is not None
+            and ticket.waited_for[-1] is resource
+            and ticket.started is not None
+            and not ticket.started.done()
+        ]
 
-    def _allowed(self, now: Snapshot) -> str:
-        room = max(0, free_for_admission_bytes(self._policy(), self._with_starting(now)))
-        return f"at most {show_bytes(room)} at this moment"
+    # Entering and waiting
 
-    def _refusal(self, asked: Asked, now: Snapshot) -> str:
-        return (
-            f"memory: {show_bytes(asked.waiting.expected_bytes)} for {asked.name!r} is not there "
-            f"({self._allowed(now)}); try again later, say how long it may wait, or expect less"
+    def enter(self, candidate: Candidate) -> Ticket:
+        """Take a call into the queue, or let it start at once: then its ticket has no `wait`.
+
+        Either way the ticket is to be released in the end. Raises ResourceExhausted when the call
+        may not wait, or too many do; then nothing is kept for it.
+        """
+        ticket = Ticket(candidate, boottime_usec(), unix_usec())
+        try:
+            self._advance(ticket, self._resources)
+        except BaseException:
+            ticket.release()
+            raise
+        return ticket
+
+    def _advance(self, ticket: Ticket, resources: Iterable[Resource]) -> None:
+        """Let a call in by one resource after the other, until it has to wait for one."""
+        candidate = ticket.candidate
+        ticket.wait = None
+        for resource in resources:
+            if not resource.needed_by(candidate):
+                continue
+            wait = resource.wait_of(candidate, boottime_usec())
+            if self._can_start(resource, wait, ticket):
+                continue
+            if wait.patience_usec == 0:
+                raise resource.refusal(candidate)
+            self._check_length(resource, candidate)
+            ticket.wait = wait
+            ticket.waited_for.append(resource)
+            ticket.started = asyncio.get_running_loop().create_future()
+            self._tickets[candidate.id] = ticket
+            return
+
+    def _can_start(self, resource: Resource, wait: Wait, ticket: Ticket) -> bool:
+        """Ask a resource to let a call in at once, beside those that wait for it."""
+        found = dict(resource.let_in([*self._waiting(resource), wait]))
+        if wait.id not in found:
+            self._start(found)
+            return False
+        reservation = found.pop(wait.id)
+        if reservation is not None:
+            ticket.reservations.append(reservation)
+        self._start(found)
+        return True
+
+    def _check_length(self, resource: Resource, candidate: Candidate) -> None:
+        waiting = len(self._waiting(resource))
+        if waiting < resource.waiting_max():
+            return
+        refusal = resource.refusal(candidate)
+        raise ResourceExhausted(
+            f"calls: {waiting} calls wait for {resource.name} already, which is all that may; "
+            "try again later, or ask for less",
+            refusal.field,
+            refusal.value,
+            refusal.allowed,
         )
 
-    async def wait(self, asked: Asked) -> None:
-        """Until it is its turn, or its time is over and it starts all the same. Raises
-        ResourceExhausted where its intent said how long it waits, FailedPrecondition when its
-        session is closed. Whoever stops waiting is out of the queue."""
-        self._tell_waiting(asked)
-        left = asked.waiting.deadline_usec - boottime_usec()
+    def _start(self, found: Mapping[str, Reservation | None]) -> None:
+        for call_id, reservation in found.items():
+            self._tickets[call_id].start(reservation)
+
+    def _start_waiting(self, resource: Resource) -> None:
+        """Start whoever fits, because there may be more of a resource than before."""
+        waiting = self._waiting(resource)
+        if waiting:
+            self._start(resource.let_in(waiting))
+
+    async def wait(self, ticket: Ticket) -> None:
+        """Wait until a call may start, or until its time is over and it starts all the same.
+
+        Raises ResourceExhausted when it is refused, FailedPrecondition when it is not wanted any
+        more. Whoever stops waiting is out of the queue.
+        """
+        while ticket.wait is not None:
+            resource = ticket.waited_for[-1]
+            await self._wait_for(resource, ticket, ticket.wait)
+            following = self._resources[self._resources.index(resource) + 1 :]
+            self._advance(ticket, following)
+
+    async def _wait_for(self, resource: Resource, ticket: Ticket, wait: Wait) -> None:
+        assert ticket.started is not None
+        metrics = self._notices.metrics
+        self._say_waiting(resource, ticket, wait)
+        left_usec = max(0, wait.deadline_usec - boottime_usec())
         try:
-            await asyncio.wait_for(asyncio.shield(asked.turn), max(0, left) / 1e6)
+            await asyncio.wait_for(asyncio.shield(ticket.started), left_usec / 1e6)
         except TimeoutError:
-            if asked.refuse:
-                why = f"after {show_usec(asked.waits_usec)} of waiting"
-                self._actions.metrics.calls_waited.labels("refused").observe(asked.waits_usec / 1e6)
-                now = self._latest
-                sentence = self._refusal(asked, now) if now is not None else "there is no room"
-                raise ResourceExhausted(f"{sentence} ({why})", "wait",
-                                        show_usec(asked.waits_usec)) from None  # fmt: skip
+            if ticket.started.done():
+                pass  # let in at the last moment
+            elif wait.refused_late:
+                metrics.calls_waited.labels("refused").observe(wait.patience_usec / 1e6)
+                raise resource.refusal(ticket.candidate, wait.patience_usec) from None
+            else:
+                ticket.late = True
         finally:
-            self._asked.pop(asked.id, None)
-            self._actions.metrics.calls_waiting.set(len(self._asked))
-            asked.turn.cancel()
+            self._tickets.pop(wait.id, None)
+            metrics.calls_waiting.set(len(self._tickets))
+            ticket.started.cancel()
+        if ticket.cancelled:
+            raise FailedPrecondition(ticket.cancelled)
 
-    def began(self, call: Call, asked: Asked) -> None:
-        """Its cgroup is there: said, and counted."""
-        waited = boottime_usec() - asked.waiting.since_usec
+    def began(self, call: Call, ticket: Ticket) -> None:
+        """Say and count that a call that waited has its cgroup."""
+        waited = boottime_usec() - ticket.asked_usec
         call.waited_usec = waited
-        self._actions.metrics.calls_waited.labels("started").observe(waited / 1e6)
-        late = "" if waited < asked.waits_usec else (
-            " There is still no room for what it expects: it may be paused for others."
-        )  # fmt: skip
-        self._actions.audit.write("call_started", session=call.session.id, call=call.id,
-                                  waited_usec=waited)  # fmt: skip
-        self._actions.tell(call.session, call.id, pb.Feedback(
+        self._notices.metrics.calls_waited.labels("started").observe(waited / 1e6)
+        self._notices.audit.write(
+            "call_started", session=call.session.id, call=call.id, waited_usec=waited
+        )
+        names = " and ".join(resource.name for resource in ticket.waited_for)
+        sentence = f"{call.name!r} begins after {show_usec(waited)} of waiting for {names}."
+        if ticket.late:
+            sentence += " There is still no room for what it expects: it may be paused for others."
+        feedback = pb.Feedback(
             code=pb.FEEDBACK_CODE_STARTED,
-            sentence=f"{call.name!r} begins after {show_usec(waited)} of waiting for memory.{late}",
+            sentence=sentence,
             numbers={"waited_usec": float(waited)},
-        ))  # fmt: skip
+        )
+        self._notices.tell(call.session, call.id, feedback)
 
-    def ended(self, held_bytes: int) -> None:
-        """A call has given this much back."""
-        now = boottime_usec()
-        self._freed.append((now, held_bytes))
-        while self._freed and now - self._freed[0][0] > FREED_WINDOW_USEC:
-            self._freed.popleft()
+    # Leaving
 
     def leave(self, call_id: str, why: str, session: Session | None = None) -> pb.Report | None:
-        """Take a call out that has not begun; its report, or None where it does not wait (in this
-        session)."""
-        asked = self._asked.get(call_id)
-        if asked is None or session not in (None, asked.session):
-            return None
-        sentence = f"It had not begun: {why} while it waited for room."
-        self.cancel(asked, sentence)
-        return pb.Report(call_id=call_id, session_id=asked.session.id, name=asked.name,
-                         verdict=pb.VERDICT_CANCELLED, sentence=sentence)  # fmt: skip
+        """Take a call out that has not begun, and give its report; None where no such call waits.
 
-    def cancel(self, asked: Asked, why: str) -> None:
-        """It is not wanted any more."""
-        if not asked.turn.done():
-            asked.turn.set_exception(FailedPrecondition(why))
-            asked.turn.exception()  # whoever waits sees it; where nobody does, it is no mistake
+        `session`: the only one whose calls may be taken out; None: any.
+        """
+        ticket = self._tickets.get(call_id)
+        if ticket is None or session not in (None, ticket.candidate.session):
+            return None
+        name = ticket.waited_for[-1].name
+        sentence = f"It had not begun: {why} while it waited for {name}."
+        self._cancel(ticket, sentence)
+        return pb.Report(
+            call_id=call_id,
+            session_id=ticket.candidate.session.id,
+            name=ticket.candidate.request.name,
+            verdict=pb.VERDICT_CANCELLED,
+            sentence=sentence,
+        )
+
+    def _cancel(self, ticket: Ticket, why: str) -> None:
+        ticket.cancelled = why
+        if ticket.started is not None and not ticket.started.done():
+            ticket.started.set_result(None)
 
     def close_session(self, session: Session) -> None:
-        """Nothing of a session waits any more."""
-        for asked in self.of(session):
-            self.cancel(asked, f"session {session.id} is being closed")
-
-    # Starting
-
-    def look(self, now: Snapshot) -> None:
-        """The guard has looked: whoever fits now starts."""
-        self._latest = now
-        self._starting.clear()
-        if self._asked:
-            self._start(now)
-
-    def _fresh(self) -> Snapshot | None:
-        if self._latest is None or boottime_usec() - self._latest.now_usec > FRESH_USEC:
-            self._starting.clear()
-            try:
-                self._latest = self._look()
-            except KnobError as error:
-                log.error("the pool cannot be read, so nobody waits for room: %s", error)
-                self._latest = None
-        return self._latest
-
-    def _with_starting(self, now: Snapshot) -> Snapshot:
-        return replace(now, calls=(*now.calls, *self._starting.values()))
-
-    def _start(self, now: Snapshot) -> None:
-        policy = self._policy()
-        waiting = [a.waiting for a in self._asked.values() if not a.turn.done()]
-        for call_id in admit(policy, self._with_starting(now), waiting):
-            asked = self._asked[call_id]
-            w = asked.waiting
-            self._starting[call_id] = CallView(
-                id=w.id, name=asked.name, session_id=w.session_id, priority=w.priority,
-                began_usec=now.now_usec, memory_bytes=0, growth_bytes_per_s=0.0, cpu_usec=0,
-                expected_bytes=w.expected_bytes,
-            )  # fmt: skip
-            asked.turn.set_result(None)
+        """Take all calls of a session out."""
+        for ticket in self.of(session):
+            self._cancel(ticket, f"session {session.id} is being closed")
 
     # Telling
 
-    def place(self, asked: Asked) -> pb.Place:
-        """Where it stands."""
-        policy, now_usec = self._policy(), boottime_usec()
-        order = in_order(policy, now_usec, [a.waiting for a in self._asked.values()])
-        index = next((i for i, w in enumerate(order) if w.id == asked.id), 0)
-        ahead = sum(w.expected_bytes for w in order[: index + 1])
-        room = 0
-        if self._latest is not None:
-            room = free_for_admission_bytes(policy, self._with_starting(self._latest))
-        speed = 0.0
-        if self._freed:
-            passed = max(1_000_000, now_usec - self._freed[0][0])
-            speed = sum(freed for _, freed in self._freed) * 1e6 / passed
+    def place(self, ticket: Ticket) -> pb.Place:
+        """Say where a call stands among those that wait for the same resource."""
+        wait, now_usec = ticket.wait, boottime_usec()
+        assert wait is not None
         return pb.Place(
-            position=index + 1, waiting=len(order),
-            waited_usec=max(0, now_usec - asked.waiting.since_usec),
-            estimate_usec=estimate_usec(ahead, room, speed),
-            deadline_usec=max(0, asked.waiting.deadline_usec - now_usec),
-            expected_bytes=asked.waiting.expected_bytes, room_bytes=max(0, room),
-        )  # fmt: skip
-
-    def to_proto(self, asked: Asked) -> pb.Call:
-        """As ListCalls shows it."""
-        return pb.Call(
-            id=asked.id, session_id=asked.session.id, name=asked.name, argv=asked.argv,
-            state=pb.CALL_STATE_WAITING, grant=grant_to_proto(asked.grant),
-            began_unix_usec=asked.asked_unix_usec, place=self.place(asked),
-        )  # fmt: skip
-
-    def _tell_waiting(self, asked: Asked) -> None:
-        place = self.place(asked)
-        about = f", in about {show_usec(place.estimate_usec)}" if place.HasField(
-            "estimate_usec") else ""  # fmt: skip
-        then = "is refused" if asked.refuse else "starts whatever there is"
-        sentence = (
-            f"{asked.name!r} waits for memory: it expects {show_bytes(place.expected_bytes)}, "
-            f"{show_bytes(place.room_bytes)} are there. Number {place.position} of "
-            f"{place.waiting}{about}; after {show_usec(asked.waits_usec)} it {then}."
+            waited_usec=max(0, now_usec - wait.since_usec),
+            deadline_usec=max(0, wait.deadline_usec - now_usec),
+            **self._standing(ticket.waited_for[-1], wait),
         )
-        self._actions.metrics.calls_waiting.set(len(self._asked))
-        self._actions.audit.write("call_waiting", session=asked.session.id, call=asked.id,
-                                  name=asked.name, expected_bytes=place.expected_bytes,
-                                  position=place.position)  # fmt: skip
-        numbers = {"position": float(place.position), "waiting": float(place.waiting),
-                   "expected_bytes": float(place.expected_bytes),
-                   "room_bytes": float(place.room_bytes)}  # fmt: skip
-        if place.HasField("estimate_usec"):
-            numbers["estimate_usec"] = float(place.estimate_usec)
-        self._actions.tell(asked.session, asked.id, pb.Feedback(
-            code=pb.FEEDBACK_CODE_WAITING, sentence=sentence, numbers=numbers,
-        ))  # fmt: skip
+
+    def _standing(self, resource: Resource, wait: Wait) -> dict[str, int]:
+        """A call's position, and what more the resource says of it, by the names in Place."""
+        order = resource.in_order(self._waiting(resource))
+        ids = [other.id for other in order]
+        # One that has been let in but has not yet gone on stands before all others.
+        position = ids.index(wait.id) + 1 if wait.id in ids else 1
+        outlook = resource.outlook(order[:position] or [wait])
+        return {"position": position, "waiting": len(order), **outlook}
+
+    def waiting(self, session: Session) -> list[pb.Call]:
+        """Describe the calls of a session that wait, for ListCalls."""
+        return [self._to_proto(ticket) for ticket in self.of(session) if ticket.wait is not None]
+
+    def _to_proto(self, ticket: Ticket) -> pb.Call:
+        candidate = ticket.candidate
+        return pb.Call(
+            id=candidate.id,
+            session_id=candidate.session.id,
+            name=candidate.request.name,
+            argv=candidate.request.argv,
+            state=pb.CALL_STATE_WAITING,
+            grant=grant_to_proto(candidate.grant),
+            began_unix_usec=ticket.asked_unix_usec,
+            place=self.place(ticket),
+        )
+
+    def _say_waiting(self, resource: Resource, ticket: Ticket, wait: Wait) -> None:
+        candidate, standing = ticket.candidate, self._standing(resource, wait)
+        estimate = standing.get("estimate_usec")
+        about = "" if estimate is None else f", in about {show_usec(estimate)}"
+        then = "is refused" if wait.refused_late else "starts whatever there is"
+        sentence = (
+            f"{candidate.request.name!r} waits for {resource.shortage(candidate)}. Number "
+            f"{standing['position']} of {standing['waiting']}{about}; after "
+            f"{show_usec(wait.patience_usec)} it {then}."
+        )
+        self._notices.metrics.calls_waiting.set(len(self._tickets))
+        self._notices.audit.write(
+            "call_waiting",
+            session=candidate.session.id,
+            call=candidate.id,
+            name=candidate.request.name,
+            position=standing["position"],
+            **resource.asked(candidate),
+        )
+        numbers = {name: float(value) for name, value in standing.items()}
+        feedback = pb.Feedback(code=pb.FEEDBACK_CODE_WAITING, sentence=sentence, numbers=numbers)
+        self._notices.tell(candidate.session, candidate.id, feedback)

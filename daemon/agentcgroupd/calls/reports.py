@@ -3,43 +3,84 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf.sched import CpuNumbers
-from agentcgroupd.calls.evidence import gather
+from agentcgroupd.calls.evidence import gather, oom_counts
 from agentcgroupd.calls.verdict import EndFacts, report_of
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.intents.grant import Ceiling, Grant, grant_for
-from agentcgroupd.intents.parse import cut_argv, parse_intent
+from agentcgroupd.intents.parse import Intent, cut_argv
 from agentcgroupd.policy.command_shape import shape_of
 from agentcgroupd.policy.learning import Peaks, learn
 from agentcgroupd.state.session import Call, Session, unix_usec
+from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import cpu_to_proto, grant_to_proto
 from agentcgroupd.units import CgroupId
 
-_TOLD_BEFORE = frozenset((
-    pb.FEEDBACK_CODE_FROZEN, pb.FEEDBACK_CODE_GPU_CLOSED, pb.FEEDBACK_CODE_GPU_MEMORY_DENIED,
-    pb.FEEDBACK_CODE_GPU_MEMORY_OVER, pb.FEEDBACK_CODE_GPU_FAULT, pb.FEEDBACK_CODE_GPU_LOST,
-    pb.FEEDBACK_CODE_GPU_UNSHARED,
-))  # fmt: skip
+_TOLD_BEFORE = frozenset(
+    {
+        pb.FEEDBACK_CODE_FROZEN,
+        pb.FEEDBACK_CODE_GPU_CLOSED,
+        pb.FEEDBACK_CODE_GPU_MEMORY_DENIED,
+        pb.FEEDBACK_CODE_GPU_MEMORY_OVER,
+        pb.FEEDBACK_CODE_GPU_FAULT,
+        pb.FEEDBACK_CODE_GPU_LOST,
+        pb.FEEDBACK_CODE_GPU_UNSHARED,
+    }
+)
+"""Feedback that an agent was sent when it happened, before the report has it again."""
 
 
-@dataclass(slots=True)
 class Reports:
-    """Makes and keeps them."""
+    """Makes reports, keeps them, and learns from them what later calls will take."""
 
-    actions: Actions
-    pool: Cgroup
-    ceiling: Callable[[Session], Ceiling]
-    cpu: Callable[[CgroupId], CpuNumbers | None] = lambda cgroup: None
-    peaks: Peaks = field(default_factory=Peaks)
+    def __init__(
+        self,
+        pool: Cgroup,
+        notices: Notices,
+        ceiling: Callable[[Session], Ceiling],
+        cpu: Callable[[CgroupId], CpuNumbers | None],
+        peaks: Peaks,
+    ) -> None:
+        """`ceiling`: the limits above a call of a session. `cpu`: what our scheduler counted of a
+        cgroup; None where it does not run. `peaks`: of all calls, which the policy judges by."""
+        self._pool = pool
+        self._notices = notices
+        self._ceiling, self._cpu, self._peaks = ceiling, cpu, peaks
+
+    def oom_counts(self, session: Session) -> tuple[int, int]:
+        """Count OOM events so far at a session's limit and at the pool's. Raises KnobError."""
+        return oom_counts(session, self._pool)
+
+    # What a call will take
+
+    def expect(
+        self, session: Session, name: str, argv: Sequence[str], grant: Grant
+    ) -> tuple[int, str]:
+        """Give what a call will take, in bytes, and a sentence where its session's last calls of
+        the same shape show that the intent is off.
+
+        0 bytes and no sentence for a call that says nothing. The bytes count only for the order in
+        which calls start and go on.
+        """
+        asked = grant.memory_expected_bytes
+        if not asked:
+            return 0, ""
+        shape, learned = shape_of(name, argv), session.learned
+        return learned.expect(shape, asked).expected_bytes, learned.advice(shape, asked)
+
+    def learn(self, call: Call, report: pb.Report) -> None:
+        """Learn from an ended call what the next ones of its shape will take."""
+        learn(call.session.learned, self._peaks, report, denied=call.was_denied)
+
+    # Making
 
     def of(self, call: Call) -> pb.Report:
-        """The report of a call whose cgroup is empty and still there."""
-        facts, cpu = gather(call, self.pool), self.cpu(call.cgroup.id)
+        """Make the report of a call whose cgroup is empty and still there."""
+        facts, cpu = gather(call, self._pool), self._cpu(call.cgroup.id)
         if cpu is not None:
             # cpu.stat counts only what the fair class held back.
             held = facts.cpu.get("throttled_usec", 0) + cpu.stalled_usec
@@ -64,19 +105,24 @@ class Reports:
         self,
         session: Session,
         name: str,
-        argv: list[str],
+        argv: Sequence[str],
         wall_usec: int,
         status: int | None,
-        cpu: dict[str, int],
+        cpu: Mapping[str, int],
         refused: str,
     ) -> pb.Report:
-        """The report of a call that had ended before it could have a cgroup, or was refused one,
-        and why. `status`: as waitpid(2) gives it; `cpu`: keys as in cpu.stat."""
-        grant = grant_for(parse_intent({}), self.ceiling(session))
-        report = report_of(EndFacts(
-            grant=grant, wall_usec=wall_usec, ever_entered=True, wait_status=status, cpu=cpu,
+        """Make the report of a call that had ended before it could have a cgroup, or was `refused`
+        one and why. `status`: as waitpid(2) gives it; `cpu`: keys as in cpu.stat."""
+        grant = grant_for(Intent(), self._ceiling(session))
+        facts = EndFacts(
+            grant=grant,
+            wall_usec=wall_usec,
+            ever_entered=True,
+            wait_status=status,
+            cpu=dict(cpu),
             evidence=pb.EVIDENCE_NONE if status is None else pb.EVIDENCE_KERNEL,
-        ))  # fmt: skip
+        )
+        report = report_of(facts)
         report.call_id, report.session_id, report.name = secrets.token_hex(6), session.id, name
         report.argv.extend(cut_argv(argv))
         report.grant.CopyFrom(grant_to_proto(grant))
@@ -86,38 +132,23 @@ class Reports:
             report.sentence += f" It ran without limits of its own: {refused}"
         return report
 
-    def likely_bytes(self, session: Session, name: str, argv: Sequence[str], grant: Grant) -> int:
-        """What a call will take: as its intent says, corrected by the last ones of its shape; 0 for
-        one that says nothing. Only for the order in which calls start and go on."""
-        asked = grant.memory_expected_bytes
-        if not asked:
-            return 0
-        return session.learned.expect(shape_of(name, argv), asked).expected_bytes
-
-    def with_advice(self, session: Session, name: str, argv: Sequence[str], grant: Grant) -> Grant:
-        """The grant with a sentence where its session's last calls show that the intent is off."""
-        asked = grant.memory_expected_bytes
-        sentence = session.learned.advice(shape_of(name, argv), asked) if asked else ""
-        return replace(grant, advice=(*grant.advice, sentence)) if sentence else grant
-
-    def learn(self, call: Call, report: pb.Report) -> None:
-        """From an ended call."""
-        learn(call.session.learned, self.peaks, report, denied=call.was_denied)
+    # Keeping
 
     def write(self, report: pb.Report) -> None:
-        """To the audit log; before the call's cgroup goes, so that a crash loses nothing."""
-        self.actions.audit.write(
+        """Write a report to the audit log; before the call's cgroup goes, so that a crash loses
+        nothing."""
+        self._notices.audit.write(
             "call_ended", session=report.session_id, call=report.call_id, report=report
         )
 
     def keep(self, session: Session, report: pb.Report) -> None:
-        """With the session, in the metrics, and to whoever listens."""
+        """Keep a report with its session, count it, and send it to whoever listens."""
         session.reports.append(report)
         session.calls_ended += 1
-        self.actions.metrics.count_end(report)
+        self._notices.metrics.count_end(report)
         for feedback in report.feedback:
             # How long it was paused is in the report; that it was, has been told then.
             if feedback.code not in _TOLD_BEFORE:
-                self.actions.tell(session, report.call_id, feedback)
-        if self.actions.feed.listening:
-            self.actions.feed.publish(session.id, pb.Event(ended=report))
+                self._notices.tell(session, report.call_id, feedback)
+        if self._notices.feed.listening:
+            self._notices.feed.publish(session.id, pb.Event(ended=report))

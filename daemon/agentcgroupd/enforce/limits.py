@@ -38,6 +38,19 @@ def write_grant(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
     return replace(grant, not_enforced=tuple(missing)) if missing else grant
 
 
+def rewrite_grant(session: Session, cgroup: Cgroup, old: Grant, new: Grant) -> Grant:
+    """Set the interface files of an open call to its new grant, as `write_grant` does; limits that
+    only the old one has are taken back. Raises KnobError."""
+    granted = write_grant(session, cgroup, new)
+    if new.memory_high_bytes is None and old.memory_high_bytes is not None:
+        cgroup.write(knobs.MEMORY_HIGH, None)
+    if new.cpu_max_millicores is None and knobs.CPU_MAX.file in session.offered:
+        cgroup.write(knobs.CPU_MAX, knobs.CpuMax(None))
+    if new.cpu_weight == 100 and old.cpu_weight != 100:
+        cgroup.write(knobs.CPU_WEIGHT, 100)
+    return granted
+
+
 AGENT_OOM_SCORE_ADJ = -500
 """Of an agent's own processes. Between it and the least that a call has lies the whole limit:
 however much the agent holds, no process of it is chosen as long as one of a call is there."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from agentcgroupd.intents.gpu import Device, Wanted, parse_device
+from agentcgroupd.intents.gpu import Device, DeviceSelection
 
 AGE_PRIORITY = 10
 AGE_STEP_USEC = 10_000_000
-"""As in the queue for memory: who waits gains ten steps of priority every ten seconds."""
+"""A call that waits gains ten steps of priority every ten seconds. The policy's age_step is for
+memory alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """A part that someone has, of each of some devices."""
+    """A part that a call or a session has, of each of some devices."""
 
     devices: tuple[str, ...]
     percent: int
@@ -34,7 +35,7 @@ class Free:
 
 
 def free_of(device: Device, holdings: Iterable[Holding]) -> Free:
-    """What is left of a device; nothing of one that is lost."""
+    """Subtract what is granted from a device; of one that is lost nothing is left."""
     percent, memory = (0, 0) if device.lost else (100, device.memory_bytes)
     for holding in holdings:
         if device.uuid in holding.devices:
@@ -44,47 +45,47 @@ def free_of(device: Device, holdings: Iterable[Holding]) -> Free:
 
 
 def place(
-    wanted: Wanted,
+    selection: DeviceSelection,
     percent: int,
     memory_bytes: int,
     devices: Sequence[Device],
     holdings: Sequence[Holding],
 ) -> tuple[str, ...] | None:
-    """UUIDs of the devices for a part, or None: there is no room now. Of several that fit the
-    fullest is taken, so that large parts find room elsewhere."""
+    """Find the devices for a part: their UUIDs, or None if not enough of them is free now. Of
+    several that fit the fullest is taken, so that large parts fit elsewhere."""
     free = {d.uuid: free_of(d, holdings) for d in devices}
 
     def fits(device: Device) -> bool:
         left = free[device.uuid]
         return not device.lost and left.percent >= percent and left.memory_bytes >= memory_bytes
 
-    if wanted.these:
-        named = [d for name in wanted.these for d in devices if d.answers_to(name)]
-        whole = len(named) == len(wanted.these) and all(map(fits, named))
+    if selection.named:
+        named = [d for name in selection.named for d in devices if d.answers_to(name)]
+        whole = len(named) == len(selection.named) and all(map(fits, named))
         return tuple(d.uuid for d in named) if whole else None
     fitting = sorted(
         filter(fits, devices), key=lambda d: (free[d.uuid].percent, free[d.uuid].memory_bytes)
     )
-    if len(fitting) < wanted.any:
+    if len(fitting) < selection.any:
         return None
-    return tuple(d.uuid for d in sorted(fitting[: wanted.any], key=lambda d: d.index))
+    return tuple(d.uuid for d in sorted(fitting[: selection.any], key=lambda d: d.index))
 
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """Someone who waits for a part."""
+    """A call that waits for a part."""
 
     id: str
     priority: int
     since_usec: int
     deadline_usec: int
-    wanted: str
+    devices: DeviceSelection
     percent: int
     memory_bytes: int
 
 
 def in_order(now_usec: int, asking: Iterable[Asking]) -> list[Asking]:
-    """The next to start first."""
+    """Sort by priority and age, the next to start first."""
 
     def key(a: Asking) -> tuple[float, int, str]:
         aged = AGE_PRIORITY * max(0, now_usec - a.since_usec) / AGE_STEP_USEC
@@ -96,18 +97,16 @@ def in_order(now_usec: int, asking: Iterable[Asking]) -> list[Asking]:
 def admit(
     now_usec: int, asking: Iterable[Asking], devices: Sequence[Device], holdings: Sequence[Holding]
 ) -> dict[str, tuple[str, ...]]:
-    """Who may start now, with which devices. Once one has waited for half of its time, nobody who
-    came after it passes it on the devices that it could use."""
+    """Choose who may start now: UUIDs of its devices by id. Once a call has waited for half of its
+    time, no later one passes it on the devices that it could use."""
     taken = list(holdings)
     started: dict[str, tuple[str, ...]] = {}
     for a in in_order(now_usec, asking):
-        wanted = parse_device("gpu_device", a.wanted)
-        found = place(wanted, a.percent, a.memory_bytes, devices, taken)
+        found = place(a.devices, a.percent, a.memory_bytes, devices, taken)
         if found is not None:
             started[a.id] = found
             taken.append(Holding(found, a.percent, a.memory_bytes))
         elif now_usec >= a.since_usec + (a.deadline_usec - a.since_usec) // 2:
-            blocked = tuple(d.uuid for d in devices if not wanted.these
-                            or any(d.answers_to(name) for name in wanted.these))  # fmt: skip
+            blocked = tuple(d.uuid for d in devices if a.devices.may_use(d))
             taken.append(Holding(blocked, a.percent, a.memory_bytes))
     return started

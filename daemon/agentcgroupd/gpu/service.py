@@ -32,7 +32,7 @@ from agentcgroupd.gpu.monitor import Watch
 from agentcgroupd.gpu.mps import Control, ControlDaemon, Mps, MpsUnavailable
 from agentcgroupd.gpu.nvml import DriverNvml, Nvml, NvmlUnavailable
 from agentcgroupd.gpu.placement import Grants
-from agentcgroupd.gpu.queue import GpuQueue
+from agentcgroupd.gpu.resource import GpuResource
 from agentcgroupd.gpu.tenant import GpuTenant
 from agentcgroupd.gpu.time_slicing import Turns
 from agentcgroupd.intents.gpu import Device, GpuCeiling
@@ -75,13 +75,15 @@ class Gpus:
         self.make_nvml: Callable[[], Nvml] = DriverNvml
         self.read_majors: Callable[[], Mapping[int, abi.GpuMajorKind]] | None = None
         self.make_control: Callable[[Path, Path, list[str]], Control] = ControlDaemon
-        self.queue = GpuQueue(
-            lambda: self.ceiling.devices, lambda: [t.holding for t in self.tenants.values()],
-            config.wait, actions,
-        )  # fmt: skip
+        self.grants = Grants(self)
+        self.resource = GpuResource(
+            lambda: self.ceiling.devices,
+            lambda: [t.holding for t in self.tenants.values()],
+            config.wait,
+            self.grants.environment,
+        )
         self._pool: Cgroup | None = None
         self._executor: ThreadPoolExecutor | None = None
-        self.grants = Grants(self)
         self.openings = Openings(self, sessions, actions)
 
     # Starting and stopping
@@ -350,7 +352,7 @@ class Gpus:
             log.error("%s: %s", tenant.name, error)
         if self.watch is not None:
             self.watch.gone(tenant)
-        self.queue.look()
+        self.resource.freed()
 
     def sweep(self) -> None:
         """Now and then: a driver that was loaded, handles of processes that have ended."""

@@ -6,8 +6,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
-from agentcgroupd.calls.begin import Entrance
-from agentcgroupd.calls.queue import Queue
+from agentcgroupd.calls.lifecycle import Calls
+from agentcgroupd.calls.memory_resource import MemoryResource
+from agentcgroupd.calls.queue import AdmissionQueue
 from agentcgroupd.cgroup.psi import PressureTrigger
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import KnobError
@@ -15,6 +16,7 @@ from agentcgroupd.guard.host_capacity import read_host, zram_used_bytes
 from agentcgroupd.guard.loop import Guard
 from agentcgroupd.guard.sampler import Looker
 from agentcgroupd.guard.session_sampler import Views
+from agentcgroupd.policy.learning import Peaks
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import Host, Signal, SignalKind
 from agentcgroupd.sessions.pool import Pool
@@ -63,13 +65,14 @@ class Control:
         config: GuardConfig,
         policy: Policy,
         pool: Pool,
-        entrance: Entrance,
+        calls: Calls,
+        queue: AdmissionQueue,
+        peaks: Peaks,
         sessions: Mapping[str, Session],
         programs: Callable[[], Host],
     ) -> None:
         """On a running loop. Nothing is done before the guard is started. `programs`: what those in
         the kernel can do."""
-        calls = entrance.calls
         self._actions = calls.actions
         self._sessions = sessions
         self._pool = pool
@@ -77,16 +80,14 @@ class Control:
         self._trigger: PressureTrigger | None = None
         host = HostReader(pool, programs)
         views = Views(sessions.values)
-        peaks = calls.reports.peaks
         looker = Looker(pool, calls, views.look, host, lambda: peaks.sorted_bytes,
                         lambda: [s for s in sessions.values() if s.adopted])  # fmt: skip
         self.guard = Guard(config, policy, looker, calls, sessions)
-        self.queue = Queue(lambda: self.guard.policy, self.guard.snapshot, calls.actions)
-        entrance.open_queue(self.queue)
-        calls.on_end = self._ended
-        calls.on_begin = self.guard.call_began
-        self.guard.on_look = self.queue.look
-        self.guard.wanted = lambda: len(self.queue) > 0
+        self.memory = MemoryResource(lambda: self.guard.policy, self.guard.snapshot)
+        self._queue = queue
+        queue.add(self.memory)
+        self.guard.on_look = self.memory.sampled
+        self.guard.wanted = lambda: queue.waits_for(self.memory)
         self._learn_by(policy)
 
     def start(self) -> None:
@@ -128,10 +129,11 @@ class Control:
         for session in self._sessions.values():
             session.learned.learning = policy.learning
 
-    def _ended(self, call: Call, held_bytes: int) -> None:
+    def call_ended(self, call: Call, held_bytes: int) -> None:
         """Room may be there for who waits or is paused."""
-        self.queue.ended(held_bytes)
-        if self._nudge is None and (len(self.queue) or self.guard.holds_back):
+        self.memory.call_ended(held_bytes)
+        wanted = self._queue.waits_for(self.memory) or self.guard.holds_back
+        if self._nudge is None and wanted:
             loop = asyncio.get_running_loop()
             self._nudge = loop.call_later(NUDGE_S, self._look, call.id)
 

@@ -7,11 +7,13 @@ or an error, when what the caller says it needs cannot fit at all.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from agentcgroupd.errors import InvalidField
 from agentcgroupd.intents.cpu_class import CpuClasses
-from agentcgroupd.intents.gpu import GpuCeiling, gpu_part
-from agentcgroupd.intents.parse import Intent
+from agentcgroupd.intents.gpu import GpuCeiling
+from agentcgroupd.intents.gpu_part import gpu_part
+from agentcgroupd.intents.parse import PARSERS, Intent
 from agentcgroupd.units import BYTES_MIN, show_bytes, show_usec
 
 CALL_MEMORY_LEAST = 4 << 20
@@ -47,8 +49,6 @@ class Grant:
     gpu_priority: int | None = None
     gpu_devices: tuple[str, ...] = ()
     """UUIDs; empty until the call is placed."""
-    gpu_wanted: str = ""
-    """Which devices it asked for, as gpu.wanted has it."""
     environment: tuple[str, ...] = ()
     """`NAME=value` for the tool."""
 
@@ -91,137 +91,162 @@ def class_weight(cpu: CpuClasses, priority: int) -> int:
     return max(1, min(10_000, weight))
 
 
+def _hinted_max(hint: str | int | None, roof: int | None) -> int | None:
+    """Bytes that the older hint stands for below a session's limit; None: no limit of its own."""
+    if hint == "high":
+        return roof
+    if hint == "low":
+        return min(HINT_LOW_BYTES, roof or HINT_LOW_BYTES)
+    return hint if isinstance(hint, int) else None
+
+
 def _memory(intent: Intent, above: Ceiling, advice: list[str]) -> tuple[int, int | None]:
-    """(expected, max) in bytes."""
-    expected, most = intent.memory, intent.memory_max
-    roof = above.memory_max_bytes
-    if intent.hint == "high":
-        most = most or roof
-    elif intent.hint == "low":
-        most = most or min(HINT_LOW_BYTES, roof or HINT_LOW_BYTES)
-    elif intent.hint is not None:
-        most = most or int(intent.hint)
+    """Give what is expected, and memory.max, both in bytes. Raises InvalidField."""
+    expected, roof = intent.memory, above.memory_max_bytes
+    most = intent.memory_max or _hinted_max(intent.hint, roof)
     if roof is None:
         return expected or 0, most
-    room = max(CALL_MEMORY_LEAST, roof - above.agent_memory_bytes)
     if expected is not None and expected > roof:
-        raise InvalidField(
-            "memory", show_bytes(expected), f"at most {show_bytes(roof)}",
-            f"this session may use at most {show_bytes(roof)}, so the call would never fit",
-        )  # fmt: skip
-    if most is not None and most > room:
+        allowed = f"at most {show_bytes(roof)}"
+        why = f"this session may use {allowed}, so the call would never fit"
+        raise InvalidField("memory", show_bytes(expected), allowed, why)
+    beside_agent = max(CALL_MEMORY_LEAST, roof - above.agent_memory_bytes)
+    if most is not None and most > beside_agent:
         advice.append(
             f"memory_max: you asked for {show_bytes(most)}; this session may use "
             f"{show_bytes(roof)} and its agent holds {show_bytes(above.agent_memory_bytes)}, "
-            f"so the call got {show_bytes(room)}."
+            f"so the call got {show_bytes(beside_agent)}."
         )
-    return expected or 0, min(most or room, room)
+    return expected or 0, min(most or beside_agent, beside_agent)
 
 
-def _memory_high(intent: Intent, most: int | None) -> int | None:
-    """A call that would rather be slowed than killed is braked shortly below its limit."""
-    if intent.on_pressure != "throttle" or most is None:
+def _memory_high(on_pressure: str, most: int | None) -> int | None:
+    """Brake a call that would rather be slowed than killed shortly below its limit."""
+    if on_pressure != "throttle" or most is None:
         return None
     return max(BYTES_MIN, most - max(most // 16, 4 << 20))
 
 
-def grant_for(intent: Intent, above: Ceiling) -> Grant:
-    """The grant for an intent. Raises InvalidField when it can never fit."""
-    advice: list[str] = []
-    expected, memory_max = _memory(intent, above, advice)
+def _cpu_max(intent: Intent, above: Ceiling, advice: list[str]) -> int | None:
+    """Give cpu.max in millicores; None: all that there is."""
+    asked = intent.cpu_max
+    if asked is None or asked <= above.cpu_millicores:
+        return asked
+    advice.append(
+        f"cpu_max: you asked for {asked / 1000:g} cores; there are "
+        f"{above.cpu_millicores / 1000:g} here, which is what the call may use."
+    )
+    return None
 
-    cpu_max = intent.cpu_max
-    if cpu_max is not None and cpu_max > above.cpu_millicores:
+
+def _pids_max(intent: Intent, above: Ceiling, advice: list[str]) -> int | None:
+    most = intent.pids_max or above.default_pids_max
+    if most is None or above.pids_max is None or most <= above.pids_max:
+        return most
+    if intent.pids_max:
         advice.append(
-            f"cpu_max: you asked for {cpu_max / 1000:g} cores; there are "
-            f"{above.cpu_millicores / 1000:g} here, which is what the call may use."
-        )
-        cpu_max = None
-
-    pids_max = intent.pids_max or above.default_pids_max
-    if pids_max is not None and above.pids_max is not None and pids_max > above.pids_max:
-        if intent.pids_max:
-            advice.append(
-                f"pids_max: you asked for {pids_max}; this session may have {above.pids_max}, "
-                "which is what the call got."
-            )
-        pids_max = above.pids_max
-
-    timeout = intent.timeout or above.default_timeout_usec
-    if timeout is not None and timeout > above.timeout_max_usec:
-        advice.append(
-            f"timeout: you asked for {show_usec(timeout)}; the longest allowed is "
-            f"{show_usec(above.timeout_max_usec)}, which is what the call got."
-        )
-        timeout = above.timeout_max_usec
-
-    priority = above.priority if intent.priority is None else intent.priority
-    if priority > above.priority:
-        advice.append(
-            f"priority: you asked for {priority}; this session has {above.priority}, "
+            f"pids_max: you asked for {most}; this session may have {above.pids_max}, "
             "which is what the call got."
         )
-        priority = above.priority
-    gpu = gpu_part(intent, above.gpu, priority, above.priority, advice)
+    return above.pids_max
 
+
+def _timeout(intent: Intent, above: Ceiling, advice: list[str]) -> int | None:
+    timeout = intent.timeout or above.default_timeout_usec
+    if timeout is None or timeout <= above.timeout_max_usec:
+        return timeout
+    advice.append(
+        f"timeout: you asked for {show_usec(timeout)}; the longest allowed is "
+        f"{show_usec(above.timeout_max_usec)}, which is what the call got."
+    )
+    return above.timeout_max_usec
+
+
+def _priority(intent: Intent, above: Ceiling, advice: list[str]) -> int:
+    priority = above.priority if intent.priority is None else intent.priority
+    if priority <= above.priority:
+        return priority
+    advice.append(
+        f"priority: you asked for {priority}; this session has {above.priority}, "
+        "which is what the call got."
+    )
+    return above.priority
+
+
+def grant_for(intent: Intent, above: Ceiling) -> Grant:
+    """Decide what a call gets for its intent. Raises InvalidField when it can never fit."""
+    advice: list[str] = []
+    expected, memory_max = _memory(intent, above, advice)
+    cpu_max = _cpu_max(intent, above, advice)
+    pids_max = _pids_max(intent, above, advice)
+    timeout = _timeout(intent, above, advice)
+    priority = _priority(intent, above, advice)
+    weight = intent.cpu_weight or class_weight(above.cpu, priority)
+    on_pressure = intent.on_pressure or "freeze"
+    gpu = gpu_part(intent, above.gpu, priority, above.priority, advice)
     return Grant(
         memory_expected_bytes=expected,
-        memory_high_bytes=_memory_high(intent, memory_max),
+        memory_high_bytes=_memory_high(on_pressure, memory_max),
         memory_max_bytes=memory_max,
-        cpu_weight=(weight := intent.cpu_weight or class_weight(above.cpu, priority)),
+        cpu_weight=weight,
         io_weight=weight if above.cpu.io_weight else None,
         cpu_max_millicores=cpu_max,
         pids_max=pids_max,
         timeout_usec=timeout,
         priority=priority,
-        on_pressure=intent.on_pressure or "freeze",
+        on_pressure=on_pressure,
         wait_usec=intent.wait,
         advice=tuple(advice),
         gpu_percent=gpu.percent if gpu else None,
         gpu_memory_bytes=gpu.memory_bytes if gpu else None,
         gpu_priority=gpu.priority if gpu else None,
-        gpu_wanted=str(gpu.devices) if gpu else "",
     )
 
 
+_FOLLOWS_FROM = {
+    "cpu_max_millicores": "cpu_max",
+    "pids_max": "pids_max",
+    "timeout_usec": "timeout",
+    "priority": "priority",
+    "on_pressure": "on_pressure",
+    "gpu_percent": "gpu",
+    "gpu_memory_bytes": "gpu_memory",
+    "gpu_priority": "gpu_priority",
+}
+"""Fields of a grant that an update changes if, and only if, it says this field of the intent."""
+
+
 def merge(old: Grant, update: Intent, above: Ceiling, current_bytes: int | None) -> Grant:
-    """The grant after UpdateIntent: fields left out stay. A memory limit below what the call holds
-    now is refused, because setting it would kill the call. Raises InvalidField."""
+    """Decide what an open call gets after UpdateIntent: fields left out stay as they are.
+
+    `current_bytes`: what the call holds now. A memory limit below that is refused, because setting
+    it would kill the call. Raises InvalidField.
+    """
     if update.gpu_device is not None:
-        raise InvalidField("gpu_device", update.gpu_device, "nothing: an open call stays on the "
-                           "devices that it has")  # fmt: skip
+        allowed = "nothing: an open call stays on the devices that it has"
+        raise InvalidField("gpu_device", str(update.gpu_device), allowed)
     if update.gpu_priority is not None and update.gpu is None and update.gpu_memory is None:
-        # A part is asked for with it, or it makes no sense; here there is one.
-        update = update.model_copy(update={"gpu": old.gpu_percent})
+        # A priority goes only with a part, and the open call has one.
+        update = replace(update, gpu=old.gpu_percent)
     fresh = grant_for(update, above)
     most = old.memory_max_bytes
     if update.memory_max is not None or update.hint is not None:
         most = fresh.memory_max_bytes
     if most is not None and current_bytes is not None and most < current_bytes:
-        raise InvalidField("memory_max", show_bytes(most),
-                           f"at least {show_bytes(current_bytes)}, which the call holds now",
-                           "it would kill the call")  # fmt: skip
-    on_pressure = update.on_pressure or old.on_pressure
-    weighed = update.cpu_weight is not None or update.priority is not None
-    throttled = Intent.model_construct(on_pressure=on_pressure)
+        allowed = f"at least {show_bytes(current_bytes)}, which the call holds now"
+        raise InvalidField("memory_max", show_bytes(most), allowed, "it would kill the call")
+    said = {name for name in PARSERS if getattr(update, name) is not None}
+    changed: dict[str, Any] = {
+        name: getattr(fresh, name) for name, source in _FOLLOWS_FROM.items() if source in said
+    }
+    weight = fresh.cpu_weight if said & {"cpu_weight", "priority"} else old.cpu_weight
     return replace(
         old,
+        **changed,
         memory_expected_bytes=fresh.memory_expected_bytes or old.memory_expected_bytes,
         memory_max_bytes=most,
-        memory_high_bytes=_memory_high(throttled, most),
-        cpu_weight=(weight := fresh.cpu_weight if weighed else old.cpu_weight),
+        memory_high_bytes=_memory_high(changed.get("on_pressure", old.on_pressure), most),
+        cpu_weight=weight,
         io_weight=weight if above.cpu.io_weight else None,
-        cpu_max_millicores=fresh.cpu_max_millicores
-        if update.cpu_max is not None
-        else old.cpu_max_millicores,
-        pids_max=fresh.pids_max if update.pids_max is not None else old.pids_max,
-        timeout_usec=fresh.timeout_usec if update.timeout is not None else old.timeout_usec,
-        priority=fresh.priority if update.priority is not None else old.priority,
-        on_pressure=on_pressure,
         advice=fresh.advice,
-        gpu_percent=fresh.gpu_percent if update.gpu is not None else old.gpu_percent,
-        gpu_memory_bytes=fresh.gpu_memory_bytes
-        if update.gpu_memory is not None
-        else old.gpu_memory_bytes,
-        gpu_priority=fresh.gpu_priority if update.gpu_priority is not None else old.gpu_priority,
     )

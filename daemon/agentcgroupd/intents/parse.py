@@ -1,19 +1,19 @@
-"""What a caller asks for, checked: text in, typed values out.
+"""Intents as typed values, and the one table that reads them from text.
 
-The same model reads an intent from gRPC, from the attach protocol and from the older hint form, so
-that a value means the same and fails with the same sentence wherever it came from.
+An intent comes as a protobuf message or as words of the attach protocol. Both are text by field
+name, and both are read by `parse_intent`, so that a value means the same and fails with the same
+sentence wherever it came from.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Annotated
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, get_type_hints
 
 from agentcgroupd.errors import InvalidField
-from agentcgroupd.intents.gpu import parse_device
+from agentcgroupd.intents.gpu import DeviceSelection, parse_device
 from agentcgroupd.units import (
     parse_bytes,
     parse_cores,
@@ -35,98 +35,84 @@ PIDS_MOST = 4_194_304
 """PID_MAX_LIMIT, include/linux/threads.h."""
 
 
-def _text(field: str) -> BeforeValidator:
-    """Empty text means: not said. Anything else is read by the field's parser."""
-
-    def convert(value: object) -> object:
-        if value is None or value == "":
-            return None
-        if not isinstance(value, str):
-            raise InvalidField(field, repr(value), "text")
-        return _PARSERS[field](value)
-
-    return BeforeValidator(convert)
+def _parse_weight(field: str, text: str) -> int:
+    return parse_count(field, text, 1, 10_000)
 
 
-def _parse_hint(text: str) -> str:
+def _parse_pids(field: str, text: str) -> int:
+    return parse_count(field, text, 1, PIDS_MOST)
+
+
+def _parse_on_pressure(field: str, text: str) -> str:
+    return parse_word(field, text, ON_PRESSURE)
+
+
+def _parse_hint(field: str, text: str) -> str | int:
     kind, _, value = text.strip().partition(":")
     if kind.lower() != "memory" or not value:
-        raise InvalidField("hint", text, HINT_ALLOWED)
+        raise InvalidField(field, text, HINT_ALLOWED)
     if value.lower() in ("high", "low"):
         return value.lower()
     try:
-        return str(parse_bytes("hint", value))
+        return parse_bytes(field, value)
     except InvalidField:
-        raise InvalidField("hint", text, HINT_ALLOWED) from None
+        raise InvalidField(field, text, HINT_ALLOWED) from None
 
 
-def _parse_wait(text: str) -> int:
-    """Microseconds; 0: not at all."""
+def _parse_wait(field: str, text: str) -> int:
     if text.strip() == "0":
         return 0
-    wait = parse_duration("wait", text)
+    wait = parse_duration(field, text)
     if wait > WAIT_MOST_USEC:
-        raise InvalidField("wait", text, f"0, or a time of at most {show_usec(WAIT_MOST_USEC)}")
+        raise InvalidField(field, text, f"0, or a time of at most {show_usec(WAIT_MOST_USEC)}")
     return wait
 
 
-_PARSERS: dict[str, Callable[[str], object]] = {
-    "memory": lambda text: parse_bytes("memory", text),
-    "memory_max": lambda text: parse_bytes("memory_max", text),
-    "cpu_weight": lambda text: parse_count("cpu_weight", text, 1, 10_000),
-    "cpu_max": lambda text: parse_cores("cpu_max", text),
-    "pids_max": lambda text: parse_count("pids_max", text, 1, PIDS_MOST),
-    "timeout": lambda text: parse_duration("timeout", text),
-    "priority": lambda text: parse_priority("priority", text),
-    "wait": lambda text: _parse_wait(text),
-    "on_pressure": lambda text: parse_word("on_pressure", text, ON_PRESSURE),
-    "hint": _parse_hint,
-    "gpu": lambda text: parse_percent("gpu", text),
-    "gpu_memory": lambda text: parse_bytes("gpu_memory", text),
-    "gpu_priority": lambda text: parse_priority("gpu_priority", text),
-    "gpu_device": lambda text: str(parse_device("gpu_device", text)),
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """What a caller asks for, every text read. None: the caller did not say it.
+
+    Each field of the message Intent has its line here, with the parser that reads it.
+    """
+
+    memory: Annotated[int | None, parse_bytes] = None
+    memory_max: Annotated[int | None, parse_bytes] = None
+    cpu_weight: Annotated[int | None, _parse_weight] = None
+    cpu_max: Annotated[int | None, parse_cores] = None
+    pids_max: Annotated[int | None, _parse_pids] = None
+    timeout: Annotated[int | None, parse_duration] = None
+    priority: Annotated[int | None, parse_priority] = None
+    on_pressure: Annotated[str | None, _parse_on_pressure] = None
+    hint: Annotated[str | int | None, _parse_hint] = None
+    """`high`, `low`, or bytes."""
+    wait: Annotated[int | None, _parse_wait] = None
+    """Microseconds; 0: not at all."""
+    gpu: Annotated[int | None, parse_percent] = None
+    gpu_memory: Annotated[int | None, parse_bytes] = None
+    gpu_priority: Annotated[int | None, parse_priority] = None
+    gpu_device: Annotated[DeviceSelection | None, parse_device] = None
+
+
+PARSERS: Mapping[str, Callable[[str, str], object]] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(Intent, include_extras=True).items()
 }
+"""From the name of a field to what reads its text; it takes the name and the text."""
 
 
-class Intent(BaseModel):
-    """An intent with every text read. None: not said."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    memory: Annotated[int | None, _text("memory")] = None
-    memory_max: Annotated[int | None, _text("memory_max")] = None
-    cpu_weight: Annotated[int | None, _text("cpu_weight")] = None
-    cpu_max: Annotated[int | None, _text("cpu_max")] = None
-    pids_max: Annotated[int | None, _text("pids_max")] = None
-    timeout: Annotated[int | None, _text("timeout")] = None
-    priority: Annotated[int | None, _text("priority")] = None
-    on_pressure: Annotated[str | None, _text("on_pressure")] = None
-    hint: Annotated[str | None, _text("hint")] = None
-    wait: Annotated[int | None, _text("wait")] = None
-    gpu: Annotated[int | None, _text("gpu")] = None
-    gpu_memory: Annotated[int | None, _text("gpu_memory")] = None
-    gpu_priority: Annotated[int | None, _text("gpu_priority")] = None
-    gpu_device: Annotated[str | None, _text("gpu_device")] = None
-
-
-def parse_intent(fields: Mapping[str, str]) -> Intent:
-    """An Intent from text fields. Raises InvalidField for the first field that is wrong."""
-    try:
-        intent = Intent.model_validate(dict(fields))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][0])
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, InvalidField):
-            raise cause from None
-        known = ", ".join(Intent.model_fields)
-        raise InvalidField(field, str(first["input"]), f"one of the fields {known}",
-                           suggestion(field, Intent.model_fields) or "there is no such field",
-                           ) from None  # fmt: skip
+def parse_intent(texts: Mapping[str, str]) -> Intent:
+    """Read an intent from text by field name; an empty text says nothing. Raises InvalidField for
+    the first field that is unknown or wrong."""
+    for name, text in texts.items():
+        if name not in PARSERS:
+            why = suggestion(name, PARSERS) or "there is no such field"
+            raise InvalidField(name, text, f"one of the fields {', '.join(PARSERS)}", why)
+    values: dict[str, Any] = {
+        name: parse(name, texts[name]) for name, parse in PARSERS.items() if texts.get(name)
+    }
+    intent = Intent(**values)
     if intent.memory and intent.memory_max and intent.memory > intent.memory_max:
-        raise InvalidField("memory", fields["memory"],
-                           f"at most memory_max, which is {fields['memory_max']!r}",
-                           "it is above memory_max")  # fmt: skip
+        allowed = f"at most memory_max, which is {texts['memory_max']!r}"
+        raise InvalidField("memory", texts["memory"], allowed, "it is above memory_max")
     return intent
 
 
@@ -134,15 +120,15 @@ _NAME = re.compile(r"[^\x00-\x1f\x7f]+")
 
 
 def check_name(name: str) -> str:
-    """A call's name: 1 to 128 printable characters. Raises InvalidField."""
+    """Return a call's name if it is 1 to 128 printable characters. Raises InvalidField."""
     text = name.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent or stored
     if not 1 <= len(name) <= NAME_CHARS_MAX or not _NAME.fullmatch(name) or text != name:
         raise InvalidField("name", name, f"1 to {NAME_CHARS_MAX} characters, none of them control")
     return name
 
 
-def cut_argv(argv: list[str]) -> tuple[str, ...]:
-    """The first 4,096 bytes of a command line; a cut argument ends in an ellipsis."""
+def cut_argv(argv: Sequence[str]) -> tuple[str, ...]:
+    """Keep the first 4,096 bytes of a command line; a cut argument ends in an ellipsis."""
     kept: list[str] = []
     left = ARGV_BYTES_MAX
     for argument in argv:

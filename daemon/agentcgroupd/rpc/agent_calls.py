@@ -10,18 +10,21 @@ from google.protobuf import message, unknown_fields
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.errors import InvalidField, NotFound
+from agentcgroupd.intents.request import request_of_proto
 from agentcgroupd.rpc.peers import Peer, session_of
-from agentcgroupd.state.session import Call, Process, Session
+from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.wire import call_to_proto
 
 if TYPE_CHECKING:
-    from agentcgroupd.calls.begin import Entrance, Turn
+    from agentcgroupd.calls.admission import Admission
+    from agentcgroupd.calls.lifecycle import Calls
+    from agentcgroupd.calls.queue import AdmissionQueue
     from agentcgroupd.sessions.registry import Sessions
 
 
 def refuse_unknown(request: message.Message) -> None:
-    """A field that this version does not know was meant to do something; better said than dropped.
-    Raises InvalidField."""
+    """Refuse a field that this version does not know: it was meant to do something. Raises
+    InvalidField."""
     # Typed as a sequence only: it has no __iter__.
     found = unknown_fields.UnknownFieldSet(request)
     if len(found):
@@ -33,71 +36,56 @@ def refuse_unknown(request: message.Message) -> None:
             refuse_unknown(value)
 
 
-def intent_fields(intent: pb.Intent) -> dict[str, str]:
-    """The fields of an intent that are said."""
-    return {descriptor.name: value for descriptor, value in intent.ListFields()}
-
-
 class AgentCalls:
-    """What an agent may do with calls of its own session, however it asks."""
+    """Calls of an agent's own session, begun and ended, however it asks."""
 
-    def __init__(self, sessions: Sessions, entrance: Entrance) -> None:
-        self._sessions = sessions
-        self._entrance = entrance
-        self._calls = entrance.calls
+    def __init__(
+        self, sessions: Sessions, calls: Calls, queue: AdmissionQueue, admission: Admission
+    ) -> None:
+        self._sessions, self._calls = sessions, calls
+        self._queue, self._admission = queue, admission
 
     def session(self, peer: Peer) -> Session:
-        """The peer's session. Raises PermissionDenied."""
+        """Find the peer's session. Raises PermissionDenied."""
         return session_of(peer, self._sessions.of_cgroup)
 
     def call(self, peer: Peer, call_id: str) -> Call:
-        """An open call of the peer's session. Raises NotFound, the same for one of another's."""
+        """Find an open call of the peer's session. Raises NotFound, the same for one of another
+        session."""
         call = self.session(peer).calls.get(call_id)
         if call is None:
             raise NotFound(f"no call {call_id[:64]!r} is open in this session", "call_id", call_id)
         return call
 
     def begin(
-        self, peer: Peer, request: pb.BeginCallRequest
+        self, peer: Peer, message: pb.BeginCallRequest
     ) -> pb.Call | Coroutine[Any, Any, pb.Call]:
-        """BeginCall; the peer's process holds the call open. Where the call has to wait for room,
-        it is to be awaited. Raises RequestError."""
-        session, intent, argv = (
-            self.session(peer),
-            intent_fields(request.intent),
-            list(request.argv),
-        )
-        asked = self._entrance.ask(session, request.name, intent, argv)
-        if asked is not None:
-            return self._begin_later(asked, intent, argv, peer.process.copy())
-        call = self._entrance.begin(session, request.name, intent, argv, peer.process)
-        return call_to_proto(call, admin=False)
-
-    async def _begin_later(
-        self, asked: Turn, intent: dict[str, str], argv: list[str], process: Process
-    ) -> pb.Call:
-        try:
-            return call_to_proto(
-                await self._entrance.begin_later(asked, intent, argv, process), admin=False
-            )
-        finally:
-            process.close()
+        """Answer BeginCall; the peer's process holds the call open. Where the call has to wait,
+        the answer is to be awaited. Raises RequestError."""
+        session = self.session(peer)
+        with self._calls.refusing(session, message.name):
+            request = request_of_proto(message)
+        call = self._admission.begin(session, request, peer.process)
+        return call_to_proto(call, admin=False) if isinstance(call, Call) else _later(call)
 
     def end(
-        self, peer: Peer, request: pb.EndCallRequest
+        self, peer: Peer, message: pb.EndCallRequest
     ) -> pb.Report | Coroutine[Any, Any, pb.Report]:
-        """EndCall; for a call that has ended by itself, its report. Where processes have to die
-        first, the report is to be awaited. Raises RequestError."""
-        ended = self.session(peer).report(request.call_id) if request.call_id else None
+        """Answer EndCall; for a call that has ended by itself, with its report. Where processes
+        have to die first, the answer is to be awaited. Raises RequestError."""
+        session = self.session(peer)
+        ended = session.report(message.call_id) if message.call_id else None
         if ended is not None:
             return ended
-        waited = self._entrance.leave_queue(
-            request.call_id, "it was ended by its agent", self.session(peer)
-        )
-        if waited is not None:
-            return waited
-        call = self.call(peer, request.call_id)
-        status = request.wait_status if request.HasField("wait_status") else None
+        left = self._queue.leave(message.call_id, "it was ended by its agent", session)
+        if left is not None:
+            return left
+        call = self.call(peer, message.call_id)
+        status = message.wait_status if message.HasField("wait_status") else None
         if status is not None and not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
             raise InvalidField("wait_status", str(status), "a wait status of an ended process")
-        return self._calls.end(call, request.detach, status, "its agent ended the call")
+        return self._calls.end(call, message.detach, status, "its agent ended the call")
+
+
+async def _later(call: Coroutine[Any, Any, Call]) -> pb.Call:
+    return call_to_proto(await call, admin=False)

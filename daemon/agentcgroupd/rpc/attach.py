@@ -17,7 +17,8 @@ from typing import Any
 from google.protobuf import message
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.calls.begin import Entrance, Turn
+from agentcgroupd.calls.admission import Admission
+from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.enforce.limits import AGENT_OOM_SCORE_ADJ, set_oom_score_adj
 from agentcgroupd.errors import (
     AgentcgroupdError,
@@ -27,7 +28,8 @@ from agentcgroupd.errors import (
     PermissionDenied,
     as_request_error,
 )
-from agentcgroupd.intents.parse import WAIT_MOST_USEC, Intent
+from agentcgroupd.intents.parse import WAIT_MOST_USEC
+from agentcgroupd.intents.request import WORDS, request_of_words
 from agentcgroupd.rpc.agent_calls import AgentCalls, refuse_unknown
 from agentcgroupd.rpc.peers import Peer, check_operator, session_of
 from agentcgroupd.sessions.registry import Sessions
@@ -52,7 +54,6 @@ _RPC_METHODS: dict[str, type[pb.BeginCallRequest | pb.EndCallRequest]] = {
 }
 Answer = list[str] | Coroutine[Any, Any, list[str]]
 """The words of a reply, or what they are to be waited for."""
-_BEGIN_KEYS = ("name", "argc", "arg", *Intent.model_fields)
 
 
 def _rpc_request(data: bytes) -> tuple[str, pb.BeginCallRequest | pb.EndCallRequest]:
@@ -132,19 +133,20 @@ class AttachServer:
         mode: int,
         admin: bool,
         sessions: Sessions,
-        entrance: Entrance,
+        calls: Calls,
+        admission: Admission,
+        agent_calls: AgentCalls,
         metrics: Metrics,
     ) -> None:
         self._path = path
         self._mode = mode
         self._sessions = sessions
-        self._entrance = entrance
-        self._calls = entrance.calls
+        self._calls, self._admission = calls, admission
         self._metrics = metrics
         self._verbs: dict[str, Callable[[Peer, Request], Answer]] = (
             {"enter": self._enter} if admin else {"attach": self._attach, "begin": self._begin}
         )
-        self._agent_calls = None if admin else AgentCalls(sessions, entrance)
+        self._agent_calls = None if admin else agent_calls
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
@@ -358,22 +360,19 @@ class AttachServer:
         return _entered(call)
 
     def _begin(self, peer: Peer, request: Request) -> Answer:
-        request.only(*_BEGIN_KEYS)
+        request.only(*WORDS)
         session = session_of(peer, self._sessions.of_cgroup)
-        intent = {key: value for key, value in request.values.items() if key in Intent.model_fields}
         name = request.value("name")
-        asked = self._entrance.ask(session, name, intent, request.args)
-        if asked is not None:
-            return self._begin_later(asked, intent, request.args, peer.process.copy())
-        call = self._entrance.begin(session, name, intent, request.args, None)
-        return self._enter_call(call, peer.process)
+        with self._calls.refusing(session, name):
+            asked = request_of_words(request.values, request.args)
+        call = self._admission.begin(session, asked, None)
+        if isinstance(call, Call):
+            return self._enter_call(call, peer.process)
+        return self._begin_later(call, peer.process.copy())
 
-    async def _begin_later(
-        self, asked: Turn, intent: dict[str, str], args: list[str], process: Process
-    ) -> list[str]:
+    async def _begin_later(self, later: Coroutine[Any, Any, Call], process: Process) -> list[str]:
         try:
-            call = await self._entrance.begin_later(asked, intent, args, None)
-            return self._enter_call(call, process)
+            return self._enter_call(await later, process)
         except AgentcgroupdError as error:
             return self._error_words(error)
         finally:

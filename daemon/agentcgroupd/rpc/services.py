@@ -25,7 +25,8 @@ from agentcgroupd.errors import (
     NotFound,
     as_request_error,
 )
-from agentcgroupd.rpc.agent_calls import AgentCalls, intent_fields, refuse_unknown
+from agentcgroupd.intents.request import intent_of_proto
+from agentcgroupd.rpc.agent_calls import refuse_unknown
 from agentcgroupd.rpc.peers import Relay, check_operator
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.wire import call_to_proto, error_to_proto
@@ -95,7 +96,7 @@ class AgentService(_Service, pb_grpc.AgentServicer):
 
     def __init__(self, daemon: Daemon, relay: Relay) -> None:
         super().__init__(daemon, relay)
-        self._calls = AgentCalls(daemon.sessions, daemon.entrance)
+        self._calls = daemon.agent_calls
 
     def _session(self, context: Context) -> Session:
         return self._calls.session(self.relay.peer(context.peer()))
@@ -121,7 +122,7 @@ class AgentService(_Service, pb_grpc.AgentServicer):
     async def UpdateIntent(self, request: pb.UpdateIntentRequest, context: Context) -> pb.Call:
         """See the proto."""
         call = self._calls.call(self.relay.peer(context.peer()), request.call_id)
-        updated = self.daemon.calls.update(call, intent_fields(request.intent))
+        updated = self.daemon.calls.update(call, intent_of_proto(request.intent))
         return call_to_proto(updated, admin=False)
 
     @answers
@@ -256,7 +257,7 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         """See the proto."""
         self._check(context)
         why = "the operator ended the call"
-        waited = self.daemon.entrance.leave_queue(request.call_id, why)
+        waited = self.daemon.queue.leave(request.call_id, why)
         if waited is not None:
             return waited
         call = self._open_call(request.call_id)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from agentcgroup import __version__
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf.sched import CpuNumbers
-from agentcgroupd.calls.begin import Entrance
+from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.errors import CgroupGone, FailedPrecondition, NotFound
 from agentcgroupd.guard.policy_files import PolicyFiles
@@ -29,14 +29,15 @@ class Answers:
     """Reads what is there; changes nothing."""
 
     def __init__(
-        self, pool: Pool, sessions: Sessions, entrance: Entrance,
+        self, pool: Pool, sessions: Sessions, calls: Calls,
+        waiting: Callable[[Session], list[pb.Call]],
         cpu: Callable[[CgroupId], CpuNumbers | None] = lambda cgroup: None,
     ) -> None:  # fmt: skip
         self._cpu = cpu
         self.pool = pool
         self.sessions = sessions
-        self.entrance = entrance
-        self.calls = entrance.calls
+        self.calls = calls
+        self._waiting = waiting
         self.started_unix_usec = unix_usec()
         self.leftovers_removed = 0
         self.gpus: Gpus | None = None
@@ -52,7 +53,7 @@ class Answers:
         """Open calls with what they use now."""
         calls = []
         for session in sessions:
-            calls += self.entrance.waiting(session)
+            calls += self._waiting(session)
             for call in session.calls.values():
                 try:
                     calls.append(call_to_proto(call, admin, usage=True))

@@ -25,7 +25,8 @@ from agentcgroupd.errors import (
     Unavailable,
 )
 from agentcgroupd.host.proc import CgroupUnknown, cgroup_of
-from agentcgroupd.intents.gpu import GpuCeiling, Part, gpu_part
+from agentcgroupd.intents.gpu import GpuCeiling
+from agentcgroupd.intents.gpu_part import Part, gpu_part
 from agentcgroupd.intents.grant import Ceiling, weight_of_priority
 from agentcgroupd.intents.parse import parse_intent
 from agentcgroupd.sessions.pool import Pool, offered_controllers

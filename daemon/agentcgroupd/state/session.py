@@ -163,9 +163,7 @@ class Call:
     @classmethod
     def from_record(cls, session: Session, cgroup: Cgroup, data: dict[str, Any]) -> Call:
         """A call found again. KeyError, TypeError or ValueError if the record is not ours."""
-        grant = data["grant"]
-        lists = ("advice", "not_enforced", "gpu_devices", "environment")
-        grant = Grant(**{**grant, **{name: tuple(grant.get(name, ())) for name in lists}})
+        grant = _grant_of_record(data["grant"])
         call = cls(
             id=str(data["id"]), session=session, name=_sendable(data["name"]),
             argv=tuple(map(_sendable, data["argv"])), grant=grant, cgroup=cgroup,
@@ -180,6 +178,16 @@ class Call:
         call.owner = Process.find(*data["owner"]) if data["owner"] else None
         call.main = Process.find(*data["main"]) if data["main"] else None
         return call
+
+
+def _grant_of_record(data: dict[str, Any]) -> Grant:
+    """Read a grant, where lists stand for tuples. A record of an older daemon may lack fields that
+    have a default by now, or have some that are gone. TypeError if it is not ours."""
+    values = {f.name: data[f.name] for f in fields(Grant) if f.name in data}
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    return Grant(**values)
 
 
 def _sendable(text: str) -> str:

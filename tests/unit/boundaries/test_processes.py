@@ -22,6 +22,7 @@ from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import BoundariesConfig
 from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.host.syscalls import process_stat
+from agentcgroupd.intents.request import CallRequest
 from agentcgroupd.state.session import Call, Process, Session
 
 AGENT_ID = 17
@@ -67,9 +68,12 @@ class FakeCalls:
         self.reports: list[tuple[str, int | None]] = []
         self.begun = 0
 
-    def begin(self, session: Session, name: str, *_: object, observed: bool, age_usec: int) -> Call:
-        assert observed and age_usec >= 0
+    def begin(
+        self, session: Session, request: CallRequest, owner: Process | None, age_usec: int
+    ) -> Call:
+        assert request.observed and owner is None and age_usec >= 0
         self.begun += 1
+        name = request.name
         call = cast(Call, SimpleNamespace(id=f"{self.begun}", name=name, exit_status=None))
         self.open[call.id] = call
         return call

@@ -10,7 +10,8 @@ from agentcgroupd.errors import InvalidField
 from agentcgroupd.gpu.allocation import Asking, Holding, admit, free_of, place
 from agentcgroupd.gpu.gate import read_majors
 from agentcgroupd.gpu.mps import environment
-from agentcgroupd.intents.gpu import Device, GpuCeiling, Wanted, gpu_part, parse_device
+from agentcgroupd.intents.gpu import Device, DeviceSelection, GpuCeiling, parse_device
+from agentcgroupd.intents.gpu_part import gpu_part
 from agentcgroupd.intents.parse import parse_intent
 from agentcgroupd.units import parse_percent
 
@@ -84,7 +85,7 @@ parts = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 100), st.integers(1
 def test_no_device_is_granted_twice(asked: list[tuple[int, int, int]]) -> None:
     holdings: list[Holding] = []
     for count, percent, gib in asked:
-        found = place(Wanted(count), percent, gib * GIB, DEVICES, holdings)
+        found = place(DeviceSelection(count), percent, gib * GIB, DEVICES, holdings)
         if found is not None:
             assert len(set(found)) == count
             holdings.append(Holding(found, percent, gib * GIB))
@@ -100,13 +101,14 @@ def test_no_device_is_granted_twice(asked: list[tuple[int, int, int]]) -> None:
 
 def test_small_parts_leave_room_for_large_ones() -> None:
     holdings = [Holding((DEVICES[1].uuid,), 50, 10 * GIB)]
-    assert place(Wanted(), 20, GIB, DEVICES, holdings) == (DEVICES[1].uuid,)
-    assert place(Wanted(), 60, GIB, DEVICES, holdings) == (DEVICES[0].uuid,)
+    assert place(DeviceSelection(), 20, GIB, DEVICES, holdings) == (DEVICES[1].uuid,)
+    assert place(DeviceSelection(), 60, GIB, DEVICES, holdings) == (DEVICES[0].uuid,)
 
 
 def asking(name: str, percent: int, priority: int = 50, since: int = 0) -> Asking:
     """Who waits, for at most 100 s."""
-    return Asking(name, priority, since, since + 100_000_000, "0", percent, GIB)
+    devices = DeviceSelection(named=("0",))
+    return Asking(name, priority, since, since + 100_000_000, devices, percent, GIB)
 
 
 def test_who_starts() -> None:

@@ -140,10 +140,13 @@ def test_a_grant_never_goes_above_what_stands_above_it(
     pids_roof: int | None, priority: int | None, pressure: str | None,
 ) -> None:  # fmt: skip
     above = replace(ABOVE, memory_max_bytes=roof, agent_memory_bytes=agent, pids_max=pids_roof)
-    intent = Intent.model_construct(
-        memory=memory, memory_max=memory_max, pids_max=pids, priority=priority,
-        on_pressure=pressure, cpu_weight=None, cpu_max=None, timeout=None, hint=None,
-    )  # fmt: skip
+    intent = Intent(
+        memory=memory,
+        memory_max=memory_max,
+        pids_max=pids,
+        priority=priority,
+        on_pressure=pressure,
+    )
     try:
         grant = grant_for(intent, above)
     except InvalidField as error:

@@ -1,0 +1,54 @@
+"""BeginCall, however it is asked for: at once, or after the call has waited in the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any
+
+from agentcgroupd.calls.lifecycle import Calls
+from agentcgroupd.calls.queue import AdmissionQueue, Ticket
+from agentcgroupd.intents.request import CallRequest
+from agentcgroupd.state.session import Call, Process, Session
+
+
+class Admission:
+    """Lets calls begin when the queue does."""
+
+    def __init__(self, calls: Calls, queue: AdmissionQueue) -> None:
+        self._calls, self._queue = calls, queue
+
+    def begin(
+        self, session: Session, request: CallRequest, owner: Process | None
+    ) -> Call | Coroutine[Any, Any, Call]:
+        """Begin a call, which has its cgroup then and no process yet; where it has to wait, the
+        result is to be awaited.
+
+        `owner` holds the call open; None: the call ends when it is empty. Raises RequestError, and
+        then nothing is left behind.
+        """
+        with self._calls.refusing(session, request.name):
+            candidate = self._calls.grant(session, request)
+            ticket = self._queue.enter(candidate)
+            if ticket.wait is not None:
+                return self._begin_later(ticket, None if owner is None else owner.copy())
+            try:
+                return self._calls.open_call(candidate, ticket.apply(candidate.grant), owner)
+            finally:
+                ticket.release()
+
+    async def _begin_later(self, ticket: Ticket, owner: Process | None) -> Call:
+        """Begin a call when the queue lets it in. If its caller stops waiting, nothing is left."""
+        session, request = ticket.candidate.session, ticket.candidate.request
+        try:
+            with self._calls.refusing(session, request.name):
+                await self._queue.wait(ticket)
+                # Granted anew: while it waited, the agent may have come to hold more memory, its
+                # session may have been closed, and a device may have been lost.
+                candidate = self._calls.grant(session, request, ticket.candidate.id)
+                call = self._calls.open_call(candidate, ticket.apply(candidate.grant), owner)
+        finally:
+            ticket.release()
+            if owner is not None:
+                owner.close()
+        self._queue.began(call, ticket)
+        return call

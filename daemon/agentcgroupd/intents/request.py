@@ -1,0 +1,48 @@
+"""A call that is asked for, read once from either encoding: protobuf, or words of the launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.intents.parse import PARSERS, Intent, check_name, cut_argv, parse_intent
+
+WORDS = ("name", "argc", "arg", *PARSERS)
+"""Keys of a `begin` packet of the attach protocol."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallRequest:
+    """What is asked for a call, in the form that the queue, the call and its report use."""
+
+    name: str
+    argv: tuple[str, ...]
+    """As given, cut to 4,096 bytes."""
+    intent: Intent
+    observed: bool = False
+    """Nobody asked: the daemon saw an agent execute a tool."""
+
+
+def observed_request(name: str, argv: Sequence[str]) -> CallRequest:
+    """Make the request for a call that nobody asked for. Raises InvalidField for its name."""
+    return CallRequest(check_name(name), cut_argv(argv), Intent(), observed=True)
+
+
+def intent_of_proto(message: pb.Intent) -> Intent:
+    """Read an intent from its message. Raises InvalidField."""
+    return parse_intent({field.name: text for field, text in message.ListFields()})
+
+
+def request_of_proto(message: pb.BeginCallRequest) -> CallRequest:
+    """Read a BeginCallRequest. Raises InvalidField."""
+    name = check_name(message.name)
+    return CallRequest(name, cut_argv(message.argv), intent_of_proto(message.intent))
+
+
+def request_of_words(values: Mapping[str, str], args: Sequence[str]) -> CallRequest:
+    """Read the words of a `begin` packet: `values` by key, and its `arg` words in order. Raises
+    InvalidField."""
+    texts = {key: text for key, text in values.items() if key in PARSERS}
+    name = check_name(values.get("name", ""))
+    return CallRequest(name, cut_argv(args), parse_intent(texts))

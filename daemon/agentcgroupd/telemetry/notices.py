@@ -1,0 +1,95 @@
+"""What happened, told to everyone it concerns: the audit log, the metrics, the log, the agent."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.intents.command import printable
+from agentcgroupd.state.session import HISTORY_KEPT, Call, Session, unix_usec
+from agentcgroupd.telemetry.audit import Audit
+from agentcgroupd.telemetry.feed import Feed
+from agentcgroupd.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Notices:
+    """The daemon's ways of telling; one object holds them, so that none is forgotten."""
+
+    audit: Audit
+    metrics: Metrics
+    feed: Feed
+
+    def tell(self, session: Session, call_id: str, feedback: pb.Feedback) -> None:
+        """Send feedback to whoever listens to the session, and count it. `call_id`: the open call
+        that it is about, which keeps it in its history; empty: the session itself."""
+        feedback.call_id, feedback.session_id = call_id, session.id
+        feedback.at_unix_usec = feedback.at_unix_usec or unix_usec()
+        self.metrics.count_feedback(feedback)
+        if (call := session.calls.get(call_id)) is not None:
+            call.history = (*call.history, feedback)[-HISTORY_KEPT:]
+        if self.feed.listening:
+            self.feed.publish(session.id, pb.Event(feedback=feedback))
+
+    # Of what the daemon did
+
+    def acted_on_call(
+        self, action: str, call: Call, why: str, code: pb.FeedbackCode.ValueType | None
+    ) -> None:
+        """An action on a call was carried out. `code`: what its agent is told; None: nothing."""
+        self.metrics.actions.labels(action).inc()
+        session = call.session.id
+        self.audit.write(action, session=session, call=call.id, why=why)
+        log.info("%s call %s (%s) of session %s: %s", action, call.id, call.name, session, why)
+        if code is not None:
+            self.tell(call.session, call.id, pb.Feedback(code=code, sentence=why))
+
+    def acted_on_session(
+        self, action: str, session: Session, why: str, code: pb.FeedbackCode.ValueType
+    ) -> None:
+        """An action on a session was carried out; its agent is told `code`."""
+        self.metrics.actions.labels(action).inc()
+        self.audit.write(action, session=session.id, why=why)
+        log.info("%s session %s: %s", action, session.id, why)
+        self.tell(session, "", pb.Feedback(code=code, sentence=why))
+
+    def dry_run(self, action: str, subject: str, ruleset: str, why: str) -> None:
+        """A ruleset on trial would have acted: the operator is told, the agent is not. `subject`:
+        id of the call or session; empty: the pool."""
+        self.metrics.actions.labels(f"dry_{action}").inc()
+        self.audit.write("dry_run", action=action, subject=subject, ruleset=ruleset, why=why)
+        log.info("dry run: %s of %s by %s: %s", action, subject or "the pool", ruleset, why)
+
+    def moved(self, call: Call, since_exec_ns: int) -> None:
+        """The process that began an undeclared call was moved into the call's leaf,
+        `since_exec_ns` after its exec."""
+        self.metrics.moved.observe(since_exec_ns / 1e9)
+        usec = since_exec_ns // 1000
+        self.audit.write("call_moved", session=call.session.id, call=call.id, since_exec_usec=usec)
+
+    # Of what the kernel did
+
+    def oom_victim(self, session: Session, call: Call | None, pid: int, comm: str) -> None:
+        """The kernel's OOM killer chose a process of a call; `call` None: of the agent itself."""
+        comm = printable(comm)
+        self.metrics.oom_victims.inc()
+        call_id = call.id if call else ""
+        self.audit.write("oom_victim", session=session.id, call=call_id, pid=pid, comm=comm)
+        log.warning(
+            "the kernel's OOM killer chose %s (%d) of session %s, %s",
+            comm,
+            pid,
+            session.id,
+            f"call {call.id}" if call else "the agent itself",
+        )
+
+    def events_lost(self, counts: dict[str, int]) -> None:
+        """Events of the kernel's programs did not reach the daemon; how many, by type."""
+        for kind, count in counts.items():
+            self.metrics.events_lost.labels(kind).inc(count)
+        self.audit.write("events_lost", counts=counts)
+        lost = ", ".join(f"{count} {kind} events" for kind, count in counts.items())
+        log.warning("lost in the kernel: %s; the cgroups themselves are read instead", lost)
