@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -51,18 +52,44 @@ def generate_grpc(root: Path) -> None:
     (out / "agentcgroup/v1/__init__.py").write_text('"""Generated from proto/."""\n')
 
 
+def intent_fields_header(proto: str) -> str:
+    """Make the C header with the launcher's options from the text of the proto: INTENT_FIELDS(X)
+    is X(field, option) for each field of the message Intent, INTENT_HELP their lines of help."""
+    message = re.search(r"^message Intent \{$(.*?)^\}$", proto, re.MULTILINE | re.DOTALL)
+    assert message is not None, "the proto has no message Intent"
+    fields = re.findall(r"^ *string (\w+) = \d+;", message[1], re.MULTILINE)
+    options = {field: field.replace("_", "-") for field in fields}
+    entries = " \\\n".join(f'\tX({field}, "{option}")' for field, option in options.items())
+    words = " ".join(f"--{option}" for option in options.values())
+    help_lines = textwrap.wrap(words, 90, break_on_hyphens=False)
+    help_text = " \\\n".join(f'\t"  {line}\\n"' for line in help_lines)
+    return (
+        "/* Made from proto/ by tools/build_hook.py. */\n"
+        f"#define INTENT_FIELDS(X) \\\n{entries}\n"
+        f"#define INTENT_HELP \\\n{help_text}\n"
+    )
+
+
 def compile_programs(root: Path, version: str) -> None:
     """Compile each C program to build/bin, statically, so that it starts in a fraction of a ms.
 
-    `version` is what `agentcg-exec --version` says. A program that is newer than its source and
-    than pyproject.toml, where the version stands, is left as it is.
+    `version` is what `agentcg-exec --version` says. A program that is newer than its source, than
+    the options made from the proto and than pyproject.toml, where the version stands, is left as it
+    is.
     """
-    bin_dir = root / "build/bin"
-    bin_dir.mkdir(parents=True, exist_ok=True)
+    bin_dir, include = root / "build/bin", root / "build/include"
+    for directory in (bin_dir, include):
+        directory.mkdir(parents=True, exist_ok=True)
+    header = include / "intent_fields.h"
+    text = intent_fields_header((root / PROTO).read_text(encoding="utf-8"))
+    if not header.exists() or header.read_text(encoding="utf-8") != text:
+        header.write_text(text, encoding="utf-8")
     compiler = [os.environ.get("CC", "cc"), *CFLAGS, f'-DAGENTCG_VERSION="{version}"']
+    compiler.append(f"-I{include}")
     for name, source in PROGRAMS.items():
         target, path = bin_dir / name, root / source
-        newest = max(path.stat().st_mtime, (root / "pyproject.toml").stat().st_mtime)
+        others = (header, root / "pyproject.toml")
+        newest = max(file.stat().st_mtime for file in (path, *others))
         if target.exists() and target.stat().st_mtime > newest:
             continue
         subprocess.run([*compiler, "-o", str(target), str(path)], check=True)

@@ -15,25 +15,27 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "intent_fields.h" /* INTENT_FIELDS and INTENT_HELP, made from the message Intent */
+
 enum { REFUSED = 125, CANNOT_EXEC = 126, NOT_FOUND = 127 }; /* as env(1) has them */
 enum { PACKET_MAX = 16384, ARGS_MAX = 4096, CALL_NAME_MAX = 128, TIMEOUT_S = 10 };
 
 /* Options before KEYS are keys of the request; those from NAME on are for `begin` alone. */
-enum { CALL, SESSION, NAME, HINT, KEYS = NAME + 15, SOCKET = KEYS, AWAY, HELP, VERSION, OPTIONS };
+#define FIELD(field, option) FIELD_##field,
+enum { CALL, SESSION, NAME, INTENT_FIELDS(FIELD) KEYS };
+enum { SOCKET = KEYS, AWAY, HELP, VERSION, OPTIONS };
 static const char *const verbs[] = { [CALL] = "attach", [SESSION] = "enter", [NAME] = "begin" };
-static const char *const names[OPTIONS] = {
-	"call",		  "session", "name",	   "hint",	   "memory",	 "memory-max",
-	"cpu-weight",	  "cpu-max", "pids-max",   "timeout",	   "priority",	 "on-pressure",
-	"wait",		  "gpu",     "gpu-memory", "gpu-priority", "gpu-device", "socket",
-	"on-unavailable", "help",    "version"
-};
+#define OPTION(field, option) [FIELD_##field] = option,
+static const char *const names[OPTIONS] = { [CALL] = "call",	       [SESSION] = "session",
+					    [NAME] = "name",	       [SOCKET] = "socket",
+					    [HELP] = "help",	       [VERSION] = "version",
+					    [AWAY] = "on-unavailable", INTENT_FIELDS(OPTION) };
 static char *values[OPTIONS];
 static const char version[] = "agentcg-exec " AGENTCG_VERSION "\n"; /* from pyproject.toml */
 static const char help[] =
 	"usage: agentcg-exec [OPTION VALUE]... [--] cmd [arg]...\n"
-	"Runs cmd as a new call: --name --memory --memory-max --cpu-weight --cpu-max --pids-max\n"
-	"  --timeout --priority --on-pressure --wait --hint (default: $AGENT_RESOURCE_HINT)\n"
-	"  --gpu --gpu-memory --gpu-priority --gpu-device;\n"
+	"Runs cmd as a new call: --name\n" INTENT_HELP
+	"  (--hint is $AGENT_RESOURCE_HINT where it is not given);\n"
 	"or in an open call: --call ID; or in the agent leaf of a session, as root: --session ID.\n"
 	"Daemon: --socket PATH (default: below $AGENTCG_RUN_DIR or /run/agentcgroup)\n"
 	"  --on-unavailable run|refuse (default: $AGENTCG_ON_UNAVAILABLE, or run for a new call)\n"
@@ -98,8 +100,8 @@ static void make_request(int what, int argc, char **argv)
 	char count[16];
 
 	request_len = sprintf(request, "ACG1%c%s", 0, verbs[what]) + 1;
-	if (what == NAME && !values[HINT])
-		values[HINT] = getenv("AGENT_RESOURCE_HINT");
+	if (what == NAME && !values[FIELD_hint])
+		values[FIELD_hint] = getenv("AGENT_RESOURCE_HINT");
 	for (int o = 0; o < KEYS; o++)
 		if (values[o])
 			add(names[o], values[o], -1);

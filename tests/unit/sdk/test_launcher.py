@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+
 ROOT = Path(__file__).resolve().parents[3]
 OK = b"OK\0call=c1\0"
 Handler = Callable[[socket.socket, bytes], None]
@@ -164,11 +166,9 @@ def test_version_is_that_of_the_distribution(launcher: Launcher) -> None:
 def test_help_names_every_option(launcher: Launcher) -> None:
     result = launcher("--help")
     assert result.returncode == 0
-    for option in (
-        "--call --session --name --memory --memory-max --cpu-weight --cpu-max --pids-max --timeout"
-        " --priority --on-pressure --hint --socket --on-unavailable"
-    ).split():
-        assert option in result.stdout
+    fields = [f"--{name.replace('_', '-')}" for name in pb.Intent.DESCRIPTOR.fields_by_name]
+    for option in ("--call", "--session", "--name", "--socket", "--on-unavailable", *fields):
+        assert option in result.stdout.split(), option
 
 
 # ---- what is asked
@@ -184,9 +184,9 @@ def test_begin_sends_name_and_arguments(launcher: Launcher) -> None:
 
 
 def test_begin_sends_every_field_of_the_intent(launcher: Launcher) -> None:
-    fields = {"name": "n", "memory": "512M", "memory-max": "2G"}
-    fields |= {"cpu-weight": "100", "cpu-max": "1.5", "pids-max": "64", "timeout": "90s"}
-    fields |= {"priority": "batch", "on-pressure": "freeze", "hint": "memory:low"}
+    names = [name.replace("_", "-") for name in pb.Intent.DESCRIPTOR.fields_by_name]
+    assert {"memory", "memory-max", "on-pressure", "hint", "gpu-device"} < set(names)
+    fields = {name: f"the {name}" for name in ["name", *names]}
     expected = {k.replace("-", "_").encode(): v.encode() for k, v in fields.items()}
     with daemon(launcher.agent, reply(OK)) as it:
         launcher(*[word for k, v in fields.items() for word in (f"--{k}", v)], "--", "true")
