@@ -37,7 +37,7 @@ from agentcgroupd.config import CpuConfig
 from agentcgroupd.cpu.scheduling import INTERACTIVE_FACTOR, SESSION_FACTOR
 from agentcgroupd.errors import BpfError
 from agentcgroupd.intents.grant import weight_of_priority
-from agentcgroupd.units import CgroupId
+from agentcgroupd.units import PRIORITY_WORDS, CgroupId
 from bench.cpu import flatcg, plot
 from bench.report import BenchReport, Target, quantile
 from tests.guest.cpu_load import SCHED_EXT, Load, shares
@@ -51,7 +51,7 @@ SLEEP_MS = (5, 30)
 RUN_USEC = (200, 2000)
 """What an interactive call does between two waits: drawn anew each time."""
 OVERSUBSCRIBED = 4
-IMPORTANT, NORMAL = 80, 50
+IMPORTANT, NORMAL = PRIORITY_WORDS["important"], PRIORITY_WORDS["normal"]
 SHARES = {"a": 50, "b": 100, "c": 200, "d": 400}
 LIMITS = {"a": 200, "b": 350, "c": 500}
 """cpu.max in thousandths of a CPU."""

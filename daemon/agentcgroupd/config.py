@@ -15,8 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from agentcgroupd.errors import ConfigError, InvalidField
 from agentcgroupd.units import (
+    IMPORTANT_PRIORITY,
     parse_bytes,
-    parse_cores,
     parse_count,
     parse_duration,
     parse_priority,
@@ -25,6 +25,9 @@ from agentcgroupd.units import (
 )
 
 T = TypeVar("T")
+
+AUDIT_BYTES = 64 << 20
+"""Size at which the audit log is renamed, where the configuration says nothing."""
 
 
 def quantity(parse: Callable[[str, str], T], field: str) -> BeforeValidator:
@@ -64,6 +67,10 @@ def parse_zram(field: str, text: str) -> int | Literal["off", "auto"]:
         raise InvalidField(field, text, "off, auto, or a size such as 8G") from None
 
 
+def _or_audit_bytes(value: object) -> object:
+    return AUDIT_BYTES if value in (None, "") else value
+
+
 def _zram(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InvalidField("zram", repr(value), "off, auto, or a size such as 8G")
@@ -71,7 +78,6 @@ def _zram(value: object) -> object:
 
 
 MemorySize = Annotated[int | None, quantity(parse_bytes, "size")]
-Cores = Annotated[int | None, quantity(parse_cores, "cores")]
 OptionalDuration = Annotated[int | None, quantity(parse_duration, "duration")]
 Duration = Annotated[int, quantity(parse_duration, "duration")]
 Priority = Annotated[int, quantity(parse_priority, "priority")]
@@ -93,7 +99,7 @@ class PoolConfig(Section):
     """The pool's budget; empty: 85 % of the host's memory or of the nearest limit above."""
     memory_high: MemorySize = None
     zram: Annotated[int | Literal["off", "auto"], BeforeValidator(_zram)] = "off"
-    """Swap in compressed memory, made where the host has no swap (zram.py)."""
+    """Swap in compressed memory, made where the host has no swap (host/zram.py)."""
 
 
 class SessionDefaults(Section):
@@ -107,7 +113,7 @@ class SessionDefaults(Section):
 
 
 class CallDefaults(Section):
-    """What a call gets where its intent is silent, and the times of its life."""
+    """What a call gets where its intent is silent, and how long it may wait for what."""
 
     pids_max: Pids = 4096
     timeout: OptionalDuration = None
@@ -121,16 +127,18 @@ class CallDefaults(Section):
 
 
 class GuardConfig(Section):
-    """How the pool is looked after (policy/guard.py); what is done is the policy's."""
+    """How the pool's memory is guarded (guard/loop.py); what is done about it is the policy's."""
 
     enabled: bool = True
     tick: Duration = 20_000
-    """Between looks while the pool is short."""
+    """Between samples of the pool while it is short."""
     deny_allowance: Annotated[int, quantity(parse_bytes, "size")] = 16 << 20
     """Small requests that a call may still make after its growth was denied."""
-    protect_priority: Priority = 80
-    """Sessions of at least this priority are protected: when they stall on memory, the program in
-    the kernel denies growth to less important calls by itself."""
+    protect_priority: Priority = IMPORTANT_PRIORITY
+    """Sessions of at least this priority are protected by the program in the kernel: when they
+    stall on memory, it denies growth to less important calls by itself. Only that program goes by
+    this number: for the policy and for turns on a GPU, important is what has a priority of at
+    least `units.IMPORTANT_PRIORITY`."""
     stall_threshold: Duration = 10_000
     """Stalled this long within `stall_window`."""
     stall_window: Duration = 100_000
@@ -172,7 +180,7 @@ SHELL_COMMANDS = BoundaryRule(
 
 
 class BoundariesConfig(Section):
-    """Tool calls of agents that declare none (boundaries.py)."""
+    """Tool calls of agents that declare none (boundaries/)."""
 
     enabled: bool = True
     rules: tuple[BoundaryRule, ...] = (SHELL_COMMANDS,)
@@ -190,7 +198,7 @@ class BpfConfig(Section):
 
 
 class GpuConfig(Section):
-    """GPU sharing (gpu/control.py)."""
+    """GPU sharing (gpu/service.py)."""
 
     enabled: bool = True
     gate: bool = True
@@ -209,12 +217,12 @@ class GpuConfig(Section):
     wait: Duration = 600_000_000
     """How long a call waits for its part where its intent says nothing; then it is refused."""
     period: Duration = 200_000
-    """In this time everyone has a turn."""
+    """Everyone has a turn within this time."""
     least_turn: Duration = 10_000
     batch_percent: Annotated[int, Field(ge=1, le=50)] = 5
     """Of a device's time for those who make room for important calls."""
     sample: Duration = 200_000
-    """Between looks at devices while a call has a part of one."""
+    """Between samples of the devices while a call has a part of one."""
     watch_launches: Literal["important", "all", "off"] = "all"
     """With turns, whose work is seen by a probe, so that who works is not taken for idle and who
     begins need not wait for the next look."""
@@ -223,7 +231,7 @@ class GpuConfig(Section):
 
 
 class CpuConfig(Section):
-    """The CPU scheduler (cpu.py)."""
+    """The CPU scheduler (cpu/scheduling.py)."""
 
     scheduler: Literal["auto", "off"] = "auto"
     """`auto`: our sched_ext scheduler where the kernel can have it."""
@@ -264,7 +272,10 @@ class AuditConfig(Section):
     """The audit log: one JSON object a line."""
 
     path: Path | None = Path("/var/log/agentcgroup/audit.jsonl")
-    max_bytes: MemorySize = 64 << 20
+    max_bytes: Annotated[int, quantity(parse_bytes, "size"), BeforeValidator(_or_audit_bytes)] = (
+        AUDIT_BYTES
+    )
+    """Size at which the log is renamed; empty: the default."""
 
 
 class Config(Section):
@@ -285,8 +296,8 @@ class Config(Section):
 
 def _model_in(annotation: Any) -> type[BaseModel]:
     """The model that a field holds, itself or in a tuple."""
-    (model,) = [a for a in (annotation, *get_args(annotation))
-                if isinstance(a, type) and issubclass(a, BaseModel)]  # fmt: skip
+    candidates = (annotation, *get_args(annotation))
+    (model,) = (a for a in candidates if isinstance(a, type) and issubclass(a, BaseModel))
     return model
 
 

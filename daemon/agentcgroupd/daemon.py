@@ -100,7 +100,7 @@ class Daemon:
         _raise_file_limit()
         run = self.config.server.run_dir
         self._lock(run)
-        self.audit = Audit(self.config.audit.path, self.config.audit.max_bytes or 64 << 20)
+        self.audit = Audit(self.config.audit.path, self.config.audit.max_bytes)
         self.pool = prepare_pool(self.config.pool)
         self._mark_pool()
         self.policy_files.started(self.pool.memory_max_bytes, self.audit)

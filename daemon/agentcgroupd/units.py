@@ -32,8 +32,18 @@ PRIORITY_ALLOWED = "a whole number from 0 to 100, or batch (20), normal (50) or 
 _TEXT_CHARS_MAX = 64
 _NUMBER = re.compile(r"([0-9]{1,30}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})\s*([A-Za-z]*)")
 _BYTE_UNIT = re.compile(r"([kmgtpe])(?:i?b)?|b?")
-_TIME_UNITS = {"": 10**6, "us": 1, "ms": 10**3, "s": 10**6, "sec": 10**6, "m": 60 * 10**6,
-               "min": 60 * 10**6, "h": 3600 * 10**6, "d": 86400 * 10**6}  # fmt: skip
+_SECOND_USEC = 10**6
+_TIME_UNITS = {
+    "": _SECOND_USEC,
+    "us": 1,
+    "ms": 10**3,
+    "s": _SECOND_USEC,
+    "sec": _SECOND_USEC,
+    "m": 60 * _SECOND_USEC,
+    "min": 60 * _SECOND_USEC,
+    "h": 3600 * _SECOND_USEC,
+    "d": 86400 * _SECOND_USEC,
+}
 
 BYTES_MIN = Bytes(1 << 20)
 BYTES_MAX = Bytes((1 << 63) - 1)

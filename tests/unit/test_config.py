@@ -63,3 +63,8 @@ def test_every_key_is_documented() -> None:
         assert model is not None
         for key in model.model_fields:
             assert f"`{name}.{key}`" in text, f"{name}.{key} is not in docs/configuration.md"
+
+
+def test_an_empty_size_of_the_audit_log_is_the_default() -> None:
+    assert parse_config({"audit": {"max_bytes": ""}}).audit.max_bytes == 64 << 20
+    assert parse_config({"audit": {"max_bytes": "1M"}}).audit.max_bytes == 1 << 20

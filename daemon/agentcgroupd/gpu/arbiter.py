@@ -19,8 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-IMPORTANT = 80
-"""As units.PRIORITY_WORDS has it."""
+from agentcgroupd.units import IMPORTANT_PRIORITY
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class Tenant:
     @property
     def important(self) -> bool:
         """Goes before those that are not."""
-        return self.priority >= IMPORTANT
+        return self.priority >= IMPORTANT_PRIORITY
 
 
 @dataclass(frozen=True, slots=True)

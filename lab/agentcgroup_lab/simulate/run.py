@@ -39,8 +39,9 @@ from agentcgroup_lab.simulate.pool import INFINITY
 from agentcgroup_lab.simulate.types import Kernel, Lane, Strategy
 from agentcgroup_lab.simulate.world import World
 from agentcgroupd.policy.schema import Policy
+from agentcgroupd.units import IMPORTANT_PRIORITY, PRIORITY_WORDS
 
-IMPORTANT_PRIORITY, NORMAL_PRIORITY = 80, 50
+NORMAL_PRIORITY = PRIORITY_WORDS["normal"]
 STRATEGIES: tuple[Strategy, ...] = ("ours", "none", "static", "reserve")
 AGAIN_S = 1.0
 """After a session has ended the next one begins, where sessions repeat."""

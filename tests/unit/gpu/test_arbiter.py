@@ -7,7 +7,8 @@ from collections.abc import Callable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentcgroupd.gpu.arbiter import IMPORTANT, Arbiter, Settings, Tenant
+from agentcgroupd.gpu.arbiter import Arbiter, Settings, Tenant
+from agentcgroupd.units import IMPORTANT_PRIORITY
 
 GPU0, GPU1 = "GPU-0", "GPU-1"
 SETTINGS = Settings(period_usec=200_000, least_turn_usec=10_000, least_percent=5)
@@ -82,7 +83,7 @@ def test_alone_nobody_waits() -> None:
 @given(st.integers(0, 400_000), st.integers(1, 40), st.integers(1, 50))
 def test_an_important_one_goes_first_when_it_begins(at: int, percent: int, other: int) -> None:
     made = arbiter(("a", other, 20), ("b", other, 50))
-    made.add(Tenant("vip", percent, IMPORTANT, frozenset({GPU0})), 0)
+    made.add(Tenant("vip", percent, IMPORTANT_PRIORITY, frozenset({GPU0})), 0)
     run(made, at)
     assert made.want("vip", True, at)
     turn = made.decide(at)
@@ -90,7 +91,7 @@ def test_an_important_one_goes_first_when_it_begins(at: int, percent: int, other
 
 
 def test_a_batch_call_keeps_a_minimum() -> None:
-    made = arbiter(("vip", 50, IMPORTANT), ("a", 30, 20), ("b", 20, 20))
+    made = arbiter(("vip", 50, IMPORTANT_PRIORITY), ("a", 30, 20), ("b", 20, 20))
     run(made, 20_000_000)
     had = {name: t.had_usec / 20_000_000 for name, t in made.tenants.items()}
     assert abs(had["vip"] - 0.95) < 0.01

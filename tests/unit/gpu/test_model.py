@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from agentcgroupd.gpu.arbiter import IMPORTANT
 from agentcgroupd.gpu.idle import rests
+from agentcgroupd.units import IMPORTANT_PRIORITY
 from tests.gpu_model import OPERATION_USEC, Model, Program, Rests
 
 SETS = [(70, 30), (60, 30, 10), (40, 30, 20, 10)]
@@ -73,7 +73,7 @@ def test_taken_back(begin: int) -> None:
     have their halves again afterwards."""
     burst = busy_for(begin, 60_000)
     batch = [Program("a", 40, 20), Program("b", 40, 20)]
-    vip = Program("vip", 20, IMPORTANT, 1, burst.__contains__)
+    vip = Program("vip", 20, IMPORTANT_PRIORITY, 1, burst.__contains__)
     model = Model([*batch, vip], rests)
     model.run(begin - 1_000)
     model.run(begin + 2_000)
@@ -93,7 +93,7 @@ def test_missed_by_nvml_alone() -> None:
     for begin in range(3_000_000, 5_000_000, 97_000):
         burst = busy_for(begin, 60_000)
         batch = [Program("a", 40, 20, watched=False), Program("b", 40, 20, watched=False)]
-        vip = Program("vip", 20, IMPORTANT, 1, burst.__contains__)
+        vip = Program("vip", 20, IMPORTANT_PRIORITY, 1, burst.__contains__)
         model = Model([*batch, vip], after_300_ms)
         model.run(begin + 2_000)
         missed += not all(p.stopped for p in batch)
