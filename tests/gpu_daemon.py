@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from agentcgroupd import __main__ as program
 from agentcgroupd import daemon
+from agentcgroupd.enforce.actions import Actions
+from agentcgroupd.gpu.service import Gpus
+from agentcgroupd.sessions.registry import Sessions
 from tests.gpu_fakes import MAJORS, FakeControl, FakeNvml
 
 STATE = Path(os.environ["AGENTCG_TEST_GPUS"])
@@ -16,11 +18,13 @@ STATE = Path(os.environ["AGENTCG_TEST_GPUS"])
 class FakedDaemon(daemon.Daemon):
     """All else is real."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.gpus.make_nvml = lambda: FakeNvml(STATE)
-        self.gpus.read_majors = lambda: MAJORS
-        self.gpus.make_control = lambda pipes, logs, devices: FakeControl(STATE, pipes)
+    def make_gpus(self, sessions: Sessions, actions: Actions) -> Gpus:
+        """The real one, on faked devices."""
+        gpus = super().make_gpus(sessions, actions)
+        gpus.make_nvml = lambda: FakeNvml(STATE)
+        gpus.read_majors = lambda: MAJORS
+        gpus.make_control = lambda pipes, logs, devices: FakeControl(STATE, pipes)
+        return gpus
 
 
 def main() -> int:

@@ -44,24 +44,15 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def _run(config: Config) -> int:
-    daemon = Daemon(config)
-    try:
-        await daemon.start()
-        await daemon.stopped()
-    finally:
-        await daemon.stop()
-    return 0
-
-
 def main() -> int:
     """Parse, run, and turn what is known to go wrong into one line and an exit status."""
     arguments = _arguments()
+    words = "%(levelname)s %(message)s"
     logging.basicConfig(
         level=logging.DEBUG if arguments.verbose else logging.INFO,
-        format="%(levelname)s %(message)s" if "JOURNAL_STREAM" in os.environ
-        else "%(asctime)s %(levelname)s %(message)s",
-    )  # fmt: skip
+        # The journal adds the time itself.
+        format=words if "JOURNAL_STREAM" in os.environ else f"%(asctime)s {words}",
+    )
     try:
         config = load_config(arguments.config)
         if arguments.check:
@@ -71,7 +62,8 @@ def main() -> int:
         if os.geteuid() != 0:
             log.error("agentcgroupd must run as root: it makes cgroups and moves processes")
             return 1
-        return asyncio.run(_run(config))
+        asyncio.run(Daemon(config).run())
+        return 0
     except PartFailed as error:
         log.error("%s", error)
         return 1

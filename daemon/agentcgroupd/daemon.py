@@ -1,7 +1,7 @@
 """The daemon: its parts, in the order in which they start and stop.
 
-Where is it decided? What a call gets: admission.grant_for. What happens when memory runs short:
-policy.engine.decide. How a call ended: ending.judge.
+Where is it decided? What a call gets: intents.grant.grant_for. What happens when memory runs short:
+policy.engine.decide. How a call ended: calls.verdict.judge.
 """
 
 from __future__ import annotations
@@ -13,54 +13,55 @@ import logging
 import os
 import resource
 import signal
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
+from agentcgroupd.bpf.plane import DataPlane
 from agentcgroupd.calls.admission import Admission
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.calls.queue import AdmissionQueue
 from agentcgroupd.calls.reports import Reports
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
-from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.config import Config
 from agentcgroupd.cpu.scheduling import CpuScheduling
 from agentcgroupd.enforce.actions import Actions
-from agentcgroupd.errors import (
-    AgentcgroupdError,
-    CgroupGone,
-    ConfigError,
-    FailedPrecondition,
-    KnobError,
-)
+from agentcgroupd.errors import AgentcgroupdError, ConfigError, KnobError
 from agentcgroupd.gpu.service import Gpus
-from agentcgroupd.guard.assembly import Control
-from agentcgroupd.guard.high_mark import Tripwire
-from agentcgroupd.guard.loop import Guard
-from agentcgroupd.guard.policy_files import PolicyFiles
+from agentcgroupd.guard.assembly import PoolGuard
+from agentcgroupd.guard.high_mark import HighMark, PoolMark
+from agentcgroupd.guard.policy_files import PolicyFiles, read_policy
 from agentcgroupd.host.systemd import notify, watchdog_interval_s
+from agentcgroupd.observers import Observers
 from agentcgroupd.policy.learning import Peaks
 from agentcgroupd.restore import restore
 from agentcgroupd.rpc.agent_calls import AgentCalls
 from agentcgroupd.rpc.attach import AttachServer
 from agentcgroupd.rpc.peers import Relay
-from agentcgroupd.rpc.services import AdminService, AgentService, GrpcServer
-from agentcgroupd.rpc.views import Answers
+from agentcgroupd.rpc.services import AdminService, AgentService, GrpcServer, Parts
+from agentcgroupd.rpc.views import Views
+from agentcgroupd.sessions.cgroups import SessionCgroups
+from agentcgroupd.sessions.lifecycle import SessionLifecycle
+from agentcgroupd.sessions.limits import Ceilings
 from agentcgroupd.sessions.pool import ALIVE_XATTR, Pool, prepare_pool
 from agentcgroupd.sessions.registry import Sessions
-from agentcgroupd.state.session import RECORD_VERSION, Session, boottime_usec, read_record
+from agentcgroupd.state.session import RECORD_VERSION, boottime_usec, read_record
 from agentcgroupd.telemetry.audit import Audit
 from agentcgroupd.telemetry.feed import Feed
 from agentcgroupd.telemetry.metrics import Heartbeat, Metrics, MetricsServer
 from agentcgroupd.telemetry.notices import Notices
-from agentcgroupd.watchers import Watchers
 
 log = logging.getLogger(__name__)
 
 SWEEP_INTERVAL_S = 10.0
 BEAT_INTERVAL_S = 0.5
 FILES_WANTED = 262_144
+STOP_MOST_S = 5.0
+"""How long one part may take to stop; then the daemon goes on stopping without it."""
 
 
 class PartFailed(AgentcgroupdError):
@@ -68,328 +69,253 @@ class PartFailed(AgentcgroupdError):
 
 
 class Daemon:
-    """All parts of one running daemon. Use: `await start()`, `await stopped()`, `await stop()`."""
+    """One daemon, from its start to its end. Use: `await Daemon(config).run()`."""
 
     def __init__(self, config: Config) -> None:
         """Nothing is touched yet."""
-        self.config = config
-        self.metrics = Metrics()
-        self.feed = Feed()
-        self.heartbeat = Heartbeat()
-        self._stop = asyncio.Event()
-        self._failure: BaseException | None = None
-        self._lock_fd = -1
-        self.control: Control | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.policy_files = PolicyFiles(config.policy, self.metrics)
-        self.gpus = Gpus(config.gpu, config.server.run_dir, config.bpf.objects,
-                         lambda: self.sessions, lambda: self.actions,
-                         config.bpf.enabled)  # fmt: skip
-        self.cpu = CpuScheduling(config.cpu, config.bpf.objects, self.metrics,
-                                 lambda: self.policy_files.policy.cpu)  # fmt: skip
-        self.watchers = Watchers(config, lambda: self.actions, self.cpu, self.gpus)
-        self.pool: Pool
-        self.sessions: Sessions
-        self.calls: Calls
-        self.answers: Answers
+        self._config = config
 
-    async def start(self) -> None:
-        """Take the pool, take up what is there, open the sockets. Raises ConfigError, KnobError or
-        OSError; then stop() undoes what was done."""
-        self.policy_files.load()
-        _raise_file_limit()
-        run = self.config.server.run_dir
-        self._lock(run)
-        self.audit = Audit(self.config.audit.path, self.config.audit.max_bytes)
-        self.pool = prepare_pool(self.config.pool)
-        self._mark_pool()
-        self.policy_files.started(self.pool.memory_max_bytes, self.audit)
-        self.events = FileEvents()
-        self.sessions = Sessions(self.config, self.pool)
-        self.watchers.plane.open()
-        self.actions = Actions(
-            self.audit, self.metrics, self.feed, self.config.guard, lambda: self.watchers.memory,
-            self.pool.cgroup,
-        )  # fmt: skip
-        self.actions.hurry = self.cpu.hurry
-        notices = Notices(self.audit, self.metrics, self.feed)
-        self.peaks = Peaks()
-        self.queue = AdmissionQueue([self.gpus.resource], notices)
-        ceiling = self.sessions.ceiling
-        reports = Reports(self.pool.cgroup, notices, ceiling, self.cpu.numbers, self.peaks)
-        self.calls = Calls(
-            self.config.calls, self.events, self.actions, notices, reports, self.watchers, ceiling,
-            self.queue.count,
-        )  # fmt: skip
-        self.admission = Admission(self.calls, self.queue)
-        self.agent_calls = AgentCalls(self.sessions, self.calls, self.queue, self.admission)
-        self.answers = Answers(
-            self.pool, self.sessions, self.calls, self.queue.waiting, self.cpu.numbers
+    def make_gpus(self, sessions: Sessions, actions: Actions) -> Gpus:
+        """What shares the GPUs; tests put fakes for the driver here."""
+        config = self._config
+        return Gpus(
+            config.gpu,
+            config.server.run_dir,
+            config.bpf.objects,
+            lambda: sessions,
+            lambda: actions,
+            config.bpf.enabled,
         )
-        await self._start_gpus()
-        before = self.pool.cgroup.get_xattr(ALIVE_XATTR)
-        self._note_alive()
-        self.pool.settled_ticks = int(before or self.pool.cgroup.get_xattr(ALIVE_XATTR) or 0)
-        self.watchers.follow(self.pool, self.calls, self.sessions.open.values)
-        restore(self.sessions, self.calls, self.audit, self._watch, self.peaks)
-        self.sweep()
-        await self._open_sockets(run)
-        self.watchers.start(self._start_control())
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, self.policy_files.reload_quietly)
-        for coroutine in (
-            self._sweep_forever(), self._beat_forever(), self.policy_files.look_forever()
-        ):  # fmt: skip
-            task = loop.create_task(coroutine)
-            self._tasks.add(task)
-            task.add_done_callback(self._task_ended)
-        for name in self.pool.missing:
-            log.warning("controller %s is not available below %s: its limits are not enforced; "
-                        "see `agentcg doctor`", name, self.pool.cgroup.path)  # fmt: skip
-        notify("READY=1", f"STATUS=pool {self.pool.path}, {len(self.sessions.open)} sessions")
-        log.info("ready: pool %s, controllers %s, sockets in %s", self.pool.cgroup.path,
-                 " ".join(self.pool.controllers) or "none", run)  # fmt: skip
 
-    async def _start_gpus(self) -> None:
-        """Before sessions are found again: their calls may have parts of GPUs."""
-        gpus = self.gpus
-        await gpus.start(self.pool.cgroup)
-        self.sessions.gpus = lambda: gpus.ceiling
-        self.sessions.place_gpu = gpus.grants.place_part
-        self.answers.gpus = gpus
+    async def run(self) -> None:
+        """Take the pool, take up what is there, serve until SIGTERM or SIGINT, and let go. Sessions
+        and calls stay for the next daemon.
 
-    def _start_control(self) -> Control | None:
-        """None where the pool has no limit on memory: there is nothing to keep then."""
-        if not self.config.guard.enabled or self.pool.memory_max_bytes is None:
-            return None
-        control = Control(
-            self.config.guard, self.policy_files.policy, self.pool, self.calls, self.queue,
-            self.peaks, self.sessions.open, self.watchers.abilities,
-        )  # fmt: skip
-        self.control = control
-        self.policy_files.on_change = control.change_policy
-        control.guard.start(self._tripwire(control.guard))
-        control.start()
-        self.answers.guard = control.guard
-        return control
+        Raises ConfigError, KnobError or OSError where the daemon cannot start, PartFailed where a
+        part of it ends by itself; what was begun is undone either way.
+        """
+        async with AsyncExitStack() as undo:
+            # What is registered here is undone in the opposite order.
+            running = await self._start(undo)
+            await running.until_stopped()
+            notify("STOPPING=1")
 
-    def _tripwire(self, guard: Guard) -> Tripwire | None:
-        """None where a program tells the mark, or where memory.high is the operator's."""
-        if self.watchers.tells_marks or self.config.pool.memory_high is not None:
-            return None
-        mark_bytes, low_bytes = guard.mark_bytes
-        return Tripwire(self.pool.cgroup, self.events, mark_bytes, low_bytes)
+    async def _start(self, undo: AsyncExitStack) -> Running:
+        config, run_dir = self._config, self._config.server.run_dir
+        policy = read_policy(config.policy)
+        _raise_file_limit()
+        undo.callback(os.close, _lock(run_dir))
+        notices = self._make_notices(undo)
+        pool = prepare_pool(config.pool)
+        _mark_pool(pool, run_dir)
+        policy_files = PolicyFiles(config.policy, policy, notices, pool.memory_max_bytes)
+        events = FileEvents()
+        undo.callback(events.close)
 
-    def _lock(self, run: Path) -> None:
-        """One daemon for each run directory; the kernel gives the lock back however it ends."""
-        for name, mode in (("", 0o755), ("agent", 0o755), ("admin", 0o700), ("private", 0o700)):
-            directory = run / name
-            directory.mkdir(parents=True, exist_ok=True)
-            directory.chmod(mode)
-        self._lock_fd = os.open(run / "private/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # What acts on sessions and calls, and what follows them.
+        sessions = Sessions(pool)
+        plane = DataPlane(config.bpf, config.guard)
+        undo.callback(plane.close)
+        plane.open()
+        cpu = CpuScheduling(
+            config.cpu,
+            config.bpf.objects,
+            notices.metrics,
+            lambda: policy_files.policy.cpu,
+            pool,
+            sessions.open.values,
+        )
+        actions = Actions(notices, lambda: plane.memory, pool.cgroup, cpu.hurry)
+        gpus = self.make_gpus(sessions, actions)
+        undo.push_async_callback(_bounded, "GPU sharing", gpus.stop)
+        await gpus.start(pool.cgroup)
+        observers = Observers(config, plane, cpu, gpus, pool, sessions.open.values, notices)
+        undo.callback(observers.close)
+
+        # Calls, what lets them in, and the sessions that they are in.
+        ceilings = Ceilings(config.calls, pool, lambda: gpus.ceiling)
+        peaks = Peaks()
+        reports = Reports(pool.cgroup, notices, ceilings.of, cpu.numbers, peaks)
+        queue = AdmissionQueue([gpus.resource], notices)
+        calls = Calls(
+            config.calls, events, actions, notices, reports, observers, ceilings.of, queue.count
+        )
+        undo.callback(calls.let_go)
+        admission = Admission(calls, queue)
+        guard = None
+        if config.guard.enabled and pool.memory_max_bytes is not None:
+            guard = PoolGuard(
+                config.guard,
+                policy_files,
+                pool,
+                calls,
+                queue,
+                peaks,
+                sessions.open,
+                observers.abilities,
+                _marks(config, pool, events, observers),
+            )
+        lifecycle = SessionLifecycle(
+            SessionCgroups(
+                config.sessions, pool, sessions, lambda: gpus.ceiling, gpus.grants.place_part
+            ),
+            sessions,
+            pool,
+            events,
+            notices,
+            admission,
+            cpu.numbers,
+            [observers] if guard is None else [observers, guard],
+        )
+        undo.callback(lifecycle.stop)
+
+        # What an earlier daemon left.
+        pool.settled_ticks = _last_alive_ticks(pool)
+        observers.follow(calls)
+        restore(lifecycle, sessions, calls, notices.audit, peaks)
+        lifecycle.sweep()
+
+        # Who may ask, and what goes on from now on.
+        guard_loop = guard.loop if guard is not None else None
+        views = Views(pool, sessions, lifecycle, calls, queue, policy_files, gpus, guard_loop)
+        agent_calls = AgentCalls(sessions, calls, queue, admission)
+        parts = Parts(sessions, lifecycle, calls, queue, agent_calls, views, policy_files, notices)
+        running = Running(parts, pool, observers, cpu, gpus)
+        await self._open_doors(undo, parts, admission, running.heartbeat)
+        # What is held is let go of first: no part that is slow to stop can keep it.
+        undo.callback(calls.release)
+        undo.callback(gpus.let_go)
+        if guard is not None:
+            undo.callback(guard.stop)
+            guard.start()
+        observers.start(guard)
+        _say_ready(pool, sessions, run_dir)
+        return running
+
+    def _make_notices(self, undo: AsyncExitStack) -> Notices:
+        audit = Audit(self._config.audit.path, self._config.audit.max_bytes)
+        undo.callback(audit.close)
+        return Notices(audit, Metrics(), Feed())
+
+    async def _open_doors(
+        self, undo: AsyncExitStack, parts: Parts, admission: Admission, heartbeat: Heartbeat
+    ) -> None:
+        """Let agents, the operator and the metrics' reader in. Raises OSError or ConfigError."""
+        for role in ("agent", "admin"):
+            await self._open_sockets(undo, parts, admission, role)
+        await self._serve_metrics(undo, parts.notices.metrics, heartbeat)
+        undo.callback(parts.notices.feed.end)
+
+    async def _open_sockets(
+        self, undo: AsyncExitStack, parts: Parts, admission: Admission, role: str
+    ) -> None:
+        run_dir, metrics = self._config.server.run_dir, parts.notices.metrics
+        mode = 0o666 if role == "agent" else 0o600
+        backend = run_dir / f"private/{role}.sock"
+        server = GrpcServer(backend, f"agentcgroup.v1.{role.capitalize()}")
+        relay = Relay(
+            run_dir / role / "grpc.sock",
+            mode,
+            backend,
+            metrics,
+            parts.sessions.of_cgroup,
+            self._config.sessions.connections_max,
+        )
+        if role == "agent":
+            pb_grpc.add_AgentServicer_to_server(AgentService(parts, relay), server.server)
+        else:
+            pb_grpc.add_AdminServicer_to_server(AdminService(parts, relay), server.server)
+        attach = AttachServer(
+            run_dir / role / "attach.sock",
+            mode,
+            role == "admin",
+            parts.sessions,
+            parts.calls,
+            admission,
+            parts.agent_calls,
+            metrics,
+        )
+        undo.push_async_callback(_bounded, f"the {role} gRPC server", server.stop)
+        await server.start()
+        undo.push_async_callback(_bounded, f"the {role} relay", relay.stop)
+        await relay.start()
+        undo.callback(attach.stop)
+        attach.start()
+
+    async def _serve_metrics(
+        self, undo: AsyncExitStack, metrics: Metrics, heartbeat: Heartbeat
+    ) -> None:
+        address = self._config.server.metrics_address
+        if not address:
+            return
         try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"server.run_dir: another daemon is running in {run}") from None
+            server = MetricsServer(address, metrics, heartbeat.wrong)
+        except OSError as error:
+            why = os.strerror(error.errno or 0)
+            message = f"server.metrics_address: {address!r} cannot be used: {why}"
+            raise ConfigError(message) from None
+        close = partial(asyncio.to_thread, server.close)
+        undo.push_async_callback(_bounded, "the metrics server", close)
 
-    def _mark_pool(self) -> None:
-        record = {"v": RECORD_VERSION, "kind": "pool", "run_dir": str(self.config.server.run_dir)}
-        raw = self.pool.cgroup.get_xattr()
-        before = read_record(raw, "pool")
-        if raw is not None and before is None:
-            raise ConfigError(f"pool.cgroup: {self.pool.path} is marked as something else: {raw!r}")
-        self.pool.cgroup.set_xattr(json.dumps(record).encode())
 
-    async def _open_sockets(self, run: Path) -> None:
-        most = self.config.sessions.connections_max
-        self._relays, self._servers, self._attaches = [], [], []
-        for role, mode, service in (("agent", 0o666, "Agent"), ("admin", 0o600, "Admin")):
-            backend = run / f"private/{role}.sock"
-            find = self.sessions.of_cgroup
-            relay = Relay(run / role / "grpc.sock", mode, backend, self.metrics, find, most)
-            server = GrpcServer(backend, f"agentcgroup.v1.{service}")
-            if role == "agent":
-                pb_grpc.add_AgentServicer_to_server(AgentService(self, relay), server.server)
-            else:
-                pb_grpc.add_AdminServicer_to_server(AdminService(self, relay), server.server)
-            attach = AttachServer(run / role / "attach.sock", mode, role == "admin", self.sessions,
-                                  self.calls, self.admission, self.agent_calls,
-                                  self.metrics)  # fmt: skip
-            await server.start()
-            await relay.start()
-            attach.start()
-            self._servers.append(server)
-            self._relays.append(relay)
-            self._attaches.append(attach)
-        self.metrics_server: MetricsServer | None = None
-        if self.config.server.metrics_address:
-            try:
-                self.metrics_server = MetricsServer(
-                    self.config.server.metrics_address, self.metrics, self.heartbeat.wrong
-                )
-            except OSError as error:
-                address, why = self.config.server.metrics_address, os.strerror(error.errno or 0)
-                raise ConfigError(
-                    f"server.metrics_address: {address!r} cannot be used: {why}"
-                ) from None
+class Running:
+    """A daemon that has started: what it does again and again until it is told to stop."""
 
-    async def stopped(self) -> None:
-        """Until SIGTERM or SIGINT. Raises PartFailed if a part of the daemon ends by itself."""
+    def __init__(
+        self, parts: Parts, pool: Pool, observers: Observers, cpu: CpuScheduling, gpus: Gpus
+    ) -> None:
+        self._parts = parts
+        self._pool = pool
+        self._observers = observers
+        self._cpu = cpu
+        self._gpus = gpus
+        self._calls = parts.calls
+        self._metrics = parts.notices.metrics
+        self.heartbeat = Heartbeat()
+
+    async def until_stopped(self) -> None:
+        """Serve until SIGTERM or SIGINT; on SIGHUP the policy is read anew. Raises PartFailed if a
+        part of the daemon ends by itself."""
+        stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
-        await self._stop.wait()
-        if self._failure is not None:
-            raise PartFailed("a part of the daemon failed") from self._failure
-
-    async def stop(self) -> None:
-        """Close the sockets and let go. Sessions and calls stay for the next daemon."""
-        notify("STOPPING=1")
-        if self.control is not None:
-            self.control.stop()
-        for task in self._tasks:
-            task.cancel()
-        self.feed.end()
-        for relay in getattr(self, "_relays", []):
-            await relay.stop()
-        for attach in getattr(self, "_attaches", []):
-            attach.stop()
-        for server in getattr(self, "_servers", []):
-            await server.stop()
-        if hasattr(self, "calls"):
-            self.calls.let_go()
-            self.events.close()
-        await self.gpus.stop()
-        self.watchers.close()
-        if getattr(self, "metrics_server", None) is not None:
-            assert self.metrics_server is not None
-            await asyncio.get_running_loop().run_in_executor(None, self.metrics_server.close)
-        if hasattr(self, "audit"):
-            self.audit.close()
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-
-    # Sessions
-
-    def open_session(self, spec: pb.SessionSpec) -> Session:
-        """See Sessions.open_session."""
-        return self._opened(self.sessions.open_session(spec))
-
-    def adopt_session(self, cgroup_path: str, spec: pb.SessionSpec) -> Session:
-        """See Sessions.adopt_session."""
-        return self._opened(self.sessions.adopt_session(cgroup_path, spec))
-
-    def _opened(self, session: Session) -> Session:
-        self._watch(session)
-        self.audit.write("session_opened", session=session.id, cgroup=session.cgroup_path,
-                         adopted=session.adopted)  # fmt: skip
-        self.feed.publish(
-            session.id, pb.Event(session_opened=self.answers.describe(session, admin=True))
-        )
-        return session
-
-    def _watch(self, session: Session) -> None:
-        """An adopted cgroup belongs to its runtime: when it is empty, the session is over."""
-        self.watchers.session_opened(session)
-        if self.control is not None:
-            self.control.session_opened(session)
-        if session.adopted:
-            session.watch = self.events.watch(
-                session.cgroup, knobs.CGROUP_EVENTS, lambda: self._adopted_changed(session)
-            )
-
-    def _adopted_changed(self, session: Session) -> None:
+            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._parts.policy_files.reload_quietly)
         try:
-            if session.closing or session.cgroup.populated():
-                return
-        except CgroupGone:
-            log.debug("session %s: its cgroup is gone", session.id)
-        self._spawn_close(session)
-
-    def _spawn_close(self, session: Session) -> None:
-        task = asyncio.get_running_loop().create_task(self._close_quietly(session))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _close_quietly(self, session: Session) -> None:
-        try:
-            await self.close_session(session)
-        except AgentcgroupdError as error:
-            log.warning("session %s could not be closed: %s", session.id, error)
-
-    async def close_session(self, session: Session) -> int:
-        """End a session's calls, then its agent; returns how many calls were ended.
-        RequestError."""
-        if session.closing:
-            raise FailedPrecondition(f"session {session.id} is being closed already")
-        session.closing = True
-        self.queue.close_session(session)
-        calls = list(session.calls.values())
-        try:
-            endings = [self.calls.end(c, False, None, "its session was closed") for c in calls]
-            await asyncio.gather(*(e for e in endings if not isinstance(e, pb.Report)))
-            last = self.answers.describe(session, admin=True) if session.cgroup.exists() else None
-            # Only the kernel's part waits in a thread; the books are the loop's alone.
-            await asyncio.get_running_loop().run_in_executor(None, self.sessions.remove, session)
-            if session.adopted:
-                self.cpu.given_back(session)
-            self.sessions.forget(session)
-        except BaseException:
-            session.closing = False
-            raise
-        if session.watch is not None:
-            self.events.unwatch(session.watch)
-        self.watchers.session_closed(session)
-        self.audit.write("session_closed", session=session.id, calls_ended=len(calls))
-        self.feed.publish(session.id, pb.Event(session_closed=last or pb.Session(id=session.id)))
-        self.feed.end(session.id)
-        return len(calls)
-
-    # Housekeeping
-
-    def sweep(self) -> None:
-        """Calls whose end was missed, cgroups that nobody owns, sessions whose cgroup is gone."""
-        self.calls.recheck()
-        self.watchers.sweep()
-        for cgroup in list(self.sessions.unknown()):
-            self._remove_leftover(cgroup)
-        for session in list(self.sessions.open.values()):
-            if not session.closing and not session.cgroup.exists():
-                log.warning("session %s: its cgroup was removed by someone else", session.id)
-                self._spawn_close(session)
-
-    def _remove_leftover(self, cgroup: Cgroup) -> None:
-        """Empty ones go; one with processes is not ours to kill, and is said aloud."""
-        try:
-            if cgroup.populated():
-                log.warning("%s has processes but no record; it is left alone", cgroup.path)
-                return
-            cgroup.remove()
-        except KnobError as error:
-            log.warning("leftover %s: %s", cgroup.path, error)
-            return
-        self.answers.leftovers_removed += 1
-        self.metrics.leftovers.inc()
-        log.info("removed leftover %s", cgroup.path)
+            async with asyncio.TaskGroup() as group:
+                endless = (
+                    group.create_task(self._sweep_forever()),
+                    group.create_task(self._beat_forever()),
+                    group.create_task(self._parts.policy_files.compare_forever()),
+                )
+                await stop.wait()
+                for task in endless:
+                    task.cancel()
+        except BaseExceptionGroup as failed:
+            cause = failed.exceptions[0]
+            log.error("a part of the daemon failed", exc_info=cause)
+            raise PartFailed("a part of the daemon failed") from cause
 
     async def _sweep_forever(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
-            self.sweep()
+            self._calls.recheck()
+            self._observers.sweep()
+            self._parts.lifecycle.sweep()
 
     async def _beat_forever(self) -> None:
-        """Gauges, the loop's lateness, and systemd's watchdog."""
+        """Keep gauges, the loop's lateness, and systemd's watchdog."""
         loop = asyncio.get_running_loop()
         watchdog_s = watchdog_interval_s()
         due = loop.time()
         while True:
             due += min(BEAT_INTERVAL_S, watchdog_s or BEAT_INTERVAL_S)
             await asyncio.sleep(max(0.0, due - loop.time()))
-            self.metrics.loop_lag.observe(max(0.0, loop.time() - due))
+            self._metrics.loop_lag.observe(max(0.0, loop.time() - due))
             due = max(due, loop.time())
             self.heartbeat.beat()
-            self._note_alive()
-            self.cpu.check()
+            _note_alive(self._pool)
+            self._cpu.check()
             if watchdog_s:
                 notify("WATCHDOG=1")
             try:
@@ -398,38 +324,102 @@ class Daemon:
                 log.error("the pool cannot be read: %s", error)
 
     def _set_gauges(self) -> None:
-        metrics = self.metrics
-        current = self.pool.cgroup.read_if(knobs.MEMORY_CURRENT)
+        metrics = self._metrics
+        current = self._pool.cgroup.read_if(knobs.MEMORY_CURRENT)
         metrics.pool_memory_current.set(float("nan") if current is None else current)
-        most = self.pool.memory_max_bytes
+        most = self._pool.memory_max_bytes
         metrics.pool_memory_max.set(float("nan") if most is None else most)
-        metrics.sessions_open.set(len(self.sessions.open))
+        metrics.sessions_open.set(len(self._parts.sessions.open))
         states = dict.fromkeys(("pending", "running", "frozen", "ending"), 0)
-        for call in self.calls.open.values():
+        for call in self._calls.open.values():
             states[pb.CallState.Name(call.state)[len("CALL_STATE_") :].lower()] += 1
         for state, count in states.items():
             metrics.calls_open.labels(state).set(count)
-        metrics.audit_lost.set(self.audit.lost)
-        metrics.gpu_calls.set(len(self.gpus.tenants))
-
-    def _note_alive(self) -> None:
-        ticks = boottime_usec() * os.sysconf("SC_CLK_TCK") // 1_000_000
-        try:
-            self.pool.cgroup.set_xattr(str(ticks).encode(), ALIVE_XATTR)
-        except KnobError as error:
-            log.error("the pool: %s", error)
-
-    def _task_ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a part of the daemon failed", exc_info=task.exception())
-            self._failure = task.exception()
-            self._stop.set()
+        metrics.audit_lost.set(self._parts.notices.audit.lost)
+        metrics.gpu_calls.set(len(self._gpus.tenants))
 
 
 def _raise_file_limit() -> None:
-    """Each open call may keep a descriptor; the usual soft limit of 1,024 is for programs that use
-    select(2)."""
+    """Allow more open files: each open call may keep a descriptor, and the usual soft limit of
+    1,024 is for programs that use select(2)."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(FILES_WANTED, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _lock(run_dir: Path) -> int:
+    """Make the run directory and lock it for this daemon; returns the descriptor that holds the
+    lock. The kernel takes the lock away however the daemon ends. Raises ConfigError."""
+    for name, mode in (("", 0o755), ("agent", 0o755), ("admin", 0o700), ("private", 0o700)):
+        directory = run_dir / name
+        directory.mkdir(parents=True, exist_ok=True)
+        directory.chmod(mode)
+    fd = os.open(run_dir / "private/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise ConfigError(f"server.run_dir: another daemon is running in {run_dir}") from None
+    return fd
+
+
+def _mark_pool(pool: Pool, run_dir: Path) -> None:
+    """Put the daemon's record on the pool. Raises ConfigError where something else is there."""
+    record = {"v": RECORD_VERSION, "kind": "pool", "run_dir": str(run_dir)}
+    raw = pool.cgroup.get_xattr()
+    if raw is not None and read_record(raw, "pool") is None:
+        raise ConfigError(f"pool.cgroup: {pool.path} is marked as something else: {raw!r}")
+    pool.cgroup.set_xattr(json.dumps(record).encode())
+
+
+def _marks(config: Config, pool: Pool, events: FileEvents, observers: Observers) -> list[PoolMark]:
+    """What tells that use of the pool has passed its mark: the memory programs, and memory.high
+    where they do not and the operator has not set it."""
+    marks: list[PoolMark] = []
+    program_mark = observers.program_mark()
+    if program_mark is not None:
+        marks.append(program_mark)
+    if not observers.tells_marks and config.pool.memory_high is None:
+        marks.append(HighMark(pool.cgroup, events))
+    return marks
+
+
+def _last_alive_ticks(pool: Pool) -> int:
+    """When a daemon was last alive here, in clock ticks since boot; now, if this is the first."""
+    before = pool.cgroup.get_xattr(ALIVE_XATTR)
+    _note_alive(pool)
+    return int(before or pool.cgroup.get_xattr(ALIVE_XATTR) or 0)
+
+
+def _note_alive(pool: Pool) -> None:
+    ticks = boottime_usec() * os.sysconf("SC_CLK_TCK") // 1_000_000
+    try:
+        pool.cgroup.set_xattr(str(ticks).encode(), ALIVE_XATTR)
+    except KnobError as error:
+        log.error("the pool: %s", error)
+
+
+def _say_ready(pool: Pool, sessions: Sessions, run_dir: Path) -> None:
+    for name in pool.missing:
+        log.warning(
+            "controller %s is not available below %s: its limits are not enforced; "
+            "see `agentcg doctor`",
+            name,
+            pool.cgroup.path,
+        )
+    notify("READY=1", f"STATUS=pool {pool.path}, {len(sessions.open)} sessions")
+    controllers = " ".join(pool.controllers) or "none"
+    log.info(
+        "ready: pool %s, controllers %s, sockets in %s", pool.cgroup.path, controllers, run_dir
+    )
+
+
+async def _bounded(what: str, stop: Callable[[], Awaitable[None]]) -> None:
+    """Stop a part, but wait no longer than STOP_MOST_S for it."""
+    task = asyncio.ensure_future(stop())
+    done, _ = await asyncio.wait({task}, timeout=STOP_MOST_S)
+    if done:
+        task.result()
+        return
+    task.cancel()
+    log.error("%s did not stop within %g s: the daemon ends without it", what, STOP_MOST_S)

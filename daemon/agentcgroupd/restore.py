@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.errors import KnobError
 from agentcgroupd.policy.learning import Peaks, learn
+from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.registry import Sessions
-from agentcgroupd.state.session import Call, Session, read_record
+from agentcgroupd.state.session import Call, read_record
 from agentcgroupd.telemetry.audit import Audit
 
 log = logging.getLogger(__name__)
 
 
 def restore(
-    sessions: Sessions,
-    calls: Calls,
-    audit: Audit,
-    watch: Callable[[Session], None],
-    peaks: Peaks,
+    lifecycle: SessionLifecycle, sessions: Sessions, calls: Calls, audit: Audit, peaks: Peaks
 ) -> None:
-    """Take up what the cgroups and the audit log tell. `watch` is told of each session before its
-    calls."""
-    for session in sessions.restore():
-        watch(session)
+    """Take up what the cgroups and the audit log tell; each session before its calls."""
+    for session in lifecycle.restore():
         for name in session.cgroup.children():
             cgroup = session.cgroup.child(name)
             data = read_record(cgroup.get_xattr(), "call")
@@ -49,7 +43,8 @@ def restore(
 
 
 def _reports(sessions: Sessions, calls: Calls, audit: Audit) -> dict[str, dict[str, pb.Report]]:
-    """Of open sessions' ended calls, by session and call, oldest first; the later entry counts."""
+    """Reports of ended calls of open sessions, by session and call, oldest first; of two entries
+    for a call the later one counts."""
     ended = {r.call_id for s in sessions.open.values() for r in s.reports}
     found: dict[str, dict[str, pb.Report]] = {}
     for report in audit.ended_reports():

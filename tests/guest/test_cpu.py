@@ -207,8 +207,8 @@ def test_someone_elses_scheduler_is_left_alone(daemon: DaemonProcess) -> None:
 
     async def try_beside() -> None:
         pool = prepare_pool(PoolConfig(cgroup=daemon.pool_path))
-        cpu = CpuScheduling(CpuConfig(), None, Metrics(), lambda: Policy().cpu)
-        state = cpu.open(pool, None, lambda: (), True)
+        cpu = CpuScheduling(CpuConfig(), None, Metrics(), lambda: Policy().cpu, pool, lambda: ())
+        state = cpu.open(None, True)
         assert not state.works and state.remedy == "stop it, or leave the CPU to it"
         assert state.reason == f"another sched_ext scheduler runs here: {sched.running()}"
         cpu.check()

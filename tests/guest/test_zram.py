@@ -20,10 +20,9 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.psi import PressureTrigger
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
-from agentcgroupd.config import GuardConfig
 from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.guard.host_capacity import read_host, zram_used_bytes
-from agentcgroupd.guard.session_sampler import Views
+from agentcgroupd.guard.session_sampler import SessionSampler
 from agentcgroupd.host import zram
 from agentcgroupd.host.zram import Zram, ZramError
 from agentcgroupd.intents.grant import Grant
@@ -32,6 +31,7 @@ from agentcgroupd.state.session import Call, Session, SessionLimits, boottime_us
 from agentcgroupd.telemetry.audit import Audit
 from agentcgroupd.telemetry.feed import Feed
 from agentcgroupd.telemetry.metrics import Metrics
+from agentcgroupd.telemetry.notices import Notices
 from tests.conftest import StartDaemon
 from tests.harness import EXEC, SLOW, wait_until
 
@@ -124,7 +124,7 @@ class Place:
 
     def events(self, kind: str) -> list[dict[str, object]]:
         """Entries of the audit log."""
-        path = self.actions.audit._path
+        path = self.actions.notices.audit._path
         assert path is not None
         entries = (json.loads(line) for line in path.read_text().splitlines())
         return [entry for entry in entries if entry["event"] == kind]
@@ -157,8 +157,8 @@ def place(tmp_path: Path) -> Iterator[Place]:
     limits = SessionLimits(None, None, None, 100, None, None, 50, 16)
     session = Session(id="s", cgroup=own, agent=agent, cgroup_path=f"/{name}/s", limits=limits,
                       opened_unix_usec=0, offered=agent.files())  # fmt: skip
-    actions = Actions(Audit(tmp_path / "audit.jsonl", 1 << 30), Metrics(), Feed(), GuardConfig(),
-                      lambda: None, pool)  # fmt: skip
+    notices = Notices(Audit(tmp_path / "audit.jsonl", 1 << 30), Metrics(), Feed())
+    actions = Actions(notices, lambda: None, pool, hurry=lambda call: None)
     made = Place(pool, session, actions)
     try:
         yield made
@@ -263,8 +263,8 @@ def test_an_idle_agents_memory_leaves_and_comes_back(place: Place, swap: Zram) -
     leaf = place.session.agent
     held = leaf.read(knobs.MEMORY_CURRENT)
     assert held > HELD_PAGES * 4096
-    views = Views(lambda: [place.session])
-    assert views.look(boottime_usec())[0].reclaimed_usec is None
+    sampler = SessionSampler(lambda: [place.session])
+    assert sampler.views(boottime_usec())[0].reclaimed_usec is None
 
     async def run() -> int:
         lags: list[float] = []
@@ -302,13 +302,13 @@ def test_an_idle_agents_memory_leaves_and_comes_back(place: Place, swap: Zram) -
     assert 0 < used <= stat.used_bytes < stat.held_bytes / 2
 
     time.sleep(1.1)
-    view = views.look(boottime_usec())[0]
+    view = sampler.views(boottime_usec())[0]
     assert view.waiting_usec >= 1_000_000 and view.reclaimed_usec is not None
     assert view.refaults_per_s == 0
     ask(holder)
     assert answer(holder) == before
     time.sleep(1.1)
-    view = views.look(boottime_usec())[0]
+    view = sampler.views(boottime_usec())[0]
     print(f"coming back: {view.refaults_per_s:.0f} refaults/s")
     assert view.refaults_per_s > 1000 and view.waiting_usec == 0
 

@@ -192,6 +192,7 @@ def test_a_v1_cgroups_name_makes_nobody_another(daemon: DaemonProcess, mark: str
 
 def test_a_cgroup_whose_name_is_no_utf8_is_one_of_its_session(daemon: DaemonProcess) -> None:
     guest = daemon.enter("beta")
+    assert guest.run("result = stub.GetSession(pb.GetSessionRequest()).id") == "beta"
     inner = Path(os.fsdecode(os.fsencode(daemon.cgroup_dir) + b"/beta/agent/\xff\xfe"))
     inner.mkdir()
     try:

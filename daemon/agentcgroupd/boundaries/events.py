@@ -9,8 +9,8 @@ Between the exec and the move a few hundred microseconds pass. What the process 
 known by its fork event and moved after it; a process that has ended by then still gets its report,
 from its exit event.
 
-Here events are dealt with in their order. What is known of the processes is in sightings.py, their
-way into a leaf in placement.py, and what happens when events were lost in losses.py.
+Here events are dealt with in their order. What is known of the processes is in processes.py, their
+way into a leaf in placement.py, and what happens when events were lost in resync.py.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from agentcgroupd.boundaries.placement import Placement
-from agentcgroupd.boundaries.processes import TICK_NS, Forked, Sighting, Sightings, key_of
-from agentcgroupd.boundaries.resync import Losses
+from agentcgroupd.boundaries.processes import TICK_NS, Forked, KnownProcesses, ObservedCall, key_of
+from agentcgroupd.boundaries.resync import Resync
 from agentcgroupd.boundaries.rules import argv_of, begins_call, may_begin_call
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import BoundariesConfig
-from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.errors import AgentcgroupdError
 from agentcgroupd.host.proc import command_line
 from agentcgroupd.intents.command import tool_name
 from agentcgroupd.state.session import Call, Session
+from agentcgroupd.telemetry.notices import Notices
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Boundaries:
         lifecycle: Lifecycle,
         calls: Calls,
         sessions: Callable[[], Iterable[Session]],
-        actions: Actions,
+        notices: Notices,
         settled_ticks: int,
     ) -> None:
         """`settled_ticks`: processes that were in an agent leaf at this time (clock ticks since
@@ -60,23 +60,23 @@ class Boundaries:
         self._lifecycle = lifecycle
         self._calls = calls
         self._sessions = sessions
-        self._actions = actions
+        self._notices = notices
         self._agents: dict[int, Session] = {}
         self._call_of_cgroup: dict[int, Call] = {}
         self._queue: deque[AnyEvent] = deque()
         self._busy = False
         self._loop = asyncio.get_running_loop()
         self._work_later: asyncio.Handle | None = None
-        self._sightings = Sightings()
-        self._placement = Placement(self._sightings, calls, actions, self._read_on)
-        self._losses = Losses(
+        self._known = KnownProcesses()
+        self._placement = Placement(self._known, calls, notices, self._read_on)
+        self._resync = Resync(
             config,
             lifecycle,
-            self._sightings,
+            self._known,
             self._placement,
             self._watched,
             lambda: self.behind,
-            actions,
+            notices,
             settled_ticks,
         )
 
@@ -87,44 +87,45 @@ class Boundaries:
 
     def start(self) -> None:
         """Begin with what runs now."""
-        self._losses.start()
+        self._resync.start()
         self._lifecycle.start(self.handle)
-        self._losses.resync()
+        self._resync.read_leaves()
 
     # What is watched
 
     def session_opened(self, session: Session) -> None:
-        """Watch its agent leaf. Raises BpfError."""
+        """Follow the processes of a session's agent leaf. Raises BpfError."""
         self._lifecycle.manage(session.agent.id, abi.CgroupKind.AGENT)
         self._agents[session.agent.id] = session
 
     def session_closed(self, session: Session) -> None:
-        """No more. Raises BpfError."""
+        """Forget a session and its processes. Raises BpfError."""
         self._agents.pop(session.agent.id, None)
-        self._sightings.drop(session)
+        self._known.drop(session)
         self._lifecycle.unmanage(session.agent.id)
 
     def _watched(self) -> list[Session]:
         return [s for s in self._sessions() if s.agent.id in self._agents and not s.closing]
 
     def call_opened(self, call: Call) -> None:
-        """Watch a call's leaf. Raises BpfError."""
+        """Follow the processes of a call's leaf. Raises BpfError."""
         self._lifecycle.manage(call.cgroup.id, abi.CgroupKind.CALL)
         self._call_of_cgroup[call.cgroup.id] = call
 
     def call_closed(self, call: Call) -> None:
-        """No more. Raises BpfError."""
+        """Forget a call's leaf, and ask again for observed calls that were refused. Raises
+        BpfError."""
         self._call_of_cgroup.pop(call.cgroup.id, None)
         self._lifecycle.unmanage(call.cgroup.id)
-        refused = self._sightings.refused(call.session)
+        refused = self._known.refused(call.session)
         if refused and not call.session.closing:
             self._loop.call_soon(self._placement.try_again, refused)
 
     # Events
 
     def handle(self, batch: list[AnyEvent]) -> None:
-        """Events in the kernel's order. May come again while it runs; what comes then is dealt
-        with after what was there before."""
+        """Take in events in the kernel's order. May be called again while it runs; what comes then
+        is dealt with after what was there before."""
         for event in batch:
             if isinstance(event, abi.ExitEvent):
                 self._note_status(event)
@@ -133,8 +134,8 @@ class Boundaries:
             self._work()
 
     def _work(self) -> None:
-        """Deal with events for a while, then let the loop's other users have their turn; the ring
-        buffer keeps what comes meanwhile."""
+        """Deal with events for SLICE_S, then let the loop's other users run; the ring buffer keeps
+        what comes meanwhile."""
         self._work_later = None
         self._busy = True
         deadline = self._loop.time() + SLICE_S
@@ -142,7 +143,7 @@ class Boundaries:
             while self._queue and self._loop.time() < deadline:
                 self._one(self._queue.popleft())
             if not self._queue:
-                self._losses.look()
+                self._resync.check_lost()
         finally:
             self._busy = False
         self._lifecycle.read(not self._queue)
@@ -150,11 +151,11 @@ class Boundaries:
             self._work_later = self._loop.call_soon(self._work)
             return
         self._calls.look_postponed()
-        self._losses.check_soon()
+        self._resync.check_soon()
 
     def catch_up(self) -> None:
-        """Read what has not been worth a wake-up: statuses at once, the rest in its turn, because
-        whoever asks is in the middle of ending a call."""
+        """Read the events that have not been worth a wake-up. Exit statuses are kept at once, the
+        rest is dealt with later, because whoever asks is in the middle of ending a call."""
         before, self._busy = self._busy, True
         try:
             self._lifecycle.drain()
@@ -164,8 +165,8 @@ class Boundaries:
             self._work_later = self._loop.call_soon(self._work)
 
     def prune(self) -> None:
-        """Now and then: give up processes whose end nobody will tell."""
-        self._losses.prune()
+        """Give up processes whose end nobody will tell; to be called again and again."""
+        self._resync.prune()
 
     def _read_on(self) -> None:
         """Take in what is there, unless so much waits that it is better left in the buffer."""
@@ -188,7 +189,8 @@ class Boundaries:
             log.warning("%s: %s", type(event).__name__, error)
 
     def _note_status(self, event: abi.ExitEvent) -> None:
-        """At once: the end of its call may be dealt with before this event's turn."""
+        """Keep the status of a call's main process at once: the end of the call may be dealt with
+        before this event is."""
         call = self._call_of_cgroup.get(event.event.cgroup_id)
         if call is not None and call.main is not None:
             if (call.main.pid, call.main.start_ticks) == key_of(event.process):
@@ -199,20 +201,20 @@ class Boundaries:
         if session is None or not event.child.pid:
             return
         child = key_of(event.child)
-        if self._sightings.settled(child):
+        if self._known.settled(child):
             return  # a resync was there first
         parent = event.child.parent_pid, event.parent_start_ns // TICK_NS
-        sighting = self._sightings.seen(parent)
-        if sighting is None:
+        observed = self._known.seen(parent)
+        if observed is None:
             comm = event.child.comm.decode("utf-8", "replace")
-            self._sightings.fork(child, Forked(session, comm, event.event.at_ns))
+            self._known.fork(child, Forked(session, comm, event.event.at_ns))
         else:
-            self._placement.follow(sighting, child)
+            self._placement.follow(observed, child)
 
     def _exec(self, event: abi.ExecEvent) -> None:
         session = self._agents.get(event.event.cgroup_id)
         key = key_of(event.process)
-        forked = self._sightings.forked(key)
+        forked = self._known.forked(key)
         if session is None or forked is None:
             return
         forked.executed = True
@@ -225,43 +227,43 @@ class Boundaries:
             begins = begins_call(self._config, comm, argv)
         if begins:
             name = tool_name(comm, argv)
-            self._placement.begin(Sighting(session, name, argv, key, event.event.at_ns))
+            self._placement.begin(ObservedCall(session, name, argv, key, event.event.at_ns))
 
     def _exit(self, event: abi.ExitEvent) -> None:
         key = key_of(event.process)
-        forked, sighting = self._sightings.end(key)
+        forked, observed = self._known.end(key)
         if forked is not None:
             self._exec_was_missed(forked, event)
-        if sighting is None:
+        if observed is None:
             return
-        if key == sighting.main:
-            sighting.exit = event
-            if sighting.call is not None:
-                sighting.call.exit_status = event.wait_status
-        if not sighting.members:
-            self._placement.over(sighting)
+        if key == observed.main:
+            observed.exit = event
+            if observed.call is not None:
+                observed.call.exit_status = event.wait_status
+        if not observed.members:
+            self._placement.over(observed)
 
     def _exec_was_missed(self, forked: Forked, event: abi.ExitEvent) -> None:
-        """It has executed something, says its exit event, but no exec event did."""
+        """Report a call whose exec event was lost: the exit event says that the process had
+        executed something."""
         comm = event.process.comm.decode("utf-8", "replace")
         if forked.executed or not event.executed or not may_begin_call(self._config, comm):
             return
-        over = Sighting(forked.session, tool_name(comm, []), [], key_of(event.process),
-                        forked.at_ns, exit=event)  # fmt: skip
-        self._placement.over(over)
+        key, name = key_of(event.process), tool_name(comm, [])
+        self._placement.over(ObservedCall(forked.session, name, [], key, forked.at_ns, exit=event))
 
     def _oom(self, event: abi.OomEvent) -> None:
         call = self._call_of_cgroup.get(event.event.cgroup_id)
         session = call.session if call else self._agents.get(event.event.cgroup_id)
         if session is not None:
             comm = event.process.comm.decode("utf-8", "replace")
-            self._actions.oom_victim(session, call, event.process.pid, comm)
+            self._notices.oom_victim(session, call, event.process.pid, comm)
 
     def close(self) -> None:
         """Forget everything; calls stay as they are."""
-        self._losses.close()
+        self._resync.close()
         if self._work_later is not None:
             self._work_later.cancel()
         self._agents.clear()
-        self._sightings.clear()
+        self._known.clear()
         self._queue.clear()

@@ -1,8 +1,8 @@
-"""What is known of the processes in agent leaves: which were forked there and have begun no call,
-which belong to a call that was seen to begin, and which have ended.
+"""What is known of the processes in agent leaves.
 
-A process is in one of these at a time and goes through them in this order. Nothing here asks the
-kernel, but for the few questions at the end.
+A process that was forked there has begun no call at first; then it may belong to a call that was
+seen to begin; at last it has ended. It is in one of these states at a time, in this order. Only
+`lives` asks the kernel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Key = tuple[int, int]
 
 
 def key_of(process: abi.Process) -> Key:
-    """Whose event it is."""
+    """The key of the process that an event is about."""
     return process.pid, process.start_ns // TICK_NS
 
 
@@ -32,13 +32,13 @@ class Forked:
 
     session: Session
     comm: str
-    """When it was forked: its parent's."""
+    """Its name right after the fork, which is the name of its parent; empty: not known."""
     at_ns: int
     executed: bool = False
 
 
 @dataclass(slots=True, eq=False)
-class Sighting:
+class ObservedCall:
     """A call that began with an exec in an agent leaf."""
 
     session: Session
@@ -46,7 +46,7 @@ class Sighting:
     argv: list[str]
     main: Key
     at_ns: int
-    """Of the exec, CLOCK_MONOTONIC."""
+    """Time of the exec (CLOCK_MONOTONIC)."""
     call: Call | None = None
     members: set[Key] = field(default_factory=set)
     exit: abi.ExitEvent | None = None
@@ -56,78 +56,79 @@ class Sighting:
     """Its main process asked for a call before it could be moved: that one has the report."""
 
 
-class Sightings:
-    """All of them, by process."""
+class KnownProcesses:
+    """The state of each process that was seen in an agent leaf."""
 
     def __init__(self) -> None:
         """Nothing is known yet."""
         self._forked: dict[Key, Forked] = {}
-        self._seen: dict[Key, Sighting] = {}
+        self._seen: dict[Key, ObservedCall] = {}
         self._ended: dict[Key, None] = {}
-        """The newest that are known to have ended, the oldest first: a resync may find a process
-        before its events are read, or still in its cgroup after its exit event."""
+        """The processes that ended last, the oldest first: a resync may find a process before its
+        events are read, or still in its cgroup after its exit event."""
 
     def settled(self, key: Key) -> bool:
-        """Whether it is in a call or has ended, so that what else is heard of it is old."""
+        """Whether a process is in a call or has ended, so that what else is heard of it is old."""
         return key in self._seen or key in self._ended
 
     def forked(self, key: Key) -> Forked | None:
-        """What is known of a process that has begun no call."""
+        """The process as it was forked; None: it is unknown, or is in a call."""
         return self._forked.get(key)
 
-    def seen(self, key: Key) -> Sighting | None:
-        """The call it belongs to."""
+    def seen(self, key: Key) -> ObservedCall | None:
+        """The call that a process belongs to; None: it is in none."""
         return self._seen.get(key)
 
     def keys(self) -> list[Key]:
-        """All that have not ended, as far as is known."""
+        """Keys of all processes that have not ended, as far as is known."""
         return [*self._forked, *self._seen]
 
     def without_call(self) -> bool:
-        """Whether there is one whose end only an exit event tells."""
-        return any(sighting.call is None for sighting in self._seen.values())
+        """Whether an observed call has no cgroup, so that only an exit event tells its end."""
+        return any(observed.call is None for observed in self._seen.values())
 
-    def refused(self, session: Session) -> set[Sighting]:
-        """Those of a session that found no room for a call."""
-        return {s for s in self._seen.values() if s.session is session and s.refused}
+    def refused(self, session: Session) -> set[ObservedCall]:
+        """Observed calls of a session that were refused a cgroup."""
+        return {o for o in self._seen.values() if o.session is session and o.refused}
 
     def fork(self, key: Key, forked: Forked) -> None:
-        """A process began, in no call."""
+        """Take in a process that was forked and is in no call."""
         self._forked[key] = forked
 
-    def join(self, sighting: Sighting, key: Key) -> None:
-        """A process, known or not, belongs to this call from now on."""
+    def join(self, observed: ObservedCall, key: Key) -> None:
+        """Count a process, known or not, among those of an observed call."""
         self._forked.pop(key, None)
-        self._seen[key] = sighting
-        sighting.members.add(key)
+        self._seen[key] = observed
+        observed.members.add(key)
 
-    def end(self, key: Key) -> tuple[Forked | None, Sighting | None]:
-        """A process has ended: what was known of it. Nothing, if it was known no longer."""
+    def end(self, key: Key) -> tuple[Forked | None, ObservedCall | None]:
+        """Note that a process has ended; returns what was known of it, None for each that was
+        not."""
         forked = self._forked.pop(key, None)
-        sighting = self._seen.pop(key, None)
-        if sighting is not None:
-            sighting.members.discard(key)
-        if forked is not None or sighting is not None:
+        observed = self._seen.pop(key, None)
+        if observed is not None:
+            observed.members.discard(key)
+        if forked is not None or observed is not None:
             self._ended[key] = None
             if len(self._ended) > ENDED_MAX:
                 del self._ended[next(iter(self._ended))]
-        return forked, sighting
+        return forked, observed
 
     def drop(self, session: Session) -> None:
-        """Forget a session's."""
-        for forked in [k for k, f in self._forked.items() if f.session is session]:
-            del self._forked[forked]
-        for seen in [k for k, s in self._seen.items() if s.session is session]:
-            del self._seen[seen]
+        """Forget the processes of a session."""
+        for key in [k for k, forked in self._forked.items() if forked.session is session]:
+            del self._forked[key]
+        for key in [k for k, observed in self._seen.items() if observed.session is session]:
+            del self._seen[key]
 
     def clear(self) -> None:
-        """Forget all that have not ended."""
+        """Forget all processes that have not ended."""
         self._forked.clear()
         self._seen.clear()
 
 
 def lives(key: Key) -> bool:
-    """Whether that very process is there, if only as a zombie."""
+    """Whether the very process of this key is there, if only as a zombie."""
     try:
         return process_stat(key[0]).start_ticks == key[1]
     except OSError:

@@ -1,5 +1,5 @@
-"""Events that were lost, and how they are made up for: the agent leaves themselves are looked at,
-and processes whose exit event never came are given up.
+"""Events that were lost, and how they are made up for: the agent leaves themselves are read, and
+processes whose exit event never came are given up.
 
 The ring buffer may have had no room, or a program did not run because another task had interrupted
 it on that CPU. The kernel counts both and sends no event of either.
@@ -17,20 +17,20 @@ from agentcgroupd.boundaries.processes import (
     TICK_NS,
     Forked,
     Key,
-    Sighting,
-    Sightings,
+    KnownProcesses,
+    ObservedCall,
     lives,
 )
 from agentcgroupd.boundaries.rules import begins_call
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.config import BoundariesConfig
-from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.errors import AgentcgroupdError, BpfError
 from agentcgroupd.host.proc import command_line, program_name
 from agentcgroupd.host.syscalls import process_stat
 from agentcgroupd.intents.command import tool_name
 from agentcgroupd.state.session import Session, boottime_usec
+from agentcgroupd.telemetry.notices import Notices
 
 log = logging.getLogger(__name__)
 
@@ -38,32 +38,34 @@ CHECK_AFTER_S = 0.2
 """After events, until the kernel is asked whether it left some out; also how long a dead process's
 exit event may be on its way."""
 SETTLE_TICKS = 1_000_000_000 // TICK_NS
-"""What is older than a second has been dealt with when no event waits."""
+"""When no event waits, the events of processes that began longer ago than this have been dealt
+with."""
 
 
-class Losses:
-    """Finds out that events were lost, and what they would have told."""
+class Resync:
+    """Notices that events were lost, and finds out what they would have told."""
 
     def __init__(
         self,
         config: BoundariesConfig,
         lifecycle: Lifecycle,
-        sightings: Sightings,
+        known: KnownProcesses,
         placement: Placement,
         sessions: Callable[[], Iterable[Session]],
         behind: Callable[[], bool],
-        actions: Actions,
+        notices: Notices,
         settled_ticks: int,
     ) -> None:
         """`sessions`: those whose agent leaf is watched. `behind`: whether events wait to be dealt
-        with. `settled_ticks`: see Boundaries."""
+        with. `settled_ticks`: processes that were in an agent leaf at this time (clock ticks since
+        boot) and in no call belong to the agent itself."""
         self._config = config
         self._lifecycle = lifecycle
-        self._sightings = sightings
+        self._known = known
         self._placement = placement
         self._sessions = sessions
         self._behind = behind
-        self._actions = actions
+        self._notices = notices
         self._settled_ticks = settled_ticks
         self._lost_before: dict[str, int] = {}
         self._missed_before: dict[str, int] = {}
@@ -72,34 +74,35 @@ class Losses:
         self._check: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """What was lost before now is not made up for. Raises BpfError."""
+        """Make up for what is lost from now on. Raises BpfError."""
         self._lost_before = self._lifecycle.lost()
         self._missed_before = self._lifecycle.missed()
 
     # Finding out
 
-    def look(self) -> None:
-        """All events have been dealt with: were there more?"""
+    def check_lost(self) -> None:
+        """Ask, after all events that came have been dealt with, whether the ring buffer had no
+        room for more."""
         lost = self._lifecycle.lost()
         if lost == self._lost_before:
             return
         fresh = {kind: count - self._lost_before.get(kind, 0) for kind, count in lost.items()}
         self._lost_before = lost
-        self._actions.events_lost({kind: count for kind, count in fresh.items() if count})
-        self.resync()
+        self._notices.events_lost({kind: count for kind, count in fresh.items() if count})
+        self.read_leaves()
 
     def check_soon(self) -> None:
-        """There were events: look again a moment after them."""
+        """Ask a moment after events whether the kernel left some out."""
         if self._check is None:
             self._check = self._loop.call_later(CHECK_AFTER_S, self._check_missed)
 
     def _check_missed(self) -> None:
-        """A moment after events: read what did not wake the daemon, and ask the kernel, which
-        counts what it left out but sends no event."""
+        """Read the events that did not wake the daemon, and ask the kernel for those it left out,
+        which it counts."""
         self._check = None
         self._lifecycle.drain()
-        if self._sightings.without_call():
-            # Short ones, whose end is told by nothing else.
+        if self._known.without_call():
+            # Calls without a cgroup, whose end is told by nothing else.
             self.check_soon()
         try:
             missed = self._lifecycle.missed()
@@ -111,41 +114,39 @@ class Losses:
                 self._settled_ticks = _now_ticks() - SETTLE_TICKS
             return
         before, self._missed_before = self._missed_before, missed
-        self._actions.events_lost(
-            {kind: count - before.get(kind, 0) for kind, count in missed.items()
-             if count > before.get(kind, 0)}
-        )  # fmt: skip
-        self.resync()
+        fresh = {kind: count - before.get(kind, 0) for kind, count in missed.items()}
+        self._notices.events_lost({kind: count for kind, count in fresh.items() if count > 0})
+        self.read_leaves()
         self.prune()
         self._loop.call_later(CHECK_AFTER_S, self.prune)
 
     # Making up for it
 
     def prune(self) -> None:
-        """Forget processes whose exit event was lost: those found dead twice, with time for their
-        event in between."""
-        dead = {key for key in self._sightings.keys() if not lives(key)}
+        """Forget processes whose exit event was lost: those that were dead at the last call too, so
+        that their event had time to come."""
+        dead = {key for key in self._known.keys() if not lives(key)}
         self._lifecycle.drain()
         if self._behind():
             return  # their events may be among these; the next sweep prunes
         for key in dead & self._dead:
-            _, sighting = self._sightings.end(key)
-            if sighting is None:
+            _, observed = self._known.end(key)
+            if observed is None:
                 continue
             try:
-                if not sighting.members:
-                    self._placement.over(sighting)
+                if not observed.members:
+                    self._placement.over(observed)
             except (AgentcgroupdError, OSError) as error:
                 log.warning("process %d: %s", key[0], error)
         self._dead = dead
 
-    def resync(self) -> None:
-        """Look at the agent leaves themselves: what should be in a call and is not, goes there."""
+    def read_leaves(self) -> None:
+        """Read the agent leaves themselves: what should be in a call and is not is moved there."""
         for session in self._sessions():
             try:
                 self._resync_session(session)
             except (AgentcgroupdError, OSError) as error:
-                log.warning("session %s: its agent leaf cannot be looked at: %s", session.id, error)
+                log.warning("session %s: its agent leaf cannot be read: %s", session.id, error)
 
     def _resync_session(self, session: Session) -> None:
         here = session.agent.procs()
@@ -157,7 +158,7 @@ class Losses:
                 continue
         # Parents before their children, so that a child finds its parent's call.
         for pid, key in sorted(keys.items(), key=lambda item: item[1][1]):
-            if self._sightings.settled(key):
+            if self._known.settled(key):
                 continue
             try:
                 self._resync_process(session, keys, pid, key)
@@ -168,25 +169,25 @@ class Losses:
 
     def _resync_process(self, session: Session, keys: dict[int, Key], pid: int, key: Key) -> None:
         parent = keys.get(process_stat(pid).parent_pid)
-        call_of_parent = self._sightings.seen(parent) if parent is not None else None
+        call_of_parent = self._known.seen(parent) if parent is not None else None
         if call_of_parent is not None:
             self._placement.follow(call_of_parent, key)
             return
-        forked = self._sightings.forked(key)
+        forked = self._known.forked(key)
         if forked is None:
             if parent is None or key[1] <= self._settled_ticks:
                 return  # put here from outside, or seen before: the agent itself
             forked = Forked(session, "", time.monotonic_ns())
-            self._sightings.fork(key, forked)
+            self._known.fork(key, forked)
         comm = program_name(pid)
         argv = command_line(pid, abi.ABI_ARGV_BYTES)
         forked.executed = forked.executed or comm != forked.comm
         if begins_call(self._config, comm, argv):
             name = tool_name(comm, argv)
-            self._placement.begin(Sighting(session, name, argv, key, time.monotonic_ns()))
+            self._placement.begin(ObservedCall(session, name, argv, key, time.monotonic_ns()))
 
     def close(self) -> None:
-        """Look no more."""
+        """Ask no more."""
         if self._check is not None:
             self._check.cancel()
 

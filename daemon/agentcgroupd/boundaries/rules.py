@@ -5,11 +5,11 @@ from __future__ import annotations
 import fnmatch
 
 from agentcgroupd.bpf import abi
-from agentcgroupd.config import BoundariesConfig
+from agentcgroupd.config import BoundariesConfig, BoundaryRule
 from agentcgroupd.intents.command import shell_command
 
 OWN_LAUNCHERS = ("agentcg", "agentcg-exec")
-"""They ask for a call themselves."""
+"""Launchers ask for a call themselves."""
 
 
 def argv_of(event: abi.ExecEvent) -> list[str]:
@@ -22,27 +22,26 @@ def argv_of(event: abi.ExecEvent) -> list[str]:
 
 
 def begins_call(config: BoundariesConfig, comm: str, argv: list[str]) -> bool:
-    """Whether the rules say so; the first that fits decides, none: no."""
+    """Whether a program with these arguments begins a call: the first rule that fits decides; where
+    none does, it begins none."""
     if not config.enabled or comm in OWN_LAUNCHERS:
         return False
     argument = argv[1] if len(argv) > 1 else ""
     for rule in config.rules:
-        if any(fnmatch.fnmatchcase(comm, pattern) for pattern in rule.program) and (
-            fnmatch.fnmatchcase(argument, rule.first_argument)
-        ):
-            if rule.shell_command and shell_command(argv) is None:
-                continue
-            return rule.begins_call
+        if not _names(rule, comm) or not fnmatch.fnmatchcase(argument, rule.first_argument):
+            continue
+        if rule.shell_command and shell_command(argv) is None:
+            continue
+        return rule.begins_call
     return False
 
 
 def may_begin_call(config: BoundariesConfig, comm: str) -> bool:
-    """Whether the rules could say so for some arguments."""
-    return (
-        config.enabled
-        and comm not in OWN_LAUNCHERS
-        and any(
-            rule.begins_call and any(fnmatch.fnmatchcase(comm, pattern) for pattern in rule.program)
-            for rule in config.rules
-        )
-    )
+    """Whether a program begins a call with some arguments or other."""
+    if not config.enabled or comm in OWN_LAUNCHERS:
+        return False
+    return any(rule.begins_call and _names(rule, comm) for rule in config.rules)
+
+
+def _names(rule: BoundaryRule, comm: str) -> bool:
+    return any(fnmatch.fnmatchcase(comm, pattern) for pattern in rule.program)

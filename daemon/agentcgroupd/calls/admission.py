@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.calls.queue import AdmissionQueue, Ticket
 from agentcgroupd.intents.request import CallRequest
@@ -52,3 +54,12 @@ class Admission:
                 owner.close()
         self._queue.began(call, ticket)
         return call
+
+    async def end_calls(self, session: Session, why: str) -> int:
+        """End all calls of a session that is closing, open or waiting; returns how many were open.
+        Raises RequestError."""
+        self._queue.close_session(session)
+        calls = list(session.calls.values())
+        endings = [self._calls.end(call, False, None, why) for call in calls]
+        await asyncio.gather(*(end for end in endings if not isinstance(end, pb.Report)))
+        return len(calls)

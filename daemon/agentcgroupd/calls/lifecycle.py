@@ -520,8 +520,13 @@ class Calls:
                 # One call that cannot be read must not take the others with it.
                 log.error("call %s: %s", call.id, error)
 
-    def let_go(self) -> None:
-        """The daemon stops; calls stay as they are for the next one."""
+    def release(self) -> None:
+        """Undo what keeps open calls from going on without the daemon. They stay open."""
         for call in list(self.open.values()):
             self.actions.let_go(call, "The daemon is stopping.")
+
+    def let_go(self) -> None:
+        """Release open calls and follow them no more: they stay as they are for the next daemon."""
+        self.release()
+        for call in list(self.open.values()):
             self._forget(call)

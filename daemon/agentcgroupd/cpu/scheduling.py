@@ -36,11 +36,23 @@ log = logging.getLogger(__name__)
 SCHED_EXT = 7
 """include/uapi/linux/sched.h"""
 OURS = (os.SCHED_OTHER, os.SCHED_BATCH)
-"""Policies that are changed; who has asked for another one keeps it."""
+"""Policies that are changed; a task that has asked for another one keeps it."""
 INTERACTIVE_FACTOR = 2
 SESSION_FACTOR = 4
 """Budgets of an interactive call, and of a session, over that of a normal call."""
 HURRY_USEC = 50_000
+SHOWN_COUNTS = (
+    "cgroups",
+    "queues",
+    "waiting",
+    "without_entry",
+    "picks",
+    "picks_empty",
+    "preempted",
+    "finishing",
+    "left",
+)
+"""Fields of the scheduler's `control` that are shown as metrics."""
 RETRY_MOST_S = 300.0
 
 
@@ -71,20 +83,24 @@ def set_policy(pid: int, policy: int, of: tuple[int, ...] = (*OURS, SCHED_EXT)) 
 
 
 class CpuScheduling:
-    """Keeps the scheduler running and knowing. Told of sessions and calls as a watcher; runs on the
-    event loop."""
+    """Keeps the scheduler running, and tells it of sessions and calls. Runs on the event loop."""
 
     def __init__(
-        self, config: CpuConfig, objects: Path | None, metrics: Metrics,
+        self,
+        config: CpuConfig,
+        objects: Path | None,
+        metrics: Metrics,
         classes: Callable[[], CpuClasses],
-    ) -> None:  # fmt: skip
-        """Nothing is loaded yet. `objects`: directory of the compiled programs."""
+        pool: Pool,
+        sessions: Callable[[], Iterable[Session]],
+    ) -> None:
+        """Nothing is loaded yet. `objects`: directory of the compiled programs, None: those that
+        came with the daemon; `classes`: by the policy in force; `sessions`: all that are open."""
         self._config, self._objects, self._metrics = config, objects, metrics
         self._classes = classes
+        self._pool, self._sessions = pool, sessions
         self._scheduler: Scheduler | None = None
         self._states_fd: int | None = None
-        self._sessions: Callable[[], Iterable[Session]] = lambda: ()
-        self._pool: Pool | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._left = 0
@@ -96,17 +112,15 @@ class CpuScheduling:
 
     # Its life
 
-    def open(
-        self, pool: Pool, states_fd: int | None, sessions: Callable[[], Iterable[Session]],
-        enabled: bool,
-    ) -> FeatureState:  # fmt: skip
-        """Load and attach it if this kernel takes it. `states_fd`: what the memory programs know;
-        `enabled`: programs are to be loaded at all. Never raises BpfError."""
-        self._pool, self._states_fd, self._sessions = pool, states_fd, sessions
+    def open(self, states_fd: int | None, enabled: bool) -> FeatureState:
+        """Load and attach the scheduler if this kernel takes it. `states_fd`: the memory programs'
+        map of cgroups, None: there is none; `enabled`: whether programs are to be loaded at all.
+        Never raises BpfError."""
+        self._states_fd = states_fd
         if not enabled or self._config.scheduler == "off":
             key = "cpu.scheduler" if enabled else "bpf.enabled"
             self._is_missing(f"switched off in the configuration ({key})")
-        elif "cpu" not in pool.controllers:
+        elif "cpu" not in self._pool.controllers:
             self._is_missing("the pool has no cpu controller")
         else:
             state = sched.gate()
@@ -115,8 +129,8 @@ class CpuScheduling:
             else:
                 self._set(state)
         if not self.state.works and enabled:  # else that is said once, for all programs
-            log.warning("%s: missing: %s; instead: %s", self.state.name, self.state.reason,
-                        self.state.fallback)  # fmt: skip
+            state = self.state
+            log.warning("%s: missing: %s; instead: %s", state.name, state.reason, state.fallback)
         return self.state
 
     def _set(self, state: FeatureState) -> None:
@@ -127,13 +141,16 @@ class CpuScheduling:
         self._set(features.missing(self._definition, reason, remedy))
 
     def _load(self) -> Scheduler | BpfError:
-        """What takes longest: the verifier's work. May run in a thread."""
+        """Load the scheduler. Most of the time goes into the kernel's verifier, so this may run in
+        a thread."""
         config = self._config
         settings = SchedSettings(
-            slice_usec=config.slice, wait_max_usec=config.wait_max,
-            boost_lead_usec=config.boost_lead, penalty_most=config.penalty_most,
+            slice_usec=config.slice,
+            wait_max_usec=config.wait_max,
+            boost_lead_usec=config.boost_lead,
+            penalty_most=config.penalty_most,
             stall_timeout_usec=config.stall_timeout,
-        )  # fmt: skip
+        )
         try:
             return Scheduler.load(settings, self._states_fd, self._objects)
         except BpfError as error:
@@ -168,7 +185,7 @@ class CpuScheduling:
                 log.error("session %s is not told to the CPU scheduler: %s", session.id, error)
 
     def check(self) -> None:
-        """Now and then: whether the kernel still has it."""
+        """Notice if the kernel has let go of the scheduler; to be called again and again."""
         scheduler = self._scheduler
         if scheduler is None:
             return
@@ -181,8 +198,10 @@ class CpuScheduling:
         self.failures += 1
         self._metrics.scheduler_ejected.inc()
         self._is_missing(f"the kernel has let go of it: {ending.sentence}")
-        log.error("%s: the kernel has let go of it: %s; instead: %s", self.state.name,
-                  ending.sentence, self.state.fallback)  # fmt: skip
+        name, fallback = self.state.name, self.state.fallback
+        log.error(
+            "%s: the kernel has let go of it: %s; instead: %s", name, ending.sentence, fallback
+        )
         self._try_later()
 
     def _try_later(self) -> None:
@@ -208,11 +227,11 @@ class CpuScheduling:
     @property
     def penalizes(self) -> bool:
         """Whether a call above its memory mark is slowed."""
-        return (self._scheduler is not None and self._states_fd is not None
-                and self._config.penalty_most > 1)  # fmt: skip
+        knows_memory = self._states_fd is not None
+        return self._scheduler is not None and knows_memory and self._config.penalty_most > 1
 
     def close(self) -> None:
-        """Detach: everything goes on in the fair class."""
+        """Detach the scheduler: everything goes on in the kernel's fair class."""
         if self._retry is not None:
             self._retry.cancel()
         if self._task is not None:
@@ -224,22 +243,25 @@ class CpuScheduling:
     # What it is told
 
     def session_opened(self, session: Session) -> None:
-        """Its agent leaf is there, with processes or without. Raises BpfError."""
+        """Make a session known to the scheduler, with the processes that are in its agent leaf
+        already. Raises BpfError."""
         if self._scheduler is None:
             return
         boost, permille = self._budget(session.limits.priority)
+        session_boost, session_permille = boost * SESSION_FACTOR, permille * SESSION_FACTOR
         self._scheduler.describe(
-            session.cgroup.id, abi.CgroupKind.SESSION, boost * SESSION_FACTOR,
-            min(1000, permille * SESSION_FACTOR),
-        )  # fmt: skip
+            session.cgroup.id, abi.CgroupKind.SESSION, session_boost, min(1000, session_permille)
+        )
         self._scheduler.describe(session.agent.id, abi.CgroupKind.AGENT, boost, permille)
         self._take_all(session.agent)
 
     def session_closed(self, session: Session) -> None:
-        """Its cgroup is gone or given back; see given_back()."""
+        """Do nothing: the kernel tells the scheduler of a cgroup's end, and what becomes of the
+        processes of an adopted one is in `given_back`."""
 
     def call_opened(self, call: Call) -> None:
-        """Its cgroup is there, with processes only after a restart. Raises BpfError."""
+        """Make a call known to the scheduler, with the processes that are in it after a restart.
+        Raises BpfError."""
         if self._scheduler is None:
             return
         boost, permille = self._budget(call.grant.priority)
@@ -248,7 +270,7 @@ class CpuScheduling:
             self._take_all(call.cgroup)
 
     def call_closed(self, call: Call) -> None:
-        """The kernel has told the scheduler itself."""
+        """Do nothing: the kernel tells the scheduler of a cgroup's end."""
 
     def _budget(self, priority: int) -> tuple[int, int]:
         """CPU time that may be taken ahead of others (usec), and how fast it comes back (permille
@@ -260,7 +282,7 @@ class CpuScheduling:
         return config.boost * factor, min(1000, config.boost_refill_percent * 10 * factor)
 
     def entered(self, pid: int) -> None:
-        """A process has entered a managed cgroup."""
+        """Have our scheduler run a process that has entered a managed cgroup."""
         if self._scheduler is not None:
             set_policy(pid, SCHED_EXT)
 
@@ -271,7 +293,8 @@ class CpuScheduling:
         changed = 0
         seen = {0}
         try:
-            # Until there is nobody new: what was forked meanwhile is as its parent was then.
+            # Until there is no new process: one that was forked meanwhile has the policy that its
+            # parent had then.
             while new := set(cgroup.procs()) - seen:
                 seen |= new
                 changed += sum(set_policy(pid, policy, of) for pid in new)
@@ -284,12 +307,13 @@ class CpuScheduling:
         return changed
 
     def given_back(self, session: Session) -> None:
-        """The processes of an adopted session are its runtime's again."""
+        """Have the kernel's fair class run the processes of an adopted session, which are its
+        runtime's again."""
         self._give_all(session.cgroup, os.SCHED_OTHER, (SCHED_EXT,))
 
     def sweep(self) -> None:
-        """Take back what has left the class by itself: anyone may set SCHED_OTHER, and would then
-        go before everything that is ours."""
+        """Take back the threads that have left our class by themselves: anyone may set SCHED_OTHER,
+        and would then go before everything that is ours."""
         scheduler = self._scheduler
         if scheduler is None or scheduler.control.left == self._left:
             return
@@ -301,7 +325,7 @@ class CpuScheduling:
             log.info("%d threads had left the scheduling class, and were put back", changed)
 
     def hurry(self, call: Call) -> None:
-        """A call is about to be frozen or killed: let it come to where it holds nothing of the
+        """Let a call that is about to be frozen or killed come to where it holds no lock of the
         kernel's. Never raises BpfError."""
         if self._scheduler is None:
             return
@@ -313,7 +337,8 @@ class CpuScheduling:
     # What it tells
 
     def numbers(self, cgroup: CgroupId) -> CpuNumbers | None:
-        """None where it does not run, or has never seen the cgroup."""
+        """What the scheduler counted of a cgroup; None where it does not run, or has never seen
+        the cgroup."""
         if self._scheduler is None:
             return None
         try:
@@ -323,12 +348,11 @@ class CpuScheduling:
             return None
 
     def _show(self, scheduler: Scheduler) -> None:
-        """In the metrics."""
+        """Show what the scheduler counts in the metrics."""
         control = scheduler.control
-        for name in ("cgroups", "queues", "waiting", "without_entry", "picks", "picks_empty",
-                     "preempted", "finishing", "left"):  # fmt: skip
+        for name in SHOWN_COUNTS:
             self._metrics.scheduler.labels(name).set(getattr(control, name))
-        found = self.numbers(self._pool.cgroup.id) if self._pool is not None else None
+        found = self.numbers(self._pool.cgroup.id)
         if found is not None:
             for name in ("run", "wait", "boosted", "penalty", "stalled"):
                 self._metrics.cpu_seconds.labels(name).set(getattr(found, f"{name}_usec") / 1e6)

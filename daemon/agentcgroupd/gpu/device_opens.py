@@ -68,7 +68,7 @@ class Openings:
         granted = call is not None and call.grant.gpu_percent is not None
         how = "another GPU than it was granted" if granted else "a GPU, which needs a grant"
         ask = "ask for it with gpu_device." if granted else 'begin the call with gpu="10%".'
-        self._actions().tell(session, call.id if call else "", pb.Feedback(
+        self._actions().notices.tell(session, call.id if call else "", pb.Feedback(
             code=pb.FEEDBACK_CODE_GPU_CLOSED, sentence=f"{comm} tried to open {how}: {ask}",
             numbers={"major": float(event.major), "minor": float(event.minor)},
         ))  # fmt: skip

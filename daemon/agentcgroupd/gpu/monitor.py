@@ -104,7 +104,7 @@ class Watch:
     def _take(self, samples: list[DeviceSample]) -> None:
         now = boottime_usec()
         self.rounds += 1
-        metrics = self._actions().metrics
+        metrics = self._actions().notices.metrics
         for sample in samples:
             index = str(self._index(sample.uuid))
             if sample.lost:
@@ -178,7 +178,7 @@ class Watch:
 
     def over_quota(self, tenant: GpuTenant, event: abi.VramEvent) -> None:
         """A probe has refused, or seen, an allocation over the quota."""
-        metrics = self._actions().metrics
+        metrics = self._actions().notices.metrics
         metrics.gpu_refused.labels("refused" if event.refused else "seen").inc()
         asked, used = show_bytes(event.size_bytes), show_bytes(event.used_bytes)
         quota = show_bytes(event.quota_bytes)
@@ -196,8 +196,8 @@ class Watch:
     def fault(self, fault: Fault) -> None:
         """The driver told an error of a device."""
         log.error("GPU %s: XID %d", fault.uuid, fault.xid)
-        self._actions().metrics.gpu_faults.labels(str(fault.xid)).inc()
-        self._actions().audit.write("gpu_fault", device=fault.uuid, xid=fault.xid)
+        self._actions().notices.metrics.gpu_faults.labels(str(fault.xid)).inc()
+        self._actions().notices.audit.write("gpu_fault", device=fault.uuid, xid=fault.xid)
         if fault.xid == FELL_OFF_THE_BUS:
             self._lost(fault.uuid, "it has fallen off the bus (XID 79)")
             return
@@ -214,7 +214,7 @@ class Watch:
         if all(d.lost for d in ceiling.devices if d.uuid == uuid):
             return
         log.error("GPU %s is lost: %s", uuid, why)
-        self._actions().audit.write("gpu_lost", device=uuid, why=why)
+        self._actions().notices.audit.write("gpu_lost", device=uuid, why=why)
         index = self._index(uuid)
         self._gpus.ceiling = replace(ceiling, devices=tuple(
             replace(d, lost=True) if d.uuid == uuid else d for d in ceiling.devices
@@ -269,7 +269,7 @@ class Watch:
         call = tenant.call.id if tenant.call else ""
         feedback = pb.Feedback(code=code, sentence=sentence,
                                numbers={k: float(v) for k, v in numbers.items()})  # fmt: skip
-        self._actions().tell(tenant.session, call, feedback)
+        self._actions().notices.tell(tenant.session, call, feedback)
         tenant.feedback.append(feedback)
 
 

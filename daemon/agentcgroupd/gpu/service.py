@@ -176,6 +176,11 @@ class Gpus:
             settings = Settings(config.period, config.least_turn, config.batch_percent)
             self.turns = Turns(settings, self.tenants)
 
+    def let_go(self) -> None:
+        """Hold nobody back any more; may be called again."""
+        if self.turns is not None:
+            self.turns.stop()
+
     async def stop(self) -> None:
         """Let go: nobody is held back, the gate stays closed, calls go on."""
         if self.turns is not None:

@@ -1,10 +1,11 @@
-"""Puts together what keeps the pool in its limits: snapshots, the guard, and the queue for room."""
+"""Puts together what keeps the pool in its limits: the sampler, the loop, and the wait for
+memory."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.calls.memory_resource import MemoryResource
@@ -12,10 +13,12 @@ from agentcgroupd.calls.queue import AdmissionQueue
 from agentcgroupd.cgroup.psi import PressureTrigger
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import KnobError
+from agentcgroupd.guard.high_mark import PoolMark
 from agentcgroupd.guard.host_capacity import read_host, zram_used_bytes
-from agentcgroupd.guard.loop import Guard
-from agentcgroupd.guard.sampler import Looker
-from agentcgroupd.guard.session_sampler import Views
+from agentcgroupd.guard.loop import GuardLoop
+from agentcgroupd.guard.policy_files import PolicyFiles
+from agentcgroupd.guard.sampler import Sampler
+from agentcgroupd.guard.session_sampler import SessionSampler
 from agentcgroupd.policy.learning import Peaks
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import Host, Signal, SignalKind
@@ -34,7 +37,7 @@ WINDOW_USEC = 2_000_000
 
 
 class HostReader:
-    """What the host can do, read now and then."""
+    """Reads what the host can do, at most once in HOST_USEC."""
 
     def __init__(self, pool: Pool, programs: Callable[[], Host]) -> None:
         self._pool = pool
@@ -57,55 +60,76 @@ class HostReader:
         return self._host
 
 
-class Control:
-    """Looks, decides, acts; and lets calls in. Only where the pool has a limit on memory."""
+class PoolGuard:
+    """Guards the pool's memory and lets calls in. Only where the pool has a limit on memory."""
 
     def __init__(
         self,
         config: GuardConfig,
-        policy: Policy,
+        policy_files: PolicyFiles,
         pool: Pool,
         calls: Calls,
         queue: AdmissionQueue,
         peaks: Peaks,
         sessions: Mapping[str, Session],
         programs: Callable[[], Host],
+        marks: Sequence[PoolMark],
     ) -> None:
-        """On a running loop. Nothing is done before the guard is started. `programs`: what those in
-        the kernel can do."""
+        """On a running loop. From now on calls that `queue` lets in may have to wait for memory;
+        nothing is done to calls before `start`. `peaks`: what ended calls took; `programs`: what
+        the programs in the kernel can do; `marks`: what tells that use of the pool has passed its
+        mark."""
         self._actions = calls.actions
         self._sessions = sessions
         self._pool = pool
         self._nudge: asyncio.TimerHandle | None = None
         self._trigger: PressureTrigger | None = None
         host = HostReader(pool, programs)
-        views = Views(sessions.values)
-        looker = Looker(pool, calls, views.look, host, lambda: peaks.sorted_bytes,
-                        lambda: [s for s in sessions.values() if s.adopted])  # fmt: skip
-        self.guard = Guard(config, policy, looker, calls, sessions)
-        self.memory = MemoryResource(lambda: self.guard.policy, self.guard.snapshot)
+        session_sampler = SessionSampler(sessions.values)
+        sampler = Sampler(
+            pool,
+            calls,
+            session_sampler.views,
+            host,
+            lambda: peaks.sorted_bytes,
+            lambda: [s for s in sessions.values() if s.adopted],
+        )
+        self._memory = MemoryResource(lambda: policy_files.policy, sampler.snapshot)
         self._queue = queue
-        queue.add(self.memory)
-        self.guard.on_look = self.memory.sampled
-        self.guard.wanted = lambda: queue.waits_for(self.memory)
-        self._learn_by(policy)
+        queue.add(self._memory)
+        self.loop = GuardLoop(
+            config,
+            policy_files.policy,
+            sampler,
+            calls,
+            sessions,
+            self._waits,
+            self._memory.sampled,
+            marks,
+        )
+        policy_files.follow(self._change_policy)
+        self._learn_by(policy_files.policy)
 
     def start(self) -> None:
-        """Listen for stalls of the pool; where the kernel tells none, the guard's looks have to
-        do."""
+        """Guard from now on. Where the kernel tells no stalls of the pool, the loop's own samples
+        have to do. Raises KnobError, BpfError or OSError where the pool's mark cannot be set."""
+        self.loop.start()
         try:
             self._trigger = PressureTrigger(
-                self._pool.cgroup, "some", STALL_USEC, WINDOW_USEC,
-                lambda: self.guard.look_now(Signal(SignalKind.PRESSURE)),
-            )  # fmt: skip
+                self._pool.cgroup,
+                "some",
+                STALL_USEC,
+                WINDOW_USEC,
+                lambda: self.loop.decide_now(Signal(SignalKind.PRESSURE)),
+            )
             self._trigger.start()
         except (KnobError, OSError) as error:
             log.warning("stalls of the pool are not told by the kernel: %s", error)
             self._trigger = None
 
     def stop(self) -> None:
-        """No more looks; sessions that were slowed do not stay so."""
-        self.guard.stop()
+        """Decide no more, and give sessions that were slowed their CPU weight again."""
+        self.loop.stop()
         for session in self._sessions.values():
             try:
                 self._actions.restore(session, "The daemon is stopping.")
@@ -116,27 +140,34 @@ class Control:
         if self._nudge is not None:
             self._nudge.cancel()
 
-    def change_policy(self, policy: Policy) -> None:
-        """From now on this one."""
-        self._learn_by(policy)
-        self.guard.change_policy(policy)
-
     def session_opened(self, session: Session) -> None:
-        """It learns as the policy says."""
-        session.learned.learning = self.guard.policy.learning
+        """Let a session learn as the policy says."""
+        session.learned.learning = self.loop.policy.learning
+
+    def session_given_back(self, session: Session) -> None:
+        """Do nothing: no process of a session is held by the guard itself."""
+
+    def session_closed(self, session: Session) -> None:
+        """Do nothing: the samplers notice by themselves."""
+
+    def _change_policy(self, policy: Policy) -> None:
+        self._learn_by(policy)
+        self.loop.change_policy(policy)
 
     def _learn_by(self, policy: Policy) -> None:
         for session in self._sessions.values():
             session.learned.learning = policy.learning
 
-    def call_ended(self, call: Call, held_bytes: int) -> None:
-        """Room may be there for who waits or is paused."""
-        self.memory.call_ended(held_bytes)
-        wanted = self._queue.waits_for(self.memory) or self.guard.holds_back
-        if self._nudge is None and wanted:
-            loop = asyncio.get_running_loop()
-            self._nudge = loop.call_later(NUDGE_S, self._look, call.id)
+    def _waits(self) -> bool:
+        return self._queue.waits_for(self._memory)
 
-    def _look(self, call_id: str) -> None:
+    def call_ended(self, call: Call, held_bytes: int) -> None:
+        """Let calls that wait or are paused have what a call has given back, a moment later."""
+        self._memory.call_ended(held_bytes)
+        if self._nudge is None and (self._waits() or self.loop.holds_back):
+            loop = asyncio.get_running_loop()
+            self._nudge = loop.call_later(NUDGE_S, self._decide, call.id)
+
+    def _decide(self, call_id: str) -> None:
         self._nudge = None
-        self.guard.look_now(Signal(SignalKind.ENDED, call_id))
+        self.loop.decide_now(Signal(SignalKind.ENDED, call_id))

@@ -11,7 +11,7 @@ from agentcgroupd.host.zram import Swap, ZramStat
 from agentcgroupd.policy.snapshot import Host
 
 
-def zram_room(stat: ZramStat) -> int | None:
+def zram_free(stat: ZramStat) -> int | None:
     """How many bytes a device still takes in before its memory limit, at the compression that it
     has reached so far, or none where it holds nothing; None: no limit."""
     if stat.limit_bytes == 0:
@@ -20,17 +20,17 @@ def zram_room(stat: ZramStat) -> int | None:
     return max(0, int((stat.limit_bytes - stat.used_bytes) * ratio))
 
 
-def swap_free(areas: tuple[Swap, ...], stats: tuple[ZramStat, ...], pool_room: int | None) -> int:
+def swap_free(areas: tuple[Swap, ...], stats: tuple[ZramStat, ...], pool_free: int | None) -> int:
     """Bytes that the pool can still swap out. `stats`: of the zram devices in `areas`, in their
-    order; `pool_room`: below the pool's own limit, None: it has none."""
+    order; `pool_free`: below the pool's own limit, None: it has none."""
     free, of_zram = 0, iter(stats)
     for area in areas:
-        room = area.size_bytes - area.used_bytes
+        free_here = area.size_bytes - area.used_bytes
         if area.is_zram:
-            most = zram_room(next(of_zram))
-            room = room if most is None else min(room, most)
-        free += max(0, room)
-    return free if pool_room is None else max(0, min(free, pool_room))
+            most = zram_free(next(of_zram))
+            free_here = free_here if most is None else min(free_here, most)
+        free += max(0, free_here)
+    return free if pool_free is None else max(0, min(free, pool_free))
 
 
 def zram_share(swapped_bytes: int, stats: tuple[ZramStat, ...]) -> int:
@@ -48,11 +48,11 @@ def read_host(programs: Host, pool: Cgroup) -> Host:
     if not areas:
         return replace(programs, can_reclaim=can_reclaim)
     most = pool.read_if(knobs.MEMORY_SWAP_MAX)
-    room = None if most is None else most - pool.read(knobs.MEMORY_SWAP_CURRENT)
+    free_here = None if most is None else most - pool.read(knobs.MEMORY_SWAP_CURRENT)
     return replace(
         programs,
         can_reclaim=can_reclaim,
-        swap_free_bytes=swap_free(areas, zram.swap_stats(areas), room),
+        swap_free_bytes=swap_free(areas, zram.swap_stats(areas), free_here),
         # Where pages go first.
         swap_is_zram=max(areas, key=lambda area: area.priority).is_zram,
     )

@@ -1,8 +1,8 @@
-"""Looks at the pool, asks the engine, and applies what it decides.
+"""The guard's loop: sample the pool, ask the engine, apply what it decides.
 
-How often it looks depends on how soon the pool could be full, or could hold too much for its calls
-to end one after the other: at the fastest growth that is assumed possible, several looks fall into
-the time that the free memory lasts.
+How often that is done depends on how soon the pool could be full, or could hold too much for its
+calls to end one after the other: at the fastest growth that is assumed possible, several samples
+fall into the time that the free memory lasts.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import BpfError, KnobError
-from agentcgroupd.guard.high_mark import Tripwire
-from agentcgroupd.guard.sampler import Looker
+from agentcgroupd.guard.high_mark import PoolMark
+from agentcgroupd.guard.sampler import Sampler
 from agentcgroupd.policy.engine import attention_bytes, claim_bytes, decide, marks
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import (
     SESSION_ACTIONS,
     TICK,
     Action,
+    CallView,
     Decision,
     Signal,
     SignalKind,
@@ -41,86 +42,88 @@ CORES = min(8, os.cpu_count() or 1)
 CALM_INTERVAL_S = 0.25
 IDLE_INTERVAL_S = 1.0
 DRY_SAID_USEC = 10_000_000
-"""What a dry run would do is told once in this time for each subject, not on every look."""
+"""What a dry run would do is told once in this time for each subject, not with each decision."""
 
 
-class Guard:
+class GuardLoop:
     """Keeps the pool below its limit. `start` and `stop` on a running loop."""
 
     def __init__(
         self,
         config: GuardConfig,
         policy: Policy,
-        looker: Looker,
+        sampler: Sampler,
         calls: Calls,
         sessions: Mapping[str, Session],
+        waits: Callable[[], bool],
+        on_sample: Callable[[Snapshot], None],
+        marks: Sequence[PoolMark],
     ) -> None:
+        """`waits`: whether a call waits for memory, so that snapshots are taken although the pool
+        is calm; `on_sample`: called with each snapshot, after what was decided by it is done;
+        `marks`: what tells that use of the pool has passed the mark; all of them follow it."""
         self._config = config
-        self._looker = looker
+        self._sampler = sampler
         self._calls = calls
         self._sessions = sessions
+        self._waits = waits
+        self._on_sample = on_sample
+        self._marks = marks
         self._actions = calls.actions
-        self._limit = looker.limit_bytes
+        self._limit = sampler.limit_bytes
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._tripwire: Tripwire | None = None
         self._dry_said: dict[tuple[str, str], int] = {}
         self._free_bytes = 0
-        """Of the pool, at the last look."""
+        """Of the pool, at the last sample."""
         self._least_s = 0.0
-        """Between looks, so that on a slow machine looking does not become the main work."""
+        """Between samples, so that on a slow machine sampling does not become the main work."""
         self.holds_back = False
         """Whether something was done that is to be undone in time."""
         self.policy = policy
         self.state = State()
         self.applied = 0
         """Decisions that were applied so far."""
-        self.on_look: Callable[[Snapshot], None] = lambda snapshot: None
-        """Told of every snapshot: who waits for room looks as well."""
-        self.on_mark: Callable[[int, int], None] = lambda mark, low: None
-        """Told of another mark, and below what use that is over."""
-        self.wanted: Callable[[], bool] = lambda: False
-        """Whether snapshots are wanted although the pool is calm."""
 
-    def start(self, tripwire: Tripwire | None) -> None:
-        """Begin to look. `tripwire`: what says that the mark is passed, if no program does."""
-        self._tripwire = tripwire
-        if tripwire is not None:
-            tripwire.start(lambda: self.look_now(Signal(SignalKind.MARK)))
+    def start(self) -> None:
+        """Sample from now on. Raises KnobError, BpfError or OSError where the mark cannot be
+        set."""
+        for mark in self._marks:
+            mark.start(*self.mark_bytes, lambda: self.decide_now(Signal(SignalKind.MARK)))
         self._timer = self._loop.call_later(0, self._tick)
 
     def stop(self) -> None:
-        """No more looks."""
+        """Sample no more; what was done stays done."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._tripwire is not None:
-            self._tripwire.stop()
+        for mark in self._marks:
+            mark.stop()
 
     @property
     def mark_bytes(self) -> tuple[int, int]:
-        """Use of the pool at which to look at once, and below which that is over."""
+        """Use of the pool at which to decide at once, and below which that is over."""
         return marks(self.policy, self._limit)
 
     def change_policy(self, policy: Policy) -> None:
-        """From now on this one; what the old one has done is judged by it at once."""
+        """Decide by another policy from now on; what was done under the old one is judged by it at
+        once."""
         self.policy = policy
-        self.on_mark(*self.mark_bytes)
-        if self._tripwire is not None:
+        for mark in self._marks:
             try:
-                self._tripwire.move(*self.mark_bytes)
+                mark.move(*self.mark_bytes)
             except KnobError as error:
                 log.error("the pool's mark cannot be moved: %s", error)
-        self.look_now(Signal(SignalKind.RELOADED))
+        self.decide_now(Signal(SignalKind.RELOADED))
 
-    def look_now(self, signal: Signal) -> None:
-        """Something happened; the timer goes on from here."""
+    def decide_now(self, signal: Signal) -> None:
+        """Decide because something happened; the timer goes on from here."""
         if self._timer is not None:
             self._timer.cancel()
             self._tick(signal)
 
     def call_began(self) -> None:
-        """The next look may have been put off because there was nobody to look at."""
+        """Sample soon: the next sample may have been put off because no call was open."""
         if self._timer is None:
             return
         soon = self._loop.time() + max(self._least_s, self._open_interval_s())
@@ -130,17 +133,18 @@ class Guard:
 
     def still_short(self) -> bool:
         """Whether less of the pool is free than frozen calls wait for. Raises KnobError."""
-        return self._looker.usage() >= self.mark_bytes[1]
+        return self._sampler.usage() >= self.mark_bytes[1]
 
     def snapshot(self) -> Snapshot:
         """What the policy sees now. Raises KnobError."""
-        return self._looker.look(self._looker.usage())
+        return self._sampler.snapshot()
 
     def _tick(self, signal: Signal = TICK) -> None:
         started = self._loop.time()
         interval = IDLE_INTERVAL_S
         try:
-            interval = self._look(signal)
+            self._decide(signal)
+            interval = self._open_interval_s() if self._calls.open else CALM_INTERVAL_S
         except KnobError as error:
             log.error("the pool cannot be read: %s", error)
         finally:
@@ -148,34 +152,31 @@ class Guard:
             self._timer = self._loop.call_later(max(interval, self._least_s), self._tick)
 
     def _open_interval_s(self) -> float:
-        """Until the next look, while calls are open."""
+        """Until the next sample, while calls are open."""
         calls = max(1, min(len(self._calls.open), CORES))
         stop = self._limit - self.mark_bytes[0]
         left = self._free_bytes - stop - claim_bytes(self.policy, self._limit)
         until_s = left / (BURST_BYTES_PER_S * calls)
         return max(self._config.tick / 1e6, min(CALM_INTERVAL_S, until_s / 2))
 
-    def _look(self, signal: Signal) -> float:
-        """One look; returns seconds until the next."""
-        usage = self._looker.usage()
-        if self._tripwire is not None:
-            self._tripwire.arm_below(usage)
+    def _decide(self, signal: Signal) -> None:
+        """Sample, decide and apply once; where the pool is calm and nothing is to be undone, only
+        its use is read. Raises KnobError."""
+        usage = self._sampler.usage()
+        for mark in self._marks:
+            mark.sampled(usage)
         self._free_bytes = free = self._limit - usage
         calm = free > attention_bytes(self.policy, self._limit) and signal is TICK
-        if calm and not self.holds_back and not self.wanted():
-            return self._open_interval_s() if self._calls.open else CALM_INTERVAL_S
-        snapshot = self._looker.look(usage)
+        if calm and not self.holds_back and not self._waits():
+            return
+        snapshot = self._sampler.sample(usage)
         outcome = decide(self.policy, snapshot, signal, self.state)
         self.state = outcome.state
         for decision in outcome.decisions:
             self._apply(decision, snapshot.now_usec)
         # What was done is to be undone in time, however calm it gets.
-        self.holds_back = bool(outcome.decisions) or any(
-            c.frozen_for_usec is not None or c.denied_growth_bytes is not None
-            or c.throttled_growth_bytes is not None for c in snapshot.calls
-        ) or any(s.slowed for s in snapshot.sessions)  # fmt: skip
-        self.on_look(snapshot)
-        return self._open_interval_s() if self._calls.open else CALM_INTERVAL_S
+        self.holds_back = bool(outcome.decisions) or _holds_back(snapshot)
+        self._on_sample(snapshot)
 
     def _apply(self, decision: Decision, now_usec: int) -> None:
         if decision.dry_run:
@@ -240,4 +241,20 @@ class Guard:
         if len(self._dry_said) > 10_000:
             self._dry_said.clear()
         self._dry_said[key] = now_usec
-        self._actions.dry(decision.action.value, decision.subject, decision.ruleset, decision.why)
+        self._actions.notices.dry_run(
+            decision.action.value, decision.subject, decision.ruleset, decision.why
+        )
+
+
+def _holds_back(snapshot: Snapshot) -> bool:
+    """Whether a call or a session is not as it would be without the guard."""
+    return any(session.slowed for session in snapshot.sessions) or any(
+        _is_held(call) for call in snapshot.calls
+    )
+
+
+def _is_held(call: CallView) -> bool:
+    frozen = call.frozen_for_usec is not None
+    denied = call.denied_growth_bytes is not None
+    throttled = call.throttled_growth_bytes is not None
+    return frozen or denied or throttled

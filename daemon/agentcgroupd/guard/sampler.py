@@ -1,8 +1,8 @@
 """From the kernel to a snapshot: what the pool, its sessions and its calls use, and how fast that
 grows.
 
-A look reads a few small files for each open call, so who looks often pays for it: the guard looks
-as often as the pool's state demands (see guard).
+A sample reads a few small files for each open call, so sampling often costs something: the guard
+does so as often as the pool's state demands (guard/loop.py).
 """
 
 from __future__ import annotations
@@ -27,20 +27,24 @@ log = logging.getLogger(__name__)
 CACHE_MATTERS_SHARE = 0.3
 """Of the pool: with more free than this, nobody asks how much of its use is file cache."""
 APART_USEC = 2_000
-"""Looks closer together than this say nothing of growth: memory is charged in batches."""
+"""Samples closer together than this say nothing of growth: memory is charged in batches."""
+STALL_APART_USEC = 50_000
+"""The share of time stalled is taken over at least this long."""
 FADE = 0.7
-"""Of the growth seen last is kept when it ends, from one look to the next."""
+"""Part of the growth seen last that is kept from one sample to the next, when it ends."""
 
 
 class Growth:
-    """Bytes a second since the last look, by key, falling off over a few looks after it ends."""
+    """Growth in bytes a second since the last sample, by key; it falls off over a few samples after
+    it has ended."""
 
     def __init__(self) -> None:
         self._before: dict[str, tuple[int, int]] = {}
         self._rate: dict[str, float] = {}
 
     def of(self, key: str, now_usec: int, value: int, since_usec: int | None = None) -> float:
-        """`since_usec`: at the first look, when it held nothing; None: it does not grow yet."""
+        """The growth of what `key` stands for, which holds `value` bytes now. `since_usec`: for the
+        first sample, when it held nothing; None: it counts from this sample on."""
         first = (now_usec, value) if since_usec is None else (since_usec, 0)
         then, before = self._before.get(key, first)
         if now_usec - then < APART_USEC and key in self._before:
@@ -57,28 +61,29 @@ class Growth:
             self._rate.pop(gone, None)
 
 
-class HostReader(Protocol):
-    """What the host can do, and what of its memory the pool has in zram."""
+class HostSource(Protocol):
+    """Reads what the host can do, and how much of its memory the pool has in zram."""
 
     zram_bytes: int
 
     def __call__(self, now_usec: int) -> Host:
-        """Read now, or lately."""
+        """The host as it is now, or was a moment ago."""
 
 
-class Looker:
-    """Makes snapshots. `look` raises KnobError when the pool cannot be read."""
+class Sampler:
+    """Makes snapshots of the pool."""
 
     def __init__(
         self,
         pool: Pool,
         calls: Calls,
         sessions: Callable[[int], tuple[SessionView, ...]],
-        host: HostReader,
+        host: HostSource,
         peaks: Callable[[], tuple[int, ...]],
         adopted: Callable[[], Iterable[Session]],
     ) -> None:
-        """`sessions` and `host` are asked with the time of the look in usec (CLOCK_BOOTTIME)."""
+        """`sessions` and `host` are asked with the time of the snapshot in usec (CLOCK_BOOTTIME);
+        `peaks`: what ended calls took at most; `adopted`: the adopted sessions."""
         assert pool.memory_max_bytes is not None
         self._pool = pool
         self._calls = calls
@@ -92,8 +97,8 @@ class Looker:
         self.limit_bytes = pool.memory_max_bytes
 
     def usage(self) -> int:
-        """What the pool uses, file cache and what zram holds of it included. Adopted sessions lie
-        beside the pool's cgroup, but share its budget."""
+        """Bytes that the pool uses, file cache and what zram holds of it included. Adopted sessions
+        lie beside the pool's cgroup, but share its budget. Raises KnobError."""
         used = self._pool.cgroup.read(knobs.MEMORY_CURRENT) + self._host.zram_bytes
         for session in self._adopted():
             try:
@@ -102,25 +107,36 @@ class Looker:
                 continue  # its runtime has just removed it
         return used
 
-    def look(self, usage: int) -> Snapshot:
-        """`usage`: as just read."""
+    def snapshot(self) -> Snapshot:
+        """What the policy sees now. Raises KnobError when the pool cannot be read."""
+        return self.sample(self.usage())
+
+    def sample(self, usage: int) -> Snapshot:
+        """What the policy sees now, with `usage` as it was just read. Raises KnobError when the
+        pool cannot be read."""
         now = boottime_usec()
         cache = 0
         tight = self.limit_bytes - usage < self.limit_bytes * CACHE_MATTERS_SHARE
         if tight:
             cache = _cold_cache(self._pool.cgroup)
-        calls = tuple(view for call in list(self._calls.open.values())
-                      if (view := self._call(call, now, tight)) is not None)  # fmt: skip
+        seen = (self._call(call, now, tight) for call in list(self._calls.open.values()))
+        calls = tuple(view for view in seen if view is not None)
         # With and without the cache are two series: from one to the other is no growth.
         key = "pool" if tight else "pool and cache"
         growth = self._growth.of(key, now, usage - cache)
         self._growth.keep({key, *(c.id for c in calls), *(f"{c.id}/" for c in calls)})
         return Snapshot(
-            now_usec=now, limit_bytes=self.limit_bytes, usage_bytes=usage - cache,
-            growth_bytes_per_s=growth, calls=calls, sessions=self._sessions(now),
-            host=self._host(now), stalled_share=self._stalled(now), cache_bytes=cache,
+            now_usec=now,
+            limit_bytes=self.limit_bytes,
+            usage_bytes=usage - cache,
+            growth_bytes_per_s=growth,
+            calls=calls,
+            sessions=self._sessions(now),
+            host=self._host(now),
+            stalled_share=self._stalled(now),
+            cache_bytes=cache,
             peaks_bytes=self._peaks(),
-        )  # fmt: skip
+        )
 
     def _call(self, call: Call, now: int, tight: bool) -> CallView | None:
         if call.state == pb.CALL_STATE_ENDING:
@@ -132,9 +148,8 @@ class Looker:
             if tight and growth > GROWING_BYTES_PER_S:
                 # It may be reading or writing files, which costs nobody anything.
                 held = memory - _cold_cache(call.cgroup)
-                growth = min(
-                    growth, self._growth.of(f"{call.id}/", now, held, call.began_boot_usec)
-                )
+                of_held = self._growth.of(f"{call.id}/", now, held, call.began_boot_usec)
+                growth = min(growth, of_held)
         except KnobError:
             return None  # it has just ended
         if growth > GROWING_BYTES_PER_S:
@@ -142,9 +157,16 @@ class Looker:
         grant, since = call.grant, call.frozen_since_usec
         paused = None if since is None else now - since
         return CallView(
-            id=call.id, name=call.name, session_id=call.session.id, priority=grant.priority,
-            began_usec=call.began_boot_usec, memory_bytes=memory, growth_bytes_per_s=growth,
-            cpu_usec=cpu, grew_usec=call.grew_usec, frozen_for_usec=paused,
+            id=call.id,
+            name=call.name,
+            session_id=call.session.id,
+            priority=grant.priority,
+            began_usec=call.began_boot_usec,
+            memory_bytes=memory,
+            growth_bytes_per_s=growth,
+            cpu_usec=cpu,
+            grew_usec=call.grew_usec,
+            frozen_for_usec=paused,
             paused_usec=call.frozen_usec + (paused or 0),
             on_pressure=grant.on_pressure,
             expected_bytes=call.likely_bytes or grant.memory_expected_bytes,
@@ -152,7 +174,7 @@ class Looker:
             denied_growth_bytes=_since(memory, call.denied_at_bytes),
             refused_requests=self._refused(call),
             throttled_growth_bytes=_since(memory, call.throttled_at_bytes),
-        )  # fmt: skip
+        )
 
     def _refused(self, call: Call) -> int:
         if call.denied_at_bytes is None:
@@ -164,8 +186,9 @@ class Looker:
             return 0
 
     def _stalled(self, now: int) -> float | None:
-        """PSI of the pool since the last look that was long enough ago to say something; None
-        where this kernel has none (CONFIG_PSI, psi=0, cgroup.pressure)."""
+        """The share of the time in which some task of the pool stalled on memory, since the last
+        sample that was long enough ago to say something; None where this kernel does not measure it
+        (CONFIG_PSI, psi=0, cgroup.pressure)."""
         try:
             pressure = self._pool.cgroup.read_if(knobs.MEMORY_PRESSURE)
         except KnobError as error:
@@ -179,7 +202,7 @@ class Looker:
             self._stall = now, total
             return 0.0
         then, before = self._stall
-        if now - then >= 50_000:
+        if now - then >= STALL_APART_USEC:
             self._stalled_share = min(1.0, max(0, total - before) / (now - then))
             self._stall = now, total
         return self._stalled_share

@@ -1,10 +1,10 @@
 """Sessions as the policy sees them, kept up to date a few at a time.
 
-What a session uses changes slowly against how often the guard looks, and reading its five small
-files costs some 30 to 50 microseconds. So each look samples only those whose sample is oldest, as
+What a session uses changes slowly against how often the guard asks, and reading its five small
+files costs some 30 to 50 microseconds. So each turn samples only those whose sample is oldest, as
 many as fit into its share of time; the views of the others are made from what was seen before.
-With 500 sessions that is 1.5 ms a look every 20 ms, and no sample is much older than 0.3 s; 2.7 ms
-every 250 ms, and 2 s. Of this 0.65 ms are the views themselves.
+With 500 sessions that is 1.5 ms in every 20 ms, and no sample is much older than 0.3 s; or 2.7 ms
+in every 250 ms, and 2 s. Of this 0.65 ms are the views themselves.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SAMPLE_USEC = 200_000
 """A session is not sampled again sooner."""
 REFAULTS_USEC = 1_000_000
 """memory.stat is dearer: the kernel gathers its per-CPU counters for it."""
-LOOK_NS_MOST = 2_000_000
-"""Time that one look spends on samples..."""
-LOOK_SHARE = 0.05
-"""...and that all looks together do, as a part of one core."""
+SAMPLING_NS_MOST = 2_000_000
+"""Time that one update spends on sampling..."""
+SAMPLING_SHARE = 0.05
+"""...and that all updates together spend, as a part of one core."""
 QUIET_SHARE = 0.05
 """An agent that uses less of one core than this waits."""
 
@@ -76,8 +76,8 @@ class Sample:
     refaults_per_s: float = 0.0
 
 
-class Views:
-    """`look` on each look of the guard. Sessions come and go by themselves."""
+class SessionSampler:
+    """Keeps a sample of each open session. `views` notices by itself which ones came and went."""
 
     def __init__(
         self,
@@ -89,10 +89,11 @@ class Views:
         self._clock_ns = clock_ns
         self._samples: OrderedDict[str, Sample] = OrderedDict()
         """The oldest first."""
-        self._looked_usec: int | None = None
+        self._updated_usec: int | None = None
 
-    def look(self, now_usec: int) -> tuple[SessionView, ...]:
-        """All sessions that have been sampled at least once. `now_usec`: CLOCK_BOOTTIME."""
+    def views(self, now_usec: int) -> tuple[SessionView, ...]:
+        """Take the samples that are due, and show all sessions that have been sampled at least
+        once. `now_usec`: CLOCK_BOOTTIME."""
         sessions = {s.id: s for s in self._sessions() if not s.closing}
         for gone in self._samples.keys() - sessions.keys():
             del self._samples[gone]
@@ -105,15 +106,16 @@ class Views:
         return tuple(views)
 
     def _sample(self, sessions: dict[str, Session], now_usec: int) -> None:
-        if self._looked_usec is None:
-            budget_ns = LOOK_NS_MOST
+        if self._updated_usec is None:
+            budget_ns = SAMPLING_NS_MOST
         else:
-            since_ns = (now_usec - self._looked_usec) * 1000
-            budget_ns = min(LOOK_NS_MOST, int(since_ns * LOOK_SHARE))
-        self._looked_usec = now_usec
+            since_ns = (now_usec - self._updated_usec) * 1000
+            budget_ns = min(SAMPLING_NS_MOST, int(since_ns * SAMPLING_SHARE))
+        self._updated_usec = now_usec
         new = [id for id in sessions if id not in self._samples]
-        due = [id for id, sample in self._samples.items()
-               if now_usec - sample.at_usec >= SAMPLE_USEC]  # fmt: skip
+        due = [
+            id for id, sample in self._samples.items() if now_usec - sample.at_usec >= SAMPLE_USEC
+        ]
         end_ns = self._clock_ns() + budget_ns
         # One at least, so that on however slow a machine each has its turn.
         for id in (*new, *due):

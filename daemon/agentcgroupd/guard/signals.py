@@ -17,26 +17,26 @@ from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.memory import MemoryPrograms
 from agentcgroupd.bpf.plane import DataPlane
 from agentcgroupd.config import GuardConfig
-from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.errors import KnobError
-from agentcgroupd.guard.loop import Guard
+from agentcgroupd.guard.loop import GuardLoop
 from agentcgroupd.policy.snapshot import Signal, SignalKind
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.state.session import Call, Session
+from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.units import show_bytes
+
+log = logging.getLogger(__name__)
 
 DELAY_PERCENT = 20
 """Milliseconds that a charge waits for each percent above memory.high while an important session
 stalls: the kernel's own cap of 2 s is reached at twice the high."""
-
-log = logging.getLogger(__name__)
-
 CONFIRM_USEC = 1_000_000
-"""How long an urgent denial that the daemon agrees with goes on; then it is looked at anew."""
+"""How long an urgent denial that the daemon agrees with goes on; then it is judged anew."""
 
 
 class Signals:
-    """Turns events of memory.bpf.c into looks of the guard, feedback, metrics and audit entries."""
+    """Turns events of memory.bpf.c into decisions of the guard, feedback, metrics and audit
+    entries."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Signals:
         memory: MemoryPrograms,
         pool: Pool,
         sessions: Callable[[], Iterable[Session]],
-        actions: Actions,
+        notices: Notices,
     ) -> None:
         self._config = config
         self._plane = plane
@@ -54,36 +54,32 @@ class Signals:
         self._calm_timer: asyncio.TimerHandle | None = None
         self._pool = pool
         self._sessions = sessions
-        self._actions = actions
-        self._metrics = actions.metrics
-        self._audit = actions.audit
-        self._guard: Guard | None = None
+        self._notices = notices
+        self._metrics = notices.metrics
+        self._audit = notices.audit
+        self._guard: GuardLoop | None = None
         self._of_cgroup: dict[int, Session | Call] = {}
 
-    def start(self, guard: Guard | None) -> None:
-        """Begin to listen. With a guard, the pool's mark is where it would act."""
+    def start(self, guard: GuardLoop | None) -> None:
+        """Listen from now on; `guard` is told what concerns it. Raises BpfError."""
         self._guard = guard
         if guard is not None:
-            self._memory.set_mark(self._pool.cgroup.id, *guard.mark_bytes)
-            guard.on_mark = self._move_mark
             self._protect()
         self._memory.start(self._handle)
-
-    def _move_mark(self, mark_bytes: int, low_bytes: int) -> None:
-        self._plane.attempt("the pool's mark cannot be moved", self._memory.set_mark,
-                            self._pool.cgroup.id, mark_bytes, low_bytes)  # fmt: skip
 
     # What is watched
 
     def watch_pool(self) -> None:
-        """Know the pool. Raises BpfError."""
-        self._memory.watch(self._pool.cgroup.id, abi.CgroupKind.POOL, None)
-        if self._plane.reclaim is not None:
-            self._plane.attempt("the pool's reclaim cannot be hooked", self._plane.reclaim.attach,
-                                self._pool.cgroup.dir_fd)  # fmt: skip
+        """Make the pool known to the programs. Raises BpfError."""
+        pool, reclaim = self._pool.cgroup, self._plane.reclaim
+        self._memory.watch(pool.id, abi.CgroupKind.POOL, None)
+        if reclaim is not None:
+            what = "the pool's reclaim cannot be hooked"
+            self._plane.attempt(what, reclaim.attach, pool.dir_fd)
 
     def session_opened(self, session: Session) -> None:
-        """Know its cgroup and its agent leaf; protect it if it is important. Raises BpfError."""
+        """Make a session's cgroup and agent leaf known to the programs, and have them protect it if
+        it is important. Raises BpfError."""
         above = None if session.adopted else self._pool.cgroup.id
         own, agent = session.cgroup.id, session.agent.id
         self._memory.watch(own, abi.CgroupKind.SESSION, above, session.limits.priority)
@@ -92,10 +88,10 @@ class Signals:
         self._memory.set_rates(own, config.faults_per_s, config.refaults_per_s)
         self._of_cgroup[own] = session
         self._protect()
-        self._reclaim(session, stalled=False, urgent=False)
+        self._set_reclaim(session, stalled=False, urgent=False)
 
     def session_closed(self, session: Session) -> None:
-        """No more. Raises BpfError."""
+        """Have the programs forget a session. Raises BpfError."""
         self._of_cgroup.pop(session.cgroup.id, None)
         self._memory.forget(session.agent.id)
         self._memory.forget(session.cgroup.id)
@@ -104,52 +100,54 @@ class Signals:
         self._protect()
 
     def call_opened(self, call: Call) -> None:
-        """Know its leaf. Raises BpfError."""
-        self._memory.watch(call.cgroup.id, abi.CgroupKind.CALL, call.session.cgroup.id,
-                           call.grant.priority)  # fmt: skip
+        """Make a call's leaf known to the programs. Raises BpfError."""
+        above = call.session.cgroup.id
+        self._memory.watch(call.cgroup.id, abi.CgroupKind.CALL, above, call.grant.priority)
         self._of_cgroup[call.cgroup.id] = call
 
     def call_closed(self, call: Call) -> None:
-        """No more. Raises BpfError."""
+        """Have the programs forget a call. Raises BpfError."""
         self._of_cgroup.pop(call.cgroup.id, None)
         self._memory.forget(call.cgroup.id)
 
     def _protect(self) -> None:
-        important = [s for s in self._sessions()
-                     if self._important(s)]  # fmt: skip
+        important = [s for s in self._sessions() if self._important(s)]
         important.sort(key=lambda s: -s.limits.priority)
         chosen = ((s.cgroup.id, s.limits.priority) for s in important)
         pool = self._pool.cgroup.id if self._guard is not None else None
         fitted = self._memory.protect(chosen, pool)
         if fitted < len(important):
-            log.warning("%d sessions are important, %d fit into the kernel's table: the others "
-                        "are not protected by it", len(important), fitted)  # fmt: skip
+            log.warning(
+                "%d sessions are important, %d fit into the kernel's table: the others are not "
+                "protected by it",
+                len(important),
+                fitted,
+            )
 
     def _important(self, session: Session) -> bool:
         return session.limits.priority >= self._config.protect_priority
 
-    def _reclaim(self, session: Session, stalled: bool, urgent: bool) -> None:
-        """What reclaim does for a session: spare an important one that stalls, and delay the
-        others above their memory.high meanwhile. Raises BpfError."""
+    def _set_reclaim(self, session: Session, stalled: bool, urgent: bool) -> None:
+        """Set what the kernel's reclaim does for a session: it spares an important one that
+        stalls, and meanwhile delays the others above their memory.high. Raises BpfError."""
         if self._plane.reclaim is not None:
             important = self._important(session)
+            delay = DELAY_PERCENT if urgent and not important else 0
             self._plane.reclaim.set(
-                session.cgroup.id, protect=important, stalled=stalled,
-                delay_percent=DELAY_PERCENT if urgent and not important else 0,
-            )  # fmt: skip
+                session.cgroup.id, protect=important, stalled=stalled, delay_percent=delay
+            )
 
-    def _reclaim_all(self, stalling: int | None) -> None:
-        """`stalling`: cgroup id of the session that stalls, None: that is over."""
+    def _set_reclaim_of_all(self, stalling: int | None) -> None:
+        """`stalling`: cgroup id of the session that stalls; None: that is over."""
         if self._plane.reclaim is None:
             return
         for session in self._sessions():
-            self._plane.attempt(
-                "reclaim of a session cannot be changed", self._reclaim, session,
-                session.cgroup.id == stalling, stalling is not None,
-            )  # fmt: skip
+            stalled, urgent = session.cgroup.id == stalling, stalling is not None
+            what = "reclaim of a session cannot be changed"
+            self._plane.attempt(what, self._set_reclaim, session, stalled, urgent)
 
     def sweep(self) -> None:
-        """Now and then: count what was lost."""
+        """Count the events that were lost since the last sweep."""
         lost = self._memory.lost()
         fresh = {kind: n - self._lost.get(kind, 0) for kind, n in lost.items()}
         self._lost = lost
@@ -177,23 +175,32 @@ class Signals:
         if event.event.cgroup_id != self._pool.cgroup.id or self._guard is None:
             return
         applied = self._guard.applied
-        self._guard.look_now(Signal(SignalKind.MARK))
+        self._guard.decide_now(Signal(SignalKind.MARK))
         reaction_ns = time.monotonic_ns() - event.event.at_ns
         acted = self._guard.applied - applied
         if event.above and acted:
             self._metrics.reaction.observe(reaction_ns / 1e9)
-        self._audit.write("mark", above=bool(event.above), usage_bytes=event.usage_bytes,
-                          mark_bytes=event.mark_bytes, reaction_usec=reaction_ns // 1000,
-                          decisions=acted)  # fmt: skip
+        self._audit.write(
+            "mark",
+            above=bool(event.above),
+            usage_bytes=event.usage_bytes,
+            mark_bytes=event.mark_bytes,
+            reaction_usec=reaction_ns // 1000,
+            decisions=acted,
+        )
 
     def _rates(self, event: abi.RatesEvent) -> None:
         session = self._of_cgroup.get(event.event.cgroup_id)
         if not isinstance(session, Session):
             return
         self._metrics.signals.labels("rates_above" if event.above else "rates_below").inc()
-        self._audit.write("rates", session=session.id, above=bool(event.above),
-                          faults_per_s=event.faults_per_s,
-                          refaults_per_s=event.refaults_per_s)  # fmt: skip
+        self._audit.write(
+            "rates",
+            session=session.id,
+            above=bool(event.above),
+            faults_per_s=event.faults_per_s,
+            refaults_per_s=event.refaults_per_s,
+        )
 
     def _denied(self, event: abi.DeniedEvent) -> None:
         call = self._of_cgroup.get(event.event.cgroup_id)
@@ -207,17 +214,26 @@ class Signals:
             else f"it is held at {show_bytes(event.mark_bytes)} for now"
         )
         why = f"A request for {asked} was refused (ENOMEM): the call has {held} and {reason}."
-        self._audit.write("denied", session=call.session.id, call=call.id, pid=event.pid, why=why,
-                          mark_bytes=event.mark_bytes, usage_bytes=event.usage_bytes,
-                          request_bytes=event.request_bytes)  # fmt: skip
-        numbers = {"request_bytes": float(event.request_bytes),
-                   "usage_bytes": float(event.usage_bytes)}  # fmt: skip
-        self._actions.tell(call.session, call.id, pb.Feedback(
-            code=pb.FEEDBACK_CODE_GROWTH_DENIED, sentence=why, numbers=numbers,
-        ))  # fmt: skip
+        self._audit.write(
+            "denied",
+            session=call.session.id,
+            call=call.id,
+            pid=event.pid,
+            why=why,
+            mark_bytes=event.mark_bytes,
+            usage_bytes=event.usage_bytes,
+            request_bytes=event.request_bytes,
+        )
+        asked_bytes, held_bytes = float(event.request_bytes), float(event.usage_bytes)
+        feedback = pb.Feedback(
+            code=pb.FEEDBACK_CODE_GROWTH_DENIED,
+            sentence=why,
+            numbers={"request_bytes": asked_bytes, "usage_bytes": held_bytes},
+        )
+        self._notices.tell(call.session, call.id, feedback)
 
     def _urgent(self, event: abi.UrgentEvent) -> None:
-        """The program has acted already: agree for a while, or take it back."""
+        """Judge what the program has done already: agree for a while, or take it back."""
         session = self._of_cgroup.get(event.event.cgroup_id)
         try:
             agree = self._guard is None or self._guard.still_short()
@@ -226,17 +242,18 @@ class Signals:
             agree = False
         if agree:
             self._memory.confirm_urgent(CONFIRM_USEC)
-            self._reclaim_all(event.event.cgroup_id)
+            self._set_reclaim_of_all(event.event.cgroup_id)
             if self._calm_timer is not None:
                 self._calm_timer.cancel()
             self._calm_timer = asyncio.get_running_loop().call_later(
-                CONFIRM_USEC / 1e6, self._reclaim_all, None
+                CONFIRM_USEC / 1e6, self._set_reclaim_of_all, None
             )
         else:
             self._memory.lift_urgent(CONFIRM_USEC)
         self._metrics.signals.labels("urgent").inc()
         self._metrics.actions.labels("confirm_urgent" if agree else "lift_urgent").inc()
-        self._audit.write("urgent", session=session.id if isinstance(session, Session) else "",
-                          stalled_usec=event.stalled_ns // 1000, confirmed=agree)  # fmt: skip
+        session_id = session.id if isinstance(session, Session) else ""
+        stalled_usec = event.stalled_ns // 1000
+        self._audit.write("urgent", session=session_id, stalled_usec=stalled_usec, confirmed=agree)
         if agree and self._guard is not None:
-            self._guard.look_now(Signal(SignalKind.URGENT))
+            self._guard.decide_now(Signal(SignalKind.URGENT))

@@ -8,11 +8,11 @@ that it names.
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomllib
 from pydantic import ValidationError
 
 from agentcgroupd.policy.errors import ErrorDetail, PolicyError, details_of

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import bisect
 import re
-from dataclasses import dataclass, field
-
 import tomllib
+from dataclasses import dataclass, field
 
 _SPACE = re.compile(r"(?:[ \t]|#[^\n]*)*")
 _SPACE_AND_LINES = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")

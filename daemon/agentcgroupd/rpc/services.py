@@ -1,4 +1,5 @@
-"""The gRPC services. Each method finds out who calls, checks the request, and asks the daemon."""
+"""The gRPC services. Each method finds out who calls, checks the request, and asks the part of the
+daemon that answers it; what goes in and comes out is in agentcgroup.proto."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -17,6 +19,8 @@ from grpc_reflection.v1alpha import reflection
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
+from agentcgroupd.calls.lifecycle import Calls
+from agentcgroupd.calls.queue import AdmissionQueue
 from agentcgroupd.errors import (
     AgentcgroupdError,
     CgroupGone,
@@ -25,20 +29,23 @@ from agentcgroupd.errors import (
     NotFound,
     as_request_error,
 )
+from agentcgroupd.guard.policy_files import PolicyFiles
 from agentcgroupd.intents.request import intent_of_proto
-from agentcgroupd.rpc.agent_calls import refuse_unknown
+from agentcgroupd.rpc.agent_calls import AgentCalls, refuse_unknown
 from agentcgroupd.rpc.peers import Relay, check_operator
+from agentcgroupd.rpc.views import Views
+from agentcgroupd.sessions.lifecycle import SessionLifecycle
+from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.session import Call, Session
+from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import call_to_proto, error_to_proto
-
-if TYPE_CHECKING:
-    from agentcgroupd.daemon import Daemon
 
 log = logging.getLogger(__name__)
 
 ERROR_TRAILER = "agentcg-error-bin"
 REPORTS_DEFAULT = 20
 MESSAGE_BYTES_MAX = 4 << 20
+GRACE_S = 0.5
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Service = TypeVar("Service", bound="_Service")
@@ -46,11 +53,24 @@ Request = TypeVar("Request", bound=message.Message)
 Response = TypeVar("Response")
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of the daemon that answer requests."""
+
+    sessions: Sessions
+    lifecycle: SessionLifecycle
+    calls: Calls
+    queue: AdmissionQueue
+    agent_calls: AgentCalls
+    views: Views
+    policy_files: PolicyFiles
+    notices: Notices
+
+
 def answers(
     method: Callable[[Service, Request, Context], Awaitable[Response]],
 ) -> Callable[[Service, Request, Context], Awaitable[Response]]:
-    """Wraps a unary method: times it, and turns the daemon's errors into statuses with a
-    trailer."""
+    """Wrap a unary method: it is timed, and the daemon's errors become statuses with a trailer."""
     name = method.__name__
 
     @functools.wraps(method)
@@ -63,20 +83,20 @@ def answers(
             await self.refuse(name, error, context)
             raise AssertionError("abort always raises") from None
         finally:
-            self.daemon.metrics.rpc.labels(name).observe(time.perf_counter() - started)
+            self.parts.notices.metrics.rpc.labels(name).observe(time.perf_counter() - started)
 
     return wrapper
 
 
 class _Service:
-    def __init__(self, daemon: Daemon, relay: Relay) -> None:
-        self.daemon = daemon
+    def __init__(self, parts: Parts, relay: Relay) -> None:
+        self.parts = parts
         self.relay = relay
 
     async def refuse(self, name: str, error: AgentcgroupdError, context: Context) -> None:
         """Abort with the error's code and sentence."""
         refused = as_request_error(error)
-        self.daemon.metrics.rpc_errors.labels(name, refused.code).inc()
+        self.parts.notices.metrics.rpc_errors.labels(name, refused.code).inc()
         detail = error_to_proto(refused)
         await context.abort(
             grpc.StatusCode[refused.code],
@@ -94,86 +114,86 @@ class _Service:
 class AgentService(_Service, pb_grpc.AgentServicer):
     """What an agent may ask, about its own session only."""
 
-    def __init__(self, daemon: Daemon, relay: Relay) -> None:
-        super().__init__(daemon, relay)
-        self._calls = daemon.agent_calls
+    def __init__(self, parts: Parts, relay: Relay) -> None:
+        super().__init__(parts, relay)
+        self._calls = parts.agent_calls
 
     def _session(self, context: Context) -> Session:
         return self._calls.session(self.relay.peer(context.peer()))
 
     @answers
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.Session:
-        """See the proto."""
-        return self.daemon.answers.describe(self._session(context), admin=False)
+        """Describe the session of the caller."""
+        return self.parts.lifecycle.describe(self._session(context), admin=False)
 
     @answers
     async def BeginCall(self, request: pb.BeginCallRequest, context: Context) -> pb.Call:
-        """See the proto."""
+        """Begin a call in the session of the caller, whose process holds it open; waits where it
+        has to wait."""
         call = self._calls.begin(self.relay.peer(context.peer()), request)
         return call if isinstance(call, pb.Call) else await call
 
     @answers
     async def EndCall(self, request: pb.EndCallRequest, context: Context) -> pb.Report:
-        """See the proto."""
+        """End a call of the caller's session; returns its report once it has ended."""
         report = self._calls.end(self.relay.peer(context.peer()), request)
         return report if isinstance(report, pb.Report) else await report
 
     @answers
     async def UpdateIntent(self, request: pb.UpdateIntentRequest, context: Context) -> pb.Call:
-        """See the proto."""
+        """Change the grant of an open call of the caller's session; returns the call."""
         call = self._calls.call(self.relay.peer(context.peer()), request.call_id)
-        updated = self.daemon.calls.update(call, intent_of_proto(request.intent))
+        updated = self.parts.calls.update(call, intent_of_proto(request.intent))
         return call_to_proto(updated, admin=False)
 
     @answers
     async def ListCalls(
         self, request: pb.ListCallsRequest, context: Context
     ) -> pb.ListCallsResponse:
-        """See the proto."""
+        """List the open and waiting calls of the caller's session."""
         session = self._session(context)
         if request.session_id not in ("", session.id):
             raise NotFound("an agent sees its own session only", "session_id", request.session_id)
-        return self.daemon.answers.list_calls([session], admin=False)
+        return self.parts.views.list_calls([session], admin=False)
 
     @answers
     async def GetBudget(self, request: pb.GetBudgetRequest, context: Context) -> pb.Budget:
-        """See the proto."""
-        return self.daemon.answers.budget(self._session(context))
+        """Say what is left for the session of the caller."""
+        return self.parts.views.budget(self._session(context))
 
     @answers
     async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:
-        """See the proto."""
+        """Find the report of an ended call of the caller's session; without an id, the newest."""
         return _report(self._session(context), request.call_id)
 
     @answers
     async def ListReports(
         self, request: pb.ListReportsRequest, context: Context
     ) -> pb.ListReportsResponse:
-        """See the proto."""
+        """List the newest reports of the caller's session."""
         return self.reports([self._session(context)], request.limit)
 
     async def WatchFeedback(
         self, request: pb.WatchFeedbackRequest, context: Context
     ) -> AsyncIterator[pb.Feedback]:
-        """See the proto. Ends when the session is closed."""
+        """Send what the caller's session is told from now on, of one call or of all, until the
+        session is closed."""
         try:
             refuse_unknown(request)
             session = self._session(context)
         except AgentcgroupdError as error:
             await self.refuse("WatchFeedback", error, context)
             return
-        listener = self.daemon.feed.join(session.id)
+        listener = self.parts.notices.feed.join(session.id)
         try:
             # Headers now: the caller knows from them that nothing after this is missed.
             await context.send_initial_metadata(())
             async for event in listener:
-                wanted = event.HasField("feedback") and request.call_id in (
-                    "", event.feedback.call_id,
-                )  # fmt: skip
-                if wanted:
+                asked_for = ("", event.feedback.call_id)
+                if event.HasField("feedback") and request.call_id in asked_for:
                     yield event.feedback
         finally:
-            self.daemon.feed.leave(listener)
+            self.parts.notices.feed.leave(listener)
 
 
 def _report(session: Session, call_id: str) -> pb.Report:
@@ -190,56 +210,58 @@ class AdminService(_Service, pb_grpc.AdminServicer):
     """What the operator may ask."""
 
     def _check(self, context: Context) -> None:
-        check_operator(self.relay.peer(context.peer()), self.daemon.sessions.of_cgroup)
+        check_operator(self.relay.peer(context.peer()), self.parts.sessions.of_cgroup)
 
     def _sessions(self, session_id: str) -> list[Session]:
-        sessions = self.daemon.sessions
+        sessions = self.parts.sessions
         return [sessions.get(session_id)] if session_id else list(sessions.open.values())
 
+    def _describe(self, session: Session) -> pb.Session:
+        return self.parts.lifecycle.describe(session, admin=True)
+
     def _open_call(self, call_id: str) -> Call:
-        call = self.daemon.calls.open.get(call_id)
+        call = self.parts.calls.open.get(call_id)
         if call is None:
             raise NotFound(f"no call {call_id[:64]!r} is open", "call_id", call_id)
         return call
 
     @answers
     async def GetPool(self, request: pb.GetPoolRequest, context: Context) -> pb.Pool:
-        """See the proto."""
+        """Describe the pool."""
         self._check(context)
-        return self.daemon.answers.describe_pool()
+        return self.parts.views.describe_pool()
 
     @answers
     async def OpenSession(self, request: pb.OpenSessionRequest, context: Context) -> pb.Session:
-        """See the proto."""
+        """Make a session; returns its description."""
         self._check(context)
-        return self.daemon.answers.describe(self.daemon.open_session(request.spec), admin=True)
+        return self._describe(self.parts.lifecycle.open(request.spec))
 
     @answers
     async def AdoptSession(self, request: pb.AdoptSessionRequest, context: Context) -> pb.Session:
-        """See the proto."""
+        """Make a session of an existing cgroup; returns its description."""
         self._check(context)
-        session = self.daemon.adopt_session(request.cgroup_path, request.spec)
-        return self.daemon.answers.describe(session, admin=True)
+        return self._describe(self.parts.lifecycle.adopt(request.cgroup_path, request.spec))
 
     @answers
     async def CloseSession(
         self, request: pb.CloseSessionRequest, context: Context
     ) -> pb.CloseSessionResponse:
-        """See the proto."""
+        """End a session and all of its calls; returns how many were open."""
         self._check(context)
-        session = self.daemon.sessions.get(request.session_id)
-        return pb.CloseSessionResponse(calls_ended=await self.daemon.close_session(session))
+        session = self.parts.sessions.get(request.session_id)
+        return pb.CloseSessionResponse(calls_ended=await self.parts.lifecycle.close(session))
 
     @answers
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
     ) -> pb.ListSessionsResponse:
-        """See the proto."""
+        """Describe all open sessions."""
         self._check(context)
         found = []
         for session in self._sessions(""):
             try:
-                found.append(self.daemon.answers.describe(session, admin=True))
+                found.append(self._describe(session))
             except CgroupGone:
                 continue  # the sweep closes it
         return pb.ListSessionsResponse(sessions=found)
@@ -248,25 +270,25 @@ class AdminService(_Service, pb_grpc.AdminServicer):
     async def ListCalls(
         self, request: pb.ListCallsRequest, context: Context
     ) -> pb.ListCallsResponse:
-        """See the proto."""
+        """List open and waiting calls, of one session or of all."""
         self._check(context)
-        return self.daemon.answers.list_calls(self._sessions(request.session_id), admin=True)
+        return self.parts.views.list_calls(self._sessions(request.session_id), admin=True)
 
     @answers
     async def EndCall(self, request: pb.EndCallRequest, context: Context) -> pb.Report:
-        """See the proto."""
+        """End any call; returns its report once it has ended."""
         self._check(context)
         why = "the operator ended the call"
-        waited = self.daemon.queue.leave(request.call_id, why)
+        waited = self.parts.queue.leave(request.call_id, why)
         if waited is not None:
             return waited
         call = self._open_call(request.call_id)
-        report = self.daemon.calls.end(call, request.detach, None, why)
+        report = self.parts.calls.end(call, request.detach, None, why)
         return report if isinstance(report, pb.Report) else await report
 
     @answers
     async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:
-        """See the proto."""
+        """Find the report of an ended call of any session; without an id, the newest."""
         self._check(context)
         if not request.call_id:
             newest = self.reports(self._sessions(""), 1).reports
@@ -276,60 +298,60 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         for session in self._sessions(""):
             if session.report(request.call_id) or request.call_id in session.calls:
                 return _report(session, request.call_id)
-        raise NotFound(f"there is no report of a call {request.call_id[:64]!r}", "call_id",
-                       request.call_id)  # fmt: skip
+        sentence = f"there is no report of a call {request.call_id[:64]!r}"
+        raise NotFound(sentence, "call_id", request.call_id)
 
     @answers
     async def ListReports(
         self, request: pb.ListReportsRequest, context: Context
     ) -> pb.ListReportsResponse:
-        """See the proto."""
+        """List the newest reports of one session or of all."""
         self._check(context)
         return self.reports(self._sessions(request.session_id), request.limit)
 
     @answers
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.PolicyState:
-        """See the proto."""
+        """Describe the policy in force."""
         self._check(context)
-        return self.daemon.answers.describe_policy(self.daemon.policy_files)
+        return self.parts.views.describe_policy()
 
     @answers
     async def ReloadPolicy(
         self, request: pb.ReloadPolicyRequest, context: Context
     ) -> pb.PolicyState:
-        """See the proto."""
+        """Read the policy's files anew; returns the policy in force then."""
         self._check(context)
         try:
-            self.daemon.policy_files.reload()
+            self.parts.policy_files.reload()
         except ConfigError as error:
             raise FailedPrecondition(str(error), "policy") from None
-        return self.daemon.answers.describe_policy(self.daemon.policy_files)
+        return self.parts.views.describe_policy()
 
     @answers
     async def ExplainCall(self, request: pb.ExplainCallRequest, context: Context) -> pb.Explanation:
-        """See the proto."""
+        """Say how the policy sees an open call, and what was done to it."""
         self._check(context)
-        return self.daemon.answers.explain(self._open_call(request.call_id))
+        return self.parts.views.explain(self._open_call(request.call_id))
 
     async def WatchEvents(
         self, request: pb.WatchEventsRequest, context: Context
     ) -> AsyncIterator[pb.Event]:
-        """See the proto."""
+        """Send the events of one session or of all from now on, until the session is closed."""
         try:
             refuse_unknown(request)
             self._check(context)
             if request.session_id:
-                self.daemon.sessions.get(request.session_id)
+                self.parts.sessions.get(request.session_id)
         except AgentcgroupdError as error:
             await self.refuse("WatchEvents", error, context)
             return
-        listener = self.daemon.feed.join(request.session_id)
+        listener = self.parts.notices.feed.join(request.session_id)
         try:
             await context.send_initial_metadata(())
             async for event in listener:
                 yield event
         finally:
-            self.daemon.feed.leave(listener)
+            self.parts.notices.feed.leave(listener)
 
 
 class GrpcServer:
@@ -358,7 +380,7 @@ class GrpcServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self) -> None:
-        """Stop serving; requests under way get a moment."""
+        """Stop serving; requests under way get GRACE_S to end."""
         await self._health.enter_graceful_shutdown()
-        await self.server.stop(0.5)
+        await self.server.stop(GRACE_S)
         self._path.unlink(missing_ok=True)

@@ -1,59 +1,57 @@
-"""What the daemon says of itself when asked: pool, sessions, calls, and what is left."""
+"""What the daemon says of itself when asked: pool, calls, policy, and a session's budget."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from agentcgroup import __version__
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.bpf.sched import CpuNumbers
 from agentcgroupd.calls.lifecycle import Calls
+from agentcgroupd.calls.queue import AdmissionQueue
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.errors import CgroupGone, FailedPrecondition, NotFound
+from agentcgroupd.gpu.service import Gpus
+from agentcgroupd.guard.loop import GuardLoop
 from agentcgroupd.guard.policy_files import PolicyFiles
 from agentcgroupd.policy.explain import explain, policy_state
+from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.session import Call, Session, unix_usec
-from agentcgroupd.telemetry.wire import call_to_proto, session_to_proto
-from agentcgroupd.units import CgroupId, show_bytes
-
-if TYPE_CHECKING:
-    from agentcgroupd.gpu.service import Gpus
-    from agentcgroupd.guard.loop import Guard
+from agentcgroupd.telemetry.wire import call_to_proto
+from agentcgroupd.units import show_bytes
 
 
-class Answers:
-    """Reads what is there; changes nothing."""
+class Views:
+    """Reads what there is; changes nothing."""
 
     def __init__(
-        self, pool: Pool, sessions: Sessions, calls: Calls,
-        waiting: Callable[[Session], list[pb.Call]],
-        cpu: Callable[[CgroupId], CpuNumbers | None] = lambda cgroup: None,
-    ) -> None:  # fmt: skip
-        self._cpu = cpu
-        self.pool = pool
-        self.sessions = sessions
-        self.calls = calls
-        self._waiting = waiting
-        self.started_unix_usec = unix_usec()
-        self.leftovers_removed = 0
-        self.gpus: Gpus | None = None
-        self.guard: Guard | None = None
-        """None: it does not run here."""
-
-    def describe(self, session: Session, admin: bool) -> pb.Session:
-        """A session as sent. Raises CgroupGone."""
-        return session_to_proto(session, admin, self.sessions.not_enforced(),
-                                self._cpu(session.cgroup.id))  # fmt: skip
+        self,
+        pool: Pool,
+        sessions: Sessions,
+        lifecycle: SessionLifecycle,
+        calls: Calls,
+        queue: AdmissionQueue,
+        policy_files: PolicyFiles,
+        gpus: Gpus,
+        guard: GuardLoop | None,
+    ) -> None:
+        """`guard`: None where it does not run."""
+        self._pool = pool
+        self._sessions = sessions
+        self._lifecycle = lifecycle
+        self._calls = calls
+        self._queue = queue
+        self._policy_files = policy_files
+        self._gpus = gpus
+        self._guard = guard
+        self._started_unix_usec = unix_usec()
 
     def list_calls(self, sessions: list[Session], admin: bool) -> pb.ListCallsResponse:
         """Open calls with what they use now."""
         calls = []
         for session in sessions:
-            calls += self._waiting(session)
+            calls += self._queue.waiting(session)
             for call in session.calls.values():
                 try:
                     calls.append(call_to_proto(call, admin, usage=True))
@@ -64,61 +62,58 @@ class Answers:
     def describe_pool(self) -> pb.Pool:
         """The pool as sent."""
         return pb.Pool(
-            cgroup_path=self.pool.path,
-            memory_max_bytes=self.pool.memory_max_bytes,
-            memory_current_bytes=self.pool.cgroup.read_if(knobs.MEMORY_CURRENT),
-            cpu_millicores=self.pool.cpu_millicores,
-            sessions_open=len(self.sessions.open),
-            calls_open=len(self.calls.open),
-            calls_begun=self.calls.begun,
-            calls_ended=self.calls.ended,
-            leftovers_removed=self.leftovers_removed,
-            controllers=self.pool.controllers,
-            not_enforced=self.sessions.not_enforced(),
+            cgroup_path=self._pool.path,
+            memory_max_bytes=self._pool.memory_max_bytes,
+            memory_current_bytes=self._pool.cgroup.read_if(knobs.MEMORY_CURRENT),
+            cpu_millicores=self._pool.cpu_millicores,
+            sessions_open=len(self._sessions.open),
+            calls_open=len(self._calls.open),
+            calls_begun=self._calls.begun,
+            calls_ended=self._calls.ended,
+            leftovers_removed=self._lifecycle.leftovers_removed,
+            controllers=self._pool.controllers,
+            not_enforced=self._pool.not_enforced(),
             version=__version__,
             kernel=os.uname().release,
-            started_unix_usec=self.started_unix_usec,
+            started_unix_usec=self._started_unix_usec,
         )
 
     def budget(self, session: Session) -> pb.Budget:
         """What is left for a session: the tightest of its own limit and the pool's."""
-        limits, cgroup = session.limits, session.cgroup
-        used = cgroup.read_if(knobs.MEMORY_CURRENT)
-        left: list[int] = []
-        if used is not None and limits.memory_max_bytes is not None:
-            left.append(limits.memory_max_bytes - used)
-        pool_used = self.pool.cgroup.read_if(knobs.MEMORY_CURRENT)
-        if pool_used is not None and self.pool.memory_max_bytes is not None:
-            left.append(self.pool.memory_max_bytes - pool_used)
-        tops = [top for top in (limits.memory_max_bytes, self.pool.memory_max_bytes) if top]
-        pids = cgroup.read_if(knobs.PIDS_CURRENT)
-        cores = min(limits.cpu_max_millicores or self.pool.cpu_millicores, self.pool.cpu_millicores)
-        idle = max(0, round((len(os.sched_getaffinity(0)) - os.getloadavg()[0]) * 1000))
+        limits, pool = session.limits, self._pool
+        used = session.cgroup.read_if(knobs.MEMORY_CURRENT)
+        pool_used = pool.cgroup.read_if(knobs.MEMORY_CURRENT)
+        sides = ((limits.memory_max_bytes, used), (pool.memory_max_bytes, pool_used))
+        left = [top - now for top, now in sides if top is not None and now is not None]
+        tops = [top for top, _ in sides if top]
         available = max(0, min(left)) if left else None
-        memory = (
-            f"{show_bytes(available)} of memory"
-            if available is not None
-            else "memory without a limit"
-        )
-        open_calls = f"{len(session.calls)} of {limits.calls_max} calls open"
-        sentence = f"You have {memory} and {cores / 1000:g} cores; {open_calls}."
+        pids = session.cgroup.read_if(knobs.PIDS_CURRENT)
+        pids_limit = limits.pids_max if pids is not None else None
+        pids_left = limits.pids_max - pids if pids is not None and limits.pids_max else None
+        millicores = min(limits.cpu_max_millicores or pool.cpu_millicores, pool.cpu_millicores)
+        idle = max(0, round((len(os.sched_getaffinity(0)) - os.getloadavg()[0]) * 1000))
+        memory = "memory without a limit"
+        if available is not None:
+            memory = f"{show_bytes(available)} of memory"
+        calls = f"{len(session.calls)} of {limits.calls_max} calls open"
         return pb.Budget(
             memory_limit_bytes=min(tops) if tops else None,
             memory_used_bytes=used,
             memory_available_bytes=available,
-            cpu_limit_millicores=cores,
-            cpu_available_millicores=min(cores, idle),
-            pids_limit=limits.pids_max if pids is not None else None,
-            pids_available=limits.pids_max - pids if pids is not None and limits.pids_max else None,
+            cpu_limit_millicores=millicores,
+            cpu_available_millicores=min(millicores, idle),
+            pids_limit=pids_limit,
+            pids_available=pids_left,
             calls_open=len(session.calls),
             calls_max=limits.calls_max,
-            sentence=sentence,
-            gpus=self.gpus.grants.budget() if self.gpus is not None else (),
+            sentence=f"You have {memory} and {millicores / 1000:g} cores; {calls}.",
+            gpus=self._gpus.grants.budget(),
         )
 
-    def describe_policy(self, files: PolicyFiles) -> pb.PolicyState:
+    def describe_policy(self) -> pb.PolicyState:
         """The policy in force; how its rulesets stand, where the guard runs. Raises KnobError."""
-        state, guard = (files.loaded, files.error, files.loaded_unix_usec), self.guard
+        files, guard = self._policy_files, self._guard
+        state = (files.loaded, files.error, files.loaded_unix_usec)
         if guard is None:
             return policy_state(*state)
         return policy_state(*state, guard.snapshot(), guard.state)
@@ -126,12 +121,12 @@ class Answers:
     def explain(self, call: Call) -> pb.Explanation:
         """How the policy sees an open call, and what it did to it. Raises RequestError,
         KnobError."""
-        if self.guard is None:
+        if self._guard is None:
             raise FailedPrecondition(
                 "the guard does not run here, so no policy acts on calls: it is disabled "
                 "(guard.enabled), or the pool has no limit"
             )
-        snapshot = self.guard.snapshot()
+        snapshot = self._guard.snapshot()
         if all(seen.id != call.id for seen in snapshot.calls):
             raise NotFound(f"call {call.id} is ending", "call_id", call.id)
-        return explain(self.guard.policy, snapshot, self.guard.state, call.id, call.history)
+        return explain(self._guard.policy, snapshot, self._guard.state, call.id, call.history)

@@ -31,7 +31,16 @@ DELEGATE_XATTRS = ("trusted.delegate", "user.delegate")
 ALIVE_XATTR = "trusted.agentcgroup.alive"
 """On the pool: clock ticks since boot, written by a running daemon again and again."""
 DEFAULT_SHARE = 0.85
-"""Of the memory above: the rest is the host's own."""
+"""Share of the memory above that the pool has; the rest is the host's own."""
+
+
+FILES_OF_CONTROLLER = {
+    "memory": ("memory.low", "memory.high", "memory.max"),
+    "cpu": ("cpu.weight", "cpu.max"),
+    "pids": ("pids.max",),
+    "io": ("io.stat",),
+}
+"""Interface files of a session that come with each controller."""
 
 
 @dataclass(slots=True)
@@ -54,6 +63,10 @@ class Pool:
     def missing(self) -> tuple[str, ...]:
         """Controllers that this kernel or parent does not give us."""
         return tuple(name for name in CONTROLLERS if name not in self.controllers)
+
+    def not_enforced(self) -> list[str]:
+        """Limits of a session that cannot be kept here, by interface file."""
+        return [file for name in self.missing for file in FILES_OF_CONTROLLER[name]]
 
 
 def offered_controllers(cgroup: Cgroup) -> tuple[str, ...]:
@@ -100,8 +113,8 @@ def prepare_pool(config: PoolConfig) -> Pool:
     try:
         parent = Cgroup.open(parent_path)
     except OSError as error:
-        raise ConfigError(f"pool.cgroup: {config.cgroup!r} cannot be used: its parent "
-                          f"{parent_path}: {os.strerror(error.errno or 0)}") from None  # fmt: skip
+        why = f"its parent {parent_path}: {os.strerror(error.errno or 0)}"
+        raise ConfigError(f"pool.cgroup: {config.cgroup!r} cannot be used: {why}") from None
     try:
         if parent_path != mount:
             _clear_processes(parent)
@@ -130,13 +143,18 @@ def prepare_pool(config: PoolConfig) -> Pool:
         memory_max = cgroup.read(knobs.MEMORY_MAX)
         log.info("pool %s has %s", cgroup.path, show_bytes(memory_max or 0))
     return Pool(
-        cgroup, mount, f"/{name}", controllers, memory_max, len(os.sched_getaffinity(0)) * 1000,
-        _swap(config, memory_max),
-    )  # fmt: skip
+        cgroup=cgroup,
+        mount=mount,
+        path=f"/{name}",
+        controllers=controllers,
+        memory_max_bytes=memory_max,
+        cpu_millicores=len(os.sched_getaffinity(0)) * 1000,
+        zram=_swap(config, memory_max),
+    )
 
 
 def _swap(config: PoolConfig, memory_max_bytes: int | None) -> Zram | None:
-    """A host without it is worse off, but works."""
+    """Make the swap that the configuration asks for; a host without it is worse off, but works."""
     if memory_max_bytes is None:
         return None
     try:
@@ -147,7 +165,7 @@ def _swap(config: PoolConfig, memory_max_bytes: int | None) -> Zram | None:
 
 
 def _refuse_nested(parent: Cgroup, mount: Path) -> None:
-    """A pool inside a pool would be swept away by the outer daemon."""
+    """Refuse a pool inside a pool: the outer daemon would sweep it away. Raises ConfigError."""
     path = parent.path
     while path != mount and path != path.parent:
         above = Cgroup.open(path)

@@ -14,16 +14,16 @@ import pytest
 
 from agentcgroupd.boundaries import events, processes
 from agentcgroupd.boundaries.events import Boundaries
-from agentcgroupd.boundaries.processes import TICK_NS, Forked, Key, Sightings
+from agentcgroupd.boundaries.processes import TICK_NS, Forked, Key, KnownProcesses
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import BoundariesConfig
-from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.host.syscalls import process_stat
 from agentcgroupd.intents.request import CallRequest
 from agentcgroupd.state.session import Call, Process, Session
+from agentcgroupd.telemetry.notices import Notices
 
 AGENT_ID = 17
 ARGV = ["sh", "-c", "echo ready; read line; exit 3"]
@@ -148,13 +148,13 @@ class World:
         self.here = [os.getpid(), tool.key[0]]
         agent = SimpleNamespace(id=AGENT_ID, procs=lambda: self.here)
         session = SimpleNamespace(id="s", agent=agent, cgroup_path="/pool/s", closing=False)
-        actions = SimpleNamespace(moved=lambda *_: None, events_lost=self.lost_counts.append)
+        notices = SimpleNamespace(moved=lambda *_: None, events_lost=self.lost_counts.append)
         self.boundaries = Boundaries(
             BoundariesConfig(),
             cast(Lifecycle, self.lifecycle),
             cast(Calls, self.calls),
             lambda: [cast(Session, session)],
-            cast(Actions, actions),
+            cast(Notices, notices),
             settled_ticks=0,
         )
         self.here, there = [], self.here
@@ -275,16 +275,16 @@ def test_a_process_goes_from_forked_to_seen_to_ended(monkeypatch: pytest.MonkeyP
     """Only the newest that have ended are remembered."""
     monkeypatch.setattr(processes, "ENDED_MAX", 2)
     session = cast(Session, SimpleNamespace(id="s"))
-    known = Sightings()
-    sighting = processes.Sighting(session, "t", [], (1, 0), 0)
+    known = KnownProcesses()
+    observed = processes.ObservedCall(session, "t", [], (1, 0), 0)
     for pid in (1, 2, 3):
         known.fork((pid, 0), Forked(session, "t", 0))
-    known.join(sighting, (1, 0))
-    known.join(sighting, (2, 0))
+    known.join(observed, (1, 0))
+    known.join(observed, (2, 0))
     assert [known.settled((pid, 0)) for pid in (1, 2, 3, 4)] == [True, True, False, False]
-    assert known.forked((1, 0)) is None and known.seen((1, 0)) is sighting
-    assert known.end((1, 0)) == (None, sighting)
-    assert sighting.members == {(2, 0)}
+    assert known.forked((1, 0)) is None and known.seen((1, 0)) is observed
+    assert known.end((1, 0)) == (None, observed)
+    assert observed.members == {(2, 0)}
     assert known.end((1, 0)) == (None, None)
     assert known.end((4, 0)) == (None, None) and not known.settled((4, 0))
     known.end((2, 0))

@@ -89,15 +89,17 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     return made
 
 
-def make(**config: Any) -> CpuScheduling:
+def make(pool: Any = POOL, *sessions: Any, **config: Any) -> CpuScheduling:
     """Not opened yet."""
-    return CpuScheduling(CpuConfig(**config), None, Metrics(), lambda: Policy().cpu)
+    return CpuScheduling(
+        CpuConfig(**config), None, Metrics(), lambda: Policy().cpu, pool, lambda: sessions
+    )
 
 
 def opened(kernel: Kernel, **config: Any) -> tuple[CpuScheduling, FakeScheduler]:
     """Attached."""
     scheduling = make(**config)
-    assert scheduling.open(POOL, 5, lambda: (), True).works
+    assert scheduling.open(5, True).works
     return scheduling, kernel.loaded[-1]
 
 
@@ -120,8 +122,8 @@ def test_the_settings_are_the_configuration(kernel: Kernel) -> None:
 def test_without_it_the_reason_is_said(
     kernel: Kernel, config: dict[str, Any], pool: Any, enabled: bool, reason: str
 ) -> None:
-    scheduling = make(**config)
-    state = scheduling.open(pool, None, lambda: (), enabled)
+    scheduling = make(pool, **config)
+    state = scheduling.open(None, enabled)
     assert not state.works and reason in state.reason and not kernel.loads
     assert scheduling.numbers(POOL.cgroup.id) is None and not scheduling.penalizes
     scheduling.check()
@@ -129,7 +131,7 @@ def test_without_it_the_reason_is_said(
 
 def test_without_memory_programs_nobody_is_penalized(kernel: Kernel) -> None:
     scheduling = make()
-    assert scheduling.open(POOL, None, lambda: (), True).works and not scheduling.penalizes
+    assert scheduling.open(None, True).works and not scheduling.penalizes
     scheduling, _ = opened(kernel, penalty_most=1)
     assert not scheduling.penalizes
 
@@ -139,7 +141,7 @@ def test_another_scheduler_that_came_first_is_named(
 ) -> None:
     monkeypatch.setattr(sched, "running", lambda: "rusty")
     kernel.attach_errno = errno.EBUSY
-    state = make().open(POOL, None, lambda: (), True)
+    state = make().open(None, True)
     assert not state.works and "another sched_ext scheduler runs here: rusty" in state.reason
     assert kernel.loaded[0].is_closed
 
@@ -175,8 +177,8 @@ def test_when_it_is_back_it_is_told_of_what_is_there(kernel: Kernel) -> None:
                                    limits=SimpleNamespace(priority=90))  # fmt: skip
 
     async def run() -> None:
-        scheduling = make(retry_after="1ms")
-        scheduling.open(POOL, 5, lambda: (session,), True)
+        scheduling = make(POOL, session, retry_after="1ms")
+        scheduling.open(5, True)
         kernel.loaded[0].ended = STALL
         scheduling.check()
         await asyncio.sleep(0.2)

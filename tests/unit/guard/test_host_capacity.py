@@ -34,7 +34,7 @@ def areas(draw: st.DrawFn) -> Swap:
 
 @given(stats())
 def test_room_ends_at_the_devices_limit(stat: ZramStat) -> None:
-    room = host_capacity.zram_room(stat)
+    room = host_capacity.zram_free(stat)
     assert (room is None) == (stat.limit_bytes == 0)
     if room is not None:
         assert room >= 0
@@ -42,10 +42,10 @@ def test_room_ends_at_the_devices_limit(stat: ZramStat) -> None:
 
 
 def test_room_is_what_fits_at_the_compression_so_far() -> None:
-    assert host_capacity.zram_room(ZramStat(0, 0, 100 * MIB)) == 100 * MIB
-    assert host_capacity.zram_room(ZramStat(90 * MIB, 30 * MIB, 100 * MIB)) == 210 * MIB
+    assert host_capacity.zram_free(ZramStat(0, 0, 100 * MIB)) == 100 * MIB
+    assert host_capacity.zram_free(ZramStat(90 * MIB, 30 * MIB, 100 * MIB)) == 210 * MIB
     # A device that has not paid off yet is not counted as less than one to one.
-    assert host_capacity.zram_room(ZramStat(1 * MIB, 2 * MIB, 100 * MIB)) == 98 * MIB
+    assert host_capacity.zram_free(ZramStat(1 * MIB, 2 * MIB, 100 * MIB)) == 98 * MIB
 
 
 @given(st.lists(areas()), st.none() | SIZES, st.data())

@@ -10,8 +10,11 @@ import pytest
 
 from agentcgroupd.config import PolicyConfig, parse_config
 from agentcgroupd.errors import ConfigError
-from agentcgroupd.guard.policy_files import PolicyFiles
+from agentcgroupd.guard.policy_files import PolicyFiles, read_policy
+from agentcgroupd.telemetry.audit import Audit
+from agentcgroupd.telemetry.feed import Feed
 from agentcgroupd.telemetry.metrics import Metrics
+from agentcgroupd.telemetry.notices import Notices
 
 FREEZE = """
 [[rulesets]]
@@ -28,11 +31,12 @@ class Files:
         self.path = directory / "p.toml"
         self.write("one")
         self.metrics = Metrics()
+        self.audit_path = directory / "audit.jsonl"
+        notices = Notices(Audit(self.audit_path, 1 << 20), self.metrics, Feed())
         config = PolicyConfig(path=self.path, drop_in=directory / "d")
-        self.files = PolicyFiles(config, self.metrics)
-        self.files.load()
+        self.files = PolicyFiles(config, read_policy(config), notices, None)
         self.changes: list[str] = []
-        self.files.on_change = lambda policy: self.changes.append(policy.name)
+        self.files.follow(lambda policy: self.changes.append(policy.name))
 
     def write(self, name: str) -> None:
         """As an editor does."""
@@ -40,10 +44,10 @@ class Files:
         new.write_text(f"name = '{name}'\n{FREEZE}")
         os.replace(new, self.path)
 
-    def look(self) -> str:
+    def compare(self) -> str:
         """Twice: once to see it, once to see that it stays."""
-        self.files.look()
-        self.files.look()
+        self.files.compare()
+        self.files.compare()
         return self.files.policy.name
 
     def value(self, name: str, **labels: str) -> float | None:
@@ -52,30 +56,31 @@ class Files:
 
 def test_a_changed_file_is_taken_up_once_it_stays(tmp_path: Path) -> None:
     files = Files(tmp_path)
-    assert files.look() == "one" and files.changes == []
+    assert files.compare() == "one" and files.changes == []
     files.write("two")
-    files.files.look()
+    files.files.compare()
     assert files.files.policy.name == "one"
-    assert files.look() == "two"
+    assert files.compare() == "two"
     assert files.changes == ["two"]
-    assert files.look() == "two" and files.changes == ["two"]
+    assert files.compare() == "two" and files.changes == ["two"]
     assert files.value("reloads_total", result="changed") == 1
     (tmp_path / "d").mkdir()
     (tmp_path / "d/1.toml").write_text("name = 'three'")
-    assert files.look() == "three"
+    assert files.compare() == "three"
     (tmp_path / "d/1.toml").unlink()
-    assert files.look() == "two"
+    assert files.compare() == "two"
     files.path.touch()
-    assert files.look() == "two" and files.changes == ["two", "three", "two"]
+    assert files.compare() == "two" and files.changes == ["two", "three", "two"]
     assert files.value("reloads_total", result="unchanged") == 1
 
 
 def test_a_wrong_file_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = Files(tmp_path)
+    caplog.clear()
     with caplog.at_level(logging.ERROR):
         files.write("T W O")
         for _ in range(3):
-            assert files.look() == "one"
+            assert files.compare() == "one"
         assert f"{files.path}:1: name: 'T W O' cannot be used" in files.files.error
         with pytest.raises(ConfigError, match="T W O"):
             files.files.reload()
@@ -83,9 +88,9 @@ def test_a_wrong_file_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureF
     assert files.value("wrong") == 1
     assert files.value("reloads_total", result="refused") == 2
     files.path.unlink()
-    assert files.look() == "one" and "No such file" in files.files.error
+    assert files.compare() == "one" and "No such file" in files.files.error
     files.write("one")
-    assert files.look() == "one" and files.files.error == ""
+    assert files.compare() == "one" and files.files.error == ""
     assert files.value("wrong") == 0 and files.changes == []
     files.write("two")
     assert files.files.reload() is True
@@ -97,6 +102,5 @@ def test_the_configuration_names_the_policy() -> None:
     assert parse_config({}).policy.path == Path("default")
     config = parse_config({"policy": {"path": "/x.toml", "drop_in": ""}}).policy
     assert (config.path, config.drop_in) == (Path("/x.toml"), None)
-    files = PolicyFiles(PolicyConfig(path=Path("nothing-like-it")), Metrics())
     with pytest.raises(ConfigError, match="there is no such policy"):
-        files.load()
+        read_policy(PolicyConfig(path=Path("nothing-like-it")))

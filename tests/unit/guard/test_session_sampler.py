@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.guard.session_sampler import LOOK_NS_MOST, REFAULTS_USEC, SAMPLE_USEC, Views
+from agentcgroupd.guard.session_sampler import (
+    REFAULTS_USEC,
+    SAMPLE_USEC,
+    SAMPLING_NS_MOST,
+    SessionSampler,
+)
 from agentcgroupd.policy.snapshot import SessionView
 from agentcgroupd.state.session import Call, Session, SessionLimits
 
@@ -72,7 +77,7 @@ class World:
     step_ns: int = 0
 
     def __post_init__(self) -> None:
-        self.views = Views(lambda: [f.session for f in self.fakes], self._tick)
+        self.sampler = SessionSampler(lambda: [f.session for f in self.fakes], self._tick)
 
     def _tick(self) -> int:
         self.clock_ns += self.step_ns
@@ -86,7 +91,7 @@ class World:
     def look(self, after_usec: int = SAMPLE_USEC) -> dict[str, SessionView]:
         """What is seen after a while."""
         self.now_usec += after_usec
-        return {view.id: view for view in self.views.look(self.now_usec)}
+        return {view.id: view for view in self.sampler.views(self.now_usec)}
 
 
 @pytest.fixture
@@ -186,7 +191,7 @@ def test_a_session_that_goes_or_is_being_closed_is_left_out(world: World) -> Non
 def test_each_has_its_turn_however_dear_a_sample_is(world: World) -> None:
     for name in "abc":
         world.add(name)
-    world.step_ns = LOOK_NS_MOST * 10
+    world.step_ns = SAMPLING_NS_MOST * 10
     seen = [world.look().keys() for _ in range(3)]
     assert [len(keys) for keys in seen] == [1, 2, 3]
     for fake in world.fakes:
@@ -199,7 +204,7 @@ def test_a_look_samples_only_what_fits_into_its_time(world: World) -> None:
     for number in range(10):
         world.add(f"s{number}")
     # Four clock readings fit into the most that a look may take.
-    world.step_ns = LOOK_NS_MOST // 4
+    world.step_ns = SAMPLING_NS_MOST // 4
     assert len(world.look(1_000_000)) == 4
     # Soon after, a share of the time that has passed: less than one.
     assert len(world.look(1000)) == 5

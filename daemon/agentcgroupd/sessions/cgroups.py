@@ -1,0 +1,296 @@
+"""Cgroups of sessions: made, split from a container's, removed, given back, found again."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.tree import Cgroup, move_all
+from agentcgroupd.config import SessionDefaults
+from agentcgroupd.errors import (
+    AlreadyExists,
+    CgroupGone,
+    FailedPrecondition,
+    InvalidField,
+    KnobError,
+    NotFound,
+    Unavailable,
+)
+from agentcgroupd.intents.gpu import GpuCeiling
+from agentcgroupd.intents.gpu_part import Part, gpu_part
+from agentcgroupd.intents.parse import parse_intent
+from agentcgroupd.sessions.limits import parse_limits, read_limits, tighten, write_limits
+from agentcgroupd.sessions.pool import Pool, offered_controllers
+from agentcgroupd.sessions.registry import Sessions
+from agentcgroupd.state.session import (
+    AGENT_LEAF,
+    Session,
+    SessionLimits,
+    read_record,
+    unix_usec,
+)
+from agentcgroupd.units import show_bytes
+
+log = logging.getLogger(__name__)
+
+ID_ALLOWED = "1 to 63 characters of a-z, 0-9, '_', '.' and '-', starting with a letter or digit"
+_ID = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+ADOPTED_XATTR = "trusted.agentcgroup.adopted."
+"""On the pool, one for each adopted cgroup: its id in the name, its path as the value."""
+GPU_FIELDS = ("gpu", "gpu_memory", "gpu_priority", "gpu_device")
+
+
+class SessionCgroups:
+    """Makes the cgroups of sessions and enters them into the books."""
+
+    def __init__(
+        self,
+        defaults: SessionDefaults,
+        pool: Pool,
+        sessions: Sessions,
+        gpus: Callable[[], GpuCeiling],
+        place_gpu: Callable[[Part], tuple[str, ...]],
+    ) -> None:
+        """`gpus`: what there is of GPUs now; `place_gpu`: finds the devices for a part of GPUs, and
+        raises ResourceExhausted."""
+        self._defaults = defaults
+        self._pool = pool
+        self._sessions = sessions
+        self._gpus = gpus
+        self._place_gpu = place_gpu
+
+    def _limits_for(self, spec: pb.SessionSpec) -> SessionLimits:
+        """Limits of a session that may be opened. Raises RequestError."""
+        limits = parse_limits(spec, self._defaults, self._pool.memory_max_bytes)
+        self._check_id(spec.id)
+        self._check_guarantee(spec, limits)
+        return self._with_gpus(spec, limits)
+
+    def _check_id(self, session_id: str) -> None:
+        if not _ID.fullmatch(session_id):
+            raise InvalidField("id", session_id, ID_ALLOWED)
+        if session_id in self._sessions.open:
+            sentence = f"session {session_id!r} is open already"
+            raise AlreadyExists(sentence, "id", session_id, "a name that no open session has")
+
+    def _check_guarantee(self, spec: pb.SessionSpec, limits: SessionLimits) -> None:
+        """Refuse a guarantee that the pool could not keep beside those of the other sessions.
+        Raises InvalidField."""
+        low, most = limits.memory_low_bytes, self._pool.memory_max_bytes
+        if low is None or most is None:
+            return
+        others = sum(s.limits.memory_low_bytes or 0 for s in self._sessions.open.values())
+        if low + others > most:
+            why = (
+                f"the pool has {show_bytes(most)}, of which {show_bytes(others)} are guaranteed to "
+                "other sessions"
+            )
+            allowed = f"at most {show_bytes(most - others)}"
+            raise InvalidField("memory_low", spec.memory_low, allowed, why)
+
+    def _with_gpus(self, spec: pb.SessionSpec, limits: SessionLimits) -> SessionLimits:
+        """The limits with a part of GPUs for the agent itself, where one is asked for. Raises
+        InvalidField or ResourceExhausted."""
+        intent = parse_intent({name: getattr(spec, name) for name in GPU_FIELDS})
+        part = gpu_part(intent, self._gpus(), limits.priority, 100, [])
+        if part is None:
+            return limits
+        return replace(
+            limits,
+            gpu_percent=part.percent,
+            gpu_memory_bytes=part.memory_bytes,
+            gpu_priority=part.priority,
+            gpu_devices=self._place_gpu(part),
+        )
+
+    # Making
+
+    def make(self, spec: pb.SessionSpec) -> Session:
+        """Make a session's cgroup and agent leaf. Raises RequestError; then nothing is left."""
+        limits = self._limits_for(spec)
+        path = f"{self._pool.path}/{spec.id}"
+        try:
+            made = self._pool.cgroup.make_child(spec.id)
+        except KnobError as error:
+            sentence = f"cgroup {path} is there already and is not a session: {error}"
+            raise AlreadyExists(sentence, "id", spec.id) from None
+        try:
+            return self._set_up(Cgroup.open(made.path), path, spec.id, limits, {})
+        except (KnobError, OSError) as error:
+            made.remove()
+            raise Unavailable(f"the session's limits could not be set: {error}") from None
+
+    def _set_up(
+        self,
+        cgroup: Cgroup,
+        path: str,
+        session_id: str,
+        limits: SessionLimits,
+        found: dict[str, str],
+    ) -> Session:
+        """Put limits, agent leaf and record on a cgroup that holds no processes of its own."""
+        try:
+            write_limits(cgroup, limits)
+            cgroup.enable(offered_controllers(cgroup))
+            has_leaf = AGENT_LEAF in set(cgroup.children())
+            agent = cgroup.child(AGENT_LEAF) if has_leaf else cgroup.make_child(AGENT_LEAF)
+            session = Session(
+                id=session_id,
+                cgroup=cgroup,
+                agent=agent,
+                cgroup_path=path,
+                limits=limits,
+                opened_unix_usec=unix_usec(),
+                adopted=path.rpartition("/")[0] != self._pool.path,
+                found=found,
+                offered=agent.files(),
+            )
+            cgroup.set_xattr(session.record())
+        except BaseException:
+            cgroup.close()
+            raise
+        self._add(session)
+        return session
+
+    def _add(self, session: Session) -> None:
+        session.reports = type(session.reports)(maxlen=self._defaults.reports_kept)
+        self._sessions.add(session)
+
+    def adopt(self, cgroup_path: str, spec: pb.SessionSpec) -> Session:
+        """Split an existing cgroup in place: its processes go to agent/, its controllers to the
+        calls beside it. Raises RequestError, with the cgroup as it was."""
+        limits = self._limits_for(spec)
+        path = str(PurePosixPath("/") / cgroup_path.strip("/"))
+        self._check_adoptable(path)
+        try:
+            cgroup = Cgroup.open(self._pool.mount / path.strip("/"))
+        except OSError:
+            sentence = f"there is no cgroup {path} below {self._pool.mount}"
+            raise NotFound(sentence, "cgroup_path", cgroup_path) from None
+        busy = [name for name in cgroup.children() if cgroup.child(name).populated()]
+        if busy:
+            cgroup.close()
+            raise FailedPrecondition(
+                f"cgroup {path} is split already: {busy[0]}/ below it has processes; "
+                "only a cgroup whose processes are all its own can be adopted"
+            )
+        found = read_limits(cgroup)
+        try:
+            agent = cgroup.make_child(AGENT_LEAF)
+        except KnobError as error:
+            cgroup.close()
+            raise FailedPrecondition(f"cgroup {path} cannot be split: {error}") from None
+        try:
+            move_all(cgroup, agent)
+            self._pool.cgroup.set_xattr(path.encode(), f"{ADOPTED_XATTR}{cgroup.id}")
+            return self._set_up(cgroup, path, spec.id, tighten(cgroup, limits), found)
+        except (KnobError, OSError) as error:
+            again = Cgroup.open(self._pool.mount / path.strip("/"))
+            self._give_back(again, found)
+            again.close()
+            raise Unavailable(f"cgroup {path} could not be adopted: {error}") from None
+
+    def _check_adoptable(self, path: str) -> None:
+        inside = path == self._pool.path or path.startswith(f"{self._pool.path}/")
+        above = self._pool.path.startswith(f"{path.rstrip('/')}/") or path == "/"
+        of_session = self._sessions.of_cgroup(path) is not None
+        if inside or above or of_session or ".." in path:
+            raise InvalidField("cgroup_path", path, "a cgroup beside the pool, of no other session")
+
+    # Closing
+
+    def remove(self, session: Session) -> None:
+        """Remove the cgroup of a session whose calls have ended: its agent is killed, or, for an
+        adopted cgroup, put back to where it was found. May block: for a thread of its own.
+
+        Raises KnobError, and the session is then still there.
+        """
+        try:
+            if session.adopted:
+                self._give_back(session.cgroup, session.found)
+            else:
+                session.cgroup.kill_and_remove()
+        except CgroupGone:
+            log.info("session %s: its cgroup is gone already", session.id)
+
+    def forget(self, session: Session) -> None:
+        """Drop a session from the books and give up its directory; its cgroup is not touched."""
+        self._sessions.drop(session)
+        if session.adopted:
+            self._pool.cgroup.remove_xattr(f"{ADOPTED_XATTR}{session.cgroup.id}")
+        session.cgroup.close()
+
+    def _give_back(self, cgroup: Cgroup, found: dict[str, str]) -> None:
+        """Undo a split: controllers off, processes back, agent leaf gone, limits as they were."""
+        for name in cgroup.read(knobs.CGROUP_SUBTREE_CONTROL):
+            cgroup.write_text(knobs.CGROUP_SUBTREE_CONTROL.file, f"-{name}")
+        if AGENT_LEAF in set(cgroup.children()):
+            agent = cgroup.child(AGENT_LEAF)
+            move_all(agent, cgroup)
+            agent.remove()
+        for file, text in found.items():
+            cgroup.write_text(file, text)
+        cgroup.remove_xattr()
+        self._pool.cgroup.remove_xattr(f"{ADOPTED_XATTR}{cgroup.id}")
+
+    # Finding again
+
+    def restore(self) -> Iterator[Session]:
+        """Find the sessions that an earlier daemon left by their records, and enter them into the
+        books."""
+        for name in self._pool.cgroup.children():
+            path = f"{self._pool.path}/{name}"
+            session = self._restore_one(self._pool.cgroup.path / name, path)
+            if session is not None:
+                yield session
+        for xattr in self._pool.cgroup.list_xattrs():
+            if not xattr.startswith(ADOPTED_XATTR):
+                continue
+            path = (self._pool.cgroup.get_xattr(xattr) or b"").decode("utf-8", "replace")
+            session = self._restore_one(self._pool.mount / path.strip("/"), path)
+            if session is not None and f"{ADOPTED_XATTR}{session.cgroup.id}" == xattr:
+                yield session
+            else:
+                self._pool.cgroup.remove_xattr(xattr)
+
+    def _restore_one(self, directory: Path, path: str) -> Session | None:
+        try:
+            cgroup = Cgroup.open(directory)
+        except OSError:
+            return None
+        try:
+            data = read_record(cgroup.get_xattr(), "session")
+            if data is None:
+                raise ValueError("no record of ours")
+            agent = cgroup.child(AGENT_LEAF)
+            session = Session(
+                id=str(data["id"]),
+                cgroup=cgroup,
+                agent=agent,
+                cgroup_path=path,
+                limits=_limits_of_record(data["limits"]),
+                opened_unix_usec=int(data["opened_unix_usec"]),
+                adopted=bool(data["adopted"]),
+                found=dict(data["found"]),
+                offered=agent.files(),
+            )
+            if cgroup.has(knobs.CPU_WEIGHT):
+                # An earlier daemon may have been killed while it had lowered the weight.
+                cgroup.write(knobs.CPU_WEIGHT, session.limits.cpu_weight)
+        except (KeyError, TypeError, ValueError, KnobError) as error:
+            log.warning("%s is not a session that can be taken up: %s", directory, error)
+            cgroup.close()
+            return None
+        self._add(session)
+        return session
+
+
+def _limits_of_record(data: dict[str, Any]) -> SessionLimits:
+    """Limits from a record, where lists stand for tuples."""
+    return SessionLimits(**{**data, "gpu_devices": tuple(data.get("gpu_devices", ()))})

@@ -1,0 +1,196 @@
+"""The life of a session: opened, adopted or found again; followed; closed, by whoever ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.bpf.sched import CpuNumbers
+from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.events import FileEvents
+from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.errors import AgentcgroupdError, CgroupGone, FailedPrecondition, KnobError
+from agentcgroupd.sessions.cgroups import SessionCgroups
+from agentcgroupd.sessions.pool import Pool
+from agentcgroupd.sessions.registry import Sessions
+from agentcgroupd.state.session import Session
+from agentcgroupd.telemetry.notices import Notices
+from agentcgroupd.telemetry.wire import session_to_proto
+from agentcgroupd.units import CgroupId
+
+log = logging.getLogger(__name__)
+
+
+class SessionObserver(Protocol):
+    """Whoever has to know which sessions there are."""
+
+    def session_opened(self, session: Session) -> None:
+        """The session's cgroup is there, with its agent leaf."""
+
+    def session_given_back(self, session: Session) -> None:
+        """The processes of an adopted session are in their own cgroup again; it is still open."""
+
+    def session_closed(self, session: Session) -> None:
+        """The session's cgroup is gone, or given back to its runtime."""
+
+
+class SessionCalls(Protocol):
+    """The calls of sessions, as far as the end of a session concerns them."""
+
+    async def end_calls(self, session: Session, why: str) -> int:
+        """End all calls of a session that is closing, open or waiting; returns how many were open.
+        Raises RequestError."""
+
+
+class SessionLifecycle:
+    """Opens and closes sessions, tells observers, and notices what others do to their cgroups."""
+
+    def __init__(
+        self,
+        cgroups: SessionCgroups,
+        sessions: Sessions,
+        pool: Pool,
+        events: FileEvents,
+        notices: Notices,
+        calls: SessionCalls,
+        cpu_numbers: Callable[[CgroupId], CpuNumbers | None],
+        observers: Sequence[SessionObserver],
+    ) -> None:
+        """`cpu_numbers`: what the CPU scheduler counted of a cgroup; None: nothing. `observers`
+        are told in their order."""
+        self._cgroups = cgroups
+        self._sessions = sessions
+        self._pool = pool
+        self._events = events
+        self._notices = notices
+        self._calls = calls
+        self._cpu_numbers = cpu_numbers
+        self._observers = observers
+        self._closing: set[asyncio.Task[None]] = set()
+        self.leftovers_removed = 0
+        """Cgroups without an owner that were removed so far."""
+
+    def describe(self, session: Session, admin: bool) -> pb.Session:
+        """A session as sent, for the operator or for its own agent. Raises CgroupGone."""
+        numbers = self._cpu_numbers(session.cgroup.id)
+        return session_to_proto(session, admin, self._pool.not_enforced(), numbers)
+
+    # Opening
+
+    def open(self, spec: pb.SessionSpec) -> Session:
+        """Make a session. Raises RequestError; then nothing is left."""
+        return self._opened(self._cgroups.make(spec))
+
+    def adopt(self, cgroup_path: str, spec: pb.SessionSpec) -> Session:
+        """Make a session of an existing cgroup, split in place. Raises RequestError, with the
+        cgroup as it was."""
+        return self._opened(self._cgroups.adopt(cgroup_path, spec))
+
+    def restore(self) -> Iterator[Session]:
+        """Take up the sessions that an earlier daemon left, one after the other."""
+        for session in self._cgroups.restore():
+            self._follow(session)
+            yield session
+
+    def _opened(self, session: Session) -> Session:
+        self._follow(session)
+        path, adopted = session.cgroup_path, session.adopted
+        self._notices.audit.write(
+            "session_opened", session=session.id, cgroup=path, adopted=adopted
+        )
+        event = pb.Event(session_opened=self.describe(session, admin=True))
+        self._notices.feed.publish(session.id, event)
+        return session
+
+    def _follow(self, session: Session) -> None:
+        for observer in self._observers:
+            observer.session_opened(session)
+        if session.adopted:
+            # Its cgroup belongs to a runtime: when it is empty, the session is over.
+            session.watch = self._events.watch(
+                session.cgroup, knobs.CGROUP_EVENTS, lambda: self._adopted_changed(session)
+            )
+
+    def _adopted_changed(self, session: Session) -> None:
+        try:
+            if session.closing or session.cgroup.populated():
+                return
+        except CgroupGone:
+            log.debug("session %s: its cgroup is gone", session.id)
+        self._close_soon(session)
+
+    # Closing
+
+    async def close(self, session: Session) -> int:
+        """End a session's calls, then its agent; returns how many calls were ended. Raises
+        RequestError or KnobError, and the session is then still open."""
+        if session.closing:
+            raise FailedPrecondition(f"session {session.id} is being closed already")
+        session.closing = True
+        try:
+            ended = await self._calls.end_calls(session, "its session was closed")
+            last = self.describe(session, admin=True) if session.cgroup.exists() else None
+            # Only the kernel's part waits in a thread; the books are the loop's alone.
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, self._cgroups.remove, session)
+        except BaseException:
+            session.closing = False
+            raise
+        if session.adopted:
+            for observer in self._observers:
+                observer.session_given_back(session)
+        self._cgroups.forget(session)
+        if session.watch is not None:
+            self._events.unwatch(session.watch)
+        for observer in self._observers:
+            observer.session_closed(session)
+        self._notices.audit.write("session_closed", session=session.id, calls_ended=ended)
+        event = pb.Event(session_closed=last or pb.Session(id=session.id))
+        self._notices.feed.publish(session.id, event)
+        self._notices.feed.end(session.id)
+        return ended
+
+    def _close_soon(self, session: Session) -> None:
+        task = asyncio.get_running_loop().create_task(self._close_quietly(session))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _close_quietly(self, session: Session) -> None:
+        try:
+            await self.close(session)
+        except AgentcgroupdError as error:
+            log.warning("session %s could not be closed: %s", session.id, error)
+
+    def stop(self) -> None:
+        """Give up closing sessions that nobody asked to be closed; the next daemon does it."""
+        for task in self._closing:
+            task.cancel()
+
+    # Housekeeping
+
+    def sweep(self) -> None:
+        """Remove cgroups that nobody owns, and close sessions whose cgroup was removed."""
+        for cgroup in list(self._sessions.unknown()):
+            self._remove_leftover(cgroup)
+        for session in list(self._sessions.open.values()):
+            if not session.closing and not session.cgroup.exists():
+                log.warning("session %s: its cgroup was removed by someone else", session.id)
+                self._close_soon(session)
+
+    def _remove_leftover(self, cgroup: Cgroup) -> None:
+        """Remove an empty cgroup. One with processes is not ours to kill, and is named in the
+        log."""
+        try:
+            if cgroup.populated():
+                log.warning("%s has processes but no record; it is left alone", cgroup.path)
+                return
+            cgroup.remove()
+        except KnobError as error:
+            log.warning("leftover %s: %s", cgroup.path, error)
+            return
+        self.leftovers_removed += 1
+        self._notices.metrics.leftovers.inc()
+        log.info("removed leftover %s", cgroup.path)

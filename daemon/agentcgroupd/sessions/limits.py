@@ -1,0 +1,173 @@
+"""Limits of sessions: from a request, onto their cgroups, and down to their calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.knobs import Knob, T
+from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.config import CallDefaults, SessionDefaults
+from agentcgroupd.errors import InvalidField
+from agentcgroupd.intents.gpu import GpuCeiling
+from agentcgroupd.intents.grant import Ceiling, weight_of_priority
+from agentcgroupd.sessions.pool import Pool
+from agentcgroupd.state.session import Session, SessionLimits
+from agentcgroupd.units import (
+    parse_bytes,
+    parse_cores,
+    parse_count,
+    parse_priority,
+    show_bytes,
+)
+
+AGENT_MEMORY_INTERVAL_S = 1.0
+PIDS_MOST = 4_194_304
+"""PID_MAX_LIMIT on 64 bits (include/linux/threads.h)."""
+CALLS_MOST = 100_000
+
+
+class Ceilings:
+    """What lies above the grants of a session's calls."""
+
+    def __init__(self, defaults: CallDefaults, pool: Pool, gpus: Callable[[], GpuCeiling]) -> None:
+        """`gpus`: what there is of GPUs now."""
+        self._defaults, self._pool, self._gpus = defaults, pool, gpus
+
+    def of(self, session: Session) -> Ceiling:
+        """The limits above a new call of this session."""
+        limits, defaults = session.limits, self._defaults
+        tops = [top for top in (limits.memory_max_bytes, self._pool.memory_max_bytes) if top]
+        cpus = self._pool.cpu_millicores
+        return Ceiling(
+            memory_max_bytes=min(tops) if tops else None,
+            agent_memory_bytes=_agent_memory(session) if tops else 0,
+            cpu_millicores=min(limits.cpu_max_millicores or cpus, cpus),
+            pids_max=limits.pids_max,
+            priority=limits.priority,
+            default_pids_max=defaults.pids_max,
+            default_timeout_usec=defaults.timeout,
+            timeout_max_usec=defaults.timeout_max,
+            gpu=self._gpus(),
+        )
+
+
+def _agent_memory(session: Session) -> int:
+    """Bytes that the agent leaf holds and cannot give back: page cache does not count, because the
+    kernel drops it before it kills. Read at most once a second: memory.stat makes the kernel gather
+    its per-CPU counters, and every call that begins asks for this."""
+    now = time.monotonic()
+    if now - session.agent_memory_at >= AGENT_MEMORY_INTERVAL_S:
+        stat = session.agent.read_if(knobs.MEMORY_STAT)
+        session.agent_memory_at = now
+        session.agent_memory_bytes = stat["anon"] + stat.get("kernel", 0) if stat else 0
+    return session.agent_memory_bytes
+
+
+def parse_limits(
+    spec: pb.SessionSpec, defaults: SessionDefaults, pool_bytes: int | None
+) -> SessionLimits:
+    """Limits from the text of a request, with defaults where it is silent. `pool_bytes`: the
+    pool's own limit; None: it has none. Raises InvalidField."""
+
+    def size(field: str) -> int | None:
+        text = getattr(spec, field)
+        return parse_bytes(field, text) if text else None
+
+    def count(field: str, most: int, default: int) -> int:
+        text = getattr(spec, field)
+        return parse_count(field, text, 1, most) if text else default
+
+    priority = parse_priority("priority", spec.priority) if spec.priority else defaults.priority
+    pids_max = defaults.pids_max
+    if spec.pids_max:
+        pids_max = parse_count("pids_max", spec.pids_max, 1, PIDS_MOST)
+    limits = SessionLimits(
+        memory_low_bytes=size("memory_low"),
+        memory_high_bytes=size("memory_high"),
+        memory_max_bytes=size("memory_max"),
+        cpu_weight=count("cpu_weight", 10_000, weight_of_priority(priority)),
+        cpu_max_millicores=parse_cores("cpu_max", spec.cpu_max) if spec.cpu_max else None,
+        pids_max=pids_max,
+        priority=priority,
+        calls_max=count("calls_max", CALLS_MOST, defaults.calls_max),
+    )
+    _check_sizes(spec, limits, pool_bytes)
+    return limits
+
+
+def _check_sizes(spec: pb.SessionSpec, limits: SessionLimits, pool_bytes: int | None) -> None:
+    """Refuse sizes that contradict each other or the pool. Raises InvalidField."""
+    low, high, top = limits.memory_low_bytes, limits.memory_high_bytes, limits.memory_max_bytes
+    if pool_bytes is not None:
+        for field, value in (("memory_low", low), ("memory_max", top)):
+            if value is not None and value > pool_bytes:
+                allowed, why = f"at most {show_bytes(pool_bytes)}", "it is more than the whole pool"
+                raise InvalidField(field, getattr(spec, field), allowed, why)
+    if top is None:
+        return
+    for field, value in (("memory_low", low), ("memory_high", high)):
+        if value is not None and value > top:
+            allowed = f"at most memory_max ({show_bytes(top)})"
+            raise InvalidField(field, getattr(spec, field), allowed)
+
+
+def write_limits(cgroup: Cgroup, limits: SessionLimits) -> None:
+    """Set the interface files that are there. Raises KnobError."""
+
+    def put(knob: Knob[T], value: T) -> None:
+        if cgroup.has(knob):
+            cgroup.write(knob, value)
+
+    put(knobs.MEMORY_LOW, limits.memory_low_bytes or 0)
+    put(knobs.MEMORY_HIGH, limits.memory_high_bytes)
+    put(knobs.MEMORY_MAX, limits.memory_max_bytes)
+    put(knobs.CPU_WEIGHT, limits.cpu_weight)
+    quota = limits.cpu_max_millicores
+    put(knobs.CPU_MAX, knobs.CpuMax(quota * 100 if quota is not None else None))
+    put(knobs.PIDS_MAX, limits.pids_max)
+
+
+WRITTEN_KNOBS = (
+    knobs.MEMORY_LOW.file,
+    knobs.MEMORY_HIGH.file,
+    knobs.MEMORY_MAX.file,
+    knobs.CPU_WEIGHT.file,
+    knobs.CPU_MAX.file,
+    knobs.PIDS_MAX.file,
+)
+"""What `write_limits` sets."""
+
+
+def read_limits(cgroup: Cgroup) -> dict[str, str]:
+    """The text of the files that `write_limits` would set, by file. Raises KnobError."""
+    found = {}
+    for file in WRITTEN_KNOBS:
+        text = cgroup.read_if(Knob(file, str.strip))
+        if text is not None:
+            found[file] = text
+    return found
+
+
+def tighten(cgroup: Cgroup, ours: SessionLimits) -> SessionLimits:
+    """Our limits, made no looser than those that a runtime has set on its container. Raises
+    KnobError."""
+
+    def least(a: int | None, b: int | None) -> int | None:
+        return min((v for v in (a, b) if v is not None), default=None)
+
+    cpu = cgroup.read_if(knobs.CPU_MAX)
+    theirs = None
+    if cpu is not None and cpu.quota_usec is not None:
+        theirs = cpu.quota_usec * 1000 // cpu.period_usec
+    return replace(
+        ours,
+        memory_low_bytes=ours.memory_low_bytes or cgroup.read_if(knobs.MEMORY_LOW) or None,
+        memory_high_bytes=least(ours.memory_high_bytes, cgroup.read_if(knobs.MEMORY_HIGH)),
+        memory_max_bytes=least(ours.memory_max_bytes, cgroup.read_if(knobs.MEMORY_MAX)),
+        cpu_max_millicores=least(ours.cpu_max_millicores, theirs),
+        pids_max=least(ours.pids_max, cgroup.read_if(knobs.PIDS_MAX)),
+    )
