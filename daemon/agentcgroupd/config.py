@@ -194,7 +194,7 @@ class BpfConfig(Section):
     objects: Path | None = None
     """Directory of the compiled programs; none: those that came with the daemon."""
     events_size: Annotated[int | None, quantity(_power_of_two, "size")] = None
-    """Of each ring buffer; none: 8 MiB for processes, 1 MiB for memory."""
+    """Size of each ring buffer; none: 8 MiB for processes, 1 MiB for memory."""
 
 
 class GpuConfig(Section):
@@ -213,14 +213,14 @@ class GpuConfig(Section):
     context_allowance: Annotated[int, quantity(parse_bytes, "size")] = 1 << 30
     """What the driver itself may hold for each process on each device beside the quota."""
     reserve: Annotated[int, quantity(parse_bytes, "size")] = 1 << 30
-    """Of each device's memory, granted to nobody."""
+    """Memory of each device that is granted to nobody."""
     wait: Duration = 600_000_000
     """How long a call waits for its part where its intent says nothing; then it is refused."""
     period: Duration = 200_000
     """Everyone has a turn within this time."""
     least_turn: Duration = 10_000
     batch_percent: Annotated[int, Field(ge=1, le=50)] = 5
-    """Of a device's time for those who make room for important calls."""
+    """Share of a device's time for calls that make room for important ones."""
     sample: Duration = 200_000
     """Between samples of the devices while a call has a part of one."""
     watch_launches: Literal["important", "all", "off"] = "all"

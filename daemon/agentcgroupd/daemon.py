@@ -69,10 +69,9 @@ class PartFailed(AgentcgroupdError):
 
 
 class Daemon:
-    """One daemon, from its start to its end. Use: `await Daemon(config).run()`."""
+    """The daemon, from its start to its end. Use: `await Daemon(config).run()`."""
 
     def __init__(self, config: Config) -> None:
-        """Nothing is touched yet."""
         self._config = config
 
     def make_gpus(self, sessions: Sessions, actions: Actions) -> Gpus:

@@ -74,8 +74,8 @@ class InvalidField(RequestError, ValueError):
     def __init__(self, field: str, value: str, allowed: str, why: str = "") -> None:
         shown = value if len(value) <= VALUE_SHOWN_CHARS else value[:VALUE_SHOWN_CHARS] + "..."
         reason = f" {why};" if why else ""
-        super().__init__(f"{field}: {shown!r} cannot be used:{reason} allowed is {allowed}",
-                         field, value, allowed)  # fmt: skip
+        sentence = f"{field}: {shown!r} cannot be used:{reason} allowed is {allowed}"
+        super().__init__(sentence, field, value, allowed)
 
 
 class NotFound(RequestError):

@@ -25,7 +25,7 @@ CORES_ALLOWED = "a number of cores such as 1.5, 2 or 250m, from 10m to 65536"
 DURATION_ALLOWED = "a time such as 90, 1.5s, 250ms or 10m, from 1ms to 30d"
 PERCENT_ALLOWED = "a whole number of percent such as 10%, from 1% to 100%"
 IMPORTANT_PRIORITY = 80
-"""From this priority on a session or call is important: others make room for it."""
+"""Least priority of important sessions and calls, for which others make room."""
 PRIORITY_WORDS = {"batch": 20, "normal": 50, "important": IMPORTANT_PRIORITY}
 PRIORITY_ALLOWED = "a whole number from 0 to 100, or batch (20), normal (50) or important (80)"
 
@@ -135,7 +135,7 @@ def parse_priority(field: str, text: str) -> int:
 
 
 def parse_word(field: str, text: str, words: tuple[str, ...]) -> str:
-    """One of `words`."""
+    """The one of `words` that the text is, in whatever case. Raises InvalidField."""
     word = text.strip().lower()
     if word not in words:
         raise InvalidField(field, text, " or ".join(words), suggestion(word, words))

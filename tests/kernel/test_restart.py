@@ -207,3 +207,24 @@ def test_a_session_closed_while_calls_run_takes_them_along(fresh: DaemonProcess)
     assert closed.calls_ended == 3
     assert not (fresh.cgroup_dir / "alpha").exists()
     assert agent.process.wait(10 * PATIENCE) == -signal.SIGKILL
+
+
+def test_servers_that_do_not_end_keep_no_call_frozen(tmp_path: Path) -> None:
+    daemon = DaemonProcess(tmp_path)
+    daemon.module = "tests.stuck_daemon"
+    daemon.start()
+    try:
+        agent = daemon.open("alpha")
+        (call_id,) = start_tools(agent, 1)
+        freeze = daemon.cgroup_dir / f"alpha/call-{call_id}/cgroup.freeze"
+        wait_until("the call is frozen", lambda: freeze.read_text() == "1\n")
+        assert daemon.process is not None
+        daemon.process.terminate()
+        wait_until("the call goes on", lambda: freeze.read_text() == "0\n", 1)
+        assert daemon.process.poll() is None, "its servers are still there"
+        assert daemon.process.wait(30 * PATIENCE) == 0
+        said = daemon.log.read_text()
+        for role in ("agent", "admin"):
+            assert f"the {role} gRPC server did not stop within 2 s" in said
+    finally:
+        daemon.close()

@@ -32,7 +32,7 @@ class Forked:
 
     session: Session
     comm: str
-    """Its name right after the fork, which is the name of its parent; empty: not known."""
+    """Name right after the fork, which is the name of its parent; empty: not known."""
     at_ns: int
     executed: bool = False
 
@@ -53,14 +53,14 @@ class ObservedCall:
     refused: str = ""
     """Why it has no call; tried again when another call of the session has ended."""
     declared: bool = False
-    """Its main process asked for a call before it could be moved: that one has the report."""
+    """Whether the main process asked for a call before it could be moved; the report is that
+    call's then."""
 
 
 class KnownProcesses:
     """The state of each process that was seen in an agent leaf."""
 
     def __init__(self) -> None:
-        """Nothing is known yet."""
         self._forked: dict[Key, Forked] = {}
         self._seen: dict[Key, ObservedCall] = {}
         self._ended: dict[Key, None] = {}

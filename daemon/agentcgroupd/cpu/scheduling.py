@@ -1,4 +1,5 @@
-"""Who schedules the CPU: our sched_ext scheduler, or the kernel's own with cpu.weight and cpu.max.
+"""Scheduling of the CPU, by our sched_ext scheduler or by the kernel's own with cpu.weight and
+cpu.max.
 
 Weights and limits are written to the cgroups either way, so the two give the same kind of result.
 Ours is loaded at the start where the kernel has what it needs and no other scheduler runs. When the
@@ -94,7 +95,7 @@ class CpuScheduling:
         pool: Pool,
         sessions: Callable[[], Iterable[Session]],
     ) -> None:
-        """Nothing is loaded yet. `objects`: directory of the compiled programs, None: those that
+        """Load nothing yet. `objects`: directory of the compiled programs, None: those that
         came with the daemon; `classes`: by the policy in force; `sessions`: all that are open."""
         self._config, self._objects, self._metrics = config, objects, metrics
         self._classes = classes

@@ -1,4 +1,4 @@
-"""A call's leaf: interface files from the grant, and who goes first when memory ends."""
+"""What a call's leaf is limited to, and which processes go first when memory ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 
 
 def write_grant(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
-    """Set the interface files; those this kernel does not offer are named in the grant."""
+    """Set the interface files of a call's leaf; returns the grant, which names those that this
+    kernel does not offer. Raises KnobError."""
     missing: list[str] = []
 
     def put(knob: knobs.Knob[knobs.T], value: knobs.T, wanted: bool) -> None:
@@ -52,18 +53,20 @@ def rewrite_grant(session: Session, cgroup: Cgroup, old: Grant, new: Grant) -> G
 
 
 AGENT_OOM_SCORE_ADJ = -500
-"""Of an agent's own processes. Between it and the least that a call has lies the whole limit:
-however much the agent holds, no process of it is chosen as long as one of a call is there."""
+"""The value for an agent's own processes. Between it and the least that a call has lies the whole
+limit: however much the agent holds, no process of it is chosen as long as one of a call is
+there."""
 
 
 def oom_score_adj(priority: int) -> int:
-    """Of a call: 600 for an important one, 750 for a normal one, 900 for batch. Thousandths of the
-    limit that is reached are added to what a process holds (mm/oom_kill.c: oom_badness)."""
+    """The value for the processes of a call: 600 for an important one, 750 for a normal one, 900
+    for batch. So many thousandths of the limit that is reached are added to what a process holds
+    (mm/oom_kill.c: oom_badness)."""
     return 1000 - 5 * priority
 
 
 def set_oom_score_adj(pid: int, value: int) -> None:
-    """When a limit above the calls is reached, the kernel is to choose a call, and the least
+    """Tell the kernel whom to choose when a limit above the calls is reached: a call, and the least
     important one, rather than the agent."""
     try:
         with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:

@@ -18,8 +18,8 @@ from agentcgroupd.errors import CgroupGone, KnobError
 AT_ONCE = 2
 """Writes at a time: each keeps a core busy with compressing."""
 STEP_BYTES = 8 << 20
-"""Asked for at a time. The kernel does not let a cgroup go while it is being written to, so a step
-has to be short: this is some 10 ms of compressing by one core."""
+"""How much is asked for at a time. The kernel does not let a cgroup go while it is being written
+to, so a step has to be short: this is some 10 ms of compressing by one core."""
 _SPENT = (errno.EAGAIN, errno.ENODEV, errno.ENOENT)
 
 
@@ -33,7 +33,8 @@ class Reclaimer:
     _running: dict[str, asyncio.Task[int]] = field(default_factory=dict)
 
     def start(self, key: str, work: Coroutine[Any, Any, int]) -> asyncio.Task[int]:
-        """A task for `work`; while one of this key is running that one, and `work` is not begun."""
+        """Begin `work` in a task and return that. While a task of this key is running, that one is
+        returned, and `work` is not begun."""
         running = self._running.get(key)
         if running is not None:
             work.close()
@@ -75,8 +76,8 @@ class Reclaimer:
         try:
             await asyncio.wrap_future(done)
         except OSError as error:
-            raise KnobError(error, str(cgroup.path), knobs.MEMORY_RECLAIM.file,
-                            str(size_bytes)) from None  # fmt: skip
+            file = knobs.MEMORY_RECLAIM.file
+            raise KnobError(error, str(cgroup.path), file, str(size_bytes)) from None
         except asyncio.CancelledError:
             cancelled = True
             if done.cancelled():  # it had not begun

@@ -73,7 +73,6 @@ class HighMark:
     """The mark as memory.high of the pool keeps it, armed again and again."""
 
     def __init__(self, pool: Cgroup, events: FileEvents) -> None:
-        """Nothing is written yet."""
         self._pool = pool
         self._events = events
         self._mark_bytes = self._low_bytes = 0

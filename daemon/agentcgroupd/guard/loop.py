@@ -75,7 +75,7 @@ class GuardLoop:
         self._timer: asyncio.TimerHandle | None = None
         self._dry_said: dict[tuple[str, str], int] = {}
         self._free_bytes = 0
-        """Of the pool, at the last sample."""
+        """Memory of the pool that was free at the last sample."""
         self._least_s = 0.0
         """Between samples, so that on a slow machine sampling does not become the main work."""
         self.holds_back = False

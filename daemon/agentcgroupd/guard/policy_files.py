@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 COMPARE_INTERVAL_S = 1.0
 
 Signature = tuple[tuple[Path, int, int, int, int] | Path | str, ...]
-"""Of each file: path, inode, size, mtime and ctime in ns; a path alone stands for a file that
+"""For each file its path, inode, size, mtime and ctime in ns; a path alone stands for a file that
 cannot be read, a text for the reason why there are no files."""
 
 

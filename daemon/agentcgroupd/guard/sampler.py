@@ -1,5 +1,4 @@
-"""From the kernel to a snapshot: what the pool, its sessions and its calls use, and how fast that
-grows.
+"""Makes snapshots of what the pool, its sessions and its calls use, and how fast that grows.
 
 A sample reads a few small files for each open call, so sampling often costs something: the guard
 does so as often as the pool's state demands (guard/loop.py).
@@ -25,7 +24,8 @@ from agentcgroupd.state.session import Call, Session, boottime_usec
 log = logging.getLogger(__name__)
 
 CACHE_MATTERS_SHARE = 0.3
-"""Of the pool: with more free than this, nobody asks how much of its use is file cache."""
+"""Share of the pool: while more than this is free, nobody asks how much of its use is file
+cache."""
 APART_USEC = 2_000
 """Samples closer together than this say nothing of growth: memory is charged in batches."""
 STALL_APART_USEC = 50_000

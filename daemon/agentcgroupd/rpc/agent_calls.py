@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def refuse_unknown(request: message.Message) -> None:
-    """Refuse a field that this version does not know: it was meant to do something. Raises
-    InvalidField."""
+    """Refuse a message with a field that this version does not know: it was meant to do something,
+    and dropping it in silence would hide that it is not done. Raises InvalidField."""
     # Typed as a sequence only: it has no __iter__.
     found = unknown_fields.UnknownFieldSet(request)
     if len(found):

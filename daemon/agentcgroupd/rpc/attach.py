@@ -53,7 +53,7 @@ _RPC_METHODS: dict[str, type[pb.BeginCallRequest | pb.EndCallRequest]] = {
     "EndCall": pb.EndCallRequest,
 }
 Answer = list[str] | Coroutine[Any, Any, list[str]]
-"""The words of a reply, or what they are to be waited for."""
+"""The words of a reply, or the coroutine that has to be awaited for them."""
 
 
 def _rpc_request(data: bytes) -> tuple[str, pb.BeginCallRequest | pb.EndCallRequest]:
@@ -78,7 +78,8 @@ def _packet(words: list[str]) -> bytes:
 
 
 def _entered(call: Call) -> list[str]:
-    """With what the launcher is to set for the tool."""
+    """The words of a reply to a process that is in its call now, with what the launcher is to set
+    in the tool's environment."""
     return ["OK", f"call={call.id}", *(f"env={word}" for word in call.grant.environment)]
 
 
@@ -88,8 +89,8 @@ class Request:
     def __init__(self, data: bytes) -> None:
         """Raises InvalidField if it is not of the protocol's form."""
         if len(data) > PACKET_BYTES_MAX:
-            raise InvalidField("request", f"{len(data)} bytes or more",
-                               f"at most {PACKET_BYTES_MAX} bytes")  # fmt: skip
+            value, allowed = f"{len(data)} bytes or more", f"at most {PACKET_BYTES_MAX} bytes"
+            raise InvalidField("request", value, allowed)
         if not data.endswith(b"\0"):
             raise InvalidField("request", repr(data[:80]), "strings each ended by a NUL byte")
         # Names and arguments of Linux programs are bytes; what is no UTF-8 is shown as U+FFFD.
@@ -114,8 +115,8 @@ class Request:
         """Raises InvalidField for a key that the verb does not have."""
         for key, value in self.values.items():
             if key not in keys:
-                raise InvalidField(key, value, "one of the fields " + ", ".join(keys),
-                                   suggestion(key, keys) or "there is no such field")  # fmt: skip
+                why = suggestion(key, keys) or "there is no such field"
+                raise InvalidField(key, value, f"one of the fields {', '.join(keys)}", why)
 
     def value(self, key: str) -> str:
         """A value that must be there. Raises InvalidField."""
@@ -125,7 +126,7 @@ class Request:
 
 
 class AttachServer:
-    """Listens on one path; `admin` decides which verbs there are."""
+    """The attach socket of one role: moves those who ask into their cgroups."""
 
     def __init__(
         self,
@@ -138,6 +139,8 @@ class AttachServer:
         agent_calls: AgentCalls,
         metrics: Metrics,
     ) -> None:
+        """Prepare to listen on `path`. `mode`: of the socket's file; `admin`: whether the verbs
+        are the operator's or an agent's."""
         self._path = path
         self._mode = mode
         self._sessions = sessions
@@ -152,7 +155,7 @@ class AttachServer:
         self._socket: socket.socket | None = None
         self._open: dict[int, tuple[socket.socket, asyncio.TimerHandle]] = {}
         self._waiting: dict[int, asyncio.Task[None]] = {}
-        """By file number: those whose answer takes its time, and who may hang up meanwhile."""
+        """By file number: callers whose answer is not there yet, and who may hang up meanwhile."""
 
     def start(self) -> None:
         """Listen. OSError if the path cannot be bound."""
@@ -234,8 +237,8 @@ class AttachServer:
         self._reply(client, _packet(await answer))
 
     def _answer_in_time(self, client: socket.socket, answer: Coroutine[Any, Any, None]) -> None:
-        """The request is there; from now on the daemon takes the time that it takes. A caller that
-        hangs up meanwhile wants nothing any more."""
+        """Send a reply once it is there; the caller is not disconnected for being silent meanwhile.
+        One that hangs up wants no reply any more, and the work for it is cancelled."""
         entry = self._open.pop(client.fileno(), None)
         assert entry is not None
         entry[1].cancel()
@@ -257,7 +260,8 @@ class AttachServer:
         self._loop.add_reader(number, self._hung_up, client, task)
 
     def _hung_up(self, client: socket.socket, task: asyncio.Task[None]) -> None:
-        """Readable while it waits: the caller is gone, or says what it has no right to say."""
+        """Give up a caller whose socket became readable while it waits: it is gone, or says what
+        it has no right to say now."""
         try:
             client.recv(1)
         except BlockingIOError:
@@ -274,8 +278,8 @@ class AttachServer:
             log.debug("%s: the caller is gone before the answer: %s", self._path, error)
 
     def _rpc(self, client: socket.socket, data: bytes, calls: AgentCalls) -> None:
-        """A message of agentcgroup.proto, answered by one: see docs/protocol.md. Only the end of a
-        call whose processes must die first takes longer than this call."""
+        """Answer a message of agentcgroup.proto by another (docs/protocol.md). Only a call that has
+        to wait, or whose processes must die first, is answered later."""
         started = time.perf_counter()
         peer: Peer | None = None
         method = "packet"
@@ -315,7 +319,7 @@ class AttachServer:
 
     @staticmethod
     def _wait_words() -> list[str]:
-        """The answer may take as long as a call can wait."""
+        """What a caller is told whose answer may take as long as a call can wait."""
         return ["WAIT", f"seconds={WAIT_MOST_USEC // 1_000_000}"]
 
     def _refuse(self, client: socket.socket, error: AgentcgroupdError) -> None:

@@ -1,4 +1,4 @@
-"""Who is calling, by the kernel's word.
+"""Finding out who is calling, by the kernel's word.
 
 gRPC shows a handler no peer credentials of a Unix socket. So a relay accepts the connections, asks
 the kernel who is there, and passes the bytes on to the gRPC server from a socket that it binds to
@@ -40,8 +40,8 @@ class Peer:
     __slots__ = ("gid", "process", "uid")
 
     def __init__(self, sock: socket.socket) -> None:
-        """From a connected Unix socket. Raises PermissionDenied if the process is gone or cannot be
-        seen from the daemon's pid namespace."""
+        """The peer of a connected Unix socket. Raises PermissionDenied if the process is gone or
+        cannot be seen from the daemon's pid namespace."""
         credentials = peer_credentials(sock)
         self.uid, self.gid = credentials.uid, credentials.gid
         if credentials.pid == 0:
@@ -100,7 +100,7 @@ def check_operator(peer: Peer, find: SessionFinder) -> None:
 
 
 class _End(asyncio.Protocol):
-    """One end of a relayed connection; its bytes go to `other`."""
+    """An end of a relayed connection; its bytes go to `other`."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None

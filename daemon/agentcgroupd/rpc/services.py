@@ -355,7 +355,7 @@ class AdminService(_Service, pb_grpc.AdminServicer):
 
 
 class GrpcServer:
-    """One gRPC server on a private socket, with health and reflection."""
+    """A gRPC server on a private socket, with health and reflection."""
 
     def __init__(self, path: Path, service_name: str) -> None:
         self._path = path

@@ -70,7 +70,7 @@ class Pool:
 
 
 def offered_controllers(cgroup: Cgroup) -> tuple[str, ...]:
-    """Those of CONTROLLERS that a cgroup can give to its children. Raises KnobError."""
+    """The CONTROLLERS that a cgroup can give to its children. Raises KnobError."""
     offered = cgroup.read(knobs.CGROUP_CONTROLLERS)
     return tuple(name for name in CONTROLLERS if name in offered)
 

@@ -47,7 +47,8 @@ class Process:
 
     @classmethod
     def of_pidfd(cls, pid: int, pidfd: int) -> Process:
-        """Takes over `pidfd`. ProcessLookupError or FileNotFoundError if it has been reaped."""
+        """The process of a pidfd, which is taken over. Raises ProcessLookupError or
+        FileNotFoundError if it has been reaped; the pidfd then stays the caller's."""
         stat = process_stat(pid)
         if not pidfd_alive(pidfd):
             raise ProcessLookupError(pid)
@@ -90,7 +91,7 @@ class Call:
     began_unix_usec: int
     began_boot_usec: int
     held: bool
-    """The owner has not ended it yet: it outlives being empty."""
+    """Whether the owner holds the call open, so that it does not end when it is empty."""
     owner: Process | None = None
     main: Process | None = None
     """The process that entered last; its wait status is the call's."""
@@ -100,43 +101,46 @@ class Call:
     ended_why: str = ""
     leftovers: int = 0
     observed: bool = False
-    """Begun by the daemon itself, which saw an exec in the agent leaf."""
+    """Whether the daemon itself began the call, because it saw an exec in the agent leaf."""
     exit_status: int | None = None
     """Wait status of the main process as its exit event told it."""
     client_status: int | None = None
     denied_at_bytes: int | None = None
-    """What it held when its growth was denied; None: it may grow."""
+    """Memory that the call held when its growth was denied; None: it may grow."""
     was_denied: bool = False
-    """Its growth was denied at some time."""
+    """Whether the growth of the call was denied at some time."""
     refused_before: int = 0
-    """How often it had been refused memory when its growth was denied."""
+    """How often it had been refused memory before its growth was denied."""
     throttled_at_bytes: int | None = None
-    """What it held when it was throttled; None: memory.high is as granted."""
+    """Memory that it held when it was throttled; None: memory.high is as granted."""
     history: tuple[pb.Feedback, ...] = ()
-    """What it was told last, oldest first; at most HISTORY_KEPT."""
+    """The feedback that its agent was given last, oldest first; at most HISTORY_KEPT."""
     likely_bytes: int = 0
-    """What it expects, corrected by what the last ones like it took; 0: nothing is known."""
+    """Memory that it is likely to take: what its intent says, corrected by what the last calls
+    like it took; 0: nothing is known."""
     waited_usec: int = 0
-    """In the queue for room, before it began."""
+    """Time in queues before it began."""
     grew_usec: int = -(1 << 62)
-    """When a look last saw it grow, since boot."""
+    """When a sample last saw it grow, since boot."""
     frozen_since_usec: int | None = None
     frozen_usec: int = 0
     held_for_turn: bool = False
-    """Frozen while others have their turn on the GPU (gpu.turns), whatever else freezes it."""
+    """Whether it is frozen while others have their time slice on a GPU (gpu.time_slicing),
+    whatever else freezes it."""
     gpu_usage: pb.GpuUsage | None = None
-    """Made when it ends, of a call that had a part of a GPU."""
+    """Use of its part of a GPU; made when the call ends, None where it had none."""
     gpu_feedback: tuple[pb.Feedback, ...] = ()
-    """What it was told of its part."""
+    """The feedback that its agent was given about its part of a GPU."""
     session_ooms_before: int = 0
     pool_ooms_before: int = 0
     watch: int | None = None
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     done: asyncio.Future[pb.Report] | None = None
-    """Made by the first who waits; a call nobody waits for costs no future."""
+    """The future of its report, made by the first who waits for it: a call that nobody waits for
+    costs none."""
 
     def record(self) -> bytes:
-        """What is kept on the cgroup."""
+        """What is kept of the call on its cgroup."""
         return json.dumps(
             {
                 "v": RECORD_VERSION,
@@ -162,19 +166,26 @@ class Call:
 
     @classmethod
     def from_record(cls, session: Session, cgroup: Cgroup, data: dict[str, Any]) -> Call:
-        """A call found again. KeyError, TypeError or ValueError if the record is not ours."""
+        """Make a call that was found again from its record. Raises KeyError, TypeError or
+        ValueError if the record is not ours."""
         grant = _grant_of_record(data["grant"])
         call = cls(
-            id=str(data["id"]), session=session, name=_sendable(data["name"]),
-            argv=tuple(map(_sendable, data["argv"])), grant=grant, cgroup=cgroup,
+            id=str(data["id"]),
+            session=session,
+            name=_sendable(data["name"]),
+            argv=tuple(map(_sendable, data["argv"])),
+            grant=grant,
+            cgroup=cgroup,
             began_unix_usec=int(data["began_unix_usec"]),
             began_boot_usec=int(data["began_boot_usec"]),
-            held=bool(data["held"]), entered=bool(data["entered"]),
+            held=bool(data["held"]),
+            entered=bool(data["entered"]),
             observed=bool(data.get("observed")),
-            frozen_usec=int(data["frozen_usec"]), waited_usec=int(data.get("waited_usec", 0)),
+            frozen_usec=int(data["frozen_usec"]),
+            waited_usec=int(data.get("waited_usec", 0)),
             session_ooms_before=int(data["session_ooms_before"]),
             pool_ooms_before=int(data["pool_ooms_before"]),
-        )  # fmt: skip
+        )
         call.owner = Process.find(*data["owner"]) if data["owner"] else None
         call.main = Process.find(*data["main"]) if data["main"] else None
         return call
@@ -196,7 +207,8 @@ def _sendable(text: str) -> str:
 
 
 def plain(value: Grant | SessionLimits) -> dict[str, Any]:
-    """dataclasses.asdict copies deeply, which is most of a record's cost; these are flat."""
+    """A flat dataclass as a dict. dataclasses.asdict would copy deeply, which is most of a record's
+    cost."""
     return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
@@ -223,7 +235,7 @@ class SessionLimits:
     priority: int
     calls_max: int
     gpu_percent: int | None = None
-    """Of each of `gpu_devices`, for the agent itself; calls ask for their own."""
+    """Share of each of `gpu_devices` for the agent itself; calls ask for their own."""
     gpu_memory_bytes: int | None = None
     gpu_priority: int | None = None
     gpu_devices: tuple[str, ...] = ()
@@ -254,16 +266,16 @@ class Session:
     environment: tuple[str, ...] = ()
     """`NAME=value` for processes that are started in its agent leaf."""
     slowed: bool = False
-    """Its cpu.weight is lowered."""
+    """Whether its cpu.weight is lowered."""
     reclaimed_at_usec: int | None = None
     """When memory was last reclaimed from it, since boot."""
     watch: int | None = None
     agent_memory_bytes: int = 0
-    """What its agent leaf could not give back at `agent_memory_at` (time.monotonic)."""
+    """Memory that its agent leaf could not give back at `agent_memory_at` (time.monotonic)."""
     agent_memory_at: float = float("-inf")
 
     def record(self) -> bytes:
-        """What is kept on the cgroup."""
+        """What is kept of the session on its cgroup."""
         return json.dumps(
             {
                 "v": RECORD_VERSION,

@@ -24,7 +24,7 @@ class Audit:
     """Appends to the log. A full disk costs entries, which are counted, never the daemon."""
 
     def __init__(self, path: Path | None, max_bytes: int) -> None:
-        """None: no log. Raises OSError if the log cannot be opened now."""
+        """`path` None: nothing is written. Raises OSError if the log cannot be opened now."""
         self._path = path
         self._max_bytes = max_bytes
         self._fd = -1
@@ -80,9 +80,10 @@ class Audit:
             for line in file:
                 if b'"event": "call_ended"' not in line:
                     continue
+                report = pb.Report()
                 try:
-                    report = json_format.ParseDict(json.loads(line)["report"], pb.Report(),
-                                                   ignore_unknown_fields=True)  # fmt: skip
+                    data = json.loads(line)["report"]
+                    json_format.ParseDict(data, report, ignore_unknown_fields=True)
                 except (ValueError, KeyError, json_format.ParseError):
                     continue
                 yield report

@@ -13,7 +13,7 @@ QUEUE_EVENTS = 1024
 
 @dataclass(slots=True, eq=False)
 class Listener:
-    """One subscription; iterate over it, then `Feed.leave`."""
+    """A subscription; iterate over it, then `Feed.leave`."""
 
     session_id: str
     """Empty: all sessions."""
@@ -23,7 +23,7 @@ class Listener:
     lost: int = 0
 
     def put(self, event: pb.Event | None) -> None:
-        """Never blocks: the oldest event makes room."""
+        """Queue an event without waiting: where the queue is full, the oldest one makes way."""
         if self.queue.full():
             self.queue.get_nowait()
             self.lost += 1

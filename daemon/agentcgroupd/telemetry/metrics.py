@@ -15,9 +15,8 @@ from prometheus_client.process_collector import ProcessCollector
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 
-SECONDS_BUCKETS = (
-    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5,
-)  # fmt: skip
+_MICROSECONDS = (100, 250, 500, 1000, 2500, 5000, 10_000, 25_000, 50_000, 100_000, 250_000)
+SECONDS_BUCKETS = (*(usec / 1e6 for usec in _MICROSECONDS), 1.0, 5.0)
 WALL_BUCKETS = (0.01, 0.03, 0.07, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 1800)
 BYTES_BUCKETS = tuple(float(1 << shift) for shift in range(22, 37))
 
@@ -37,8 +36,8 @@ class Metrics:
             return Gauge(f"agentcg_{name}", text, labels, registry=self.registry)
 
         def histogram(name: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
-            return Histogram(f"agentcg_{name}", text, labels, buckets=tuple(buckets),
-                             registry=self.registry)  # fmt: skip
+            limits, registry = tuple(buckets), self.registry
+            return Histogram(f"agentcg_{name}", text, labels, buckets=limits, registry=registry)
 
         self.pool_memory_current = gauge("pool_memory_bytes", "Memory charged to the pool")
         self.pool_memory_max = gauge("pool_memory_max_bytes", "The pool's limit (NaN: none)")
@@ -66,13 +65,15 @@ class Metrics:
             "phase_seconds", "Time of the daemon's own steps", SECONDS_BUCKETS, "phase"
         )
         self.moved = histogram(
-            "exec_to_moved_seconds", "From an exec in an agent leaf to its call's leaf",
+            "exec_to_moved_seconds",
+            "From an exec in an agent leaf to its call's leaf",
             SECONDS_BUCKETS,
-        )  # fmt: skip
+        )
         self.reaction = histogram(
-            "reaction_seconds", "From passing the pool's mark to the guard's decisions applied",
+            "reaction_seconds",
+            "From passing the pool's mark to the guard's decisions applied",
             SECONDS_BUCKETS,
-        )  # fmt: skip
+        )
         self.calls_observed = counter("calls_observed", "Calls that no agent declared", "moved")
         self.features = gauge("feature", "1: the feature works in this kernel", "feature")
         self.events_lost = counter("events_lost", "Events that were lost in the kernel", "type")
@@ -98,16 +99,16 @@ class Metrics:
         self.loop_lag = histogram("loop_lag_seconds", "Lateness of the event loop", SECONDS_BUCKETS)
 
     def _add_scheduler(self, counter: Callable[..., Counter], gauge: Callable[..., Gauge]) -> None:
-        self.scheduler = gauge("scheduler", "What the CPU scheduler counts, since it was attached",
-                               "count")  # fmt: skip
+        self.scheduler = gauge(
+            "scheduler", "What the CPU scheduler counts, since it was attached", "count"
+        )
         self.scheduler_ejected = counter("scheduler_ejected", "Times the kernel let go of it")
-        self.cpu_seconds = gauge("pool_cpu_seconds", "Of the pool's tasks under our CPU scheduler",
-                                 "what")  # fmt: skip
-        self.cpu_events = gauge("pool_cpu_events", "Of the pool's tasks under our CPU scheduler",
-                                "what")  # fmt: skip
+        of_tasks = "Of the pool's tasks under our CPU scheduler"
+        self.cpu_seconds = gauge("pool_cpu_seconds", of_tasks, "what")
+        self.cpu_events = gauge("pool_cpu_events", of_tasks, "what")
 
     def count_end(self, report: pb.Report) -> None:
-        """An ended call."""
+        """Count an ended call."""
         verdict = _word(pb.Verdict.Name(report.verdict), "VERDICT_")
         self.calls_ended.labels(verdict).inc()
         self.call_wall.observe(report.wall_usec / 1e6)
@@ -121,7 +122,7 @@ class Metrics:
             self.gpu_held_back.inc(report.gpu.held_back_usec / 1e6)
 
     def count_feedback(self, feedback: pb.Feedback) -> None:
-        """One thing told to an agent."""
+        """Count one piece of feedback to an agent."""
         self.feedback.labels(_word(pb.FeedbackCode.Name(feedback.code), "FEEDBACK_CODE_")).inc()
 
     def time(self, phase: str) -> Any:
@@ -164,9 +165,12 @@ class MetricsServer:
             return [b"see /metrics and /healthz\n"]
 
         self._server = make_server(
-            host.strip("[]"), int(port), app, server_class=_ThreadingServer,
+            host.strip("[]"),
+            int(port),
+            app,
+            server_class=_ThreadingServer,
             handler_class=_QuietHandler,
-        )  # fmt: skip
+        )
         self.port = self._server.server_port
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="metrics", daemon=True
@@ -181,19 +185,19 @@ class MetricsServer:
 
 
 class Heartbeat:
-    """Written by the event loop, read by /healthz from another thread."""
+    """When the event loop last ran: written by the loop, read by /healthz from another thread."""
 
     def __init__(self, limit_s: float = 5.0) -> None:
         self._limit_s = limit_s
         self._last = time.monotonic()
 
     def beat(self) -> None:
-        """The loop is alive."""
+        """Note that the loop runs now."""
         self._last = time.monotonic()
 
     def wrong(self) -> str:
-        """Nothing, or how long the loop has not answered."""
+        """How long the loop has not run, as a sentence; empty while all is well."""
         silent_s = time.monotonic() - self._last
-        return (
-            f"the event loop has not run for {silent_s:.1f} s" if silent_s > self._limit_s else ""
-        )
+        if silent_s <= self._limit_s:
+            return ""
+        return f"the event loop has not run for {silent_s:.1f} s"

@@ -1,4 +1,4 @@
-"""From the daemon's own types to the wire's."""
+"""Conversion from the daemon's own types to those of agentcgroup.proto."""
 
 from __future__ import annotations
 

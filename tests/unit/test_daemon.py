@@ -1,0 +1,82 @@
+"""How the daemon stops its parts, and what becomes of it when one of them fails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from agentcgroupd import daemon
+from agentcgroupd.daemon import PartFailed, Running
+
+
+def running(compare_forever: Any) -> Running:
+    """A daemon whose only work is `compare_forever`."""
+    nothing: Any = SimpleNamespace()
+    files = SimpleNamespace(compare_forever=compare_forever, reload_quietly=lambda: None)
+    parts: Any = SimpleNamespace(
+        entrance=SimpleNamespace(calls=nothing),
+        notices=SimpleNamespace(metrics=nothing),
+        policy_files=files,
+    )
+    return Running(parts, nothing, nothing, nothing, nothing)
+
+
+def test_a_part_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail() -> None:
+        raise ZeroDivisionError("of a part")
+
+    with pytest.raises(PartFailed) as caught:
+        asyncio.run(running(fail).until_stopped())
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_cancels_every_part_and_is_no_failure(number: int) -> None:
+    ended: list[str] = []
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("work")
+
+    async def run() -> None:
+        asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), number)
+        await running(work).until_stopped()
+        assert len(asyncio.all_tasks()) == 1, "nothing goes on but this"
+
+    asyncio.run(run())
+    assert ended == ["work"]
+
+
+def test_a_part_that_does_not_stop_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(daemon, "STOP_MOST_S", 0.05)
+    stopped: list[str] = []
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    async def at_once() -> None:
+        stopped.append("at once")
+
+    async def wrong() -> None:
+        raise OSError("cannot")
+
+    async def run() -> None:
+        await daemon._bounded("the stuck part", never)
+        await daemon._bounded("the good part", at_once)
+        with pytest.raises(OSError, match="cannot"):
+            await daemon._bounded("the wrong part", wrong)
+
+    asyncio.run(run())
+    assert stopped == ["at once"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "the stuck part did not stop within 0.05 s: the daemon ends without it"
+    ]
