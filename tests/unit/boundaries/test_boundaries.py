@@ -21,7 +21,7 @@ PLAIN_TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"]))
 
 
 def exec_event(argv: list[str]) -> abi.ExecEvent:
-    """As on_exec in lifecycle.bpf.c would send it."""
+    """The event that on_exec in lifecycle.bpf.c would send."""
     raw = b"".join(word.encode() + b"\0" for word in argv)
     kept = raw[: abi.ABI_ARGV_BYTES]
     event = abi.ExecEvent(argv_bytes=len(kept), argv_cut=len(raw) > len(kept))
@@ -135,7 +135,7 @@ def test_no_name_holds_control_characters(script: str) -> None:
 
 
 def test_options_after_c_are_not_the_script() -> None:
-    """As some agents start a login shell."""
+    """Some agents start a login shell in this way."""
     assert tool_name("zsh", ["zsh", "-c", "-l", "make all"]) == "make"
 
 
@@ -179,12 +179,13 @@ def test_by_default_nothing_else_does(comm: str) -> None:
 
 
 def test_the_first_rule_that_fits_decides() -> None:
-    config = parse_config({"boundaries": {"rules": [
+    rules = [
         {"program": ["python3"], "first_argument": "-m", "begins_call": False},
         {"program": ["python*", "node"]},
         {"program": ["node"], "begins_call": False},
         {"program": ["git"], "first_argument": ""},
-    ]}}).boundaries  # fmt: skip
+    ]
+    config = parse_config({"boundaries": {"rules": rules}}).boundaries
     assert not begins_call(config, "python3", ["python3", "-m", "agent"])
     assert begins_call(config, "python3", ["python3", "x.py"])
     assert begins_call(config, "python3.12", ["python3.12", "-m", "agent"])
@@ -209,22 +210,24 @@ _RULES = st.lists(
 
 
 @given(rules=_RULES, comm=_WORDS, arguments=st.lists(_WORDS, max_size=3))
-def test_rules_are_looked_at_in_order(
+def test_rules_are_tried_in_order(
     rules: list[BoundaryRule], comm: str, arguments: list[str]
 ) -> None:
-    """Each alone says whether it fits; together they say what the first of these says."""
+    """Each rule alone says whether it fits; together they say what the first of these says."""
     argv = [comm, *arguments]
-    alone = [BoundariesConfig(rules=(rule.model_copy(update={"begins_call": True}),))
-             for rule in rules]  # fmt: skip
-    fitting = [rule for rule, config in zip(rules, alone, strict=True)
-               if begins_call(config, comm, argv)]  # fmt: skip
+
+    def fits(rule: BoundaryRule) -> bool:
+        alone = (rule.model_copy(update={"begins_call": True}),)
+        return begins_call(BoundariesConfig(rules=alone), comm, argv)
+
+    fitting = [rule for rule in rules if fits(rule)]
     expected = fitting[0].begins_call if fitting else False
     assert begins_call(BoundariesConfig(rules=tuple(rules)), comm, argv) is expected
 
 
 @pytest.mark.parametrize("launcher", OWN_LAUNCHERS)
 def test_our_own_launchers_never_begin_a_call(launcher: str) -> None:
-    """They ask for one; two would be one too many."""
+    """Launchers ask for a call themselves; two would be one too many."""
     everything = BoundariesConfig(rules=(BoundaryRule(program=("*",)),))
     assert begins_call(everything, f"{launcher}x"[:15], [])
     assert not begins_call(everything, launcher, [launcher, "--", "sh", "-c", "ls"])
@@ -235,26 +238,33 @@ def test_our_own_launchers_never_begin_a_call(launcher: str) -> None:
 # --- The configuration ----------------------------------------------------------------------------
 
 
+def rules(*rules: dict[str, object]) -> dict[str, object]:
+    """The section with these rules."""
+    return {"rules": list(rules)}
+
+
+GOOD: dict[str, object] = {"program": ["x"]}
+
+
 @pytest.mark.parametrize(
     ("boundaries", "words"),
     [
-        ({"rule": []}, "boundaries.rule: no such key; did you mean 'rules'"),
-        ({"enabled": "maybe"}, "boundaries.enabled: 'maybe' cannot be used"),
-        ({"rules": "bash"}, "boundaries.rules: 'bash' cannot be used"),
-        ({"rules": {"program": ["x"]}}, "boundaries.rules: {'program': ['x']} cannot be used"),
-        ({"rules": [{"program": "bash"}]}, "boundaries.rules.0.program: 'bash' cannot be used"),
-        ({"rules": [{"first_argument": "x"}]}, "boundaries.rules.0.program: "),
-        ({"rules": [{"program": ["x"]}, {"program": [1]}]},
-         "boundaries.rules.1.program.0: 1 cannot be used"),
-        ({"rules": [{"program": ["x"], "first_argument": 3}]},
-         "boundaries.rules.0.first_argument: 3 cannot be used"),
-        ({"rules": [{"program": ["x"], "begins_call": "perhaps"}]},
-         "boundaries.rules.0.begins_call: 'perhaps' cannot be used"),
-        ({"rules": [{"program": ["x"], "argument": "-c"}]},
-         "boundaries.rules.0.argument: no such key; did you mean 'first_argument'"),
+        ({"rule": []}, "rule: no such key; did you mean 'rules'"),
+        ({"enabled": "maybe"}, "enabled: 'maybe' cannot be used"),
+        ({"rules": "bash"}, "rules: 'bash' cannot be used"),
+        ({"rules": {"program": ["x"]}}, "rules: {'program': ['x']} cannot be used"),
+        (rules({"program": "bash"}), "rules.0.program: 'bash' cannot be used"),
+        (rules({"first_argument": "x"}), "rules.0.program: "),
+        (rules(GOOD, {"program": [1]}), "rules.1.program.0: 1 cannot be used"),
+        (rules(GOOD | {"first_argument": 3}), "rules.0.first_argument: 3 cannot be used"),
+        (rules(GOOD | {"begins_call": "perhaps"}), "rules.0.begins_call: 'perhaps' cannot be used"),
+        (
+            rules(GOOD | {"argument": "-c"}),
+            "rules.0.argument: no such key; did you mean 'first_argument'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_the_rules_are_named(boundaries: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({"boundaries": boundaries}, "here.toml")
-    assert str(caught.value).startswith(f"here.toml: {words}")
+    assert str(caught.value).startswith(f"here.toml: boundaries.{words}")

@@ -105,7 +105,7 @@ class Tool:
         self.key: Key = (self.process.pid, process_stat(self.process.pid).start_ticks)
 
     def end(self) -> None:
-        """It ends, and is gone."""
+        """Let the tool end, and wait until it is gone."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
         self.process.stdout.close()
@@ -117,14 +117,14 @@ class Tool:
         )
 
     def fork(self) -> AnyEvent:
-        """As on_fork in lifecycle.bpf.c would send it."""
+        """The event of its fork that on_fork in lifecycle.bpf.c would send."""
         parent_ns = process_stat(os.getpid()).start_ticks * TICK_NS
         return abi.ForkEvent(
             event=abi.Event(cgroup_id=AGENT_ID), child=self._of_itself(), parent_start_ns=parent_ns
         )
 
     def exec(self) -> AnyEvent:
-        """As on_exec would."""
+        """The event of its exec that on_exec would send."""
         raw = b"".join(word.encode() + b"\0" for word in ARGV)
         event = abi.ExecEvent(
             event=abi.Event(cgroup_id=AGENT_ID), process=self._of_itself(), argv_bytes=len(raw)
@@ -133,9 +133,13 @@ class Tool:
         return event
 
     def exit(self) -> AnyEvent:
-        """As on_exit would."""
-        return abi.ExitEvent(event=abi.Event(cgroup_id=AGENT_ID), process=self._of_itself(),
-                             wait_status=EXIT_3, executed=1)  # fmt: skip
+        """The event of its end that on_exit would send."""
+        return abi.ExitEvent(
+            event=abi.Event(cgroup_id=AGENT_ID),
+            process=self._of_itself(),
+            wait_status=EXIT_3,
+            executed=1,
+        )
 
 
 class World:
@@ -176,7 +180,7 @@ class World:
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tool]:
-    """One that runs, and is in the agent leaf as far as its cgroup says."""
+    """A tool that runs, and is in the agent leaf as far as its cgroup says."""
     monkeypatch.setattr("agentcgroupd.boundaries.placement.cgroup_of", lambda pid: "/pool/s/agent")
     made = Tool()
     try:

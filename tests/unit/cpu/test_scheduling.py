@@ -38,12 +38,12 @@ class FakeScheduler:
     control: Any = field(default_factory=abi.SchedControl)
 
     def attach(self) -> None:
-        """As it was told."""
+        """Fail if that was asked for."""
         if self.attach_errno:
             raise BpfError("attaching", self.attach_errno)
 
     def ending(self) -> Ending | None:
-        """As it was told."""
+        """The ending that was asked for."""
         return self.ended
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class FakeScheduler:
         return True
 
     def numbers(self, cgroup: int) -> None:
-        """It knows none."""
+        """No cgroup is known."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    """One that has what the scheduler needs."""
+    """A kernel that has what the scheduler needs."""
     made = Kernel()
     (definition,) = features.definitions_of(sched.OBJECT)
     works = replace(features.missing(definition, ""), works=True)
@@ -169,12 +169,20 @@ def test_it_is_tried_again_ever_later_and_then_no_more(
     assert "not tried again: it failed 4 times" in caplog.text
 
 
+def empty_call(priority: int) -> Any:
+    """A call that no process has entered, in cgroup 12."""
+    grant = SimpleNamespace(priority=priority)
+    return SimpleNamespace(cgroup=SimpleNamespace(id=12), grant=grant, entered=False)
+
+
 def test_when_it_is_back_it_is_told_of_what_is_there(kernel: Kernel) -> None:
     leaf = SimpleNamespace(id=11, procs=lambda: [], children=lambda: [])
-    call = SimpleNamespace(cgroup=SimpleNamespace(id=12), grant=SimpleNamespace(priority=50),
-                           entered=False)  # fmt: skip
-    session: Any = SimpleNamespace(cgroup=SimpleNamespace(id=10), agent=leaf, calls={"c": call},
-                                   limits=SimpleNamespace(priority=90))  # fmt: skip
+    session: Any = SimpleNamespace(
+        cgroup=SimpleNamespace(id=10),
+        agent=leaf,
+        calls={"c": empty_call(priority=50)},
+        limits=SimpleNamespace(priority=90),
+    )
 
     async def run() -> None:
         scheduling = make(POOL, session, retry_after="1ms")
@@ -197,9 +205,7 @@ def test_when_it_is_back_it_is_told_of_what_is_there(kernel: Kernel) -> None:
 
 def test_a_batch_call_has_no_budget(kernel: Kernel) -> None:
     scheduling, fake = opened(kernel)
-    call: Any = SimpleNamespace(cgroup=SimpleNamespace(id=12), grant=SimpleNamespace(priority=20),
-                                entered=False)  # fmt: skip
-    scheduling.call_opened(call)
+    scheduling.call_opened(empty_call(priority=20))
     assert fake.described == {12: (abi.CgroupKind.CALL, 0, 0)}
 
 

@@ -39,7 +39,7 @@ class Files:
         self.files.follow(lambda policy: self.changes.append(policy.name))
 
     def write(self, name: str) -> None:
-        """As an editor does."""
+        """Replace the file, which is what an editor does."""
         new = self.path.with_suffix(".new")
         new.write_text(f"name = '{name}'\n{FREEZE}")
         os.replace(new, self.path)

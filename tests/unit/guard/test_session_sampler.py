@@ -39,9 +39,14 @@ class Fake:
         limits = SessionLimits(64 * MIB, None, None, 100, None, None, 70, 16)
         own = Cgroup.open(path)
         session = Session(
-            id=name, cgroup=own, agent=own.child("agent"), cgroup_path=f"/{name}", limits=limits,
-            opened_unix_usec=0, offered=frozenset({"memory.pressure"}),
-        )  # fmt: skip
+            id=name,
+            cgroup=own,
+            agent=own.child("agent"),
+            cgroup_path=f"/{name}",
+            limits=limits,
+            opened_unix_usec=0,
+            offered=frozenset({"memory.pressure"}),
+        )
         fake = cls(session, path)
         fake.write()
         return fake
@@ -84,7 +89,7 @@ class World:
         return self.clock_ns
 
     def add(self, name: str) -> Fake:
-        """One more session."""
+        """Add a session."""
         self.fakes.append(Fake.make(self.root, name))
         return self.fakes[-1]
 

@@ -20,9 +20,8 @@ def open_files() -> int:
 
 
 def refused(metrics: Metrics) -> float:
-    return metrics.registry.get_sample_value(
-        "agentcg_peers_refused_total", {"reason": "identity"}
-    ) or 0.0  # fmt: skip
+    name, labels = "agentcg_peers_refused_total", {"reason": "identity"}
+    return metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 async def connections(path: Path, find: SessionFinder, count: int, metrics: Metrics) -> int:
