@@ -138,6 +138,8 @@ class Grant(_Answer):
     gpu_devices: tuple[str, ...] = ()
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Environment variables that the launcher sets for the tool."""
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Text of interface files that take a field of the intent as it is, by the field's name."""
 
 
 @dataclass(frozen=True, slots=True)

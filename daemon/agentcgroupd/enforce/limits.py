@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.knobs import Knob, T
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.intents.grant import Grant
 from agentcgroupd.state.session import Session
@@ -13,35 +15,87 @@ from agentcgroupd.state.session import Session
 log = logging.getLogger(__name__)
 
 
-def write_grant(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
-    """Set the interface files of a call's leaf; returns the grant, which names those that this
-    kernel does not offer. Raises KnobError."""
-    missing: list[str] = []
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """An interface file that takes a field of the intent as it is (intents.parse.SETTING)."""
 
-    def put(knob: knobs.Knob[knobs.T], value: knobs.T, wanted: bool) -> None:
+    file: str
+    controller: str
+    """The controller that has the file. Sessions give it to their calls when one asks for it."""
+    within: Callable[[Session, str], tuple[str, str]]
+    """From a session and the text to what of it the session can give, and a sentence where that is
+    less. Raises InvalidField where it is nothing, KnobError."""
+
+
+SETTINGS: Mapping[str, Setting] = {}
+"""By the name of the field."""
+
+
+def _gives(session: Session, setting: Setting) -> bool:
+    """Have a session give a setting's controller to its calls; False where it has none itself."""
+    if setting.file in session.offered:
+        return True
+    if setting.controller not in session.cgroup.read(knobs.CGROUP_CONTROLLERS):
+        return False
+    if session.cgroup.enable((setting.controller,)):
+        return False
+    session.offered = session.agent.files()
+    return setting.file in session.offered
+
+
+class _Writer:
+    """Writes interface files of a call, and remembers those that this kernel does not offer."""
+
+    def __init__(self, session: Session, cgroup: Cgroup) -> None:
+        self._session, self._cgroup = session, cgroup
+        self.missing: list[str] = []
+
+    def put(self, knob: Knob[T], value: T, wanted: bool) -> None:
+        """Write a limit where one is `wanted`. Raises KnobError."""
         if not wanted:
             return
-        if knob.file in session.offered:
-            cgroup.write(knob, value)
+        if knob.file in self._session.offered:
+            self._cgroup.write(knob, value)
         else:
-            missing.append(knob.file)
+            self.missing.append(knob.file)
 
-    put(knobs.MEMORY_MAX, grant.memory_max_bytes, grant.memory_max_bytes is not None)
-    put(knobs.MEMORY_HIGH, grant.memory_high_bytes, grant.memory_high_bytes is not None)
+    def put_settings(self, grant: Grant) -> Grant:
+        """Write all settings, and return the grant with what was written. Raises InvalidField or
+        KnobError."""
+        written, advice = dict(grant.settings), list(grant.advice)
+        for name, text in grant.settings.items():
+            setting = SETTINGS[name]
+            if not _gives(self._session, setting):
+                self.missing.append(setting.file)
+                continue
+            written[name], sentence = setting.within(self._session, text)
+            advice += [sentence] if sentence else []
+            self._cgroup.write_text(setting.file, written[name])
+        return replace(grant, settings=written, advice=tuple(advice))
+
+
+def write_grant(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
+    """Set the interface files of a call, and return the grant as it is in force: files that this
+    kernel does not offer are named in it. Raises InvalidField or KnobError."""
+    writer = _Writer(session, cgroup)
+    writer.put(knobs.MEMORY_MAX, grant.memory_max_bytes, grant.memory_max_bytes is not None)
+    writer.put(knobs.MEMORY_HIGH, grant.memory_high_bytes, grant.memory_high_bytes is not None)
     if knobs.MEMORY_OOM_GROUP.file in session.offered:
         cgroup.write(knobs.MEMORY_OOM_GROUP, True)
-    put(knobs.PIDS_MAX, grant.pids_max, grant.pids_max is not None)
-    put(knobs.CPU_WEIGHT, grant.cpu_weight, grant.cpu_weight != 100)
+    writer.put(knobs.PIDS_MAX, grant.pids_max, grant.pids_max is not None)
+    writer.put(knobs.CPU_WEIGHT, grant.cpu_weight, grant.cpu_weight != 100)
     if grant.io_weight not in (None, 100) and knobs.IO_WEIGHT.file in session.offered:
         cgroup.write(knobs.IO_WEIGHT, grant.io_weight)
     if grant.cpu_max_millicores is not None:
-        put(knobs.CPU_MAX, knobs.CpuMax(grant.cpu_max_millicores * 100), True)
-    return replace(grant, not_enforced=tuple(missing)) if missing else grant
+        writer.put(knobs.CPU_MAX, knobs.CpuMax(grant.cpu_max_millicores * 100), True)
+    if grant.settings:
+        grant = writer.put_settings(grant)
+    return replace(grant, not_enforced=tuple(writer.missing)) if writer.missing else grant
 
 
 def rewrite_grant(session: Session, cgroup: Cgroup, old: Grant, new: Grant) -> Grant:
     """Set the interface files of an open call to its new grant, as `write_grant` does; limits that
-    only the old one has are taken back. Raises KnobError."""
+    only the old one has are taken back. Raises InvalidField or KnobError."""
     granted = write_grant(session, cgroup, new)
     if new.memory_high_bytes is None and old.memory_high_bytes is not None:
         cgroup.write(knobs.MEMORY_HIGH, None)

@@ -6,6 +6,7 @@ or an error, when what the caller says it needs cannot fit at all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from agentcgroupd.errors import InvalidField
 from agentcgroupd.intents.cpu_class import CpuClasses
 from agentcgroupd.intents.gpu import GpuCeiling
 from agentcgroupd.intents.gpu_part import gpu_part
-from agentcgroupd.intents.parse import PARSERS, Intent
+from agentcgroupd.intents.parse import PARSERS, Intent, settings_of
 from agentcgroupd.units import BYTES_MIN, show_bytes, show_usec
 
 CALL_MEMORY_LEAST = 4 << 20
@@ -51,6 +52,8 @@ class Grant:
     """UUIDs; empty until the call is placed."""
     environment: tuple[str, ...] = ()
     """`NAME=value` for the tool."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Fields of the intent that an interface file takes as they are, as text by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +203,7 @@ def grant_for(intent: Intent, above: Ceiling) -> Grant:
         gpu_percent=gpu.percent if gpu else None,
         gpu_memory_bytes=gpu.memory_bytes if gpu else None,
         gpu_priority=gpu.priority if gpu else None,
+        settings=settings_of(intent),
     )
 
 
@@ -249,4 +253,5 @@ def merge(old: Grant, update: Intent, above: Ceiling, current_bytes: int | None)
         cpu_weight=weight,
         io_weight=weight if above.cpu.io_weight else None,
         advice=fresh.advice,
+        settings={**old.settings, **fresh.settings},
     )

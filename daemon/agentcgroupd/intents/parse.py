@@ -68,6 +68,11 @@ def _parse_wait(field: str, text: str) -> int:
     return wait
 
 
+SETTING = "setting"
+"""Marks a field that no limit stands above: its value, as text, goes to an interface file of the
+call (enforce.limits.SETTINGS)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Intent:
     """What a caller asks for, every text read. None: the caller did not say it.
@@ -93,10 +98,20 @@ class Intent:
     gpu_device: Annotated[DeviceSelection | None, parse_device] = None
 
 
+_MARKS: Mapping[str, tuple[Any, ...]] = {
+    name: hint.__metadata__ for name, hint in get_type_hints(Intent, include_extras=True).items()
+}
 PARSERS: Mapping[str, Callable[[str, str], object]] = {
-    name: hint.__metadata__[0] for name, hint in get_type_hints(Intent, include_extras=True).items()
+    name: marks[0] for name, marks in _MARKS.items()
 }
 """From the name of a field to what reads its text; it takes the name and the text."""
+
+
+def settings_of(intent: Intent) -> dict[str, str]:
+    """Give the fields that are marked SETTING and said, as text by name."""
+    marked = (name for name, marks in _MARKS.items() if SETTING in marks)
+    said = {name: getattr(intent, name) for name in marked}
+    return {name: str(value) for name, value in said.items() if value is not None}
 
 
 def parse_intent(texts: Mapping[str, str]) -> Intent:

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 CONTROLLERS = ("memory", "cpu", "pids", "io")
 """What is enabled for sessions and calls, and no more: each controller makes the making and
 removing of a leaf dearer."""
+ON_DEMAND = ("cpuset",)
+"""What sessions have, and give to their calls as soon as one asks for it."""
 SUPERVISOR_LEAF = "supervisor"
 DELEGATE_XATTRS = ("trusted.delegate", "user.delegate")
 """Set by systemd on a cgroup it has delegated (systemd.resource-control(5), Delegate=)."""
@@ -119,7 +121,7 @@ def prepare_pool(config: PoolConfig) -> Pool:
         if parent_path != mount:
             _clear_processes(parent)
         _refuse_nested(parent, mount)
-        parent.enable(CONTROLLERS)
+        parent.enable((*CONTROLLERS, *ON_DEMAND))
         leaf = Path(name).name
         if leaf not in set(parent.children()):
             parent.make_child(leaf)
@@ -135,6 +137,7 @@ def prepare_pool(config: PoolConfig) -> Pool:
             "cannot be given to sessions; does it hold processes of its own?"
         )
     controllers = cgroup.read(knobs.CGROUP_SUBTREE_CONTROL)
+    cgroup.enable(ON_DEMAND)
     memory_max = None
     if "memory" in controllers:
         memory_max = config.memory_max or int(memory_above * DEFAULT_SHARE)

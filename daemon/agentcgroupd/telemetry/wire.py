@@ -32,6 +32,7 @@ def grant_to_proto(grant: Grant) -> pb.Grant:
         gpu_priority=grant.gpu_priority,
         gpu_devices=grant.gpu_devices,
         environment=dict(word.split("=", 1) for word in grant.environment),
+        settings=grant.settings,
     )
 
 
