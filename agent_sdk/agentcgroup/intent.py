@@ -23,9 +23,9 @@ class Intent(TypedDict, total=False):
     such as "250m". pids_max: processes and threads. timeout: seconds, or text such as "10m".
     priority: 0..100, or "batch", "normal", "important". on_pressure: "freeze", "deny", "throttle"
     or "kill". hint: the older form, "memory:high", "memory:2g". wait: seconds, or text such as
-    "30s": how long it may wait for room before it is refused; 0: not at all. gpu: percent of each
-    device, or text such as "10%"; gpu_memory: bytes on each device. gpu_priority: as priority.
-    gpu_device: "any", "any:2", an index, a UUID, or several with commas.
+    "30s": how long it may wait for room before it is refused; 0: not at all. cpuset: CPUs, such as
+    "0-3,8". gpu: percent of each device, or text such as "10%"; gpu_memory: bytes on each device.
+    gpu_priority: as priority. gpu_device: "any", "any:2", an index, a UUID, or several with commas.
     """
 
     memory: Quantity | None
@@ -38,6 +38,7 @@ class Intent(TypedDict, total=False):
     on_pressure: str | None
     hint: str | None
     wait: Quantity | None
+    cpuset: str | None
     gpu: Quantity | None
     gpu_memory: Quantity | None
     gpu_priority: Quantity | None

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.knobs import Knob, T
 from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.errors import InvalidField
 from agentcgroupd.intents.grant import Grant
+from agentcgroupd.intents.parse import CpuList
 from agentcgroupd.state.session import Session
 
 log = logging.getLogger(__name__)
@@ -27,7 +29,20 @@ class Setting:
     less. Raises InvalidField where it is nothing, KnobError."""
 
 
-SETTINGS: Mapping[str, Setting] = {}
+def _cpus_within(session: Session, text: str) -> tuple[str, str]:
+    """Of the CPUs that are asked for those that the session may use."""
+    may_use = session.cgroup.read(CPUSET_EFFECTIVE)
+    given = str(CpuList(CpuList.parse(text).cpus & CpuList.parse(may_use).cpus))
+    if not given:
+        raise InvalidField("cpuset", text, f"some of the CPUs of this session: {may_use}")
+    if given == text:
+        return given, ""
+    why = f"this session may use {may_use}, so the call got {given}."
+    return given, f"cpuset: you asked for {text}; {why}"
+
+
+CPUSET_EFFECTIVE = Knob("cpuset.cpus.effective", str.strip)
+SETTINGS: Mapping[str, Setting] = {"cpuset": Setting("cpuset.cpus", "cpuset", _cpus_within)}
 """By the name of the field."""
 
 

@@ -68,6 +68,47 @@ def _parse_wait(field: str, text: str) -> int:
     return wait
 
 
+CPUS_ALLOWED = "CPUs as a list such as 0-3,8"
+_CPU_RANGE = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class CpuList:
+    """CPUs by number. `str` gives them as the kernel writes them (cpuset.cpus): `0-3,8`."""
+
+    cpus: frozenset[int]
+
+    @classmethod
+    def parse(cls, text: str) -> CpuList:
+        """Read `0-3,8`, in any order, parts that overlap among them. Raises ValueError."""
+        found: set[int] = set()
+        for part in text.split(","):
+            match = _CPU_RANGE.fullmatch(part.strip())
+            if match is None:
+                raise ValueError(text)
+            first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                raise ValueError(text)
+            found.update(range(first, last + 1))
+        return cls(frozenset(found))
+
+    def __str__(self) -> str:
+        parts: list[list[int]] = []
+        for cpu in sorted(self.cpus):
+            if parts and cpu == parts[-1][-1] + 1:
+                parts[-1][1:] = [cpu]
+            else:
+                parts.append([cpu])
+        return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def _parse_cpus(field: str, text: str) -> CpuList:
+    try:
+        return CpuList.parse(text)
+    except ValueError:
+        raise InvalidField(field, text, CPUS_ALLOWED) from None
+
+
 SETTING = "setting"
 """Marks a field that no limit stands above: its value, as text, goes to an interface file of the
 call (enforce.limits.SETTINGS)."""
@@ -92,6 +133,7 @@ class Intent:
     """`high`, `low`, or bytes."""
     wait: Annotated[int | None, _parse_wait] = None
     """Microseconds; 0: not at all."""
+    cpuset: Annotated[CpuList | None, _parse_cpus, SETTING] = None
     gpu: Annotated[int | None, parse_percent] = None
     gpu_memory: Annotated[int | None, parse_bytes] = None
     gpu_priority: Annotated[int | None, parse_priority] = None

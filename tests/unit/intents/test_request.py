@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.enforce.limits import SETTINGS, write_grant
 from agentcgroupd.errors import InvalidField
 from agentcgroupd.intents.gpu import DeviceSelection
-from agentcgroupd.intents.parse import PARSERS, Intent, parse_intent
+from agentcgroupd.intents.grant import Ceiling, grant_for, merge
+from agentcgroupd.intents.parse import PARSERS, CpuList, Intent, parse_intent, settings_of
 from agentcgroupd.intents.request import (
     WORDS,
     intent_of_proto,
@@ -17,6 +24,7 @@ from agentcgroupd.intents.request import (
     request_of_proto,
     request_of_words,
 )
+from agentcgroupd.state.session import Call, plain
 
 EXAMPLES: dict[str, tuple[str, object]] = {
     "memory": ("512M", 512 << 20),
@@ -29,6 +37,7 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "on_pressure": ("kill", "kill"),
     "hint": ("memory:2g", 2 << 30),
     "wait": ("0", 0),
+    "cpuset": ("8, 0-2,1-3", CpuList(frozenset({0, 1, 2, 3, 8}))),
     "gpu": ("10%", 10),
     "gpu_memory": ("4G", 4 << 30),
     "gpu_priority": ("important", 80),
@@ -79,3 +88,104 @@ def test_a_name_that_cannot_be_used_is_refused_in_both(name: str) -> None:
         request_of_words({"name": name}, [])
     with pytest.raises(InvalidField, match="name"):
         request_of_proto(pb.BeginCallRequest(name=name))
+
+
+# Fields that an interface file takes as they are
+
+ABOVE = Ceiling(
+    memory_max_bytes=None,
+    agent_memory_bytes=0,
+    cpu_millicores=4000,
+    pids_max=None,
+    priority=50,
+    default_pids_max=None,
+    default_timeout_usec=None,
+    timeout_max_usec=3_600_000_000,
+)
+
+
+class FakeCgroup:
+    """The cgroup of a session that may use CPUs 0 to 3, with these controllers for its calls."""
+
+    def __init__(self, controllers: tuple[str, ...]) -> None:
+        self._files = {"cpuset.cpus.effective": "0-3", "cgroup.controllers": controllers}
+        self.enabled: set[str] = set()
+
+    def read(self, knob: Any) -> Any:
+        return self._files[knob.file]
+
+    def enable(self, controllers: tuple[str, ...]) -> tuple[str, ...]:
+        self.enabled |= set(controllers)
+        return ()
+
+
+def write(controllers: tuple[str, ...], cpus: str) -> tuple[Any, dict[str, str]]:
+    """The grant for a cpuset, and what was written."""
+    cgroup = FakeCgroup(controllers)
+    agent = SimpleNamespace(files=lambda: frozenset(f"{name}.cpus" for name in cgroup.enabled))
+    session: Any = SimpleNamespace(cgroup=cgroup, agent=agent, offered=frozenset())
+    written: dict[str, str] = {}
+    leaf: Any = SimpleNamespace(write_text=written.__setitem__)
+    return write_grant(session, leaf, grant_for(parse_intent({"cpuset": cpus}), ABOVE)), written
+
+
+def test_every_setting_has_its_file() -> None:
+    intent = Intent(**{name: value for name, (_, value) in EXAMPLES.items()})  # type: ignore[arg-type]
+    assert settings_of(intent).keys() == SETTINGS.keys() == {"cpuset"}
+
+
+@given(st.frozensets(st.integers(0, 300), min_size=1))
+def test_a_list_of_cpus_is_read_as_it_is_written(cpus: frozenset[int]) -> None:
+    assert CpuList.parse(str(CpuList(cpus))).cpus == cpus
+
+
+@pytest.mark.parametrize("text", ["", ",", "0-", "-1", "3-1", "0,,1", "all", "0-3:2/4", "123456"])
+def test_lists_that_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        CpuList.parse(text)
+
+
+def test_cpus_of_the_session_are_set_on_the_call() -> None:
+    grant, written = write(("cpuset",), "0,1,2")
+    assert written == {"cpuset.cpus": "0-2"} and grant.settings == {"cpuset": "0-2"}
+    assert (grant.advice, grant.not_enforced) == ((), ())
+
+
+def test_cpus_beyond_the_session_are_left_out_with_a_sentence() -> None:
+    grant, written = write(("cpuset",), "2-9")
+    assert written == {"cpuset.cpus": "2-3"} and grant.settings == {"cpuset": "2-3"}
+    assert "asked for 2-9" in grant.advice[0] and "0-3" in grant.advice[0]
+    with pytest.raises(InvalidField, match="some of the CPUs of this session: 0-3") as refused:
+        write(("cpuset",), "8")
+    assert (refused.value.field, refused.value.value) == ("cpuset", "8")
+
+
+def test_without_the_controller_it_is_said_so() -> None:
+    grant, written = write(("memory",), "0-1")
+    assert (written, grant.not_enforced) == ({}, ("cpuset.cpus",))
+
+
+def test_a_record_keeps_it_and_one_without_it_is_read() -> None:
+    grant = grant_for(parse_intent({"cpuset": "0-1", "cpu_max": "1"}), ABOVE)
+    data = {
+        "id": "c",
+        "name": "n",
+        "argv": [],
+        "grant": {**plain(grant), "gpu_wanted": ""},
+        "began_unix_usec": 1,
+        "began_boot_usec": 1,
+        "held": False,
+        "entered": True,
+        "frozen_usec": 0,
+        "session_ooms_before": 0,
+        "pool_ooms_before": 0,
+        "owner": None,
+        "main": None,
+    }
+    nothing: Any = None
+    read = Call.from_record(nothing, nothing, json.loads(json.dumps(data)))
+    assert read.grant == grant
+    del data["grant"]["settings"]  # type: ignore[attr-defined]
+    read = Call.from_record(nothing, nothing, json.loads(json.dumps(data)))
+    assert read.grant == replace(grant, settings={})
+    assert merge(read.grant, parse_intent({"cpuset": "1"}), ABOVE, None).settings == {"cpuset": "1"}
