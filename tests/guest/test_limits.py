@@ -91,6 +91,30 @@ result = (call.id, call.grant.SerializeToString())
     agent.run("stub.EndCall(pb.EndCallRequest(call_id=call_id))", call_id=grant[0])
 
 
+def test_cpus_by_list(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    """The tool runs on no others, and a call that asks for none has all of its session. Where the
+    kernel has no cpuset controller, the grant says that nothing holds it."""
+    controllers = (daemon.cgroup_dir / "cgroup.controllers").read_text().split()
+    if "cpuset" not in controllers:
+        assert agent.run(SH, options=["--cpuset", "0"], script="true")[0] == 0
+        grant = last(daemon).grant
+        assert dict(grant.settings) == {"cpuset": "0"} and "cpuset.cpus" in grant.not_enforced
+        return
+    there = (daemon.cgroup_dir / "alpha/cpuset.cpus.effective").read_text().strip()
+    first = there.replace("-", ",").split(",")[0]
+    script = "cat /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/cpuset.cpus; nproc"
+    status, out, err = agent.run(SH, options=["--cpuset", f"{first},9000"], script=script)
+    assert (status, out.split("\n")[:2]) == (0, [first, "1"]), (out, err)
+    grant = last(daemon).grant
+    assert dict(grant.settings) == {"cpuset": first} and not grant.not_enforced
+    assert "asked for" in grant.advice[0]
+    status, out, err = agent.run(SH, options=[], script=script)
+    assert (status, out.split("\n")[0]) == (0, ""), (out, err)
+    status, _, err = agent.run(SH, options=["--cpuset", "9000"], script="true")
+    assert status == 125 and f"some of the CPUs of this session: {there}" in err
+    wait_until("nothing is left", lambda: not list(daemon.cgroup_dir.glob("alpha/call-*")))
+
+
 def test_a_call_over_its_limit_dies_alone_and_is_told_why(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
