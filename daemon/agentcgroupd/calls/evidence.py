@@ -19,13 +19,14 @@ log = logging.getLogger(__name__)
 
 
 def main_status(call: Call) -> tuple[int | None, pb.Evidence.ValueType]:
-    """Wait status of the main process if it has ended, and who says so."""
+    """Give the wait status of the main process, and who says so; None: it has not ended, or nobody
+    knows."""
     if call.main is not None:
         status = pidfd_exit_status(call.main.pidfd)
         if status is None:
             status = _unreaped_status(call)
         if status is None:
-            # It may have been reaped between the two looks.
+            # It may have been reaped after its pidfd was asked and before /proc was.
             status = pidfd_exit_status(call.main.pidfd)
         if status is not None:
             return status, pb.EVIDENCE_KERNEL
@@ -37,7 +38,7 @@ def main_status(call: Call) -> tuple[int | None, pb.Evidence.ValueType]:
 
 
 def _unreaped_status(call: Call) -> int | None:
-    """From /proc while it has not been waited for."""
+    """Read the wait status from /proc, where it stands until the process has been waited for."""
     assert call.main is not None
     try:
         stat = process_stat(call.main.pid)
@@ -49,7 +50,7 @@ def _unreaped_status(call: Call) -> int | None:
 
 
 def gather(call: Call, pool: Cgroup) -> EndFacts:
-    """All that is known of an ended call."""
+    """Gather the facts that are known of an ended call."""
     status, evidence = main_status(call)
     frozen = call.frozen_usec
     if call.frozen_since_usec is not None:
@@ -77,7 +78,8 @@ def gather(call: Call, pool: Cgroup) -> EndFacts:
 
 
 def oom_counts(session: Session, pool: Cgroup) -> tuple[int, int]:
-    """OOM events at the session's and at the pool's own limit; 0 without a memory controller."""
+    """Count OOM events at the session's and at the pool's own limit; 0 without a memory controller.
+    Raises KnobError."""
     if knobs.MEMORY_EVENTS_LOCAL.file not in session.offered:
         return 0, 0
     local = knobs.MEMORY_EVENTS_LOCAL
@@ -94,7 +96,7 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup) -> EndFacts:
     pressure, io = call.cgroup.read_if(knobs.MEMORY_PRESSURE), read(knobs.IO_STAT)
     cpu = call.cgroup.read(knobs.CPU_STAT)
     oom_kills = events["oom_kill"] if events else None
-    # Limits above are looked at only after a kill: that is rare, and this is on every call's way.
+    # Limits above are read only after a kill, which is rare: each call that ends comes here.
     session_ooms, pool_ooms = oom_counts(call.session, pool) if oom_kills else (0, 0)
     return replace(
         facts,

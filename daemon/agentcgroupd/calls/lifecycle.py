@@ -61,8 +61,8 @@ from agentcgroupd.telemetry.wire import call_to_proto, grant_to_proto
 log = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 15.0
-"""How long EndCall waits for killed processes; one in uninterruptible sleep can take longer, and
-the call then ends in the background."""
+"""How long EndCall waits for killed processes to be gone. A process in uninterruptible sleep can take
+longer; its call ends when it does, and EndCall is told so."""
 
 
 class CallObserver(Protocol):
@@ -269,8 +269,8 @@ class Calls:
     # Entering
 
     def attach(self, call: Call, process: Process) -> None:
-        """Move a process into the call and take it for the main one, whose end is the call's.
-        Raises RequestError or KnobError."""
+        """Move a process into a call as its main process, whose exit status is the call's. Raises
+        RequestError or KnobError."""
         if call.state == pb.CALL_STATE_ENDING:
             raise FailedPrecondition(f"call {call.id} is ending")
         with self._metrics.time("attach"):
@@ -285,8 +285,8 @@ class Calls:
         self._entered(call, process)
 
     def _leave_observed(self, call: Call, process: Process) -> None:
-        """A shell that ends in `exec agentcg-exec ...` is found as a call before it asks for one;
-        the first is over then, and has nothing to say."""
+        """End the observed call whose main process has just gone on to a call of its own: a shell
+        that ends in `exec agentcg-exec ...` is seen as a call before it asks for one."""
         for other in call.session.calls.values():
             main = other.main
             if other is call or not other.observed or main is None:
@@ -295,8 +295,8 @@ class Calls:
                 other.ended_by, other.ended_why = "declared", f"It went on as call {call.id}."
 
     def admit(self, call: Call, process: Process) -> None:
-        """Move one more process into the call, which dies with it if it is ending. Raises
-        KnobError."""
+        """Move one more process into a call; if the call is ending, the process is killed with it.
+        Raises KnobError."""
         call.cgroup.attach(process.pid)
         self._entered(call, process)
         if call.state == pb.CALL_STATE_ENDING:
@@ -335,7 +335,8 @@ class Calls:
         self, call: Call, detach: bool, status: int | None, why: str
     ) -> pb.Report | Coroutine[Any, Any, pb.Report]:
         """End a call and give its report; with `detach`, only let go of it. Where processes have
-        to die first, the report is to be awaited."""
+        to die first, the report is to be awaited. `status`: of the main process, by its parent;
+        `why`: for the report, if the call has to be killed."""
         if status is not None:
             call.client_status = status
         call.held = False
@@ -366,8 +367,8 @@ class Calls:
             ) from None
 
     def _kill(self, call: Call, ended_by: str, why: str) -> None:
-        """SIGKILL to what is left. If the main process has ended, only leftovers die, and the
-        call's verdict is that of the main process."""
+        """Kill all processes of a call. If the main process has ended before, only leftovers die,
+        and the verdict follows from the main process. `ended_by`: as in EndFacts."""
         call.state = pb.CALL_STATE_ENDING
         try:
             if main_status(call)[0] is not None:
@@ -387,7 +388,8 @@ class Calls:
             return False
 
     def _changed(self, call: Call) -> None:
-        """cgroup.events changed: someone entered, or the last one left, or it was frozen."""
+        """Check a call whose cgroup.events has changed: a process entered, the last one left, or
+        the call was frozen or thawed."""
         if call.id not in self.open or self._populated(call):
             return
         if call.observed and self._observer.behind():
@@ -399,7 +401,7 @@ class Calls:
             self._finish(call)
 
     def _owner_gone(self, call: Call) -> None:
-        """The process that held the call open has ended."""
+        """Let go of a call: the process that held it open has ended."""
         call.held = False
         if not self._populated(call):
             self._finish(call)
@@ -407,7 +409,8 @@ class Calls:
             call.cgroup.set_xattr(call.record())
 
     def _finish(self, call: Call) -> pb.Report | None:
-        """The cgroup is empty: report, remove, tell everyone. Once for each call."""
+        """Report a call whose cgroup is empty, remove the cgroup, and tell everyone, once for each
+        call. None: a process has entered meanwhile, and the call goes on."""
         if call.id not in self.open:
             return call.session.report(call.id)
         with self._metrics.time("finish"):
@@ -422,7 +425,7 @@ class Calls:
                 call.cgroup.remove()
             except KnobError as error:
                 if error.errno == errno.EBUSY:
-                    # A process entered between the event and now; its end brings us back.
+                    # A process has entered since the event; when it ends, this is called again.
                     self._audit.write("call_goes_on", session=call.session.id, call=call.id)
                     return None
                 log.error("call %s: its cgroup could not be removed: %s", call.id, error)
@@ -474,13 +477,14 @@ class Calls:
         self._observer.entered(process.pid)
 
     def withdraw(self, call: Call) -> None:
-        """Undo a call whose process could not enter."""
+        """End a call whose process could not enter."""
         self._finish(call)
 
     # Finding again
 
     def restore(self, session: Session, call: Call) -> None:
-        """Take up a call that an earlier daemon began; it may have ended meanwhile."""
+        """Take up a call that an earlier daemon began; it may have ended meanwhile. Raises BpfError,
+        KnobError or OSError."""
         call.held = call.held and call.owner is not None
         self._follow(call)
         if call.owner is not None:

@@ -1,4 +1,4 @@
-"""Processes that hold calls open: one watch for each process, however many calls it has."""
+"""Processes that hold calls open: one pidfd is watched for each, however many calls it has."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class Owners:
-    """Watches the owners of calls and says when one has ended."""
+    """Watches the processes that hold calls open, and tells of each call whose owner has ended."""
 
     def __init__(self, gone: Callable[[Call], None]) -> None:
-        """`gone` is called for each call of an owner that has ended, with `call.owner` None by
-        then."""
+        """`gone`: called for each call of an owner that has ended, when `call.owner` is None
+        already."""
         self._gone = gone
         self._loop = asyncio.get_running_loop()
         self._calls: dict[tuple[int, int], set[Call]] = {}

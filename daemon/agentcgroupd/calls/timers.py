@@ -1,4 +1,4 @@
-"""The times in a call's life: to be entered, to be used again, to be over."""
+"""Timers of open calls: how long a call may stand empty, and how long it may last."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from agentcgroupd.state.session import Call, boottime_usec
 
 log = logging.getLogger(__name__)
 
-FROZEN_LOOK_USEC = 100_000
-"""A call that is paused at its timeout is looked at again so often."""
+FROZEN_CHECK_USEC = 100_000
+"""How long after its timeout a call that is paused then is checked again."""
 
 
 class Deadlines:
-    """Timers of open calls. On a running loop."""
+    """Timers of all open calls. Made and used on a running loop."""
 
     def __init__(
         self,
@@ -38,29 +38,29 @@ class Deadlines:
         self._loop = asyncio.get_running_loop()
 
     def begun(self, call: Call) -> None:
-        """A call is there, new or found again."""
+        """Start the timers of a call that is new or was found again."""
         if not call.entered:
             self._set(call, "attach", self._config.attach_timeout, self._not_entered)
         self.granted(call)
 
     def granted(self, call: Call) -> None:
-        """Its timeout is new or another."""
+        """Set a call's timeout as its grant says now."""
         if call.grant.timeout_usec is not None:
             used = boottime_usec() - call.began_boot_usec
             self._set(call, "timeout", call.grant.timeout_usec - used, self._timed_out)
 
     def entered(self, call: Call) -> None:
-        """A process is in it."""
+        """Stop waiting for a process to enter a call."""
         self._cancel(call, "attach")
         self._cancel(call, "idle")
 
     def emptied(self, call: Call) -> None:
-        """No process is in it, but its owner holds it open."""
+        """Start to wait for the next process of a call that is empty and held open."""
         if "idle" not in call.timers:
             self._set(call, "idle", self._config.idle_timeout, self._idle)
 
     def drop(self, call: Call) -> None:
-        """It is over."""
+        """Stop all timers of a call."""
         for timer in call.timers.values():
             timer.cancel()
         call.timers.clear()
@@ -86,14 +86,14 @@ class Deadlines:
             self._finish(call)
 
     def _timed_out(self, call: Call) -> None:
-        """The timeout, not counting time that the daemon itself kept the call frozen."""
+        """End a call that has had its time, not counting time that the daemon kept it frozen."""
         frozen = call.frozen_usec
         if call.frozen_since_usec is not None:
             frozen += boottime_usec() - call.frozen_since_usec
         used = boottime_usec() - call.began_boot_usec - frozen
         left = (call.grant.timeout_usec or 0) - used
         if left > 0 or call.frozen_since_usec is not None:
-            self._set(call, "timeout", max(left, FROZEN_LOOK_USEC), self._timed_out)
+            self._set(call, "timeout", max(left, FROZEN_CHECK_USEC), self._timed_out)
             return
         call.held = False
         if not self._populated(call):

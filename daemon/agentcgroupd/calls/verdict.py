@@ -1,4 +1,4 @@
-"""How a call ended: from the kernel's evidence to a verdict, a sentence and feedback. Pure.
+"""From the kernel's evidence of how a call ended to a verdict, a sentence and feedback. Pure.
 
 The evidence is memory.events of the call and of the cgroups above it, the wait status of its main
 process, and what the daemon itself did. An exit code alone never decides: 137 is what a shell
@@ -16,7 +16,7 @@ from agentcgroupd.intents.grant import Grant
 from agentcgroupd.units import show_bytes, show_usec
 
 STATED_SLACK_BYTES = 64 << 20
-"""Taking this much more than was expected hurts nobody."""
+"""A call that takes at most this much more than it expected hurts nobody."""
 OVERSTATED_LEAST_BYTES = 64 << 20
 """Below this an overstated intent keeps nobody out."""
 THROTTLED_LEAST_USEC = 100_000
@@ -25,7 +25,7 @@ THROTTLED_LEAST_USEC = 100_000
 
 @dataclass(frozen=True, slots=True)
 class EndFacts:
-    """What is known when a call's cgroup has become empty. None: this kernel does not say."""
+    """Facts that are known when a call's cgroup has become empty. None: this kernel does not say."""
 
     grant: Grant
     wall_usec: int
@@ -33,11 +33,11 @@ class EndFacts:
     wait_status: int | None = None
     evidence: pb.Evidence.ValueType = pb.EVIDENCE_NONE
     ended_by: str = ""
-    """`timeout`, `cancelled`, `stopped`, `removed`, `declared` (it asked for another call), or
-    nothing: it ended by itself."""
+    """`timeout`, `cancelled`, `stopped`, `removed`, `declared` (its process asked for another
+    call), or empty: the call ended by itself."""
     ended_why: str = ""
     leftovers: int = 0
-    """Processes ended with the call after its main process had ended."""
+    """Processes that were ended with the call, after its main process had ended."""
     oom_kills: int | None = None
     call_ooms: int = 0
     """Times the call's own limit was hit with nothing left to reclaim (memory.events: oom)."""
@@ -49,7 +49,7 @@ class EndFacts:
     memory_high_events: int | None = None
     memory_throttled_usec: int | None = None
     cpu: dict[str, int] = field(default_factory=dict)
-    """cpu.stat"""
+    """Numbers by their keys in cpu.stat."""
     pids_peak: int | None = None
     pids_max_events: int | None = None
     io_read_bytes: int | None = None
@@ -131,7 +131,7 @@ def _by_status(facts: EndFacts, status: int) -> tuple[pb.Verdict.ValueType, str]
 
 
 def judge(facts: EndFacts) -> tuple[pb.Verdict.ValueType, str]:
-    """The verdict and one plain sentence."""
+    """Decide on the verdict, and say it in one plain sentence."""
     if not facts.ever_entered:
         return pb.VERDICT_ABANDONED, (
             "No process ever entered the call. Start the tool through agentcg-exec or call.run()."
@@ -143,9 +143,9 @@ def judge(facts: EndFacts) -> tuple[pb.Verdict.ValueType, str]:
         return by_daemon
     if facts.wait_status is not None:
         return _by_status(facts, facts.wait_status)
-    reason = "its cgroup was removed by someone else" if facts.ended_by == "removed" else (
-        "its main process ended while the daemon was not there to see it"
-    )  # fmt: skip
+    reason = "its main process ended while the daemon was not there to see it"
+    if facts.ended_by == "removed":
+        reason = "its cgroup was removed by someone else"
     return pb.VERDICT_UNKNOWN, f"It ended, and how is not known: {reason}."
 
 
@@ -169,8 +169,16 @@ def _killed_from_outside(facts: EndFacts, verdict: pb.Verdict.ValueType) -> bool
     )
 
 
+def _feedback(
+    code: pb.FeedbackCode.ValueType, sentence: str, **numbers: float | None
+) -> pb.Feedback:
+    """Make feedback; numbers that are not known are left out."""
+    known = {name: float(value) for name, value in numbers.items() if value is not None}
+    return pb.Feedback(code=code, sentence=sentence, numbers=known)
+
+
 def _misjudged(peak: int | None, expected: int) -> list[pb.Feedback]:
-    """What the intent said, against what the call took."""
+    """Compare what the intent said with what the call took, and tell where they are far apart."""
     if peak is None:
         return []
     if expected >= OVERSTATED_LEAST_BYTES and peak * 4 <= expected:
@@ -181,65 +189,95 @@ def _misjudged(peak: int | None, expected: int) -> list[pb.Feedback]:
         advice = "at most. Ask for what it takes, and room is kept for it."
     else:
         return []
-    return [pb.Feedback(
-        code=code,
-        sentence=f"You expected {show_bytes(expected)}; the call took {show_bytes(peak)} {advice}",
-        numbers={"memory_expected_bytes": float(expected), "memory_peak_bytes": float(peak)},
-    )]  # fmt: skip
+    sentence = f"You expected {show_bytes(expected)}; the call took {show_bytes(peak)} {advice}"
+    return [_feedback(code, sentence, memory_expected_bytes=expected, memory_peak_bytes=peak)]
 
 
-def feedback_of(facts: EndFacts, verdict: pb.Verdict.ValueType, sentence: str) -> list[pb.Feedback]:
-    """What the agent is told at the end of a call: the verdict where it is no plain end, and
-    everything that slowed the call or could be asked for better next time."""
-    told: list[pb.Feedback] = []
-
-    def tell(code: pb.FeedbackCode.ValueType, text: str, **numbers: float | None) -> None:
-        known = {key: float(value) for key, value in numbers.items() if value is not None}
-        told.append(pb.Feedback(code=code, sentence=text, numbers=known))
-
+def _of_verdict(facts: EndFacts, verdict: pb.Verdict.ValueType, sentence: str) -> list[pb.Feedback]:
+    """Tell the verdict where it is no plain end."""
     code = _FEEDBACK_OF_VERDICT.get(verdict)
     if _killed_from_outside(facts, verdict):
         code = pb.FEEDBACK_CODE_KILLED
-    peak, grant = facts.memory_peak_bytes, facts.grant
-    if code is not None:
-        tell(code, sentence, memory_peak_bytes=peak, memory_max_bytes=grant.memory_max_bytes,
-             oom_kills=facts.oom_kills, wall_usec=facts.wall_usec,
-             timeout_usec=grant.timeout_usec)  # fmt: skip
+    if code is None:
+        return []
+    told = _feedback(
+        code,
+        sentence,
+        memory_peak_bytes=facts.memory_peak_bytes,
+        memory_max_bytes=facts.grant.memory_max_bytes,
+        oom_kills=facts.oom_kills,
+        wall_usec=facts.wall_usec,
+        timeout_usec=facts.grant.timeout_usec,
+    )
+    return [told]
+
+
+def _of_processes(facts: EndFacts) -> list[pb.Feedback]:
+    """Tell of processes that were left behind, and of those that could not be started."""
+    told = []
     if facts.leftovers:
-        tell(pb.FEEDBACK_CODE_LEFTOVERS,
-             f"{facts.leftovers} processes that the tool left running were ended with the call. "
-             "To keep a server running, end the call with detach.",
-             processes=facts.leftovers)  # fmt: skip
+        sentence = (
+            f"{facts.leftovers} processes that the tool left running were ended with the call. "
+            "To keep a server running, end the call with detach."
+        )
+        code = pb.FEEDBACK_CODE_LEFTOVERS
+        told.append(_feedback(code, sentence, processes=facts.leftovers))
     if facts.pids_max_events:
-        tell(pb.FEEDBACK_CODE_PIDS_LIMIT,
-             f"Starting a process or thread was refused {facts.pids_max_events} times: the call "
-             f"may have {grant.pids_max}. Ask for a larger pids_max, or use fewer workers.",
-             pids_max=grant.pids_max, refused=facts.pids_max_events)  # fmt: skip
-    throttled = facts.cpu.get("throttled_usec", 0)
-    if throttled >= max(THROTTLED_LEAST_USEC, facts.wall_usec // 10):
-        cores = (grant.cpu_max_millicores or 0) / 1000
-        limit = f"its limit of {cores:g} cores" if cores else "a limit above it"
-        tell(pb.FEEDBACK_CODE_CPU_THROTTLED,
-             f"The call waited {show_usec(throttled)} of {show_usec(facts.wall_usec)} at {limit}. "
-             "Use fewer workers or ask for more cpu_max.",
-             throttled_usec=throttled, wall_usec=facts.wall_usec)  # fmt: skip
-    stalled = facts.memory_throttled_usec or 0
-    if facts.memory_high_events and stalled >= THROTTLED_LEAST_USEC:
-        tell(pb.FEEDBACK_CODE_MEMORY_THROTTLED,
-             f"The call was slowed for {show_usec(stalled)} because it neared its memory limit. "
-             "Ask for more memory_max, or do the work in smaller parts.",
-             stalled_usec=stalled, memory_peak_bytes=peak)  # fmt: skip
-    if facts.frozen_usec >= THROTTLED_LEAST_USEC:
-        tell(pb.FEEDBACK_CODE_FROZEN,
-             f"The call was paused for {show_usec(facts.frozen_usec)} while more important work "
-             "needed the memory; nothing of it was lost.",
-             frozen_usec=facts.frozen_usec)  # fmt: skip
-    told += _misjudged(peak, grant.memory_expected_bytes)
+        most, refused = facts.grant.pids_max, facts.pids_max_events
+        sentence = (
+            f"Starting a process or thread was refused {refused} times: the call may have {most}. "
+            "Ask for a larger pids_max, or use fewer workers."
+        )
+        code = pb.FEEDBACK_CODE_PIDS_LIMIT
+        told.append(_feedback(code, sentence, pids_max=most, refused=refused))
     return told
 
 
+def _of_slowing(facts: EndFacts) -> list[pb.Feedback]:
+    """Tell what kept the call waiting: its CPU limit, its memory limit, a pause."""
+    told = []
+    wall, throttled = facts.wall_usec, facts.cpu.get("throttled_usec", 0)
+    if throttled >= max(THROTTLED_LEAST_USEC, wall // 10):
+        cores = (facts.grant.cpu_max_millicores or 0) / 1000
+        limit = f"its limit of {cores:g} cores" if cores else "a limit above it"
+        sentence = (
+            f"The call waited {show_usec(throttled)} of {show_usec(wall)} at {limit}. "
+            "Use fewer workers or ask for more cpu_max."
+        )
+        code = pb.FEEDBACK_CODE_CPU_THROTTLED
+        told.append(_feedback(code, sentence, throttled_usec=throttled, wall_usec=wall))
+    stalled, peak = facts.memory_throttled_usec or 0, facts.memory_peak_bytes
+    if facts.memory_high_events and stalled >= THROTTLED_LEAST_USEC:
+        sentence = (
+            f"The call was slowed for {show_usec(stalled)} because it neared its memory limit. "
+            "Ask for more memory_max, or do the work in smaller parts."
+        )
+        code = pb.FEEDBACK_CODE_MEMORY_THROTTLED
+        told.append(_feedback(code, sentence, stalled_usec=stalled, memory_peak_bytes=peak))
+    frozen = facts.frozen_usec
+    if frozen >= THROTTLED_LEAST_USEC:
+        sentence = (
+            f"The call was paused for {show_usec(frozen)} while more important work needed the "
+            "memory; nothing of it was lost."
+        )
+        told.append(_feedback(pb.FEEDBACK_CODE_FROZEN, sentence, frozen_usec=frozen))
+    return told
+
+
+def feedback_of(facts: EndFacts, verdict: pb.Verdict.ValueType, sentence: str) -> list[pb.Feedback]:
+    """Tell an agent, at the end of a call, the verdict where it is no plain end, everything that
+    slowed the call, and what could be asked for better next time. `sentence`: that of the
+    verdict."""
+    return [
+        *_of_verdict(facts, verdict, sentence),
+        *_of_processes(facts),
+        *_of_slowing(facts),
+        *_misjudged(facts.memory_peak_bytes, facts.grant.memory_expected_bytes),
+    ]
+
+
 def report_of(facts: EndFacts) -> pb.Report:
-    """The report, but for the names of call and session and the grant as sent."""
+    """Make a report from facts: all of it but the names of call and session and the grant."""
     verdict, sentence = judge(facts)
     report = pb.Report(
         verdict=verdict,
