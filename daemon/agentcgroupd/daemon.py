@@ -298,7 +298,7 @@ class Running:
     async def _sweep_forever(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
-            self._calls.recheck()
+            self._calls.check_all()
             self._observers.sweep()
             self._parts.lifecycle.sweep()
 

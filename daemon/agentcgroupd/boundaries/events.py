@@ -150,7 +150,7 @@ class Boundaries:
         if self._queue:
             self._work_later = self._loop.call_soon(self._work)
             return
-        self._calls.look_postponed()
+        self._calls.check_postponed()
         self._resync.check_soon()
 
     def catch_up(self) -> None:

@@ -118,7 +118,7 @@ class Placement:
         had a cgroup."""
         call, event = observed.call, observed.exit
         if call is not None:
-            self._calls.look(call)
+            self._calls.end_if_empty(call)
             return
         if observed.declared:
             return

@@ -61,8 +61,8 @@ from agentcgroupd.telemetry.wire import call_to_proto, grant_to_proto
 log = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 15.0
-"""How long EndCall waits for killed processes to be gone. A process in uninterruptible sleep can take
-longer; its call ends when it does, and EndCall is told so."""
+"""How long EndCall waits for killed processes to be gone. A process in uninterruptible sleep can
+take longer; its call ends when it does, and EndCall is told so."""
 
 
 class CallObserver(Protocol):
@@ -483,14 +483,15 @@ class Calls:
     # Finding again
 
     def restore(self, session: Session, call: Call) -> None:
-        """Take up a call that an earlier daemon began; it may have ended meanwhile. Raises BpfError,
-        KnobError or OSError."""
+        """Take up a call that an earlier daemon began; it may have ended meanwhile. Raises
+        BpfError, KnobError or OSError."""
         call.held = call.held and call.owner is not None
         self._follow(call)
         if call.owner is not None:
             # Owners keeps a pidfd of its own.
             call.owner.close()
-        # What was asked for: a process that sleeps in the kernel may not have stopped yet.
+        # cgroup.freeze says what was asked for: a process that sleeps in the kernel may not have
+        # stopped yet.
         if call.cgroup.read(knobs.CGROUP_FREEZE):
             call.frozen_since_usec = boottime_usec()
             self.actions.thaw(call, "The daemon was restarted; what it had paused goes on.")
@@ -502,21 +503,21 @@ class Calls:
         elif not call.held:
             self._finish(call)
 
-    def look(self, call: Call) -> None:
-        """As if its events file had just changed; for who knows better than to wait for that."""
+    def end_if_empty(self, call: Call) -> None:
+        """End a call that is known to be empty without waiting for its events file to say so."""
         if call.id in self.open and not self._populated(call):
             self._finish(call)
 
-    def look_postponed(self) -> None:
-        """At calls that seemed empty while events of processes waited."""
+    def check_postponed(self) -> None:
+        """Check calls that seemed empty while events of processes had not been dealt with."""
         postponed, self._postponed = self._postponed, {}
-        self._look_at(postponed.values())
+        self._check(postponed.values())
 
-    def recheck(self) -> None:
-        """For the periodic sweep: look at every call as if its events file had just changed."""
-        self._look_at(list(self.open.values()))
+    def check_all(self) -> None:
+        """Check every call as if its events file had just changed; for the periodic sweep."""
+        self._check(list(self.open.values()))
 
-    def _look_at(self, calls: Iterable[Call]) -> None:
+    def _check(self, calls: Iterable[Call]) -> None:
         for call in calls:
             try:
                 self._changed(call)

@@ -25,7 +25,8 @@ THROTTLED_LEAST_USEC = 100_000
 
 @dataclass(frozen=True, slots=True)
 class EndFacts:
-    """Facts that are known when a call's cgroup has become empty. None: this kernel does not say."""
+    """Facts that are known when a call's cgroup has become empty; None where this kernel does not
+    say."""
 
     grant: Grant
     wall_usec: int

@@ -81,11 +81,11 @@ class FakeCalls:
     def attach(self, call: Call, process: Process) -> None:
         assert call.id in self.open
 
-    def look(self, call: Call) -> None:
+    def end_if_empty(self, call: Call) -> None:
         del self.open[call.id]  # KeyError: it had its report
         self.reports.append((call.name, call.exit_status))
 
-    def look_postponed(self) -> None:
+    def check_postponed(self) -> None:
         pass
 
     def record_short(
