@@ -19,7 +19,7 @@ def running(compare_forever: Any) -> Running:
     nothing: Any = SimpleNamespace()
     files = SimpleNamespace(compare_forever=compare_forever, reload_quietly=lambda: None)
     parts: Any = SimpleNamespace(
-        entrance=SimpleNamespace(calls=nothing),
+        calls=nothing,
         notices=SimpleNamespace(metrics=nothing),
         policy_files=files,
     )
