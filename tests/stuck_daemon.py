@@ -9,7 +9,8 @@ from agentcgroupd import __main__ as program
 from agentcgroupd import daemon
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.rpc.services import GrpcServer
-from agentcgroupd.state.session import Call, Process
+from agentcgroupd.state.process import Process
+from agentcgroupd.state.session import Call
 
 STOP_MOST_S = 2.0
 

@@ -49,7 +49,8 @@ from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.limits import Ceilings
 from agentcgroupd.sessions.pool import ALIVE_XATTR, Pool, prepare_pool
 from agentcgroupd.sessions.registry import Sessions
-from agentcgroupd.state.session import RECORD_VERSION, boottime_usec, read_record
+from agentcgroupd.state.records import RECORD_VERSION, read_record
+from agentcgroupd.state.session import boottime_usec
 from agentcgroupd.telemetry.audit import Audit
 from agentcgroupd.telemetry.feed import Feed
 from agentcgroupd.telemetry.metrics import Heartbeat, Metrics, MetricsServer

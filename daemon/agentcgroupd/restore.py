@@ -10,7 +10,8 @@ from agentcgroupd.errors import KnobError
 from agentcgroupd.policy.learning import Peaks, learn
 from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.registry import Sessions
-from agentcgroupd.state.session import Call, read_record
+from agentcgroupd.state.records import read_record
+from agentcgroupd.state.session import Call
 from agentcgroupd.telemetry.audit import Audit
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from agentcgroupd.errors import AgentcgroupdError, FailedPrecondition, KnobError
 from agentcgroupd.host.proc import cgroup_of
 from agentcgroupd.host.syscalls import pidfd_alive
 from agentcgroupd.intents.request import observed_request
-from agentcgroupd.state.session import AGENT_LEAF, Process
+from agentcgroupd.state.process import Process
+from agentcgroupd.state.session import AGENT_LEAF
 from agentcgroupd.telemetry.notices import Notices
 
 log = logging.getLogger(__name__)

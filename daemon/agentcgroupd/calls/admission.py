@@ -10,7 +10,8 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.calls.queue import AdmissionQueue, Ticket
 from agentcgroupd.intents.request import CallRequest
-from agentcgroupd.state.session import Call, Process, Session
+from agentcgroupd.state.process import Process
+from agentcgroupd.state.session import Call, Session
 
 
 class Admission:

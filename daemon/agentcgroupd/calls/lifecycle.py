@@ -46,15 +46,9 @@ from agentcgroupd.intents.grant import Ceiling, Grant, grant_for, merge
 from agentcgroupd.intents.parse import NAME_CHARS_MAX, Intent
 from agentcgroupd.intents.request import CallRequest
 from agentcgroupd.state.candidate import Candidate
-from agentcgroupd.state.session import (
-    CALL_PREFIX,
-    Call,
-    Process,
-    Session,
-    boottime_usec,
-    plain,
-    unix_usec,
-)
+from agentcgroupd.state.process import Process
+from agentcgroupd.state.records import plain
+from agentcgroupd.state.session import CALL_PREFIX, Call, Session, boottime_usec, unix_usec
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import call_to_proto, grant_to_proto
 

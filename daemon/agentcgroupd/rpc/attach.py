@@ -33,7 +33,8 @@ from agentcgroupd.intents.request import WORDS, request_of_words
 from agentcgroupd.rpc.agent_calls import AgentCalls, refuse_unknown
 from agentcgroupd.rpc.peers import Peer, check_operator, session_of
 from agentcgroupd.sessions.registry import Sessions
-from agentcgroupd.state.session import Call, Process
+from agentcgroupd.state.process import Process
+from agentcgroupd.state.session import Call
 from agentcgroupd.telemetry.metrics import Metrics
 from agentcgroupd.telemetry.wire import error_to_proto
 from agentcgroupd.units import suggestion

@@ -21,7 +21,8 @@ from typing import cast
 from agentcgroupd.errors import PermissionDenied
 from agentcgroupd.host.proc import CgroupUnknown, cgroup_of
 from agentcgroupd.host.syscalls import peer_credentials, peer_pidfd, pidfd_alive
-from agentcgroupd.state.session import Process, Session
+from agentcgroupd.state.process import Process
+from agentcgroupd.state.session import Session
 from agentcgroupd.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)

@@ -28,13 +28,8 @@ from agentcgroupd.intents.parse import parse_intent
 from agentcgroupd.sessions.limits import parse_limits, read_limits, tighten, write_limits
 from agentcgroupd.sessions.pool import Pool, offered_controllers
 from agentcgroupd.sessions.registry import Sessions
-from agentcgroupd.state.session import (
-    AGENT_LEAF,
-    Session,
-    SessionLimits,
-    read_record,
-    unix_usec,
-)
+from agentcgroupd.state.records import read_record
+from agentcgroupd.state.session import AGENT_LEAF, Session, SessionLimits, unix_usec
 from agentcgroupd.units import show_bytes
 
 log = logging.getLogger(__name__)

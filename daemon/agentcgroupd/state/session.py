@@ -1,14 +1,9 @@
-"""Sessions and calls: what the daemon keeps of each, and the record of it on the cgroup itself.
-
-The record, JSON in an extended attribute of the cgroup's directory, is all that a restarted daemon
-needs; memory holds nothing that cannot be read back from the kernel.
-"""
+"""Sessions and calls: what the daemon keeps of each."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections import deque
 from dataclasses import dataclass, field, fields
@@ -16,14 +11,13 @@ from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.host.syscalls import pidfd_alive, process_stat
 from agentcgroupd.intents.grant import Grant
 from agentcgroupd.policy.learning import Learned
+from agentcgroupd.state.process import Process
+from agentcgroupd.state.records import RECORD_VERSION, cut_argv_of_record, plain, sendable
 
-RECORD_VERSION = 1
 AGENT_LEAF = "agent"
 CALL_PREFIX = "call-"
-ARGV_RECORD_CHARS = 512
 HISTORY_KEPT = 16
 
 
@@ -35,47 +29,6 @@ def boottime_usec() -> int:
 def unix_usec() -> int:
     """Wall clock, for people only; no decision depends on it."""
     return time.time_ns() // 1000
-
-
-@dataclass(slots=True)
-class Process:
-    """A process that cannot be confused with a later one of the same pid."""
-
-    pid: int
-    start_ticks: int
-    pidfd: int
-
-    @classmethod
-    def of_pidfd(cls, pid: int, pidfd: int) -> Process:
-        """The process of a pidfd, which is taken over. Raises ProcessLookupError or
-        FileNotFoundError if it has been reaped; the pidfd then stays the caller's."""
-        stat = process_stat(pid)
-        if not pidfd_alive(pidfd):
-            raise ProcessLookupError(pid)
-        return cls(pid, stat.start_ticks, pidfd)
-
-    @classmethod
-    def find(cls, pid: int, start_ticks: int) -> Process | None:
-        """The process of a record, if that very one still exists."""
-        try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return None
-        try:
-            if process_stat(pid).start_ticks == start_ticks and pidfd_alive(pidfd):
-                return cls(pid, start_ticks, pidfd)
-        except (ProcessLookupError, FileNotFoundError):
-            pass
-        os.close(pidfd)
-        return None
-
-    def copy(self) -> Process:
-        """The same process with a pidfd of its own."""
-        return Process(self.pid, self.start_ticks, os.dup(self.pidfd))
-
-    def close(self) -> None:
-        """Give up the pidfd."""
-        os.close(self.pidfd)
 
 
 @dataclass(slots=True, eq=False)
@@ -147,7 +100,7 @@ class Call:
                 "kind": "call",
                 "id": self.id,
                 "name": self.name,
-                "argv": _cut(self.argv),
+                "argv": cut_argv_of_record(self.argv),
                 "grant": plain(self.grant),
                 "began_unix_usec": self.began_unix_usec,
                 "began_boot_usec": self.began_boot_usec,
@@ -172,8 +125,8 @@ class Call:
         call = cls(
             id=str(data["id"]),
             session=session,
-            name=_sendable(data["name"]),
-            argv=tuple(map(_sendable, data["argv"])),
+            name=sendable(data["name"]),
+            argv=tuple(map(sendable, data["argv"])),
             grant=grant,
             cgroup=cgroup,
             began_unix_usec=int(data["began_unix_usec"]),
@@ -199,27 +152,6 @@ def _grant_of_record(data: dict[str, Any]) -> Grant:
         if isinstance(value, list):
             values[name] = tuple(value)
     return Grant(**values)
-
-
-def _sendable(text: str) -> str:
-    """Text without lone surrogates, which protobuf does not take."""
-    return str(text).encode("utf-8", "replace").decode()
-
-
-def plain(value: Grant | SessionLimits) -> dict[str, Any]:
-    """A flat dataclass as a dict. dataclasses.asdict would copy deeply, which is most of a record's
-    cost."""
-    return {f.name: getattr(value, f.name) for f in fields(value)}
-
-
-def _cut(argv: tuple[str, ...]) -> list[str]:
-    kept, left = [], ARGV_RECORD_CHARS
-    for argument in argv:
-        if left <= 0:
-            break
-        kept.append(argument[:left])
-        left -= len(argument) + 1
-    return kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,16 +226,3 @@ class Session:
         if not call_id:
             return self.reports[-1] if self.reports else None
         return next((r for r in reversed(self.reports) if r.call_id == call_id), None)
-
-
-def read_record(raw: bytes | None, kind: str) -> dict[str, Any] | None:
-    """A record of this version and kind, None for anything else."""
-    if raw is None:
-        return None
-    try:
-        data = json.loads(raw)
-    except ValueError:
-        return None
-    if not isinstance(data, dict) or data.get("v") != RECORD_VERSION or data.get("kind") != kind:
-        return None
-    return data

@@ -22,7 +22,8 @@ from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import BoundariesConfig
 from agentcgroupd.host.syscalls import process_stat
 from agentcgroupd.intents.request import CallRequest
-from agentcgroupd.state.session import Call, Process, Session
+from agentcgroupd.state.process import Process
+from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.notices import Notices
 
 AGENT_ID = 17

@@ -24,7 +24,8 @@ from agentcgroupd.intents.request import (
     request_of_proto,
     request_of_words,
 )
-from agentcgroupd.state.session import Call, plain
+from agentcgroupd.state.records import plain
+from agentcgroupd.state.session import Call
 
 EXAMPLES: dict[str, tuple[str, object]] = {
     "memory": ("512M", 512 << 20),
