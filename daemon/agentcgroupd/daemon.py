@@ -43,6 +43,7 @@ from agentcgroupd.rpc.agent_calls import AgentCalls
 from agentcgroupd.rpc.attach import AttachServer
 from agentcgroupd.rpc.peers import Relay
 from agentcgroupd.rpc.services import AdminService, AgentService, GrpcServer, Parts
+from agentcgroupd.rpc.verbs import AgentVerbs, OperatorVerbs
 from agentcgroupd.rpc.views import Views
 from agentcgroupd.sessions.cgroups import SessionCgroups
 from agentcgroupd.sessions.lifecycle import SessionLifecycle
@@ -225,16 +226,14 @@ class Daemon:
             pb_grpc.add_AgentServicer_to_server(AgentService(parts, relay), server.server)
         else:
             pb_grpc.add_AdminServicer_to_server(AdminService(parts, relay), server.server)
-        attach = AttachServer(
-            run_dir / role / "attach.sock",
-            mode,
-            role == "admin",
-            parts.sessions,
-            parts.calls,
-            admission,
-            parts.agent_calls,
-            metrics,
-        )
+        attach_path = run_dir / role / "attach.sock"
+        if role == "agent":
+            agent = AgentVerbs(parts.sessions, parts.calls, admission)
+            verbs = {"attach": agent.attach, "begin": agent.begin}
+            attach = AttachServer(attach_path, mode, verbs, parts.agent_calls, metrics)
+        else:
+            operator = OperatorVerbs(parts.sessions, parts.calls)
+            attach = AttachServer(attach_path, mode, {"enter": operator.enter}, None, metrics)
         undo.push_async_callback(_bounded, f"the {role} gRPC server", server.stop)
         await server.start()
         undo.push_async_callback(_bounded, f"the {role} relay", relay.stop)

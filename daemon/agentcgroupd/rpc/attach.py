@@ -1,6 +1,7 @@
 """The attach socket: a process asks to be moved into a cgroup, and becomes the tool there.
 
-See docs/protocol.md. Everything is answered in one go on the event loop; a caller that dawdles is
+Packets are read in rpc.packets, and what they ask for is done in rpc.verbs. A request is answered
+in one go on the event loop, unless its call has to wait. A caller that is silent for long is
 disconnected, and one that dies is noticed by its pidfd.
 """
 
@@ -10,120 +11,29 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
 from google.protobuf import message
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.calls.admission import Admission
-from agentcgroupd.calls.lifecycle import Calls
-from agentcgroupd.enforce.limits import AGENT_OOM_SCORE_ADJ, set_oom_score_adj
-from agentcgroupd.errors import (
-    AgentcgroupdError,
-    Internal,
-    InvalidField,
-    NotFound,
-    PermissionDenied,
-    as_request_error,
-)
+from agentcgroupd.errors import AgentcgroupdError, Internal, InvalidField, as_request_error
 from agentcgroupd.intents.parse import WAIT_MOST_USEC
-from agentcgroupd.intents.request import WORDS, request_of_words
-from agentcgroupd.rpc.agent_calls import AgentCalls, refuse_unknown
-from agentcgroupd.rpc.peers import Peer, check_operator, session_of
-from agentcgroupd.sessions.registry import Sessions
-from agentcgroupd.state.process import Process
-from agentcgroupd.state.session import Call
+from agentcgroupd.rpc.agent_calls import AgentCalls
+from agentcgroupd.rpc.packets import PACKET_BYTES_MAX, RPC_PREFIX, Request, packet, rpc_request
+from agentcgroupd.rpc.peers import Peer
+from agentcgroupd.rpc.verbs import Answer, Verb
 from agentcgroupd.telemetry.metrics import Metrics
 from agentcgroupd.telemetry.wire import error_to_proto
-from agentcgroupd.units import suggestion
 
 log = logging.getLogger(__name__)
 
-PACKET_BYTES_MAX = 16_384
 SILENT_TIMEOUT_S = 5.0
 CONNECTIONS_MAX = 512
 """Open at a time. A request is answered in one go, so what stays open is silent, or waits for a
 call to end."""
 ACCEPT_PAUSE_S = 0.1
-MAGIC = "ACG1"
-RPC_PREFIX = b"ACG1\0rpc\0"
-_RPC_METHODS: dict[str, type[pb.BeginCallRequest | pb.EndCallRequest]] = {
-    "BeginCall": pb.BeginCallRequest,
-    "EndCall": pb.EndCallRequest,
-}
-Answer = list[str] | Coroutine[Any, Any, list[str]]
-"""The words of a reply, or the coroutine that has to be awaited for them."""
-
-
-def _rpc_request(data: bytes) -> tuple[str, pb.BeginCallRequest | pb.EndCallRequest]:
-    """Method and message of an `rpc` packet. Raises InvalidField."""
-    if len(data) > PACKET_BYTES_MAX:
-        raise InvalidField("request", f"{len(data)} bytes", f"at most {PACKET_BYTES_MAX} bytes")
-    method, separator, raw = data[len(RPC_PREFIX) :].partition(b"\0")
-    name = method[:64].decode("utf-8", "replace")
-    kind = _RPC_METHODS.get(name)
-    if kind is None or not separator:
-        raise InvalidField("method", name, " or ".join(_RPC_METHODS))
-    try:
-        request = kind.FromString(raw)
-    except message.DecodeError:
-        raise InvalidField("request", f"{len(raw)} bytes", f"a {kind.__name__} message") from None
-    refuse_unknown(request)
-    return name, request
-
-
-def _packet(words: list[str]) -> bytes:
-    return b"".join(word.encode("utf-8", "replace") + b"\0" for word in words)
-
-
-def _entered(call: Call) -> list[str]:
-    """The words of a reply to a process that is in its call now, with what the launcher is to set
-    in the tool's environment."""
-    return ["OK", f"call={call.id}", *(f"env={word}" for word in call.grant.environment)]
-
-
-class Request:
-    """A parsed request packet."""
-
-    def __init__(self, data: bytes) -> None:
-        """Raises InvalidField if it is not of the protocol's form."""
-        if len(data) > PACKET_BYTES_MAX:
-            value, allowed = f"{len(data)} bytes or more", f"at most {PACKET_BYTES_MAX} bytes"
-            raise InvalidField("request", value, allowed)
-        if not data.endswith(b"\0"):
-            raise InvalidField("request", repr(data[:80]), "strings each ended by a NUL byte")
-        # Names and arguments of Linux programs are bytes; what is no UTF-8 is shown as U+FFFD.
-        words = data[:-1].decode("utf-8", "replace").split("\0")
-        if words[0] != MAGIC or len(words) < 2:
-            raise InvalidField("request", words[0], f"{MAGIC}, then a verb", "another protocol")
-        self.verb = words[1]
-        self.values: dict[str, str] = {}
-        self.args: list[str] = []
-        for word in words[2:]:
-            key, separator, value = word.partition("=")
-            if not separator:
-                raise InvalidField("request", word, "key=value")
-            if key == "arg":
-                self.args.append(value)
-            elif key in self.values:
-                raise InvalidField(key, value, "each key once", "it is given twice")
-            else:
-                self.values[key] = value
-
-    def only(self, *keys: str) -> None:
-        """Raises InvalidField for a key that the verb does not have."""
-        for key, value in self.values.items():
-            if key not in keys:
-                why = suggestion(key, keys) or "there is no such field"
-                raise InvalidField(key, value, f"one of the fields {', '.join(keys)}", why)
-
-    def value(self, key: str) -> str:
-        """A value that must be there. Raises InvalidField."""
-        if not self.values.get(key):
-            raise InvalidField(key, "", f"a value for {key}", "it is missing")
-        return self.values[key]
 
 
 class AttachServer:
@@ -133,24 +43,15 @@ class AttachServer:
         self,
         path: Path,
         mode: int,
-        admin: bool,
-        sessions: Sessions,
-        calls: Calls,
-        admission: Admission,
-        agent_calls: AgentCalls,
+        verbs: Mapping[str, Verb],
+        agent_calls: AgentCalls | None,
         metrics: Metrics,
     ) -> None:
-        """Prepare to listen on `path`. `mode`: of the socket's file; `admin`: whether the verbs
-        are the operator's or an agent's."""
-        self._path = path
-        self._mode = mode
-        self._sessions = sessions
-        self._calls, self._admission = calls, admission
+        """Prepare to listen on `path`. `mode`: of the socket's file. `verbs`: by name.
+        `agent_calls` answers packets with a message; None: there are none on this socket."""
+        self._path, self._mode = path, mode
+        self._verbs, self._agent_calls = verbs, agent_calls
         self._metrics = metrics
-        self._verbs: dict[str, Callable[[Peer, Request], Answer]] = (
-            {"enter": self._enter} if admin else {"attach": self._attach, "begin": self._begin}
-        )
-        self._agent_calls = None if admin else agent_calls
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
@@ -229,13 +130,20 @@ class AttachServer:
             if not isinstance(reply, list):
                 self._answer_in_time(client, self._send_words(client, reply))
                 return
-            self._reply(client, _packet(reply))
+            self._reply(client, packet(reply))
         self._close(client)
 
     async def _send_words(
         self, client: socket.socket, answer: Coroutine[Any, Any, list[str]]
     ) -> None:
-        self._reply(client, _packet(await answer))
+        try:
+            words = await answer
+        except AgentcgroupdError as error:
+            words = self._error_words(error)
+        except Exception:
+            log.exception("%s: a request failed", self._path)
+            words = self._error_words(_failed())
+        self._reply(client, packet(words))
 
     def _answer_in_time(self, client: socket.socket, answer: Coroutine[Any, Any, None]) -> None:
         """Send a reply once it is there; the caller is not disconnected for being silent meanwhile.
@@ -286,7 +194,7 @@ class AttachServer:
         method = "packet"
         try:
             peer = Peer(client)
-            method, request = _rpc_request(data)
+            method, request = rpc_request(data)
             answer: message.Message | Awaitable[message.Message]
             if isinstance(request, pb.BeginCallRequest):
                 answer = calls.begin(peer, request)
@@ -296,11 +204,11 @@ class AttachServer:
             self._refuse(client, error)
         except Exception:
             log.exception("%s: %s failed", self._path, method)
-            self._refuse(client, Internal("the daemon failed; its log says how"))
+            self._refuse(client, _failed())
         else:
             if not isinstance(answer, message.Message):
                 if method == "BeginCall":
-                    self._reply(client, _packet(self._wait_words()))
+                    self._reply(client, packet(self._wait_words()))
                 self._answer_in_time(client, self._answer_later(client, answer))
                 return
             self._reply(client, b"OK\0" + answer.SerializeToString())
@@ -317,6 +225,9 @@ class AttachServer:
             self._reply(client, b"OK\0" + (await answer).SerializeToString())
         except AgentcgroupdError as error:
             self._refuse(client, error)
+        except Exception:
+            log.exception("%s: a request failed", self._path)
+            self._refuse(client, _failed())
 
     @staticmethod
     def _wait_words() -> list[str]:
@@ -338,14 +249,13 @@ class AttachServer:
             peer = Peer(client)
             answer = verb(peer, request)
             if not isinstance(answer, list):
-                self._reply(client, _packet(self._wait_words()))
+                self._reply(client, packet(self._wait_words()))
             return answer
         except AgentcgroupdError as error:
             return self._error_words(error)
         except Exception:
-            # Silence would make the launcher run the tool without limits.
             log.exception("%s: a request failed", self._path)
-            return self._error_words(Internal("the daemon failed; its log says how"))
+            return self._error_words(_failed())
         finally:
             if peer is not None:
                 peer.close()
@@ -355,49 +265,8 @@ class AttachServer:
         self._metrics.rpc_errors.labels("attach", refused.code).inc()
         return ["ERR", refused.code, " ".join(refused.sentence.replace("\0", " ").split())]
 
-    def _attach(self, peer: Peer, request: Request) -> list[str]:
-        request.only("call")
-        session = session_of(peer, self._sessions.of_cgroup)
-        call = session.calls.get(request.value("call"))
-        if call is None:
-            raise NotFound(f"no call {request.value('call')[:64]!r} is open in this session")
-        self._calls.attach(call, peer.process)
-        return _entered(call)
 
-    def _begin(self, peer: Peer, request: Request) -> Answer:
-        request.only(*WORDS)
-        session = session_of(peer, self._sessions.of_cgroup)
-        name = request.value("name")
-        with self._calls.refusing(session, name):
-            asked = request_of_words(request.values, request.args)
-        call = self._admission.begin(session, asked, None)
-        if isinstance(call, Call):
-            return self._enter_call(call, peer.process)
-        return self._begin_later(call, peer.process.copy())
-
-    async def _begin_later(self, later: Coroutine[Any, Any, Call], process: Process) -> list[str]:
-        try:
-            return self._enter_call(await later, process)
-        except AgentcgroupdError as error:
-            return self._error_words(error)
-        finally:
-            process.close()
-
-    def _enter_call(self, call: Call, process: Process) -> list[str]:
-        try:
-            self._calls.attach(call, process)
-        except AgentcgroupdError:
-            self._calls.withdraw(call)
-            raise
-        return _entered(call)
-
-    def _enter(self, peer: Peer, request: Request) -> list[str]:
-        request.only("session")
-        check_operator(peer, self._sessions.of_cgroup)
-        session = self._sessions.get(request.value("session"))
-        if session.closing:
-            raise PermissionDenied(f"session {session.id} is being closed")
-        self._calls.agent_entered(session, peer.process)
-        set_oom_score_adj(peer.process.pid, AGENT_OOM_SCORE_ADJ)
-        words = (f"env={word}" for word in session.environment)
-        return ["OK", f"session={session.id}", *words]
+def _failed() -> Internal:
+    """Make the error for a failure of the daemon's own; without an answer the launcher would run
+    the tool without limits."""
+    return Internal("the daemon failed; its log says how")
