@@ -37,7 +37,7 @@ class Resource(Protocol):
     """Something that calls wait for until there is enough of it."""
 
     name: str
-    """As in `waits for memory`."""
+    """Its name in sentences such as `waits for memory`."""
 
     def on_freed(self, retry: Callable[[], None]) -> None:
         """Take what is to be called whenever there may be more of the resource."""
@@ -82,13 +82,13 @@ class Ticket:
     waited_for: list[Resource] = field(default_factory=list)
     """Resources that it has had to wait for, the present one last."""
     wait: Wait | None = None
-    """Why it cannot start yet; None: it can."""
+    """The terms on which it waits now; None: it may start."""
     started: asyncio.Future[None] | None = None
     """Done when the call need not wait for the present resource any more."""
     cancelled: str = ""
-    """Why the call is not wanted any more."""
+    """Why the call is not wanted any more; empty: it is."""
     late: bool = False
-    """It starts because its time is over, not because there is room."""
+    """Whether the call starts because its time is over, not because there is room."""
 
     def apply(self, grant: Grant) -> Grant:
         """Add what is kept for the call to its grant."""

@@ -12,12 +12,12 @@ _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    """Text of an agent's with control characters replaced, for names and logs."""
+    """Replace control characters in text of an agent's, for names and logs."""
     return _CONTROLS.sub("?", text)
 
 
 def tool_name(comm: str, argv: list[str]) -> str:
-    """What the call is called: the program, or the first command of a shell's `-c`."""
+    """Name a call by its program, or by the first command of a shell's `-c`."""
     name = comm
     script = shell_command(argv)
     if script is not None:
@@ -27,8 +27,8 @@ def tool_name(comm: str, argv: list[str]) -> str:
 
 
 def shell_command(argv: list[str]) -> str | None:
-    """The command of `sh -c COMMAND`, None for another way to start a shell: the first operand, if
-    a `c` is among the options (POSIX.1-2024, sh)."""
+    """Find the command of `sh -c COMMAND`: the first operand, if a `c` is among the options
+    (POSIX.1-2024, sh). None: the shell was started in another way."""
     found, words = False, iter(argv[1:])
     for word in words:
         if word in ("-", "--") or word[:1] not in ("-", "+"):

@@ -15,7 +15,7 @@ class CpuClasses(Section):
     batch_below: Priority = 35
     interactive_from: Priority = 65
     batch_weight_percent: Annotated[int, Field(ge=1, le=1000)] = 100
-    """Of the weight that follows from the priority, which doubles for every 15 steps."""
+    """Percent of the weight that follows from the priority, which doubles for every 15 steps."""
     interactive_weight_percent: Annotated[int, Field(ge=1, le=1000)] = 100
     io_weight: bool = True
     """Set io.weight beside cpu.weight where the device's scheduler keeps it."""

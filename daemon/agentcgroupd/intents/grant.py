@@ -19,15 +19,13 @@ from agentcgroupd.units import BYTES_MIN, show_bytes, show_usec
 
 CALL_MEMORY_LEAST = 4 << 20
 """No call is given less: below this a process cannot even start."""
-
-
 HINT_LOW_BYTES = 512 << 20
 """What the older form's word `low` stands for; `high` is all that the session may use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a call may use. None: no limit of its own."""
+    """Limits and settings of a call. None: no limit of its own."""
 
     memory_expected_bytes: int
     memory_high_bytes: int | None
@@ -39,13 +37,13 @@ class Grant:
     priority: int
     on_pressure: str
     io_weight: int | None = None
-    """Beside cpu.weight; None: not set."""
+    """Weight that is set beside cpu.weight; None: it is not set."""
     wait_usec: int | None = None
     """How long it may wait to begin, after which it is refused; None: as the policy says."""
     advice: tuple[str, ...] = ()
     not_enforced: tuple[str, ...] = ()
     gpu_percent: int | None = None
-    """Of each of `gpu_devices`; None: no part of any."""
+    """Share of each of `gpu_devices`; None: no part of any."""
     gpu_memory_bytes: int | None = None
     gpu_priority: int | None = None
     gpu_devices: tuple[str, ...] = ()
@@ -75,7 +73,8 @@ class Ceiling:
 
 
 def weight_of_priority(priority: int) -> int:
-    """cpu.weight for a priority: 100 (the kernel's default) at 50, doubled for every 15 above.
+    """Give the cpu.weight for a priority: 100 (the kernel's default) at 50, doubled for every 15
+    above.
 
     So important (80) gets four times the weight of normal (50), which gets four times batch (20).
     """
@@ -89,7 +88,7 @@ def _class_percent(cpu: CpuClasses, priority: int) -> int:
 
 
 def class_weight(cpu: CpuClasses, priority: int) -> int:
-    """cpu.weight of a call: by its priority and the policy's class of it."""
+    """Give a call's cpu.weight: by its priority and the policy's class of that."""
     weight = weight_of_priority(priority) * _class_percent(cpu, priority) // 100
     return max(1, min(10_000, weight))
 

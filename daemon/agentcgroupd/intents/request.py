@@ -18,7 +18,7 @@ class CallRequest:
 
     name: str
     argv: tuple[str, ...]
-    """As given, cut to 4,096 bytes."""
+    """The command line as it was given, cut to 4,096 bytes."""
     intent: Intent
     observed: bool = False
     """Nobody asked: the daemon saw an agent execute a tool."""

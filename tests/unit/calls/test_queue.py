@@ -78,7 +78,7 @@ class Places:
 
 
 class Place:
-    """One place, until it is given back."""
+    """A single place, until it is given back."""
 
     def __init__(self, places: Places) -> None:
         self._places: Places | None = places

@@ -21,9 +21,15 @@ from agentcgroupd.intents.parse import Intent, check_name, cut_argv, parse_inten
 
 GIB, MIB = 1 << 30, 1 << 20
 ABOVE = Ceiling(
-    memory_max_bytes=2 * GIB, agent_memory_bytes=200 * MIB, cpu_millicores=4000, pids_max=1000,
-    priority=50, default_pids_max=4096, default_timeout_usec=None, timeout_max_usec=3_600_000_000,
-)  # fmt: skip
+    memory_max_bytes=2 * GIB,
+    agent_memory_bytes=200 * MIB,
+    cpu_millicores=4000,
+    pids_max=1000,
+    priority=50,
+    default_pids_max=4096,
+    default_timeout_usec=None,
+    timeout_max_usec=3_600_000_000,
+)
 
 
 def test_silence_gives_all_but_what_the_agent_holds() -> None:
@@ -53,15 +59,18 @@ def test_what_fits_is_given_as_asked() -> None:
 
 
 def test_more_than_there_is_becomes_less_with_a_sentence_each() -> None:
-    fields = {"memory_max": "64G", "cpu_max": "64", "pids_max": "5000", "timeout": "2h",
-              "priority": "99"}  # fmt: skip
+    fields = {
+        "memory_max": "64G",
+        "cpu_max": "64",
+        "pids_max": "5000",
+        "timeout": "2h",
+        "priority": "99",
+    }
     grant = grant_for(parse_intent(fields), ABOVE)
     assert grant.memory_max_bytes == 2 * GIB - 200 * MIB
     assert (grant.cpu_max_millicores, grant.pids_max, grant.priority) == (None, 1000, 50)
     assert grant.timeout_usec == 3_600_000_000
-    assert [a.split(":")[0] for a in grant.advice] == [
-        "memory_max", "cpu_max", "pids_max", "timeout", "priority",
-    ]  # fmt: skip
+    assert [a.split(":")[0] for a in grant.advice] == list(fields)
     assert "64 GiB" in grant.advice[0] and "2 GiB" in grant.advice[0]
 
 
@@ -79,9 +88,13 @@ def test_expected_above_max_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("hint", "most"),
-    [("memory:low", HINT_LOW_BYTES), ("memory:high", 2 * GIB - 200 * MIB),
-     ("memory:1g", GIB), ("MEMORY:LOW", HINT_LOW_BYTES)],
-)  # fmt: skip
+    [
+        ("memory:low", HINT_LOW_BYTES),
+        ("memory:high", 2 * GIB - 200 * MIB),
+        ("memory:1g", GIB),
+        ("MEMORY:LOW", HINT_LOW_BYTES),
+    ],
+)
 def test_the_older_hint_form(hint: str, most: int) -> None:
     assert grant_for(parse_intent({"hint": hint}), ABOVE).memory_max_bytes == most
 
@@ -127,26 +140,28 @@ def test_an_update_that_would_kill_is_refused() -> None:
 
 
 sizes = st.none() | st.integers(MIB, 1 << 45)
+intents = st.builds(
+    Intent,
+    memory=sizes,
+    memory_max=sizes,
+    pids_max=st.none() | st.integers(1, 4_194_304),
+    priority=st.none() | st.integers(0, 100),
+    on_pressure=st.sampled_from([None, "freeze", "throttle", "kill"]),
+)
+ceilings = st.builds(
+    lambda roof, agent, pids: replace(
+        ABOVE, memory_max_bytes=roof, agent_memory_bytes=agent, pids_max=pids
+    ),
+    st.none() | st.integers(64 * MIB, 1 << 42),
+    st.integers(0, 1 << 35),
+    st.none() | st.integers(1, 100_000),
+)
 
 
-@given(
-    memory=sizes, memory_max=sizes, roof=st.none() | st.integers(64 * MIB, 1 << 42),
-    agent=st.integers(0, 1 << 35), pids=st.none() | st.integers(1, 4_194_304),
-    pids_roof=st.none() | st.integers(1, 100_000), priority=st.none() | st.integers(0, 100),
-    pressure=st.sampled_from([None, "freeze", "throttle", "kill"]),
-)  # fmt: skip
-def test_a_grant_never_goes_above_what_stands_above_it(
-    memory: int | None, memory_max: int | None, roof: int | None, agent: int, pids: int | None,
-    pids_roof: int | None, priority: int | None, pressure: str | None,
-) -> None:  # fmt: skip
-    above = replace(ABOVE, memory_max_bytes=roof, agent_memory_bytes=agent, pids_max=pids_roof)
-    intent = Intent(
-        memory=memory,
-        memory_max=memory_max,
-        pids_max=pids,
-        priority=priority,
-        on_pressure=pressure,
-    )
+@given(intents, ceilings)
+def test_a_grant_never_goes_above_what_stands_above_it(intent: Intent, above: Ceiling) -> None:
+    memory, memory_max, roof = intent.memory, intent.memory_max, above.memory_max_bytes
+    agent, pids_roof = above.agent_memory_bytes, above.pids_max
     try:
         grant = grant_for(intent, above)
     except InvalidField as error:

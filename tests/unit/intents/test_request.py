@@ -1,4 +1,4 @@
-"""One table reads an intent, whichever encoding it came in."""
+"""The table that reads an intent, whichever encoding it came in, and cpuset as its newest field."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "gpu_priority": ("important", 80),
     "gpu_device": ("any:2", DeviceSelection(2)),
 }
-"""Of each field a text, and what it is read as."""
+"""For each field a text, and what that is read as."""
 TEXTS = {name: text for name, (text, _) in EXAMPLES.items()}
 
 
