@@ -98,8 +98,8 @@ class Daemon:
         async with AsyncExitStack() as undo:
             # What is registered here is undone in the opposite order.
             running = await self._start(undo)
+            undo.callback(notify, "STOPPING=1")
             await running.until_stopped()
-            notify("STOPPING=1")
 
     async def _start(self, undo: AsyncExitStack) -> Running:
         config, run_dir = self._config, self._config.server.run_dir
@@ -174,7 +174,6 @@ class Daemon:
         pool.settled_ticks = _last_alive_ticks(pool)
         observers.follow(calls)
         restore(lifecycle, sessions, calls, notices.audit, peaks)
-        lifecycle.sweep()
 
         # Who may ask, and what goes on from now on.
         guard_loop = guard.loop if guard is not None else None
@@ -182,6 +181,7 @@ class Daemon:
         agent_calls = AgentCalls(sessions, calls, queue, admission)
         parts = Parts(sessions, lifecycle, calls, queue, agent_calls, views, policy_files, notices)
         running = Running(parts, pool, observers, cpu, gpus)
+        running.sweep()
         await self._open_doors(undo, parts, admission, running.heartbeat)
         # What is held is let go of first: no part that is slow to stop can keep it.
         undo.callback(calls.release)
@@ -295,12 +295,17 @@ class Running:
             log.error("a part of the daemon failed", exc_info=cause)
             raise PartFailed("a part of the daemon failed") from cause
 
+    def sweep(self) -> None:
+        """Find what nobody has told of: calls whose end was missed, cgroups that nobody owns,
+        sessions whose cgroup is gone."""
+        self._calls.check_all()
+        self._observers.sweep()
+        self._parts.lifecycle.sweep()
+
     async def _sweep_forever(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
-            self._calls.check_all()
-            self._observers.sweep()
-            self._parts.lifecycle.sweep()
+            self.sweep()
 
     async def _beat_forever(self) -> None:
         """Keep gauges, the loop's lateness, and systemd's watchdog."""
