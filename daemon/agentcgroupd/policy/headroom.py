@@ -1,4 +1,4 @@
-"""Who leads and what must stay free: what follows from a snapshot before any ruleset is asked.
+"""The leader and the reserve: what follows from a snapshot before any ruleset is asked.
 
 The leader is the call that must get through: the most important, and among equals the one that
 needs least to finish. The leader is never stopped, so that some call always ends and gives its

@@ -50,7 +50,7 @@ def scan(text: str, file: str) -> Location:
 
 
 class _Scanner:
-    """One pass over a document, which fills in locations as it meets keys."""
+    """A pass over a document that fills in locations as it meets keys."""
 
     def __init__(self, text: str, file: str) -> None:
         self._text = text

@@ -39,8 +39,7 @@ def shipped(name: str) -> Policy:
 
 def changed(policy: Policy, ruleset: str, **changes: Any) -> Policy:
     """The policy with one ruleset's keys replaced."""
-    rules = tuple(r.model_copy(update=changes) if r.name == ruleset else r
-                  for r in policy.rulesets)  # fmt: skip
+    rules = tuple(r.model_copy(update=changes) if r.name == ruleset else r for r in policy.rulesets)
     return policy.model_copy(update={"rulesets": rules})
 
 
@@ -68,15 +67,22 @@ DEFAULT = with_prior(
     ),
     MIB,
 )
-"""One ruleset at a time: everything here grows faster than real calls in so small a pool."""
+"""The default policy with its rulesets one at a time: calls here grow faster than real calls would
+in so small a pool, so the rulesets against fast growth are switched off."""
 
 
 def call(name: str, **changes: Any) -> CallView:
     """A running call of 100 MiB that does not grow."""
     base = CallView(
-        id=name, name=name, session_id=f"s-{name}", priority=50, began_usec=0,
-        memory_bytes=100 * MIB, growth_bytes_per_s=0.0, cpu_usec=1_000_000,
-    )  # fmt: skip
+        id=name,
+        name=name,
+        session_id=f"s-{name}",
+        priority=50,
+        began_usec=0,
+        memory_bytes=100 * MIB,
+        growth_bytes_per_s=0.0,
+        cpu_usec=1_000_000,
+    )
     return replace(base, **changes)
 
 
@@ -89,9 +95,12 @@ def session(name: str, **changes: Any) -> SessionView:
 def snapshot(*calls: CallView, free: int, **changes: Any) -> Snapshot:
     """A pool of 1,000 MiB with `free` MiB left."""
     base = Snapshot(
-        now_usec=1_000_000_000, limit_bytes=1000 * MIB, usage_bytes=(1000 - free) * MIB,
-        growth_bytes_per_s=sum(c.growth_bytes_per_s for c in calls), calls=calls,
-    )  # fmt: skip
+        now_usec=1_000_000_000,
+        limit_bytes=1000 * MIB,
+        usage_bytes=(1000 - free) * MIB,
+        growth_bytes_per_s=sum(c.growth_bytes_per_s for c in calls),
+        calls=calls,
+    )
     return replace(base, **changes)
 
 
@@ -141,7 +150,7 @@ def test_room_is_kept_for_a_growing_leader() -> None:
 
 
 def test_of_a_call_of_which_nothing_is_known_much_is_expected() -> None:
-    """And so only one grows at a time, as long as it is not small."""
+    """Only one call grows at a time then, unless it is small."""
     vip = call("vip", priority=80, growth_bytes_per_s=FAST)
     batch = call("batch", priority=20, growth_bytes_per_s=FAST)
     policy = with_prior(DEFAULT, 500 * MIB)
@@ -166,7 +175,7 @@ def test_the_room_follows_what_calls_like_it_took() -> None:
 
 
 def test_room_is_kept_between_bursts() -> None:
-    """Most that grow do so in bursts; what is paused meanwhile would take the room."""
+    """Calls mostly grow in bursts; without the reserve, paused calls would go on in between."""
     held = call("batch", priority=20, frozen_for_usec=1)
     vip = call("vip", priority=80, memory_bytes=200 * MIB, grew_usec=999_500_000)
     state = held_before()
@@ -191,29 +200,34 @@ def test_who_runs_goes_on_leading_while_what_it_needs_is_there() -> None:
 
 
 def needing(name: str, holds: int, needs: int, **changes: Any) -> CallView:
-    """A growing call, in MiB."""
-    return call(name, memory_bytes=holds * MIB, memory_max_bytes=(holds + needs) * MIB,
-                expected_bytes=(holds + needs) * MIB, growth_bytes_per_s=FAST,
-                **changes)  # fmt: skip
+    """A growing call that holds and needs so many MiB."""
+    return call(
+        name,
+        memory_bytes=holds * MIB,
+        memory_max_bytes=(holds + needs) * MIB,
+        expected_bytes=(holds + needs) * MIB,
+        growth_bytes_per_s=FAST,
+        **changes,
+    )
 
 
-def room(*calls: CallView) -> int:
-    """In MiB."""
+def reserve(*calls: CallView) -> int:
+    """The reserve for these calls, in MiB."""
     return Headroom(DEFAULT, snapshot(*calls, free=500)).reserve_bytes // MIB
 
 
 def test_room_is_what_lets_all_end_in_turn() -> None:
-    assert room() == 0
-    assert room(needing("a", 100, 300)) == 300
+    assert reserve() == 0
+    assert reserve(needing("a", 100, 300)) == 300
     # b ends first and gives back 200: of a's 300 then 100 more are missing.
-    assert room(needing("a", 100, 300), needing("b", 200, 50)) == 100
-    assert room(needing("a", 100, 300), needing("b", 300, 50)) == 50
+    assert reserve(needing("a", 100, 300), needing("b", 200, 50)) == 100
+    assert reserve(needing("a", 100, 300), needing("b", 300, 50)) == 50
     # The more important one is not to wait for that.
-    assert room(needing("a", 100, 300, priority=80), needing("b", 300, 50)) == 300
+    assert reserve(needing("a", 100, 300, priority=80), needing("b", 300, 50)) == 300
     small = needing("small", 10, 400)
-    assert room(small) == 0, "as long as it is small; most stay so"
+    assert reserve(small) == 0, "as long as it is small; most stay so"
     steady = call("steady", memory_bytes=300 * MIB)
-    assert room(steady) == 0, "it has what it needs"
+    assert reserve(steady) == 0, "it has what it needs"
 
 
 @given(st.lists(st.tuples(st.integers(20, 200), st.integers(0, 400)), min_size=1, max_size=8))
@@ -232,7 +246,7 @@ def test_with_its_room_free_every_call_can_end(calls: list[tuple[int, int]]) -> 
 
 
 def can_all_end(headroom: Headroom, free: int) -> bool:
-    """Whether any order does it; taking whoever can is as good as any (EWD 623)."""
+    """Tell whether any order lets all end; to take any call that can is as good (EWD 623)."""
     left = list(headroom.claimants)
     while able := [c for c in left if headroom.need_bytes(c) <= free]:
         free += sum(c.memory_bytes for c in able)
@@ -265,7 +279,7 @@ def test_what_would_fill_the_pool_before_the_next_look_is_frozen_above_the_mark(
 
 
 def held_before(policy: Policy = DEFAULT) -> State:
-    """As after a look at which the pool was short."""
+    """The state after a look at which the pool was short."""
     vip = call("vip", priority=80, growth_bytes_per_s=FAST)
     batch = call("batch", priority=20, growth_bytes_per_s=FAST)
     return decide(policy, snapshot(vip, batch, free=20), TICK, State()).state
@@ -301,13 +315,13 @@ def test_who_leads_now_goes_on_and_who_led_before_it_is_paused() -> None:
 
 
 def test_who_holds_memory_and_takes_no_more_does_not_keep_all_others_waiting() -> None:
-    """Not even one that is older or more important; but as soon as it grows it leads again."""
+    """An older or more important call does not, either; but once it grows it leads again."""
     server = call("server", priority=80, began_usec=1)
     frozen = call("build", began_usec=2, frozen_for_usec=1, paused_usec=1)
     assert actions(snapshot(server, frozen, free=10), state=held_before()) == []
     overdue = replace(frozen, paused_usec=121_000_000)
-    assert actions(snapshot(server, overdue, free=10), state=held_before()) == [
-        (Action.THAW, "build")]  # fmt: skip
+    found = actions(snapshot(server, overdue, free=10), state=held_before())
+    assert found == [(Action.THAW, "build")]
     running = replace(overdue, frozen_for_usec=None, growth_bytes_per_s=FAST)
     rest = call("rest", priority=20, growth_bytes_per_s=FAST)
     assert actions(snapshot(server, running, rest, free=30)) == [(Action.FREEZE, "rest")]
@@ -404,8 +418,13 @@ def test_a_call_that_would_rather_be_denied_is_denied_where_that_works() -> None
 
 def test_denying_is_followed_by_freezing_only_when_it_was_not_enough() -> None:
     vip = call("vip", priority=80, growth_bytes_per_s=FAST)
-    held = call("eager", priority=20, growth_bytes_per_s=FAST, on_pressure="deny",
-                denied_growth_bytes=10 * MIB)  # fmt: skip
+    held = call(
+        "eager",
+        priority=20,
+        growth_bytes_per_s=FAST,
+        on_pressure="deny",
+        denied_growth_bytes=10 * MIB,
+    )
     assert actions(snapshot(vip, held, free=50, host=CAN_DENY)) == []
     loose = replace(held, denied_growth_bytes=100 * MIB)
     assert actions(snapshot(vip, loose, free=50, host=CAN_DENY)) == [(Action.FREEZE, "eager")]
@@ -455,7 +474,7 @@ def test_without_swap_the_cpu_scheduler_throttles() -> None:
 
 
 def test_one_that_is_slowed_by_cpu_may_be_paused_on_the_same_look() -> None:
-    """It still grows: nobody more important is to stop in its place."""
+    """A call that still grows is stopped, rather than a more important one in its place."""
     vip = call("vip", priority=80, growth_bytes_per_s=FAST, memory_bytes=1 * MIB)
     eager = call("eager", priority=20, growth_bytes_per_s=FAST)
     normal = call("normal", priority=50, growth_bytes_per_s=FAST)
@@ -475,8 +494,8 @@ def test_what_waiting_agents_hold_goes_first() -> None:
     kept = session("kept", waiting_usec=5_000_000, guarantee_bytes=190 * MIB)
     now = snapshot(free=200, sessions=(waiting, busy, needs_it, lately, kept), host=WITH_SWAP)
     (decision,) = decided(now)
-    assert (decision.action, decision.subject, decision.amount) == (
-        Action.RECLAIM, "idle", 20 * MIB)  # fmt: skip
+    assert (decision.action, decision.subject) == (Action.RECLAIM, "idle")
+    assert decision.amount == 20 * MIB
     assert decided(replace(now, host=Host(can_reclaim=True))) == [], "it could go nowhere"
 
 
@@ -492,7 +511,8 @@ def test_paused_calls_are_swapped_out_the_last_to_go_on_first() -> None:
 def test_cold_file_cache_is_given_back_without_swap() -> None:
     now = snapshot(free=150, cache_bytes=30 * MIB, host=Host(can_reclaim=True))
     assert [(d.action, d.subject, d.amount) for d in decided(now)] == [
-        (Action.RECLAIM, "", 30 * MIB)]  # fmt: skip
+        (Action.RECLAIM, "", 30 * MIB)
+    ]
 
 
 def test_a_session_that_stalls_gets_less_cpu_and_has_it_back() -> None:
@@ -543,7 +563,8 @@ def test_another_policy_forgets_what_held_under_the_first() -> None:
     two = changed(DEFAULT, "freeze", when=DEFAULT.rulesets[-1].when)
     # Between `below` and `until`: the first policy's detector would go on holding.
     assert actions(snapshot(call("vip", priority=80), frozen, free=100), two, one) == [
-        (Action.THAW, "batch")]  # fmt: skip
+        (Action.THAW, "batch")
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(POLICIES.glob("*.toml")), ids=lambda p: p.stem)
@@ -559,41 +580,68 @@ def test_marks_lie_within_the_pool(path: Path) -> None:
 
 views = st.builds(
     CallView,
-    id=st.sampled_from("abcdefgh"), name=st.just("tool"), session_id=st.sampled_from("xyz"),
+    id=st.sampled_from("abcdefgh"),
+    name=st.just("tool"),
+    session_id=st.sampled_from("xyz"),
     priority=st.integers(0, 100),
-    began_usec=st.integers(0, 10), memory_bytes=st.integers(0, 500 * MIB),
-    growth_bytes_per_s=st.floats(0, 2e9), cpu_usec=st.integers(0, 10**9),
+    began_usec=st.integers(0, 10),
+    memory_bytes=st.integers(0, 500 * MIB),
+    growth_bytes_per_s=st.floats(0, 2e9),
+    cpu_usec=st.integers(0, 10**9),
     frozen_for_usec=st.none() | st.integers(0, 10**9),
     denied_growth_bytes=st.none() | st.integers(-MIB, 100 * MIB),
     throttled_growth_bytes=st.none() | st.integers(-MIB, 100 * MIB),
     on_pressure=st.sampled_from(["freeze", "throttle", "deny", "kill"]),
     expected_bytes=st.integers(0, 500 * MIB),
-)  # fmt: skip
+)
 session_views = st.builds(
-    SessionView, id=st.sampled_from("xyz"), priority=st.integers(0, 100),
-    memory_bytes=st.integers(0, 500 * MIB), agent_bytes=st.integers(0, 200 * MIB),
-    guarantee_bytes=st.integers(0, 200 * MIB), waiting_usec=st.integers(0, 10**7),
-    stalled_share=st.floats(0, 1), slowed=st.booleans(),
+    SessionView,
+    id=st.sampled_from("xyz"),
+    priority=st.integers(0, 100),
+    memory_bytes=st.integers(0, 500 * MIB),
+    agent_bytes=st.integers(0, 200 * MIB),
+    guarantee_bytes=st.integers(0, 200 * MIB),
+    waiting_usec=st.integers(0, 10**7),
+    stalled_share=st.floats(0, 1),
+    slowed=st.booleans(),
     reclaimed_usec=st.none() | st.integers(0, 10**7),
-)  # fmt: skip
-hosts = st.builds(Host, can_deny=st.booleans(), can_reclaim=st.booleans(),
-                  can_penalize=st.booleans(),
-                  swap_free_bytes=st.sampled_from([0, 64 * MIB, 1 << 34]))  # fmt: skip
+)
+hosts = st.builds(
+    Host,
+    can_deny=st.booleans(),
+    can_reclaim=st.booleans(),
+    can_penalize=st.booleans(),
+    swap_free_bytes=st.sampled_from([0, 64 * MIB, 1 << 34]),
+)
 LET_GO = {Action.THAW, Action.ALLOW, Action.UNTHROTTLE, Action.RESTORE}
 
 
 @given(
     st.lists(views, max_size=8, unique_by=lambda c: c.id),
     st.lists(session_views, max_size=3, unique_by=lambda s: s.id),
-    st.integers(-100, 1000), st.floats(0, 1), hosts, st.sampled_from(SignalKind),
+    st.integers(-100, 1000),
+    st.floats(0, 1),
+    hosts,
+    st.sampled_from(SignalKind),
     st.lists(st.integers(0, 500 * MIB), max_size=60),
-)  # fmt: skip
+)
 def test_properties(
-    calls: list[CallView], sessions: list[SessionView], free: int, stalled: float, host: Host,
-    kind: SignalKind, peaks: list[int],
-) -> None:  # fmt: skip
-    now = snapshot(*calls, free=free, sessions=tuple(sessions), stalled_share=stalled, host=host,
-                   peaks_bytes=tuple(sorted(peaks)))  # fmt: skip
+    calls: list[CallView],
+    sessions: list[SessionView],
+    free: int,
+    stalled: float,
+    host: Host,
+    kind: SignalKind,
+    peaks: list[int],
+) -> None:
+    now = snapshot(
+        *calls,
+        free=free,
+        sessions=tuple(sessions),
+        stalled_share=stalled,
+        host=host,
+        peaks_bytes=tuple(sorted(peaks)),
+    )
     # A signal for a call that is gone is one for none.
     outcome = decide(DEFAULT, now, Signal(kind, "gone"), State())
     assert outcome == decide(DEFAULT, now, Signal(kind, "gone"), State()), "deterministic"
@@ -613,11 +661,11 @@ def test_properties(
             assert target.id in running
         if decision.action is Action.THAW:
             assert target.id not in running
-    subjects = [d.subject for d in outcome.decisions
-                if d.action not in SESSION_ACTIONS | LET_GO]  # fmt: skip
+    subjects = [d.subject for d in outcome.decisions if d.action not in SESSION_ACTIONS | LET_GO]
     assert len(subjects) == len(set(subjects)), "one action for a call on one look"
-    chosen = {action: {d.subject for d in outcome.decisions if d.action is action}
-              for action in Action}  # fmt: skip
+    chosen = {
+        action: {d.subject for d in outcome.decisions if d.action is action} for action in Action
+    }
     held_up = chosen[Action.FREEZE] | chosen[Action.KILL]
     if calls:
         # Something always goes on, so that memory comes back.
@@ -632,6 +680,14 @@ def test_properties(
     )
 
 
+def paused_longer(view: CallView, usec: int) -> CallView:
+    """The call after more time, if it is paused; a running call is the same."""
+    if view.frozen_for_usec is None:
+        return view
+    frozen_for_usec, paused_usec = view.frozen_for_usec + usec, view.paused_usec + usec
+    return replace(view, frozen_for_usec=frozen_for_usec, paused_usec=paused_usec)
+
+
 @given(st.lists(views, min_size=1, max_size=8, unique_by=lambda c: c.id), st.integers(-100, 100))
 def test_no_deadlock(calls: list[CallView], free: int) -> None:
     """Wherever a pool is stuck, with nothing that grows, looking again and again gets it going:
@@ -641,9 +697,7 @@ def test_no_deadlock(calls: list[CallView], free: int) -> None:
     views_now = {c.id: replace(c, growth_bytes_per_s=0.0) for c in calls}
     for _ in range(len(calls) + 1):
         now_usec += lease
-        views_now = {name: c if c.frozen_for_usec is None else replace(
-            c, frozen_for_usec=c.frozen_for_usec + lease, paused_usec=c.paused_usec + lease
-        ) for name, c in views_now.items()}  # fmt: skip
+        views_now = {name: paused_longer(c, lease) for name, c in views_now.items()}
         now = snapshot(*views_now.values(), free=free, now_usec=now_usec)
         outcome = decide(DEFAULT, now, TICK, state)
         state = outcome.state
@@ -655,7 +709,7 @@ def test_no_deadlock(calls: list[CallView], free: int) -> None:
     assert all(c.frozen_for_usec is None for c in views_now.values())
 
 
-# What a fresh look at it found -------------------------------------------------------------------
+# Leaders and paused calls in odd places -----------------------------------------------------------
 
 
 def test_an_important_call_leads_however_small_it_is() -> None:
@@ -711,7 +765,7 @@ def test_a_dry_ruleset_keeps_nobody_paused() -> None:
 
 
 def test_in_a_pool_that_is_full_to_the_last_page_nobody_grows_and_one_goes() -> None:
-    """All wait for memory; a file cache that fills the pool makes nobody wait."""
+    """Stalls show that calls wait for memory; a pool full of file cache makes no call wait."""
     vip, batch = call("vip", priority=80), call("batch", priority=20)
     now = snapshot(vip, batch, free=1)
     assert actions(now) == []

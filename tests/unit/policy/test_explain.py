@@ -17,17 +17,27 @@ POLICY = DEFAULT.policy
 def call(id: str, growth_mib: int = 0, **values: object) -> CallView:
     """A call of 300 MiB that began after those before it in the alphabet."""
     given = {"priority": 50, "memory_bytes": 300 * MIB, **values}
-    return CallView(id=id, name=f"tool-{id}", session_id="s", began_usec=ord(id), cpu_usec=1,
-                    growth_bytes_per_s=growth_mib * MIB, **given)  # type: ignore[arg-type]  # fmt: skip
+    return CallView(
+        id=id,
+        name=f"tool-{id}",
+        session_id="s",
+        began_usec=ord(id),
+        cpu_usec=1,
+        growth_bytes_per_s=growth_mib * MIB,
+        **given,  # type: ignore[arg-type]
+    )
 
 
 def snapshot(free_bytes: int, *calls: CallView, **host: object) -> Snapshot:
-    """Of a pool of 8 GiB."""
+    """A snapshot of a pool of 8 GiB."""
     return Snapshot(
-        now_usec=60_000_000, limit_bytes=8 * GIB, usage_bytes=8 * GIB - free_bytes,
-        growth_bytes_per_s=sum(c.growth_bytes_per_s for c in calls), calls=calls,
+        now_usec=60_000_000,
+        limit_bytes=8 * GIB,
+        usage_bytes=8 * GIB - free_bytes,
+        growth_bytes_per_s=sum(c.growth_bytes_per_s for c in calls),
+        calls=calls,
         host=Host(**host),  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
 
 
 def test_what_comes_next_and_when() -> None:
@@ -35,13 +45,8 @@ def test_what_comes_next_and_when() -> None:
     found = explain(POLICY, now, State(), "b")
     assert "'tool-b' runs with 300 MiB, growing by 20 MiB a second (priority 50)" in found.sentence
     assert "'tool-a' of session s goes first, which is more important" in found.sentence
-    assert [line.split(":")[0] for line in found.outlook] == [
-        "throttle",
-        "freeze",
-        "freeze-fast",
-        "kill",
-        "kill-stalled",
-    ]
+    rulesets = ["throttle", "freeze", "freeze-fast", "kill", "kill-stalled"]
+    assert [line.split(":")[0] for line in found.outlook] == rulesets
     # 4 % of 8 GiB are kept, and what the leader has not yet of 2 GiB; 3 GiB go at 70 MiB a second.
     left_s = (3 * 1024 - 0.04 * 8192 - (2048 - 300)) / 70
     assert f"in {left_s:.3g} s as the pool grows now" in found.outlook[1]
@@ -79,7 +84,7 @@ def test_the_leader_is_left_alone() -> None:
         ({"can_deny": True}, "freeze", ["freeze", "freeze-fast", "kill", "kill-stalled"]),
     ],
 )
-def test_only_rungs_that_could_touch_it(
+def test_only_rulesets_that_could_touch_it(
     host: dict[str, object], on_pressure: str, rulesets: list[str]
 ) -> None:
     now = snapshot(300 * MIB, call("a", 50), call("b", 20, on_pressure=on_pressure), **host)
@@ -89,8 +94,9 @@ def test_only_rungs_that_could_touch_it(
 
 
 def test_important_calls_are_spared() -> None:
-    now = snapshot(300 * MIB, call("a", 50, priority=90), call("b", 20, priority=80),
-                   swap_free_bytes=GIB)  # fmt: skip
+    now = snapshot(
+        300 * MIB, call("a", 50, priority=90), call("b", 20, priority=80), swap_free_bytes=GIB
+    )
     found = explain(POLICY, now, State(), "b")
     assert not any(line.startswith("throttle") for line in found.outlook)
 
@@ -102,10 +108,8 @@ def test_the_way_back_of_a_paused_call() -> None:
     found = explain(POLICY, now, State(), "c", told)
     assert "has been paused for 3 s with 300 MiB" in found.sentence
     assert list(found.history) == told
-    assert (
-        found.outlook[0]
-        == "it goes on when 2.187 GiB of the pool are free, or when nothing else runs"
-    )
+    enough = "it goes on when 2.187 GiB of the pool are free, or when nothing else runs"
+    assert found.outlook[0] == enough
     assert "in 1 min 57 s at the latest" in found.outlook[1]
     assert found.outlook[2] == "1 paused call goes on before it"
     assert found.outlook[3].startswith("kill: ")
@@ -127,11 +131,8 @@ def test_how_rulesets_stand() -> None:
     assert not states["deny"].HasField("acted_usec_ago")
     freeze = "pool_free: 2.1 GiB of 8 GiB (26.2%) free, of which 1.707 GiB are room kept; holds"
     assert states["freeze"].detectors[0].startswith(freeze)
-    assert (
-        states["kill"]
-        .detectors[1]
-        .startswith("pool_fills: full in 1 min 48 s as it grows now; not")
-    )
+    kill = "pool_fills: full in 1 min 48 s as it grows now; not"
+    assert states["kill"].detectors[1].startswith(kill)
     assert (found.error, found.loaded_unix_usec, found.dry_run) == ("wrong", 5, False)
 
 

@@ -1,4 +1,4 @@
-"""What is learned is bounded, deterministic, no surer than the runs are; shapes never raise."""
+"""Learning is bounded and deterministic and no surer than the runs are; shapes never raise."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ def learned(*peaks_bytes: int, shape: str = TESTS, killed: bool = False) -> Lear
     ("text", "shape"),
     [
         ("cd x && pytest tests/a.py", "pytest tests/a.py"),
-        ("source venv/bin/activate && python3.11 -m pytest -xvs tests/a.py 2>&1 | tail -50",
-         "pytest tests/a.py"),
+        (
+            "source venv/bin/activate && python3.11 -m pytest -xvs tests/a.py 2>&1 | tail -50",
+            "pytest tests/a.py",
+        ),
         ("A=1 timeout 60 uv run pytest tests/a.py::T::test_b[3-x]", "pytest tests/a.py::T::test_b"),
         ("pip3 install -e . -q && make -j8", "pip install .; make"),
         ("python - <<'EOF'\nimport os\nEOF\nmake", "python; make"),
@@ -56,7 +58,7 @@ def learned(*peaks_bytes: int, shape: str = TESTS, killed: bool = False) -> Lear
         ("echo a; cd b", "echo a"),
         ("pytest 'tests/unfinished", "pytest tests/unfinished"),
     ],
-)  # fmt: skip
+)
 def test_the_shape_of_a_script(text: str, shape: str) -> None:
     assert script(text) == shape
 
@@ -227,7 +229,7 @@ def test_peaks_must_keep_something() -> None:
 
 
 def report(session: str, verdict: pb.Verdict.ValueType, peak: int | None) -> pb.Report:
-    """Of `pytest tests/`, which asked for 4 GiB."""
+    """A report of `pytest tests/`, which asked for 4 GiB."""
     return pb.Report(
         session_id=session,
         name="Bash",

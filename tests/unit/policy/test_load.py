@@ -62,24 +62,43 @@ def test_built_in_policies_are_usable_as_they_are(name: str) -> None:
         (f"{RULE}when = []\ndo.action = 'kill'", 3, "rulesets.a.when: [] cannot be used"),
         (f"{RULE}{WHEN}\ndo = {{}}", 5, "rulesets.a.do.action: it is missing; allowed is reclaim,"),
         (f"{RULE}{WHEN}do.action = 'frezze'", 4, "did you mean 'freeze'?"),
-        (f"{RULE}{WHEN}do = {{ action = 'deny', whom = 'al' }}", 4,
-         "rulesets.a.do.whom: 'al' cannot be used; allowed is willing, all; did you mean 'all'?"),
+        (
+            f"{RULE}{WHEN}do = {{ action = 'deny', whom = 'al' }}",
+            4,
+            "rulesets.a.do.whom: 'al' cannot be used; allowed is willing, all; did you mean 'all'?",
+        ),
         (f"{RULE}{WHEN}do.action = 'slow'\ndo.percnt = 3", 5, "did you mean 'percent'?"),
         (f"{RULE}{FREEZE}spare_priority = 102", 5, "allowed is a whole number from 0 to 100"),
-        (f"{RULE}do.action = 'kill'\nwhen = [\n\n {{ detector = 'growing', above = 4 }} ]", 6,
-         "rulesets.a.when[0].above: '4' cannot be used"),
-        (f"{RULE}do.action = 'kill'\nwhen = [\n # two\n {{ detector = 'grwing' }} ]", 6,
-         "rulesets.a.when[0].detector: 'grwing' cannot be used; allowed is pool_free, pool_fills"),
-        (f"{RULE}do.action = 'kill'\n[[rulesets.when]]\ndetector = 'growing'\n\nabov = '4M'", 7,
-         "rulesets.a.when[0].abov: no such key; did you mean 'above'?"),
-        (f"{RULE}do.action = 'kill'\n[[rulesets.when]]\ndetector = 'pool_free'\nbelow = '6%'\n"
-         "until = '5%'", 7, "rulesets.a.when[0].until: '5%' cannot be used; allowed is at least "
-         "below, which is 6%"),
+        (
+            f"{RULE}do.action = 'kill'\nwhen = [\n\n {{ detector = 'growing', above = 4 }} ]",
+            6,
+            "rulesets.a.when[0].above: '4' cannot be used",
+        ),
+        (
+            f"{RULE}do.action = 'kill'\nwhen = [\n # two\n {{ detector = 'grwing' }} ]",
+            6,
+            "rulesets.a.when[0].detector: 'grwing' cannot be used; allowed is pool_free, "
+            "pool_fills",
+        ),
+        (
+            f"{RULE}do.action = 'kill'\n[[rulesets.when]]\ndetector = 'growing'\n\nabov = '4M'",
+            7,
+            "rulesets.a.when[0].abov: no such key; did you mean 'above'?",
+        ),
+        (
+            f"{RULE}do.action = 'kill'\n[[rulesets.when]]\ndetector = 'pool_free'\nbelow = '6%'\n"
+            "until = '5%'",
+            7,
+            "rulesets.a.when[0].until: '5%' cannot be used; allowed is at least below, which is 6%",
+        ),
         (f"{RULE}{FREEZE}\n{RULE}{FREEZE}", 7, "rulesets.a.name: 'a' cannot be used; allowed is"),
-        (f"{RULE}{KILL}\n[[rulesets]]\nname = 'b'\n{FREEZE}", 1,
-         "rulesets.a: 'a' cannot be used; allowed is an order in which kill comes after 'b'"),
+        (
+            f"{RULE}{KILL}\n[[rulesets]]\nname = 'b'\n{FREEZE}",
+            1,
+            "rulesets.a: 'a' cannot be used; allowed is an order in which kill comes after 'b'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors_are_named_with_their_line(text: str, line: int, words: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text)
@@ -96,8 +115,10 @@ def test_all_errors_are_named_in_the_order_of_their_lines() -> None:
     with pytest.raises(PolicyError) as caught:
         parse_policy(f"nme = 1\n{RULE}foo = 1\n{WHEN}do = {{ action = 'slow', above = 2 }}", "f")
     assert [(m.line, m.key) for m in caught.value.errors] == [
-        (1, "nme"), (4, "rulesets.a.foo"), (6, "rulesets.a.do.above"),
-    ]  # fmt: skip
+        (1, "nme"),
+        (4, "rulesets.a.foo"),
+        (6, "rulesets.a.do.above"),
+    ]
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -166,8 +187,9 @@ def test_differences_are_told_key_by_key() -> None:
     before = parse_policy(f"{RULE}{FREEZE}[[rulesets]]\nname='b'\n{FREEZE}", "f")
     after = parse_policy(
         f"[headroom]\nlease='5m'\n[[rulesets]]\nname='b'\n{FREEZE}cooldown='1s'\n"
-        f"{RULE}{FREEZE.replace('1M', '2M')}[[rulesets]]\nname='c'\n{KILL}", "f",
-    )  # fmt: skip
+        f"{RULE}{FREEZE.replace('1M', '2M')}[[rulesets]]\nname='c'\n{KILL}",
+        "f",
+    )
     assert list(map(str, diff(before, after))) == [
         "headroom.lease: 2m -> 5m",
         "rulesets.a.when[0].above: 1M -> 2M",
@@ -178,6 +200,12 @@ def test_differences_are_told_key_by_key() -> None:
     assert str(diff(after, before)[3]) == "rulesets.c: removed, was: kill when growing (above 1M)"
 
 
+def freeze_at(below: str, until: str) -> str:
+    """A document with one ruleset, which freezes calls between two amounts of free memory."""
+    when = f'[{{ detector = "pool_free", below = "{below}", until = "{until}" }}]'
+    return f'{RULE}when = {when}\ndo = {{ action = "freeze" }}\n'
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -185,16 +213,24 @@ def test_differences_are_told_key_by_key() -> None:
         (f"{RULE}{FREEZE}enabled = false", "all are disabled"),
         (f"{RULE}{FREEZE}", "none ends a call"),
         (f"{RULE}{KILL}", "none freezes calls"),
-        (f"{RULE}{FREEZE.replace('growing', 'pool_free').replace('above', 'below')}"
-         .replace('"1M"', '"9G", until = "9G"'), "below: 9 GiB is all of the pool of 1 GiB"),
-        (f"{RULE}{FREEZE.replace('growing', 'pool_free').replace('above', 'below')}"
-         .replace('"1M"', '"5%", until = "9G"'), "until: 9 GiB is all of the pool of 1 GiB"),
-        (f"{RULE}{FREEZE.replace('growing', 'pool_free').replace('above', 'below')}"
-         .replace('"1M"', '"50%", until = "5M"'), "until: 5 MiB is less than below (50%)"),
-        (f"{RULE}{FREEZE.replace('growing', 'pool_free').replace('above', 'below')}"
-         .replace('"1M"', '"0.1%", until = "5M"').replace("0.1%", "0.1%"), None),
+        (
+            freeze_at("9G", "9G"),
+            "below: 9 GiB is all of the pool of 1 GiB",
+        ),
+        (
+            freeze_at("5%", "9G"),
+            "until: 9 GiB is all of the pool of 1 GiB",
+        ),
+        (
+            freeze_at("50%", "5M"),
+            "until: 5 MiB is less than below (50%)",
+        ),
+        (
+            freeze_at("0.1%", "5M"),
+            None,
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_legal_but_odd_is_a_warning(text: str, words: str | None) -> None:
     found = list(lint(parse_policy(text), 1 << 30))
     if words is None:
@@ -221,12 +257,13 @@ def test_drop_ins_say_only_what_is_different(tmp_path: Path) -> None:
     slow = "do = { action = 'slow', percent = 30, above = 0.5 }"
     base += f"[[rulesets]]\nname='s'\n{WHEN}{slow}\n[[rulesets]]\nname='k'\n{KILL}"
     policy = lay(
-        tmp_path, base,
+        tmp_path,
+        base,
         a=f"[headroom]\nlease='6m'\n{RULE}spare_priority='important'\n",
         b=f"[headroom]\nlease='7m'\n[[rulesets]]\nname='s'\ndo.percent=10\n"
-          f"[[rulesets]]\nname='n'\nbefore='k'\n{FREEZE}[[rulesets]]\nname='k2'\n{KILL}",
+        f"[[rulesets]]\nname='n'\nbefore='k'\n{FREEZE}[[rulesets]]\nname='k2'\n{KILL}",
         c="[[rulesets]]\nname='a'\ndo = { action = 'deny' }\n",
-    )  # fmt: skip
+    )
     assert (policy.headroom.lease, policy.headroom.lookahead) == (420_000_000, 1_000_000)
     assert [r.name for r in policy.rulesets] == ["a", "s", "n", "k", "k2"]
     first, second = policy.rulesets[:2]
@@ -251,14 +288,17 @@ def test_other_files_beside_drop_ins_are_passed_over(tmp_path: Path) -> None:
         (f"{RULE}{WHEN.replace('1M', '1')}", "1.toml:3", "rulesets.a.when[0].above"),
         (f"{RULE}[[rulesets]]\nname = 'a'", "1.toml:4", "allowed is each name once"),
         ("\n[[rulesets]]\nname = 'n'", "1.toml:2", "rulesets.n.when: it is missing"),
-        (f"[[rulesets]]\nname = 'n'\nbefore = 'b'\n{FREEZE}", "1.toml:3",
-         "rulesets.n.before: 'b' cannot be used; allowed is the name of another ruleset"),
+        (
+            f"[[rulesets]]\nname = 'n'\nbefore = 'b'\n{FREEZE}",
+            "1.toml:3",
+            "rulesets.n.before: 'b' cannot be used; allowed is the name of another ruleset",
+        ),
         ("rulesets = 1", "1.toml:1", "rulesets: 1 cannot be used; allowed is an array"),
         ("rulesets = [1]", "1.toml:1", "rulesets[2]: 1 cannot be used; allowed is a table"),
         (f"[[rulesets]]\nname = 'n'\n{FREEZE}", "base.toml:5", "kill comes after 'n'"),
         (f"{RULE}before = 'k'\nwhen = 1", "1.toml:4", "rulesets.a.when: 1 cannot be used"),
     ],
-)  # fmt: skip
+)
 def test_errors_in_drop_ins_are_named_there(
     text: str, place: str, words: str, tmp_path: Path
 ) -> None:
@@ -303,8 +343,12 @@ def test_examples_in_the_documentation_are_valid(tmp_path: Path) -> None:
             (tmp_path / "50-ours.toml").write_text(text)
             policy = load_policy(None, tmp_path).policy
             assert [r.name for r in policy.rulesets][-6:] == [
-                "deny-all", "freeze", "deny-fast", "freeze-fast", "kill",
+                "deny-all",
+                "freeze",
+                "deny-fast",
+                "freeze-fast",
+                "kill",
                 "kill-stalled",
-            ]  # fmt: skip
+            ]
         else:
             parse_policy(text)

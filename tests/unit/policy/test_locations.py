@@ -1,4 +1,4 @@
-"""On which lines the keys of a TOML document are found: all that tomllib finds, each on its own."""
+"""Lines of a TOML document's keys: every key that tomllib finds is found on its own line."""
 
 from __future__ import annotations
 
@@ -15,17 +15,33 @@ from agentcgroupd.policy.locations import Location, scan
 KeyPath = tuple[str | int, ...]
 
 SCALARS = st.sampled_from(
-    ["1", "-1.5e3", "true", "inf", "1979-05-27 07:32:00", "07:32:00", '""', "''", '"a#]}"', "'\\'",
-     r'"\"x\\"', '""""""', '"""\n]\\"""\n"""', '"""a"""""', "''''''", "'''it''s\n}'''''",
-     r'"\u00e9"']
-)  # fmt: skip
+    [
+        "1",
+        "-1.5e3",
+        "true",
+        "inf",
+        "1979-05-27 07:32:00",
+        "07:32:00",
+        '""',
+        "''",
+        '"a#]}"',
+        "'\\'",
+        r'"\"x\\"',
+        '""""""',
+        '"""\n]\\"""\n"""',
+        '"""a"""""',
+        "''''''",
+        "'''it''s\n}'''''",
+        r'"\u00e9"',
+    ]
+)
 KEYS = st.sampled_from(["{}", '"{} x"', "'{}.#['", r'"{}\u00e9\""', "{}.deep", "d-{} . 'e f'"])
 GAPS = st.sampled_from(["", " ", "\t"])
 LINES = st.sampled_from(["", "\n", " # ] }\n", "\r\n", "\n\n  "])
 
 
 class Writer:
-    """Writes a document and keeps in mind on which line it wrote what."""
+    """Writes a document and remembers on which line each key was written."""
 
     def __init__(self, data: st.DataObject) -> None:
         self.draw = data.draw
@@ -34,7 +50,7 @@ class Writer:
         self.names = 0
 
     def key(self, table: KeyPath) -> KeyPath:
-        """A new one, perhaps of several parts."""
+        """Write a new key, perhaps of several parts, and return its path."""
         self.names += 1
         written = self.draw(KEYS).format(f"k{self.names}")
         path = (*table, *_parts(written))
@@ -94,7 +110,7 @@ class Writer:
 
 
 def _parts(key: str) -> list[str]:
-    """Of a dotted key, as tomllib reads it."""
+    """Return the parts of a dotted key, as tomllib reads it."""
     value: Any = tomllib.loads(f"{key} = 1")
     parts: list[str] = []
     while isinstance(value, dict):

@@ -20,20 +20,40 @@ NOW = 1000 * SECOND
 
 def snapshot(free: int, *calls: CallView, sessions: tuple[SessionView, ...] = ()) -> Snapshot:
     """A pool of 4,000 MiB with `free` MiB left."""
-    return Snapshot(now_usec=NOW, limit_bytes=4000 * MIB, usage_bytes=(4000 - free) * MIB,
-                    growth_bytes_per_s=0.0, calls=calls, sessions=sessions)  # fmt: skip
+    return Snapshot(
+        now_usec=NOW,
+        limit_bytes=4000 * MIB,
+        usage_bytes=(4000 - free) * MIB,
+        growth_bytes_per_s=0.0,
+        calls=calls,
+        sessions=sessions,
+    )
 
 
 def running(holds: int, expects: int = 0) -> CallView:
-    """In MiB."""
-    return CallView(id="r", name="r", session_id="r", priority=50, began_usec=0, cpu_usec=0,
-                    memory_bytes=holds * MIB, growth_bytes_per_s=0.0,
-                    expected_bytes=expects * MIB)  # fmt: skip
+    """A running call; sizes in MiB."""
+    return CallView(
+        id="r",
+        name="r",
+        session_id="r",
+        priority=50,
+        began_usec=0,
+        cpu_usec=0,
+        memory_bytes=holds * MIB,
+        growth_bytes_per_s=0.0,
+        expected_bytes=expects * MIB,
+    )
 
 
-def waits(name: str, expects: int, priority: int = 50, age_s: float = 0.0, wait_s: float = 60.0,
-          session: str = "s") -> Waiting:  # fmt: skip
-    """In MiB."""
+def waits(
+    name: str,
+    expects: int,
+    priority: int = 50,
+    age_s: float = 0.0,
+    wait_s: float = 60.0,
+    session: str = "s",
+) -> Waiting:
+    """A waiting call; sizes in MiB."""
     since = NOW - int(age_s * SECOND)
     return Waiting(name, session, priority, expects * MIB, since, since + int(wait_s * SECOND))
 
@@ -41,10 +61,13 @@ def waits(name: str, expects: int, priority: int = 50, age_s: float = 0.0, wait_
 waiting = st.lists(
     st.builds(
         lambda expects, priority, age, wait: (expects, priority, age, wait),
-        st.integers(1, 3000), st.integers(0, 100), st.floats(-5, 300), st.floats(0.1, 300),
+        st.integers(1, 3000),
+        st.integers(0, 100),
+        st.floats(-5, 300),
+        st.floats(0.1, 300),
     ),
     max_size=30,
-).map(lambda rows: [waits(f"w{i}", *row) for i, row in enumerate(rows)])  # fmt: skip
+).map(lambda rows: [waits(f"w{i}", *row) for i, row in enumerate(rows)])
 
 
 @given(waiting, st.integers(0, 4000), st.integers(0, 2000))
@@ -60,7 +83,8 @@ def test_what_starts_fits_into_what_is_left(rows: list[Waiting], free: int, prom
 
 @given(waiting, st.integers(0, 4000))
 def test_the_first_is_not_passed_for_ever(rows: list[Waiting], free: int) -> None:
-    """Once one that does not fit has waited for half of its time, nothing behind it takes room."""
+    """Once a call that does not fit has waited for half of its time, no call behind it takes
+    memory."""
     started = set(admit(POLICY, snapshot(free, running(100)), rows))
     blocked = False
     for w in in_order(POLICY, NOW, rows):
@@ -74,7 +98,7 @@ def test_the_first_is_not_passed_for_ever(rows: list[Waiting], free: int) -> Non
 
 @given(waiting)
 def test_in_an_idle_pool_somebody_always_starts(rows: list[Waiting]) -> None:
-    """However large it is: no room will ever come."""
+    """The first call starts however large it is: no call is there that could give memory back."""
     assert bool(admit(POLICY, snapshot(0), rows)) == bool(rows)
 
 
