@@ -1,8 +1,8 @@
 """Action choosers: who is acted on, once a ruleset says that it is time.
 
 Each chooser takes the headroom, its ruleset, the ruleset's action and the ids that earlier rulesets
-have chosen on the same look, which are left alone. It returns decisions on calls or sessions, each
-with its reason in words and numbers.
+have chosen for the same snapshot, which are left alone. It returns decisions on calls or sessions,
+each with its reason in words and numbers.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Pure: no I/O and no clock. The pool is the first line of defence: rulesets act before its limit is
 touched, so that the kernel's OOM killer has nothing to do. Every detector of every ruleset is
-evaluated on every look. What was done earlier is undone first, where its ruleset no longer holds.
-Then the rulesets are tried in their order, and a call is ended only when none of them could stop
-anything on this look.
+evaluated for every snapshot. What was done earlier is undone first, where its ruleset no longer
+holds. Then the rulesets are tried in their order, and a call is ended only when none of them has
+throttled, denied or paused a call for this snapshot.
 """
 
 from __future__ import annotations
@@ -48,32 +48,32 @@ def decide(policy: Policy, now: Snapshot, signal: Signal, state: State) -> Outco
     rules = {r.name: _evaluated(headroom, r, state.rules.get(r.name)) for r in policy.rulesets}
     holds = {r.name: r.enabled and all(rules[r.name].holding) for r in policy.rulesets}
     undone, thawed = _ways_back(headroom, holds, signal, state)
-    look = _Look(undone)
+    chosen = _Chosen(undone)
     for ruleset in policy.rulesets:
         name, action = ruleset.name, ruleset.do.action
         if not holds[name] or not _cooled(ruleset, rules[name], now):
             continue
-        if action == "kill" and look.stopped_any:
+        if action == "kill" and chosen.stopped_any:
             continue
-        found = CHOOSERS[action](headroom, ruleset, ruleset.do, look.taken)
+        found = CHOOSERS[action](headroom, ruleset, ruleset.do, chosen.taken)
         if not found:
             continue
-        look.add(ruleset, found, dry_run=policy.dry_run or ruleset.dry_run)
+        chosen.add(ruleset, found, dry_run=policy.dry_run or ruleset.dry_run)
         total = rules[name].decisions + len(found)
         rules[name] = replace(rules[name], acted_usec=now.now_usec, decisions=total)
     thawed_usec = now.now_usec if thawed else state.thawed_usec
-    return Outcome(look.decisions(), State(rules, thawed_usec))
+    return Outcome(chosen.decisions(), State(rules, thawed_usec))
 
 
-class _Look:
-    """Decisions of one look so far, and what they mean for the rulesets that follow."""
+class _Chosen:
+    """Decisions for one snapshot so far, and what they mean for the rulesets that follow."""
 
     def __init__(self, undone: Iterable[Decision]) -> None:
         self._decisions = list(undone)
         self.taken = {d.subject for d in self._decisions}
         """Ids of calls and sessions that later rulesets leave alone."""
         self.stopped_any = False
-        """Whether a ruleset could stop or slow any call, so that none has to be ended."""
+        """Whether a call was throttled, denied, paused or ended: then none has to be ended now."""
 
     def add(self, ruleset: Ruleset, found: Sequence[Decision], dry_run: bool) -> None:
         """Add what a ruleset has chosen. A dry run leaves everything to later rulesets, and a call
@@ -114,7 +114,7 @@ def _evaluated(headroom: Headroom, ruleset: Ruleset, before: RuleState | None) -
 
 
 def detector_holds(headroom: Headroom, detector: Detector, held: bool) -> bool:
-    """Tell whether a detector holds. `held`: whether it did at the last look."""
+    """Tell whether a detector holds. `held`: whether it did for the last snapshot."""
     now = headroom.now
     match detector:
         case PoolFree():
@@ -264,8 +264,8 @@ def resume_mark(policy: Policy, limit_bytes: int) -> int:
 
 
 def marks(policy: Policy, limit_bytes: int) -> tuple[int, int]:
-    """Return the use of the pool in bytes at which to look at once, and the use below which that is
-    over. The mark of a policy that stops no call is the limit."""
+    """Return the use of the pool in bytes at which to sample at once, and the use below which that
+    is over. The mark of a policy that stops no call is the limit."""
     stop, resume = _stop_mark(policy, limit_bytes), resume_mark(policy, limit_bytes)
     return limit_bytes - stop, limit_bytes - max(stop, resume)
 

@@ -1,7 +1,7 @@
 """Schema of policies: one TOML document, checked by pydantic models.
 
-A policy is a list of rulesets, tried in order on every look. Each has detectors, which must all
-hold, and one action. A detector that has begun to hold goes on until its `until` is reached, so
+A policy is a list of rulesets, tried in order for every snapshot. Each has detectors, which must
+all hold, and one action. A detector that has begun to hold goes on until its `until` is reached, so
 that actions do not flap. What an action did is undone when its ruleset no longer holds.
 """
 
@@ -203,7 +203,7 @@ class Freeze(Section):
 
 
 class Kill(Section):
-    """Action: end one call, only when nothing else could be done on the same look."""
+    """Action: end one call, only when no call was throttled, denied or paused instead."""
 
     action: Literal["kill"]
 
@@ -233,7 +233,7 @@ class Ruleset(Section):
     dry_run: bool = False
     """Whether decisions are only made and told, and nothing is done."""
     cooldown: Duration | None = None
-    """Least time between two decisions; None: decide on every look."""
+    """Least time between two decisions; None: decide for every snapshot."""
     spare_priority: SparePriority = NOBODY
     """Priority from which calls and sessions are left alone; NOBODY: none is."""
     when: Annotated[tuple[Detector, ...], Field(min_length=1)]
@@ -259,7 +259,7 @@ class HeadroomSettings(Section):
     lease: Duration = 120_000_000
     """Time after which a paused call goes on as soon as there is any room."""
     thaw_every: Duration = 250_000
-    """Time between two looks at which calls go on: the effect of the first must be seen."""
+    """Time until more calls go on: the effect of those before must be seen."""
 
 
 class Admission(Section):

@@ -189,10 +189,10 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class RuleState:
-    """State of one ruleset between looks."""
+    """State of one ruleset between snapshots."""
 
     holding: tuple[bool, ...] = ()
-    """For each detector, whether it held at the last look."""
+    """For each detector, whether it held for the last snapshot."""
     acted_usec: int | None = None
     """Time of the last decision, on the snapshot's clock; None: there was none yet."""
     decisions: int = 0
@@ -201,16 +201,16 @@ class RuleState:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Memory of the engine between looks; the engine itself keeps nothing."""
+    """Memory of the engine between snapshots; the engine itself keeps nothing."""
 
     rules: Mapping[str, RuleState] = field(default_factory=dict)
     thawed_usec: int = 0
-    """Time of the last look at which a paused call was let go on, on the snapshot's clock."""
+    """Time of the last snapshot for which a paused call was let go on, on the snapshot's clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Decisions of one look, and the state to hand in with the next snapshot."""
+    """Decisions for one snapshot, and the state to hand in with the next snapshot."""
 
     decisions: tuple[Decision, ...]
     state: State

@@ -279,7 +279,7 @@ def test_what_would_fill_the_pool_before_the_next_look_is_frozen_above_the_mark(
 
 
 def held_before(policy: Policy = DEFAULT) -> State:
-    """The state after a look at which the pool was short."""
+    """The state after a snapshot in which the pool was short."""
     vip = call("vip", priority=80, growth_bytes_per_s=FAST)
     batch = call("batch", priority=20, growth_bytes_per_s=FAST)
     return decide(policy, snapshot(vip, batch, free=20), TICK, State()).state
@@ -662,7 +662,7 @@ def test_properties(
         if decision.action is Action.THAW:
             assert target.id not in running
     subjects = [d.subject for d in outcome.decisions if d.action not in SESSION_ACTIONS | LET_GO]
-    assert len(subjects) == len(set(subjects)), "one action for a call on one look"
+    assert len(subjects) == len(set(subjects)), "one action for a call at a time"
     chosen = {
         action: {d.subject for d in outcome.decisions if d.action is action} for action in Action
     }
