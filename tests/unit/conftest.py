@@ -6,9 +6,14 @@ import fcntl
 import importlib.util
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import agentcgroup
+
+# Examples are not timed: on a busy machine a deadline says nothing of the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,4 +1,4 @@
-"""The policy, without I/O or a clock: documents, decisions, learning, explanations.
+"""Policies: their documents, decisions, learning and explanations, without a clock.
 
 May import intents, configuration, units and errors; nothing that touches the kernel.
 """

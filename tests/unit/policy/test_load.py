@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroupd.config import Section
@@ -152,7 +152,6 @@ TIMES_USEC = st.integers(1000, 30 * 86400 * 10**6)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 
 
-@settings(deadline=None)  # A whole policy is written and read: on a busy machine that takes long.
 @given(TEXTS, AMOUNTS, TIMES_USEC, st.floats(1, 100), st.booleans())
 def test_a_written_policy_reads_as_the_same(
     text: str, amount: Amount, usec: int, number: float, flag: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroupd.policy.load import load_policy, parse_policy
@@ -24,7 +24,6 @@ def test_sizes_follow_and_parts_of_the_pool_stay() -> None:
     assert "headroom.leader_most" not in changes and "headroom.lease" not in changes
 
 
-@settings(deadline=None)  # A whole policy is read: on a busy machine that takes long.
 @given(st.floats(0.001, 1.0))
 def test_the_document_says_the_same(factor: float) -> None:
     found = scaled(DEFAULT, factor)
