@@ -80,6 +80,7 @@ def details_of(
     for item in error.errors():
         path, sentence = _explained(_path(item["loc"]), item)
         found.setdefault(path, sentence)
+    # A misspelt key is told once: the key that was meant is not missing as well.
     for path, sentence in list(found.items()):
         meant = re.match(r"no such key; did you mean '(.*)'\?", sentence)
         if meant and found.get((*path[:-1], meant[1])) == MISSING:

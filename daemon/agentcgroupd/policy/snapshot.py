@@ -8,7 +8,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-PEAKS_LEAST = 20
+CALLS_LEAST = 20
 """Least number of calls that got as far as a call, to tell how far that call may go."""
 
 
@@ -142,7 +142,7 @@ class Snapshot:
         `at_least` bytes; None where too few calls got there."""
         beyond = bisect.bisect_right(self.peaks_bytes, at_least)
         count = len(self.peaks_bytes) - beyond
-        if count < PEAKS_LEAST:
+        if count < CALLS_LEAST:
             return None
         return self.peaks_bytes[beyond + min(count - 1, int(share * count))]
 
