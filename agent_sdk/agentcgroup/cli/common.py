@@ -22,12 +22,13 @@ exit codes:
   0    done
   1    what was asked about is bad: nothing can be enforced here (doctor), a call
        that did not end well (report --check), a policy with a mistake,
-       something is not installed
+       something is not installed, record or replay could not be done
   2    wrong usage
   3    the daemon is away
   4    refused, not allowed, or a value that makes no sense
   5    no such call, session, cgroup or report
-  125  exec, session run: refused by the daemon or wrong usage
+  125  exec: refused by the daemon or wrong usage; session run: the command was
+       not let into the session
   126  exec, session run: the command cannot be run
   127  exec, session run: the command is not there
   else exec, session run: the command's own (128+n: it died of signal n)

@@ -12,8 +12,6 @@ from agentcgroup.extras import missing
 from . import common
 from .output import print_json, wants_color
 
-DELEGATED = ("record", "replay")
-
 
 def load(name: str) -> Any:
     """Import a module of the daemon's or the laboratory's package and return it.
