@@ -18,9 +18,10 @@ from agentcgroupd.doctor.report import Diagnosis, Feature, State
 from tests.harness import ROOT
 from tests.kernel.test_bpf_faults import is_there, mapped, owned
 
-pytestmark = pytest.mark.programs
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may load programs")
+pytestmark = [
+    pytest.mark.programs,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root may load programs"),
+]
 
 NAMES = [definition.name for definition in DEFINITIONS]
 

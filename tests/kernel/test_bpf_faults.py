@@ -35,9 +35,10 @@ from tests.harness import EXEC, ROOT, DaemonProcess, wait_until
 from tools import build_hook
 from tools.bpf_toolchain import LIBBPF_CACHE, ensure_libbpf, find_clang
 
-pytestmark = pytest.mark.programs
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may load programs")
+pytestmark = [
+    pytest.mark.programs,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root may load programs"),
+]
 
 NAMES = {"on_fork", "on_exec", "on_exit", "on_oom_victim"}
 
