@@ -6,7 +6,7 @@
     sched     the CPU scheduler, on the same kernel in QEMU
     systemd   the units, under systemd as PID 1, in QEMU
 
-Where this machine has the controllers itself, all run natively, and nothing twice. Two lanes run
+Where this machine has the controllers itself, all run natively, and nothing twice. Two suites run
 side by side: a guest is one thread. A suite that collects nothing has failed. docs/testing.md says
 which test belongs where.
 """
@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from tests.guest.where import Kind, decide
 RESULTS = CHECKOUT / "build/test"
 PYTEST = [str(CHECKOUT / ".venv/bin/python"), "-m", "pytest", "-p", "no:cacheprovider"]
 SCHED = ("tests/guest/test_cpu.py", "tests/guest/test_sched.py")
-"""A suite of their own, so that both lanes take about as long."""
+"""A suite of their own, so that the work can be shared out more evenly."""
 PROGRAMS = (
     *(
         f"tests/guest/test_{name}.py"
@@ -114,13 +115,20 @@ class Suite:
         return [*guest, *self.guest_options, "--", *pytest, "-v", *extra, *self.selection()]
 
 
-def plan(where: Kind, systemd_here: bool) -> tuple[list[list[Suite]], list[str]]:
-    """Suites in lanes: lanes run side by side, the suites of one in turn. And what is left out.
+def plan(where: Kind, systemd_here: bool) -> tuple[list[Suite], list[str]]:
+    """The suites in the order in which they begin, and what is left out.
 
     systemd_here: PID 1 is systemd.
     """
     if where == "guest":
-        host = Suite("host", ("tests/unit", "tests/kernel"), "native", 1800, marks=ON_HOST)
+        host = Suite(
+            "host",
+            ("tests/unit", "tests/kernel"),
+            "native",
+            limit_sec=1800,
+            test_limit_sec=300,
+            marks=ON_HOST,
+        )
         uml = Suite(
             "uml",
             ("tests/guest", "tests/kernel"),
@@ -155,12 +163,12 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[list[Suite]], list[str]]
             test_limit_sec=240,
             guest_options=("--systemd",),
         )
-        # So that both lanes take about as long.
-        return [[host, uml, systemd], [programs, sched]], []
+        # The longest first, so that the last to begin is a short one.
+        return [programs, host, uml, sched, systemd], []
     suites = [Suite("host", ("tests/unit", "tests/kernel", "tests/guest"), "native", 1100)]
     if systemd_here:
-        return [[*suites, Suite("systemd", ("tests/systemd",), "native", 280)]], []
-    return [suites], ["systemd: not PID 1 here (AGENTCG_WHERE=guest runs everything in the guest)"]
+        return [*suites, Suite("systemd", ("tests/systemd",), "native", 280)], []
+    return suites, ["systemd: not PID 1 here (AGENTCG_WHERE=guest runs everything in the guest)"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,20 +254,19 @@ class Totals:
 
 
 class Runner:
-    """Runs lanes of suites and relays their output, each line with its suite's name."""
+    """Runs suites and relays their output, each line with its suite's name."""
 
-    def __init__(self, extra: Sequence[str]) -> None:
+    def __init__(self, suites: Sequence[Suite], extra: Sequence[str]) -> None:
         self.totals = Totals()
+        self._waiting = deque(suites)
         self._extra = extra
         self._lock = threading.Lock()
         self._running: dict[str, subprocess.Popen[str]] = {}
         self._stopping = False
 
-    def run(self, lanes: Sequence[Sequence[Suite]], *, side_by_side: bool) -> None:
-        """Run all; returns when the last suite has ended."""
-        if not side_by_side:
-            lanes = [[suite for lane in lanes for suite in lane]]
-        threads = [threading.Thread(target=self._lane, args=(lane,)) for lane in lanes]
+    def run(self, at_once: int) -> None:
+        """Run all, some at once; returns when the last suite has ended."""
+        threads = [threading.Thread(target=self._take_turns) for _ in range(at_once)]
         for thread in threads:
             thread.start()
         try:
@@ -271,10 +278,12 @@ class Runner:
                 thread.join()
             raise
 
-    def _lane(self, suites: Sequence[Suite]) -> None:
-        for suite in suites:
-            if self._stopping:
-                return
+    def _take_turns(self) -> None:
+        while not self._stopping:
+            with self._lock:
+                if not self._waiting:
+                    return
+                suite = self._waiting.popleft()
             self._suite(suite)
 
     def _suite(self, suite: Suite) -> None:
@@ -374,14 +383,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     where = decide()
     print(f"tests of the daemon run: {where.kind} ({where.reason})", flush=True)
-    lanes, left_out = plan(where.kind, Path("/run/systemd/system").is_dir())
+    suites, left_out = plan(where.kind, Path("/run/systemd/system").is_dir())
     if arguments.only:
-        lanes = [[suite for suite in lane if suite.name in arguments.only] for lane in lanes]
+        suites = [suite for suite in suites if suite.name in arguments.only]
     RESULTS.mkdir(parents=True, exist_ok=True)
     compile_bytecode()
-    runner = Runner(arguments.pytest)
+    runner = Runner(suites, arguments.pytest)
     try:
-        runner.run(lanes, side_by_side=not arguments.serial and (os.cpu_count() or 1) > 1)
+        runner.run(1 if arguments.serial else min(2, os.cpu_count() or 1))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     for line in [*left_out, *runner.totals.broken]:

@@ -69,26 +69,26 @@ def test_the_table_has_a_line_for_each_suite_and_one_for_all(suite: run.Suite) -
 
 def planned(name: str) -> run.Suite:
     """One of the suites of a machine without controllers."""
-    lanes, _ = run.plan("guest", systemd_here=False)
-    (found,) = (suite for lane in lanes for suite in lane if suite.name == name)
+    suites, _ = run.plan("guest", systemd_here=False)
+    (found,) = (suite for suite in suites if suite.name == name)
     return found
 
 
 def test_the_guests_do_what_the_host_cannot() -> None:
-    lanes, left_out = run.plan("guest", systemd_here=False)
-    assert {suite.name: suite.place for lane in lanes for suite in lane} == {
+    suites, left_out = run.plan("guest", systemd_here=False)
+    assert {suite.name: suite.place for suite in suites} == {
         "host": "native",
         "uml": "uml",
         "programs": "qemu",
         "sched": "qemu",
         "systemd": "qemu",
     }
-    assert len(lanes) == 2 and left_out == []
+    assert left_out == []
     assert not {"tests.guest.vm", "tests.guest.uml"} & set(planned("host").argv())
     assert "tests.guest.uml" in planned("uml").argv()
     assert "tests.guest.vm" in planned("programs").argv()
     assert "--systemd" in planned("systemd").argv()
-    paths = {path for lane in lanes for suite in lane for path in suite.paths}
+    paths = {path for suite in suites for path in suite.paths}
     assert all(Path(path).exists() for path in paths)
 
 
@@ -140,8 +140,7 @@ ELSEWHERE = "tests/gpu/"
 
 
 def test_every_test_runs_somewhere(collected: dict[str, list[str]]) -> None:
-    lanes, _ = run.plan("guest", systemd_here=False)
-    suites = [suite for lane in lanes for suite in lane]
+    suites, _ = run.plan("guest", systemd_here=False)
     assert len(collected) > 500
     nowhere = [
         test
@@ -162,8 +161,7 @@ def test_every_test_runs_somewhere(collected: dict[str, list[str]]) -> None:
 
 def test_each_place_has_the_tests_that_only_it_can_run(collected: dict[str, list[str]]) -> None:
     def places(test: str) -> set[str]:
-        lanes, _ = run.plan("guest", systemd_here=False)
-        suites = [suite for lane in lanes for suite in lane]
+        suites, _ = run.plan("guest", systemd_here=False)
         (marks,) = (marks for name, marks in collected.items() if name.endswith(f"::{test}"))
         (name,) = (name for name in collected if name.endswith(f"::{test}"))
         return {suite.name for suite in suites if has(suite, name, marks)}
@@ -179,11 +177,11 @@ def test_each_place_has_the_tests_that_only_it_can_run(collected: dict[str, list
 
 
 def test_native_says_what_it_leaves_out() -> None:
-    lanes, left_out = run.plan("native", systemd_here=False)
-    assert [suite.place for lane in lanes for suite in lane] == ["native"]
+    suites, left_out = run.plan("native", systemd_here=False)
+    assert [suite.place for suite in suites] == ["native"]
     assert "systemd" in left_out[0]
-    lanes, left_out = run.plan("native", systemd_here=True)
-    assert [suite.name for lane in lanes for suite in lane] == ["host", "systemd"]
+    suites, left_out = run.plan("native", systemd_here=True)
+    assert [suite.name for suite in suites] == ["host", "systemd"]
     assert left_out == []
 
 
