@@ -225,13 +225,18 @@ def test_a_storm_loses_no_call(daemon: DaemonProcess, agent: AgentProcess) -> No
     before = ended(daemon)
     started = time.monotonic()
     waits: list[float] = []
+    late: list[float] = []
     over = threading.Event()
 
     def someone_else() -> None:
-        while not over.wait(0.02 * SLOW):
+        pause_s = 0.02 * SLOW
+        slept = time.monotonic()
+        while not over.wait(pause_s):
             asked = time.monotonic()
+            late.append(asked - slept - pause_s)
             daemon.admin.GetPool(pb.GetPoolRequest())
-            waits.append(time.monotonic() - asked)
+            slept = time.monotonic()
+            waits.append(slept - asked)
 
     other = threading.Thread(target=someone_else)
     other.start()
@@ -239,7 +244,8 @@ def test_a_storm_loses_no_call(daemon: DaemonProcess, agent: AgentProcess) -> No
     took = time.monotonic() - started
     over.set()
     other.join()
-    assert max(waits) < 1.0 * SLOW, "others wait for the storm"
+    # A busy machine holds up this process as well: by as much as its sleeps end late.
+    assert max(waits) < 1.0 * SLOW + 5 * max(late), "others wait for the storm"
     wait_until("all have been seen", lambda: ended(daemon) >= before + count, 60)
     assert ended(daemon) == before + count
     newest = reports(daemon)[:200]
