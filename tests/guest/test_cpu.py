@@ -239,9 +239,9 @@ tool = subprocess.Popen([EXEC, "--name", name, "--", sys.executable, "-S", "-c",
 """
 SCRIPT = """
 import mmap, time
-block = mmap.mmap(-1, SIZE << 20)
-for place in range(0, SIZE << 20, 4096):
-    block[place] = 1
+block, part = mmap.mmap(-1, SIZE << 20), bytes(1 << 16)
+for place in range(0, SIZE << 20, len(part)):
+    block[place : place + len(part)] = part
     if place % (1 << 20) == 0:
         time.sleep(PAUSE)
 """
