@@ -16,7 +16,7 @@ EXIT_CONFIG = 78
 """EX_CONFIG of sysexits.h: trying again will not help."""
 
 try:
-    from agentcgroupd.config import Config, load_config
+    from agentcgroupd.config import load_config
     from agentcgroupd.daemon import Daemon, PartFailed
     from agentcgroupd.errors import AgentcgroupdError
     from agentcgroupd.policy.load import load_policy
