@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-/* Never loaded: its type information is what daemon/agentcgroupd/bpf/abi.py is made from. */
+/* Never loaded: daemon/agentcgroupd/bpf/abi.py is made from the type information of this object. */
 #include <linux/types.h>
 
 #include "abi.h"

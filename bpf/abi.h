@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What the programs and the daemon both know: the only place where a shared struct or constant is
- * written. daemon/agentcgroupd/bpf/abi.py is made from the type information of the compiled
- * abi.bpf.c (`python -m agentcgroupd.bpf.generate`); a test fails when the two differ.
+ * Structs and constants that the programs share with the daemon. They are written here only:
+ * daemon/agentcgroupd/bpf/abi.py is made from the type information of the compiled abi.bpf.c
+ * (`python -m agentcgroupd.bpf.generate`), and a test fails when the two differ.
  *
- * Units are in the names. Times named at_ns are CLOCK_MONOTONIC; start_ns is CLOCK_BOOTTIME, as in
- * /proc/<pid>/stat. Members are aligned by hand, so that there is no padding to leak or to guess.
+ * Names end in units. Times named at_ns are CLOCK_MONOTONIC; start_ns is CLOCK_BOOTTIME, as in
+ * /proc/<pid>/stat. Members are aligned by hand, because padding could carry the kernel's memory to
+ * the daemon.
  */
 #ifndef AGENTCG_ABI_H
 #define AGENTCG_ABI_H
@@ -15,19 +16,19 @@ enum abi {
 	ABI_ARGV_BYTES = 256,
 	ABI_COMM_BYTES = 16,
 	ABI_PROTECTED_MAX = 64,
-	ABI_SMALL_REQUEST_BYTES = 1114112, /* an allocator's arena of 1 MiB, and its own head */
+	ABI_SMALL_REQUEST_BYTES = 1114112, /* an allocator's arena of 1 MiB, and its head */
 	ABI_DEPTH_MAX = 8,		   /* levels looked up above a task's own cgroup */
 	ABI_DELAY_CAP_MS = 2000,	   /* MEMCG_MAX_HIGH_DELAY_JIFFIES, mm/memcontrol.c */
 	ABI_GPU_MINORS = 256,
-	ABI_GPU_SHARED_MINOR = 254, /* nvidia-modeset; nvidiactl is 255: no single GPU's */
-	ABI_VRAM_GRAIN_BYTES = 512, /* what an allocation's start is aligned to, and so takes */
+	ABI_GPU_SHARED_MINOR = 254, /* nvidia-modeset; nvidiactl is 255: of no single GPU */
+	ABI_VRAM_GRAIN_BYTES = 512, /* allocations start at multiples, so take multiples */
 	ABI_SCHED_CGROUPS = 16384,  /* cgroups that the scheduler tells apart; a power of two */
 	ABI_SCHED_CPUS = 1024,	    /* a power of two */
 	ABI_SCHED_REASON_BYTES = 64,
 	ABI_SCHED_MESSAGE_BYTES = 256,
 };
 
-/* What a managed cgroup is. */
+/* The part that a managed cgroup plays. */
 enum cgroup_kind {
 	KIND_NONE = 0,
 	KIND_POOL = 1,
@@ -56,7 +57,7 @@ struct managed {
 	__u32 reserved;
 };
 
-/* The start of every event. */
+/* The head of every event. */
 struct event {
 	__u32 type;
 	__u32 size_bytes;
@@ -81,8 +82,8 @@ struct exec_event {
 	struct event event;
 	struct process process;
 	__u64 own_cgroup_id; /* at or below event.cgroup_id */
-	__u32 argv_bytes;    /* of argv that are meant; arguments end in a NUL */
-	__u32 argv_cut;	     /* 1: there was more */
+	__u32 argv_bytes;    /* used in argv; each argument ends in a NUL */
+	__u32 argv_cut;	     /* 1: the arguments were longer */
 	__u8 argv[ABI_ARGV_BYTES];
 };
 
@@ -93,7 +94,7 @@ struct exit_event {
 	__u64 system_ns;
 	__u64 rss_peak_bytes; /* of the process alone */
 	__u32 wait_status;    /* as waitpid(2) gives it */
-	__u32 executed;	      /* 1: it has executed a program since it was forked */
+	__u32 executed;	      /* 1: the process has executed a program since its fork */
 };
 
 struct oom_event {
@@ -144,14 +145,14 @@ struct memory_state {
 	__u64 denied_bytes;
 	__u32 above_mark;
 	__u32 above_rate;
-	__u32 told_round;    /* the last denial that was told; odd: an urgent one */
-	__u32 allowed_round; /* the denial that allowed_bytes is of */
-	__u64 allowed_bytes; /* small requests that passed in spite of it */
+	__u32 told_round;    /* the last denial that an event was sent for; odd: an urgent one */
+	__u32 allowed_round; /* the denial that allowed_bytes belongs to */
+	__u64 allowed_bytes; /* small requests that passed in spite of the denial */
 
-	/* Read by sched.bpf.c: what was charged last found the cgroup so far above its mark. */
-	__u64 over_at_ns;
-	__u64 high_at_ns;    /* memory.high was passed last: the cgroup is reclaiming */
-	__u32 over_permille; /* of the mark; 0: it is below */
+	/* Read by sched.bpf.c. */
+	__u64 over_at_ns;    /* when a charge last found the call above its throttle mark */
+	__u64 high_at_ns;    /* when memory.high was last passed, so that the cgroup reclaimed */
+	__u32 over_permille; /* how far above the mark the last charge found it; 0: below */
 	__u32 reserved;
 };
 
@@ -195,25 +196,25 @@ struct urgent_event {
 	__s32 pid;
 };
 
-/* memory.bpf.c: sessions whose stalls make less important calls wait; written by the daemon. */
+/* memory.bpf.c: a session whose stalls deny less important calls growth; written by the daemon. */
 struct protected_session {
 	__u64 cgroup_id;
 	__u32 priority;
 	__u32 stalling;		 /* tasks in a memory stall now */
-	__u64 stalling_since_ns; /* since one of them is */
-	__u64 window_ns;
-	__u64 stalled_ns; /* in the running window, ended stalls only */
+	__u64 stalling_since_ns; /* since when there is one of them */
+	__u64 window_ns;	 /* start of the running window */
+	__u64 stalled_ns;	 /* in that window, of stalls that have ended */
 };
 
 /* One for the whole object, in mapped memory. */
 struct memory_control {
-	__u64 allowance_bytes; /* of small requests of a call that is denied, altogether */
+	__u64 allowance_bytes; /* sum of the small requests that a denied call may still make */
 	__u64 stall_threshold_ns;
 	__u64 stall_window_ns;
 	__u64 urgent_lease_ns;
-	__u64 pool_id;	       /* whose soft mark must be passed; 0: no urgent reaction */
-	__u64 lifted_until_ns; /* the daemon disagrees until then */
-	__u64 urgent_until_ns; /* growth of calls below urgent_priority is denied until then */
+	__u64 pool_id;	       /* the pool, which must be above its mark; 0: no urgent reaction */
+	__u64 lifted_until_ns; /* until when the daemon allows no urgent reaction */
+	__u64 urgent_until_ns; /* until when calls below urgent_priority are denied growth */
 	__u64 urgent_count;
 	__u64 lost;	 /* events without room in the ring buffer */
 	__u64 untracked; /* states without room in their map */
@@ -223,7 +224,7 @@ struct memory_control {
 	struct protected_session protected_sessions[ABI_PROTECTED_MAX];
 };
 
-/* sched.bpf.c: where a cgroup's entry is, by its id. */
+/* sched.bpf.c: place of a cgroup's entry, by cgroup id. */
 struct sched_place {
 	__u32 slot;
 	__u32 reserved;
@@ -231,45 +232,45 @@ struct sched_place {
 
 /* sched.bpf.c: one cgroup with the cpu controller, in mapped memory; counts since it was made. */
 struct sched_cgroup {
-	__u64 cgroup_id; /* 0: nobody's */
+	__u64 cgroup_id; /* 0: the entry is free */
 
 	/* Written by the daemon before a process enters. */
-	__u64 boost_cap_ns;   /* CPU time that may be taken ahead of others at a time; 0: none */
-	__u32 boost_permille; /* of one CPU: how fast that comes back */
-	__u32 kind;
-	__u64 hurry_until_ns; /* its tasks go first: it is about to be frozen or killed */
+	__u64 boost_cap_ns;   /* most CPU time that its budget holds for going first; 0: none */
+	__u32 boost_permille; /* rate at which the budget fills, in permille of one CPU */
+	__u32 kind;	      /* enum cgroup_kind */
+	__u64 hurry_until_ns; /* until when its tasks go first: before a freeze or a kill */
 
 	__u64 run_ns;
-	__u64 wait_ns; /* of all its tasks, runnable and not running */
+	__u64 wait_ns; /* sum of the times that its tasks were runnable and not running */
 	__u64 wait_max_ns;
 	__u64 slices;	  /* times that a task of it was given a CPU */
-	__u64 boosts;	  /* of these, ahead of others */
+	__u64 boosts;	  /* slices that were given ahead of others */
 	__u64 boosted_ns; /* CPU time paid from the budget */
-	__u64 penalties;  /* times that it sat out for its memory */
+	__u64 penalties;  /* times that it was paused for its memory */
 	__u64 penalty_ns;
-	__u64 stalls; /* times that it was out of cpu.max */
+	__u64 stalls; /* times that it was paused because cpu.max was used up */
 	__u64 stalled_ns;
-	__u64 rescues; /* turns given for having waited too long */
+	__u64 rescues; /* slices that a task got for having waited too long */
 };
 
 /* sched.bpf.c: one for the whole object, in mapped memory. */
 struct sched_control {
 	/* Written by the daemon before the scheduler is attached. */
 	__u64 slice_ns;
-	__u64 wait_max_ns;	/* a task that waits gets a turn after this time at the latest */
+	__u64 wait_max_ns;	/* time after which a waiting task is looked at: see move_oldest */
 	__u64 boost_lead_ns;	/* how far ahead of its share a boost may take a cgroup */
-	__u32 penalty_most;	/* a cgroup far over its mark gets one part in so many; 1: off */
-	__u32 stall_on_purpose; /* tests: give no task a CPU */
+	__u32 penalty_most;	/* highest factor of CPU time for memory over the mark; 1: off */
+	__u32 stall_on_purpose; /* for tests: give no task a CPU */
 
 	/* Counts since the scheduler was attached. */
 	__u64 cgroups;	     /* now */
 	__u64 queues;	     /* DSQs, now */
 	__u64 waiting;	     /* tasks, now */
-	__u64 without_entry; /* cgroups that found all entries taken: one with their parent */
+	__u64 without_entry; /* cgroups without an entry, scheduled with their parent */
 	__u64 picks;
-	__u64 picks_empty; /* a queue was found empty, and another chosen */
-	__u64 preempted;   /* for a boosted task */
-	__u64 finishing;   /* turns of tasks that must not be left where they are */
+	__u64 picks_empty; /* choices of a queue that had no task for the CPU */
+	__u64 preempted;   /* tasks that lost their CPU to one that woke */
+	__u64 finishing;   /* slices for tasks that must go on at once: see enqueue */
 	__u64 left;	   /* tasks that left the class while alive */
 };
 
@@ -279,20 +280,19 @@ struct sched_hurry {
 	__u64 until_ns;
 };
 
-/* sched.bpf.c: why the kernel has let go of the scheduler. */
+/* sched.bpf.c: reason why the kernel has detached the scheduler. */
 struct sched_exit {
 	__u64 at_ns;
 	__s64 code;
-	__u32 kind; /* enum scx_exit_kind; 0: it runs, or never did */
+	__u32 kind; /* enum scx_exit_kind; 0: attached, or never was */
 	__u32 reserved;
 	char reason[ABI_SCHED_REASON_BYTES];
 	char message[ABI_SCHED_MESSAGE_BYTES];
 };
 
-/* memcg_ops.bpf.c: by cgroup id of the session that it is for. */
+/* memcg_ops.bpf.c: treatment of a session, by cgroup id. */
 struct protection {
-	__u32 protect; /* 1: reclaim spares it while it is stalled, and its charges are not delayed
-			*/
+	__u32 protect; /* 1: spared by reclaim while `stalled`, and charges are not delayed */
 	__u32 stalled;
 	__u32 delay_percent; /* ms of delay for each percent above memory.high; 0: none */
 	__u32 delay_cap_ms;
@@ -307,10 +307,10 @@ struct memcg_ops_counters {
 	__u64 delayed;
 };
 
-/* memcg_ops.bpf.c: what the hooks would answer for a cgroup now; context of a test program. */
+/* memcg_ops.bpf.c: decisions of the hooks for a cgroup; context of a program for tests. */
 struct memcg_decision {
 	__u64 cgroup_id;
-	__u64 session_id; /* 0: of no session */
+	__u64 session_id; /* 0: the cgroup is in no session */
 	__u64 usage_bytes;
 	__u64 high_bytes;
 	__u32 below_low;
@@ -319,11 +319,11 @@ struct memcg_decision {
 	__u32 reserved;
 };
 
-/* device.bpf.c: what a major number stands for. */
+/* device.bpf.c: meaning of a major number. */
 enum gpu_major_kind {
 	GPU_MAJOR_NONE = 0,
-	GPU_MAJOR_DEVICES = 1, /* minors are GPUs, but for those from ABI_GPU_SHARED_MINOR on */
-	GPU_MAJOR_SHARED = 2,  /* unified memory, capabilities: for whoever has any GPU */
+	GPU_MAJOR_DEVICES = 1, /* minors below ABI_GPU_SHARED_MINOR are GPUs */
+	GPU_MAJOR_SHARED = 2,  /* unified memory, capabilities: open to whoever has any GPU */
 };
 
 struct gpu_major {
@@ -331,18 +331,18 @@ struct gpu_major {
 	__u32 reserved;
 };
 
-/* device.bpf.c: by id of the cgroup of a call or agent leaf that has a grant. */
+/* device.bpf.c: GPUs of a call or agent leaf, by its cgroup id. */
 struct gpu_access {
 	__u64 minors[4]; /* a bit for each of ABI_GPU_MINORS */
 };
 
-/* Events of device.bpf.c and vram.bpf.c; apart from those of the other programs. */
+/* Events of device.bpf.c and vram.bpf.c, with other numbers than enum event_type. */
 enum gpu_event_type {
 	GPU_EVENT_NONE = 0,
-	GPU_EVENT_OPENED = 64, /* a device file of the GPU's was opened */
-	GPU_EVENT_CLOSED = 65, /* it was refused */
+	GPU_EVENT_OPENED = 64, /* a device file was opened */
+	GPU_EVENT_CLOSED = 65, /* the opening of a device file was refused */
 	GPU_EVENT_MEMORY = 66, /* an allocation went over the quota */
-	GPU_EVENT_ACTIVE = 67, /* the first work given to the GPU since it was asked for */
+	GPU_EVENT_ACTIVE = 67, /* the first work was given to the GPU since vram_quota.watch */
 };
 
 struct gpu_device_event {
@@ -361,9 +361,7 @@ struct device_counters {
 	__u64 lost; /* events without room in the ring buffer */
 };
 
-/*
- * vram.bpf.c: functions of libcuda, told apart by the cookie of the probe. Arguments as in cuda.h.
- */
+/* vram.bpf.c: functions of libcuda, as cookies of their probes. Arguments are those of cuda.h. */
 enum cuda_call {
 	CUDA_NONE = 0,
 	CUDA_ALLOC = 1, /* (pointer *, size, ...) */
@@ -388,14 +386,14 @@ enum cuda_call {
 	CUDA_CTX_PUSH = 20,
 };
 
-/* vram.bpf.c: written by the daemon, by id of the cgroup of a call or agent leaf. */
+/* vram.bpf.c: quota of a call or agent leaf, by its cgroup id; written by the daemon. */
 struct vram_quota {
-	__u64 quota_bytes; /* all ones: none, only accounted */
-	__u32 watch;	   /* 1: tell the next work it gives to the GPU, once */
+	__u64 quota_bytes; /* all ones: no quota, only an account */
+	__u32 watch;	   /* 1: send an event for the next work given to the GPU, once */
 	__u32 reserved;
 };
 
-/* vram.bpf.c: what has been seen, by the same id. */
+/* vram.bpf.c: account of a cgroup with a quota, by the same id. */
 struct vram_account {
 	__u64 used_bytes;
 	__u64 peak_bytes;
@@ -403,10 +401,10 @@ struct vram_account {
 	__u64 frees;
 	__u64 refused;
 	__u64 refused_bytes;
-	__u64 over;	 /* went over the quota where the kernel cannot refuse */
-	__u64 untracked; /* no room to note the handle: counted until the process ends */
-	__u64 told_ns;
-	__u64 launches; /* seen while watched */
+	__u64 over;	 /* allocations over the quota that the kernel could not refuse */
+	__u64 untracked; /* handles without room, whose memory counts until the process ends */
+	__u64 told_ns;	 /* when an event was last sent */
+	__u64 launches;	 /* work given to the GPU, seen by probes while there are any */
 };
 
 struct vram_process {
@@ -415,19 +413,19 @@ struct vram_process {
 	__u64 used_bytes;
 };
 
-/* A handle that libcuda gave out. */
+/* vram.bpf.c: a handle that libcuda gave out. */
 struct vram_key {
 	__u64 start_ns;
 	__u64 handle;
 	__u32 tgid; /* in the initial pid namespace */
-	__u32 kind; /* handles of one kind are unlike each other: the cuda_call that made it */
+	__u32 kind; /* the cuda_call that made it: handles of two kinds can be equal */
 };
 
 struct vram_allocation {
 	__u64 size_bytes;
-	__u64 context;	      /* 0: not known */
-	__u64 context_serial; /* a context's address is given out again after its end */
-	__u32 refs;	      /* of physical memory: its handle, and each mapping */
+	__u64 context;	      /* 0: not known, or none */
+	__u64 context_serial; /* tells the context from a later one at the same address */
+	__u32 refs;	      /* of physical memory: the handle and its mappings */
 	__u32 reserved;
 };
 
@@ -437,7 +435,7 @@ struct vram_event {
 	__u64 used_bytes;
 	__u64 quota_bytes;
 	__s32 pid;
-	__u32 refused; /* 0: this kernel could not */
+	__u32 refused; /* 0: the kernel could not refuse */
 };
 
 #endif

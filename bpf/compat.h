@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* What the programs share: finding out who a task is, in the daemon's terms. */
+/*
+ * Shared by all programs: constants that the loader sets, the identity of a task in the daemon's
+ * terms (its pid, its cgroup), and differences between kernels and architectures.
+ */
 #ifndef AGENTCG_COMPAT_H
 #define AGENTCG_COMPAT_H
 
@@ -14,7 +17,7 @@
 
 #include "abi.h"
 
-/* Read by the loader before anything else: an object made from another abi.h is refused. */
+/* The loader reads this first, and refuses an object that was made from another abi.h. */
 const volatile __u32 abi_version = ABI_VERSION;
 
 const volatile __u32 page_bytes = 4096; /* set before the load */
@@ -23,9 +26,10 @@ const volatile __u32 page_bytes = 4096; /* set before the load */
 const volatile __u32 daemon_pid_ns;
 
 /*
- * A program that is interrupted by another task on its CPU is left out there (the kernel's guard
- * against recursion, bpf_prog->active), so one that must see everything is not to be interrupted.
- * Tracepoints no longer see to that themselves (Linux 7). The kfuncs came in 6.10.
+ * While a program is interrupted, the kernel leaves it out for other tasks on the same CPU (the
+ * guard against recursion, bpf_prog->active). A program that must see every event therefore turns
+ * preemption off. Tracepoints did that themselves before Linux 7. The kfuncs came in 6.10; before,
+ * these two functions do nothing.
  */
 extern void bpf_preempt_disable(void) __ksym __weak;
 extern void bpf_preempt_enable(void) __ksym __weak;
@@ -43,10 +47,10 @@ static __always_inline void preempt_on(void)
 }
 
 /**
- * visible_pid - a task's thread group id as the daemon sees it
+ * visible_pid - the thread group id of a task in the daemon's pid namespace
  * @task: any thread of the group
  *
- * Return: the id, or 0 for a task outside the daemon's pid namespace.
+ * Return: the id; 0 for a task that is not visible in that namespace.
  */
 static __always_inline s32 visible_pid(struct task_struct *task)
 {
@@ -67,17 +71,47 @@ static __always_inline s32 visible_pid(struct task_struct *task)
 	return 0;
 }
 
+/* The cgroup v2 of a task. */
 static __always_inline struct cgroup *task_cgroup(struct task_struct *task)
 {
 	return task->cgroups->dfl_cgrp;
 }
 
+/* The id of a cgroup: the inode number of its directory. */
 static __always_inline u64 cgroup_id(struct cgroup *cgroup)
 {
 	return cgroup->kn->id;
 }
 
-/* The system call that a task is in, from the registers it entered the kernel with. */
+/**
+ * nearest - the entry of a cgroup, or of the nearest one above it, in a map by cgroup id
+ * @map: the map
+ * @cgroup: where to begin; at most ABI_DEPTH_MAX levels above it are looked up, without the root
+ * @own: set to the id of @cgroup
+ * @id: set to the id of the cgroup that has the entry
+ *
+ * Return: the entry; NULL: there is none, and @id is of no use.
+ */
+static __always_inline void *nearest(void *map, struct cgroup *cgroup, u64 *own, u64 *id)
+{
+	struct cgroup_subsys_state *css = &cgroup->self;
+	int level = cgroup->level;
+	void *entry;
+
+	*own = *id = cgroup_id(cgroup);
+	entry = bpf_map_lookup_elem(map, id);
+	for (int i = 1; !entry && i <= ABI_DEPTH_MAX && i < level; i++) {
+		css = css->parent;
+		*id = cgroup_id(css->cgroup);
+		entry = bpf_map_lookup_elem(map, id);
+	}
+	return entry;
+}
+
+/*
+ * syscall_number() is the system call that a task is in, from the registers with which it entered
+ * the kernel; negative: it is in none.
+ */
 #ifdef __TARGET_ARCH_x86
 #define NR_CLONE    56
 #define NR_FORK	    57
@@ -91,7 +125,7 @@ static __always_inline long syscall_number(struct pt_regs *regs)
 }
 #elif defined(__TARGET_ARCH_arm64)
 #define NR_CLONE    220
-#define NR_FORK	    -2 /* there is none */
+#define NR_FORK	    -2 /* no such system call here */
 #define NR_VFORK    -2
 #define NR_EXECVE   221
 #define NR_EXECVEAT 281

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Who may open a GPU's device files: only what is below a cgroup that the daemon has noted.
- * Attached to the pool and to each adopted session, beside whatever program a runtime has there:
- * the kernel asks all of them, and one that says no is enough.
+ * The gate in front of the GPUs' device files: only tasks below a cgroup that the daemon has noted
+ * may open them. It is attached to the pool and to each adopted session, beside any program that a
+ * container runtime has there: the kernel asks all of them, and a single refusal is enough.
  */
 #include "compat.h"
+
+#include "maps.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -18,55 +20,40 @@ struct {
 	__type(value, struct gpu_major);
 } majors SEC(".maps");
 
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, u64);
-	__type(value, struct gpu_access);
-} access SEC(".maps");
+ID_MAP(access, struct gpu_access);
 
-/* When something was last told: of a process that opened, of a cgroup that was refused. */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 4096);
-	__type(key, u64);
-	__type(value, u64);
-} told SEC(".maps");
+/*
+ * Time of the last event in ns, by source: (tgid << 32 | 1) of a process that opened a device, or
+ * (cgroup id << 1) of a cgroup that was refused one.
+ */
+LRU_MAP(told, 4096, u64);
 
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 256 << 10);
-} events SEC(".maps");
+RING_BUFFER(events, 256 << 10);
 
 struct device_counters counters = {};
 
 /**
- * find_access - what a task's cgroup, or the nearest one above it that is noted, may open
+ * find_access - the GPUs that a task may open
  * @task: the task
- * @own: set to the id of its own cgroup
+ * @own: set to the id of the task's own cgroup
  *
- * Return: its entry, or NULL.
+ * Return: the entry of that cgroup, or of the nearest one above it that the daemon has noted; NULL:
+ * none, so no GPU.
  */
 static __always_inline struct gpu_access *find_access(struct task_struct *task, u64 *own)
 {
-	struct cgroup *cgroup = task_cgroup(task);
-	struct cgroup_subsys_state *css = &cgroup->self;
-	int level = cgroup->level;
-	struct gpu_access *entry;
 	u64 id;
 
-	*own = id = cgroup_id(cgroup);
-	entry = bpf_map_lookup_elem(&access, &id);
-	for (int i = 1; !entry && i <= ABI_DEPTH_MAX && i < level; i++) {
-		css = css->parent;
-		id = cgroup_id(css->cgroup);
-		entry = bpf_map_lookup_elem(&access, &id);
-	}
-	return entry;
+	return nearest(&access, task_cgroup(task), own, &id);
 }
 
-/* Whether it is time to tell again; what is told often says nothing new. */
+/**
+ * is_news - whether an event is worth sending, so long after the last one of its source
+ * @key: the source, as in `told`
+ * @gap_ns: least time between two events
+ *
+ * The time of the event is noted if it is.
+ */
 static __always_inline bool is_news(u64 key, u64 gap_ns)
 {
 	u64 now = bpf_ktime_get_ns(), *before = bpf_map_lookup_elem(&told, &key);
@@ -77,6 +64,15 @@ static __always_inline bool is_news(u64 key, u64 gap_ns)
 	return true;
 }
 
+/**
+ * tell - send an event about a device file
+ * @type: GPU_EVENT_OPENED or GPU_EVENT_CLOSED
+ * @task: the current task
+ * @own: id of its cgroup
+ * @major, @minor: numbers of the device
+ *
+ * An event without room in the ring buffer is counted.
+ */
 static __always_inline void tell(u32 type, struct task_struct *task, u64 own, u32 major, u32 minor)
 {
 	struct gpu_device_event *event;
@@ -98,6 +94,7 @@ static __always_inline void tell(u32 type, struct task_struct *task, u64 own, u3
 	bpf_ringbuf_submit(event, 0);
 }
 
+/* Whether an entry (NULL: none) lets its tasks open the device with this minor number. */
 static __always_inline bool allows(struct gpu_access *entry, u32 kind, u32 minor)
 {
 	if (!entry)
@@ -107,6 +104,7 @@ static __always_inline bool allows(struct gpu_access *entry, u32 kind, u32 minor
 	return entry->minors[(minor >> 6) & 3] >> (minor & 63) & 1;
 }
 
+/* Runs when a task opens or makes a device file. Returns 1: allowed, 0: refused (EPERM). */
 SEC("cgroup/dev")
 int on_device(struct bpf_cgroup_dev_ctx *ctx)
 {

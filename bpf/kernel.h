@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The part of the kernel's types that the programs read: names and members as in the kernel, the
- * places of the members found at load time (CO-RE). tests/kernel/test_bpf_types.py looks up every
- * one of them in the running kernel's BTF. A type with three underscores is a flavor: the kernel's
- * name without what follows them, for a kernel that has it in another form.
+ * The part of the kernel's types that the programs read. Names and members are the kernel's; the
+ * places of the members are found at load time (CO-RE). tests/kernel/test_bpf_types.py looks up
+ * each of them in the running kernel's BTF. A name with three underscores is a flavor: it stands
+ * for the kernel's type with the name before them, in the form that some kernels have.
  */
 #ifndef AGENTCG_KERNEL_H
 #define AGENTCG_KERNEL_H

@@ -1,61 +1,50 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Which processes come and go below managed cgroups. Only BTF tracepoints, so that it loads on
- * kernels that refuse trampolines. Nothing is sent for processes elsewhere.
+ * Events of processes below managed cgroups: fork, exec, exit, and the OOM killer's choice. Other
+ * processes cause no event. All programs are at BTF tracepoints, so the object also loads on
+ * kernels that refuse trampolines.
  *
- * All events go through one ring buffer, so the daemon sees them in the order in which they were
+ * All events go through one ring buffer, so the daemon reads them in the order in which they were
  * reserved: a process's fork before its exec, its exec before its exit. An event that finds no room
- * is counted by type; the daemon compares the counts and looks at the cgroups itself.
+ * is counted by type. When the daemon sees such a count rise, it looks at the cgroups themselves.
  */
 #include "compat.h"
+
+#include "maps.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
 #define SIGNAL_GROUP_EXIT 0x4  /* include/linux/sched/signal.h */
 #define PF_FORKNOEXEC	  0x40 /* include/linux/sched.h */
 
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, u64);
-	__type(value, struct managed);
-} managed SEC(".maps");
+ID_MAP(managed, struct managed);
 
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 8 << 20);
-} events SEC(".maps");
+RING_BUFFER(events, 8 << 20);
 
 struct lifecycle_counters counters = {};
 
 /**
  * find_managed - the managed cgroup that a task is in
  * @task: the task
- * @own: set to the id of its own cgroup
- * @id: set to the id of the managed one, which may be further up: a container makes cgroups of its
- *      own
+ * @own: set to the id of the task's own cgroup
+ * @id: set to the id of the managed cgroup, which may be above that one: containers make cgroups of
+ *      their own
  *
- * Return: its entry, or NULL.
+ * Return: the managed cgroup's entry, or NULL.
  */
 static __always_inline struct managed *find_managed(struct task_struct *task, u64 *own, u64 *id)
 {
-	struct cgroup *cgroup = task_cgroup(task);
-	struct cgroup_subsys_state *css = &cgroup->self;
-	int level = cgroup->level;
-	struct managed *entry;
-
-	*own = *id = cgroup_id(cgroup);
-	entry = bpf_map_lookup_elem(&managed, id);
-	for (int i = 1; !entry && i <= ABI_DEPTH_MAX && i < level; i++) {
-		css = css->parent;
-		*id = cgroup_id(css->cgroup);
-		entry = bpf_map_lookup_elem(&managed, id);
-	}
-	return entry;
+	return nearest(&managed, task_cgroup(task), own, id);
 }
 
-/* Room for an event with its head filled in; NULL, and counted, if there is none. */
+/**
+ * reserve - make room for an event in the ring buffer, and fill in its head
+ * @type: enum event_type
+ * @size_bytes: size of the whole event
+ * @id: the managed cgroup
+ *
+ * Return: the event, to be given to submit(); NULL if there is no room, which is counted.
+ */
 static __always_inline void *reserve(u32 type, u32 size_bytes, u64 id)
 {
 	struct event *event = bpf_ringbuf_reserve(&events, size_bytes, 0);
@@ -72,10 +61,15 @@ static __always_inline void *reserve(u32 type, u32 size_bytes, u64 id)
 	return event;
 }
 
-/*
- * Only an exec in an agent leaf wakes the daemon: it is to be moved at once. What goes with it is
- * read with it, and the end of a call is told by its cgroup; so nothing else is worth the wake-up,
- * unless the buffer is filling.
+/**
+ * submit - send an event to the daemon
+ * @event: from reserve()
+ * @wake: whether the daemon is to read it now
+ *
+ * The daemon is woken for an exec in an agent leaf, because it has to move that process at once,
+ * and for an OOM victim. It reads the other events together with the next exec, and learns the end
+ * of a call from the call's cgroup. When an eighth of the buffer is full, it is woken for any
+ * event.
  */
 static __always_inline void submit(void *event, bool wake)
 {
@@ -104,7 +98,7 @@ static __always_inline void tell_fork(struct task_struct *parent, struct task_st
 
 	if (child->pid != child->tgid)
 		return;
-	/* What a call forks is in it already. */
+	/* A child of a process in a call is in that call already. */
 	entry = find_managed(child, &own, &id);
 	if (!entry || entry->kind == KIND_CALL)
 		return;
@@ -112,7 +106,7 @@ static __always_inline void tell_fork(struct task_struct *parent, struct task_st
 	if (!event)
 		return;
 	describe(&event->child, child);
-	/* Who forked it, also where CLONE_PARENT gave it another parent. */
+	/* The process that called fork(), even if CLONE_PARENT made another one the parent. */
 	event->child.parent_pid = visible_pid(parent);
 	event->parent_start_ns = parent->group_leader->start_boottime;
 	submit(event, false);
@@ -127,7 +121,10 @@ int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 	return 0;
 }
 
-/* Ours asks for its call itself, and is not to wait for the daemon to have looked at it. */
+/*
+ * Whether a task is our launcher. It declares its call itself, so its exec need not wake the
+ * daemon.
+ */
 static __always_inline bool is_launcher(struct task_struct *task)
 {
 	char comm[ABI_COMM_BYTES] = {};
@@ -156,7 +153,10 @@ static __always_inline void tell_exec(struct task_struct *task)
 	event->argv_cut = length > ABI_ARGV_BYTES;
 	if (length > ABI_ARGV_BYTES)
 		length = ABI_ARGV_BYTES;
-	/* The page was written by this exec, so it is there; if not, the daemon asks /proc. */
+	/*
+	 * This exec has just written the page, so it is in memory. Should it not be, the daemon
+	 * reads the arguments in /proc.
+	 */
 	if (bpf_probe_read_user(event->argv, length, (void *)start))
 		length = 0;
 	event->argv_bytes = length;
@@ -179,13 +179,13 @@ static __always_inline void tell_exit(struct task_struct *task)
 	struct exit_event *event;
 	u64 own, id;
 
-	/* Only the last thread ends the process; do_exit() has counted it down before. */
+	/* The process ends with its last thread; do_exit() has lowered the count before. */
 	if (signal->live.counter || !find_managed(task, &own, &id))
 		return;
 	event = reserve(EVENT_EXIT, sizeof(*event), id);
 	if (!event)
 		return;
-	/* By the name of its first thread, not of the one that ends last. */
+	/* The process has the name of its first thread, not that of the one that ends last. */
 	describe(&event->process, leader);
 	event->user_ns = signal->utime + task->utime;
 	event->system_ns = signal->stime + task->stime;

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Whom reclaim spares and whom a charge delays: callbacks of memcg_bpf_ops, a struct_ops that has
- * been proposed for Linux but is in no release ("mm: memcontrol: Add BPF struct_ops for memory
- * controller", RFC v3 of 2026-01 to v7 of 2026-05).
+ * Decisions which memory cgroups reclaim spares, and how long a charge waits: callbacks of
+ * memcg_bpf_ops, a struct_ops that has been proposed for Linux but is in no release ("mm:
+ * memcontrol: Add BPF struct_ops for memory controller", RFC v3 of 2026-01 to v7 of 2026-05).
  *
- * A decision about a memory cgroup is one about its session: it is looked up at every level from
- * the memory cgroup upwards, so calls, and what calls make below themselves, follow the session
- * that the daemon wrote into `protections`. One object serves all versions of the proposal: a
- * callback that the kernel lacks is left out before the load (agentcgroupd/bpf/memcg_ops.py).
+ * The decision about a memory cgroup is that about its session. The session is looked for from the
+ * memory cgroup upwards, so calls, and cgroups that calls make below themselves, follow what the
+ * daemon wrote for the session into `protections`. One object serves all versions of the proposal:
+ * a callback that the kernel lacks is left out before the load (agentcgroupd/bpf/memcg_ops.py).
  *
- * The callbacks only wrap the decisions, because decide_for() can make those on any kernel.
+ * The callbacks only wrap the decisions, so that decide_for() can make the same ones on any kernel.
  */
 #include "compat.h"
+
+#include "maps.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -23,11 +25,11 @@ char LICENSE[] SEC("license") = "GPL";
 #define LARGEST_CHARGE 512	    /* pages at once: a huge page */
 #define PERCENT	       100
 
-/* Those that the running kernel has are found by name. */
+/* Callbacks of all versions; libbpf finds those that the running kernel has by name. */
 struct memcg_bpf_ops___v1 {
 	void (*handle_cgroup_online)(struct mem_cgroup *memcg);
 	void (*handle_cgroup_offline)(struct mem_cgroup *memcg);
-	/* Since v7 with two arguments more, which are not read here. */
+	/* These two have had two more arguments since v7, which are not read here. */
 	bool (*below_low)(struct mem_cgroup *memcg);
 	bool (*below_min)(struct mem_cgroup *memcg);
 	unsigned int (*get_high_delay_ms)(struct mem_cgroup *memcg); /* until v6 */
@@ -41,28 +43,24 @@ struct cgroup___subsys {
 struct cgroup *bpf_cgroup_from_id(u64 cgid) __ksym __weak;
 void bpf_cgroup_release(struct cgroup *cgrp) __ksym __weak;
 
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, u64);
-	__type(value, struct protection);
-} protections SEC(".maps");
+ID_MAP(protections, struct protection);
 
 struct memcg_ops_counters counters = {};
 
-/* The way from a memory cgroup up to its session. */
+/* Findings on the way from a memory cgroup up to its session. */
 struct way {
 	u64 session_id;
 	u64 over_share; /* the most that a level is above its memory.high, in 2^-20 of that */
-	bool at_limit;	/* a level has no room for one charge more below its own high or max */
+	bool at_limit;	/* a level has no room for one more charge below its own high or max */
 };
 
+/* The memory cgroup of a css of the memory controller; NULL of NULL. */
 static __always_inline struct mem_cgroup *memcg_of(struct cgroup_subsys_state *css)
 {
 	return css ? (void *)css - bpf_core_field_offset(struct mem_cgroup, css) : NULL;
 }
 
+/* Add a level's usage and limits, in pages, to the findings. */
 static __always_inline void look_at(struct mem_cgroup *memcg, struct way *way)
 {
 	s64 usage = BPF_CORE_READ(memcg, memory.usage.counter);
@@ -70,7 +68,7 @@ static __always_inline void look_at(struct mem_cgroup *memcg, struct way *way)
 	u64 max = BPF_CORE_READ(memcg, memory.max);
 	u64 over, share;
 
-	if (usage < 0) /* for a moment, while charges are taken back */
+	if (usage < 0) /* possible for a moment, while charges are taken back */
 		usage = 0;
 	if ((u64)usage + LARGEST_CHARGE > (high < max ? high : max))
 		way->at_limit = true;
@@ -85,11 +83,11 @@ static __always_inline void look_at(struct mem_cgroup *memcg, struct way *way)
 }
 
 /**
- * find_session - the session that a memory cgroup is of
+ * find_session - the session that a memory cgroup belongs to
  * @memcg: the session's own memory cgroup, or one below it
- * @way: filled in up to the session
+ * @way: filled in with the findings up to the session
  *
- * Return: what the daemon wants for the session; NULL for a memory cgroup of no session.
+ * Return: what the daemon wrote for the session; NULL for a memory cgroup of no session.
  */
 static __always_inline struct protection *find_session(struct mem_cgroup *memcg, struct way *way)
 {
@@ -111,12 +109,14 @@ static __always_inline struct protection *find_session(struct mem_cgroup *memcg,
 
 /**
  * is_spared - whether reclaim is to leave a memory cgroup alone for now
- * @memcg: the one that reclaim has come to
- * @always: even if nothing else can be reclaimed (memory.min), not only while it can (memory.low)
+ * @memcg: the memory cgroup that reclaim has come to
+ * @always: true: as with memory.min, even if nothing else can be reclaimed; false: as with
+ *          memory.low, while something else can be
  *
- * The hook does not tell for whose limit memory is reclaimed. If it is one on the way up to the
- * session, sparing always what is below it would leave nothing to reclaim, and the call would be
- * killed for a limit that reclaim could have kept; so that is not done close to a limit.
+ * The hook does not tell for whose limit memory is reclaimed. If the limit is on the way up to the
+ * session and everything below it were always spared, nothing could be reclaimed, and the call
+ * would be killed for a limit that reclaim could have kept. So close to a limit nothing is always
+ * spared.
  */
 static __always_inline bool is_spared(struct mem_cgroup *memcg, bool always)
 {
@@ -133,13 +133,13 @@ static __always_inline bool is_spared(struct mem_cgroup *memcg, bool always)
 
 /**
  * delay_ms - how long a task that was charged is to wait
- * @memcg: where it was charged
+ * @memcg: the memory cgroup that was charged
  *
  * The kernel takes the larger of this and its own delay, which rises with the square of the
  * overage, and at most 2 s of either.
  *
- * Return: protection.delay_percent for each percent above memory.high, up to delay_cap_ms; 0 for
- * protected sessions.
+ * Return: the delay in ms: protection.delay_percent for each percent above memory.high, up to
+ * delay_cap_ms; 0 for protected sessions.
  */
 static __always_inline u32 delay_ms(struct mem_cgroup *memcg)
 {
@@ -152,8 +152,7 @@ static __always_inline u32 delay_ms(struct mem_cgroup *memcg)
 		return 0;
 	factor = (u64)session->delay_percent * PERCENT;
 	cap = session->delay_cap_ms;
-	/* A share up to the quotient can be multiplied: the product is at most cap << SHARE_SHIFT.
-	 */
+	/* Up to that quotient the product below is at most cap << SHARE_SHIFT: no overflow. */
 	if (way.over_share > (cap << SHARE_SHIFT) / factor)
 		delay = cap;
 	else
@@ -181,7 +180,7 @@ unsigned int BPF_PROG(get_high_delay_ms, struct mem_cgroup *memcg)
 	return delay_ms(memcg);
 }
 
-/* Called for charges below memory.high too, for which the delay is 0. */
+/* The kernel calls this for charges below memory.high too; the delay is 0 then. */
 SEC("struct_ops/memcg_charged")
 unsigned int BPF_PROG(memcg_charged, struct mem_cgroup *memcg)
 {
@@ -200,7 +199,8 @@ void BPF_PROG(handle_cgroup_offline)
 	__sync_fetch_and_add(&counters.offline, 1);
 }
 
-/* Optional: without it libbpf would refuse the object where the kernel lacks the type. */
+/* The ? makes the map optional: otherwise libbpf refuses the object if the kernel lacks the type.
+ */
 SEC("?.struct_ops.link")
 struct memcg_bpf_ops___v1 hooks = {
 	.handle_cgroup_online = (void *)handle_cgroup_online,
@@ -212,10 +212,10 @@ struct memcg_bpf_ops___v1 hooks = {
 };
 
 /**
- * decide_for - make the decisions of the callbacks for one cgroup; loaded by tests only
- * @decision: its cgroup_id is read, the rest is filled in
+ * decide_for - make the decisions of the callbacks for a cgroup; loaded by tests only
+ * @decision: its cgroup_id is read, the other members are filled in
  *
- * Return: 0, -ENOENT without such a cgroup, -ENODEV for one without the memory controller.
+ * Return: 0; -ENOENT: there is no such cgroup; -ENODEV: it has no memory controller.
  */
 SEC("syscall")
 int decide_for(struct memcg_decision *decision)

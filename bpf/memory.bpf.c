@@ -1,46 +1,36 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Memory of calls: marks and rates told without polling, growth denied, and the one reaction that
- * cannot wait for the daemon.
+ * Memory of calls: events for marks and rates without polling, denied growth, and the urgent
+ * reaction, which cannot wait for the daemon.
  *
  * The daemon writes `limits`, one entry for each managed cgroup; the programs keep what they have
- * seen in `states`. Usage is the kernel's own page counter of the memory cgroup, so it is what the
- * limits of cgroup v2 are compared with. All programs end early for tasks in no managed cgroup.
+ * seen in `states`. Usage is the kernel's own page counter of the memory cgroup, the number that
+ * cgroup v2 compares with its limits. All programs return early for a task in no managed cgroup.
  */
 #include "compat.h"
+
+#include "maps.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
 #define ENOMEM		 12
 #define NSEC_PER_SEC	 1000000000ULL
 #define WINDOW_NS	 100000000ULL  /* rates are taken over at least this long */
-#define HIGH_INTERVAL_NS 100000000ULL  /* memory.high is passed at every charge above it */
+#define HIGH_INTERVAL_NS 100000000ULL  /* between two events: every charge above it passes it */
 #define STALL_MAX_NS	 2000000000ULL /* the longest that memory.high makes a task sleep */
 #define CHAIN_MAX	 3	       /* call, session, pool */
 
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, u64);
-	__type(value, struct memory_limits);
-} limits SEC(".maps");
+ID_MAP(limits, struct memory_limits);
+/* Shared with sched.bpf.c, where it is defined in the same way. */
+ID_MAP(states, struct memory_state);
 
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, u64);
-	__type(value, struct memory_state);
-} states SEC(".maps");
-
-/* Faults of a task that are in its cgroup's state already, and when it began to stall. */
+/* What is known of a task: its faults that its cgroup's state counts already, and its stall. */
 struct task_seen {
 	u64 minor;
 	u64 major;
-	u64 stalled_ns;
-	u64 session;
-	u32 depth; /* stalls nest */
+	u64 stalled_ns; /* since when it stalls, if depth is not 0 */
+	u64 session;	/* cgroup id of the protected session that it stalls for */
+	u32 depth;	/* stalls that have begun and not ended: they nest */
 	u32 reserved;
 };
 
@@ -51,14 +41,11 @@ struct {
 	__type(value, struct task_seen);
 } tasks SEC(".maps");
 
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 20);
-} events SEC(".maps");
+RING_BUFFER(events, 1 << 20);
 
 struct memory_control control = {};
 
-/* Where a task's memory is charged; NULL without a memory controller. */
+/* The memory cgroup that a task's memory is charged to; NULL without a memory controller. */
 static __always_inline struct mem_cgroup *task_memcg(struct task_struct *task)
 {
 	u32 id = bpf_core_enum_value(enum cgroup_subsys_id, memory_cgrp_id);
@@ -74,12 +61,19 @@ static __always_inline struct page_counter *memory_of(struct mem_cgroup *memcg)
 	return (void *)memcg + bpf_core_field_offset(struct mem_cgroup, memory);
 }
 
+/* Pages charged to a memory cgroup and to all below it, in bytes. */
 static __always_inline u64 usage_bytes(struct page_counter *counter)
 {
 	return BPF_CORE_READ(counter, usage.counter) * page_bytes;
 }
 
-/* The managed cgroup at or above a memory cgroup; *memcg is moved up to it. */
+/**
+ * find_limits - the managed cgroup that a memory cgroup belongs to
+ * @memcg: a memory cgroup; set to that of the managed cgroup, which may be above it
+ * @id: set to the id of the managed cgroup
+ *
+ * Return: the daemon's entry for the managed cgroup, or NULL.
+ */
 static __always_inline struct memory_limits *find_limits(struct mem_cgroup **memcg, u64 *id)
 {
 	u32 offset = bpf_core_field_offset(struct mem_cgroup, css);
@@ -98,6 +92,7 @@ static __always_inline struct memory_limits *find_limits(struct mem_cgroup **mem
 	return entry;
 }
 
+/* What has been seen of a managed cgroup; NULL, and counted, if there is no entry for it. */
 static __always_inline struct memory_state *find_state(u64 id)
 {
 	struct memory_state *state = bpf_map_lookup_elem(&states, &id);
@@ -107,6 +102,14 @@ static __always_inline struct memory_state *find_state(u64 id)
 	return state;
 }
 
+/**
+ * reserve - make room for an event in the ring buffer, and fill in its head
+ * @type: enum event_type
+ * @size_bytes: size of the whole event
+ * @id: the managed cgroup
+ *
+ * Return: the event, to be submitted; NULL if there is no room, which is counted.
+ */
 static __always_inline void *reserve(u32 type, u32 size_bytes, u64 id)
 {
 	struct event *event = bpf_ringbuf_reserve(&events, size_bytes, 0);
@@ -122,7 +125,15 @@ static __always_inline void *reserve(u32 type, u32 size_bytes, u64 id)
 	return event;
 }
 
-/* One crossing, one event: whoever changes `above_mark` sends it. */
+/**
+ * check_mark - send an event when usage passes the soft mark or falls below its lower edge
+ * @limit: the daemon's entry for the cgroup
+ * @state: what has been seen of it
+ * @id: its id
+ * @usage: its usage in bytes, with the charge that is asked for
+ *
+ * Of tasks that find the same crossing, the one that changes `above_mark` sends the event.
+ */
 static __always_inline void check_mark(struct memory_limits *limit, struct memory_state *state,
 				       u64 id, u64 usage)
 {
@@ -143,7 +154,7 @@ static __always_inline void check_mark(struct memory_limits *limit, struct memor
 		__sync_fetch_and_add(&state->marks_crossed, 1);
 	event = reserve(EVENT_MARK, sizeof(*event), id);
 	if (!event) {
-		/* Not told: to be found again at the next charge. */
+		/* There was no room for the event: the next charge finds the crossing again. */
 		state->above_mark = !above;
 		return;
 	}
@@ -154,6 +165,14 @@ static __always_inline void check_mark(struct memory_limits *limit, struct memor
 	bpf_ringbuf_submit(event, 0);
 }
 
+/**
+ * check_rates - send an event when faults or refaults pass their rate or fall below half of it
+ * @limit: the daemon's entry for the cgroup
+ * @state: what has been seen of it
+ * @id: its id
+ *
+ * Rates are per second, over a window of at least WINDOW_NS.
+ */
 static __always_inline void check_rates(struct memory_limits *limit, struct memory_state *state,
 					u64 id)
 {
@@ -166,7 +185,7 @@ static __always_inline void check_rates(struct memory_limits *limit, struct memo
 		return;
 	if (then && span < WINDOW_NS)
 		return;
-	/* One task takes the window; the others of this moment count into the next. */
+	/* One task closes the window. Faults that others count meanwhile are in the next one. */
 	if (__sync_val_compare_and_swap(&state->window_ns, then, now) != then)
 		return;
 	faults = state->faults - state->window_faults;
@@ -196,7 +215,14 @@ static __always_inline void check_rates(struct memory_limits *limit, struct memo
 	bpf_ringbuf_submit(event, 0);
 }
 
-/* Faults of this task since it was last seen. */
+/**
+ * count_faults - page faults of a task since this was last asked
+ * @task: the current task
+ * @faults: set to the number of faults, minor and major
+ * @major: set to the number of major faults among them
+ *
+ * Both are 0 for a task that is seen for the first time.
+ */
 static __always_inline void count_faults(struct task_struct *task, u64 *faults, u64 *major)
 {
 	struct task_seen *seen = bpf_task_storage_get(&tasks, task, 0, 0);
@@ -215,7 +241,13 @@ static __always_inline void count_faults(struct task_struct *task, u64 *faults, 
 	seen->major = maj_flt;
 }
 
-/* How far a cgroup is above the mark that it is to grow slowly from; for sched.bpf.c. */
+/**
+ * note_over - note how far a call is above the mark beyond which it is slowed
+ * @limit: the daemon's entry for the call
+ * @state: where it is noted, in permille of the mark, for sched.bpf.c
+ * @counter: its page counter, whose high is the mark if the daemon has set none
+ * @usage: its usage in bytes, with the charge that is asked for
+ */
 static __always_inline void note_over(struct memory_limits *limit, struct memory_state *state,
 				      struct page_counter *counter, u64 usage)
 {
@@ -233,9 +265,9 @@ static __always_inline void note_over(struct memory_limits *limit, struct memory
 }
 
 /*
- * Runs when a CPU's stock of charged pages is used up, once for each 64 pages or so
- * (MEMCG_CHARGE_BATCH, mm/memcontrol.c), before they are charged: a mark is told when the charge
- * that passes it is asked for. Charges for another task's cgroup are left out.
+ * Runs before pages are charged, which happens when a CPU's stock of charged pages is used up,
+ * about once in 64 pages (MEMCG_CHARGE_BATCH, mm/memcontrol.c). The event for a mark is therefore
+ * sent when the charge that passes it is asked for. A charge to another task's cgroup is left out.
  */
 SEC("fentry/page_counter_try_charge")
 int BPF_PROG(on_charge, struct page_counter *counter, unsigned long pages)
@@ -271,7 +303,7 @@ int BPF_PROG(on_charge, struct page_counter *counter, unsigned long pages)
 	return 0;
 }
 
-/* A page comes back that was reclaimed not long ago; runs for nothing else. */
+/* Runs only when a page is read back that was reclaimed not long ago. */
 SEC("fentry/workingset_refault")
 int BPF_PROG(on_refault)
 {
@@ -293,6 +325,7 @@ int BPF_PROG(on_refault)
 	return 0;
 }
 
+/* Count that a memory cgroup passed memory.high, and send an event at most once an interval. */
 static __always_inline int passed_high(struct mem_cgroup *memcg)
 {
 	struct page_counter *counter;
@@ -324,7 +357,10 @@ static __always_inline int passed_high(struct mem_cgroup *memcg)
 	return 0;
 }
 
-/* Out of line since "memcg: disable kmem charging in nmi for unsupported arch" (6.16). */
+/*
+ * The function that counts memory events, for kernels that have it as one: since "memcg: disable
+ * kmem charging in nmi for unsupported arch" (6.16). Before, it is inline.
+ */
 SEC("fentry/__memcg_memory_event")
 int BPF_PROG(on_memory_event, struct mem_cgroup *memcg, enum memcg_memory_event event)
 {
@@ -333,7 +369,10 @@ int BPF_PROG(on_memory_event, struct mem_cgroup *memcg, enum memcg_memory_event 
 	return passed_high(memcg);
 }
 
-/* Before that: on the way back to user space, for a task that went above a high. */
+/*
+ * For older kernels: runs on the way back to user space, and looks for tasks that have charged
+ * pages above a memory.high.
+ */
 SEC("fentry/mem_cgroup_handle_over_high")
 int BPF_PROG(on_over_high)
 {
@@ -346,7 +385,15 @@ int BPF_PROG(on_over_high)
 	return memcg ? passed_high(memcg) : 0;
 }
 
-/* Deny growth from now on for everything less important than a session that stalls. */
+/**
+ * become_urgent - deny growth from now on to every call less important than a stalled session
+ * @slot: the protected session
+ * @stalled_ns: how long it has stalled, for the event
+ * @now: in ns
+ *
+ * Nothing happens while growth is denied already or the daemon has lifted the denial, nor while the
+ * pool is below its soft mark.
+ */
 static __always_inline void become_urgent(struct protected_session *slot, u64 stalled_ns, u64 now)
 {
 	struct urgent_event *event;
@@ -354,7 +401,10 @@ static __always_inline void become_urgent(struct protected_session *slot, u64 st
 
 	if (now < control.urgent_until_ns || now < control.lifted_until_ns)
 		return;
-	/* A session at a limit of its own is not helped by others: the pool must be short. */
+	/*
+	 * A session that stalls at a limit of its own would not be helped if others stopped
+	 * growing.
+	 */
 	pool = bpf_map_lookup_elem(&states, &control.pool_id);
 	if (!pool || !pool->above_mark)
 		return;
@@ -371,6 +421,7 @@ static __always_inline void become_urgent(struct protected_session *slot, u64 st
 	bpf_ringbuf_submit(event, 0);
 }
 
+/* The slot of a protected session by its cgroup id, or NULL. */
 static __always_inline struct protected_session *find_protected(u64 id)
 {
 	for (u32 i = 0; i < ABI_PROTECTED_MAX; i++) {
@@ -382,7 +433,7 @@ static __always_inline struct protected_session *find_protected(u64 id)
 	return NULL;
 }
 
-/* The protected session that the current task is of, or NULL. */
+/* The slot of the protected session that a task belongs to, or NULL. */
 static __always_inline struct protected_session *my_protected(struct task_struct *task)
 {
 	struct mem_cgroup *memcg;
@@ -396,9 +447,13 @@ static __always_inline struct protected_session *my_protected(struct task_struct
 	return limit ? find_protected(limit->parent_id) : NULL;
 }
 
-/*
- * Each stall has a beginning and an end, but a program is left out when it has been interrupted on
- * its CPU; so nothing here counts on both, and what lasts too long is taken to be over.
+/**
+ * begin_stall - note that a task waits for memory
+ * @task: the current task
+ *
+ * The kernel leaves out a program that another task has interrupted on the same CPU, so the
+ * beginning or the end of a stall may never be seen. A stall that seems to last for STALL_MAX_NS is
+ * therefore taken to be over.
  */
 static __always_inline void begin_stall(struct task_struct *task)
 {
@@ -425,6 +480,13 @@ static __always_inline void begin_stall(struct task_struct *task)
 		slot->stalling_since_ns = now;
 }
 
+/**
+ * end_stall - add a stall that ends to its session's time
+ * @task: the current task
+ *
+ * The time counts as in PSI: some task of the session stalls. So it is added when the last one
+ * ends.
+ */
 static __always_inline void end_stall(struct task_struct *task)
 {
 	struct protected_session *slot;
@@ -439,7 +501,6 @@ static __always_inline void end_stall(struct task_struct *task)
 	slot = find_protected(seen->session);
 	if (!slot)
 		return;
-	/* Time in which some task stalls, as PSI counts it: until the last one has ended. */
 	if (!slot->stalling || __sync_fetch_and_add(&slot->stalling, -1) != 1)
 		return;
 	now = bpf_ktime_get_ns();
@@ -470,7 +531,10 @@ int BPF_PROG(on_stall_end)
 	return 0;
 }
 
-/* A stall that lasts is seen by those who would make it worse. */
+/*
+ * React to sessions that stall right now. A stall that does not end calls no program, but a task
+ * that asks for more memory does.
+ */
 static __always_inline void check_stalling(u64 now)
 {
 	for (u32 i = 0; i < ABI_PROTECTED_MAX; i++) {
@@ -487,9 +551,10 @@ static __always_inline void check_stalling(u64 now)
 }
 
 /*
- * A fork asks for the child's copy too, which costs nothing until it is written to. An exec that
- * is refused halfway, and a stack that cannot grow (a fault, in no system call), kill the process
- * instead of giving it an error.
+ * Whether the current request for memory must not be denied. fork() asks for the whole copy of the
+ * parent, which costs nothing until it is written to. An exec that is refused halfway, and a stack
+ * that cannot grow (in a page fault, outside of any system call), would end the process instead of
+ * giving it an error.
  */
 static __always_inline bool must_not_fail(struct task_struct *task)
 {
@@ -499,6 +564,15 @@ static __always_inline bool must_not_fail(struct task_struct *task)
 	       number == NR_CLONE3 || number == NR_EXECVE || number == NR_EXECVEAT;
 }
 
+/**
+ * tell_denied - count a denied request, and send an event for the first one of a denial
+ * @state: what has been seen of the call
+ * @id: the call's id
+ * @usage: its usage in bytes
+ * @mark: the mark in bytes
+ * @request: the request in bytes
+ * @round: number of the denial; odd: an urgent one
+ */
 static __always_inline void tell_denied(struct memory_state *state, u64 id, u64 usage, u64 mark,
 					u64 request, u32 round)
 {
@@ -524,8 +598,9 @@ static __always_inline void tell_denied(struct memory_state *state, u64 id, u64 
 }
 
 /*
- * Asked before memory is promised: mmap, brk, mremap, mprotect, stacks; not by MAP_NORESERVE, and
- * not again when what was promised is touched. -ENOMEM is an error that programs know.
+ * Runs before the kernel promises memory: in mmap, brk, mremap, mprotect, and for stacks. It does
+ * not run for MAP_NORESERVE, nor when promised memory is touched. The -ENOMEM that it returns
+ * reaches the program as an error that programs know.
  */
 SEC("fmod_ret/security_vm_enough_memory_mm")
 int BPF_PROG(on_enough_memory, struct mm_struct *mm, long pages, int ret)
@@ -538,7 +613,7 @@ int BPF_PROG(on_enough_memory, struct mm_struct *mm, long pages, int ret)
 	bool urgent = false, over = false;
 	u32 round;
 
-	/* Mostly nothing is denied and nobody is protected. */
+	/* The usual case: nothing is denied, and no session is protected. */
 	if (ret || pages <= 0 || (!control.denying && !control.protected_count))
 		return ret;
 	task = bpf_get_current_task_btf();
@@ -568,7 +643,7 @@ int BPF_PROG(on_enough_memory, struct mm_struct *mm, long pages, int ret)
 		state->allowed_round = round;
 		state->allowed_bytes = 0;
 	}
-	/* What is promised here may be used much later, so promises are added up. */
+	/* A promise may be used much later, so it is the sum of promises that is limited. */
 	if (request <= ABI_SMALL_REQUEST_BYTES &&
 	    state->allowed_bytes + request <= control.allowance_bytes) {
 		__sync_fetch_and_add(&state->allowed_bytes, request);

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * CPU for agents: a sched_ext scheduler for the tasks of managed cgroups, and for no others (the
- * daemon sets SCHED_EXT on what enters one; children inherit it).
+ * The CPU scheduler: a sched_ext scheduler for tasks of managed cgroups only. The daemon sets the
+ * policy SCHED_EXT for each task that enters such a cgroup; children inherit it.
  *
- * Tasks wait in one DSQ for each cgroup, ordered by their own virtual time. Whose DSQ is next is
- * decided in sched_tree.h: down from the root, at each level the cgroup that has had least for its
- * weight. Three things come before that: a cgroup of which a task has waited for too long, one that
- * still has a budget for going first, and one that is about to be frozen or killed, so that it lets
- * go of what it holds in the kernel.
+ * Tasks wait in queues (DSQs), one for each cgroup, ordered by their own virtual time. The queue
+ * that is served next is chosen in sched_tree.h: from the root down, at each level the cgroup that
+ * has run least for its weight. Three kinds of cgroups come first: one with a task that has waited
+ * for too long, one with a budget for going first, and one that is about to be frozen or killed, so
+ * that its tasks release what they hold in the kernel.
  *
- * What follows from memory: a call whose last charge found it above its mark pays more for its CPU
- * time and sits out in proportion. memory.bpf.c writes that into `states`, which is its own map.
+ * A call whose last charge of memory found it above its mark pays more for its CPU time and is
+ * paused in proportion. memory.bpf.c notes how far above it is in its map `states`, which is
+ * shared.
  */
 #include "sched_kernel.h"
 
@@ -25,9 +26,9 @@ char LICENSE[] SEC("license") = "GPL";
 #define JOBCTL_TRAP_FREEZE (1UL << 23) /* include/linux/sched/jobctl.h */
 
 #define QUEUE(slot)	 ((u64)(slot) + 1)
-#define TASK_WEIGHT_LOW	 20 /* so that a nice task is not put off for too long */
+#define TASK_WEIGHT_LOW	 20 /* limits the effect of nice values, so that no task waits too long */
 #define TASK_WEIGHT_HIGH 500
-#define PROTECTED_PART	 4 /* of a slice, which another's waking does not cut short */
+#define PROTECTED_PART	 4 /* a task that wakes does not cut the first quarter of a slice short */
 #define SLICE_LEAST_NS	 (500 * NSEC_PER_USEC)
 #define OVER_FRESH_NS	 (500 * NSEC_PER_MSEC)
 #define RECLAIM_PENALTY	 2
@@ -43,7 +44,7 @@ struct {
 	__type(value, struct sched_place);
 } places SEC(".maps");
 
-/* Shared with memory.bpf.c, which fills it. */
+/* The map of memory.bpf.c, which fills it; the daemon has this object use that map. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -52,11 +53,12 @@ struct {
 	__type(value, struct memory_state);
 } states SEC(".maps");
 
+/* What the scheduler knows of a task. */
 struct task {
-	u64 ran_ns;   /* of its CPU time, up to where it has been paid for */
-	u64 since_ns; /* when it began to wait */
-	u32 slot;
-	u32 queued; /* its slot, plus one, while it waits in a queue */
+	u64 ran_ns;   /* its CPU time up to which it has been paid for */
+	u64 since_ns; /* when it began to wait; 0: it does not */
+	u32 slot;     /* its cgroup */
+	u32 queued;   /* slot, plus one, of the queue that it waits in; 0: none */
 };
 
 struct {
@@ -79,40 +81,47 @@ struct {
 
 struct sched_exit ended;
 
-/* What each CPU runs. */
+/* What runs on each CPU, and its last dispatch. */
 static struct {
-	u32 slot; /* plus one; 0: nothing of ours */
-	u32 turn;
-	u64 since_ns;
-	u32 next;	/* the turn of the task that was chosen, until it runs */
-	u32 taken;	/* for a boosted task, that is on its way */
-	u32 unfinished; /* that ran out of tries, and is to go on */
-	u32 goes_on;	/* this one does */
-	u64 paid_ns;	/* up to where its task has paid */
+	u32 slot;	/* slot, plus one, of the task that runs; 0: none of this scheduler's */
+	u32 turn;	/* enum turn of that task */
+	u64 since_ns;	/* since when it runs */
+	u32 next;	/* enum turn of the task that was chosen, until it runs */
+	u32 taken;	/* 1: the task is being preempted for another one */
+	u32 unfinished; /* 1: the last dispatch ran out of tries; the next one keeps its marks */
+	u32 goes_on;	/* 1: this dispatch has kept the marks of the one before */
+	u64 paid_ns;	/* time up to which the task has paid */
 } running_on[ABI_SCHED_CPUS];
 
-static u32 tries = 64, victims = 16; /* see top_level */
-static bool active;		     /* since the timer looked last */
+static u32 tries = 64;	 /* queues that a dispatch tries at most; a variable, as top_level is */
+static u32 victims = 16; /* CPUs that find_victim() looks at, at most */
+static bool active;	 /* a task has run since the timer's last run */
 
+/* What the scheduler knows of a task; NULL: there was no memory to note it. */
 static __always_inline struct task *task_of(struct task_struct *p)
 {
 	return bpf_task_storage_get(&tasks, p, 0, 0);
 }
 
+/* A task, for members that only this object reads. */
 static __always_inline struct task_struct___sched *fields(struct task_struct *p)
 {
 	return (struct task_struct___sched *)p;
 }
 
-/* On its way into a freeze or out of life; both are where it holds nothing of the kernel's. */
+/*
+ * Whether a task is on its way into a freeze or to its end. It gets to either only when it holds no
+ * lock of the kernel's any more.
+ */
 static __always_inline bool is_leaving(struct task_struct *p)
 {
 	return fields(p)->jobctl & JOBCTL_TRAP_FREEZE || p->signal->flags & SIGNAL_GROUP_EXIT;
 }
 
 /*
- * Preempted while it was reading under RCU, so that the whole kernel waits for it: noted before it
- * is put back into a queue (rcu_note_context_switch). Soon over, and nobody can make it last.
+ * Whether a task was preempted inside an RCU reader, so that the whole kernel waits for it. The
+ * kernel notes that before it puts the task back into a queue (rcu_note_context_switch). The reader
+ * is short, and no program can make it long.
  */
 static __always_inline bool is_critical(struct task_struct *p)
 {
@@ -120,7 +129,7 @@ static __always_inline bool is_critical(struct task_struct *p)
 	       fields(p)->rcu_read_unlock_special.b.blocked;
 }
 
-/* The entry of a cgroup, or of the nearest one above it that has one. */
+/* Slot of a cgroup, or of the nearest one above it that has a slot. */
 static __always_inline u32 slot_of(struct cgroup *cgroup)
 {
 	struct cgroup_subsys_state *css = &cgroup->self;
@@ -144,7 +153,13 @@ static __always_inline u32 slot_of(struct cgroup *cgroup)
 
 /* --- Memory --- */
 
-/* How many times its CPU time a call is to pay: 1 for one that keeps to its mark; 0: no call. */
+/**
+ * memory_penalty - factor by which a call pays for its CPU time, for its memory
+ * @slot: a cgroup in a call; set to that of the call
+ * @now: the time
+ *
+ * Return: the factor; 1: no penalty; 0: the cgroup is in no call, or penalties are off.
+ */
 static __always_inline u32 memory_penalty(u32 *slot, u64 now)
 {
 	u32 most = control.penalty_most, penalty = 1, over;
@@ -178,6 +193,7 @@ static __always_inline u32 memory_penalty(u32 *slot, u64 now)
 
 /* --- Paying for what was run --- */
 
+/* Weight of a task, from its nice value, within limits. */
 static __always_inline u64 clamp_weight(struct task_struct *p)
 {
 	u64 weight = fields(p)->scx.weight;
@@ -187,6 +203,7 @@ static __always_inline u64 clamp_weight(struct task_struct *p)
 	return weight > TASK_WEIGHT_HIGH ? TASK_WEIGHT_HIGH : weight;
 }
 
+/* Charge the CPU time that a task has run on a CPU since the last time, to it and its cgroups. */
 static __always_inline void account(struct task_struct *p, struct task *task, s32 cpu)
 {
 	u64 total = fields(p)->se.sum_exec_runtime, ran = total - task->ran_ns;
@@ -206,7 +223,10 @@ static __always_inline void account(struct task_struct *p, struct task *task, s3
 					      ran * WEIGHT_DEFAULT / clamp_weight(p));
 }
 
-/* How long a task of a cgroup may run now. */
+/*
+ * Length of a slice for a task of a cgroup, in ns: what cpu.max leaves at each level, divided by
+ * the penalties, but at least SLICE_LEAST_NS.
+ */
 __noinline u64 slice_of(u32 slot)
 {
 	u64 slice = control.slice_ns;
@@ -225,11 +245,13 @@ __noinline u64 slice_of(u32 slot)
 
 /* --- Callbacks: tasks --- */
 
+/* Give a task a slice on the CPU that it is on, ahead of all queues. */
 static __always_inline void insert_local(struct task_struct *p, u64 slice, u64 enq_flags)
 {
 	scx_bpf_dsq_insert(p, DSQ_LOCAL, slice, enq_flags);
 }
 
+/* Chooses a CPU for a task that wakes. An idle CPU gets it at once, unless its cgroup is paused. */
 SEC("struct_ops/select_cpu")
 s32 BPF_PROG(select_cpu, struct task_struct *p, s32 prev_cpu, u64 wake_flags)
 {
@@ -244,10 +266,18 @@ s32 BPF_PROG(select_cpu, struct task_struct *p, s32 prev_cpu, u64 wake_flags)
 	return cpu;
 }
 
-/*
- * A CPU that runs something of ours, and nothing that goes ahead itself; plus one, 0: none.
- * boost: for a task that goes ahead; else the CPU's task has had a part of its slice, and is
- * behind.
+/**
+ * find_victim - find a CPU whose task has to make room for one that wakes
+ * @from: CPU to begin with
+ * @slot: cgroup of the task that wakes
+ * @boost: whether that task may go ahead of others
+ * @now: the time
+ *
+ * A CPU qualifies if it runs a task of this scheduler that does not itself go ahead of others. If
+ * @boost is false, that task must also have had a quarter of its slice, and its cgroup must come
+ * after @slot.
+ *
+ * Return: the CPU, plus one; 0: none of those looked at.
  */
 __noinline u32 find_victim(u32 from, u32 slot, u32 boost, u64 now)
 {
@@ -270,7 +300,7 @@ __noinline u32 find_victim(u32 from, u32 slot, u32 boost, u64 now)
 	return 0;
 }
 
-/* Make such a CPU choose again. */
+/* Have such a CPU choose again, if there is one and the task may run on it. */
 static __always_inline void preempt_for(struct task_struct *p, u32 slot, u32 boost, u64 now)
 {
 	u32 victim = find_victim(scx_bpf_task_cpu(p), slot, boost, now);
@@ -282,6 +312,10 @@ static __always_inline void preempt_for(struct task_struct *p, u32 slot, u32 boo
 	scx_bpf_kick_cpu(victim - 1, KICK_PREEMPT);
 }
 
+/*
+ * Takes a task that has no CPU. It waits in its cgroup's queue, except for tasks that must go on at
+ * once (see is_leaving, is_critical), and for the only one that the CPU has.
+ */
 SEC("struct_ops/enqueue")
 void BPF_PROG(enqueue, struct task_struct *p, u64 enq_flags)
 {
@@ -323,7 +357,7 @@ void BPF_PROG(enqueue, struct task_struct *p, u64 enq_flags)
 	boost = begin_waiting(slot, now);
 	settle_up(slot);
 	__scx_bpf_dsq_insert_vtime(p, &args);
-	/* Kicks are carried out after this, when the task is in its queue. */
+	/* The kernel carries out a kick after this callback, when the task is in its queue. */
 	cpu = scx_bpf_pick_idle_cpu(fields(p)->cpus_ptr, 0);
 	if (cpu >= 0)
 		scx_bpf_kick_cpu(cpu, KICK_IDLE);
@@ -331,7 +365,7 @@ void BPF_PROG(enqueue, struct task_struct *p, u64 enq_flags)
 		preempt_for(p, slot, boost, now);
 }
 
-/* Called when a task leaves its queue for a CPU, too: since Linux 7.1. */
+/* A task leaves its queue. Since Linux 7.1 the kernel calls this for one that gets a CPU, too. */
 SEC("struct_ops/dequeue")
 void BPF_PROG(dequeue, struct task_struct *p, u64 deq_flags)
 {
@@ -346,6 +380,7 @@ void BPF_PROG(dequeue, struct task_struct *p, u64 deq_flags)
 	settle_up(queued);
 }
 
+/* A task begins to wait. */
 SEC("struct_ops/runnable")
 void BPF_PROG(runnable, struct task_struct *p, u64 enq_flags)
 {
@@ -355,6 +390,7 @@ void BPF_PROG(runnable, struct task_struct *p, u64 enq_flags)
 		task->since_ns = bpf_ktime_get_ns();
 }
 
+/* A task begins to run: counts its wait, and sets its slice. */
 SEC("struct_ops/running")
 void BPF_PROG(running, struct task_struct *p)
 {
@@ -397,13 +433,14 @@ void BPF_PROG(running, struct task_struct *p)
 			break;
 		slot = node_of(slot)->parent;
 	}
-	/* To the next tick: whoever waits so long may hold something in the kernel. */
+	/* A rescue lasts to the next tick only: enough to release what it holds in the kernel. */
 	if (turn == TURN_RESCUE)
 		scx_bpf_task_set_slice(p, SLICE_LEAST_NS);
 	else
 		scx_bpf_task_set_slice(p, slice_of(task->slot));
 }
 
+/* A task stops running: it pays, and waits again if it could go on. */
 SEC("struct_ops/stopping")
 void BPF_PROG(stopping, struct task_struct *p, bool still_runnable)
 {
@@ -420,6 +457,7 @@ void BPF_PROG(stopping, struct task_struct *p, bool still_runnable)
 	running_on[cpu].taken = 0;
 }
 
+/* A tick while a task runs: it pays, and its slice ends if another one has to go first. */
 SEC("struct_ops/tick")
 void BPF_PROG(tick, struct task_struct *p)
 {
@@ -439,13 +477,22 @@ void BPF_PROG(tick, struct task_struct *p)
 
 /* --- Callbacks: CPUs --- */
 
+/* Result of move_oldest(). */
 enum rescue {
-	RESCUE_ELSEWHERE = 0, /* not from this CPU */
+	RESCUE_ELSEWHERE = 0, /* no task that has waited for long may run on this CPU */
 	RESCUE_MOVED = 1,
-	RESCUE_EARLY = 2, /* nobody has waited for long: looked at again later */
+	RESCUE_EARLY = 2, /* no task has waited for long: a later time to look was set */
 };
 
-/* The task that has waited longest in a queue, of those that may run on this CPU, onto it. */
+/**
+ * move_oldest - move the task that has waited longest in a queue to this CPU
+ * @slot: the cgroup of the queue
+ * @now: the time
+ *
+ * Only tasks count that may run on this CPU and have waited for half of wait_max_ns.
+ *
+ * Return: enum rescue.
+ */
 __noinline int move_oldest(u32 slot, u64 now)
 {
 	u32 cpu = bpf_get_smp_processor_id();
@@ -491,6 +538,7 @@ __noinline int move_oldest(u32 slot, u64 now)
 	return RESCUE_MOVED;
 }
 
+/* Have a CPU choose, if it runs no task of this scheduler. */
 static long wake_one(u32 cpu, void *unused)
 {
 	if (!running_on[MASKED(cpu, ABI_SCHED_CPUS - 1)].slot)
@@ -498,13 +546,14 @@ static long wake_one(u32 cpu, void *unused)
 	return 0;
 }
 
-/* Should a CPU be idle while tasks wait: it may have become so while they were on their way. */
+/* Have idle CPUs choose while tasks wait: one may have become idle just when a task was queued. */
 static __always_inline void wake_idle(void)
 {
 	if (control.waiting)
 		bpf_loop(scx_bpf_nr_cpu_ids(), wake_one, NULL, 0);
 }
 
+/* Let the running task go on for a slice, unless one in its queue has a lower virtual time. */
 static __always_inline bool keep(struct task_struct *prev, u32 slot)
 {
 	struct task_struct *head = scx_bpf_dsq_peek(QUEUE(slot));
@@ -515,7 +564,7 @@ static __always_inline bool keep(struct task_struct *prev, u32 slot)
 	return true;
 }
 
-/* The task that was running goes on, of which nothing else tells. */
+/* Note that the task that was running on a CPU goes on; no other callback tells that. */
 static __always_inline void keep_on(u64 at, u64 now)
 {
 	running_on[at].next = TURN_NONE;
@@ -524,7 +573,10 @@ static __always_inline void keep_on(u64 at, u64 now)
 	running_on[at].taken = 0;
 }
 
-/* Not inline for the verifier, as mark_tried(). */
+/*
+ * Begin a dispatch: remove the CPU's marks, unless the last dispatch ran out of tries. Returns 0.
+ * Not inline, for the same reason as mark_tried().
+ */
 __noinline int begin_tries(u32 cpu)
 {
 	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1);
@@ -536,7 +588,10 @@ __noinline int begin_tries(u32 cpu)
 	return 0;
 }
 
-/* Nothing was chosen. What was passed over some time ago may have something now: false, once. */
+/*
+ * Whether a dispatch that found nothing to choose has tried all queues. The first time not, if it
+ * kept the marks of the dispatch before: a queue that was marked then may have a task now.
+ */
 __noinline int is_all_tried(u32 cpu)
 {
 	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1);
@@ -548,6 +603,10 @@ __noinline int is_all_tried(u32 cpu)
 	return false;
 }
 
+/*
+ * Gives a CPU its next task: tries the queues in the order of choose() until one has a task that
+ * may run on this CPU. If none has, the task that was running goes on.
+ */
 SEC("struct_ops/dispatch")
 void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 {
@@ -586,7 +645,7 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 			keep_on(at, now);
 			return;
 		}
-		/* Before the move: running() may come with it. */
+		/* Set before the move, during which the kernel may call running(). */
 		running_on[at].next = how;
 		if (how == TURN_RESCUE) {
 			moved = move_oldest(slot, now);
@@ -598,12 +657,15 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 		if (moved)
 			return;
 		__sync_fetch_and_add(&control.picks_empty, 1);
-		/* Its turn, and the first in its queue is not for this CPU: it goes on. */
+		/*
+		 * keep() found that another task of the same queue is next, but that one may not
+		 * run on this CPU. So the task that was running goes on.
+		 */
 		if (how == TURN_KEEP)
 			goto tried_all;
 		mark_tried(at, slot);
 	}
-	/* So many have no task for this CPU: the next time goes on from here. */
+	/* No queue tried has a task for this CPU: the next dispatch goes on with the others. */
 	running_on[at].unfinished = 1;
 tried_all:
 	running_on[at].next = TURN_NONE;
@@ -614,6 +676,7 @@ tried_all:
 		scx_bpf_kick_cpu(cpu, KICK_IDLE);
 }
 
+/* Runs every few ms: ends pauses, and wakes CPUs that are idle while tasks wait. */
 static int on_timer(void *map, int *key, struct wakeup *wakeup)
 {
 	bool was_active = active;
@@ -630,23 +693,28 @@ static int on_timer(void *map, int *key, struct wakeup *wakeup)
 
 /* --- Callbacks: lives of tasks and cgroups --- */
 
+/* A task of the host, of any policy, becomes known. */
 SEC("struct_ops.s/init_task")
 s32 BPF_PROG(init_task, struct task_struct *p, struct scx_init_task_args *args)
 {
 	struct task *task = bpf_task_storage_get(&tasks, p, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 
-	/* To fail would be to fail a fork, anyone's on this host: enable() tries again. */
+	/*
+	 * Without memory this still succeeds, because a failure would make some fork() on this host
+	 * fail. enable() tries again.
+	 */
 	if (task)
 		task->slot = slot_of(args->cgroup);
 	return 0;
 }
 
+/* A task gets the policy SCHED_EXT. */
 SEC("struct_ops/enable")
 void BPF_PROG(enable, struct task_struct *p)
 {
 	struct task *task = bpf_task_storage_get(&tasks, p, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 
-	/* One made only now is of the root cgroup until it is moved. */
+	/* What is noted only now has the root cgroup's slot, until the task moves. */
 	if (!task)
 		return;
 	task->ran_ns = fields(p)->se.sum_exec_runtime;
@@ -654,6 +722,7 @@ void BPF_PROG(enable, struct task_struct *p)
 	scx_bpf_task_set_dsq_vtime(p, node_of(task->slot)->task_vtime);
 }
 
+/* A task loses the policy SCHED_EXT: counts those that are not about to end. */
 SEC("struct_ops/disable")
 void BPF_PROG(disable, struct task_struct *p)
 {
@@ -665,6 +734,7 @@ void BPF_PROG(disable, struct task_struct *p)
 		__sync_fetch_and_add(&control.left, 1);
 }
 
+/* Set cpu.max and cpu.max.burst, in us. No limit: without period or quota, or if that is too high. */
 static __always_inline void set_bandwidth(struct node *node, u64 period, u64 quota, u64 burst)
 {
 	u64 now = bpf_ktime_get_ns();
@@ -684,6 +754,7 @@ static __always_inline void set_bandwidth(struct node *node, u64 period, u64 quo
 	node->burst_usec = burst > QUOTA_MOST_USEC ? QUOTA_MOST_USEC : burst;
 }
 
+/* A cgroup with the cpu controller is made, or was there before: it gets a slot and a queue. */
 SEC("struct_ops.s/cgroup_init")
 s32 BPF_PROG(cgroup_init, struct cgroup *cgrp, struct scx_cgroup_init_args *args)
 {
@@ -723,11 +794,12 @@ s32 BPF_PROG(cgroup_init, struct cgroup *cgrp, struct scx_cgroup_init_args *args
 give_back:
 	give_slot_back(slot);
 without:
-	/* To fail would be to fail the mkdir. */
+	/* This succeeds all the same, because a failure would make the mkdir() fail. */
 	__sync_fetch_and_add(&control.without_entry, 1);
 	return 0;
 }
 
+/* A cgroup is removed: frees its slot and its queue. */
 SEC("struct_ops.s/cgroup_exit")
 void BPF_PROG(cgroup_exit, struct cgroup *cgrp)
 {
@@ -748,6 +820,7 @@ void BPF_PROG(cgroup_exit, struct cgroup *cgrp)
 	give_slot_back(slot);
 }
 
+/* A task moves to another cgroup, with the lead that it had over the tasks of the old one. */
 SEC("struct_ops/cgroup_move")
 void BPF_PROG(cgroup_move, struct task_struct *p, struct cgroup *from, struct cgroup *to)
 {
@@ -761,6 +834,7 @@ void BPF_PROG(cgroup_move, struct task_struct *p, struct cgroup *from, struct cg
 	scx_bpf_task_set_dsq_vtime(p, node_of(task->slot)->task_vtime + ahead);
 }
 
+/* cpu.weight was written. */
 SEC("struct_ops/cgroup_set_weight")
 void BPF_PROG(cgroup_set_weight, struct cgroup *cgrp, u32 weight)
 {
@@ -772,6 +846,7 @@ void BPF_PROG(cgroup_set_weight, struct cgroup *cgrp, u32 weight)
 	node_of(place->slot)->weight = weight;
 }
 
+/* cpu.max or cpu.max.burst was written: a pause for the old limit ends. */
 SEC("struct_ops/cgroup_set_bandwidth")
 void BPF_PROG(cgroup_set_bandwidth, struct cgroup *cgrp, u64 period_us, u64 quota_us, u64 burst_us)
 {
@@ -787,6 +862,7 @@ void BPF_PROG(cgroup_set_bandwidth, struct cgroup *cgrp, u64 period_us, u64 quot
 	settle_up(slot);
 }
 
+/* The scheduler is attached: starts the timer. Returns 0, or the errno of that, negative. */
 SEC("struct_ops.s/sched_init")
 s32 BPF_PROG(sched_init)
 {
@@ -802,6 +878,7 @@ s32 BPF_PROG(sched_init)
 	return bpf_timer_start(&wakeup->timer, TIMER_BUSY_NS, 0);
 }
 
+/* The kernel has detached the scheduler: notes why, the kind last, which the daemon reads first. */
 SEC("struct_ops/sched_exit")
 void BPF_PROG(sched_exit, struct scx_exit_info *info)
 {
@@ -814,9 +891,9 @@ void BPF_PROG(sched_exit, struct scx_exit_info *info)
 
 /**
  * hurry - let the tasks of a cgroup go first for a while; run by the daemon
- * @wish: which cgroup, and until when
+ * @wish: the cgroup, and until when
  *
- * Return: 0, or -ENOENT for a cgroup without an entry.
+ * Return: 0; -ENOENT: the cgroup has no entry.
  */
 SEC("syscall")
 int hurry(struct sched_hurry *wish)

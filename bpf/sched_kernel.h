@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The part of sched_ext that sched.bpf.c uses, as kernel.h is for the others: types with the
- * kernel's names, and its functions. Those with three underscores are chosen by what the running
- * kernel has.
+ * The part of sched_ext that sched.bpf.c uses: types and functions with the kernel's names. A name
+ * with three underscores stands for the kernel's type with the name before them, as in kernel.h.
  */
 #ifndef AGENTCG_SCHED_KERNEL_H
 #define AGENTCG_SCHED_KERNEL_H
@@ -35,7 +34,7 @@ union rcu_special {
 struct task_struct___sched {
 	unsigned int flags;
 	unsigned long jobctl;
-	union rcu_special rcu_read_unlock_special; /* of preemptible kernels */
+	union rcu_special rcu_read_unlock_special; /* only there in preemptible kernels */
 	struct sched_entity se;
 	struct sched_ext_entity scx;
 	const struct cpumask *cpus_ptr;
@@ -73,7 +72,7 @@ struct scx_bpf_dsq_insert_vtime_args {
 
 #pragma clang attribute pop
 
-/* The numbers are the running kernel's, through the macros below. */
+/* The macros below give the running kernel's numbers, whatever stands here. */
 enum scx_dsq_id_flags {
 	SCX_DSQ_LOCAL = 0x8000000000000002ULL,
 };
@@ -99,7 +98,7 @@ enum scx_kick_flags {
 #define KICK_IDLE    bpf_core_enum_value(enum scx_kick_flags, SCX_KICK_IDLE)
 #define KICK_PREEMPT bpf_core_enum_value(enum scx_kick_flags, SCX_KICK_PREEMPT)
 
-/* Callbacks and settings that are used; libbpf finds them by name in the kernel's struct. */
+/* The callbacks and settings that are used; libbpf finds them in the kernel's struct by name. */
 struct sched_ext_ops___agentcg {
 	s32 (*select_cpu)(struct task_struct *p, s32 prev_cpu, u64 wake_flags);
 	void (*enqueue)(struct task_struct *p, u64 enq_flags);
@@ -134,10 +133,10 @@ s32 scx_bpf_task_cpu(const struct task_struct *p) __ksym;
 u32 scx_bpf_nr_cpu_ids(void) __ksym;
 s32 scx_bpf_pick_idle_cpu(const struct cpumask *cpus_allowed, u64 flags) __ksym;
 
-/* v6.13 */
+/* Since v6.13. */
 void scx_bpf_dsq_insert(struct task_struct *p, u64 dsq_id, u64 slice, u64 enq_flags) __ksym;
 bool scx_bpf_dsq_move_to_local(u64 dsq_id) __ksym;
-/* v6.19, "sched_ext: Wrap kfunc args in struct to prepare for aux__prog" */
+/* Since v6.19, "sched_ext: Wrap kfunc args in struct to prepare for aux__prog". */
 bool __scx_bpf_dsq_insert_vtime(struct task_struct *p,
 				struct scx_bpf_dsq_insert_vtime_args *args) __ksym;
 bool scx_bpf_task_set_slice(struct task_struct *p, u64 slice) __ksym;

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What the scheduler keeps of each cgroup, and orders of cgroups: skip lists in plain memory, whose
- * links are slots. One spin lock guards all of it, and everything here is called with it held.
+ * The scheduler's entry of each cgroup, and orders of cgroups. An entry is named by its slot. An
+ * order is a skip list in plain memory, whose links are slots. One spin lock guards all of it; its
+ * holder calls the functions here.
  *
- * A cgroup can be in four orders at once: among its siblings by virtual time, and among all cgroups
- * by the time at which something is due. Slot 0 is the root cgroup, which is in no order, so 0 ends
- * a list.
+ * A cgroup can be in four orders at once: in one it stands among its siblings by virtual time, in
+ * the others among all cgroups by the time at which something is due. Slot 0 is the root cgroup,
+ * which is in no order, so 0 ends a list.
  */
 #ifndef AGENTCG_SCHED_ORDER_H
 #define AGENTCG_SCHED_ORDER_H
@@ -19,40 +20,44 @@
 
 enum order {
 	ORDER_TREE = 0,	  /* siblings with something to run, by virtual time */
-	ORDER_BOOST = 1,  /* leaves that may go ahead of the others, first come first served */
-	ORDER_PAUSE = 2,  /* paused cgroups, by when they go on */
-	ORDER_RESCUE = 3, /* leaves with waiting tasks, by when they have waited for too long */
+	ORDER_BOOST = 1,  /* cgroups that may go ahead of others, first come first served */
+	ORDER_PAUSE = 2,  /* paused cgroups, by the time at which the pause ends */
+	ORDER_RESCUE = 3, /* cgroups with waiting tasks, by the time to look for long waits */
 	ORDERS = 4,
 };
 
+/* A cgroup's place in an order. */
 struct link {
-	u64 place;
-	u32 height;
-	u32 linked;
-	u32 next[LEVELS];
+	u64 place;	  /* see place_of() */
+	u32 height;	  /* levels of the list that it is in */
+	u32 linked;	  /* 1: it is in the order */
+	u32 next[LEVELS]; /* slot after it, by level; 0: it is the last */
 };
 
-/* Times are in ns; virtual times in ns of a cgroup with weight 100. */
+/*
+ * What the scheduler knows of a cgroup. Times are in ns; virtual times are the ns that a cgroup
+ * with weight 100 would have run.
+ */
 struct node {
-	u32 parent;
+	u32 parent; /* slot */
 	u32 depth;
 	u32 weight;
-	u32 tasks;	 /* waiting in its own queue */
-	u64 vtime;	 /* in the competition among its siblings */
-	u64 own_vtime;	 /* of its own tasks in the competition with its children */
-	u64 vtime_now;	 /* of the competition among its children */
-	u64 task_vtime;	 /* the latest of its own tasks that was given a CPU */
-	u64 paused_ns;	 /* 0: it is not; else since when */
-	u64 period_usec; /* cpu.max */
-	u64 quota_usec;	 /* 0: no limit */
-	u64 burst_usec;
-	u64 tokens_at_ns;
-	s64 tokens_ns;
-	u64 budget_at_ns;
-	s64 budget_ns;
-	u32 penalty;	/* runs one part in so many; 0, 1: none */
-	u32 for_memory; /* that is why it is paused */
-	u32 children[LEVELS];
+	u32 tasks;	  /* waiting in its own queue */
+	u64 vtime;	  /* its virtual time in the competition among its siblings */
+	u64 own_vtime;	  /* virtual time of its own tasks in the competition with its children */
+	u64 vtime_now;	  /* virtual time that the competition among its children has reached */
+	u64 task_vtime;	  /* the highest virtual time of an own task that was given a CPU */
+	u64 paused_ns;	  /* since when it is paused; 0: it is not */
+	u64 period_usec;  /* of cpu.max */
+	u64 quota_usec;	  /* of cpu.max; 0: no limit */
+	u64 burst_usec;	  /* cpu.max.burst */
+	u64 tokens_at_ns; /* when tokens were last added */
+	s64 tokens_ns;	  /* CPU time that is left of cpu.max; below 0: to be paid back */
+	u64 budget_at_ns; /* when the budget was last computed */
+	s64 budget_ns;	  /* CPU time that may be taken ahead of others */
+	u32 penalty;	  /* factor by which it pays for its CPU time; 0, 1: none */
+	u32 for_memory;	  /* 1: paused for its memory, 0: for cpu.max */
+	u32 children[LEVELS]; /* heads of ORDER_TREE among its children */
 	struct link links[ORDERS];
 };
 
@@ -64,14 +69,15 @@ static u32 dice = 2463534242; /* xorshift, "Xorshift RNGs", Marsaglia 2003 */
 _Static_assert(SLOTS == 1 << SLOT_BITS, "a slot in a place");
 
 /*
- * Numbers that the verifier is not to know: it would look at a loop anew for each value that its
- * variables can have.
+ * A variable, so that the verifier does not know its value: with a constant it would check a loop
+ * anew for each value that the loop's variable can have.
  */
 static u32 top_level = LEVELS - 1;
 
 /*
- * A loop that the kernel ends should it not end by itself (may_goto, Linux 6.9): the compiler's
- * name for the instruction is younger than the instruction.
+ * can_loop in the condition of a loop lets the verifier accept it: the kernel ends the loop if it
+ * does not end by itself (the instruction may_goto, Linux 6.9). It is written as bytes because some
+ * compilers that are supported are older than the instruction.
  */
 #define can_loop                                                                         \
 	({                                                                               \
@@ -90,7 +96,10 @@ static u32 top_level = LEVELS - 1;
 		going;                                                                   \
 	})
 
-/* Masked in a way that the verifier sees and the compiler does not undo. */
+/*
+ * A value AND a mask, in assembly: the compiler would drop an AND that it finds superfluous, but
+ * the verifier needs it as proof that an index is in range.
+ */
 #define MASKED(value, mask)                                          \
 	({                                                           \
 		u64 masked = (value);                                \
@@ -113,7 +122,15 @@ static __always_inline struct link *link_of(u32 slot, u32 order)
 	return &node_of(slot)->links[MASKED(order, ORDERS - 1)];
 }
 
-/* Where the link to the next one is, after slot `at`, or at the head for 0. */
+/**
+ * next_of - the link that leads to the next cgroup of an order
+ * @order: the order
+ * @parent: for ORDER_TREE, the cgroup whose children are meant
+ * @at: slot after which to look; 0: at the head
+ * @level: level of the skip list
+ *
+ * Return: the address of the link.
+ */
 static __always_inline u32 *next_of(u32 order, u32 parent, u32 at, u32 level)
 {
 	u64 row = MASKED(level, LEVELS - 1);
@@ -125,28 +142,34 @@ static __always_inline u32 *next_of(u32 order, u32 parent, u32 at, u32 level)
 	return &heads[MASKED(order, ORDERS - 1)].next[row];
 }
 
+/* Whether time or place `a` is earlier than `b`, across an overflow too. */
 static __always_inline bool before(u64 a, u64 b)
 {
 	return (s64)(a - b) < 0;
 }
 
-/* Keys differ by less than 2^49 ns; no two places are the same. */
+/*
+ * The number by which an order is sorted: the key (a time in ns) above the slot, so that no two are
+ * equal. Keys in an order differ by less than 2^49 ns, which keeps before() right.
+ */
 static __always_inline u64 place_of(u64 key, u32 slot)
 {
 	return key << SLOT_BITS | slot;
 }
 
+/* Whether a cgroup's key in an order has been reached. */
 static __always_inline bool is_due(u32 slot, u32 order, u64 now)
 {
 	return !before(place_of(now, SLOTS - 1), link_of(slot, order)->place);
 }
 
-/* The first of an order; of ORDER_TREE: among the children of `parent`. */
+/* The slot that is first in an order (ORDER_TREE: among the children of `parent`); 0: none. */
 static __always_inline u32 order_first(u32 order, u32 parent)
 {
 	return *next_of(order, parent, 0, 0);
 }
 
+/* Add a cgroup that is not in an order to it, at the place of a key. Returns 0. */
 static __noinline int order_add(u32 order, u32 slot, u64 key)
 {
 	struct link *link = link_of(slot, order);
@@ -180,6 +203,7 @@ static __noinline int order_add(u32 order, u32 slot, u64 key)
 	return 0;
 }
 
+/* Remove a cgroup that is in an order from it. Returns 0. */
 static __noinline int order_remove(u32 order, u32 slot)
 {
 	struct link *link = link_of(slot, order);
@@ -203,12 +227,14 @@ static __noinline int order_remove(u32 order, u32 slot)
 	return 0;
 }
 
+/* Remove a cgroup from an order, if it is in it. */
 static __always_inline void order_drop(u32 order, u32 slot)
 {
 	if (link_of(slot, order)->linked)
 		order_remove(order, slot);
 }
 
+/* Put a cgroup at the place of a key, whether or not it is in the order. */
 static __always_inline void order_move(u32 order, u32 slot, u64 key)
 {
 	order_drop(order, slot);

@@ -1,30 +1,31 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Whose turn it is: the tree of cgroups with its virtual times, budgets and pauses. Nothing here
- * knows of tasks or CPUs.
+ * The choice of the cgroup whose turn it is: the tree of cgroups with virtual times, budgets and
+ * pauses. Tasks are only counted here, and CPUs only numbered.
  *
- * One spin lock guards the orders. Each function that takes it does so for one level of the tree
- * and is not static: the verifier looks at such a function once, instead of at each place that
- * calls it and with every loop around it. What is done level by level is right in between, too: a
- * cgroup whose parent is not linked yet is not found yet, and whoever changes what settle() looks
- * at calls it.
+ * One spin lock guards the orders. Each function that takes the lock does so for one level of the
+ * tree, and is not static: the verifier checks such a function once, instead of at every place that
+ * calls it and with every loop around it. Between two levels the lock is free, and the tree is
+ * right then too: a cgroup whose parent is not linked yet is not found yet, and every function that
+ * changes what settle() depends on calls it afterwards.
  *
- * At each level, siblings compete by virtual time: CPU time over weight. One that begins to wait is
- * not placed before the competition's own time, so what it has not used while it was away is gone,
- * and a thousand that wake at once are no better off than one. One that ran while nobody waited is
- * not placed more than a lead behind.
+ * At each level, siblings compete by virtual time: CPU time over weight. A cgroup that begins to
+ * wait gets at least the virtual time that the competition has reached. So it keeps no claim from
+ * the time in which it did not run, and a thousand cgroups that wake at once are no better off than
+ * one. A cgroup that ran while no other waited falls behind the competition by a limited lead at
+ * most.
  */
 #ifndef AGENTCG_SCHED_TREE_H
 #define AGENTCG_SCHED_TREE_H
 
 #include "sched_order.h"
 
-#define DEPTH_MAX	   16 /* deeper ones are one with their ancestor */
+#define DEPTH_MAX	   16 /* levels; deeper cgroups share the entry of an ancestor */
 #define RESCUED_MOST	   64
 #define WEIGHT_DEFAULT	   100
 #define NSEC_PER_USEC	   1000ULL
 #define NSEC_PER_MSEC	   1000000ULL
-#define REFILL_MOST_USEC   10000000ULL /* more is lost, and the product below has room */
+#define REFILL_MOST_USEC   10000000ULL /* time that is counted at most, against overflow */
 #define QUOTA_MOST_USEC	   1000000000ULL
 #define PENALTY_PAUSE_MOST (100 * NSEC_PER_MSEC)
 
@@ -33,20 +34,21 @@ struct bpf_spin_lock lock SEC(".bss.lock") __hidden;
 struct sched_control control;
 struct sched_cgroup cgroups[SLOTS];
 
-static u64 lead_slices; /* for all CPUs; set at the start */
-static u32 at_once = 32;
+static u64 lead_slices;	 /* lead of a cgroup in slices, for all CPUs; set at the start */
+static u32 at_once = 32; /* cgroups that a single call resumes, or whose boost it ends, at most */
 
-/* How a turn came about. */
+/* Reason of a turn. */
 enum turn {
 	TURN_NONE = 0,
-	TURN_TREE = 1,
-	TURN_BOOST = 2,
-	TURN_RESCUE = 3,
-	TURN_KEEP = 4, /* the task that was running goes on, or another of its cgroup */
+	TURN_TREE = 1,	 /* the least virtual time */
+	TURN_BOOST = 2,	 /* a budget for going first */
+	TURN_RESCUE = 3, /* too long a wait */
+	TURN_KEEP = 4,	 /* the CPU stays with the cgroup whose task was running on it */
 };
 
-#define NO_MARKS ABI_SCHED_CPUS /* in place of a CPU: none was tried */
+#define NO_MARKS ABI_SCHED_CPUS /* in place of a CPU: of which no cgroup is marked as tried */
 
+/* A turn as one number: its reason, and the slot of the cgroup. */
 #define TURN(how, slot) ((u64)(how) << 32 | (slot))
 
 static __always_inline struct sched_cgroup *cgroup_of(u32 slot)
@@ -56,17 +58,19 @@ static __always_inline struct sched_cgroup *cgroup_of(u32 slot)
 
 /* --- In the tree, and out of it --- */
 
+/* Whether a cgroup belongs into ORDER_TREE: not paused, and with something to run. */
 static __always_inline bool wants(struct node *node)
 {
 	return !node->paused_ns && (node->tasks || node->children[0]);
 }
 
+/* Whether a cgroup is in ORDER_TREE exactly if it belongs there. */
 static __always_inline bool is_settled(u32 slot)
 {
 	return !link_of(slot, ORDER_TREE)->linked == !wants(node_of(slot));
 }
 
-/* Put a cgroup among its siblings, or take it from there. Returns whether that was to be done. */
+/* Add a cgroup to ORDER_TREE or remove it, as it belongs. Returns whether anything was changed. */
 __noinline int settle(u32 slot)
 {
 	struct node *node = node_of(slot);
@@ -88,7 +92,7 @@ __noinline int settle(u32 slot)
 	return linked != wanted;
 }
 
-/* The same for those above it, as far as there is something to do. */
+/* Settle a cgroup and those above it, up to the first where nothing changes. Returns 0. */
 __noinline int settle_up(u32 slot)
 {
 	while (slot && can_loop) {
@@ -99,12 +103,13 @@ __noinline int settle_up(u32 slot)
 	return 0;
 }
 
-/* --- Pauses: out of cpu.max, or for its memory --- */
+/* --- Pauses: because cpu.max is used up, or for memory --- */
 
+/* Add the tokens of cpu.max that have come since the last time. */
 static __always_inline void refill(struct node *node, u64 now)
 {
 	u64 since = (now - node->tokens_at_ns) / NSEC_PER_USEC;
-	/* Two slices more, so that nothing is lost to one that has to wait for its turn. */
+	/* Two slices more, so that a cgroup that has to wait for its turn loses no tokens. */
 	s64 most = (node->quota_usec + node->burst_usec) * NSEC_PER_USEC + 2 * control.slice_ns;
 
 	if (!node->quota_usec || !node->period_usec)
@@ -119,7 +124,7 @@ static __always_inline void refill(struct node *node, u64 now)
 	}
 }
 
-/* When there will be enough for a turn. */
+/* The time at which there will be tokens for a slice. */
 static __always_inline u64 refilled_at(struct node *node, u64 now)
 {
 	u64 quota_ns = node->quota_usec * NSEC_PER_USEC, turn = control.slice_ns;
@@ -131,7 +136,15 @@ static __always_inline u64 refilled_at(struct node *node, u64 now)
 	return now + lacking * node->period_usec / (node->quota_usec ?: 1) * NSEC_PER_USEC;
 }
 
-/* With the lock held; settle_up() is to follow. */
+/**
+ * pause - pause a cgroup, or make its pause longer
+ * @slot: the cgroup
+ * @until: end of the pause
+ * @now: the time
+ * @for_memory: whether it is for memory; else for cpu.max
+ *
+ * The caller holds the lock, and calls settle_up() afterwards.
+ */
 static __always_inline void pause(u32 slot, u64 until, u64 now, bool for_memory)
 {
 	struct node *node = node_of(slot);
@@ -150,7 +163,7 @@ static __always_inline void pause(u32 slot, u64 until, u64 now, bool for_memory)
 	order_add(ORDER_PAUSE, slot, until);
 }
 
-/* With the lock held; settle_up() is to follow. */
+/* End the pause of a paused cgroup. The caller holds the lock, and calls settle_up() afterwards. */
 static __always_inline void resume(u32 slot, u64 now)
 {
 	struct node *node = node_of(slot);
@@ -164,7 +177,11 @@ static __always_inline void resume(u32 slot, u64 now)
 	node->paused_ns = 0;
 }
 
-/* The cgroup that has been paused long enough, which goes on; 0: there is none. */
+/*
+ * Take the paused cgroup whose time comes first, and end its pause, or make it longer if tokens
+ * lack. Returns its slot; 0: for no cgroup the time has come. The caller calls settle_up()
+ * afterwards.
+ */
 __noinline u32 resume_one(u64 now)
 {
 	struct node *node;
@@ -186,6 +203,7 @@ __noinline u32 resume_one(u64 now)
 	return slot;
 }
 
+/* End the pauses whose time has come, at most `at_once` of them. Returns 0. */
 __noinline int resume_due(u64 now)
 {
 	u32 left = at_once, slot;
@@ -199,7 +217,10 @@ __noinline int resume_due(u64 now)
 	return 0;
 }
 
-/* A paused cgroup goes on because its limit was changed. */
+/*
+ * End the pause of a cgroup, if it has one, because its limit was changed. Returns 0. The caller
+ * calls settle_up() afterwards.
+ */
 __noinline int resume_now(u32 slot, u64 now)
 {
 	bpf_spin_lock(&lock);
@@ -209,7 +230,7 @@ __noinline int resume_now(u32 slot, u64 now)
 	return 0;
 }
 
-/* Whether a cgroup, or one above it, is paused. */
+/* Whether a cgroup, or one above it, is paused, unless one of them is to go first. */
 __noinline int is_held(u32 slot, u64 now)
 {
 	while (slot && can_loop) {
@@ -224,6 +245,7 @@ __noinline int is_held(u32 slot, u64 now)
 
 /* --- Budgets --- */
 
+/* CPU time that a cgroup may now take ahead of others, in ns. */
 static __always_inline s64 budget_of(struct node *node, struct sched_cgroup *cgroup, u64 now)
 {
 	s64 most = cgroup->boost_cap_ns, budget;
@@ -238,8 +260,8 @@ static __always_inline s64 budget_of(struct node *node, struct sched_cgroup *cgr
 }
 
 /*
- * Ahead of the others, if a budget is left at each level that has one, and no level has had more
- * than its share already: a boost changes the order, not the shares.
+ * Whether a cgroup may go ahead of others: if budget is left at each level that has one, and no
+ * level has had more than its share already. A boost changes the order, not the shares.
  */
 __noinline int may_boost(u32 slot, u64 now)
 {
@@ -270,7 +292,15 @@ __noinline int may_boost(u32 slot, u64 now)
 
 /* --- Paying --- */
 
-/* For one level. Returns whether it is paused now, and was not before. */
+/**
+ * pay - charge CPU time to a cgroup, at its own level only
+ * @slot: the cgroup
+ * @ran: CPU time in ns
+ * @now: the time
+ * @boosted: whether the time was taken ahead of others
+ *
+ * Return: whether the cgroup is paused now, and was not before; settle_up() is to follow then.
+ */
 __noinline int pay(u32 slot, u64 ran, u64 now, u32 boosted)
 {
 	struct node *node = node_of(slot), *parent = node_of(node->parent);
@@ -291,7 +321,7 @@ __noinline int pay(u32 slot, u64 ran, u64 now, u32 boosted)
 	if (!slot)
 		goto unlock;
 	node->vtime += ran * WEIGHT_DEFAULT * penalty / weight;
-	/* Nobody waits for it: it owes nobody anything. */
+	/* No sibling waits, so running has cost none of them anything. */
 	if (!parent->children[0] && before(parent->vtime_now, node->vtime))
 		parent->vtime_now = node->vtime;
 	if ((s64)(node->vtime - parent->vtime_now) > (s64)lead)
@@ -317,6 +347,7 @@ unlock:
 	return until && !was_paused;
 }
 
+/* Charge CPU time (`ran`, in ns) to a cgroup and all above it. Returns 0. */
 __noinline int pay_up(u32 slot, u64 ran, u64 now, u32 boosted)
 {
 	struct node *node = node_of(slot);
@@ -336,7 +367,10 @@ __noinline int pay_up(u32 slot, u64 ran, u64 now, u32 boosted)
 
 /* --- Waiting --- */
 
-/* A turn for each of its tasks in that time; so that a fork bomb has no use of it, for so many. */
+/*
+ * The time at which to look for long waits next: each waiting task of the cgroup gets a turn within
+ * wait_max_ns. Counts no more than RESCUED_MOST tasks, so that a fork bomb gains nothing.
+ */
 static __always_inline u64 rescue_at(struct node *node, u64 now)
 {
 	u32 tasks = node->tasks < RESCUED_MOST ? node->tasks : RESCUED_MOST;
@@ -344,7 +378,10 @@ static __always_inline u64 rescue_at(struct node *node, u64 now)
 	return now + control.wait_max_ns / (tasks ?: 1);
 }
 
-/* Returns whether the task may go ahead of others. settle_up() is to follow. */
+/*
+ * Count a task more that waits in a cgroup's queue. Returns whether it may go ahead of others. The
+ * caller calls settle_up() afterwards.
+ */
 __noinline int begin_waiting(u32 slot, u64 now)
 {
 	struct node *node = node_of(slot);
@@ -364,7 +401,7 @@ __noinline int begin_waiting(u32 slot, u64 now)
 	return boost;
 }
 
-/* settle_up() is to follow. */
+/* Count a task less that waits. Returns 0. The caller calls settle_up() afterwards. */
 __noinline int end_waiting(u32 slot)
 {
 	struct node *node = node_of(slot);
@@ -373,7 +410,7 @@ __noinline int end_waiting(u32 slot)
 	if (node->tasks) {
 		control.waiting--;
 		node->tasks--;
-		/* While others wait it stays due: who has left says nothing of them. */
+		/* While other tasks wait, the time of the rescue stays: they may wait longest. */
 		if (slot && !node->tasks) {
 			order_drop(ORDER_RESCUE, slot);
 			order_drop(ORDER_BOOST, slot);
@@ -383,7 +420,10 @@ __noinline int end_waiting(u32 slot)
 	return 0;
 }
 
-/* When its tasks are looked at next; at 0: a while after the turn that one of them got. */
+/*
+ * Set the time at which to look for long waits next; 0: the usual time after a rescue. Does nothing
+ * if no task of the cgroup waits. Returns 0.
+ */
 __noinline int rescue_again(u32 slot, u64 at, u64 now)
 {
 	struct node *node = node_of(slot);
@@ -398,14 +438,15 @@ __noinline int rescue_again(u32 slot, u64 at, u64 now)
 /* --- Choosing --- */
 
 /*
- * Cgroups that have no task for a CPU, as its dispatch has found; each CPU's own, or two that pass
- * over the same ones would take each other's marks away.
+ * Marks of the cgroups in whose queues the dispatch of a CPU has found no task for that CPU. Each
+ * CPU has marks of its own: with common ones, CPUs would remove the marks that others still need.
  */
 static struct {
 	u64 any;
 	u64 marks[SLOTS / 64];
 } tried[ABI_SCHED_CPUS];
 
+/* Whether a cgroup is marked for a CPU. */
 static __always_inline bool was_tried(u32 cpu, u32 slot)
 {
 	u64 row = MASKED(cpu, ABI_SCHED_CPUS - 1), word = MASKED(slot / 64, SLOTS / 64 - 1);
@@ -413,7 +454,10 @@ static __always_inline bool was_tried(u32 cpu, u32 slot)
 	return cpu != NO_MARKS && tried[row].marks[word] >> (slot % 64) & 1;
 }
 
-/* Not inline: the verifier would go through the rest of a dispatch for each outcome. */
+/*
+ * Mark a cgroup for a CPU. Returns 0. Not inline: the verifier would check the rest of a dispatch
+ * anew for each outcome.
+ */
 __noinline int mark_tried(u32 cpu, u32 slot)
 {
 	u64 row = MASKED(cpu, ABI_SCHED_CPUS - 1), word = MASKED(slot / 64, SLOTS / 64 - 1);
@@ -423,6 +467,7 @@ __noinline int mark_tried(u32 cpu, u32 slot)
 	return 0;
 }
 
+/* Remove all marks for a CPU. Returns 0. */
 __noinline int forget_tried(u32 cpu)
 {
 	u64 row = MASKED(cpu, ABI_SCHED_CPUS - 1);
@@ -436,7 +481,7 @@ __noinline int forget_tried(u32 cpu)
 	return 0;
 }
 
-/* With the lock held. */
+/* The first cgroup of an order that is not marked for a CPU; 0: none. The caller holds the lock. */
 static __always_inline u32 first_not_tried(u32 order, u32 parent, u32 cpu)
 {
 	u32 slot = order_first(order, parent);
@@ -446,6 +491,7 @@ static __always_inline u32 first_not_tried(u32 order, u32 parent, u32 cpu)
 	return slot;
 }
 
+/* A cgroup with tasks that may have waited for too long, not marked for a CPU; 0: none. */
 __noinline u32 rescue_due(u64 now, u32 cpu)
 {
 	u32 slot;
@@ -458,6 +504,7 @@ __noinline u32 rescue_due(u64 now, u32 cpu)
 	return slot;
 }
 
+/* The first cgroup in ORDER_BOOST that is not marked for a CPU; 0: none. */
 __noinline u32 first_boosted(u32 cpu)
 {
 	u32 slot;
@@ -468,6 +515,7 @@ __noinline u32 first_boosted(u32 cpu)
 	return slot;
 }
 
+/* Put a cgroup with waiting tasks into ORDER_BOOST, whatever its budget. Returns 0. */
 __noinline int boost_now(u32 slot, u64 now)
 {
 	bpf_spin_lock(&lock);
@@ -477,6 +525,7 @@ __noinline int boost_now(u32 slot, u64 now)
 	return 0;
 }
 
+/* Remove a cgroup from ORDER_BOOST. Returns 0. */
 __noinline int no_more_boost(u32 slot)
 {
 	bpf_spin_lock(&lock);
@@ -485,6 +534,7 @@ __noinline int no_more_boost(u32 slot)
 	return 0;
 }
 
+/* The first cgroup that may go ahead of others, not marked for a CPU; 0: none. */
 __noinline u32 boost_due(u64 now, u32 cpu)
 {
 	u32 left = at_once, slot;
@@ -498,11 +548,15 @@ __noinline u32 boost_due(u64 now, u32 cpu)
 	return 0;
 }
 
-/*
- * One level of the way down: the child with the least virtual time, TURN(TURN_NONE, slot); or the
- * cgroup's own tasks, TURN(TURN_TREE, at). 0: there is nothing here.
- * mine: the child that the task which was running is in or below, 0: none.
- * keep: that task is one of the cgroup's own.
+/**
+ * choose_at - choose at one level of the tree
+ * @at: the cgroup whose children and own tasks compete
+ * @mine: the child that contains the task which ran on the CPU and could go on; 0: none
+ * @keep: whether that task is one of the cgroup's own
+ * @cpu: the CPU whose marks count
+ *
+ * Return: TURN(TURN_NONE, child) for a child; TURN(TURN_TREE, at) for the cgroup's own tasks; 0:
+ * there is nothing to run here.
  */
 __noinline u64 choose_at(u32 at, u32 mine, u32 keep, u32 cpu)
 {
@@ -522,7 +576,7 @@ __noinline u64 choose_at(u32 at, u32 mine, u32 keep, u32 cpu)
 		own = false;
 	if (best)
 		vtime = node_of(best)->vtime;
-	/* Not past one that has no task for this CPU: it keeps its turn. */
+	/* The time does not pass a child that was skipped for this CPU: its turn is to come. */
 	first = order_first(ORDER_TREE, at);
 	if (first && before(node_of(first)->vtime, vtime))
 		vtime = node_of(first)->vtime;
@@ -532,10 +586,13 @@ __noinline u64 choose_at(u32 at, u32 mine, u32 keep, u32 cpu)
 	return own ? TURN(TURN_TREE, at) : TURN(TURN_NONE, best);
 }
 
-/*
- * From the root down to where the least virtual time leads.
- * prev: the slot, plus one, of the task that ran here and could go on; 0: there is none.
- * cpu: whose marks count.
+/**
+ * descend - choose from the root down, by the least virtual time
+ * @prev: slot, plus one, of the task that ran on the CPU and could go on; 0: there is none
+ * @cpu: the CPU whose marks count
+ *
+ * Return: a turn: TURN_TREE, or TURN_KEEP if it comes to that task's own cgroup; TURN_NONE: there
+ * is nothing to run. A cgroup without anything to run is marked.
  */
 __noinline u64 descend(u32 prev, u32 cpu)
 {
@@ -570,6 +627,15 @@ __noinline u64 descend(u32 prev, u32 cpu)
 	return TURN(TURN_NONE, 0);
 }
 
+/**
+ * choose - choose the cgroup that a CPU is to serve next
+ * @prev: slot, plus one, of the task that ran on the CPU and could go on; 0: there is none
+ * @now: the time
+ * @cpu: the CPU whose marks count
+ *
+ * Return: a turn. A rescue comes first, then a boost (of a waiting task before one of the task that
+ * ran here), then the least virtual time.
+ */
 __noinline u64 choose(u32 prev, u64 now, u32 cpu)
 {
 	u32 slot;
@@ -585,9 +651,14 @@ __noinline u64 choose(u32 prev, u64 now, u32 cpu)
 	return descend(prev, cpu);
 }
 
-/*
- * Whether a cgroup that begins to wait comes before one whose task runs and has not paid for the
- * last `ran` ns yet: by virtual time, where their ways from the root part.
+/**
+ * comes_before - whether a cgroup that begins to wait comes before one that has a task running
+ * @waiting: the first
+ * @running: the second
+ * @ran: CPU time in ns that the running task has not paid for yet
+ *
+ * Return: whether it does, by the virtual times of their ancestors that are siblings; false if one
+ * is an ancestor of the other.
  */
 __noinline int comes_before(u32 waiting, u32 running, u64 ran)
 {
@@ -613,9 +684,9 @@ __noinline int comes_before(u32 waiting, u32 running, u64 ran)
 
 static u32 free_slots[SLOTS];
 static u32 free_count;
-static u32 fresh_slot = 1; /* never used before from here on; 0 is the root's */
+static u32 fresh_slot = 1; /* the first slot that was never used; 0 is the root's */
 
-/* Returns an unused entry; 0: all are taken. */
+/* Take a free slot; 0: there is none. */
 __noinline u32 take_slot(void)
 {
 	u32 slot = 0;
@@ -629,7 +700,10 @@ __noinline u32 take_slot(void)
 	return slot;
 }
 
-/* It has no tasks and no children any more; settle_up() has seen to its parent. */
+/*
+ * Free a slot, whose cgroup has no tasks and no children any more. Returns 0. The caller has called
+ * settle_up() before.
+ */
 __noinline int give_slot_back(u32 slot)
 {
 	bpf_spin_lock(&lock);

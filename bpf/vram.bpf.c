@@ -1,23 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Memory of the GPU by call: probes on libcuda's own functions, told apart by their cookie. A size
- * is taken from the quota before the driver is entered, and given back if it fails, so that threads
- * that ask at the same time cannot pass together. Over the quota the function returns
- * CUDA_ERROR_OUT_OF_MEMORY at once, where the kernel lets a probe say so (Linux 6.19).
+ * GPU memory of calls: probes on the functions of libcuda, which the probe's cookie (enum
+ * cuda_call) tells apart. A size is taken from the quota before the driver is entered, and given
+ * back if the driver fails, so that threads that ask at the same time cannot go over the quota
+ * together. Over the quota the function returns CUDA_ERROR_OUT_OF_MEMORY without being entered, on
+ * kernels that let a probe do that (Linux 6.19).
  *
- * One program runs at the start and at the end of a function (a session, Linux 6.13): an ordinary
- * return probe would put its own return address in place, also where the function is left out.
+ * The same program runs at the start and at the end of a function (a session, Linux 6.13). An
+ * ordinary return probe would not do: it replaces the return address, which a function that is not
+ * entered needs as it is.
  *
- * What cannot be known is counted, never forgotten: a handle that finds no room stays counted until
- * its process ends.
+ * Memory whose handle cannot be noted for want of room stays in the account until its process ends.
  */
 #include "compat.h"
+
+#include "maps.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
 #define CUDA_SUCCESS		 0
 #define CUDA_ERROR_OUT_OF_MEMORY 2
-#define LOCATION_HOST		 2 /* CU_MEM_LOCATION_TYPE_HOST and those after it */
+#define LOCATION_HOST		 2 /* CU_MEM_LOCATION_TYPE_HOST; those above are the host's too */
+#define HANDLES_MAX		 (1 << 20)
 #define ARRAY3D_LAYERED		 0x1
 #define ARRAY3D_CUBEMAP		 0x4
 #define ARRAY3D_SPARSE		 0x40
@@ -25,7 +29,7 @@ char LICENSE[] SEC("license") = "GPL";
 #define MAPPINGS_MAX		 65536
 #define TOLD_GAP_NS		 100000000UL
 #define NO_QUOTA		 (~0UL)
-#define NOT_OURS		 0UL
+#define NOT_OURS		 0UL /* see enter() */
 #define REFUSED			 (~0UL)
 
 #ifdef __TARGET_ARCH_x86
@@ -42,13 +46,13 @@ char LICENSE[] SEC("license") = "GPL";
 #define RESULT(regs) ((regs)->regs[0])
 #endif
 
-/* The kfuncs of a session took no argument until Linux 7.0. */
+/* The kfuncs of a session took no argument before Linux 7.0: the flavors of that name are those. */
 extern bool bpf_session_is_return(void *ctx) __ksym __weak;
 extern bool bpf_session_is_return___v1(void) __ksym __weak;
 extern __u64 *bpf_session_cookie(void *ctx) __ksym __weak;
 extern __u64 *bpf_session_cookie___v1(void) __ksym __weak;
 
-/* As in cuda.h. */
+/* CUDA_ARRAY_DESCRIPTOR and CUDA_ARRAY3D_DESCRIPTOR of cuda.h. */
 struct array_descriptor {
 	u64 width, height;
 	u32 format, channels;
@@ -59,76 +63,31 @@ struct array_3d_descriptor {
 	u32 format, channels, flags, unused;
 };
 
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, u64);
-	__type(value, struct vram_quota);
-} quotas SEC(".maps");
+ID_MAP(quotas, struct vram_quota);
+ID_MAP(accounts, struct vram_account);
+ID_MAP(processes, struct vram_process);
+HASH_MAP(allocations, HANDLES_MAX, struct vram_key, struct vram_allocation);
 
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, u64);
-	__type(value, struct vram_account);
-} accounts SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, u64);
-	__type(value, struct vram_process);
-} processes SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 1 << 20);
-	__type(key, struct vram_key);
-	__type(value, struct vram_allocation);
-} allocations SEC(".maps");
-
-/* Where physical memory is mapped; `kind` of the key is CUDA_MAP. */
+/* A range to which physical memory is mapped, by its start; `kind` of the key is CUDA_MAP. */
 struct mapping {
 	u64 size_bytes;
 	u64 handle;
 };
 
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 1 << 20);
-	__type(key, struct vram_key);
-	__type(value, struct mapping);
-} mappings SEC(".maps");
+HASH_MAP(mappings, HANDLES_MAX, struct vram_key, struct mapping);
 
-/* What a context holds; `kind` of the key is CUDA_CTX_CREATE. */
+/* Memory that a context holds; `kind` of the key is CUDA_CTX_CREATE. */
 struct holding {
 	u64 used_bytes;
-	u64 serial;
+	u64 serial; /* tells it from a later context at the same address */
 };
 
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, struct vram_key);
-	__type(value, struct holding);
-} contexts SEC(".maps");
+HASH_MAP(contexts, 65536, struct vram_key, struct holding);
 
 /* A device's primary context; `kind` of the key is CUDA_PRIMARY_RETAIN. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, struct vram_key);
-	__type(value, u64);
-} primaries SEC(".maps");
+HASH_MAP(primaries, 65536, struct vram_key, u64);
 
-/* A thread's current contexts. */
+/* Current contexts of a thread, by (tgid << 32 | tid); the last one is in use. */
 #define STACK_DEPTH 8
 struct context_stack {
 	u64 context[STACK_DEPTH];
@@ -136,47 +95,35 @@ struct context_stack {
 	u32 reserved;
 };
 
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 65536);
-	__type(key, u64);
-	__type(value, struct context_stack);
-} threads SEC(".maps");
+LRU_MAP(threads, 65536, struct context_stack);
 
-/* A function that has been entered and has not returned. */
+/* A call of a function of libcuda that has not returned yet. */
 struct pending {
-	u64 account;
+	u64 account; /* cgroup id */
 	u64 process; /* tgid */
 	u64 start_ns;
 	u64 size_bytes; /* taken from the quota */
-	u64 out;	/* where the handle will be */
+	u64 out;	/* address to which the function will write the handle */
 	u64 first;	/* arguments, by function */
 	u64 second;
 	u64 fourth;
-	struct vram_allocation taken;
-	u32 call;
+	struct vram_allocation taken; /* what is about to be freed, if has_taken */
+	u32 call;		      /* enum cuda_call */
 	u32 has_taken;
 };
 
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 65536);
-	__type(key, u64);
-	__type(value, struct pending);
-} pendings SEC(".maps");
+LRU_MAP(pendings, 65536, struct pending);
 
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 256 << 10);
-} events SEC(".maps");
+RING_BUFFER(events, 256 << 10);
 
 const volatile __u32 may_refuse = 1; /* set before the load: whether a probe may write registers */
 
-u64 serial;
+u64 serial; /* the last number that was given to a context or a pending function */
 
 static const struct context_stack no_contexts;
 static const struct vram_account no_account;
 
+/* Whether a session's program runs at the end of the function, not at its start. */
 static __always_inline bool is_return(void *ctx)
 {
 	if (bpf_ksym_exists(bpf_session_is_return___v1))
@@ -184,6 +131,7 @@ static __always_inline bool is_return(void *ctx)
 	return bpf_session_is_return(ctx);
 }
 
+/* A word that the program at the start leaves for the one at the end. */
 static __always_inline u64 *session_cookie(void *ctx)
 {
 	if (bpf_ksym_exists(bpf_session_cookie___v1))
@@ -192,14 +140,15 @@ static __always_inline u64 *session_cookie(void *ctx)
 }
 
 /*
- * The functions that are not static are checked by the verifier once, each on its own; as parts of
- * one another they would be more than it is willing to follow.
+ * The verifier checks a function that is not static once, on its own. If these were inlined into
+ * one another, there would be more paths than it is willing to follow.
  */
 
 /**
- * quota_id - the quota that the current task is under
+ * quota_id - the cgroup whose quota holds for the current task
  *
- * Return: the id of the cgroup that has it; 0: nobody asks for this task to be accounted.
+ * Return: its id: that of the task's cgroup, or of the nearest one above it with a quota; 0: the
+ * task is not accounted.
  */
 __noinline u64 quota_id(void)
 {
@@ -219,6 +168,7 @@ __noinline u64 quota_id(void)
 	return 0;
 }
 
+/* The account of a cgroup, which is made on first use; NULL: there is no room. */
 static __always_inline struct vram_account *account_of(u64 id)
 {
 	struct vram_account *account = bpf_map_lookup_elem(&accounts, &id);
@@ -229,7 +179,13 @@ static __always_inline struct vram_account *account_of(u64 id)
 	return bpf_map_lookup_elem(&accounts, &id);
 }
 
-/* The process's entry, made on first use. It stays with the account that it began in. */
+/**
+ * process_of - the entry of a process, which is made on first use
+ * @task: any thread of the process
+ * @account: cgroup id of its account, if the entry is made now; an older entry keeps its account
+ *
+ * Return: the entry; NULL: there is no room.
+ */
 static __always_inline struct vram_process *process_of(struct task_struct *task, u64 account)
 {
 	u64 tgid = task->tgid, start_ns = task->group_leader->start_boottime;
@@ -242,6 +198,7 @@ static __always_inline struct vram_process *process_of(struct task_struct *task,
 	return bpf_map_lookup_elem(&processes, &tgid);
 }
 
+/* Fill in the key of a handle that a function's process has. */
 static __always_inline void key_of(struct vram_key *key, struct pending *pending, u64 handle,
 				   u32 kind)
 {
@@ -251,7 +208,7 @@ static __always_inline void key_of(struct vram_key *key, struct pending *pending
 	key->kind = kind;
 }
 
-/* Handles of memory that is read and written are of one kind, however it was asked for. */
+/* The kind of handle that a function (enum cuda_call) gives out or takes, for its key. */
 static __always_inline u32 kind_of(u32 call)
 {
 	switch (call) {
@@ -269,6 +226,7 @@ static __always_inline u32 kind_of(u32 call)
 	return CUDA_ALLOC;
 }
 
+/* The current context of the current thread; 0: none is known. */
 static __always_inline u64 context_of_thread(void)
 {
 	u64 thread = bpf_get_current_pid_tgid();
@@ -281,7 +239,7 @@ static __always_inline u64 context_of_thread(void)
 	return top < STACK_DEPTH ? stack->context[top] : 0;
 }
 
-/* What a context holds, noted on first use. */
+/* The entry of a context, which is made on first use; NULL: no context, or no room. */
 static __always_inline struct holding *holding_of(struct pending *pending, u64 context)
 {
 	struct holding fresh = { 0, __sync_fetch_and_add(&serial, 1) + 1 }, *found;
@@ -297,7 +255,7 @@ static __always_inline struct holding *holding_of(struct pending *pending, u64 c
 	return bpf_map_lookup_elem(&contexts, &key);
 }
 
-/* What the context of a noted handle holds; NULL: it is gone, or was never known. */
+/* The entry of the context of a noted handle; NULL: the context is gone, or was never known. */
 static __always_inline struct holding *holding_with(struct pending *pending,
 						    struct vram_allocation *allocation)
 {
@@ -311,7 +269,15 @@ static __always_inline struct holding *holding_with(struct pending *pending,
 	return found && found->serial == allocation->context_serial ? found : NULL;
 }
 
-/* Adds to the account and the process (or takes away). Returns what the account held before. */
+/**
+ * charge - add to what a process and its account use
+ * @id: cgroup id of the account
+ * @tgid, @start_ns: the process
+ * @size_bytes: how much; negative: to take away
+ *
+ * Return: use of the account before, in bytes; 0, and nothing is added, if the account or the
+ * process is not known any more.
+ */
 static __always_inline u64 charge(u64 id, u64 tgid, u64 start_ns, s64 size_bytes)
 {
 	struct vram_account *account = bpf_map_lookup_elem(&accounts, &id);
@@ -325,6 +291,7 @@ static __always_inline u64 charge(u64 id, u64 tgid, u64 start_ns, s64 size_bytes
 	return before;
 }
 
+/* Raise an account's peak to its use. After eight lost races the peak stays a little too low. */
 static __always_inline void raise_peak(struct vram_account *account, u64 used_bytes)
 {
 	u64 peak = account->peak_bytes;
@@ -338,6 +305,15 @@ static __always_inline void raise_peak(struct vram_account *account, u64 used_by
 	}
 }
 
+/**
+ * tell - send an event about an account
+ * @account: the account
+ * @id: its cgroup id
+ * @size_bytes: the request, for GPU_EVENT_MEMORY
+ * @quota_bytes: its quota
+ * @type: GPU_EVENT_MEMORY, at most one in TOLD_GAP_NS; or GPU_EVENT_ACTIVE
+ * @refused: 1: the request was refused
+ */
 static __always_inline void tell(struct vram_account *account, u64 id, u64 size_bytes,
 				 u64 quota_bytes, u32 type, u32 refused)
 {
@@ -364,6 +340,7 @@ static __always_inline void tell(struct vram_account *account, u64 id, u64 size_
 	bpf_ringbuf_submit(event, 0);
 }
 
+/* Size of a component of an array, by CUarray_format of cuda.h. */
 static __always_inline u64 bytes_of_format(u32 format)
 {
 	switch (format) {
@@ -372,10 +349,10 @@ static __always_inline u64 bytes_of_format(u32 format)
 		return 1;
 	case 0x02:
 	case 0x09:
-	case 0x10: /* half */
+	case 0x10: /* CU_AD_FORMAT_HALF */
 		return 2;
 	}
-	return 4; /* 32 bits, and no less for those that are packed in some other way */
+	return 4; /* 32 bits; the packed formats, which are not told apart here, take no more */
 }
 
 static __always_inline u64 at_least_one(u64 number)
@@ -383,6 +360,7 @@ static __always_inline u64 at_least_one(u64 number)
 	return number ? number : 1;
 }
 
+/* Size of a mip level of an array; 0: a sparse array, which takes no memory by itself. */
 static __always_inline u64 array_bytes(struct array_3d_descriptor *d, u32 level)
 {
 	u64 width = at_least_one(d->width >> level), height = at_least_one(d->height >> level);
@@ -408,17 +386,18 @@ static long add_level(u64 level, struct levels *levels)
 	return 0;
 }
 
+/* A size, rounded up to what an allocation takes. */
 static __always_inline u64 grain(u64 size_bytes)
 {
 	return (size_bytes + ABI_VRAM_GRAIN_BYTES - 1) & ~((u64)ABI_VRAM_GRAIN_BYTES - 1);
 }
 
 /**
- * size_of - what a function will take of the GPU's memory
- * @call: which
+ * size_of - how much of the GPU's memory a function will take
+ * @call: the function, enum cuda_call
  * @second, @third, @fourth: its arguments
  *
- * Return: in bytes; 0: it takes none.
+ * Return: size in bytes; 0: it takes none.
  */
 __noinline u64 size_of(u32 call, u64 second, u64 third, u64 fourth)
 {
@@ -454,7 +433,13 @@ __noinline u64 size_of(u32 call, u64 second, u64 third, u64 fourth)
 	return 0;
 }
 
-/* Give back what a handle that is noted no more held; nothing where that went with its context. */
+/**
+ * give_back - take the memory of a handle from its account
+ * @pending: the function of whose process the handle is
+ * @allocation: the handle's entry, which is not in the map any more
+ *
+ * If the handle's context has ended, its memory was given back with the context.
+ */
 static __always_inline void give_back(struct pending *pending, struct vram_allocation *allocation)
 {
 	struct vram_account *account = bpf_map_lookup_elem(&accounts, &pending->account);
@@ -469,7 +454,13 @@ static __always_inline void give_back(struct pending *pending, struct vram_alloc
 		__sync_fetch_and_add(&account->frees, 1);
 }
 
-/* Note a handle that was given out. */
+/**
+ * note - note a handle that a function has given out
+ * @pending: the function, whose size_bytes are in the account already
+ * @handle: the handle
+ *
+ * Without room for the handle the memory stays in the account, and `untracked` counts it.
+ */
 static __always_inline void note(struct pending *pending, u64 handle)
 {
 	struct vram_allocation fresh = { .size_bytes = pending->size_bytes, .refs = 1 };
@@ -479,7 +470,7 @@ static __always_inline void note(struct pending *pending, u64 handle)
 	struct vram_key key;
 
 	key_of(&key, pending, handle, kind_of(pending->call));
-	/* Physical memory is no context's. */
+	/* Physical memory belongs to no context. */
 	if (key.kind != CUDA_CREATE)
 		holding = holding_of(pending, context_of_thread());
 	if (holding) {
@@ -487,7 +478,7 @@ static __always_inline void note(struct pending *pending, u64 handle)
 		fresh.context_serial = holding->serial;
 	}
 	old = bpf_map_lookup_elem(&allocations, &key);
-	if (old) /* one whose end was not seen: it cannot be there any more */
+	if (old) /* a handle whose end was not seen, since the driver gives it out again */
 		give_back(pending, old);
 	if (bpf_map_update_elem(&allocations, &key, &fresh, BPF_ANY)) {
 		if (account)
@@ -500,7 +491,7 @@ static __always_inline void note(struct pending *pending, u64 handle)
 		__sync_fetch_and_add(&account->allocations, 1);
 }
 
-/* One reference of physical memory less; the last one gives it back. */
+/* Drop a reference to physical memory (its handle, or a mapping); the last one gives it back. */
 static __always_inline void drop(struct pending *pending, u64 handle)
 {
 	struct vram_allocation *allocation, copy;
@@ -515,11 +506,13 @@ static __always_inline void drop(struct pending *pending, u64 handle)
 		give_back(pending, &copy);
 }
 
+/* The rest of a range that is being unmapped, for bpf_loop(). */
 struct unmap {
 	struct pending *pending;
 	u64 at, end;
 };
 
+/* Unmap the mapping at the start of the rest. Returns 1 if there is none, or no rest. */
 static long unmap_one(u64 index, struct unmap *range)
 {
 	struct pending pending = *range->pending;
@@ -539,6 +532,7 @@ static long unmap_one(u64 index, struct unmap *range)
 	return 0;
 }
 
+/* Make a context the current thread's: on top of the others (push), or in place of the top one. */
 static __always_inline void set_context(u64 context, bool push)
 {
 	u64 thread = bpf_get_current_pid_tgid();
@@ -560,6 +554,7 @@ static __always_inline void set_context(u64 context, bool push)
 		stack->context[top] = context;
 }
 
+/* Drop the top one of the current thread's contexts. */
 static __always_inline void pop_context(void)
 {
 	u64 thread = bpf_get_current_pid_tgid();
@@ -569,7 +564,7 @@ static __always_inline void pop_context(void)
 		stack->depth--;
 }
 
-/* All that a context held is gone with it. */
+/* Give back all memory of a context that has ended. */
 static __always_inline void end_context(struct pending *pending, u64 context)
 {
 	struct holding *found, copy;
@@ -584,8 +579,13 @@ static __always_inline void end_context(struct pending *pending, u64 context)
 		charge(pending->account, pending->process, pending->start_ns, -copy.used_bytes);
 }
 
-/* The allocation of a pointer or array that is to be freed, taken out before the driver can give
- * the handle to another thread. */
+/**
+ * take - take the entry of a handle that is about to be freed out of the map
+ * @pending: the function, which keeps the entry until it returns
+ * @handle: the handle
+ *
+ * After the driver has freed it, another thread may get the same handle at once.
+ */
 static __always_inline void take(struct pending *pending, u64 handle)
 {
 	struct vram_allocation *allocation;
@@ -599,6 +599,7 @@ static __always_inline void take(struct pending *pending, u64 handle)
 	pending->has_taken = !bpf_map_delete_elem(&allocations, &key);
 }
 
+/* Put the entry back: the driver did not free the handle. */
 static __always_inline void untake(struct pending *pending, u64 handle)
 {
 	struct vram_key key;
@@ -608,12 +609,12 @@ static __always_inline void untake(struct pending *pending, u64 handle)
 }
 
 /**
- * enter - a function of libcuda begins
- * @call: which
+ * enter - account for a function of libcuda that begins
+ * @call: the function, enum cuda_call
  * @first, @second, @third, @fourth: its arguments
  *
- * Return: the number under which what is known of it is kept until it returns; NOT_OURS: it is of
- * no interest; REFUSED: it is to be left out, out of memory.
+ * Return: the number of its entry in `pendings`, for leave(); NOT_OURS: the function need not be
+ * seen returning; REFUSED: it goes over the quota, and is not to be entered.
  */
 __noinline u64 enter(u32 call, u64 first, u64 second, u64 third, u64 fourth)
 {
@@ -632,7 +633,7 @@ __noinline u64 enter(u32 call, u64 first, u64 second, u64 third, u64 fourth)
 	process = process_of(task, pending.account);
 	if (!process)
 		return NOT_OURS;
-	/* Another one than now, if it has been moved since it began. */
+	/* Not the account found above, if the process has been moved since its first allocation. */
 	pending.account = process->account;
 	pending.process = task->tgid;
 	pending.start_ns = process->start_ns;
@@ -652,7 +653,7 @@ __noinline u64 enter(u32 call, u64 first, u64 second, u64 third, u64 fourth)
 		quota_bytes = quota->quota_bytes;
 		before = charge(pending.account, pending.process, pending.start_ns,
 				pending.size_bytes);
-		/* Compared so that a size near the end of the range does not wrap around. */
+		/* A sum of the two could wrap around for a size near the end of the range. */
 		if (quota_bytes != NO_QUOTA &&
 		    (before > quota_bytes || pending.size_bytes > quota_bytes - before)) {
 			tell(account, pending.account, pending.size_bytes, quota_bytes,
@@ -673,7 +674,11 @@ __noinline u64 enter(u32 call, u64 first, u64 second, u64 third, u64 fourth)
 	return id;
 }
 
-/* An allocation has come back. */
+/**
+ * allocated - account for the return of a function that allocates
+ * @pending: the function
+ * @result: its CUresult: a failure gives the size back
+ */
 static __always_inline void allocated(struct pending *pending, u32 result)
 {
 	u64 handle = 0, pitch = 0, real;
@@ -691,7 +696,7 @@ static __always_inline void allocated(struct pending *pending, u32 result)
 	}
 	if (pending->call == CUDA_ALLOC_PITCH &&
 	    !bpf_copy_from_user(&pitch, sizeof(pitch), (void *)pending->second)) {
-		real = grain(pitch * pending->fourth); /* the height */
+		real = grain(pitch * pending->fourth); /* times the height */
 		if (real > pending->size_bytes) {
 			charge(pending->account, pending->process, pending->start_ns,
 			       real - pending->size_bytes);
@@ -701,6 +706,7 @@ static __always_inline void allocated(struct pending *pending, u32 result)
 	note(pending, handle);
 }
 
+/* Note that physical memory was mapped: cuMemMap(address, size, offset, handle, flags). */
 static __always_inline void mapped(struct pending *pending)
 {
 	struct mapping mapping = { pending->second, pending->fourth };
@@ -716,6 +722,7 @@ static __always_inline void mapped(struct pending *pending)
 	bpf_map_update_elem(&mappings, &key, &mapping, BPF_ANY);
 }
 
+/* Count a reference to physical memory more: cuMemRetainAllocationHandle(handle *, address). */
 static __always_inline void retained(struct pending *pending)
 {
 	struct vram_allocation *allocation;
@@ -730,6 +737,11 @@ static __always_inline void retained(struct pending *pending)
 		__sync_fetch_and_add(&allocation->refs, 1);
 }
 
+/**
+ * left - account for the return of a function that does not allocate
+ * @pending: the function
+ * @result: its CUresult
+ */
 static __always_inline void left(struct pending *pending, u32 result)
 {
 	struct vram_key key;
@@ -794,9 +806,11 @@ static __always_inline void left(struct pending *pending, u32 result)
 }
 
 /**
- * leave - a function of libcuda returns
+ * leave - account for a function of libcuda that returns
  * @id: the number from enter()
- * @result: what it returns
+ * @result: its CUresult
+ *
+ * Return: 0.
  */
 __noinline int leave(u64 id, u32 result)
 {
@@ -813,7 +827,13 @@ __noinline int leave(u64 id, u32 result)
 	return 0;
 }
 
-/* Makes the function return without having been entered. False: its caller is not to be seen. */
+/**
+ * leave_out - return from the function to its caller, with CUDA_ERROR_OUT_OF_MEMORY, without
+ * entering
+ * @ctx: registers at the function's start
+ *
+ * Return: false if the return address could not be read; the function runs then.
+ */
 static __always_inline bool leave_out(struct pt_regs *ctx)
 {
 #ifdef __TARGET_ARCH_x86
@@ -833,6 +853,12 @@ static __always_inline bool leave_out(struct pt_regs *ctx)
 	return true;
 }
 
+/**
+ * session - account for the start or the end of a function
+ * @ctx: registers there
+ *
+ * Return: at the start, what enter() returned; at the end, NOT_OURS.
+ */
 static __always_inline u64 session(struct pt_regs *ctx)
 {
 	u64 *kept = session_cookie(ctx), id;
@@ -847,7 +873,7 @@ static __always_inline u64 session(struct pt_regs *ctx)
 	return id;
 }
 
-/* 1: the function's return is not to be seen. */
+/* Returns 1 if the kernel need not run this program at the function's end. */
 SEC("uprobe.multi.s")
 int on_cuda(struct pt_regs *ctx)
 {
@@ -858,14 +884,14 @@ int on_cuda(struct pt_regs *ctx)
 	return id == REFUSED || id == NOT_OURS;
 }
 
-/* The same where a probe may not write registers: what is over the quota is told, not refused. */
+/* For kernels where a probe may not write registers: what is over the quota is only reported. */
 SEC("uprobe.multi.s")
 int on_cuda_seen(struct pt_regs *ctx)
 {
 	return session(ctx) == NOT_OURS;
 }
 
-/* Work is given to the GPU; told once each time that it is asked for. */
+/* Runs when work is given to the GPU. Sends an event for the first work after `watch` was set. */
 SEC("uprobe.multi")
 int on_launch(struct pt_regs *ctx)
 {
@@ -884,7 +910,7 @@ int on_launch(struct pt_regs *ctx)
 	return 0;
 }
 
-/* A process that has ended holds nothing. What is left of its handles the daemon removes. */
+/* Gives back all memory of a process that ends. The daemon removes the entries of its handles. */
 SEC("tp_btf/sched_process_exit")
 int BPF_PROG(on_end, struct task_struct *task)
 {

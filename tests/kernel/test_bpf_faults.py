@@ -570,7 +570,7 @@ def test_more_cgroups_than_a_map_has_room_for(
     """The map has room for two. Sessions and calls beyond that work, only unseen by the program,
     which is logged once and counted each time. Nothing of a killed or stopped daemon stays."""
     objects = compiled(
-        tmp_path, ("lifecycle.bpf.c", "__uint(max_entries, 65536);", "__uint(max_entries, 2);")
+        tmp_path, ("lifecycle.bpf.c", "ID_MAP(managed, ", "HASH_MAP(managed, 2, u64, ")
     )
     (objects / "memory.bpf.o").symlink_to(OBJECTS / "memory.bpf.o")
     daemon = run_daemon(f'[bpf]\nobjects = "{objects}"\n')
