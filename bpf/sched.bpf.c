@@ -734,7 +734,7 @@ void BPF_PROG(disable, struct task_struct *p)
 		__sync_fetch_and_add(&control.left, 1);
 }
 
-/* Set cpu.max and cpu.max.burst, in us. No limit: without period or quota, or if that is too high. */
+/* Set cpu.max and cpu.max.burst, in us. Without a period or quota, or above the most: no limit. */
 static __always_inline void set_bandwidth(struct node *node, u64 period, u64 quota, u64 burst)
 {
 	u64 now = bpf_ktime_get_ns();
