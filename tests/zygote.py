@@ -1,8 +1,8 @@
-"""Processes that start with their imports done: forked by one process that did them once.
+"""Processes that start with their imports done, forked by a process that did the imports once.
 
-An emulated CPU takes 20 s to import the daemon and 7 s an agent's worker, and a hundred of them are
-started. What runs is the same code in a process of its own; the programs as they are installed are
-started by the tests of systemd, the launcher and the command line.
+An emulated CPU takes 20 s to import the daemon and 7 s to import an agent's worker, and tests start
+a hundred of these. The code that runs is the same, in a process of its own. The tests of systemd,
+the launcher and the command line start the programs as they are installed.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 class Forked:
-    """A child of this process, with the part of Popen's interface that tests use."""
+    """A child of this process, with those parts of Popen's interface that tests use."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Its exit status as Popen gives it; None while it runs."""
+        """Exit status of the process, as Popen gives it; None while the process runs."""
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -43,7 +43,7 @@ class Forked:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Until it ends. subprocess.TimeoutExpired."""
+        """Wait until the process ends. Returns its exit status; raises subprocess.TimeoutExpired."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while (status := self.poll()) is None:
             if deadline is not None and time.monotonic() > deadline:
@@ -52,16 +52,16 @@ class Forked:
         return status
 
     def send_signal(self, number: int) -> None:
-        """Unless it has ended."""
+        """Send a signal, unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def terminate(self) -> None:
-        """SIGTERM."""
+        """Send SIGTERM, unless the process has ended."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL, unless the process has ended."""
         self.send_signal(signal.SIGKILL)
 
 
@@ -86,11 +86,12 @@ def _zygote() -> socket.socket:
 def fork(
     module: str, argv: Sequence[str], env: Mapping[str, str], stdin: int, stdout: int, stderr: int
 ) -> Forked:
-    """Run `module`'s main() in a new child of this process, with these arguments (without the
-    program's name), environment and descriptors, which stay open here."""
+    """Run `module`'s main() in a new child of this process, with the given arguments (without the
+    program's name), environment and descriptors. The descriptors stay open in this process too."""
     zygote = _zygote()
     prctl = ctypes.CDLL(None, use_errno=True).prctl
-    # The process between the zygote and the new one ends at once, and we inherit its child.
+    # The process between the zygote and the new one ends at once, so this process inherits its
+    # child.
     assert prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
     try:
         data = pickle.dumps((module, list(argv), dict(env)))
@@ -104,7 +105,7 @@ def fork(
 
 
 def _adopted_by_client(client: socket.socket) -> int:
-    """Fork twice. In the new process: 0. Here: its number, once the one between has ended."""
+    """Fork twice. Returns 0 in the new process, and its pid here, once the one between has ended."""
     read, write = os.pipe()
     between = os.fork()
     if between == 0:
@@ -124,7 +125,7 @@ def _adopted_by_client(client: socket.socket) -> int:
 
 
 def main() -> Any:
-    """Serve until the client goes; what this returns is the exit status."""
+    """Serve until the client goes. Returns the exit status."""
     client = socket.socket(fileno=int(sys.argv[1]))
     for module in PRELOAD:
         importlib.import_module(module)
