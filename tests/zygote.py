@@ -43,7 +43,7 @@ class Forked:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait until the process ends. Returns its exit status; raises subprocess.TimeoutExpired."""
+        """Wait for the process. Returns its exit status; raises subprocess.TimeoutExpired."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while (status := self.poll()) is None:
             if deadline is not None and time.monotonic() > deadline:
@@ -105,7 +105,7 @@ def fork(
 
 
 def _adopted_by_client(client: socket.socket) -> int:
-    """Fork twice. Returns 0 in the new process, and its pid here, once the one between has ended."""
+    """Fork twice. Returns 0 in the new process; here its pid, once the one between has ended."""
     read, write = os.pipe()
     between = os.fork()
     if between == 0:
