@@ -1,0 +1,53 @@
+"""Counts of the lifecycle programs: a number that is not known is absent, never zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from agentcgroupd.bpf import abi, loader
+from agentcgroupd.bpf.lifecycle import Lifecycle
+from agentcgroupd.bpf.loader import BpfObject
+
+
+class Loaded(BpfObject):
+    """An object whose counts a test sets, without anything in the kernel."""
+
+    def __init__(self, missed: dict[str, int | None]) -> None:
+        self.counts = missed
+
+    def map(self, name: str, value: Any) -> Any:
+        return {}
+
+    def shared(self, name: str, kind: Any) -> Any:
+        return kind()
+
+    def missed(self, name: str) -> int | None:
+        return self.counts[name]
+
+
+def test_what_the_kernel_does_not_count_is_absent() -> None:
+    counts = {"on_fork": 0, "on_exec": None, "on_exit": 7}
+    assert Lifecycle(Loaded(counts)).missed() == {"fork": 0, "exit": 7}
+
+
+def test_lost_events_are_named_by_type() -> None:
+    lifecycle = Lifecycle(Loaded({}))
+    assert lifecycle.lost() == {}
+    lifecycle.counters.lost[abi.EventType.EXEC] = 3
+    assert lifecycle.lost() == {"exec": 3}
+
+
+class NoTypes:
+    """Types of a kernel that has no struct bpf_prog_info."""
+
+    def find(self, name: str, *kinds: int) -> None:
+        return None
+
+
+def test_a_kernel_that_does_not_count_is_not_a_count_of_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loader, "kernel_btf", NoTypes)
+    assert BpfObject.missed(Loaded({}), "on_exec") is None
