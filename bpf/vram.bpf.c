@@ -352,7 +352,7 @@ static __always_inline u64 bytes_of_format(u32 format)
 	case 0x10: /* CU_AD_FORMAT_HALF */
 		return 2;
 	}
-	return 4; /* 32 bits; the packed formats, which are not told apart here, take no more */
+	return 4; /* 32 bits; packed formats, which are not told apart here, count the same */
 }
 
 static __always_inline u64 at_least_one(u64 number)
@@ -436,7 +436,7 @@ __noinline u64 size_of(u32 call, u64 second, u64 third, u64 fourth)
 /**
  * give_back - take the memory of a handle from its account
  * @pending: the function of whose process the handle is
- * @allocation: the handle's entry, which is not in the map any more
+ * @allocation: the handle's entry, which has left the map or is about to be replaced
  *
  * If the handle's context has ended, its memory was given back with the context.
  */
@@ -828,8 +828,7 @@ __noinline int leave(u64 id, u32 result)
 }
 
 /**
- * leave_out - return from the function to its caller, with CUDA_ERROR_OUT_OF_MEMORY, without
- * entering
+ * leave_out - return CUDA_ERROR_OUT_OF_MEMORY to the function's caller, without entering it
  * @ctx: registers at the function's start
  *
  * Return: false if the return address could not be read; the function runs then.
