@@ -7,7 +7,9 @@ import errno
 import os
 import secrets
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,7 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount, move_all
 from agentcgroupd.errors import CgroupGone, KnobError
-from tests.harness import wait_until
+from tests.harness import ROOT, wait_until
 
 
 @pytest.fixture
@@ -159,6 +161,39 @@ def test_psi_is_read_with_its_units(top: Cgroup) -> None:
 
 def test_enable_names_what_the_kernel_refuses(top: Cgroup) -> None:
     assert top.enable(("no_such_controller",)) == ("no_such_controller",)
+
+
+MOUNT_IN_NAMESPACE = """
+echo $$ > "$0/cgroup.procs"
+exec unshare --cgroup --mount -- sh -c "$1" "$2" "$3"
+"""
+PRINT_MOUNT = """
+from agentcgroupd.cgroup.tree import cgroup2_mount
+try:
+    print(repr(str(cgroup2_mount())))
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def mount_seen(cgroup: Cgroup, setup: str) -> str:
+    """Output of PRINT_MOUNT in a cgroup namespace whose root is `cgroup`, after a shell command."""
+    then = f'{setup}exec "$0" -c "$1"'
+    argv = ("sh", "-c", MOUNT_IN_NAMESPACE, str(cgroup.path), then, sys.executable, PRINT_MOUNT)
+    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    return done.stdout.strip()
+
+
+def test_a_mount_from_outside_the_cgroup_namespace_is_refused(top: Cgroup, tmp_path: Path) -> None:
+    said = mount_seen(top.make_child("outside"), "")
+    begins = f"cgroup2 at {str(cgroup2_mount())!r} begins at '/../..'"
+    assert said.startswith(begins)
+    assert "it was mounted from outside; mount cgroup2 inside this namespace" in said
+    # Among the mounts of this namespace, the one that was made inside it is found.
+    own = tmp_path / "own cgroup2\r"
+    own.mkdir()
+    setup = f"mount -t cgroup2 none '{own}' && "
+    assert mount_seen(top.make_child("inside"), setup) == repr(str(own))
 
 
 def test_wait_until_fails_loudly() -> None:
