@@ -1,4 +1,4 @@
-"""The daemon with fakes for NVML and MPS, which show what the file in $AGENTCG_TEST_GPUS says."""
+"""The daemon with stand-ins for NVML and MPS, which show what is in the file $AGENTCG_TEST_GPUS."""
 
 from __future__ import annotations
 
@@ -7,27 +7,23 @@ from pathlib import Path
 
 from agentcgroupd import __main__ as program
 from agentcgroupd import daemon
-from agentcgroupd.enforce.actions import Actions
-from agentcgroupd.gpu.service import Gpus
-from agentcgroupd.sessions.registry import Sessions
-from tests.gpu_fakes import MAJORS, FakeControl, FakeNvml
+from agentcgroupd.gpu.enforcement import GpuSources
+from tests.gpu_fakes import MAJORS, FakeMpsControl, FakeNvml
 
 STATE = Path(os.environ["AGENTCG_TEST_GPUS"])
 
 
 class FakedDaemon(daemon.Daemon):
-    """All else is real."""
+    """The real daemon but for the sources of its GPUs."""
 
-    def make_gpus(self, sessions: Sessions, actions: Actions) -> Gpus:
-        """The real one, on faked devices."""
-        gpus = super().make_gpus(sessions, actions)
-        gpus.make_nvml = lambda: FakeNvml(STATE)
-        gpus.read_majors = lambda: MAJORS
-        gpus.make_control = lambda pipes, logs, devices: FakeControl(STATE, pipes)
-        return gpus
+    gpu_sources = GpuSources(
+        nvml=lambda: FakeNvml(STATE),
+        majors=lambda: MAJORS,
+        mps=lambda pipes, logs, devices: FakeMpsControl(STATE, pipes),
+    )
 
 
 def main() -> int:
-    """As the daemon's."""
+    """Run the daemon's main function with the class above."""
     setattr(program, "Daemon", FakedDaemon)  # noqa: B010  # its own name is not exported
     return program.main()

@@ -1,8 +1,8 @@
-"""A GPU whose tenants queue work and are frozen and thawed: what the arbiter's turns come to.
+"""A GPU whose tenants queue work and are frozen and thawed: what the arbiter's slices come to.
 
 Measured on two H200 with driver 580: a product takes 1.68 ms; contexts that all have work alternate
-and lose 7.4 % of the throughput; a freeze stops who submits, and what is queued runs on. NVML takes
-a sample every sixth of a second, which shows whoever is on the device at that moment.
+and lose 7.4 % of the throughput; a freeze stops whoever submits, and what is queued runs on. NVML
+takes a sample every sixth of a second, which shows whoever is on the device at that moment.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from agentcgroupd.gpu.arbiter import Arbiter, Settings, Tenant
 
 STEP_USEC = 50
 OPERATION_USEC = 1_677
-SLICE_USEC, SWITCH_USEC = 2_000, 160
-"""Of the driver's own alternation."""
+DRIVER_SLICE_USEC, DRIVER_SWITCH_USEC = 2_000, 160
+"""The driver's own alternation between contexts."""
 FREEZE_USEC, THAW_USEC = 850, 330
-NVML_USEC, LOOK_USEC = 167_000, 224_000
-"""Between samples, and between the daemon's looks at them."""
+NVML_USEC, SAMPLE_USEC = 167_000, 224_000
+"""Between NVML's samples, and between the daemon's readings of them."""
 
-Rests = Callable[[bool, int, int], bool]
-"""As idle.rests."""
+IdleRule = Callable[[bool, int, int], bool]
+"""Takes and returns what idle.is_idle does."""
 
 
 @dataclass(slots=True, eq=False)
 class Program:
-    """Queues `depth` operations and waits for them, again and again, while it works."""
+    """Queues `depth` operations and waits for them, again and again, while it has work."""
 
     id: str
     percent: int
@@ -40,8 +40,8 @@ class Program:
     done: float = 0.0
     launches: int = 0
     watched: bool = True
-    """Its launches are seen; else NVML alone."""
-    # What the daemon knows.
+    """Whether its launches are seen, or only what NVML shows."""
+    # What the daemon knows of it:
     seen_launches: int = 0
     busy_usec: int = 0
     ran_usec: int = 0
@@ -55,21 +55,20 @@ class Model:
     """The daemon, its tenants and the device."""
 
     programs: list[Program]
-    rests: Rests
+    is_idle: IdleRule
     arbiter: Arbiter = field(default_factory=lambda: Arbiter(Settings()))
     now: int = 0
     owner: Program | None = None
-    slice_usec: int = 0
+    driver_slice_usec: int = 0
     nvml: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for program in self.programs:
-            self.arbiter.add(
-                Tenant(program.id, program.percent, program.priority, frozenset({"GPU-0"})), 0
-            )
+            devices = frozenset({"GPU-0"})
+            self.arbiter.add(Tenant(program.id, program.percent, program.priority, devices), 0)
 
     def run(self, until_usec: int) -> None:
-        """On, to that time."""
+        """Go on to that time."""
         while self.now < until_usec:
             self.now += STEP_USEC
             for program in self.programs:
@@ -77,9 +76,9 @@ class Model:
             self._work()
             if self.now % NVML_USEC < STEP_USEC and self.owner is not None:
                 self.nvml.add(self.owner.id)
-            if self.now % LOOK_USEC < STEP_USEC:
-                self._look()
-            until = self.arbiter.turn.until_usec
+            if self.now % SAMPLE_USEC < STEP_USEC:
+                self._sample()
+            until = self.arbiter.slice.until_usec
             if until is not None and self.now >= until:
                 self._decide()
 
@@ -101,20 +100,20 @@ class Model:
         if not ready:
             self.owner = None
             return
-        if self.owner not in ready or self.slice_usec <= 0:
+        if self.owner not in ready or self.driver_slice_usec <= 0:
             place = self.programs.index(self.owner) + 1 if self.owner is not None else 0
             order = self.programs[place:] + self.programs[:place]
             following = next(p for p in order if p.left_usec > 0)
-            self.slice_usec = SLICE_USEC
+            self.driver_slice_usec = DRIVER_SLICE_USEC
             if following is not self.owner:
                 self.owner = following
-                self.slice_usec += SWITCH_USEC
-        self.slice_usec -= STEP_USEC
-        if self.owner is not None and self.slice_usec < SLICE_USEC:
+                self.driver_slice_usec += DRIVER_SWITCH_USEC
+        self.driver_slice_usec -= STEP_USEC
+        if self.owner is not None and self.driver_slice_usec < DRIVER_SLICE_USEC:
             self.owner.left_usec -= STEP_USEC
             self.owner.done += STEP_USEC / OPERATION_USEC
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         for program in self.programs:
             launched = program.watched and program.launches != program.seen_launches
             program.seen_launches = program.launches
@@ -125,20 +124,20 @@ class Model:
             if not wants and (launched or shown):
                 self._want(program)
             quiet, ran = self.now - program.busy_usec, program.ran_usec - program.ran_before_usec
-            if wants and self.rests(program.watched, quiet, ran):
-                self.arbiter.want(program.id, False, self.now)
+            if wants and self.is_idle(program.watched, quiet, ran):
+                self.arbiter.set_wants(program.id, False, self.now)
                 self._decide()
         self.nvml.clear()
 
     def _want(self, program: Program) -> None:
         program.busy_usec, program.ran_before_usec = self.now, program.ran_usec
-        self.arbiter.want(program.id, True, self.now)
+        self.arbiter.set_wants(program.id, True, self.now)
         self._decide()
 
     def _decide(self) -> None:
-        turn = self.arbiter.decide(self.now)
+        decided = self.arbiter.decide(self.now)
         for program in self.programs:
-            held = program.id in turn.hold
+            held = program.id in decided.hold
             if held and not program.held:
                 program.stops_at, program.goes_at = self.now + FREEZE_USEC, None
             elif program.held and not held:
@@ -146,10 +145,10 @@ class Model:
             program.held = held
 
     def shares(self, since: dict[str, float]) -> list[float]:
-        """Percent of what was done since then."""
+        """Each program's percent of the operations done since `since`."""
         done = [p.done - since[p.id] for p in self.programs]
         return [100 * d / sum(done) for d in done]
 
     def done(self) -> dict[str, float]:
-        """Operations so far."""
+        """Operations that each program has done so far."""
         return {p.id: p.done for p in self.programs}

@@ -31,6 +31,7 @@ from agentcgroupd.config import Config
 from agentcgroupd.cpu.scheduling import CpuScheduling
 from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.errors import AgentcgroupdError, ConfigError, KnobError
+from agentcgroupd.gpu.enforcement import GpuSources
 from agentcgroupd.gpu.service import Gpus
 from agentcgroupd.guard.assembly import PoolGuard
 from agentcgroupd.guard.high_mark import HighMark, PoolMark
@@ -73,20 +74,11 @@ class PartFailed(AgentcgroupdError):
 class Daemon:
     """The daemon, from its start to its end. Use: `await Daemon(config).run()`."""
 
+    gpu_sources = GpuSources()
+    """Where the GPU driver and MPS are reached; tests put stand-ins here."""
+
     def __init__(self, config: Config) -> None:
         self._config = config
-
-    def make_gpus(self, sessions: Sessions, actions: Actions) -> Gpus:
-        """What shares the GPUs; tests put fakes for the driver here."""
-        config = self._config
-        return Gpus(
-            config.gpu,
-            config.server.run_dir,
-            config.bpf.objects,
-            lambda: sessions,
-            lambda: actions,
-            config.bpf.enabled,
-        )
 
     async def run(self) -> None:
         """Take the pool, take up what is there, serve until SIGTERM or SIGINT, and let go. Sessions
@@ -127,7 +119,15 @@ class Daemon:
             sessions.open.values,
         )
         actions = Actions(notices, lambda: plane.memory, pool.cgroup, cpu.hurry)
-        gpus = self.make_gpus(sessions, actions)
+        gpus = Gpus(
+            config.gpu,
+            run_dir,
+            sessions,
+            actions,
+            objects=config.bpf.objects,
+            programs=config.bpf.enabled,
+            sources=self.gpu_sources,
+        )
         undo.push_async_callback(_bounded, "GPU sharing", gpus.stop)
         await gpus.start(pool.cgroup)
         observers = Observers(config, plane, cpu, gpus, pool, sessions.open.values, notices)

@@ -11,7 +11,7 @@ from agentcgroupd.bpf import features
 from agentcgroupd.bpf.device import DevicePrograms
 from agentcgroupd.bpf.vram import VramPrograms
 from agentcgroupd.errors import BpfError
-from agentcgroupd.gpu.gate import DEVICES, read_majors
+from agentcgroupd.gpu.gate import driver_majors
 from agentcgroupd.gpu.mps import PROGRAM
 from agentcgroupd.gpu.nvml import DriverNvml, NvmlUnavailable
 from agentcgroupd.units import show_bytes
@@ -66,7 +66,7 @@ def _gate() -> Row:
         DevicePrograms.load().close()
     except BpfError as error:
         return Row("GPU gate", False, features.one_line(error), features.remedy_of(error), fallback)
-    majors = read_majors(DEVICES.read_text(encoding="ascii"))
+    majors = driver_majors()
     seen = f"majors {', '.join(map(str, sorted(majors)))}" if majors else "no driver is loaded"
     return Row("GPU gate", True, f"the kernel takes device programs; {seen}")
 

@@ -1,17 +1,17 @@
-"""Whose turn it is: slices of time on the GPUs in proportion to shares. No I/O and no clock.
+"""Whose time slice it is: slices of time on the GPUs in proportion to shares. No I/O and no clock.
 
-Every tenant that wants a device has a virtual time, which runs slower the larger its share; the one
-with the least is next. A tenant that wants nothing is never held back, and with one tenant that
-wants a device nobody is. An important one that begins to want gets its turn at once; while it goes
-on wanting, the others keep a small part, so that they stay alive.
+Every tenant that wants a device has a virtual time, which runs slower the larger its share; the
+tenant with the least virtual time is next. A tenant that wants nothing is never held back, and
+where a single tenant wants a device nobody is. An important tenant that begins to want a device
+gets it at once; while it goes on wanting, the others keep a small part, so that they stay alive.
 
-A tenant has all of its devices in a turn or none: whoever wants a device that somebody before it
-has is held back.
+A tenant has all of its devices in a slice or none: whoever wants a device that a tenant earlier in
+the order has taken is held back.
 
-Turns are counted, not use: what is queued at the end of a turn runs on into the next one, whose
-owner makes up for it at its own end, so tenants that queue alike have what their turns say. The
-driver's figures by process are not taken to correct that: it samples six times a second, and where
-contexts alternate it was seen to give one a third of what it had.
+Slices are counted, not use. What is queued at the end of a slice runs on into the next one, whose
+owner's own queue runs on in the same way, so tenants that queue alike have what their slices say.
+The driver's figures by process are not taken to correct that: it samples six times a second, and
+where contexts alternate it was seen to show one with a third of what it had.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from agentcgroupd.units import IMPORTANT_PRIORITY
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Times in microseconds."""
+    """Lengths of slices, in microseconds, and the least part of a device's time."""
 
     period_usec: int = 200_000
-    """In this time everyone who wants has had a turn, where turns are not too short for it."""
-    least_turn_usec: int = 10_000
-    """A switch costs about one millisecond."""
+    """Within this time every tenant that wants a device has a slice, unless that would make slices
+    shorter than the shortest."""
+    shortest_slice_usec: int = 10_000
+    """A switch between tenants costs about one millisecond."""
     least_percent: int = 5
-    """Of a device's time for those who have to make room for an important one, together."""
+    """Of a device's time, for all those together that make room for an important tenant."""
 
 
 @dataclass(slots=True)
@@ -50,13 +51,14 @@ class Tenant:
 
     @property
     def important(self) -> bool:
-        """Goes before those that are not."""
+        """Whether its work goes before that of tenants that are not important."""
         return self.priority >= IMPORTANT_PRIORITY
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """Who goes on and who is held back, until a time (None: until something changes)."""
+class TimeSlice:
+    """Ids of the tenants that run and that are held back, until a time (None: until something
+    changes)."""
 
     run: frozenset[str] = frozenset()
     hold: frozenset[str] = frozenset()
@@ -65,101 +67,109 @@ class Turn:
 
 @dataclass(slots=True)
 class Arbiter:
-    """The state. Times are those of the caller's clock, and never go back."""
+    """Decides who runs. Times are those of the caller's clock, and never go back."""
 
     settings: Settings = field(default_factory=Settings)
     tenants: dict[str, Tenant] = field(default_factory=dict)
-    turn: Turn = field(default_factory=Turn)
+    slice: TimeSlice = field(default_factory=TimeSlice)
     _since_usec: int = 0
 
     def add(self, tenant: Tenant, now_usec: int) -> None:
-        """A new tenant; it begins where the others are."""
+        """Let a new tenant begin at the virtual time of the others."""
         self._account(now_usec)
         self.tenants[tenant.id] = tenant
         tenant.virtual_usec = self._level(tenant)
 
     def remove(self, tenant_id: str, now_usec: int) -> None:
-        """It is gone; no error if it was not there."""
+        """Forget a tenant; no error if it is unknown."""
         self._account(now_usec)
         self.tenants.pop(tenant_id, None)
 
     def change(self, tenant_id: str, percent: int, priority: int, now_usec: int) -> None:
-        """Another share from now on. KeyError."""
+        """Give a tenant another share from now on. Raises KeyError."""
         self._account(now_usec)
         tenant = self.tenants[tenant_id]
         tenant.percent, tenant.priority = percent, priority
 
-    def want(self, tenant_id: str, wants: bool, now_usec: int) -> bool:
-        """It begins or stops to want its devices; whether that is new. KeyError."""
+    def set_wants(self, tenant_id: str, wants: bool, now_usec: int) -> bool:
+        """Note whether a tenant wants its devices; returns whether that is new. Raises KeyError."""
         tenant = self.tenants[tenant_id]
         if tenant.wants == wants:
             return False
         self._account(now_usec)
         if wants:
-            # What it did not want is not owed to it; but what it has had counts.
+            # Time that it did not want is not owed to it; time that it had beyond the others'
+            # still counts.
             tenant.virtual_usec = max(tenant.virtual_usec, self._level(tenant))
             if tenant.important:
                 tenant.virtual_usec = min(tenant.virtual_usec, self._level(tenant) - 1.0)
         tenant.wants = wants
         return True
 
-    def decide(self, now_usec: int) -> Turn:
-        """Who runs from now on."""
+    def decide(self, now_usec: int) -> TimeSlice:
+        """Choose who runs from now on, and how long that holds."""
         self._account(now_usec)
         wanting = [t for t in self.tenants.values() if t.wants]
-        claimed: set[str] = set()
+        taken: set[str] = set()
         run: list[Tenant] = []
         hold: list[Tenant] = []
         for tenant in sorted(wanting, key=lambda t: (t.virtual_usec, -t.priority, t.id)):
-            (hold if tenant.devices & claimed else run).append(tenant)
-            if tenant in run:
-                claimed |= tenant.devices
-        until = None
-        if hold:
-            lengths = [self._length(t, hold) for t in run if any(t.devices & h.devices
-                       for h in hold)]  # fmt: skip
-            until = now_usec + min(lengths)
-        idle = (t.id for t in self.tenants.values() if not t.wants)
-        self.turn = Turn(
-            frozenset((*(t.id for t in run), *idle)), frozenset(t.id for t in hold), until
+            if tenant.devices & taken:
+                hold.append(tenant)
+            else:
+                run.append(tenant)
+                taken |= tenant.devices
+        idle = [t.id for t in self.tenants.values() if not t.wants]
+        self.slice = TimeSlice(
+            run=frozenset([*(t.id for t in run), *idle]),
+            hold=frozenset(t.id for t in hold),
+            until_usec=now_usec + self._shortest(run, hold) if hold else None,
         )
-        return self.turn
-
-    # Parts
+        return self.slice
 
     def _rivals(self, tenant: Tenant) -> list[Tenant]:
-        return [t for t in self.tenants.values()
-                if t.wants and t is not tenant and t.devices & tenant.devices]  # fmt: skip
+        """Other tenants that want a device of this one's."""
+        return [
+            other
+            for other in self.tenants.values()
+            if other.wants and other is not tenant and other.devices & tenant.devices
+        ]
 
     def _level(self, tenant: Tenant) -> float:
-        """Where those that it shares a device with are."""
+        """The least virtual time of a tenant's rivals; its own where it has none."""
         return min((t.virtual_usec for t in self._rivals(tenant)), default=tenant.virtual_usec)
 
     def _weight(self, tenant: Tenant) -> float:
-        """Its share against its rivals'. One that is important has more beside those that are not,
-        which keep theirs: so what one of them has had weighs the same when the important is gone.
-        """
-        lower = sum(t.percent for t in self._rivals(tenant) if not t.important)
+        """A tenant's share against its rivals'. An important tenant weighs more beside those that
+        are not, rather than those less: so the time that they had weighs the same once the
+        important one has gone."""
+        rivals = self._rivals(tenant)
+        lower = sum(t.percent for t in rivals if not t.important)
         if not tenant.important or not lower:
             return float(tenant.percent)
-        upper = sum(t.percent for t in (tenant, *self._rivals(tenant)) if t.important)
+        upper = sum(t.percent for t in (tenant, *rivals) if t.important)
         part = lower * (100 - self.settings.least_percent) / self.settings.least_percent
         return part * tenant.percent / upper
 
+    def _shortest(self, run: Iterable[Tenant], hold: Iterable[Tenant]) -> int:
+        """Length of the first slice to end of those that hold somebody back."""
+        held_devices = frozenset[str]().union(*(t.devices for t in hold))
+        return min(self._length(t, hold) for t in run if t.devices & held_devices)
+
     def _length(self, tenant: Tenant, others: Iterable[Tenant]) -> int:
-        """Of its turn."""
+        """Length of a tenant's slice: its part of the period."""
         rivals = [t for t in others if t.devices & tenant.devices]
         total = self._weight(tenant) + sum(map(self._weight, rivals))
         part = self.settings.period_usec * self._weight(tenant) / total
-        return max(self.settings.least_turn_usec, int(part))
+        return max(self.settings.shortest_slice_usec, int(part))
 
     def _account(self, now_usec: int) -> None:
-        """Count the time since the last change for those who had it."""
+        """Count the time since the last change for the tenants that had it."""
         passed, self._since_usec = now_usec - self._since_usec, now_usec
-        if not self.turn.hold or passed <= 0:
+        if not self.slice.hold or passed <= 0:
             return
-        held = [self.tenants[i] for i in self.turn.hold if i in self.tenants]
-        for tenant_id in self.turn.run:
+        held = [self.tenants[i] for i in self.slice.hold if i in self.tenants]
+        for tenant_id in self.slice.run:
             tenant = self.tenants.get(tenant_id)
             if tenant is None or not tenant.wants:
                 continue

@@ -1,8 +1,8 @@
-"""The functions of libcuda that are watched, and where they are in a library's file.
+"""The functions of libcuda that are probed, and where they are in a library's file.
 
-What the symbol table has is not all: the CUDA runtime asks cuGetProcAddress, which may give out
-other addresses. The host's own library is asked in a process of its own; a library that somebody
-else brought is only read, never executed here.
+The symbol table does not list all of them: the CUDA runtime asks cuGetProcAddress, which may give
+out other addresses. The host's own library is asked too, in a process of its own. A library that
+somebody else brought is only read, never run.
 """
 
 from __future__ import annotations
@@ -49,27 +49,32 @@ CALLS: dict[str, CudaCall] = {
     "cuDevicePrimaryCtxRetain": CudaCall.PRIMARY_RETAIN,
     "cuDevicePrimaryCtxReset_v2": CudaCall.PRIMARY_RESET,
 }
-"""Names as in cuda.h. Arguments of all that stand for one CudaCall are alike as far as they are
-read."""
+"""Functions by their names in cuda.h. Those with the same CudaCall have the same arguments, as far
+as the probes read them."""
 
 LAUNCHES: tuple[str, ...] = (
-    "cuLaunchKernel", "cuLaunchKernel_ptsz", "cuLaunchKernelEx", "cuLaunchKernelEx_ptsz",
-    "cuLaunchCooperativeKernel", "cuLaunchCooperativeKernel_ptsz", "cuGraphLaunch",
+    "cuLaunchKernel",
+    "cuLaunchKernel_ptsz",
+    "cuLaunchKernelEx",
+    "cuLaunchKernelEx_ptsz",
+    "cuLaunchCooperativeKernel",
+    "cuLaunchCooperativeKernel_ptsz",
+    "cuGraphLaunch",
     "cuGraphLaunch_ptsz",
-)  # fmt: skip
-"""What gives work to the GPU, but for copies."""
+)
+"""Functions that give work to the GPU, except copies."""
 
 SIGNATURE = "cuMemAlloc_v2"
 """A library that has this function is libcuda, whatever it is called."""
 
-# cuda.h: versions of the interface at which a name got another function, and the flags for the
-# default stream.
-_VERSIONS = (3020, 4000, 6000, 7000, 8000, 10020, 11020, 11040, 12000, 12050, 13000)
-_FLAGS = (0, 1, 2)
+VERSIONS = (3020, 4000, 6000, 7000, 8000, 10020, 11020, 11040, 12000, 12050, 13000)
+"""Versions of the interface at which a name got another function (cuda.h, cudaTypedefs.h)."""
+STREAM_FLAGS = (0, 1, 2)
+"""CU_GET_PROC_ADDRESS_*: which default stream the function is to use (cuda.h)."""
 
 
 def base_name(name: str) -> str:
-    """As cuGetProcAddress knows it: without version or stream."""
+    """A function's name as cuGetProcAddress takes it: without version and stream."""
     name = name.removesuffix("_ptsz")
     stem, _, version = name.rpartition("_v")
     return stem if stem and version.isdigit() else name
@@ -78,7 +83,8 @@ def base_name(name: str) -> str:
 def offsets(
     library: Library, given_out: Mapping[str, list[int]], names: Mapping[str, CudaCall]
 ) -> dict[int, CudaCall]:
-    """Offsets in the file of the functions that are there, with what each is. Raises NotElf."""
+    """Offsets in the file of the functions that it has, with the kind of each. `given_out`: offsets
+    by name from `ask`. Raises NotElf."""
     found = {offset: names[name] for name, offset in library.exports(names)}
     for name, places in given_out.items():
         if name in names:
@@ -88,12 +94,18 @@ def offsets(
 
 
 def ask(path: Path) -> dict[str, list[int]]:
-    """What cuGetProcAddress of a trusted library gives out: offsets in the file, by the name in
-    CALLS or LAUNCHES. Runs the library, in a process of its own. Raises OSError or ValueError."""
+    """Ask cuGetProcAddress of a trusted library: offsets in the file, by the names in CALLS and
+    LAUNCHES. Runs the library, in a process of its own. Raises OSError or ValueError."""
     argv = [sys.executable, "-m", "agentcgroupd.gpu.probe_cuda", str(path)]
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=ASK_TIMEOUT_S,
-                              check=False, stdin=subprocess.DEVNULL)  # fmt: skip
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=ASK_TIMEOUT_S,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         raise OSError(f"{path} did not answer within {ASK_TIMEOUT_S:g} s") from None
     if done.returncode != 0:

@@ -1,102 +1,117 @@
-"""What follows when a process opens a GPU's device file: its libcuda is probed, and its launches
-where turns depend on them; or it was refused, and is told what to ask for."""
+"""What follows when a process opens a GPU's device file.
+
+A process of a tenant's counts as working, and its libcuda is found and probed. A process that was
+refused is told what to ask for.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from concurrent.futures import Executor
 
-from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.events import AnyEvent
-from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.errors import BpfError
+from agentcgroupd.gpu.activity import Activity
+from agentcgroupd.gpu.enforcement import Enforcement
+from agentcgroupd.gpu.feedback import GpuFeedback
+from agentcgroupd.gpu.libraries import Libraries
+from agentcgroupd.gpu.state import GpuState
 from agentcgroupd.gpu.tenant import GpuTenant
-from agentcgroupd.sessions.registry import Sessions
-
-if TYPE_CHECKING:
-    from agentcgroupd.gpu.service import Gpus
+from agentcgroupd.state.session import Session
 
 log = logging.getLogger(__name__)
 
-LOOK_AGAIN_S = (0.0, 0.05, 0.25, 1.0)
-"""After a process has opened a GPU: its libcuda may be mapped by now, or a moment later."""
+PROBE_DELAYS_S = (0.0, 0.05, 0.25, 1.0)
+"""When a process's mappings are read, each counted from the one before: a program opens the GPU
+from within libcuda as a rule, and may also map it a moment later."""
 
 
-class Openings:
-    """On a running loop."""
+class DeviceOpens:
+    """Handles opens of devices, and probes the processes that did. Used on a running loop."""
 
     def __init__(
-        self, gpus: Gpus, sessions: Callable[[], Sessions], actions: Callable[[], Actions]
+        self,
+        state: GpuState,
+        enforcement: Enforcement,
+        activity: Activity,
+        feedback: GpuFeedback,
+        place_of: Callable[[int], tuple[Session, str] | None],
+        executor: Executor,
     ) -> None:
-        self._gpus, self._sessions, self._actions = gpus, sessions, actions
+        """`place_of`: from a pid to its session and the name of its leaf there. `executor`: for
+        reading files."""
+        self._state, self._enforcement = state, enforcement
+        self._activity, self._feedback = activity, feedback
+        self._place_of, self._executor = place_of, executor
         self._probing: set[asyncio.Task[None]] = set()
 
     def stop(self) -> None:
-        """Look at nothing more."""
+        """Give up all searches that are under way."""
         for task in self._probing:
             task.cancel()
 
-    def events(self, batch: list[AnyEvent]) -> None:
-        """Devices were opened, or refused."""
+    def handle(self, batch: list[AnyEvent]) -> None:
+        """Take events of the gate: devices that were opened, or kept closed."""
         for event in batch:
             if not isinstance(event, abi.GpuDeviceEvent) or not event.pid:
                 continue
             if event.event.type == abi.GpuEventType.CLOSED:
-                self._refused(event)
+                place = self._place_of(event.pid)
+                if place is not None:
+                    self._feedback.open_refused(*place, event)
                 continue
-            tenant = self._gpus.owner(event.pid)
+            tenant = self._state.owner(event.pid)
             if tenant is not None:
-                self._gpus.want(tenant, True)
-                self.look(tenant, event.pid)
+                self._activity.set_wants(tenant, True)
+                self.probe(tenant, event.pid)
 
-    def look(self, tenant: GpuTenant, pid: int) -> None:
-        """Find and probe what a process of a tenant's has mapped."""
-        task = asyncio.get_running_loop().create_task(self._probe(tenant, pid))
+    def probe(self, tenant: GpuTenant, pid: int) -> None:
+        """Begin to find and probe the libcuda that a process of a tenant's has mapped."""
+        libraries = self._enforcement.libraries
+        if libraries is None:
+            return
+        task = asyncio.get_running_loop().create_task(self._probe(libraries, tenant, pid))
         self._probing.add(task)
         task.add_done_callback(self._probing.discard)
 
-    def _refused(self, event: abi.GpuDeviceEvent) -> None:
-        place = self._sessions().place_of(event.pid)
-        if place is None:
-            return
-        session, leaf = place
-        call = session.calls.get(leaf.removeprefix("call-"))
-        comm = event.comm.decode("utf-8", "replace")
-        granted = call is not None and call.grant.gpu_percent is not None
-        how = "another GPU than it was granted" if granted else "a GPU, which needs a grant"
-        ask = "ask for it with gpu_device." if granted else 'begin the call with gpu="10%".'
-        self._actions().notices.tell(session, call.id if call else "", pb.Feedback(
-            code=pb.FEEDBACK_CODE_GPU_CLOSED, sentence=f"{comm} tried to open {how}: {ask}",
-            numbers={"major": float(event.major), "minor": float(event.minor)},
-        ))  # fmt: skip
-
-    async def _probe(self, tenant: GpuTenant, pid: int) -> None:
-        if self._gpus.libraries is None or self._gpus.vram is None:
-            return
-        for pause_s in LOOK_AGAIN_S:
-            await asyncio.sleep(pause_s)
-            if tenant.id not in self._gpus.tenants:
+    async def _probe(self, libraries: Libraries, tenant: GpuTenant, pid: int) -> None:
+        loop = asyncio.get_running_loop()
+        for delay_s in PROBE_DELAYS_S:
+            await asyncio.sleep(delay_s)
+            if tenant.id not in self._state.tenants:
                 return
-            used = await self._gpus.run(self._gpus.libraries.probe_process, pid)
+            used = await loop.run_in_executor(self._executor, libraries.probe_process, pid)
             if used:
                 break
         else:
             return
-        arbiter = self._gpus.turns.arbiter.tenants.get(tenant.id) if self._gpus.turns else None
-        watch = self._gpus.config.watch_launches
-        if arbiter is None or watch == "off" or (watch == "important" and not arbiter.important):
+        if not self._activity.probes_launches(tenant) or pid in tenant.launch_links:
             return
-        if self._gpus.watch is not None and pid not in tenant.launch_links:
-            tenant.launch_links[pid] = -1
-            try:
-                tenant.launch_links[pid] = await self._gpus.run(
-                    self._gpus.libraries.watch_launches, used[0], pid
-                )
-            except BpfError as error:
-                del tenant.launch_links[pid]
-                log.warning("%s: the start of its work is not told: %s", tenant.name, error)
-            if tenant.id not in self._gpus.tenants:
-                self._gpus.watch.gone(tenant)
+        tenant.launch_links[pid] = -1
+        try:
+            tenant.launch_links[pid] = await loop.run_in_executor(
+                self._executor, libraries.watch_launches, used[0], pid
+            )
+        except BpfError as error:
+            del tenant.launch_links[pid]
+            log.warning("%s: the start of its work is not told: %s", tenant.name, error)
+        if tenant.id not in self._state.tenants:
+            self.forget(tenant)
+
+    @staticmethod
+    def forget(tenant: GpuTenant) -> None:
+        """Take away the probes on a tenant's launches."""
+        links = [fd for fd in tenant.launch_links.values() if fd >= 0]
+        tenant.launch_links.clear()
+        if links:
+            # The kernel waits for a grace period before a probe is gone.
+            asyncio.get_running_loop().run_in_executor(None, _close_all, links)
+
+
+def _close_all(links: list[int]) -> None:
+    for fd in links:
+        os.close(fd)

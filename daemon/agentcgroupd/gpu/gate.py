@@ -1,7 +1,7 @@
-"""Which device files are a GPU's, and who may open them.
+"""Device files of GPUs: which they are, and who may open them.
 
-Major numbers are data: they are read from /proc/devices, where the driver's have names that begin
-with `nvidia`; those of all GPUs are looked after, whoever may open them.
+Major numbers are read from /proc/devices, where the driver registers its own under names that begin
+with `nvidia`. The gate decides on every open of such a device; all others are none of its business.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from agentcgroupd.units import CgroupId
 
 log = logging.getLogger(__name__)
 
-DEVICES = Path("/proc/devices")
+PROC_DEVICES = Path("/proc/devices")
 PREFIX = "nvidia"
 _GPU_NAMES = ("nvidia", "nvidia-frontend", "nvidiactl", "nvidia-modeset")
 """Names under which a driver registers the major of /dev/nvidia<n>; others, as nvidia-uvm and
@@ -28,9 +28,9 @@ nvidia-caps, are of no single GPU."""
 
 
 def read_majors(text: str) -> dict[int, abi.GpuMajorKind]:
-    """The driver's character devices in the text of /proc/devices (proc(5))."""
+    """Find the driver's character devices in the text of /proc/devices (proc(5))."""
     found: dict[int, abi.GpuMajorKind] = {}
-    for line in text.partition("Block devices:")[0].splitlines():
+    for line in text.partition("Block devices:")[0].split("\n"):
         number, _, name = line.strip().partition(" ")
         if not number.isdigit() or not name.startswith(PREFIX):
             continue
@@ -41,27 +41,32 @@ def read_majors(text: str) -> dict[int, abi.GpuMajorKind]:
     return found
 
 
+def driver_majors() -> dict[int, abi.GpuMajorKind]:
+    """The majors that the driver has now; none where no driver is loaded. Raises OSError."""
+    return read_majors(PROC_DEVICES.read_text(encoding="ascii"))
+
+
 class Gate:
-    """Closed for everyone below a cgroup that it is put on, but for those let through."""
+    """Keeps GPUs closed to all processes below a cgroup, except in the cgroups let through."""
 
     def __init__(
         self,
         programs: DevicePrograms,
-        majors: Callable[[], Mapping[int, abi.GpuMajorKind]] | None = None,
+        majors: Callable[[], Mapping[int, abi.GpuMajorKind]] = driver_majors,
     ) -> None:
-        """`majors`: where they are known from; None: /proc/devices. Raises BpfError or OSError."""
+        """`majors`: asked now and at each refresh. Raises BpfError or OSError."""
         self._programs = programs
-        self._read = majors or (lambda: read_majors(DEVICES.read_text(encoding="ascii")))
+        self._read = majors
         self._majors: dict[int, abi.GpuMajorKind] = {}
         self.refresh()
 
     def start(self, handle: Callable[[list[AnyEvent]], None]) -> None:
-        """Tell of devices that were opened or refused, on the running loop."""
+        """Hand over events of devices that were opened or refused, on the running loop. Raises
+        BpfError."""
         self._programs.start(handle)
 
     def refresh(self) -> None:
-        """Look again which devices there are: a driver may be loaded later. Raises BpfError or
-        OSError."""
+        """Read the majors anew, for a driver may be loaded later. Raises BpfError or OSError."""
         majors = dict(self._read())
         if majors != self._majors:
             self._programs.set_majors(majors)
@@ -69,28 +74,29 @@ class Gate:
 
     @property
     def majors(self) -> Mapping[int, abi.GpuMajorKind]:
-        """Those looked after."""
+        """The majors that the gate decides on."""
         return self._majors
 
     @property
     def refused(self) -> int:
-        """How often something was refused."""
+        """How many opens were refused."""
         return int(self._programs.counters.refused)
 
     def close_for(self, cgroup: Cgroup) -> None:
-        """Put it on the pool or on an adopted session. Raises BpfError."""
+        """Put the gate on the pool or on an adopted session. Raises BpfError."""
         try:
             self._programs.attach(cgroup)
         except BpfError as error:
-            if error.errno == errno.EPERM:
-                raise BpfError(
-                    f"{error.what}: a program above it admits no others (it was attached without "
-                    "BPF_F_ALLOW_MULTI)", error.errno,
-                ) from None  # fmt: skip
-            raise
+            if error.errno != errno.EPERM:
+                raise
+            what = (
+                f"{error.what}: a program above it admits no others (it was attached without "
+                "BPF_F_ALLOW_MULTI)"
+            )
+            raise BpfError(what, error.errno) from None
 
     def open_for(self, cgroup: Cgroup) -> None:
-        """Take it off. Raises BpfError; no error for a cgroup that is gone."""
+        """Take the gate off a cgroup; no error for one that is gone. Raises BpfError."""
         try:
             device.detach(cgroup)
         except (CgroupGone, FileNotFoundError):
@@ -101,9 +107,9 @@ class Gate:
         self._programs.allow(cgroup, minors)
 
     def expel(self, cgroup: CgroupId) -> None:
-        """As if it had never been admitted; files that are open stay open. Raises BpfError."""
+        """Let a cgroup open nothing any more; files that are open stay open. Raises BpfError."""
         self._programs.forbid(cgroup)
 
     def close(self) -> None:
-        """Give up the maps; what is attached stays in force."""
+        """Give up the maps; programs that are attached stay in force."""
         self._programs.close()

@@ -1,7 +1,7 @@
-"""Every libcuda in use, found and probed: the host's at the start, others when a process that opens
+"""Finds and probes every libcuda in use: the host's at the start, others when a process that opens
 a GPU has them mapped. A container may bring its own copy, under any name.
 
-Reading files takes time, so it is done in an executor; what is done once for a file is done once.
+Reading files takes time, so it is done in an executor, and once for each file.
 """
 
 from __future__ import annotations
@@ -22,10 +22,16 @@ log = logging.getLogger(__name__)
 
 NAME = "libcuda.so.1"
 PLACES = (
-    "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/lib64", "/usr/lib",
-    "/usr/local/nvidia/lib64", "/usr/local/nvidia/lib", "/run/opengl-driver/lib",
-)  # fmt: skip
-"""Where drivers put it; where the loader is configured to look is looked at as well."""
+    "/usr/lib/x86_64-linux-gnu",
+    "/usr/lib/aarch64-linux-gnu",
+    "/usr/lib64",
+    "/lib64",
+    "/usr/lib",
+    "/usr/local/nvidia/lib64",
+    "/usr/local/nvidia/lib",
+    "/run/opengl-driver/lib",
+)
+"""Directories where drivers put it; those that the loader is configured with are searched too."""
 TRUSTED_UID = 0
 SMALLEST_BYTES = 4096
 
@@ -45,25 +51,26 @@ class Probed:
 
 @dataclass(slots=True)
 class Libraries:
-    """Those that are known. Not for two threads at once."""
+    """All libraries that are known. Not for two threads at once."""
 
     programs: VramPrograms
     probed: dict[FileId, Probed] = field(default_factory=dict)
     _others: set[tuple[FileId, int]] = field(default_factory=set)
-    """Files that are no libcuda, with when they were changed."""
+    """Files that are no libcuda, with the time of their last change."""
     failures: list[str] = field(default_factory=list)
 
     def probe_host(self, extra: Iterable[Path] = ()) -> list[str]:
-        """Find and probe the host's own; their paths. What fails is in `failures`."""
+        """Find and probe the host's own; returns their paths. What fails is in `failures`."""
         found = []
-        places = [*map(str, extra), *_host_paths()]
+        places = [*map(str, extra), *host_paths()]
         for path in dict.fromkeys(map(os.path.realpath, places)):
             if self._probe(path, path, of_host=True):
                 found.append(path)
         return found
 
     def probe_process(self, pid: int) -> list[FileId]:
-        """Find and probe what a process has mapped; those that it uses. No error if it is gone."""
+        """Find and probe what a process has mapped; returns the libcudas that it uses, none where
+        it is gone."""
         used = []
         for name, path in _mapped(pid):
             try:
@@ -83,10 +90,11 @@ class Libraries:
         return used
 
     def _probe(self, path: str, name: str, of_host: bool) -> bool:
-        """Probe one file, if it is a libcuda. `name`: how it is called in messages. `of_host`: one
-        of the host's own, asked what it gives out if it is root's."""
+        """Probe one file; returns whether it is a libcuda and is probed now. `name`: for messages.
+        `of_host`: it is one of the host's own; where root owns it, it is also asked what
+        cuGetProcAddress gives out."""
         try:
-            # Held open, so that what is read and what is probed is one and the same.
+            # Held open, so that the file which is read is the one which is probed.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             if of_host:  # one of a process: unmapped meanwhile, or the process has ended
@@ -131,11 +139,13 @@ class Libraries:
             return {}
 
     def watch_launches(self, key: FileId, pid: int) -> int:
-        """Tell of work that a process gives to the GPU; the link's descriptor. Raises BpfError."""
+        """Have a probe tell of work that a process gives to the GPU; returns the link's descriptor.
+        Raises BpfError."""
         probed = self.probed[key]
-        return self.programs.attach_launches(f"/proc/{pid}/root{probed.path}"
-                                             if not os.path.exists(probed.path) else probed.path,
-                                             probed.launches, pid)  # fmt: skip
+        path = probed.path
+        if not os.path.exists(path):  # a container's own
+            path = f"/proc/{pid}/root{path}"
+        return self.programs.attach_launches(path, probed.launches, pid)
 
     def close(self) -> None:
         """Take all probes away."""
@@ -144,19 +154,16 @@ class Libraries:
         self.probed.clear()
 
 
-def _host_paths() -> Iterator[str]:
-    for place in PLACES:
-        path = f"{place}/{NAME}"
-        if os.path.exists(path):
-            yield path
-    for directory in _configured():
+def host_paths() -> Iterator[str]:
+    """Paths of libcuda.so.1 on this host, as its loader could find it."""
+    for directory in (*PLACES, *_configured()):
         path = f"{directory}/{NAME}"
         if os.path.exists(path):
             yield path
 
 
 def _configured() -> Iterator[str]:
-    """Directories in /etc/ld.so.conf.d, and LD_LIBRARY_PATH of the daemon itself."""
+    """Directories in the daemon's own LD_LIBRARY_PATH, and in /etc/ld.so.conf.d."""
     yield from filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep))
     for path in sorted(Path("/etc/ld.so.conf.d").glob("*.conf")):
         try:
@@ -167,14 +174,14 @@ def _configured() -> Iterator[str]:
 
 
 def _mapped(pid: int) -> Iterator[tuple[str, str]]:
-    """(name, path that opens the very file) of executable mappings of files. None of a process that
-    is gone."""
+    """Executable mappings of files in a process: the name, and a path that opens the very file.
+    Nothing for a process that is gone."""
     try:
         text = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
     seen = set()
-    for line in text.splitlines():
+    for line in text.split("\n"):
         fields = line.split(None, 5)
         if len(fields) < 6 or "x" not in fields[1] or not fields[5].startswith("/"):
             continue

@@ -1,8 +1,9 @@
 """NVIDIA's Multi-Process Service: one control daemon for the pool, started, watched and stopped.
 
-It is told the devices by UUID and gets a pipe directory of its own, which agents see (containers
-get the directory of sockets mounted). A call is put on it by its environment; what a call leaves
-out of its environment it is not held by, so whoever is on the GPU and not on the service is told.
+The control daemon is given the devices by UUID and a pipe directory of its own, which agents see
+(containers have the directory of sockets mounted). The environment puts a call's processes on the
+service. A process that drops those variables is not held by it, so a tenant whose process is on the
+GPU and not on the service is told.
 """
 
 from __future__ import annotations
@@ -30,27 +31,28 @@ PID_FILE = f"{PROGRAM}.pid"
 
 
 class MpsUnavailable(AgentcgroupdError):
-    """It cannot be had, or does not answer; the message says why."""
+    """Raised where MPS cannot be had, or does not answer; the message says why."""
 
 
-class Control(Protocol):
-    """The control daemon, or a fake of it."""
+class MpsControl(Protocol):
+    """The control daemon, or a stand-in for it."""
 
     def start(self) -> int:
-        """Start it, or take up one that an earlier daemon left; its pid. Raises MpsUnavailable."""
+        """Start the control daemon, or take up one that an earlier agentcgroupd left; returns its
+        pid. Raises MpsUnavailable."""
 
     def ask(self, command: str) -> str:
-        """One command of its shell; what it says. Raises MpsUnavailable."""
+        """Give one command to its shell; returns what that prints. Raises MpsUnavailable."""
 
     def stop(self) -> None:
-        """`quit`, and wait for its end."""
+        """Tell it to quit, and wait for its end."""
 
 
-class ControlDaemon:
-    """The real one."""
+class MpsControlDaemon:
+    """NVIDIA's own program."""
 
     def __init__(self, pipes: Path, logs: Path, devices: Sequence[str]) -> None:
-        """Nothing is started yet. `devices`: UUIDs."""
+        """Nothing is started yet. `pipes`, `logs`: directories for it; `devices`: UUIDs."""
         self._pipes, self._logs, self._devices = pipes, logs, devices
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -64,30 +66,36 @@ class ControlDaemon:
         }
 
     def start(self) -> int:
-        """See Control."""
+        """Start the program, in the foreground where it knows how. Raises MpsUnavailable."""
         program = shutil.which(PROGRAM)
         if program is None:
             raise MpsUnavailable(f"{PROGRAM} is not installed")
         for directory in (self._pipes, self._logs):
             directory.mkdir(parents=True, exist_ok=True)
         self._pipes.chmod(0o755)
-        left = self._left()
-        if left is not None:
-            log.info("MPS goes on as an earlier daemon left it (%d)", left)
-            return left
+        running = self._running()
+        if running is not None:
+            log.info("MPS goes on as an earlier daemon left it (%d)", running)
+            return running
         try:
             return self._start(program, "-f")
         except MpsUnavailable as error:
             log.info("%s -f: %s; started with -d instead", PROGRAM, error)
             return self._start(program, "-d")
 
-    def _start(self, program: str, how: str) -> int:
-        """In the foreground, so that its end is seen; else as a daemon of its own."""
+    def _start(self, program: str, option: str) -> int:
+        """Run the program and wait until it answers; returns its pid. `option`: -f for the
+        foreground, so that its end is seen, or -d for a daemon of its own. Raises
+        MpsUnavailable."""
         with (self._logs / "start.log").open("wb") as output:
             self._process = subprocess.Popen(
-                [program, how], env=self._environment(), stdin=subprocess.DEVNULL,
-                stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
+                [program, option],
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -101,14 +109,14 @@ class ControlDaemon:
             time.sleep(0.05)
 
     def _pid(self) -> int | None:
-        """As it has noted it itself."""
+        """The pid that the control daemon has noted; None where it has noted none."""
         try:
             return int((self._pipes / PID_FILE).read_text())
         except (OSError, ValueError):
             return None
 
-    def _left(self) -> int | None:
-        """One that runs already with our pipes."""
+    def _running(self) -> int | None:
+        """The pid of a control daemon that runs already with these pipes."""
         pid = self._pid()
         try:
             name = Path(f"/proc/{pid}/comm").read_text().strip()
@@ -120,12 +128,17 @@ class ControlDaemon:
         return pid
 
     def ask(self, command: str) -> str:
-        """See Control."""
+        """Give one command to the program's shell. Raises MpsUnavailable."""
         try:
             done = subprocess.run(
-                [PROGRAM], input=f"{command}\n", env=self._environment(), capture_output=True,
-                text=True, timeout=COMMAND_TIMEOUT_S, check=False,
-            )  # fmt: skip
+                [PROGRAM],
+                input=f"{command}\n",
+                env=self._environment(),
+                capture_output=True,
+                text=True,
+                timeout=COMMAND_TIMEOUT_S,
+                check=False,
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise MpsUnavailable(f"{PROGRAM}: {command}: {error}") from None
         said = f"{done.stdout}{done.stderr}".strip()
@@ -134,7 +147,7 @@ class ControlDaemon:
         return said
 
     def stop(self) -> None:
-        """See Control."""
+        """Tell the program to quit; kill one of ours that does not."""
         try:
             self.ask("quit")
         except MpsUnavailable as error:
@@ -151,10 +164,11 @@ class ControlDaemon:
 
 
 class Mps:
-    """The service as the daemon uses it. On a running loop; commands run in an executor."""
+    """Keeps MPS running. Made and used on a running loop; commands run in an executor."""
 
-    def __init__(self, control: Control, pipes: Path, on_end: Callable[[], None]) -> None:
-        """`on_end`: it has ended though nobody stopped it; it is started again by itself."""
+    def __init__(self, control: MpsControl, pipes: Path, on_end: Callable[[], None]) -> None:
+        """`on_end`: called when MPS has ended though nobody stopped it; it is then started again
+        without further ado."""
         self._control, self._pipes, self._on_end = control, pipes, on_end
         self._loop = asyncio.get_running_loop()
         self._pidfd = -1
@@ -163,7 +177,7 @@ class Mps:
         self.starts = 0
 
     async def start(self) -> None:
-        """Raises MpsUnavailable."""
+        """Start the control daemon and watch for its end. Raises MpsUnavailable."""
         pid = await self._loop.run_in_executor(None, self._control.start)
         self.starts += 1
         try:
@@ -197,7 +211,7 @@ class Mps:
                 await asyncio.sleep(RESTART_PAUSE_S)
 
     async def clients(self) -> set[int]:
-        """Processes that are on it. Raises MpsUnavailable."""
+        """Pids of the processes that use MPS. Raises MpsUnavailable."""
         found: set[int] = set()
         servers = await self._loop.run_in_executor(None, self._control.ask, "get_server_list")
         for server in servers.split():
@@ -209,11 +223,12 @@ class Mps:
         return found
 
     def environment(self, percent: int, memory_bytes: int, devices: int) -> dict[str, str]:
-        """What puts a tool on it, with its share and its limit on each of so many devices."""
+        """Variables that put a tool on MPS, with its share and its limit of memory on each of so
+        many devices."""
         return environment(self._pipes, percent, memory_bytes, devices)
 
     async def stop(self, leave: bool) -> None:
-        """Stop it; or, with `leave`, only watch no longer: calls go on."""
+        """Stop MPS; with `leave`, only stop watching it, so that calls go on."""
         if self._again is not None:
             self._again.cancel()
         self._unwatch()

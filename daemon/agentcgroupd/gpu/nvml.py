@@ -1,7 +1,7 @@
-"""NVML behind a small interface: what devices there are, what they and their processes use, and
-what goes wrong with them. Everything here may block and belongs into an executor.
+"""NVML behind a small interface: devices, what they and their processes use, their faults.
 
-Units as NVML has them: memory in bytes, energy in millijoules, use in percent.
+Every call may block and belongs into an executor. Units are those of NVML: memory in bytes, energy
+in millijoules, use in percent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FAULT_WAIT_MS = 500
 
 
 class NvmlUnavailable(AgentcgroupdError):
-    """There is no NVML here, or it does not answer; the message says which."""
+    """Raised where there is no NVML, or where it does not answer; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,35 +32,39 @@ class DeviceInfo:
     index: int
     uuid: str
     minor: int
-    """Of /dev/nvidia<minor>."""
+    """The number in /dev/nvidia<minor>."""
     name: str
     memory_bytes: int
     mig: bool = False
-    """Split by its owner: not to be shared by us as a whole."""
+    """Whether its owner has split it; then it cannot be shared as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessUse:
-    """A process on a device. None: the driver does not say."""
+    """A process on a device. None: the driver does not tell."""
 
     pid: int
     memory_bytes: int | None = None
     sm_percent: float | None = None
-    """Of the time since the last sample in which it had the processors busy; None: no news."""
+    """Part of the time since the last sample in which it had the processors busy; None: the driver
+    has no sample of it since then."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceSample:
-    """A device now."""
+    """A device at one moment. None: the driver does not tell."""
 
     uuid: str
-    memory_used_bytes: int = 0
-    busy_percent: int = 0
+    memory_used_bytes: int | None = None
+    busy_percent: int | None = None
     energy_mj: int | None = None
-    """Since the driver was loaded."""
+    """Taken since the driver was loaded."""
     processes: tuple[ProcessUse, ...] = ()
+    tells_processors: bool = True
+    """Whether the driver samples which processes have the processors busy; then a process without
+    a sample had them busy for no time."""
     lost: str = ""
-    """Why it does not answer any more; empty: it does."""
+    """Why the device does not answer any more; empty: it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +79,26 @@ class Nvml(Protocol):
     """What the daemon asks of the driver."""
 
     driver: str
-    """Its version."""
+    """The driver's version."""
 
     def devices(self) -> list[DeviceInfo]:
-        """All there are. Raises NvmlUnavailable."""
+        """List all devices, and listen to their faults from now on. Raises NvmlUnavailable."""
 
     def sample(self, uuids: Sequence[str]) -> list[DeviceSample]:
-        """These, now. A device that is lost is said to be; others go on."""
+        """Sample devices that `devices` has listed. A lost one has a sample that says so."""
 
     def wait_fault(self) -> Fault | None:
-        """The next fault, or None after FAULT_WAIT_MS."""
+        """Wait for the next fault; None after FAULT_WAIT_MS."""
 
     def close(self) -> None:
-        """Give it up."""
+        """Give NVML up."""
 
 
 class DriverNvml:
-    """The driver's own, through nvidia-ml-py."""
+    """The driver's own NVML, through nvidia-ml-py."""
 
     def __init__(self) -> None:
-        """Raises NvmlUnavailable."""
+        """Load and initialise NVML. Raises NvmlUnavailable."""
         try:
             import pynvml
         except ImportError:
@@ -108,29 +112,36 @@ class DriverNvml:
             raise NvmlUnavailable(f"NVML: {error}") from None
         self._handles: dict[str, Any] = {}
         self._seen_usec: dict[str, int] = {}
+        self._said_untold = False
         self._faults: Any = None
 
     def devices(self) -> list[DeviceInfo]:
-        """See Nvml."""
-        nvml, found = self._nvml, []
+        """List the driver's devices in its own order. Raises NvmlUnavailable."""
         try:
-            for index in range(nvml.nvmlDeviceGetCount()):
-                handle = nvml.nvmlDeviceGetHandleByIndex(index)
-                uuid = _text(nvml.nvmlDeviceGetUUID(handle))
-                self._handles[uuid] = handle
-                mig = self._maybe(lambda h=handle: nvml.nvmlDeviceGetMigMode(h)[0], 0)  # type: ignore[misc]
-                found.append(DeviceInfo(
-                    index, uuid, int(nvml.nvmlDeviceGetMinorNumber(handle)),
-                    _text(nvml.nvmlDeviceGetName(handle)),
-                    int(nvml.nvmlDeviceGetMemoryInfo(handle).total), bool(mig),
-                ))  # fmt: skip
+            found = [self._describe(index) for index in range(self._nvml.nvmlDeviceGetCount())]
         except self._error as error:
             raise NvmlUnavailable(f"NVML: {error}") from None
         self._listen()
         return found
 
+    def _describe(self, index: int) -> DeviceInfo:
+        """Describe a device and keep its handle. Raises NVMLError."""
+        nvml = self._nvml
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        uuid = _text(nvml.nvmlDeviceGetUUID(handle))
+        self._handles[uuid] = handle
+        return DeviceInfo(
+            index=index,
+            uuid=uuid,
+            minor=int(nvml.nvmlDeviceGetMinorNumber(handle)),
+            name=_text(nvml.nvmlDeviceGetName(handle)),
+            memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+            # Devices that cannot be split do not know the question.
+            mig=self._maybe(lambda: bool(nvml.nvmlDeviceGetMigMode(handle)[0]), False),
+        )
+
     def _listen(self) -> None:
-        """Ask to be told of faults; a driver that cannot is done without."""
+        """Ask to be told of faults; without it where the driver cannot."""
         nvml = self._nvml
         if self._faults is not None:
             return
@@ -145,14 +156,14 @@ class DriverNvml:
             self._faults = None
 
     def _maybe(self, ask: Callable[[], T], default: T) -> T:
-        """What a driver or device may not support."""
+        """The answer to a question, or `default` where driver or device do not support it."""
         try:
             return ask()
         except self._error:
             return default
 
     def sample(self, uuids: Sequence[str]) -> list[DeviceSample]:
-        """See Nvml."""
+        """Sample devices; one that fails at the first question counts as lost."""
         return [self._sample(uuid) for uuid in uuids]
 
     def _sample(self, uuid: str) -> DeviceSample:
@@ -161,28 +172,50 @@ class DriverNvml:
             memory = int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
         except self._error as error:
             return DeviceSample(uuid, lost=f"NVML: {error}")
-        used: dict[int, int | None] = {}
-        running: list[Any] = self._maybe(
-            lambda: nvml.nvmlDeviceGetComputeRunningProcesses(handle), []
-        )
-        for process in running:
-            held = process.usedGpuMemory
-            used[int(process.pid)] = None if held is None else int(held)
+        held = self._held(handle)
         busy = self._busy(uuid, handle)
-        energy = self._maybe(lambda: int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)), None)
-        whole = self._maybe(lambda: int(nvml.nvmlDeviceGetUtilizationRates(handle).gpu), 0)
-        processes = tuple(
-            ProcessUse(pid, used.get(pid), busy.get(pid)) for pid in sorted({*used, *busy})
+        pids = sorted({*held, *(busy or {})})
+        return DeviceSample(
+            uuid,
+            memory_used_bytes=memory,
+            busy_percent=self._maybe(
+                lambda: int(nvml.nvmlDeviceGetUtilizationRates(handle).gpu), None
+            ),
+            energy_mj=self._maybe(
+                lambda: int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)), None
+            ),
+            processes=tuple(
+                ProcessUse(pid, held.get(pid), busy.get(pid) if busy else None) for pid in pids
+            ),
+            tells_processors=busy is not None,
         )
-        return DeviceSample(uuid, memory, whole, energy, processes)
 
-    def _busy(self, uuid: str, handle: Any) -> dict[int, float]:
-        """Percent by pid, mean of the driver's samples since the last time."""
+    def _held(self, handle: Any) -> dict[int, int | None]:
+        """Bytes of a device's memory by pid; None where the driver does not tell them."""
+        try:
+            running = self._nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        except self._error as error:
+            if not self._said_untold:
+                self._said_untold = True
+                log.warning("which processes use a GPU is not told: NVML: %s", error)
+            return {}
+        return {
+            int(process.pid): None if process.usedGpuMemory is None else int(process.usedGpuMemory)
+            for process in running
+        }
+
+    def _busy(self, uuid: str, handle: Any) -> dict[int, float] | None:
+        """Percent by pid, mean of the driver's samples since the last time; None where the driver
+        cannot tell."""
         nvml = self._nvml
         since = self._seen_usec.get(uuid, int(time.time() * 1e6) - 1_000_000)
-        samples: list[Any] = self._maybe(
-            lambda: nvml.nvmlDeviceGetProcessUtilization(handle, since), []
-        )
+        try:
+            samples: list[Any] = nvml.nvmlDeviceGetProcessUtilization(handle, since)
+        except self._error as error:
+            # nvidia-ml-py raises what NVML returned, and that is success where no process was
+            # sampled at all.
+            none_busy = (nvml.NVML_SUCCESS, nvml.NVML_ERROR_NOT_FOUND)
+            return {} if getattr(error, "value", None) in none_busy else None
         sums: dict[int, list[float]] = {}
         for sample in samples:
             if sample.pid and sample.smUtil <= 100:
@@ -191,7 +224,7 @@ class DriverNvml:
         return {pid: sum(values) / len(values) for pid, values in sums.items()}
 
     def wait_fault(self) -> Fault | None:
-        """See Nvml."""
+        """Wait for the next fault; None after FAULT_WAIT_MS, or where none can be told."""
         nvml = self._nvml
         if self._faults is None:
             time.sleep(FAULT_WAIT_MS / 1000)  # in an executor: nothing else waits for it
@@ -207,7 +240,7 @@ class DriverNvml:
             return None
 
     def close(self) -> None:
-        """See Nvml."""
+        """Shut NVML down."""
         if self._faults is not None:
             self._maybe(lambda: self._nvml.nvmlEventSetFree(self._faults), None)
         self._maybe(self._nvml.nvmlShutdown, None)

@@ -1,4 +1,4 @@
-"""Who has a part of a GPU, as the parts of this package see it."""
+"""A tenant of GPUs: a call or a session that has a part of some devices."""
 
 from __future__ import annotations
 
@@ -25,47 +25,52 @@ class GpuTenant:
     priority: int
     since_usec: int
     pids: set[int] = field(default_factory=set)
-    """Those that NVML has shown on a device."""
-    memory_now_bytes: int | None = None
+    """Processes that NVML has shown on a device."""
     memory_peak_bytes: int | None = None
+    """By the driver's account; None: it has told none."""
     sm_sum: float = 0.0
     """Percent times microseconds, over all its devices."""
     sm_usec: int = 0
+    """The time over which `sm_sum` was gathered; 0: the driver does not tell."""
     energy_mj: float = 0.0
     energy_known: bool = False
     over_since_usec: int | None = None
-    """Since when more than the quota is held."""
+    """When it began to hold more than its quota; None: it holds no more."""
     told: set[str] = field(default_factory=set)
-    """What it was told and need not be again."""
+    """Feedback codes that it need not be sent again."""
     launch_links: dict[int, int] = field(default_factory=dict)
-    """Probes on what it launches, by pid."""
+    """Descriptors of the probes on launches, by pid; -1: not attached yet."""
     launches: int = 0
-    """How many of them had been seen at the last look."""
-    looked_at: set[int] = field(default_factory=set)
-    """Processes that NVML has shown, and whose libcuda was then looked for."""
+    """Launches that had been seen at the last sample."""
+    searched_pids: set[int] = field(default_factory=set)
+    """Processes that NVML has shown and whose libcuda was then looked for."""
     held_since_usec: int | None = None
+    """When it was held back for another's time slice; None: it runs."""
     held_usec: int = 0
     ran_before_usec: int = 0
-    """For how long it had been let run when it was last seen to use a device."""
+    """How long it had been let run when it was last seen to use a device."""
     feedback: list[pb.Feedback] = field(default_factory=list)
-    """For the report."""
+    """Feedback for the report."""
     busy_usec: int = 0
     """When it was last seen to use a device, since boot."""
 
     @property
     def holding(self) -> Holding:
-        """For admission."""
+        """Its part, as admission counts it."""
         return Holding(tuple(d.uuid for d in self.devices), self.percent, self.memory_bytes)
 
-    def ran_usec(self, now_usec: int) -> int:
-        """For how long it has been let run altogether."""
-        held = self.held_usec
-        if self.held_since_usec is not None:
-            held += now_usec - self.held_since_usec
-        return now_usec - self.since_usec - held
+    def held_back_usec(self, now_usec: int) -> int:
+        """How long it has been held back altogether."""
+        if self.held_since_usec is None:
+            return self.held_usec
+        return self.held_usec + now_usec - self.held_since_usec
 
-    def uses(self, now_usec: int) -> None:
-        """It is seen to use a device."""
+    def ran_usec(self, now_usec: int) -> int:
+        """How long it has been let run altogether."""
+        return now_usec - self.since_usec - self.held_back_usec(now_usec)
+
+    def note_use(self, now_usec: int) -> None:
+        """Note that it is seen to use a device."""
         self.busy_usec, self.ran_before_usec = now_usec, self.ran_usec(now_usec)
 
     @property
@@ -76,10 +81,15 @@ class GpuTenant:
 
     @property
     def quota_bytes(self) -> int:
-        """Of all its devices together: what a probe sees has no device."""
+        """The quota on all its devices together: probes do not see which device is used."""
         return self.memory_bytes * len(self.devices)
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """How messages name it."""
         return f"call {self.call.id}" if self.call else f"session {self.session.id}"
+
+
+def session_tenant_id(session: Session) -> str:
+    """The id of a session's own tenant; a call's tenant has the call's id."""
+    return f"session:{session.id}"

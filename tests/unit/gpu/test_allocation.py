@@ -1,6 +1,8 @@
-"""What is asked of GPUs, and where it fits."""
+"""Parts of GPUs that are asked for, and the devices where they fit."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -34,9 +36,14 @@ def test_no_percent(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "plain", "count"),
-    [("any", "any", 1), ("ANY:2", "any:2", 2), ("any:1", "any", 1), (" 00 , 2", "0,2", 2),
-     ("GPU-00000001", "GPU-00000001", 1)],
-)  # fmt: skip
+    [
+        ("any", "any", 1),
+        ("ANY:2", "any:2", 2),
+        ("any:1", "any", 1),
+        (" 00 , 2", "0,2", 2),
+        ("GPU-00000001", "GPU-00000001", 1),
+    ],
+)
 def test_devices(text: str, plain: str, count: int) -> None:
     wanted = parse_device("gpu_device", text)
     assert (str(wanted), wanted.count) == (plain, count)
@@ -90,9 +97,9 @@ def test_no_device_is_granted_twice(asked: list[tuple[int, int, int]]) -> None:
             assert len(set(found)) == count
             holdings.append(Holding(found, percent, gib * GIB))
         else:
-            fitting = [d for d in DEVICES if free_of(d, holdings).percent >= percent
-                       and free_of(d, holdings).memory_bytes >= gib * GIB]  # fmt: skip
-            assert len(fitting) < count
+            left = [free_of(device, holdings) for device in DEVICES]
+            fits = [f.percent >= percent and f.memory_bytes >= gib * GIB for f in left]
+            assert sum(fits) < count
     for device in DEVICES:
         mine = [h for h in holdings if device.uuid in h.devices]
         assert sum(h.percent for h in mine) <= 100
@@ -106,7 +113,7 @@ def test_small_parts_leave_room_for_large_ones() -> None:
 
 
 def asking(name: str, percent: int, priority: int = 50, since: int = 0) -> Asking:
-    """Who waits, for at most 100 s."""
+    """A call that waits for at most 100 s."""
     devices = DeviceSelection(named=("0",))
     return Asking(name, priority, since, since + 100_000_000, devices, percent, GIB)
 
@@ -121,7 +128,7 @@ def test_who_starts() -> None:
 
 
 def test_nobody_waits_for_ever() -> None:
-    """A small one may pass a large one at first; not once that has waited for half of its time."""
+    """A small call may pass a large one until that has waited for half of its time."""
     busy = [Holding((DEVICES[0].uuid,), 60, GIB)]
     large, small = asking("large", 80), asking("small", 10, since=1)
     assert list(admit(1_000, [large, small], DEVICES, busy)) == ["small"]
@@ -143,14 +150,11 @@ Block devices:
 195 nvidia-fake
 """
     majors = read_majors(text)
-    assert {m: k.name for m, k in majors.items()} == {
-        195: "DEVICES", 234: "SHARED", 235: "SHARED", 510: "SHARED",
-    }  # fmt: skip
+    names = {major: kind.name for major, kind in majors.items()}
+    assert names == {195: "DEVICES", 234: "SHARED", 235: "SHARED", 510: "SHARED"}
 
 
 def test_mps_variables() -> None:
-    from pathlib import Path
-
     found = environment(Path("/run/x/mps"), 25, 4 * GIB + 5, 2)
     assert found == {
         "CUDA_MPS_PIPE_DIRECTORY": "/run/x/mps",

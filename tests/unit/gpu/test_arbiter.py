@@ -1,4 +1,4 @@
-"""Whose turn it is: properties of the decisions, with tenants that come, go, work and rest."""
+"""The arbiter's decisions, with tenants that come, go, work and rest."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from agentcgroupd.gpu.arbiter import Arbiter, Settings, Tenant
 from agentcgroupd.units import IMPORTANT_PRIORITY
 
 GPU0, GPU1 = "GPU-0", "GPU-1"
-SETTINGS = Settings(period_usec=200_000, least_turn_usec=10_000, least_percent=5)
+SETTINGS = Settings(period_usec=200_000, shortest_slice_usec=10_000, least_percent=5)
 
 
 def arbiter(*tenants: tuple[str, int, int], devices: frozenset[str] = frozenset({GPU0})) -> Arbiter:
-    """With tenants that want: (id, percent, priority)."""
+    """An arbiter whose tenants, (id, percent, priority), all want their devices."""
     made = Arbiter(SETTINGS)
     for name, percent, priority in tenants:
         made.add(Tenant(name, percent, priority, devices), 0)
-        made.want(name, True, 0)
+        made.set_wants(name, True, 0)
     return made
 
 
 def run(
     made: Arbiter, until_usec: int, now: int = 0, each: Callable[[int], None] = lambda now: None
 ) -> int:
-    """Turn after turn, as the daemon does; the time then."""
+    """Decide again whenever a slice ends, as the daemon does; returns the time at the end."""
     while now < until_usec:
-        turn = made.decide(now)
+        decided = made.decide(now)
         each(now)
-        now = min(until_usec, turn.until_usec) if turn.until_usec is not None else until_usec
+        now = until_usec if decided.until_usec is None else min(until_usec, decided.until_usec)
     made.decide(now)
     return now
 
@@ -49,31 +49,31 @@ def test_time_is_had_in_proportion(percents: list[int]) -> None:
 
 
 @given(shares)
-def test_everyone_has_a_turn_soon(percents: list[int]) -> None:
-    """Within two periods, and as many shortest turns as there are others."""
+def test_everyone_has_a_slice_soon(percents: list[int]) -> None:
+    """Nobody waits for longer than two periods, or than slices of the shortest length allow."""
     made = arbiter(*((f"t{i}", p, 50) for i, p in enumerate(percents)))
     last = dict.fromkeys(made.tenants, 0)
     worst = 0
 
     def note(now: int) -> None:
         nonlocal worst
-        for name in made.turn.run:
+        for name in made.slice.run:
             last[name] = now
         worst = max(worst, *(now - at for at in last.values()))
 
     run(made, 20_000_000, each=note)
     least = min(percents) / sum(percents)
-    assert worst <= 2 * max(SETTINGS.period_usec, SETTINGS.least_turn_usec / least)
+    assert worst <= 2 * max(SETTINGS.period_usec, SETTINGS.shortest_slice_usec / least)
 
 
 def test_alone_nobody_waits() -> None:
     made = arbiter(("a", 10, 20), ("b", 80, 50))
-    made.want("b", False, 0)
-    turn = made.decide(0)
-    assert turn.hold == frozenset() and turn.until_usec is None and turn.run == {"a", "b"}
+    made.set_wants("b", False, 0)
+    decided = made.decide(0)
+    assert decided.hold == frozenset() and decided.until_usec is None and decided.run == {"a", "b"}
     # Back again, it is not owed what it did not want.
     run(made, 10_000_000)
-    made.want("b", True, 10_000_000)
+    made.set_wants("b", True, 10_000_000)
     before = made.tenants["a"].had_usec
     run(made, 11_000_000, 10_000_000)
     had = made.tenants["a"].had_usec - before
@@ -85,9 +85,9 @@ def test_an_important_one_goes_first_when_it_begins(at: int, percent: int, other
     made = arbiter(("a", other, 20), ("b", other, 50))
     made.add(Tenant("vip", percent, IMPORTANT_PRIORITY, frozenset({GPU0})), 0)
     run(made, at)
-    assert made.want("vip", True, at)
-    turn = made.decide(at)
-    assert "vip" in turn.run and turn.hold == {"a", "b"}
+    assert made.set_wants("vip", True, at)
+    decided = made.decide(at)
+    assert "vip" in decided.run and decided.hold == {"a", "b"}
 
 
 def test_a_batch_call_keeps_a_minimum() -> None:
@@ -99,38 +99,39 @@ def test_a_batch_call_keeps_a_minimum() -> None:
 
 
 def test_devices_are_apart() -> None:
-    """Those on one device do not wait for those on another; who needs both waits for both."""
+    """Tenants of one device do not wait for those of another; who needs both waits for both."""
     made = Arbiter(SETTINGS)
     for name, devices in (("a", {GPU0}), ("b", {GPU1}), ("both", {GPU0, GPU1})):
         made.add(Tenant(name, 50, 50, frozenset(devices)), 0)
     for name in ("a", "b"):
-        made.want(name, True, 0)
+        made.set_wants(name, True, 0)
     assert made.decide(0).hold == frozenset()
-    made.want("both", True, 0)
+    made.set_wants("both", True, 0)
     run(made, 30_000_000)
     had = {name: t.had_usec / 30_000_000 for name, t in made.tenants.items()}
     assert all(abs(share - 0.5) < 0.02 for share in had.values())
 
 
-events = st.lists(
-    st.tuples(
-        st.sampled_from(["add", "remove", "want", "rest", "change", "pass"]),
-        st.integers(0, 4), st.integers(1, 100), st.integers(0, 100), st.integers(0, 300_000),
-        st.sampled_from([frozenset({GPU0}), frozenset({GPU1}), frozenset({GPU0, GPU1})]),
-    ),
-    max_size=60,
-)  # fmt: skip
+Step = tuple[str, int, int, int, int, frozenset[str]]
+"""What happens, to which tenant, its percent and priority, after how long, its devices."""
+
+steps = st.tuples(
+    st.sampled_from(["add", "remove", "want", "rest", "change", "pass"]),
+    st.integers(0, 4),
+    st.integers(1, 100),
+    st.integers(0, 100),
+    st.integers(0, 300_000),
+    st.sampled_from([frozenset({GPU0}), frozenset({GPU1}), frozenset({GPU0, GPU1})]),
+)
 
 
 @settings(max_examples=300)
-@given(events)
-def test_whatever_happens(
-    steps: list[tuple[str, int, int, int, int, frozenset[str]]],
-) -> None:
-    """Never two that want one device at a time, never a device that is wanted and stands idle,
-    never one held back that wants nothing, and always an end to a turn that holds somebody back."""
+@given(st.lists(steps, max_size=60))
+def test_whatever_happens(taken: list[Step]) -> None:
+    """No device has two tenants that want it at a time or stands idle while one wants it; nobody is
+    held back who wants nothing; a slice that holds somebody back ends."""
     made, now = Arbiter(SETTINGS), 0
-    for what, number, percent, priority, passed, devices in steps:
+    for what, number, percent, priority, passed, devices in taken:
         name, now = f"t{number}", now + passed
         known = name in made.tenants
         if what == "add" and not known:
@@ -138,19 +139,21 @@ def test_whatever_happens(
         elif what == "remove":
             made.remove(name, now)
         elif what in ("want", "rest") and known:
-            made.want(name, what == "want", now)
+            made.set_wants(name, what == "want", now)
         elif what == "change" and known:
             made.change(name, percent, priority, now)
-        turn = made.decide(now)
+        decided = made.decide(now)
         wanting = {t.id for t in made.tenants.values() if t.wants}
-        assert turn.run | turn.hold == set(made.tenants) and not turn.run & turn.hold
-        assert turn.hold <= wanting
+        assert decided.run | decided.hold == set(made.tenants) and not decided.run & decided.hold
+        assert decided.hold <= wanting
         for device in (GPU0, GPU1):
-            runs = [i for i in turn.run & wanting if device in made.tenants[i].devices]
-            held = [i for i in turn.hold if device in made.tenants[i].devices]
+            runs = [i for i in decided.run & wanting if device in made.tenants[i].devices]
+            held = [i for i in decided.hold if device in made.tenants[i].devices]
             assert len(runs) <= 1
             if held and not runs:
                 # Only one that lacks another device may leave this one idle.
                 assert all(len(made.tenants[i].devices) > 1 for i in held)
-        assert (turn.until_usec is not None) == bool(turn.hold)
-        assert turn.until_usec is None or turn.until_usec >= now + SETTINGS.least_turn_usec
+        assert (decided.until_usec is not None) == bool(decided.hold)
+        assert (
+            decided.until_usec is None or decided.until_usec >= now + SETTINGS.shortest_slice_usec
+        )

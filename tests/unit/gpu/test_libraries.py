@@ -1,4 +1,4 @@
-"""A library that is not there, or is none, is told and leaves the daemon as it is."""
+"""A configured library that is missing, or is none, is a failure that is told, and no more."""
 
 from __future__ import annotations
 

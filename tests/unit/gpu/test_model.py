@@ -1,30 +1,31 @@
-"""The daemon's turns on a model of a GPU: what was measured, why, and that it is so no longer."""
+"""Time slices on a model of a GPU: what was once measured, why, and that it is so no longer."""
 
 from __future__ import annotations
 
 import pytest
 
-from agentcgroupd.gpu.idle import rests
+from agentcgroupd.gpu.idle import is_idle
 from agentcgroupd.units import IMPORTANT_PRIORITY
-from tests.gpu_model import OPERATION_USEC, Model, Program, Rests
+from tests.gpu_model import OPERATION_USEC, IdleRule, Model, Program
 
 SETS = [(70, 30), (60, 30, 10), (40, 30, 20, 10)]
 SECONDS = 8
 
 
 def after_300_ms(_: bool, quiet_usec: int, ran_usec: int) -> bool:
-    """What was taken for idle when the measurements were made."""
+    """The rule for idle tenants when the measurements were made."""
     return quiet_usec > 300_000 and ran_usec > 40_000
 
 
 def never(_: bool, quiet_usec: int, ran_usec: int) -> bool:
-    """Nobody is taken for idle."""
+    """A rule by which nobody is idle."""
     return False
 
 
-def shares(percents: tuple[int, ...], rule: Rests, watched: bool) -> tuple[float, float]:
-    """(worst distance in points, percent of throughput lost)."""
-    model = Model([Program(f"t{i}", p, watched=watched) for i, p in enumerate(percents)], rule)
+def shares(percents: tuple[int, ...], rule: IdleRule, watched: bool) -> tuple[float, float]:
+    """Run tenants with these shares: (worst distance in points, percent of throughput lost)."""
+    programs = [Program(f"t{i}", p, watched=watched) for i, p in enumerate(percents)]
+    model = Model(programs, rule)
     model.run(1_000_000)
     before = model.done()
     model.run((1 + SECONDS) * 1_000_000)
@@ -45,17 +46,17 @@ def test_what_was_measured(percents: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("percents", SETS)
 def test_shares(percents: tuple[int, ...]) -> None:
-    off, lost = shares(percents, rests, True)
+    off, lost = shares(percents, is_idle, True)
     assert off < 2 and lost < 5
 
 
 @pytest.mark.parametrize("percents", SETS)
 def test_shares_without_probes(percents: tuple[int, ...]) -> None:
-    assert shares(percents, rests, False)[0] < 3
+    assert shares(percents, is_idle, False)[0] < 3
 
 
 def test_queues_of_different_length() -> None:
-    """What is queued at the end of a turn is had besides: a quarter of a shortest turn here."""
+    """Work queued at the end of a slice still runs: a quarter of a shortest slice here."""
     model = Model([Program("deep", 50, depth=16), Program("flat", 50, depth=1)], never)
     model.run(8_000_000)
     got = model.shares({"deep": 0.0, "flat": 0.0})
@@ -63,18 +64,18 @@ def test_queues_of_different_length() -> None:
 
 
 def busy_for(begin: int, usec: int) -> range:
-    """Times of work."""
+    """The times at which a program has work, in microseconds."""
     return range(begin, begin + usec)
 
 
 @pytest.mark.parametrize("begin", range(3_000_000, 3_200_000, 23_000))
 def test_taken_back(begin: int) -> None:
-    """Both batch calls are stopped as soon as a freeze takes, wherever in their turns they are, and
-    have their halves again afterwards."""
+    """Both batch calls are stopped as soon as a freeze takes, wherever in their slices they are,
+    and have their halves again afterwards."""
     burst = busy_for(begin, 60_000)
     batch = [Program("a", 40, 20), Program("b", 40, 20)]
     vip = Program("vip", 20, IMPORTANT_PRIORITY, 1, burst.__contains__)
-    model = Model([*batch, vip], rests)
+    model = Model([*batch, vip], is_idle)
     model.run(begin - 1_000)
     model.run(begin + 2_000)
     assert all(p.held and p.stopped for p in batch)
