@@ -14,7 +14,7 @@ import pytest
 from agentcgroupd.bpf import features, loader
 from agentcgroupd.bpf.features import DEFINITIONS
 from agentcgroupd.doctor import report
-from agentcgroupd.doctor.report import Diagnosis, Feature, State
+from agentcgroupd.doctor.diagnosis import Diagnosis, Feature, State
 from tests.harness import ROOT
 from tests.kernel.test_bpf_faults import is_there, mapped, owned
 

@@ -28,7 +28,7 @@ from agentcgroupd.bpf.loader import OBJECTS, BpfObject
 from agentcgroupd.bpf.plane import OFF, DataPlane
 from agentcgroupd.config import BpfConfig, GuardConfig
 from agentcgroupd.doctor import report as doctor
-from agentcgroupd.doctor.report import State
+from agentcgroupd.doctor.diagnosis import State
 from agentcgroupd.errors import BpfError
 from tests.guest import kernel
 from tests.harness import EXEC, ROOT, DaemonProcess, wait_until

@@ -1,88 +1,88 @@
-"""What of GPU sharing works on this host, found out by trying; for `agentcg doctor`."""
+"""What of GPU sharing works on this host, found out by trying."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from agentcgroupd.bpf import features
 from agentcgroupd.bpf.device import DevicePrograms
 from agentcgroupd.bpf.vram import VramPrograms
+from agentcgroupd.doctor.diagnosis import AS_ROOT, ONLY_ROOT, Check, Feature, State
 from agentcgroupd.errors import BpfError
 from agentcgroupd.gpu.gate import driver_majors
 from agentcgroupd.gpu.mps import PROGRAM
-from agentcgroupd.gpu.nvml import DriverNvml, NvmlUnavailable
+from agentcgroupd.gpu.nvml import DeviceInfo, DriverNvml, NvmlUnavailable
 from agentcgroupd.units import show_bytes
 
+GATE = "GPU gate"
+GATE_FALLBACK = "device files of GPUs are open to every session that can see them"
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One thing. `works` None: it was not tried."""
+MPS = Check(
+    name="GPU shares by MPS",
+    yes=f"{PROGRAM} is there",
+    no=f"{PROGRAM} is not in PATH",
+    remedy="install it (it comes with the driver)",
+    fallback="turns: calls are frozen and thawed",
+)
+PROBES = Check(
+    name="GPU memory by probes",
+    yes="allocations over the quota are refused before the driver is asked",
+    no="probes account, but this kernel does not let them refuse",
+    remedy="use Linux 6.19 or newer",
+    fallback="MPS' limit where it runs, and counting by NVML",
+)
 
-    name: str
-    works: bool | None
-    reason: str
-    remedy: str = ""
-    fallback: str = ""
 
-
-def rows() -> Iterator[Row]:
-    """All of them; a host without GPUs has one row that says so, and those of the kernel."""
-    yield from _driver()
+def gpu_features() -> Iterator[Feature]:
+    """The driver, MPS where there is one, the gate and the probes."""
+    yield from _driver_features()
     if os.geteuid() != 0:
-        for name in ("GPU gate", "GPU memory by probes"):
-            yield Row(name, None, "only root can try", "run `agentcg doctor` as root")
+        for name in (GATE, PROBES.name):
+            yield Feature(name, State.UNKNOWN, ONLY_ROOT, AS_ROOT)
         return
     yield _gate()
     yield _probes()
 
 
-def _driver() -> Iterator[Row]:
+def _driver_features() -> Iterator[Feature]:
     try:
         nvml = DriverNvml()
         devices = nvml.devices()
     except NvmlUnavailable as error:
-        yield Row("GPUs", False, str(error), "install NVIDIA's driver and agentcgroup[gpu], where "
-                  "there is a GPU", "calls that ask for a part of one are refused")  # fmt: skip
+        remedy = "install NVIDIA's driver and agentcgroup[gpu], where there is a GPU"
+        fallback = "calls that ask for a part of one are refused"
+        yield Feature("GPUs", State.MISSING, str(error), remedy, fallback)
         return
-    names = ", ".join(f"{d.index}: {d.name}, {show_bytes(d.memory_bytes)}"
-                      + (" (split: MIG)" if d.mig else "") for d in devices)  # fmt: skip
-    yield Row("GPUs", bool(devices), f"driver {nvml.driver}; {names or 'no device'}")
+    state = State.WORKS if devices else State.MISSING
+    names = ", ".join(map(_describe, devices)) or "no device"
+    yield Feature("GPUs", state, f"driver {nvml.driver}; {names}")
     nvml.close()
-    if shutil.which(PROGRAM):
-        yield Row("GPU shares by MPS", True, f"{PROGRAM} is there")
-    else:
-        yield Row(
-            "GPU shares by MPS", False, f"{PROGRAM} is not in PATH",
-            "install it (it comes with the driver)", "turns: calls are frozen and thawed",
-        )  # fmt: skip
+    yield MPS.answered(shutil.which(PROGRAM) is not None)
 
 
-def _gate() -> Row:
-    fallback = "device files of GPUs are open to every session that can see them"
+def _describe(device: DeviceInfo) -> str:
+    text = f"{device.index}: {device.name}, {show_bytes(device.memory_bytes)}"
+    return f"{text} (split: MIG)" if device.mig else text
+
+
+def _gate() -> Feature:
     try:
         DevicePrograms.load().close()
     except BpfError as error:
-        return Row("GPU gate", False, features.one_line(error), features.remedy_of(error), fallback)
-    majors = driver_majors()
-    seen = f"majors {', '.join(map(str, sorted(majors)))}" if majors else "no driver is loaded"
-    return Row("GPU gate", True, f"the kernel takes device programs; {seen}")
+        reason, remedy = features.one_line(error), features.remedy_of(error)
+        return Feature(GATE, State.MISSING, reason, remedy, GATE_FALLBACK)
+    majors = ", ".join(map(str, sorted(driver_majors())))
+    seen = f"majors {majors}" if majors else "no driver is loaded"
+    return Feature(GATE, State.WORKS, f"the kernel takes device programs; {seen}")
 
 
-def _probes() -> Row:
-    name = "GPU memory by probes"
+def _probes() -> Feature:
     try:
         programs = VramPrograms.load()
     except BpfError as error:
-        return Row(name, False, features.one_line(error), "use Linux 6.19 or newer",
-                   "MPS' limit where it runs, and counting by NVML")  # fmt: skip
+        return PROBES.missing(features.one_line(error))
     refuses = programs.refuses
     programs.close()
-    if refuses:
-        return Row(name, True, "allocations over the quota are refused before the driver is asked")
-    return Row(
-        name, False, "probes account, but this kernel does not let them refuse",
-        "use Linux 6.19 or newer", "MPS' limit where it runs, and counting by NVML",
-    )  # fmt: skip
+    return PROBES.answered(refuses)
