@@ -1,8 +1,9 @@
 """`make bench BENCH=gpu`: two to four tenants on one GPU.
 
-Shares against what was granted, the time to take the GPU back for an important call, throughput
-against one tenant alone, quotas; and what others hold and let escape (table.py). Without a GPU
-the same daemon shares a stand-in: real processes that spin, frozen and thawed in turn.
+Measures shares against what was granted, the time to take the GPU back for an important call,
+throughput against one tenant alone, and quotas; and which ways around a quota other means leave
+open (table.py). Without a GPU the same daemon shares a stand-in: real processes that spin, frozen
+and thawed in turn.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from agentcgroup.v1 import agentcgroup_pb2 as pb
 from bench.gpu import table
 from bench.gpu.site import Site, Tenant, attempt, report_of
 from bench.report import BenchReport, Target, quantile, spread
@@ -24,15 +26,26 @@ from tests.harness import DaemonProcess
 
 WINDOWS = 5
 SHARES = ((70, 30), (60, 30, 10), (40, 30, 20, 10))
-TURNS = 'share = "turns"\nquota = "probes"'
+TIME_SLICES = 'share = "turns"\nquota = "probes"'
 MPS = 'share = "mps"'
 BURST_PAUSE_S, BURST_PAUSE_MORE_S = 0.8, 0.2
-"""Longer than it takes the daemon to see that a call does not use the GPU; and so much at random,
-so that bursts begin anywhere in the others' turns."""
+"""Pauses between bursts are longer than it takes the daemon to see that a call does not use the
+GPU, and by a random time longer still, so that bursts begin anywhere in the others' slices."""
+
+
+def part(percent: int, priority: str) -> dict[str, str]:
+    """The intent of a tenant that asks for this share of the first device."""
+    return {
+        "gpu": f"{percent}%",
+        "gpu_memory": "4G",
+        "gpu_device": "0",
+        "gpu_priority": priority,
+    }
 
 
 def shares_of(tenants: list[Tenant], begin: int, end: int, whole: float) -> dict[str, Any]:
-    """Of each tenant by window: its part of what all did, and all of them against one alone."""
+    """Each tenant's part of the work that all did, in all and by window; and how much less that
+    was than what one alone does (`whole`)."""
     settled = begin + (end - begin) // 6
     edges = [settled + (end - settled) * i // WINDOWS for i in range(WINDOWS + 1)]
     rows = []
@@ -50,14 +63,14 @@ def shares_of(tenants: list[Tenant], begin: int, end: int, whole: float) -> dict
 
 
 def alone(site: Site, seconds: float) -> float:
-    """Operations a second of one tenant without any control."""
+    """Measure the operations a second of one tenant without any control."""
     tenant = site.spawn("steady")
     begin, end = site.run([tenant], seconds)
     return tenant.rate(begin + (end - begin) // 6, end)
 
 
 def sliced(site: Site, seconds: float, whole: float) -> dict[str, Any]:
-    """What the driver does by itself: time slices, all alike."""
+    """Measure the driver's own time slices, which are alike for all."""
     found = {}
     for count in (2, 4):
         tenants = [site.spawn("steady") for _ in range(count)]
@@ -69,41 +82,37 @@ def sliced(site: Site, seconds: float, whole: float) -> dict[str, Any]:
 def shared(
     site: Site, daemon: DaemonProcess, seconds: float, whole: float, sets: Sequence[tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Shares under the daemon."""
+    """Measure shares under the daemon."""
     found = {}
     for wanted in sets:
-        tenants = [
-            site.spawn(
-                "steady",
-                daemon,
-                {"gpu": f"{p}%", "gpu_memory": "4G", "gpu_device": "0", "gpu_priority": "normal"},
-            )
-            for p in wanted
-        ]
+        tenants = [site.spawn("steady", daemon, part(p, "normal")) for p in wanted]
         begin, end = site.run(tenants, seconds)
         row = shares_of(tenants, begin, end, whole)
         row["wanted"] = list(wanted)
-        usages = [report_of(daemon, t.call).gpu for t in tenants]
-        row["reports"] = [
-            {"held_back_ms": u.held_back_usec // 1000, "sm_percent": round(u.sm_percent, 1),
-             "energy_j": round(u.energy_mj / 1e3, 1),
-             "peak_mib": u.memory_peak_bytes >> 20, "by": f"{u.share_held_by}/{u.memory_held_by}"}
-            for u in usages
-        ]  # fmt: skip
+        row["reports"] = [reported(report_of(daemon, t.call).gpu) for t in tenants]
         found["/".join(map(str, wanted))] = row
-        print(f"gpu: wanted {wanted}: got "
-              f"{[round(g, 1) for g in row['got_percent']]}, lost {row['lost_percent'] or 0:.1f} % "
-              "against one alone", flush=True)  # fmt: skip
+        got, lost = [round(g, 1) for g in row["got_percent"]], row["lost_percent"] or 0
+        print(f"gpu: wanted {wanted}: got {got}, lost {lost:.1f} % against one alone", flush=True)
     return found
 
 
+def reported(usage: pb.GpuUsage) -> dict[str, Any]:
+    """What a call's report says of its use."""
+    return {
+        "held_back_ms": usage.held_back_usec // 1000,
+        "sm_percent": round(usage.sm_percent, 1),
+        "energy_j": round(usage.energy_mj / 1e3, 1),
+        "peak_mib": usage.memory_peak_bytes >> 20,
+        "by": f"{usage.share_held_by}/{usage.memory_held_by}",
+    }
+
+
 class FreezeWatch:
-    """Reads cgroup.events of some calls in a tight loop: when each became frozen or thawed."""
+    """Reads cgroup.events of some calls in a tight loop, to see when each is frozen and thawed."""
 
     def __init__(self, daemon: DaemonProcess, calls: list[str]) -> None:
-        self._files = {
-            c: next(daemon.cgroup_dir.glob(f"*/call-{c}")) / "cgroup.events" for c in calls
-        }
+        leaves = {call: next(daemon.cgroup_dir.glob(f"*/call-{call}")) for call in calls}
+        self._files = {call: leaf / "cgroup.events" for call, leaf in leaves.items()}
         self.changes: dict[str, list[tuple[int, bool]]] = {c: [] for c in calls}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop)
@@ -129,8 +138,8 @@ class FreezeWatch:
                     self.changes[call].append((time.monotonic_ns(), frozen))
 
     def frozen_at(self, call: str, at_ns: int) -> int | None:
-        """When a call was frozen that was to be from `at_ns` on: that time if it was already, None
-        if it was not within 100 ms."""
+        """When a call was frozen that was to be from `at_ns` on: `at_ns` where it was already, None
+        where it was not within 100 ms."""
         state, since = False, 0
         for when, frozen in self.changes[call]:
             if when <= at_ns:
@@ -141,26 +150,24 @@ class FreezeWatch:
 
 
 def taken_back(site: Site, daemon: DaemonProcess, seconds: float) -> dict[str, Any]:
-    """An important call that works now and then beside two that always do."""
-    batch = [
-        site.spawn(
-            "steady",
-            daemon,
-            {"gpu": "40%", "gpu_memory": "4G", "gpu_device": "0", "gpu_priority": "batch"},
-        )
-        for _ in range(2)
-    ]
-    important = site.spawn("bursts", daemon,
-                           {"gpu": "20%", "gpu_memory": "4G", "gpu_device": "0",
-                            "gpu_priority": "important"}, pause_s=BURST_PAUSE_S,
-                           pause_more_s=BURST_PAUSE_MORE_S, each=20)  # fmt: skip
+    """Measure how soon an important call that works now and then gets the GPU from two that always
+    work."""
+    batch = [site.spawn("steady", daemon, part(40, "batch")) for _ in range(2)]
+    important = site.spawn(
+        "bursts",
+        daemon,
+        part(20, "important"),
+        pause_s=BURST_PAUSE_S,
+        pause_more_s=BURST_PAUSE_MORE_S,
+        each=20,
+    )
     tenants = [*batch, important]
     site.ready(tenants, busy=batch)
     with FreezeWatch(daemon, [t.call for t in batch]) as watch:
         _, end = site.go(tenants, seconds)
         site.collect(tenants, end)
     times, missed, already, first = [], 0, 0, []
-    # The last one may have begun when the others had ended, the first before they had.
+    # The first burst may have begun before the others worked, the last after they had ended.
     bursts = [b for b in important.result["bursts"][1:] if b["began_ns"] < end - 200_000_000]
     for burst in bursts:
         at = burst["began_ns"]
@@ -168,55 +175,55 @@ def taken_back(site: Site, daemon: DaemonProcess, seconds: float) -> dict[str, A
         if None in found:
             missed += 1
         elif found == [at] * len(batch):
-            already += 1  # it was thought to work still
+            already += 1  # the daemon took the important call for one that still worked
         else:
             times.append((max(f for f in found if f is not None) - at) / 1e6)
         first.append(burst["took_ns"][0] / 1e6)
     later = [t / 1e6 for b in bursts for t in b["took_ns"][1:]]
     batch_rate = [t.rate(end - int(seconds * 0.8e9), end) for t in batch]
-    return {"bursts": len(times), "missed": missed, "held_already": already,
-            "ms": spread(times) if times else None,
-            "first_operation_ms": spread(first), "later_operations_ms": spread(later),
-            "batch_per_s": batch_rate, "all_ms": times}  # fmt: skip
+    return {
+        "bursts": len(times),
+        "missed": missed,
+        "held_already": already,
+        "ms": spread(times) if times else None,
+        "first_operation_ms": spread(first),
+        "later_operations_ms": spread(later),
+        "batch_per_s": batch_rate,
+        "all_ms": times,
+    }
 
 
 def began(site: Site, daemon: DaemonProcess) -> dict[str, Any]:
-    """What an important call meets that begins while two others work: how long its operations take
-    against those of one alone."""
-    batch = [
-        site.spawn(
-            "steady",
-            daemon,
-            {"gpu": "40%", "gpu_memory": "4G", "gpu_device": "0", "gpu_priority": "batch"},
-        )
-        for _ in range(2)
-    ]
-    part = {"gpu": "20%", "gpu_memory": "4G", "gpu_device": "0", "gpu_priority": "important"}
-    important = site.spawn("steady", daemon, part)
+    """Measure the part of all work that an important call does which begins while two others
+    work."""
+    batch = [site.spawn("steady", daemon, part(40, "batch")) for _ in range(2)]
+    important = site.spawn("steady", daemon, part(20, "important"))
     begin, end = site.run([*batch, important], 3.0)
     rates = [t.rate(begin + 500_000_000, end) for t in (*batch, important)]
     return {"per_s": rates, "important_percent": 100 * rates[-1] / sum(rates)}
 
 
 def quotas(site: Site, gpu: str) -> dict[str, Any]:
-    """A tool that takes 8 GiB with a quota of 4."""
+    """Find out what becomes of a tool that takes 8 GiB with a quota of 4."""
     with site.daemon(gpu) as daemon:
-        tenant = site.spawn("grab", daemon, {"gpu_memory": "4G", "gpu": "20%"}, chunks=8,
-                            hold_s=6.0)  # fmt: skip
+        intent = {"gpu_memory": "4G", "gpu": "20%"}
+        tenant = site.spawn("grab", daemon, intent, chunks=8, hold_s=6.0)
         site.ready([tenant])
         report = report_of(daemon, tenant.call)
         grabbed = Path(tenant.spec["result"]).with_suffix(".grabbed")
         return {
-            "verdict": int(report.verdict), "sentence": report.sentence,
+            "verdict": int(report.verdict),
+            "sentence": report.sentence,
             "tool": grabbed.read_text() if grabbed.exists() else "",
             "peak_mib": report.gpu.memory_peak_bytes >> 20,
-            "held_by": report.gpu.memory_held_by, "refused": report.gpu.refused,
+            "held_by": report.gpu.memory_held_by,
+            "refused": report.gpu.refused,
             "feedback": [f.sentence for f in report.feedback],
-        }  # fmt: skip
+        }
 
 
 def share_targets(name: str, found: dict[str, Any] | None) -> list[Target]:
-    """Accuracy and loss, of the worst tenant in the worst case."""
+    """Targets for accuracy and loss, of the worst tenant in the worst case."""
     if not found:
         return []
     off = [
@@ -225,11 +232,11 @@ def share_targets(name: str, found: dict[str, Any] | None) -> list[Target]:
         for got, wanted in zip(row["got_percent"], row["wanted"], strict=True)
     ]
     lost = [row["lost_percent"] for row in found.values() if row["lost_percent"] is not None]
-    targets = [Target(f"share, worst distance from granted, {name}", max(off), "points", "<= 3",
-                      max(off) <= 3)]  # fmt: skip
+    title = f"share, worst distance from granted, {name}"
+    targets = [Target(title, max(off), "points", "<= 3", max(off) <= 3)]
     if lost:
-        targets.append(Target(f"throughput lost against one alone, {name}", max(lost), "%", "<= 5",
-                              max(lost) <= 5))  # fmt: skip
+        title = f"throughput lost against one alone, {name}"
+        targets.append(Target(title, max(lost), "%", "<= 5", max(lost) <= 5))
     return targets
 
 
@@ -238,70 +245,77 @@ class Measured:
 
     def __init__(self, site: Site, arguments: argparse.Namespace) -> None:
         self.site, self.seconds, self.bursts_s = site, arguments.seconds, arguments.bursts_s
-        self.mps_sets = arguments.mps_sets
+        self.mps_sets = SHARES[: arguments.mps_sets]
         self.failures: dict[str, str] = {}
         self.targets: list[Target] = []
         self.details: dict[str, Any] = {"failures": self.failures}
         self.whole = 0.0
 
     def part(self, name: str, what: Callable[[], Any]) -> Any:
-        """Run one and keep what it gives."""
+        """Run one part and keep what it returns; None where it fails."""
         self.details[name] = found = attempt(name, what, self.failures)
         return found
 
     def alone(self) -> None:
-        """What the others are compared with."""
+        """Measure one tenant, with which all others are compared."""
         self.whole = self.part("alone_per_s", lambda: alone(self.site, self.seconds)) or 0.0
         print(f"gpu: alone: {self.whole:.1f} operations a second")
 
     def sliced(self) -> None:
-        """The driver by itself."""
+        """The driver's own time slices."""
         self.part("sliced", lambda: sliced(self.site, self.seconds / 2, self.whole))
 
     def turns(self) -> None:
-        """Shares by freezing, and the GPU taken back."""
-        with self.site.daemon(TURNS) as daemon:
-            found = self.part("turns", lambda: shared(
-                self.site, daemon, self.seconds, self.whole, SHARES))  # fmt: skip
+        """Shares by time slices, and the GPU taken back."""
+        with self.site.daemon(TIME_SLICES) as daemon:
+            found = self.part("turns", self._shared(daemon, SHARES))
             back = self.part("taken_back", lambda: taken_back(self.site, daemon, self.bursts_s))
         self.targets += share_targets("turns", found)
         if back and back["ms"]:
             late = quantile(back["all_ms"], 0.9)
             name = f"GPU taken back, p90 of {back['bursts']} ({back['missed']} missed)"
             self.targets.append(Target(name, late, "ms", "<= 2", late <= 2 and not back["missed"]))
-            print(f"gpu: taken back: {back['ms']}, held already {back['held_already']}, "
-                  f"first operation {back['first_operation_ms']}, "
-                  f"later {back['later_operations_ms']}")  # fmt: skip
+            print(
+                f"gpu: taken back: {back['ms']}, held already {back['held_already']}, "
+                f"first operation {back['first_operation_ms']}, "
+                f"later {back['later_operations_ms']}"
+            )
+
+    def _shared(
+        self, daemon: DaemonProcess, sets: Sequence[tuple[int, ...]]
+    ) -> Callable[[], dict[str, Any]]:
+        return partial(shared, self.site, daemon, self.seconds, self.whole, sets)
 
     def began(self) -> None:
         """An important call that goes on working."""
-        with self.site.daemon(TURNS) as daemon:
+        with self.site.daemon(TIME_SLICES) as daemon:
             self.part("began", lambda: began(self.site, daemon))
 
     def mps(self) -> None:
         """Shares by MPS."""
         with self.site.daemon(MPS) as daemon:
-            found = self.part("mps", lambda: shared(
-                self.site, daemon, self.seconds, self.whole, SHARES[:self.mps_sets]))  # fmt: skip
+            found = self.part("mps", self._shared(daemon, self.mps_sets))
         self.targets += share_targets("MPS", found)
 
     def quota(self) -> None:
         """PyTorch against its quota, by each rung that can be had."""
-        for name, gpu in (
-            ("counting", 'share = "turns"\nquota = "counting"'), ("mps", MPS),
-            ("strongest", 'share = "turns"'),
-        ):  # fmt: skip
+        rungs = {
+            "counting": 'share = "turns"\nquota = "counting"',
+            "mps": MPS,
+            "strongest": 'share = "turns"',
+        }
+        for name, gpu in rungs.items():
             found = self.part(f"quota_{name}", partial(quotas, self.site, gpu))
             if found:
                 said = found["tool"] or "nothing"
                 print(f"gpu: quota: {name}: {found['held_by']}; tool: {said}; {found['sentence']}")
 
     def ours(self) -> None:
-        """The table without the others."""
+        """The table of ways around a quota, ours only."""
         self._table(table.OURS)
 
     def table(self) -> None:
-        """Against others."""
+        """The table of ways around a quota, ours and others."""
         self._table(table.ALL)
 
     def _table(self, who: tuple[str, ...]) -> None:
@@ -336,7 +350,7 @@ def main() -> int:
         for name in arguments.parts.split(","):
             if site.real or name not in REAL_ONLY:
                 attempt(f"{name} (all)", getattr(measured, name), measured.failures)
-                # What there is by now stays, should a limit of time end us.
+                # Written after each part, in case a limit of time ends the run.
                 report.write()
     finally:
         site.close()

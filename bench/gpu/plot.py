@@ -25,10 +25,20 @@ WAYS = {
     "mps": ("agentcgroup, MPS", "#0e7490"),
 }
 _WIDTH_IN, _HEIGHT_IN, _DPI = 13.0, 4.6, 100
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e5e7eb",
+}
 
 
 def got(row: Mapping[str, Any]) -> list[float]:
-    """Percent by tenant; of results that have windows only, their medians."""
+    """Percent by tenant; the windows' medians where a result has no more than windows."""
     if "got_percent" in row:
         return [float(g) for g in row["got_percent"]]
     return [float(window["p50"]) for window in row["share_percent"]]
@@ -78,15 +88,10 @@ def draw(document: Mapping[str, Any]) -> Figure:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style: Any = {
-        "font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
-        "axes.axisbelow": True, "grid.color": "#e5e7eb",
-    }  # fmt: skip
     sets = bars(document)
-    # Of bursts that found the others stopped already there was nothing to take back.
+    # At a time of 0 the others were stopped already: nothing was taken back.
     times = [t for t in (document.get("taken_back") or {}).get("all_ms", ()) if t > 0]
-    with mpl.rc_context(style):
+    with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH_IN, _HEIGHT_IN), dpi=_DPI)
         grid = figure.subplots(1, max(1, len(sets) + bool(times)), squeeze=False)[0]
         for axes, (name, entry) in zip(grid, sets.items(), strict=False):
@@ -98,12 +103,18 @@ def draw(document: Mapping[str, Any]) -> Figure:
             for axes in grid
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(by_label.values(), by_label, loc="upper left", frameon=False,
-                      bbox_to_anchor=(0.005, 0.94), ncols=max(1, len(by_label)))  # fmt: skip
-        figure.suptitle("One GPU, several tenants that all have work", x=0.012, y=0.985,
-                        ha="left", fontsize=14, fontweight="bold")  # fmt: skip
-        figure.text(0.99, 0.01, f"Linux {document['kernel']}; dashed: target", ha="right",
-                    fontsize=8.5, color="#6b7280")  # fmt: skip
+        figure.legend(
+            by_label.values(),
+            by_label,
+            loc="upper left",
+            frameon=False,
+            bbox_to_anchor=(0.005, 0.94),
+            ncols=max(1, len(by_label)),
+        )
+        title = "One GPU, several tenants that all have work"
+        figure.suptitle(title, x=0.012, y=0.985, ha="left", fontsize=14, fontweight="bold")
+        note = f"Linux {document['kernel']}; dashed: target"
+        figure.text(0.99, 0.01, note, ha="right", fontsize=8.5, color="#6b7280")
         figure.tight_layout(rect=(0, 0.03, 1, 0.87))
     return figure
 

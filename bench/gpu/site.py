@@ -1,5 +1,5 @@
-"""Where the GPU benchmark runs: on a GPU with PyTorch, or with stand-ins for both. Starts daemons
-and tenants, and collects what they did."""
+"""Starts daemons and tenants for the GPU benchmark, and collects what they did: on a GPU with
+PyTorch, or with stand-ins for both."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ END_S = 30.0
 
 
 class TenantFailed(Exception):
-    """A tenant did not do what it was for; the message says what it said."""
+    """Raised where a tenant did not do what it was for; the message has its own words."""
 
 
 @dataclass(slots=True)
 class Tenant:
-    """One child of the zygote. `result` once it has ended."""
+    """A child of the zygote; `result` is there once it has ended."""
 
     name: str
     spec: dict[str, Any]
@@ -41,7 +41,7 @@ class Tenant:
     result: dict[str, Any] = field(default_factory=dict)
 
     def rate(self, begin_ns: int, end_ns: int) -> float:
-        """Operations a second within a time."""
+        """Operations a second between two times."""
         done = sum(count for at, count in self.result["done"] if begin_ns < at <= end_ns)
         return float(done * 1e9 / (end_ns - begin_ns))
 
@@ -59,7 +59,7 @@ class Site:
     # Tenants
 
     def start_zygote(self) -> None:
-        """Load PyTorch once."""
+        """Start the process that loads PyTorch once and forks the tenants."""
         script = str(ROOT / "bench/gpu/tenant.py")
         argv = [TORCH_PYTHON, script]
         if not self.real:
@@ -97,8 +97,14 @@ class Site:
         self._number += 1
         name = f"t{self._number}"
         base = self.directory / name
-        spec = {"kind": kind, "ready": f"{base}.ready", "result": f"{base}.json",
-                "start": str(self.directory / "start"), "env": env or {}, **more}  # fmt: skip
+        spec = {
+            "kind": kind,
+            "ready": f"{base}.ready",
+            "result": f"{base}.json",
+            "start": str(self.directory / "start"),
+            "env": env or {},
+            **more,
+        }
         if daemon is not None:
             spec["attach"], spec["intent"] = f"{daemon.run_dir}/agent/attach.sock", intent
         if not self.real:
@@ -109,8 +115,8 @@ class Site:
         return Tenant(name, spec)
 
     def ready(self, tenants: list[Tenant], busy: list[Tenant] | None = None) -> None:
-        """Wait until all could begin. `busy`: whom the fakes show as such, if not all. Raises
-        TenantFailed."""
+        """Wait until all tenants could begin. `busy`: those that the stand-in for NVML shows as
+        busy, None: all. Raises TenantFailed."""
         for tenant in tenants:
             path, result = Path(tenant.spec["ready"]), Path(tenant.spec["result"])
             deadline = time.monotonic() + READY_S
@@ -126,14 +132,14 @@ class Site:
             self.show(tenants if busy is None else busy)
 
     def show(self, tenants: list[Tenant]) -> None:
-        """The fakes show these as busy."""
+        """Have the stand-in for NVML show these tenants as busy."""
         from tests.gpu_fakes import write_state
 
         busy = [[t.pid, 0, 1 << 30, 100.0 / max(1, len(tenants))] for t in tenants]
         write_state(self.directory / "gpus.json", devices=1, memory_gib=81, processes=busy)
 
     def go(self, tenants: list[Tenant], seconds: float, lead_s: float = 0.3) -> tuple[int, int]:
-        """Let all begin at one time, and end; (begin, end) on the monotonic clock."""
+        """Let all tenants begin, and end, at one time; returns both, on the monotonic clock."""
         start = self.directory / "start"
         begin = time.monotonic_ns() + int(lead_s * 1e9)
         end = begin + int(seconds * 1e9)
@@ -158,7 +164,7 @@ class Site:
             (self.directory / "start").unlink()
 
     def run(self, tenants: list[Tenant], seconds: float) -> tuple[int, int]:
-        """All of the above."""
+        """Wait for tenants, let them work and collect what they did; returns begin and end."""
         self.ready(tenants)
         begin, end = self.go(tenants, seconds)
         self.collect(tenants, end)
@@ -168,7 +174,7 @@ class Site:
 
     @contextlib.contextmanager
     def daemon(self, gpu: str) -> Iterator[DaemonProcess]:
-        """A daemon with these lines in [gpu], and the zygote in a session of it."""
+        """Run a daemon with these lines in [gpu], and the zygote in a session of it."""
         self._number += 1
         directory = self.directory / f"d{self._number}"
         directory.mkdir()
@@ -194,14 +200,14 @@ class Site:
             daemon.close()
 
     def _leave(self) -> None:
-        """The zygote out of a pool that is to be removed."""
-        if self._zygote is not None:
-            from agentcgroupd.cgroup.tree import cgroup2_mount
-            from agentcgroupd.host.proc import cgroup_of
+        """Move the zygote out of the pool, which is to be removed, to this process's cgroup."""
+        if self._zygote is None:
+            return
+        from agentcgroupd.cgroup.tree import cgroup2_mount
+        from agentcgroupd.host.proc import cgroup_of
 
-            (cgroup2_mount() / cgroup_of(os.getpid()).strip("/") / "cgroup.procs").write_text(
-                str(self._zygote.pid)
-            )
+        own = cgroup2_mount() / cgroup_of(os.getpid()).strip("/")
+        (own / "cgroup.procs").write_text(str(self._zygote.pid))
 
     def _prepare_fakes(self) -> None:
         from tests.gpu_fakes import DEVICES_MAJOR
@@ -226,19 +232,22 @@ class Site:
 
 
 def report_of(daemon: DaemonProcess, call: str) -> pb.Report:
-    """Of an ended call."""
+    """Wait until a call has ended; returns its report."""
     admin = daemon.admin
-    wait_until("the call has ended", lambda: all(
-        c.id != call for c in admin.ListCalls(pb.ListCallsRequest()).calls), 20)  # fmt: skip
+
+    def ended() -> bool:
+        return call not in [c.id for c in admin.ListCalls(pb.ListCallsRequest()).calls]
+
+    wait_until("the call has ended", ended, 20)
     return admin.GetReport(pb.GetReportRequest(call_id=call))
 
 
 def attempt(name: str, part: Callable[[], Any], failures: dict[str, str]) -> Any:
-    """Run a part of the benchmark; what fails is noted, and the others go on."""
+    """Run a part of the benchmark; a failure is noted, so that the other parts go on."""
     began = time.monotonic()
     try:
         result = part()
-    except Exception as error:  # noqa: BLE001  # one call on the device is to tell as much as it can
+    except Exception as error:  # noqa: BLE001  # the other parts are still worth measuring
         failures[name] = f"{type(error).__name__}: {error}"[-1200:]
         print(f"gpu: {name}: FAILED after {time.monotonic() - began:.1f} s: {failures[name]}")
         return None

@@ -1,8 +1,8 @@
-"""What holds a quota of 4 GiB, against ways around it; and what each costs.
+"""Ways around a quota of 4 GiB, and which means hold against them; and what each means costs.
 
-Against plain time slicing, MPS alone, and a library that is preloaded (our own, of the kind of
-HAMi-core: interposer.c). A way has escaped when more than the quota is held and the process
-lives on.
+The daemon is compared with plain time slicing, MPS alone, and a library that is preloaded (our own,
+of the kind of HAMi-core: interposer.c). A way has escaped when more than the quota is held and the
+process lives on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agentcgroupd.gpu.mps import ControlDaemon, environment
+from agentcgroupd.gpu.mps import MpsControlDaemon, environment
 from bench.gpu.site import Site
 from bench.report import ROOT
 from tests.harness import EXEC, DaemonProcess
@@ -32,27 +32,32 @@ WAYS: dict[str, tuple[str, bool]] = {
     "mapping, clean environment": ("mapping", True),
 }
 """Name -> (mode of ways.cu, re-executed with an empty environment)."""
+TRIED_AT_ONCE = 5
+HELD_STATUSES = (137, -9, 125)
+"""Exit statuses of a way that did not get through: killed, as shells and as Popen tell it, or
+refused by the daemon."""
 OURS = ("ours, turns", "ours, MPS")
 ALL = ("time slicing", "LD_PRELOAD", "MPS alone", *OURS)
 
 Start = Callable[[list[str], bool], list[str]]
-"""Command line of a tool, whether its environment is cleaned -> the one to run."""
+"""From the command line of a tool, and whether its environment is cleaned, to the one to run."""
 
 
 def build() -> tuple[Path, Path]:
     """Compile the ways and the interposer. Raises OSError or CalledProcessError."""
-    out = ROOT / "build/gpu"
+    sources, out = ROOT / "bench/gpu", ROOT / "build/gpu"
     out.mkdir(parents=True, exist_ok=True)
     ways, interposer = out / "gpu_ways", out / "interposer.so"
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not ways.exists():
-        source = str(ROOT / "bench/gpu/ways.cu")
-        subprocess.run([nvcc, "-O1", "-arch=sm_90", "-o", str(ways), source, "-ldl"],
-                       check=True, timeout=120)  # fmt: skip
+        nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+        source = str(sources / "ways.cu")
+        command = [nvcc, "-O1", "-arch=sm_90", "-o", str(ways), source, "-ldl"]
+        subprocess.run(command, check=True, timeout=120)
     if not interposer.exists():
-        subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", str(interposer),
-                        str(ROOT / "bench/gpu/interposer.c"), "-ldl", "-pthread"],
-                       check=True, timeout=60)  # fmt: skip
+        source = str(sources / "interposer.c")
+        flags = ["-shared", "-fPIC", "-O2"]
+        command = ["cc", *flags, "-o", str(interposer), source, "-ldl", "-pthread"]
+        subprocess.run(command, check=True, timeout=60)
     return ways, interposer
 
 
@@ -61,42 +66,57 @@ def _clean(argv: list[str], clean: bool) -> list[str]:
 
 
 def try_all(ways: Path, start: Start, env: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Every way, several at a time; what each got, and whether it lived."""
+    """Try every way, several at a time; what each got, and whether it lived."""
     found: dict[str, dict[str, Any]] = {}
     names = list(WAYS)
-    for part in (names[:5], names[5:]):
+    for first in range(0, len(names), TRIED_AT_ONCE):
         running = {}
-        for name in part:
+        for name in names[first : first + TRIED_AT_ONCE]:
             mode, clean = WAYS[name]
             argv = start([str(ways), mode, str(ASKED_GIB), str(HOLD_S)], clean)
-            running[name] = (time.monotonic(), subprocess.Popen(
-                argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                env={**os.environ, **env}))  # fmt: skip
+            process = subprocess.Popen(
+                argv,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, **env},
+            )
+            running[name] = (time.monotonic(), process)
         for name, (began, process) in running.items():
-            try:
-                out = process.communicate(timeout=60)[0]
-            except subprocess.TimeoutExpired:
-                process.kill()
-                out = process.communicate()[0] + "no end"
-            words = out.split()
-            got = int(words[words.index("got") + 1]) if "got" in words else None
-            found[name] = {"got_gib": got, "lived": "lived" in words, "out": out[-300:],
-                           "seconds": round(time.monotonic() - began, 1),
-                           "status": process.returncode}  # fmt: skip
+            found[name] = _outcome(process, began)
     return found
 
 
+def _outcome(process: subprocess.Popen[str], began: float) -> dict[str, Any]:
+    """Wait for a way to end; what it got, whether it lived, what it printed."""
+    try:
+        out = process.communicate(timeout=60)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out = process.communicate()[0] + "no end"
+    words = out.split()
+    return {
+        "got_gib": int(words[words.index("got") + 1]) if "got" in words else None,
+        "lived": "lived" in words,
+        "out": out[-300:],
+        "seconds": round(time.monotonic() - began, 1),
+        "status": process.returncode,
+    }
+
+
 def escaped(row: dict[str, Any]) -> bool | None:
-    """Whether a way got past; None: it did not even begin."""
+    """Whether a way got past the quota; None: it did not even begin."""
     if row["got_gib"] is None:
-        return None if row["lived"] or row["status"] not in (137, -9, 125) else False
+        held = not row["lived"] and row["status"] in HELD_STATUSES
+        return False if held else None
     return bool(row["got_gib"] > QUOTA_GIB and row["lived"])
 
 
 def _costs(ways: Path, start: Start, env: dict[str, str]) -> dict[str, float] | str:
     argv = start([str(ways), "costs"], False)
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False,
-                          env={**os.environ, **env})  # fmt: skip
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **env}
+    )
     try:
         answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         return answer
@@ -106,9 +126,9 @@ def _costs(ways: Path, start: Start, env: dict[str, str]) -> dict[str, float] | 
 
 @contextmanager
 def mps_alone() -> Iterator[dict[str, str]]:
-    """A control daemon of our own, by hand; the environment of a client."""
+    """Run MPS without the daemon; yields the environment of its clients."""
     directory = Path(tempfile.mkdtemp(prefix="mps-"))
-    control = ControlDaemon(directory / "pipes", directory / "logs", ["0"])
+    control = MpsControlDaemon(directory / "pipes", directory / "logs", ["0"])
     control.start()
     try:
         yield environment(directory / "pipes", 100, QUOTA_GIB << 30, 1)
@@ -117,25 +137,27 @@ def mps_alone() -> Iterator[dict[str, str]]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _in_call(daemon: DaemonProcess, priority: str) -> Start:
+def _in_call(daemon: DaemonProcess) -> Start:
+    admin, agent = (f"{daemon.run_dir}/{role}/attach.sock" for role in ("admin", "agent"))
+    enter_session = [EXEC, "--session", "bench", f"--socket={admin}", "--"]
+    begin_call = [EXEC, f"--socket={agent}", "--gpu=15%", f"--gpu-memory={QUOTA_GIB}G"]
+    begin_call += ["--gpu-priority=normal", "--on-unavailable=refuse", "--"]
+
     def start(argv: list[str], clean: bool) -> list[str]:
-        return [EXEC, "--session", "bench", f"--socket={daemon.run_dir}/admin/attach.sock", "--",
-                EXEC, f"--socket={daemon.run_dir}/agent/attach.sock", "--gpu=15%",
-                f"--gpu-memory={QUOTA_GIB}G", f"--gpu-priority={priority}",
-                "--on-unavailable=refuse", "--", *_clean(argv, clean)]  # fmt: skip
+        return [*enter_session, *begin_call, *_clean(argv, clean)]
 
     return start
 
 
 def measure(site: Site, who: tuple[str, ...] = ALL) -> dict[str, Any]:
-    """Each way under each of these, and the costs."""
+    """Try each way against each of these means, and measure what they cost."""
     ways, interposer = build()
     quota = {"LD_PRELOAD": str(interposer), "QUOTA_BYTES": str(QUOTA_GIB << 30)}
     table: dict[str, Any] = {"rows": {}, "costs": {}}
     for name in who:
         if name in OURS:
             with site.daemon(f'share = "{"turns" if name == OURS[0] else "mps"}"') as daemon:
-                _add(table, name, ways, _in_call(daemon, "normal"), {})
+                _add(table, name, ways, _in_call(daemon), {})
             continue
         if name == "MPS alone":
             with mps_alone() as env:
@@ -151,7 +173,7 @@ def _add(table: dict[str, Any], name: str, ways: Path, start: Start, env: dict[s
 
 
 def show(table: dict[str, Any]) -> None:
-    """For people: held (with what was got), or ESCAPED."""
+    """Print the table for people: what each way got, and whether it was held or ESCAPED."""
     rows = table["rows"]
     print(f"\ngpu: {ASKED_GIB} GiB asked for, {QUOTA_GIB} allowed: GiB got, and what became of it")
     print("  " + " | ".join(["way".ljust(27), *(name.ljust(13) for name in rows)]))
@@ -170,7 +192,7 @@ def show(table: dict[str, Any]) -> None:
 
 
 def held_percent(table: dict[str, Any]) -> float:
-    """Of all ways that began, under the daemon."""
+    """Percent of the ways that were held by the daemon, of all that began."""
     states = [escaped(row) for name in OURS for row in table["rows"].get(name, {}).values()]
     known = [state for state in states if state is not None]
     return 100.0 * known.count(False) / len(known) if known else 0.0

@@ -1,6 +1,6 @@
-"""Tenants of a GPU for the benchmark: a process that has PyTorch loaded, and forks those that work.
+"""Tenants of a GPU for the benchmark: a process that loads PyTorch once and forks those that work.
 
-Needs nothing of agentcgroup's packages, so that it runs in any Python with PyTorch; each child asks
+Needs none of agentcgroup's packages, so that it runs in any Python with PyTorch. Each child asks
 for its call over the attach socket (docs/protocol.md), as the launcher would. Without PyTorch the
 stand-in for libcuda is used, and the work is to spin.
 
@@ -30,7 +30,7 @@ SPIN_NS = 1_000_000
 
 
 def enter(path: str, intent: dict[str, str]) -> str:
-    """Begin a call and enter it; sets the environment that came with the grant. The call's id."""
+    """Begin a call, enter it and set the environment that its grant has; returns the call's id."""
     words = ["ACG1", "begin", "name=tenant", *(f"{k}={v}" for k, v in intent.items())]
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.connect(path)
@@ -49,7 +49,7 @@ def enter(path: str, intent: dict[str, str]) -> str:
 
 
 def move(path: str, session: str) -> None:
-    """This process into the agent leaf of a session."""
+    """Move this process into the agent leaf of a session."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.connect(path)
         sock.send(f"ACG1\0enter\0session={session}\0".encode())
@@ -74,12 +74,12 @@ class TorchWork:
             self.some()
 
     def one(self) -> None:
-        """One product, and wait for it."""
+        """Do one product and wait for it."""
         self.torch.mm(self.a, self.b, out=self.out)
         self.torch.cuda.synchronize()
 
     def some(self) -> int:
-        """A few; how many."""
+        """Do a few products and wait for them; returns how many."""
         for _ in range(self.ops):
             self.torch.mm(self.a, self.b, out=self.out)
         self.torch.cuda.synchronize()
@@ -87,7 +87,7 @@ class TorchWork:
 
 
 class SpinWork:
-    """A stand-in: the processor for the GPU, a launch of the stand-in library's for a launch."""
+    """Spins on the processor after a launch of the stand-in library's."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.cuda = ctypes.CDLL(spec["library"])
@@ -95,20 +95,20 @@ class SpinWork:
             os.open(spec["node"], os.O_RDWR)
 
     def one(self) -> None:
-        """A millisecond of work."""
+        """Launch, and spin for a millisecond of processor time."""
         self.cuda.cuLaunchKernel(None, 0)
         until = time.thread_time_ns() + SPIN_NS
         while time.thread_time_ns() < until:
             pass
 
     def some(self) -> int:
-        """The same."""
+        """Do one piece of work; returns 1."""
         self.one()
         return 1
 
 
 def steady(work: Any, until_ns: int) -> dict[str, Any]:
-    """Work without a pause: [time, operations since before] for each step."""
+    """Work without a pause; returns [time, operations since the step before] for each step."""
     done = []
     while time.monotonic_ns() < until_ns:
         count = work.some()
@@ -119,7 +119,8 @@ def steady(work: Any, until_ns: int) -> dict[str, Any]:
 def bursts(
     work: Any, until_ns: int, pause_s: float, pause_more_s: float, each: int
 ) -> dict[str, Any]:
-    """Now and then a few operations: for each burst when it began and how long each took."""
+    """Do a few operations now and then; returns for each burst when it began and how long each
+    operation took."""
     found = []
     while time.monotonic_ns() < until_ns:
         time.sleep(pause_s + pause_more_s * random.random())
@@ -133,13 +134,14 @@ def bursts(
 
 
 def hold(_: Any, until_ns: int) -> dict[str, Any]:
-    """Hold what there is, and do nothing."""
+    """Hold the memory that is allocated, and do nothing."""
     time.sleep(max(0.0, (until_ns - time.monotonic_ns()) / 1e9))
     return {}
 
 
 def grab(spec: dict[str, Any]) -> dict[str, Any]:
-    """Take a GiB after the other and keep it: how many came, and what was said then."""
+    """Allocate and keep one GiB after the other; returns how many came, and what the driver said
+    to the next."""
     import torch
 
     torch.cuda.init()
@@ -151,15 +153,19 @@ def grab(spec: dict[str, Any]) -> dict[str, Any]:
             said = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
             break
     note = Path(spec["result"]).with_suffix(".grabbed")
-    answer = {"got": len(kept), "said": said, "reserved": torch.cuda.memory_reserved(),
-              "at_ns": time.monotonic_ns()}  # fmt: skip
+    answer = {
+        "got": len(kept),
+        "said": said,
+        "reserved": torch.cuda.memory_reserved(),
+        "at_ns": time.monotonic_ns(),
+    }
     note.write_text(json.dumps(answer))
     time.sleep(spec["hold_s"])
     return {**answer, "lived": True}
 
 
 def child(spec: dict[str, Any]) -> dict[str, Any]:
-    """One tenant's life."""
+    """Live as one tenant, to its end; returns its result."""
     os.environ.update(spec.get("env", {}))
     call = enter(spec["attach"], spec["intent"]) if spec.get("intent") else ""
     if spec["kind"] == "grab":
@@ -182,7 +188,7 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Load once, fork often."""
+    """Load PyTorch, then fork a child for each line on stdin."""
     if len(sys.argv) < 2:
         import torch
 

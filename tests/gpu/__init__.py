@@ -1,1 +1,1 @@
-"""Tests on a real GPU, with PyTorch as it comes. See on_device.sh."""
+"""Tests on a real GPU, with an unchanged PyTorch; on_device.sh runs them."""

@@ -1,4 +1,4 @@
-"""A GPU and PyTorch, or a skip that says what is missing; daemons that share by turns and MPS."""
+"""Daemons that share a real GPU by time slices and by MPS; a skip says what a host lacks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Gpu:
-    """A daemon, and an agent in a session of it that may ask for all."""
+    """A daemon, and an agent in a session that may ask for everything."""
 
     def __init__(self, directory: Path, config: str) -> None:
         self.daemon = DaemonProcess(directory, f"[gpu]\n{config}\n")
@@ -37,19 +37,22 @@ class Gpu:
         self.agent: AgentProcess = self.daemon.open("alpha", priority="100")
 
     def torch(self, code: str, **intent: str) -> tuple[str, pb.Report]:
-        """Run a script with PyTorch as a call: what it says on stdout, and the call's report; what
-        it says on stderr is printed, where PyTorch's warnings are."""
+        """Run a script with PyTorch as a call; returns its stdout and the call's report, and prints
+        its stderr, where PyTorch's warnings are."""
         out, err, call = self.agent.run(
             "r = agent.run([python, '-c', script], env=env, capture_output=True, text=True,"
             " **intent)\nresult = (r.stdout, r.stderr, r.call_id)",
-            python=TORCH_PYTHON, script=code, intent=intent, env=environment(),
-        )  # fmt: skip
+            python=TORCH_PYTHON,
+            script=code,
+            intent=intent,
+            env=environment(),
+        )
         print(err)
         return out, self.daemon.admin.GetReport(pb.GetReportRequest(call_id=call))
 
 
 def environment() -> dict[str, str]:
-    """Without ours: PyTorch as it comes."""
+    """The environment without PYTHONPATH and the like, which are for our own Python."""
     return {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
 
 
@@ -64,11 +67,11 @@ def _gpu(factory: pytest.TempPathFactory, config: str) -> Iterator[Gpu]:
 
 @pytest.fixture(scope="module")
 def turns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gpu]:
-    """Shares by turns."""
+    """A daemon that shares by time slices."""
     yield from _gpu(tmp_path_factory, 'share = "turns"')
 
 
 @pytest.fixture(scope="module")
 def mps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gpu]:
-    """Shares by MPS."""
+    """A daemon that shares by MPS."""
     yield from _gpu(tmp_path_factory, 'share = "mps"')

@@ -1,4 +1,4 @@
-"""The real thing: a driver, a GPU, and PyTorch as it comes."""
+"""The daemon with a real driver, a real GPU and an unchanged PyTorch."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def test_what_a_call_did_is_in_its_report(turns: Gpu) -> None:
 
 
 def test_probes_and_torch_agree() -> None:
-    """What libcuda is asked for, by the runtime's own ways, is what PyTorch says that it holds."""
+    """The probes' account is what PyTorch says that it holds, though the CUDA runtime finds the
+    functions of libcuda in ways of its own."""
     programs = VramPrograms.load()
     libraries = Libraries(programs)
     root = Cgroup.open(cgroup2_mount())
@@ -102,9 +103,12 @@ say()
         assert libraries.probe_host() != [] and libraries.failures == []
         programs.set_quota(cgroup.id, None)
         process = subprocess.Popen(
-            [TORCH_PYTHON, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [TORCH_PYTHON, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env=environment(),
-        )  # fmt: skip
+        )
         assert process.stdin is not None and process.stdout is not None
         cgroup.attach(process.pid)
         seen = []
@@ -140,7 +144,7 @@ def _grabbed(out: str) -> dict[str, Any]:
 
 
 def test_a_quota_by_the_strongest_rung(turns: Gpu) -> None:
-    """Refused where the kernel lets probes refuse, else ended."""
+    """A call over its quota is refused memory where the kernel lets probes refuse, else ended."""
     out, report = turns.torch(GRAB, gpu="20%", gpu_memory="4G")
     if report.gpu.memory_held_by == "probes":
         assert _grabbed(out) == {"got": 4, "said": "OutOfMemoryError"}
@@ -151,7 +155,7 @@ def test_a_quota_by_the_strongest_rung(turns: Gpu) -> None:
 
 
 def test_a_quota_by_mps(mps: Gpu) -> None:
-    """The tool is refused, and lives."""
+    """A tool over its quota is refused memory, and lives."""
     out, report = mps.torch(GRAB, gpu="20%", gpu_memory="4G")
     assert report.gpu.share_held_by == "mps"
     answer = _grabbed(out)
@@ -160,7 +164,7 @@ def test_a_quota_by_mps(mps: Gpu) -> None:
 
 
 def test_a_share_by_mps(mps: Gpu) -> None:
-    """Of the multiprocessors that a process may use, as the driver tells."""
+    """A call has its share of the multiprocessors, as the driver tells the process itself."""
     code = "import torch; print(torch.cuda.get_device_properties(0).multi_processor_count)"
     whole = int(mps.torch(code, gpu="100%", gpu_memory="2G")[0].splitlines()[-1])
     part = int(mps.torch(code, gpu="25%", gpu_memory="2G")[0].splitlines()[-1])
@@ -169,7 +173,7 @@ def test_a_share_by_mps(mps: Gpu) -> None:
 
 
 def test_past_mps_is_told_and_counted(mps: Gpu) -> None:
-    """A tool that unsets its environment is held by the last rung."""
+    """A tool that unsets its environment is held to its quota by counting."""
     code = f"""
 import os, subprocess, sys
 env = {{k: v for k, v in os.environ.items() if not k.startswith("CUDA_MPS")}}
@@ -184,14 +188,18 @@ def test_mps_is_started_again(mps: Gpu) -> None:
     (pid_file,) = (mps.daemon.run_dir / "agent/mps").glob("*.pid")
     before = int(pid_file.read_text())
     os.kill(before, signal.SIGKILL)
-    wait_until("another runs", lambda: pid_file.exists()
-               and pid_file.read_text().strip() not in ("", str(before)), 20)  # fmt: skip
+    earlier = ("", str(before))
+    wait_until(
+        "another runs",
+        lambda: pid_file.exists() and pid_file.read_text().strip() not in earlier,
+        20,
+    )
     time.sleep(1)
     out, report = mps.torch(AVAILABLE, gpu="10%", gpu_memory="2G")
     assert out.splitlines()[-1] == "True 1" and report.gpu.share_held_by == "mps"
 
 
-def test_two_that_work_have_turns(turns: Gpu) -> None:
+def test_two_that_work_have_time_slices(turns: Gpu) -> None:
     begin = (
         "calls = [agent.tool_call('w', gpu=p, gpu_memory='3G') for p in ('60%', '30%')]\n"
         "for c in calls: c.begin()\n"
@@ -200,8 +208,8 @@ def test_two_that_work_have_turns(turns: Gpu) -> None:
         "for c in calls: c.end()\n"
         "result = [c.id for c in calls]"
     )
-    ids = turns.agent.run(begin, python=TORCH_PYTHON, script=WORK.format(seconds=6),
-                          env=environment())  # fmt: skip
+    work = WORK.format(seconds=6)
+    ids = turns.agent.run(begin, python=TORCH_PYTHON, script=work, env=environment())
     reports = [turns.daemon.admin.GetReport(pb.GetReportRequest(call_id=i)) for i in ids]
     held = [r.gpu.held_back_usec for r in reports]
     print(f"held back: {held} us, sm {[r.gpu.sm_percent for r in reports]}")

@@ -1,6 +1,8 @@
-"""The daemon with GPUs: grants, the gate, the queue, quotas, turns, faults, a restart. NVML and MPS
-are fakes (tests/gpu_fakes.py), device files have a major that no driver answers; the kernel, the
-probes and the processes are real."""
+"""The daemon with GPUs: grants, the gate, the queue, quotas, time slices, faults, a restart.
+
+NVML and MPS are stand-ins (tests/gpu_fakes.py), and device files have a major that no driver
+answers; the kernel, the probes and the processes are real.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,17 @@ watch_launches = "all"
 libraries = [{library!r}]
 """
 
-
-NODES = (("nvidia0", DEVICES_MAJOR, 0), ("nvidia1", DEVICES_MAJOR, 1),
-         ("nvidiactl", DEVICES_MAJOR, 255), ("uvm", SHARED_MAJOR, 0))  # fmt: skip
+NODES = {
+    "nvidia0": (DEVICES_MAJOR, 0),
+    "nvidia1": (DEVICES_MAJOR, 1),
+    "nvidiactl": (DEVICES_MAJOR, 255),
+    "uvm": (SHARED_MAJOR, 0),
+}
+"""Device files: name -> major and minor."""
 
 
 class Machine:
-    """A daemon, and what its fakes show."""
+    """A daemon with the stand-ins, and what these show."""
 
     def __init__(self, directory: Path, config: str = CONFIG) -> None:
         self.state_path = directory / "gpus.json"
@@ -45,17 +51,17 @@ class Machine:
         self.daemon.environment = {"AGENTCG_TEST_GPUS": str(self.state_path)}
         self.nodes = directory / "dev"
         self.nodes.mkdir()
-        for name, major, minor in NODES:
-            os.mknod(self.nodes / name, 0o666 | stat.S_IFCHR, os.makedev(major, minor))
+        for name, number in NODES.items():
+            os.mknod(self.nodes / name, 0o666 | stat.S_IFCHR, os.makedev(*number))
 
     def show(self, **state: Any) -> None:
-        """From now on."""
+        """Set what the stand-ins show from now on; two devices unless said otherwise."""
         write_state(self.state_path, **{"devices": 2, "memory_gib": 81, **state})
 
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """For all tests here."""
+    """A daemon that shares by time slices."""
     made = Machine(tmp_path_factory.mktemp("d"))
     try:
         made.daemon.start()
@@ -67,8 +73,21 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 @pytest.fixture(scope="module")
 def agent(machine: Machine) -> AgentProcess:
-    """An agent."""
+    """An agent in a session of that daemon."""
     return machine.daemon.open("alpha", priority="100")
+
+
+RUN = """
+import sys
+r = agent.run([sys.executable, '-c', script], capture_output=True, text=True, **intent)
+result = (r.stdout + r.stderr, r.report.to_dict())
+"""
+
+
+def run_script(agent: AgentProcess, script: str, **intent: str) -> tuple[str, dict[str, Any]]:
+    """Run a script as a call with this intent; returns all its output and the report."""
+    found: tuple[str, dict[str, Any]] = agent.run(RUN, script=script, intent=intent)
+    return found
 
 
 OPEN = """
@@ -84,15 +103,10 @@ print(*[can(p) for p in paths])
 
 
 def opens(machine: Machine, agent: AgentProcess, **intent: str) -> list[str]:
-    """What becomes of each device file in a call with this intent."""
-    paths = [str(machine.nodes / n) for n in ("nvidia0", "nvidia1", "nvidiactl", "uvm")]
-    paths.append("/dev/null")
-    code = f"paths = {paths!r}\n{OPEN}"
-    text: str = agent.run(
-        "import sys\nr = agent.run([sys.executable, '-c', script], capture_output=True, text=True,"
-        " **intent)\nresult = r.stdout + r.stderr", script=code, intent=intent,
-    )  # fmt: skip
-    return text.split()
+    """Open each device file, and /dev/null, in a call with this intent; returns what happened."""
+    paths = [*(str(machine.nodes / name) for name in NODES), "/dev/null"]
+    out, _ = run_script(agent, f"paths = {paths!r}\n{OPEN}", **intent)
+    return out.split()
 
 
 @pytest.mark.programs
@@ -136,13 +150,13 @@ BEGIN = "c = agent.tool_call('t', **intent); c.begin(); result = (c.id, c.grant.
 
 
 def begin(agent: AgentProcess, **intent: str) -> tuple[str, dict[str, Any]]:
-    """An open call: its id and grant."""
+    """Begin a call; returns its id and grant."""
     found: tuple[str, dict[str, Any]] = agent.run(BEGIN, intent=intent)
     return found
 
 
 def end(machine: Machine, call_id: str) -> pb.Report:
-    """End it."""
+    """End a call; returns its report."""
     return machine.daemon.admin.EndCall(pb.EndCallRequest(call_id=call_id))
 
 
@@ -152,9 +166,9 @@ def test_grants(machine: Machine, agent: AgentProcess) -> None:
     assert grant["gpu_memory_bytes"] == 20 * GIB and grant["gpu_priority"] == 20
     assert grant["environment"]["CUDA_VISIBLE_DEVICES"] == uuid_of(1)
     budget = agent.run("result = agent.budget().to_dict()")
-    left = {g["index"]: (g["percent_available"], g["memory_available_bytes"])
-            for g in budget["gpus"]}  # fmt: skip
-    assert left == {0: (100, 80 * GIB), 1: (75, 60 * GIB)}
+    left = [(g["percent_available"], g["memory_available_bytes"]) for g in budget["gpus"]]
+    assert [g["index"] for g in budget["gpus"]] == [0, 1]
+    assert left == [(100, 80 * GIB), (75, 60 * GIB)]
     end(machine, call)
     other, grant = begin(agent, gpu_memory="8G")
     assert (grant["gpu_percent"], grant["gpu_memory_bytes"]) == (10, 8 * GIB)
@@ -190,10 +204,10 @@ def test_refusals_say_what_is_allowed(
     machine: Machine, agent: AgentProcess, intent: dict[str, str], words: list[str]
 ) -> None:
     held = begin(agent, gpu="50%", gpu_device="0")[0]
+    code = "stub.BeginCall(pb.BeginCallRequest(name='t', intent=pb.Intent(**intent)))"
     try:
         with pytest.raises(RemoteRpcError) as refused:
-            agent.run("stub.BeginCall(pb.BeginCallRequest(name='t', intent=pb.Intent(**intent)))",
-                      intent=intent)  # fmt: skip
+            agent.run(code, intent=intent)
         for word in words:
             assert word in refused.value.details
     finally:
@@ -202,7 +216,7 @@ def test_refusals_say_what_is_allowed(
 
 @pytest.mark.full_speed
 def test_a_session_may_have_a_part_of_its_own(machine: Machine, agent: AgentProcess) -> None:
-    """For the agent itself, not for its calls."""
+    """A session's part is for the agent itself, not for its calls."""
     own = machine.daemon.open("own", gpu="30%", gpu_device="1", gpu_memory="8G")
     code = (
         "import os\ntry:\n os.open(path, os.O_RDWR)\nexcept OSError as e:\n"
@@ -219,8 +233,8 @@ def test_a_session_may_have_a_part_of_its_own(machine: Machine, agent: AgentProc
 
 @pytest.mark.full_speed
 def test_the_queue(machine: Machine, agent: AgentProcess) -> None:
-    """By priority and age; whoever waits starts when a part is given back, or is refused when its
-    time is over."""
+    """A call that waits starts when a part is given back, by priority and age, or is refused when
+    its time is over."""
     first = begin(agent, gpu="80%", gpu_device="0")[0]
     machine.daemon.enter("alpha")
     waiting = machine.daemon.agents[-1]
@@ -242,19 +256,32 @@ result = None
 
     wait_until("both wait", lambda: states().count(pb.CALL_STATE_WAITING) == 2)
     with pytest.raises(RemoteRpcError) as refused:
-        agent.run("stub.BeginCall(pb.BeginCallRequest(name='t', intent=pb.Intent("
-                  "gpu='30%', gpu_device='0', wait='100ms')))")  # fmt: skip
+        agent.run(
+            "intent = pb.Intent(gpu='30%', gpu_device='0', wait='100ms')\n"
+            "stub.BeginCall(pb.BeginCallRequest(name='t', intent=intent))"
+        )
     assert refused.value.code == "RESOURCE_EXHAUSTED" and "of waiting" in refused.value.details
     end(machine, first)
     assert waiting.run("[t.join() for t in threads]\nresult = started") == [60, 20]
     assert states() == []
 
 
-USE = """
+LOAD = """
 import ctypes, os, sys, time
 cuda = ctypes.CDLL(library)
 try: os.open(node, os.O_RDWR)
 except OSError: pass
+"""
+
+
+def with_libcuda(machine: Machine, code: str) -> str:
+    """A script that has loaded the stand-in for libcuda and opened the device, and then runs
+    `code`."""
+    names = f"library, node = {str(build())!r}, {str(machine.nodes / 'nvidiactl')!r}\n"
+    return names + LOAD + code
+
+
+USE = """
 out = ctypes.c_uint64()
 results = [cuda.cuMemAlloc_v2(ctypes.byref(out), ctypes.c_uint64(1 << 30)) for _ in range(6)]
 print(results, flush=True)
@@ -263,13 +290,8 @@ print(results, flush=True)
 
 @pytest.mark.programs
 def test_the_quota_reaches_the_agent(machine: Machine, agent: AgentProcess) -> None:
-    """Refused where this kernel can; told and counted where it cannot."""
-    code = f"library, node = {str(build())!r}, {str(machine.nodes / 'nvidiactl')!r}\n{USE}"
-    out, report = agent.run(
-        "import sys\nr = agent.run([sys.executable, '-c', script], gpu_memory='4G',"
-        " capture_output=True, text=True)\nresult = (r.stdout + r.stderr, r.report.to_dict())",
-        script=code,
-    )  # fmt: skip
+    """Memory over the quota is refused where this kernel can; else told and counted."""
+    out, report = run_script(agent, with_libcuda(machine, USE), gpu_memory="4G")
     usage = report["gpu"]
     if usage["memory_held_by"] == "probes":
         assert out.split("]")[0] == "[0, 0, 0, 0, 2, 2"
@@ -282,41 +304,47 @@ def test_the_quota_reaches_the_agent(machine: Machine, agent: AgentProcess) -> N
 
 @pytest.mark.full_speed
 def test_managed_memory_counts(machine: Machine, agent: AgentProcess) -> None:
-    """NVML does not show it."""
-    code = f"library, node = {str(build())!r}, {str(machine.nodes / 'nvidiactl')!r}\n"
-    code += USE.replace("cuMemAlloc_v2", "cuMemAllocManaged").replace("(1 << 30))", "(1 << 30), 1)")
-    code += "time.sleep(10 if sum(results) == 0 else 0)\n"
-    report = agent.run(
-        "import sys\nr = agent.run([sys.executable, '-c', script], gpu_memory='4G',"
-        " capture_output=True, text=True)\nresult = r.report.to_dict()", script=code,
-    )  # fmt: skip
+    """Managed memory is held to the quota, though NVML does not show it."""
+    use = USE.replace("cuMemAlloc_v2", "cuMemAllocManaged").replace("(1 << 30))", "(1 << 30), 1)")
+    use += "time.sleep(10 if sum(results) == 0 else 0)\n"
+    _, report = run_script(agent, with_libcuda(machine, use), gpu_memory="4G")
     if report["gpu"]["memory_held_by"] == "probes":
         assert report["gpu"]["refused"] == 2 and report["verdict"] == "ok"
     else:
         assert report["verdict"] == "stopped" and "6 GiB" in report["sentence"]
 
 
+SLEEP = """
+import time
+c = agent.tool_call('t', **intent)
+c.begin()
+p = c.popen(['sleep', '60'])
+while 'agentcg' in open(f'/proc/{p.pid}/comm').read():
+    time.sleep(0.01)
+result = (c.id, p.pid)
+"""
+
+
 def _sleeper(agent: AgentProcess, **intent: str) -> tuple[str, int]:
-    """A call with one process that waits: its id, and the pid as the daemon sees it."""
-    found: tuple[str, int] = agent.run(
-        "c = agent.tool_call('t', **intent); c.begin()\np = c.popen(['sleep', '60'])\n"
-        "import time\n"
-        "while 'agentcg' in open(f'/proc/{p.pid}/comm').read(): time.sleep(0.01)\n"
-        "result = (c.id, p.pid)", intent=intent,
-    )  # fmt: skip
+    """Begin a call with one process that waits; returns its id and the process's pid."""
+    found: tuple[str, int] = agent.run(SLEEP, intent=intent)
     return found
 
 
 def _until_report(machine: Machine, call_id: str) -> pb.Report:
+    """Wait until a call has ended; returns its report."""
     admin = machine.daemon.admin
-    wait_until("it has ended", lambda: all(
-        c.id != call_id for c in admin.ListCalls(pb.ListCallsRequest()).calls))  # fmt: skip
+
+    def ended() -> bool:
+        return call_id not in [c.id for c in admin.ListCalls(pb.ListCallsRequest()).calls]
+
+    wait_until("it has ended", ended)
     return admin.GetReport(pb.GetReportRequest(call_id=call_id))
 
 
 @pytest.mark.full_speed
 def test_the_last_rung(machine: Machine, agent: AgentProcess) -> None:
-    """More is held than the quota allows, however it came by it: told, then ended."""
+    """A call that holds more than its quota, however that came about, is told, then ended."""
     call, pid = _sleeper(agent, gpu_memory="1G", gpu_device="0")
     machine.show(processes=[[pid, 0, 3 * GIB, 50.0]])
     report = _until_report(machine, call)
@@ -327,48 +355,65 @@ def test_the_last_rung(machine: Machine, agent: AgentProcess) -> None:
     assert report.gpu.sm_percent > 1 and report.gpu.energy_mj > 0
 
 
+@pytest.mark.full_speed
+def test_what_nvml_cannot_tell_is_missing(machine: Machine, agent: AgentProcess) -> None:
+    """Use of the processors that is unknown is left out of the report, and not zero."""
+    call, pid = _sleeper(agent, gpu_memory="2G", gpu_device="0")
+    machine.show(untold=True, processes=[[pid, 0, GIB, 50.0]])
+    time.sleep(0.5)
+    usage = end(machine, call).gpu
+    machine.show()
+    assert usage.memory_peak_bytes == GIB
+    assert not usage.HasField("sm_percent") and not usage.HasField("energy_mj")
+
+
 def _frozen(machine: Machine, call_id: str) -> bool:
     (path,) = machine.daemon.cgroup_dir.glob(f"*/call-{call_id}/cgroup.freeze")
     return path.read_text().strip() == "1"
 
 
 def _sampled(condition: Callable[[], bool], seconds: float) -> float:
-    """Share of looks at which something was so."""
-    looks, hits, until = 0, 0, time.monotonic() + seconds
+    """Share of the time for which a condition holds."""
+    answers = []
+    until = time.monotonic() + seconds
     while time.monotonic() < until:
-        looks, hits = looks + 1, hits + condition()
+        answers.append(condition())
         time.sleep(0.002)
-    return hits / looks
+    return sum(answers) / len(answers)
+
+
+def _until_never_held(machine: Machine, call_id: str) -> None:
+    """Wait until a call is not held back for 0.4 s."""
+
+    def never() -> bool:
+        return _sampled(lambda: _frozen(machine, call_id), 0.4) == 0
+
+    wait_until("it is not held back for an idle one", never)
 
 
 @pytest.mark.full_speed
-def test_turns(machine: Machine, agent: AgentProcess) -> None:
+def test_time_slices(machine: Machine, agent: AgentProcess) -> None:
     """Two that use one device have it in turn, in proportion; alone, nobody waits."""
-    (large, one), (small, two) = (_sleeper(agent, gpu="60%", gpu_device="0"),
-                                  _sleeper(agent, gpu="20%", gpu_device="0"))  # fmt: skip
+    large, one = _sleeper(agent, gpu="60%", gpu_device="0")
+    small, two = _sleeper(agent, gpu="20%", gpu_device="0")
     machine.show(processes=[[one, 0, GIB, 90.0]])
     time.sleep(0.3)
     assert _sampled(lambda: _frozen(machine, large), 0.3) == 0
     machine.show(processes=[[one, 0, GIB, 60.0], [two, 0, GIB, 30.0]])
-    wait_until("turns begin", lambda: _frozen(machine, small))
+    wait_until("slices begin", lambda: _frozen(machine, small))
     assert _sampled(lambda: _frozen(machine, small) and _frozen(machine, large), 0.5) < 0.05
     held = _sampled(lambda: _frozen(machine, large), 2.0)
     assert 0.15 < held < 0.35, held
     machine.show(processes=[[one, 0, GIB, 90.0], [two, 0, GIB, 0.0]])
-    wait_until("the idle one is let alone", lambda: _sampled(
-        lambda: _frozen(machine, large), 0.4) == 0)  # fmt: skip
+    _until_never_held(machine, large)
     machine.show()
-    reports = {end(machine, call).call_id: machine for call in (large, small)}
-    assert len(reports) == 2
-    report = machine.daemon.admin.GetReport(pb.GetReportRequest(call_id=small))
+    assert end(machine, large).call_id == large
+    report = end(machine, small)
+    assert report.call_id == small
     assert report.gpu.share_held_by == "turns" and report.gpu.held_back_usec > 500_000
 
 
 LAUNCH = """
-import ctypes, os, sys, time
-cuda = ctypes.CDLL(library)
-try: os.open(node, os.O_RDWR)
-except OSError: pass
 while not os.path.exists(end):
     cuda.cuLaunchKernel(None, 0)
     time.sleep(0.002)
@@ -380,34 +425,33 @@ time.sleep(60)
 def test_who_launches_is_not_taken_for_idle(
     machine: Machine, agent: AgentProcess, tmp_path: Path
 ) -> None:
-    """Though NVML never shows it; and who launches no more is no longer waited for."""
+    """A call that launches has its slices though NVML never shows it; nobody waits for one that
+    launches no more."""
     end_file = tmp_path / "end"
-    code = (f"library, node, end = {str(build())!r}, {str(machine.nodes / 'nvidiactl')!r}, "
-            f"{str(end_file)!r}\n{LAUNCH}")  # fmt: skip
     small = agent.run(
         "import sys\nc = agent.tool_call('t', gpu='20%', gpu_device='0'); c.begin()\n"
-        "p = c.popen([sys.executable, '-c', script])\nresult = c.id", script=code,
-    )  # fmt: skip
+        "p = c.popen([sys.executable, '-c', script])\nresult = c.id",
+        script=with_libcuda(machine, f"end = {str(end_file)!r}\n{LAUNCH}"),
+    )
     large, pid = _sleeper(agent, gpu="60%", gpu_device="0")
     machine.show(processes=[[pid, 0, GIB, 90.0]])
-    wait_until("turns begin", lambda: _frozen(machine, large))
+    wait_until("slices begin", lambda: _frozen(machine, large))
     held = _sampled(lambda: _frozen(machine, large), 3.0)
     assert 0.15 < held < 0.35, held
     end_file.touch()
-    wait_until("the idle one is let alone", lambda: _sampled(
-        lambda: _frozen(machine, large), 0.4) == 0)  # fmt: skip
+    _until_never_held(machine, large)
     machine.show()
     for call in (small, large):
         end(machine, call)
 
 
 @pytest.mark.full_speed
-def test_a_daemon_that_is_killed_in_a_turn(machine: Machine, agent: AgentProcess) -> None:
-    """Whom it held back waits for the next daemon, and goes on then."""
-    (large, one), (small, two) = (_sleeper(agent, gpu="60%", gpu_device="0"),
-                                  _sleeper(agent, gpu="20%", gpu_device="0"))  # fmt: skip
+def test_a_daemon_that_is_killed_in_a_slice(machine: Machine, agent: AgentProcess) -> None:
+    """A call that was held back waits for the next daemon, and goes on then."""
+    large, one = _sleeper(agent, gpu="60%", gpu_device="0")
+    small, two = _sleeper(agent, gpu="20%", gpu_device="0")
     machine.show(processes=[[one, 0, GIB, 60.0], [two, 0, GIB, 30.0]])
-    wait_until("turns begin", lambda: _frozen(machine, small))
+    wait_until("slices begin", lambda: _frozen(machine, small))
     machine.daemon.kill()
     assert _frozen(machine, small) or _frozen(machine, large)
     machine.show()
@@ -465,7 +509,8 @@ result = c.id, p.stdout.readline()
 
 @pytest.mark.full_speed
 def test_a_lost_device(machine: Machine, agent: AgentProcess) -> None:
-    """The last of this module: it stays lost."""
+    """A lost device is told, and nothing more is granted on it. Last in this module, for the device
+    stays lost."""
     call, _ = _sleeper(agent, gpu="10%", gpu_device="0")
     machine.show(lost=[0])
     wait_until("it is noticed", lambda: agent.run("result = agent.budget().gpus[0].lost"))

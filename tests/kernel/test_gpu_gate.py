@@ -1,4 +1,4 @@
-"""The gate on this kernel, beside a program of a runtime's, with files that no driver has."""
+"""The gate on this kernel, also beside a program of a runtime's, with files that no driver has."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def cgroup() -> Iterator[Cgroup]:
 
 @pytest.fixture
 def gate(cgroup: Cgroup) -> Iterator[Gate]:
-    """On it."""
+    """A gate that is closed for the cgroup."""
     made = Gate(DevicePrograms.load(), lambda: MAJORS)
     made.close_for(cgroup)
     try:
@@ -69,20 +69,23 @@ def gate(cgroup: Cgroup) -> Iterator[Gate]:
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> list[str]:
-    """Of a GPU, of its control, of all GPUs, and of something else."""
-    found = []
-    for name, major, minor in (("gpu", DEVICES_MAJOR, 3), ("ctl", DEVICES_MAJOR, 255),
-                               ("uvm", SHARED_MAJOR, 0), ("other", OTHER_MAJOR, 3)):  # fmt: skip
-        os.mknod(tmp_path / name, 0o600 | stat.S_IFCHR, os.makedev(major, minor))
-        found.append(str(tmp_path / name))
-    return found
+    """Device files of a GPU, of its control, of all GPUs, and of something else."""
+    numbers = {
+        "gpu": (DEVICES_MAJOR, 3),
+        "ctl": (DEVICES_MAJOR, 255),
+        "uvm": (SHARED_MAJOR, 0),
+        "other": (OTHER_MAJOR, 3),
+    }
+    for name, number in numbers.items():
+        os.mknod(tmp_path / name, 0o600 | stat.S_IFCHR, os.makedev(*number))
+    return [str(tmp_path / name) for name in numbers]
 
 
 def inside(cgroup: Cgroup, code: str, *argv: str) -> list[str]:
-    """What a process in the cgroup says."""
+    """Run code in the cgroup; returns the words that it prints."""
     wait = f"import sys\nsys.stdin.readline()\n{code}"
-    process = subprocess.Popen([sys.executable, "-S", "-c", wait, *argv], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    command = [sys.executable, "-S", "-c", wait, *argv]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     cgroup.attach(process.pid)
     return process.communicate("\n")[0].split()
 
@@ -104,7 +107,7 @@ def test_who_may_open_what(cgroup: Cgroup, gate: Gate, nodes: list[str]) -> None
 
 
 def test_majors_of_a_real_driver_are_left_alone() -> None:
-    """As /proc/devices is where a GPU's driver is loaded."""
+    """The texts are of /proc/devices where a GPU's driver is loaded."""
     text = "Character devices:\n  1 mem\n195 nvidia\n240 nvidia-caps\n241 nvidia-uvm\n\n"
     assert unanswered(text + "Block devices:\n242 sd\n")[:2] == [242, 243]
     text = "Character devices:\n" + "".join(f"{n} nvidia-x\n" for n in range(238, 255))
@@ -120,32 +123,50 @@ class _Load(ctypes.Structure):
     """union bpf_attr for BPF_PROG_LOAD, its start."""
 
     _fields_ = (
-        ("prog_type", ctypes.c_uint32), ("insn_cnt", ctypes.c_uint32), ("insns", ctypes.c_uint64),
-        ("license", ctypes.c_uint64), ("log", ctypes.c_uint32 * 2), ("log_buf", ctypes.c_uint64),
-        ("kern_version", ctypes.c_uint32), ("flags", ctypes.c_uint32),
-        ("name", ctypes.c_char * 16), ("ifindex", ctypes.c_uint32),
+        ("prog_type", ctypes.c_uint32),
+        ("insn_cnt", ctypes.c_uint32),
+        ("insns", ctypes.c_uint64),
+        ("license", ctypes.c_uint64),
+        ("log", ctypes.c_uint32 * 2),
+        ("log_buf", ctypes.c_uint64),
+        ("kern_version", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("name", ctypes.c_char * 16),
+        ("ifindex", ctypes.c_uint32),
         ("expected_attach_type", ctypes.c_uint32),
-    )  # fmt: skip
+    )
+
+
+# include/uapi/linux/bpf.h
+BPF_PROG_LOAD = 5
+BPF_PROG_TYPE_CGROUP_DEVICE = 15
 
 
 def runtimes_program(major: int) -> int:
-    """What a container runtime attaches: refuses one major. Its descriptor."""
-    insns = b"".join((
-        struct.pack("<BBhi", 0x61, 0x12, 4, 0),       # r2 = *(u32 *)(r1 + 4)
-        struct.pack("<BBhi", 0xB7, 0x00, 0, 1),       # r0 = 1
-        struct.pack("<BBhi", 0x55, 0x02, 1, major),   # if r2 != major goto +1
-        struct.pack("<BBhi", 0xB7, 0x00, 0, 0),       # r0 = 0
-        struct.pack("<BBhi", 0x95, 0x00, 0, 0),       # exit
-    ))  # fmt: skip
-    code, licence = ctypes.create_string_buffer(insns), ctypes.create_string_buffer(b"GPL")
-    return syscalls.bpf(5, _Load(
-        prog_type=15, insn_cnt=5, insns=ctypes.addressof(code), license=ctypes.addressof(licence),
-        name=b"runtime", expected_attach_type=BPF_CGROUP_DEVICE,
-    ))  # fmt: skip
+    """Load a program as container runtimes attach them, which refuses one major; returns its
+    descriptor."""
+    instructions = (
+        (0x61, 0x12, 4, 0),  # r2 = *(u32 *)(r1 + 4)
+        (0xB7, 0x00, 0, 1),  # r0 = 1
+        (0x55, 0x02, 1, major),  # if r2 != major goto +1
+        (0xB7, 0x00, 0, 0),  # r0 = 0
+        (0x95, 0x00, 0, 0),  # exit
+    )
+    packed = b"".join(struct.pack("<BBhi", *fields) for fields in instructions)
+    code, licence = ctypes.create_string_buffer(packed), ctypes.create_string_buffer(b"GPL")
+    attributes = _Load(
+        prog_type=BPF_PROG_TYPE_CGROUP_DEVICE,
+        insn_cnt=len(instructions),
+        insns=ctypes.addressof(code),
+        license=ctypes.addressof(licence),
+        name=b"runtime",
+        expected_attach_type=BPF_CGROUP_DEVICE,
+    )
+    return syscalls.bpf(BPF_PROG_LOAD, attributes)
 
 
 def test_beside_a_runtimes_own(cgroup: Cgroup, nodes: list[str]) -> None:
-    """Both are asked; a new gate takes the place of the old one, and of nothing else."""
+    """Both programs are asked; a new gate takes the place of the old one, and of nothing else."""
     theirs = runtimes_program(OTHER_MAJOR)
     fd = os.open(cgroup.path, os.O_RDONLY | os.O_DIRECTORY)
     libbpf().check("attaching", "bpf_prog_attach", theirs, fd, BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI)
@@ -155,7 +176,7 @@ def test_beside_a_runtimes_own(cgroup: Cgroup, nodes: list[str]) -> None:
     first.close_for(cgroup)
     first.admit(cgroup.id, [3])
     assert inside(cgroup, OPEN, *nodes) == ["ENXIO", "ENXIO", "ENXIO", "EPERM"]
-    first.close()  # as a daemon that was killed: it stays in force
+    first.close()  # the program stays in force, as it does when a daemon is killed
     assert inside(cgroup, OPEN, *nodes) == ["ENXIO", "ENXIO", "ENXIO", "EPERM"]
     second = Gate(DevicePrograms.load(), lambda: MAJORS)
     second.close_for(cgroup)

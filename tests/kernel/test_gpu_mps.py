@@ -1,5 +1,5 @@
-"""The daemon with a fake MPS: what a grant's environment has, an end that nobody asked for, a tool
-that is on the GPU and not on MPS; and a host without a driver."""
+"""The daemon with a stand-in for MPS: the environment of a grant, an end of MPS that nobody asked
+for, a tool that uses the GPU past MPS; and a host without a driver."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ sample = "50ms"
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """With MPS."""
+    """A daemon that shares by MPS."""
     made = Machine(tmp_path_factory.mktemp("d"), CONFIG)
     made.show(mps=True)
     try:
@@ -39,7 +39,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 @pytest.fixture(scope="module")
 def agent(machine: Machine) -> AgentProcess:
-    """An agent."""
+    """An agent in a session of that daemon."""
     return machine.daemon.open("alpha", priority="100")
 
 
@@ -55,8 +55,10 @@ def test_the_environment(machine: Machine, agent: AgentProcess) -> None:
     assert updated["environment"]["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "50"
     assert "from now on" in updated["advice"][-1]
     with pytest.raises(RemoteRpcError, match="gpu_device"):
-        agent.run("stub.UpdateIntent(pb.UpdateIntentRequest(call_id=c.id, "
-                  "intent=pb.Intent(gpu_device='1')))")  # fmt: skip
+        agent.run(
+            "intent = pb.Intent(gpu_device='1')\n"
+            "stub.UpdateIntent(pb.UpdateIntentRequest(call_id=c.id, intent=intent))"
+        )
     report = end(machine, call)
     assert (report.gpu.share_held_by, report.gpu.memory_held_by) == ("mps", "mps")
 
@@ -75,21 +77,21 @@ def test_an_end_that_nobody_asked_for(machine: Machine, agent: AgentProcess) -> 
 
 
 def test_past_mps(machine: Machine, agent: AgentProcess) -> None:
-    """It uses a device, and MPS does not know it."""
+    """Only the call whose process is no client of MPS is told."""
     start = (
         "cs = [agent.tool_call('t', gpu='10%') for _ in range(2)]\nresult = []\n"
         "for c in cs:\n c.begin()\n p = c.popen(['sleep', '60'])\n result.append((c.id, p.pid))"
     )
     (inside, one), (outside, two) = agent.run(start)
-    machine.show(mps=True, clients=[one],
-                 processes=[[one, 0, GIB, 10.0], [two, 0, GIB, 10.0]])  # fmt: skip
-    agent.run("import time; time.sleep(6)")  # it is looked at every five seconds
-    told = {
-        call: [f.numbers["pid"] for f in end(machine, call).feedback
-               if f.code == pb.FEEDBACK_CODE_GPU_UNSHARED]
-        for call in (inside, outside)
-    }  # fmt: skip
-    assert told == {inside: [], outside: [two]}
+    processes = [[one, 0, GIB, 10.0], [two, 0, GIB, 10.0]]
+    machine.show(mps=True, clients=[one], processes=processes)
+    agent.run("import time; time.sleep(6)")  # MPS is asked for its clients every five seconds
+
+    def told(call: str) -> list[float]:
+        feedback = end(machine, call).feedback
+        return [f.numbers["pid"] for f in feedback if f.code == pb.FEEDBACK_CODE_GPU_UNSHARED]
+
+    assert (told(inside), told(outside)) == ([], [two])
 
 
 def test_a_host_without_a_driver(tmp_path_factory: pytest.TempPathFactory) -> None:

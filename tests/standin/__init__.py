@@ -14,7 +14,7 @@ SOURCE = Path(__file__).with_name("libcuda.c")
 
 @cache
 def build(name: str = "libcuda.so.1") -> Path:
-    """Path of the library, compiled if it is older than its source."""
+    """Compile the library if it is older than its source; returns its path."""
     target = ROOT / "build/standin" / name
     if not target.exists() or target.stat().st_mtime < SOURCE.stat().st_mtime:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """`python -m tests.standin.worker LIBRARY SEED STEPS QUOTA REFUSES`: a program that uses GPU memory
-in random order beside a model of what the accounts must say.
+in random order, beside a model of what the daemon's account must say.
 
-Waits for a line on stdin before it starts and, with its memory still held, before it ends. Prints
-one JSON object for each.
+Waits for a line on stdin, takes the steps, prints the model's account as JSON, and waits for
+another line with its memory still held.
 """
 
 from __future__ import annotations
@@ -22,33 +22,47 @@ OUT_OF_MEMORY = 2
 class Flat(ctypes.Structure):
     """CUDA_ARRAY_DESCRIPTOR"""
 
-    _fields_ = (("width", ctypes.c_size_t), ("height", ctypes.c_size_t), ("format", ctypes.c_int),
-                ("channels", ctypes.c_uint))  # fmt: skip
+    _fields_ = (
+        ("width", ctypes.c_size_t),
+        ("height", ctypes.c_size_t),
+        ("format", ctypes.c_int),
+        ("channels", ctypes.c_uint),
+    )
 
 
 class Deep(ctypes.Structure):
     """CUDA_ARRAY3D_DESCRIPTOR"""
 
-    _fields_ = (("width", ctypes.c_size_t), ("height", ctypes.c_size_t),
-                ("depth", ctypes.c_size_t), ("format", ctypes.c_int),
-                ("channels", ctypes.c_uint), ("flags", ctypes.c_uint))  # fmt: skip
+    _fields_ = (
+        ("width", ctypes.c_size_t),
+        ("height", ctypes.c_size_t),
+        ("depth", ctypes.c_size_t),
+        ("format", ctypes.c_int),
+        ("channels", ctypes.c_uint),
+        ("flags", ctypes.c_uint),
+    )
 
 
 class Properties(ctypes.Structure):
     """CUmemAllocationProp, its start."""
 
-    _fields_ = (("type", ctypes.c_int), ("handles", ctypes.c_int), ("location", ctypes.c_int),
-                ("id", ctypes.c_int), ("rest", ctypes.c_uint64 * 2))  # fmt: skip
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("handles", ctypes.c_int),
+        ("location", ctypes.c_int),
+        ("id", ctypes.c_int),
+        ("rest", ctypes.c_uint64 * 2),
+    )
 
 
 def grain(size: int) -> int:
-    """As the driver places it."""
+    """The bytes that the stand-in for the driver takes for an allocation of `size`."""
     return -(-size // GRAIN) * GRAIN
 
 
 @dataclass
 class Held:
-    """Something that holds memory."""
+    """A handle that holds memory."""
 
     kind: str
     handle: int
@@ -59,7 +73,7 @@ class Held:
 
 
 class Model:
-    """What the account of this process must be."""
+    """The account that the daemon must have of this process."""
 
     def __init__(self, library: str, quota: int, refuses: bool) -> None:
         self.cuda = ctypes.CDLL(library)
@@ -73,11 +87,11 @@ class Model:
 
     @property
     def current(self) -> int:
-        """The context that is current."""
+        """The current context; 0: none."""
         return self.contexts[-1] if self.contexts else 0
 
     def allocate(self, kind: str, size: int, call: Callable[[Any], int]) -> None:
-        """One attempt, compared with what must come of it."""
+        """Try one allocation and compare its outcome with the one that it must have."""
         out = ctypes.c_uint64(0xDEAD)
         entered = self.cuda.standin_entered()
         result = call(ctypes.byref(out))
@@ -97,27 +111,31 @@ class Model:
         self.held.append(Held(kind, out.value, size, context))
 
     def drop(self, held: Held) -> None:
-        """It holds nothing any more."""
+        """Note that a handle holds nothing any more."""
         self.held.remove(held)
         self.used -= held.size
         self.frees += 1
 
 
+POINTER_CALLS = (
+    "cuMemAlloc_v2",
+    "cuMemAllocManaged",
+    "cuMemAllocAsync",
+    "cuMemAllocAsync_ptsz",
+    "cuMemAllocFromPoolAsync",
+    "cuMemAllocFromPoolAsync_ptsz",
+)
 SIZES = (1, 511, 512, 4096, 1 << 20, (1 << 20) + 7, 64 << 20)
 
 
 def pointer(model: Model, chance: random.Random) -> None:
-    """Memory that is read and written."""
-    names = (
-        "cuMemAlloc_v2", "cuMemAllocManaged", "cuMemAllocAsync", "cuMemAllocAsync_ptsz",
-        "cuMemAllocFromPoolAsync", "cuMemAllocFromPoolAsync_ptsz",
-    )  # fmt: skip
-    call, size = getattr(model.cuda, chance.choice(names)), chance.choice(SIZES)
+    """Allocate memory that is used by its address."""
+    call, size = getattr(model.cuda, chance.choice(POINTER_CALLS)), chance.choice(SIZES)
     model.allocate("pointer", grain(size), lambda o: call(o, ctypes.c_uint64(size), None, None))
 
 
 def pitched(model: Model, chance: random.Random) -> None:
-    """In rows."""
+    """Allocate memory in rows."""
     pitch, wide, high = ctypes.c_uint64(), chance.randrange(1, 2000), chance.randrange(1, 300)
     call = model.cuda.cuMemAllocPitch_v2
     rows = (ctypes.c_uint64(wide), ctypes.c_uint64(high))
@@ -125,24 +143,24 @@ def pitched(model: Model, chance: random.Random) -> None:
 
 
 def physical(model: Model, chance: random.Random) -> None:
-    """To be mapped."""
+    """Create memory that is to be mapped."""
     where, size, call = Properties(1, 0, 1, 0), chance.choice(SIZES), model.cuda.cuMemCreate
     u64 = ctypes.c_uint64
     model.allocate("memory", grain(size), lambda o: call(o, u64(size), ctypes.byref(where), u64(0)))
 
 
 def array(model: Model, chance: random.Random) -> None:
-    """Of one, two or three dimensions, or with smaller ones of itself."""
+    """Create an array of one to three dimensions, or one with smaller images of itself."""
     wide, high, cuda = chance.randrange(1, 2000), chance.randrange(1, 300), model.cuda
     kind = chance.randrange(3)
     if kind == 0:
         flat = Flat(wide, chance.choice((0, high)), 16, 2)
-        model.allocate("array", grain(wide * max(1, flat.height) * 2 * 2),
-                       lambda o: cuda.cuArrayCreate_v2(o, ctypes.byref(flat)))  # fmt: skip
+        size = grain(wide * max(1, flat.height) * 2 * 2)
+        model.allocate("array", size, lambda o: cuda.cuArrayCreate_v2(o, ctypes.byref(flat)))
     elif kind == 1:
         deep = Deep(wide, high, chance.choice((0, 3)), 32, 4, 0)
-        model.allocate("array", grain(wide * high * max(1, deep.depth) * 4 * 4),
-                       lambda o: cuda.cuArray3DCreate_v2(o, ctypes.byref(deep)))  # fmt: skip
+        size = grain(wide * high * max(1, deep.depth) * 4 * 4)
+        model.allocate("array", size, lambda o: cuda.cuArray3DCreate_v2(o, ctypes.byref(deep)))
     else:
         deep, levels = Deep(wide, high, 0, 1, 1, 0), chance.randrange(1, 6)
         total = sum(max(1, wide >> i) * max(1, high >> i) for i in range(levels))
@@ -151,7 +169,7 @@ def array(model: Model, chance: random.Random) -> None:
 
 
 def context(model: Model, chance: random.Random) -> None:
-    """A context begins, or ends with all that it holds."""
+    """Begin a context, or end one with all that it holds."""
     cuda, out = model.cuda, ctypes.c_uint64()
     if len(model.contexts) < 8 and chance.random() < 0.7:
         assert cuda.cuCtxCreate_v2(ctypes.byref(out), 0, 0) == 0
@@ -165,28 +183,36 @@ def context(model: Model, chance: random.Random) -> None:
 
 
 def nonsense(model: Model, _: random.Random) -> None:
-    """Freed though never given out: the driver says no, and nothing may be given back for it."""
+    """Free an address that was never given out: the driver refuses, and the account stays."""
     assert model.cuda.cuMemFree_v2(ctypes.c_uint64(0x700000000000 + 65535 * 4096)) != 0
 
 
 def any_release(model: Model, chance: random.Random) -> None:
-    """Of something that is held."""
+    """Take one step towards the end of any handle that is held."""
     if model.held:
         release(model, chance.choice(model.held), chance)
 
 
-STEPS = ((pointer, 7), (pitched, 1), (physical, 2), (array, 3), (context, 1), (nonsense, 1),
-         (any_release, 6))  # fmt: skip
+STEPS: dict[Callable[[Model, random.Random], None], int] = {
+    pointer: 7,
+    pitched: 1,
+    physical: 2,
+    array: 3,
+    context: 1,
+    nonsense: 1,
+    any_release: 6,
+}
+"""Step -> how often it is taken, against the others."""
 
 
 def step(model: Model, chance: random.Random) -> None:
-    """One random thing that a program may do."""
-    (do,) = chance.choices([s for s, _ in STEPS], [weight for _, weight in STEPS])
+    """Do one random thing that a program may do."""
+    (do,) = chance.choices(list(STEPS), list(STEPS.values()))
     do(model, chance)
 
 
 def release(model: Model, held: Held, chance: random.Random) -> None:
-    """One step towards the end of something that is held."""
+    """Take one step towards the end of a handle."""
     cuda, u64 = model.cuda, ctypes.c_uint64
     if held.kind == "pointer":
         name = chance.choice(("cuMemFree_v2", "cuMemFreeAsync", "cuMemFreeAsync_ptsz"))
@@ -204,7 +230,7 @@ def release(model: Model, held: Held, chance: random.Random) -> None:
             assert cuda.cuMemMap(u64(at), u64(1 << 21), u64(0), u64(held.handle), u64(0)) == 0
             held.mapped.append(at)
     elif not held.released and chance.random() < 0.7:
-        # What is mapped stays, though its handle is gone.
+        # Memory that is mapped stays, though its handle is gone.
         assert cuda.cuMemRelease(u64(held.handle)) == 0
         held.released = True
         if not held.mapped:
@@ -216,7 +242,7 @@ def release(model: Model, held: Held, chance: random.Random) -> None:
 
 
 def main(library: str, seed: int, steps: int, quota: int, refuses: int) -> int:
-    """Run."""
+    """Take the steps and print the account."""
     sys.stdin.readline()
     model, chance = Model(library, quota, refuses == 1), random.Random(seed)
     for _ in range(steps):

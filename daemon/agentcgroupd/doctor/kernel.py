@@ -176,7 +176,7 @@ TRIAL_STATUS = 7
 
 
 def process_features() -> Iterator[Feature]:
-    """Who a peer is, and how a process ended."""
+    """Whether a peer is known for sure, and whether a process's exit status is."""
     yield PEER_PIDFD.answered(has_peer_pidfd())
     pid = os.posix_spawn("/bin/sh", ["sh", "-c", f"exit {TRIAL_STATUS}"], {})
     fd = os.pidfd_open(pid)

@@ -32,7 +32,7 @@ class Settings:
     shortest_slice_usec: int = 10_000
     """A switch between tenants costs about one millisecond."""
     least_percent: int = 5
-    """Of a device's time, for all those together that make room for an important tenant."""
+    """Percent of a device's time for all those together that make room for an important tenant."""
 
 
 @dataclass(slots=True)

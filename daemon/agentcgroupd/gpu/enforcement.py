@@ -46,7 +46,7 @@ class Enforcement:
     def __init__(
         self, config: GpuConfig, objects: Path | None, programs: bool, sources: GpuSources
     ) -> None:
-        """Nothing is loaded yet. `objects`: where compiled programs are, None: the daemon's own.
+        """Load nothing yet. `objects`: where compiled programs are, None: the daemon's own.
         `programs`: whether any may be loaded into the kernel (bpf.enabled)."""
         self._config, self._objects = config, objects
         self._programs, self._sources = programs, sources

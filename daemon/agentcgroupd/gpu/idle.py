@@ -16,7 +16,7 @@ class Limits:
 
     quiet_usec: int
     ran_usec: int
-    """Of that, the least time in which it was not held back."""
+    """The least part of that time in which it was not held back."""
 
 
 WATCHED = Limits(200_000, 60_000)

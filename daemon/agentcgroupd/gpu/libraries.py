@@ -41,7 +41,7 @@ FileId = tuple[int, int]
 
 @dataclass(slots=True)
 class Probed:
-    """One libcuda with probes on it."""
+    """A libcuda with probes on it."""
 
     path: str
     link: int

@@ -52,7 +52,7 @@ class MpsControlDaemon:
     """NVIDIA's own program."""
 
     def __init__(self, pipes: Path, logs: Path, devices: Sequence[str]) -> None:
-        """Nothing is started yet. `pipes`, `logs`: directories for it; `devices`: UUIDs."""
+        """Start nothing yet. `pipes`, `logs`: directories for it; `devices`: UUIDs."""
         self._pipes, self._logs, self._devices = pipes, logs, devices
         self._process: subprocess.Popen[bytes] | None = None
 

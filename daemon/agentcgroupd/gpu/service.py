@@ -59,7 +59,7 @@ class Gpus:
         programs: bool = True,
         sources: GpuSources | None = None,
     ) -> None:
-        """Nothing is touched yet. `objects`: where compiled BPF programs are, None: the daemon's
+        """Touch nothing yet. `objects`: where compiled BPF programs are, None: the daemon's
         own; `programs`: whether any may be loaded into the kernel (bpf.enabled)."""
         self._config, self._run_dir, self._actions = config, run_dir, actions
         self._sources = sources or GpuSources()

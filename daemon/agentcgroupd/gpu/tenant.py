@@ -56,7 +56,7 @@ class GpuTenant:
 
     @property
     def holding(self) -> Holding:
-        """Its part, as admission counts it."""
+        """The tenant's part, as admission counts it."""
         return Holding(tuple(d.uuid for d in self.devices), self.percent, self.memory_bytes)
 
     def held_back_usec(self, now_usec: int) -> int:

@@ -18,7 +18,7 @@ def tenant() -> GpuTenant:
 
 
 def rounds(*samples: DeviceSample) -> tuple[GpuTenant, list[RoundUsage], UsageTracker]:
-    """One tenant with the process MINE, sampled once a second."""
+    """A tenant with the process MINE, sampled once a second."""
     owner = tenant()
     tracker = UsageTracker(lambda pid: owner if pid == MINE else None)
     usages = [tracker.take([s], second * 1_000_000)["a"] for second, s in enumerate(samples)]
