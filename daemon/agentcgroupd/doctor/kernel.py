@@ -6,6 +6,7 @@ None goes by a version number.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -77,13 +78,16 @@ XATTR = Check(
 XATTR_TRIAL = b"x" * 2048
 
 
-def cgroup_features(mount: Path | None) -> Iterator[Feature]:
-    """Controllers, and what a trial cgroup can do. `mount`: of cgroup2, None: there is none."""
-    if mount is None:
-        reason = "no cgroup2 file system is mounted"
-        remedy = "boot with systemd.unified_cgroup_hierarchy=1"
-        yield Feature(CALL_CGROUPS, State.MISSING, reason, remedy)
-        return
+def no_cgroups(error: OSError) -> Feature:
+    """What there is to say where cgroup2_mount has raised an error."""
+    reason = error.strerror or str(error)
+    none_mounted = error.errno == errno.ENOENT
+    remedy = "boot with systemd.unified_cgroup_hierarchy=1" if none_mounted else ""
+    return Feature(CALL_CGROUPS, State.MISSING, reason, remedy)
+
+
+def cgroup_features(mount: Path) -> Iterator[Feature]:
+    """Controllers, and what a trial cgroup can do. `mount`: of cgroup2."""
     if os.geteuid() != 0:
         yield Feature(CALL_CGROUPS, State.UNKNOWN, ONLY_ROOT, AS_ROOT)
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from agentcgroupd.cgroup.tree import cgroup2_mount
 from agentcgroupd.doctor import kernel
@@ -14,17 +13,19 @@ from agentcgroupd.doctor.gpu import gpu_features
 def run() -> Diagnosis:
     """Probe this host. Needs root for most answers; without it they are unknown, not missing."""
     try:
-        mount: Path | None = cgroup2_mount()
-    except OSError:
-        mount = None
+        mount = cgroup2_mount()
+    except OSError as error:
+        shown_mount, cgroups = "", [kernel.no_cgroups(error)]
+    else:
+        shown_mount, cgroups = str(mount), list(kernel.cgroup_features(mount))
     features = (
-        *kernel.cgroup_features(mount),
+        *cgroups,
         *kernel.process_features(),
         *kernel.memory_features(),
         *kernel.bpf_features(),
         *gpu_features(),
     )
-    return Diagnosis(os.uname().release, str(mount or ""), features)
+    return Diagnosis(os.uname().release, shown_mount, features)
 
 
 def main() -> int:
