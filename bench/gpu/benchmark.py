@@ -97,12 +97,13 @@ def shared(
 
 
 def reported(usage: pb.GpuUsage) -> dict[str, Any]:
-    """What a call's report says of its use."""
+    """What a call's report says of its use; None: the driver did not tell."""
+    told = {field.name for field, _ in usage.ListFields()}
     return {
         "held_back_ms": usage.held_back_usec // 1000,
-        "sm_percent": round(usage.sm_percent, 1),
-        "energy_j": round(usage.energy_mj / 1e3, 1),
-        "peak_mib": usage.memory_peak_bytes >> 20,
+        "sm_percent": round(usage.sm_percent, 1) if "sm_percent" in told else None,
+        "energy_j": round(usage.energy_mj / 1e3, 1) if "energy_mj" in told else None,
+        "peak_mib": usage.memory_peak_bytes >> 20 if "memory_peak_bytes" in told else None,
         "by": f"{usage.share_held_by}/{usage.memory_held_by}",
     }
 

@@ -1,10 +1,11 @@
 #!/bin/bash
 # Make build/device: what the tests and the benchmark need on a GPU machine that has PyTorch but can
-# fetch nothing. CPython 3.12 on x86-64, at the versions of requirements.lock.
+# fetch nothing. For CPython 3.12 on x86-64, at the versions of requirements.lock.
 #
-# Carry: build/device build/bin daemon/agentcgroupd/bpf/objects daemon/agentcgroupd/bpf/lib
-#        agent_sdk/agentcgroup/v1
-# There: bash tests/gpu/on_device.sh
+# Then copy the sources to that machine, and of what is built:
+#   build/device build/bin daemon/agentcgroupd/bpf/objects daemon/agentcgroupd/bpf/lib
+#   agent_sdk/agentcgroup/v1
+# and run there: bash tests/gpu/on_device.sh
 
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Everything that needs a real GPU, on a machine that was brought build/device (see device.sh): facts,
-# benchmark, tests. As root. A part that fails leaves the others. All output is in $OUT, its essence
-# on stdout. By default what the targets need, in less than four minutes; all of it:
+# Run all that needs a real GPU, as root on a machine that has build/device (device.sh makes it):
+# facts, benchmark, tests. The parts do not depend on each other. All output goes to $OUT, its end to
+# stdout. By default only what the targets need, in less than four minutes; all of it is
 # PARTS="facts standin bench gpu" BUDGET_S=580 BENCH_ARGS=--seconds=6
 
 set -u
@@ -24,8 +24,8 @@ export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 export PATH=$PATH:/usr/local/cuda/bin
 chmod +x build/bin/* 2>/dev/null
 
-# part NAME SECONDS CHARACTERS command...: run it with a limit, which is what is left of the budget if
-# that is less, and show the end of what it says.
+# part NAME SECONDS CHARACTERS COMMAND...: run COMMAND for at most SECONDS, or for what is left of the
+# budget if that is less, and show the last CHARACTERS of its output.
 part() {
 	local name=$1 limit=$2 shown=$3 began=$SECONDS status left
 	shift 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf import abi
@@ -69,6 +70,8 @@ class GpuFeedback:
         log.error("GPU %s is lost: %s", uuid, why)
         self._notices.audit.write("gpu_lost", device=uuid, why=why)
         index = self._state.device(uuid).index
+        for gauge in (self._notices.metrics.gpu_busy, self._notices.metrics.gpu_memory):
+            gauge.labels(str(index)).set(math.nan)
         sentence = (
             f"GPU {index} does not answer any more: {why}. What runs on it fails; begin the call "
             "again on another device."

@@ -78,9 +78,11 @@ class Monitor:
         self._needed.set()
 
     def pause(self) -> None:
-        """Stop sampling until there is a tenant again."""
+        """Stop sampling until there is a tenant again; nothing is known of devices till then."""
         self._needed.clear()
         self._usage.forget()
+        for device in self._state.devices:
+            self._set_gauges(DeviceSample(device.uuid))
 
     async def _sample_forever(self) -> None:
         loop = asyncio.get_running_loop()
@@ -88,6 +90,8 @@ class Monitor:
             await self._needed.wait()
             uuids = [device.uuid for device in self._state.devices if not device.lost]
             samples = await loop.run_in_executor(self._executor, self._nvml.sample, uuids)
+            if not self._needed.is_set():
+                continue  # the last tenant has gone meanwhile
             try:
                 self._take(samples)
                 await self._check_mps_clients()
@@ -132,7 +136,11 @@ class Monitor:
             self._update_wants(tenant, usage, launches, now)
 
     def _set_gauges(self, sample: DeviceSample) -> None:
-        metrics, index = self._actions.notices.metrics, str(self._state.device(sample.uuid).index)
+        """Show a sample's numbers, NaN for those that it has not; none of a lost device."""
+        device = self._state.device(sample.uuid)
+        if device.lost:
+            return
+        metrics, index = self._actions.notices.metrics, str(device.index)
         metrics.gpu_busy.labels(index).set(_or_nan(sample.busy_percent))
         metrics.gpu_memory.labels(index).set(_or_nan(sample.memory_used_bytes))
 

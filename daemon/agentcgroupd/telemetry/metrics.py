@@ -81,8 +81,10 @@ class Metrics:
         self._add_scheduler(counter, gauge)
         self.oom_victims = counter("oom_victims", "Processes that the kernel's OOM killer chose")
         self.signals = counter("signals", "Signals from the kernel's programs", "signal")
-        self.gpu_busy = gauge("gpu_busy_percent", "Time in which a GPU worked", "device")
-        self.gpu_memory = gauge("gpu_memory_bytes", "Memory of a GPU in use", "device")
+        self.gpu_busy = gauge("gpu_busy_percent", "Busy time of a GPU (NaN: unknown)", "device")
+        self.gpu_memory = gauge(
+            "gpu_memory_bytes", "Memory of a GPU in use (NaN: unknown)", "device"
+        )
         self.gpu_calls = gauge("gpu_calls", "Open calls with a part of a GPU")
         self.gpu_strangers = gauge(
             "gpu_strangers", "Processes on a GPU that are of no call with a part of it"
