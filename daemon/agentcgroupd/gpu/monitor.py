@@ -12,6 +12,7 @@ import os
 from concurrent.futures import Executor
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.bpf.abi import VramAccount
 from agentcgroupd.config import GpuConfig
 from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.errors import BpfError, KnobError
@@ -124,16 +125,8 @@ class Monitor:
         for tenant in list(self._state.tenants.values()):
             usage = usages.get(tenant.id, RoundUsage())
             account = self._activity.account(tenant)
-            probed_bytes, launches = (
-                (0, 0)
-                if account is None
-                else (
-                    account.used_bytes,
-                    account.launches,
-                )
-            )
-            self._check_quota(tenant, usage, probed_bytes, now)
-            self._update_wants(tenant, usage, launches, now)
+            self._check_quota(tenant, usage, account, now)
+            self._update_wants(tenant, usage, account, now)
 
     def _set_gauges(self, sample: DeviceSample) -> None:
         """Show a sample's numbers, NaN for those that it has not; none of a lost device."""
@@ -144,7 +137,9 @@ class Monitor:
         metrics.gpu_busy.labels(index).set(_or_nan(sample.busy_percent))
         metrics.gpu_memory.labels(index).set(_or_nan(sample.memory_used_bytes))
 
-    def _update_wants(self, tenant: GpuTenant, usage: RoundUsage, launches: int, now: int) -> None:
+    def _update_wants(
+        self, tenant: GpuTenant, usage: RoundUsage, account: VramAccount | None, now: int
+    ) -> None:
         """Find out whether a time-sliced tenant has begun or stopped to work."""
         if self._activity.wants(tenant) is None:
             return
@@ -152,8 +147,9 @@ class Monitor:
             # Older than this daemon, or it has mapped its libcuda late.
             tenant.searched_pids.add(pid)
             self._device_opens.probe(tenant, pid)
-        launched, tenant.launches = launches != tenant.launches, launches
-        if launched:
+        launched = account is not None and account.launches != tenant.launches
+        if account is not None and launched:
+            tenant.launches = account.launches
             tenant.note_use(now)
         if not self._activity.wants(tenant):
             if launched or usage.busy:
@@ -165,15 +161,16 @@ class Monitor:
             self._activity.set_wants(tenant, False)
 
     def _check_quota(
-        self, tenant: GpuTenant, usage: RoundUsage, probed_bytes: int, now: int
+        self, tenant: GpuTenant, usage: RoundUsage, account: VramAccount | None, now: int
     ) -> None:
         """Tell a tenant that holds more than its quota, and end it if it keeps that.
 
         The larger of two accounts counts: the driver's leaves out managed memory, that of the
-        probes (0 where there are none) leaves out what graphs allocate.
+        probes leaves out what graphs allocate. Where one is not to be had the other decides.
         """
         quota_bytes = tenant.quota_bytes
         driver_bytes = usage.memory_bytes or 0
+        probed_bytes = 0 if account is None else account.used_bytes
         allowance_bytes = self._config.context_allowance * usage.processes
         if max(driver_bytes - allowance_bytes, probed_bytes) <= quota_bytes:
             tenant.over_since_usec = None
