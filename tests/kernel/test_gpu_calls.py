@@ -71,6 +71,17 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         print(made.daemon.log.read_text())
 
 
+@pytest.fixture(autouse=True)
+def no_call_is_left(machine: Machine) -> Iterator[None]:
+    """End the calls that a failed test has left, so that the next one finds the devices free."""
+    yield
+    process = machine.daemon.process
+    if process is not None and process.poll() is None:
+        machine.show()
+        for call in machine.daemon.admin.ListCalls(pb.ListCallsRequest()).calls:
+            machine.daemon.admin.EndCall(pb.EndCallRequest(call_id=call.id))
+
+
 @pytest.fixture(scope="module")
 def agent(machine: Machine) -> AgentProcess:
     """An agent in a session of that daemon."""
