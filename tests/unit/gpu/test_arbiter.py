@@ -38,6 +38,7 @@ def run(
 shares = st.lists(st.integers(2, 60), min_size=2, max_size=5).filter(lambda s: sum(s) <= 100)
 
 
+@settings(deadline=None)
 @given(shares)
 def test_time_is_had_in_proportion(percents: list[int]) -> None:
     made = arbiter(*((f"t{i}", p, 50) for i, p in enumerate(percents)))
@@ -48,6 +49,7 @@ def test_time_is_had_in_proportion(percents: list[int]) -> None:
         assert abs(time / sum(had) - percent / sum(percents)) < 0.01
 
 
+@settings(deadline=None)
 @given(shares)
 def test_everyone_has_a_slice_soon(percents: list[int]) -> None:
     """Nobody waits for longer than two periods, or than slices of the shortest length allow."""
@@ -80,6 +82,7 @@ def test_alone_nobody_waits() -> None:
     assert 50_000 < had < 250_000
 
 
+@settings(deadline=None)
 @given(st.integers(0, 400_000), st.integers(1, 40), st.integers(1, 50))
 def test_an_important_one_goes_first_when_it_begins(at: int, percent: int, other: int) -> None:
     made = arbiter(("a", other, 20), ("b", other, 50))
@@ -125,7 +128,7 @@ steps = st.tuples(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(steps, max_size=60))
 def test_whatever_happens(taken: list[Step]) -> None:
     """No device has two tenants that want it at a time or stands idle while one wants it; nobody is
