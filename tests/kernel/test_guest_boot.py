@@ -125,7 +125,8 @@ def test_sigkill_takes_the_children_along(
 
 
 def test_panic_is_told_with_the_console(module: str) -> None:
-    script = "echo before; echo c >/proc/sysrq-trigger"
+    # Output takes a moment to leave user-mode Linux.
+    script = "echo before; sleep 2; echo c >/proc/sysrq-trigger"
     out, err = guest(module, "--", "sh", "-c", script).communicate()
     assert out == "before\n"
     assert "died before the command ended" in err
