@@ -92,8 +92,9 @@ class InodeWatch:
     """Tells when the guest should forget inodes.
 
     virtiofsd of QEMU 7 holds a descriptor for every inode that the guest remembers, and its limit
-    can be low (it raises it to a million where it may: CAP_SYS_RESOURCE). A guest that has walked
-    a large tree would get "Too many open files" from then on.
+    can be low (it raises it to a million where it may: CAP_SYS_RESOURCE). User-mode Linux holds one
+    for every file that was read. A guest that has walked a large tree would get "Too many open
+    files" from then on.
     """
 
     pid: int
@@ -178,7 +179,9 @@ class Boot:
                 self._selector.register(near, selectors.EVENT_READ, sink)
                 self._control = near
                 far.append(end.fileno())
-            self._spawn(name, argv(Channels(*far)), far, cwd)
+            pid = self._spawn(name, argv(Channels(*far)), far, cwd)
+        if self._inodes is None:
+            self._inodes = InodeWatch(pid, InodeWatch.limit_here())
 
     def _spawn(
         self, name: str, argv: list[str], descriptors: list[int], cwd: Path | None = None

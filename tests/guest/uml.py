@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,9 @@ class Uml:
         env = passed_env(os.environ) if env is None else env
         try:
             kernel = ensure()
+            # It holds a descriptor for each file that the guest has read.
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
             with state_dir() as state:
                 vm.write_state(state, Path("/"), self.rw, config_text(self, kernel))
                 (state / "command").write_text(vm.command_text(command, cwd, env))

@@ -158,9 +158,31 @@ def test_a_walk_over_many_files_does_not_exhaust_the_file_server() -> None:
     """More inodes than virtiofsd may have descriptors for, where that limit is low."""
     if reason := lacking(VM):
         pytest.skip(reason)
-    out, err = guest(VM, "--", "sh", "-c", "find /usr -xdev | wc -l; ls /var").communicate()
+    script = "find /usr -xdev | head -n 50000 | wc -l; ls /var"
+    out, err = guest(VM, "--", "sh", "-c", script).communicate()
     assert "Too many open files" not in err
     assert int(out.split()[0]) > 1000
+
+
+def test_reading_many_files_does_not_exhaust_user_mode_linux() -> None:
+    """It holds a descriptor for each file that the guest has read, where that limit is low."""
+    if reason := lacking(UML):
+        pytest.skip(reason)
+    most = 3000
+    find = (
+        f"find /usr/lib -xdev -type f -size -100k | grep -v '[^a-zA-Z0-9/._-]' | head -n {2 * most}"
+    )
+    script = f"{find} | xargs head -qc1 >/dev/null; ls /var >/dev/null; {find} | wc -l"
+    low = f'ulimit -n {most}; exec "$@"'
+    process = subprocess.run(
+        ["sh", "-c", low, "sh", sys.executable, "-m", UML, "--", "sh", "-c", script],
+        cwd=vm.CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.stderr == "" and process.returncode == 0
+    assert int(process.stdout) > 1000
 
 
 def test_output_ends_with_the_command_and_not_with_what_it_left_behind(module: str) -> None:
