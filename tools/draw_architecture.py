@@ -50,6 +50,25 @@ WAY = (
     Hop("agent_sdk/agentcgroup/client.py", "Agent.run", "an agent runs a tool with an intent"),
     Hop("agent_sdk/agentcgroup/packets.py", "ask", "the request goes out as one packet"),
     Hop("daemon/agentcgroupd/rpc/attach.py", "AttachServer._rpc", "the caller is identified"),
+    Hop("daemon/agentcgroupd/rpc/packets.py", "rpc_request", "the packet becomes a message"),
+    Hop("daemon/agentcgroupd/rpc/agent_calls.py", "AgentCalls.begin", "the session is found"),
+    Hop(
+        "daemon/agentcgroupd/intents/request.py",
+        "request_of_proto",
+        "the message becomes a typed request, by the one table of parsers",
+    ),
+    Hop("daemon/agentcgroupd/calls/admission.py", "Admission.begin", "it is let in, or waits"),
+    Hop("daemon/agentcgroupd/calls/lifecycle.py", "Calls.grant", "the session may have one more"),
+    Hop("daemon/agentcgroupd/intents/grant.py", "grant_for", "what it gets is decided"),
+    Hop(
+        "daemon/agentcgroupd/calls/queue.py",
+        "AdmissionQueue.enter",
+        "each resource lets it in at once, or it waits",
+    ),
+    Hop("daemon/agentcgroupd/calls/lifecycle.py", "Calls.open_call", "it gets its cgroup"),
+    Hop("daemon/agentcgroupd/enforce/limits.py", "write_grant", "interface files are written"),
+    Hop("daemon/agentcgroupd/observers.py", "Observers.call_opened", "programs follow it"),
+    Hop("daemon/agentcgroupd/telemetry/wire.py", "call_to_proto", "the agent is answered"),
 )
 
 
