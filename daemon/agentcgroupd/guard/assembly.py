@@ -20,6 +20,7 @@ from agentcgroupd.guard.policy_files import PolicyFiles
 from agentcgroupd.guard.sampler import Sampler
 from agentcgroupd.guard.session_sampler import SessionSampler
 from agentcgroupd.policy.learning import Peaks
+from agentcgroupd.policy.schedule import NUDGE_S
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import Host, Signal, SignalKind
 from agentcgroupd.sessions.pool import Pool
@@ -29,8 +30,6 @@ log = logging.getLogger(__name__)
 
 HOST_USEC = 1_000_000
 """Swap is not read more often."""
-NUDGE_S = 0.005
-"""Ends of calls within this time are one signal."""
 STALL_USEC = 200_000
 WINDOW_USEC = 2_000_000
 """The pool's PSI trigger: a tenth of the time, as policies/default.toml has it."""

@@ -1,9 +1,5 @@
-"""The guard's loop: sample the pool, ask the engine, apply what it decides.
-
-How often that is done depends on how soon the pool could be full, or could hold too much for its
-calls to end one after the other: at the fastest growth that is assumed possible, several samples
-fall into the time that the free memory lasts.
-"""
+"""The guard's loop: sample the pool, ask the engine, apply what it decides. `policy.schedule` says
+when."""
 
 from __future__ import annotations
 
@@ -17,13 +13,13 @@ from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import BpfError, KnobError
 from agentcgroupd.guard.high_mark import PoolMark
 from agentcgroupd.guard.sampler import Sampler
-from agentcgroupd.policy.engine import attention_bytes, claim_bytes, decide, marks
+from agentcgroupd.policy.engine import decide
+from agentcgroupd.policy.schedule import Schedule, holds_back, rest_s
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import (
     SESSION_ACTIONS,
     TICK,
     Action,
-    CallView,
     Decision,
     Signal,
     SignalKind,
@@ -34,12 +30,6 @@ from agentcgroupd.state.session import Session
 
 log = logging.getLogger(__name__)
 
-BURST_BYTES_PER_S = 2 << 30
-"""Recorded agents' tool calls grew by up to 1.7 GB/s (arXiv 2602.09345), which is what a core can
-touch; so many calls may do so at once as there are cores."""
-CORES = min(8, os.cpu_count() or 1)
-"""More than eight together touch little more than eight do."""
-CALM_INTERVAL_S = 0.25
 IDLE_INTERVAL_S = 1.0
 DRY_SAID_USEC = 10_000_000
 """What a dry run would do is told once in this time for each subject, not with each decision."""
@@ -81,6 +71,7 @@ class GuardLoop:
         self.holds_back = False
         """Whether something was done that is to be undone in time."""
         self.policy = policy
+        self._schedule = self._schedule_of(policy)
         self.state = State()
         self.applied = 0
         """Decisions that were applied so far."""
@@ -103,12 +94,16 @@ class GuardLoop:
     @property
     def mark_bytes(self) -> tuple[int, int]:
         """Use of the pool at which to decide at once, and below which that is over."""
-        return marks(self.policy, self._limit)
+        return self._schedule.mark_bytes, self._schedule.resume_bytes
+
+    def _schedule_of(self, policy: Policy) -> Schedule:
+        return Schedule(policy, self._limit, self._config.tick / 1e6, os.cpu_count() or 1)
 
     def change_policy(self, policy: Policy) -> None:
         """Decide by another policy from now on; what was done under the old one is judged by it at
         once."""
         self.policy = policy
+        self._schedule = self._schedule_of(policy)
         for mark in self._marks:
             try:
                 mark.move(*self.mark_bytes)
@@ -126,7 +121,7 @@ class GuardLoop:
         """Sample soon: the next sample may have been put off because no call was open."""
         if self._timer is None:
             return
-        soon = self._loop.time() + max(self._least_s, self._open_interval_s())
+        soon = self._loop.time() + max(self._least_s, self._interval_s())
         if self._timer.when() > soon:
             self._timer.cancel()
             self._timer = self._loop.call_at(soon, self._tick)
@@ -144,20 +139,16 @@ class GuardLoop:
         interval = IDLE_INTERVAL_S
         try:
             self._decide(signal)
-            interval = self._open_interval_s() if self._calls.open else CALM_INTERVAL_S
+            interval = self._interval_s()
         except KnobError as error:
             log.error("the pool cannot be read: %s", error)
         finally:
-            self._least_s = 4 * (self._loop.time() - started)
+            self._least_s = rest_s(self._loop.time() - started)
             self._timer = self._loop.call_later(max(interval, self._least_s), self._tick)
 
-    def _open_interval_s(self) -> float:
-        """Until the next sample, while calls are open."""
-        calls = max(1, min(len(self._calls.open), CORES))
-        stop = self._limit - self.mark_bytes[0]
-        left = self._free_bytes - stop - claim_bytes(self.policy, self._limit)
-        until_s = left / (BURST_BYTES_PER_S * calls)
-        return max(self._config.tick / 1e6, min(CALM_INTERVAL_S, until_s / 2))
+    def _interval_s(self) -> float:
+        """Seconds until the next sample."""
+        return self._schedule.interval_s(self._free_bytes, len(self._calls.open))
 
     def _decide(self, signal: Signal) -> None:
         """Sample, decide and apply once; where the pool is calm and nothing is to be undone, only
@@ -166,7 +157,7 @@ class GuardLoop:
         for mark in self._marks:
             mark.sampled(usage)
         self._free_bytes = free = self._limit - usage
-        calm = free > attention_bytes(self.policy, self._limit) and signal is TICK
+        calm = self._schedule.is_calm(free, signal)
         if calm and not self.holds_back and not self._waits():
             return
         snapshot = self._sampler.sample(usage)
@@ -174,8 +165,7 @@ class GuardLoop:
         self.state = outcome.state
         for decision in outcome.decisions:
             self._apply(decision, snapshot.now_usec)
-        # What was done is to be undone in time, however calm it gets.
-        self.holds_back = bool(outcome.decisions) or _holds_back(snapshot)
+        self.holds_back = holds_back(snapshot, outcome.decisions)
         self._on_sample(snapshot)
 
     def _apply(self, decision: Decision, now_usec: int) -> None:
@@ -244,17 +234,3 @@ class GuardLoop:
         self._actions.notices.dry_run(
             decision.action.value, decision.subject, decision.ruleset, decision.why
         )
-
-
-def _holds_back(snapshot: Snapshot) -> bool:
-    """Whether a call or a session is not as it would be without the guard."""
-    return any(session.slowed for session in snapshot.sessions) or any(
-        _is_held(call) for call in snapshot.calls
-    )
-
-
-def _is_held(call: CallView) -> bool:
-    frozen = call.frozen_for_usec is not None
-    denied = call.denied_growth_bytes is not None
-    throttled = call.throttled_growth_bytes is not None
-    return frozen or denied or throttled

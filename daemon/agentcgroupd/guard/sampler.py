@@ -16,6 +16,7 @@ from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import BpfError, KnobError
+from agentcgroupd.policy.growth import Growth
 from agentcgroupd.policy.headroom import GROWING_BYTES_PER_S
 from agentcgroupd.policy.snapshot import CallView, Host, SessionView, Snapshot
 from agentcgroupd.sessions.pool import Pool
@@ -26,39 +27,8 @@ log = logging.getLogger(__name__)
 CACHE_MATTERS_SHARE = 0.3
 """Share of the pool: while more than this is free, nobody asks how much of its use is file
 cache."""
-APART_USEC = 2_000
-"""Samples closer together than this say nothing of growth: memory is charged in batches."""
 STALL_APART_USEC = 50_000
 """The share of time stalled is taken over at least this long."""
-FADE = 0.7
-"""Part of the growth seen last that is kept from one sample to the next, when it ends."""
-
-
-class Growth:
-    """Growth in bytes a second since the last sample, by key; it falls off over a few samples after
-    it has ended."""
-
-    def __init__(self) -> None:
-        self._before: dict[str, tuple[int, int]] = {}
-        self._rate: dict[str, float] = {}
-
-    def of(self, key: str, now_usec: int, value: int, since_usec: int | None = None) -> float:
-        """The growth of what `key` stands for, which holds `value` bytes now. `since_usec`: for the
-        first sample, when it held nothing; None: it counts from this sample on."""
-        first = (now_usec, value) if since_usec is None else (since_usec, 0)
-        then, before = self._before.get(key, first)
-        if now_usec - then < APART_USEC and key in self._before:
-            return self._rate.get(key, 0.0)
-        self._before[key] = (now_usec, value)
-        fresh = (value - before) * 1e6 / (now_usec - then) if now_usec > then else 0.0
-        self._rate[key] = max(fresh, self._rate.get(key, 0.0) * FADE)
-        return self._rate[key]
-
-    def keep(self, keys: set[str]) -> None:
-        """Forget all others."""
-        for gone in self._before.keys() - keys:
-            del self._before[gone]
-            self._rate.pop(gone, None)
 
 
 class HostSource(Protocol):

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from agentcgroupd.config import GuardConfig
-from agentcgroupd.guard.loop import CALM_INTERVAL_S, GuardLoop
+from agentcgroupd.guard.loop import GuardLoop
+from agentcgroupd.policy.schedule import CALM_INTERVAL_S
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import Snapshot
 
