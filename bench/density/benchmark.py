@@ -29,7 +29,7 @@ from typing import Any
 from agentcgroup_lab.replay.backends import ReplayError
 from agentcgroup_lab.simulate.plans import Profile, find_recordings, load_profiles
 from agentcgroup_lab.simulate.run import Setup, reserved, simulate
-from agentcgroup_lab.simulate.types import Kernel, Strategy
+from agentcgroup_lab.simulate.types import KernelModel, Strategy
 from agentcgroup_lab.trace.plan import Options
 from agentcgroupd.errors import AgentcgroupdError
 from agentcgroupd.policy.load import load_policy
@@ -78,9 +78,14 @@ def carries(
 ) -> tuple[bool, dict[str, Any]]:
     """Whether so many sessions get through, and how."""
     setup = Setup(
-        case.pool_bytes, sessions, seed=seed, strategy=case.strategy, duration_s=duration_s,
-        kernel=Kernel(zram_ratio=case.zram_ratio, cold_share=case.cold_share), until_killed=True,
-    )  # fmt: skip
+        case.pool_bytes,
+        sessions,
+        seed=seed,
+        strategy=case.strategy,
+        duration_s=duration_s,
+        kernel=KernelModel(zram_ratio=case.zram_ratio, cold_share=case.cold_share),
+        until_killed=True,
+    )
     result = simulate(load_policy(policy).policy, _profiles(paths), setup)
     killed = result.calls_killed + result.calls_oom + result.sessions_lost
     return killed == 0 and result.important.most <= DELAY_MOST, result.to_json()

@@ -13,7 +13,7 @@ from typing import Any
 from agentcgroup_lab.replay import engine
 from agentcgroup_lab.replay.result import StrategyResult
 from agentcgroup_lab.simulate.plans import compile_plan
-from agentcgroup_lab.simulate.run import Result, Session, Setup, simulate_once
+from agentcgroup_lab.simulate.run import Result, Setup, SimulatedSession, simulate_once
 from agentcgroup_lab.trace import format as trace_format
 from agentcgroup_lab.trace import plan
 from agentcgroupd.policy.load import load_policy
@@ -85,10 +85,10 @@ def _simulated(
     """The same sessions, each begun when it was in a replay: starting many takes a machine a while.
     `beside_bytes`: what a session holds more, or less, than its plan says."""
     began_s = {session.id: session.began_s for session in begun.sessions}
-    sessions = [
-        Session(compile_plan(_with(spec.plan, beside_bytes)), spec.important, began_s[spec.id])
-        for spec in specs
-    ]
+    sessions = []
+    for spec in specs:
+        profile = compile_plan(_with(spec.plan, beside_bytes))
+        sessions.append(SimulatedSession(profile, spec.important, began_s[spec.id]))
     return simulate_once(policy, sessions, Setup(pool_bytes, len(specs)))
 
 

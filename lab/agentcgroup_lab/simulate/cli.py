@@ -88,14 +88,6 @@ def _strategies(text: str) -> tuple[str, ...]:
     return chosen
 
 
-def add_simulate_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command `simulate` to those of `agentcg policy`."""
-    summary = "Simulate recorded agents under a policy, without a kernel."
-    parser = subparsers.add_parser("simulate", help=summary, description=summary)
-    add_simulate_arguments(parser)
-    parser.set_defaults(run=run_simulate)
-
-
 def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `agentcg policy simulate`."""
     add = parser.add_argument
@@ -214,9 +206,9 @@ def _inputs(args: argparse.Namespace) -> tuple[Policy, list[Profile]]:
 
 
 def _setup(args: argparse.Namespace, strategy: Any, sessions: int) -> Setup:
-    from agentcgroup_lab.simulate.guard import Looks
+    from agentcgroup_lab.simulate.guard import Sampling
     from agentcgroup_lab.simulate.run import Setup
-    from agentcgroup_lab.simulate.types import Kernel
+    from agentcgroup_lab.simulate.types import KernelModel
 
     return Setup(
         pool_bytes=args.pool,
@@ -226,8 +218,8 @@ def _setup(args: argparse.Namespace, strategy: Any, sessions: int) -> Setup:
         duration_s=args.duration,
         spread=args.spread,
         important_share=args.important,
-        kernel=Kernel(zram_ratio=args.zram, cold_share=args.cold),
-        looks=Looks(signals=not args.no_signals),
+        kernel=KernelModel(zram_ratio=args.zram, cold_share=args.cold),
+        sampling=Sampling(signals=not args.no_signals),
         can_deny=args.deny,
     )
 

@@ -8,17 +8,17 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import count
 
-from agentcgroup_lab.simulate.types import Call, Kernel, Lane
+from agentcgroup_lab.simulate.types import KernelModel, Lane, SimulatedCall
 
 INFINITY = float("inf")
 SAMPLES = 200
 """Steps of the histogram of use, over twice the pool's limit."""
 
 
-class Pool:
+class SimulatedPool:
     """Time, what the pool holds, and how what is cold leaves and comes back."""
 
-    def __init__(self, kernel: Kernel, limit_bytes: int) -> None:
+    def __init__(self, kernel: KernelModel, limit_bytes: int) -> None:
         self.kernel, self.limit = kernel, float(limit_bytes)
         self.now = 0.0
         self.usage = self.slope = self.swapped = 0.0
@@ -31,7 +31,7 @@ class Pool:
         """Use at which `mark_passed` is called."""
         self.mark_passed: Callable[[], None] = lambda: None
         self.quiet_pct = kernel.agent_works_pct
-        """Whoever looks takes an agent that burns less of a core for one that waits."""
+        """Percent of a core: an agent that burns less is taken for one that waits."""
         self._heap: list[tuple[float, int, Callable[..., None], object, int]] = []
         self._order = count()
         self._over = False
@@ -41,11 +41,11 @@ class Pool:
         raise NotImplementedError
 
     def at(self, time_s: float, run: Callable[..., None], what: object, version: int) -> None:
-        """`run(what, version)` at that time."""
+        """Have `run(what, version)` called at that time."""
         heapq.heappush(self._heap, (time_s, next(self._order), run, what, version))
 
     def run(self, until_s: float, progress: Callable[[float], None]) -> None:
-        """Until that time, or until nothing happens any more."""
+        """Follow all events until that time, or until nothing happens any more."""
         heap = self._heap
         told = 0
         while heap and not self._over:
@@ -66,17 +66,17 @@ class Pool:
             self.advance(max(until_s, self.now))
 
     def finish(self) -> None:
-        """Nothing more is to happen."""
+        """End the simulation: nothing more is to happen."""
         self._over = True
 
     def measure(self, _: object, version: int) -> None:
-        """What the pool's use was before does not count."""
+        """Begin to measure the pool's use: what it was before does not count."""
         del version
         self.area, self.measured_from_s = 0.0, self.now
         self.histogram = [0.0] * SAMPLES
 
     def use_quantile(self, share: float) -> float:
-        """Of the pool: what its use stayed below for this part of the time."""
+        """Part of the pool that its use stayed below for this part of the time."""
         left = sum(self.histogram) * share
         for place, length_s in enumerate(self.histogram):
             left -= length_s
@@ -113,7 +113,7 @@ class Pool:
             self.usage += grown
             self.now = time_s
 
-    def sync(self, call: Call) -> None:
+    def sync(self, call: SimulatedCall) -> None:
         """Bring what a call holds up to now."""
         passed = (self.now - call.since_s) * call.speed
         call.since_s = self.now
@@ -127,7 +127,7 @@ class Pool:
                 call.swapped_bytes += grown
                 self.swapped += grown
 
-    def slope_of(self, call: Call) -> float:
+    def slope_of(self, call: SimulatedCall) -> float:
         rate = call.segment.rate * call.speed
         return rate * self.kept if call.capped else rate
 
@@ -136,8 +136,9 @@ class Pool:
         """What zram still takes in."""
         return self.kernel.zram_size * self.limit - self.swapped if self.kernel.zram_ratio else 0.0
 
-    def resize(self, call: Call, new_bytes: float) -> None:
-        """Memory that is given back at once, or taken too fast to be seen growing."""
+    def resize(self, call: SimulatedCall, new_bytes: float) -> None:
+        """Give memory back at once, or take it too fast to be seen growing."""
+        call.peak_bytes = max(call.peak_bytes, call.resident_bytes)
         out = min(call.swapped_bytes, new_bytes)
         self.usage += (new_bytes - out) - call.resident_bytes
         self.usage += (out - call.swapped_bytes) * self.kept
@@ -153,7 +154,7 @@ class Pool:
         lane.agent_bytes, lane.agent_swapped = new_bytes, out
 
     def wake(self, lane: Lane) -> None:
-        """The agent works: what it touches comes back, and takes its time."""
+        """Let the agent work: what it touches comes back, and takes its time."""
         back = lane.agent_swapped - lane.agent_bytes * self.kernel.cold_share
         if back <= 0.0:
             return
@@ -174,12 +175,13 @@ class Pool:
         self.usage -= amount * (1.0 - self.kept)
         return amount
 
-    def reclaim_call(self, call: Call, amount: float) -> float:
-        """The same from a paused call."""
+    def reclaim_call(self, call: SimulatedCall, amount: float) -> float:
+        """Take memory from a paused call; returns what went."""
         most = call.held_bytes * self.kernel.reclaimable_share - call.swapped_bytes
         amount = min(amount, most, self.swap_free)
         if amount <= 0.0:
             return 0.0
+        call.peak_bytes = max(call.peak_bytes, call.resident_bytes)
         call.swapped_bytes += amount
         call.view = None
         self.swapped += amount

@@ -21,7 +21,8 @@ What is assumed, where it comes from, and what it leaves out:
   call half comes back when it goes on.
 - A call whose growth is denied fails at its next growth; its agent goes on, as after a kill.
 - No call says what it expects, and none waits in the queue.
-- The guard looks as the real one does, see `simulate_guard`.
+- The pool is sampled by the daemon's own schedule, and what ended calls took is remembered by the
+  daemon's own code; what a sample costs is assumed (`simulate.guard`).
 """
 
 from __future__ import annotations
@@ -29,18 +30,19 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from agentcgroup_lab.simulate.guard import Guard, Looks
+from agentcgroup_lab.simulate.guard import Sampling, SimulatedGuard
 from agentcgroup_lab.simulate.plans import Profile
 from agentcgroup_lab.simulate.pool import INFINITY
-from agentcgroup_lab.simulate.types import Kernel, Lane, Strategy
+from agentcgroup_lab.simulate.types import KernelModel, Lane, Strategy
 from agentcgroup_lab.simulate.world import World
 from agentcgroupd.policy.schema import Policy
-from agentcgroupd.units import IMPORTANT_PRIORITY, PRIORITY_WORDS
+from agentcgroupd.units import PRIORITY_WORDS
 
+IMPORTANT_PRIORITY = PRIORITY_WORDS["important"]
 NORMAL_PRIORITY = PRIORITY_WORDS["normal"]
 STRATEGIES: tuple[Strategy, ...] = ("ours", "none", "static", "reserve")
 AGAIN_S = 1.0
@@ -48,7 +50,7 @@ AGAIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class SimulatedSession:
     """One session to simulate once."""
 
     profile: Profile
@@ -74,8 +76,8 @@ class Setup:
     spread: float = 1.0
     """Each begins at a random point within this part of its recording."""
     important_share: float = 0.1
-    kernel: Kernel = field(default_factory=Kernel)
-    looks: Looks = field(default_factory=Looks)
+    kernel: KernelModel = field(default_factory=KernelModel)
+    sampling: Sampling = field(default_factory=Sampling)
     can_deny: bool = False
     until_killed: bool = False
     """End with the first call that is killed."""
@@ -83,7 +85,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Delay:
-    """How much longer sessions took than undisturbed: 1.0 is not at all.."""
+    """How many times as long sessions took as undisturbed."""
 
     sessions: int
     p50: float
@@ -126,17 +128,17 @@ class Result:
     paused_share: float
     """Of all sessions' time, in which a call of theirs was paused."""
     actions: dict[str, int]
-    looks: int
+    samples: int
+    """How often the guard asked the engine."""
     kernel_reclaims: int
     took_s: float
 
     @property
     def calls_survived(self) -> float:
         """Part of all ended calls that nobody killed."""
+        survived = self.calls_finished + self.calls_denied
         killed = self.calls_killed + self.calls_oom
-        return (self.calls_finished + self.calls_denied) / max(
-            1, self.calls_finished + self.calls_denied + killed
-        )
+        return survived / max(1, survived + killed)
 
     @property
     def sessions_survived(self) -> float:
@@ -144,9 +146,12 @@ class Result:
         return 1.0 - self.sessions_hit / max(1, self.sessions_begun)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return {**asdict(self), "calls_survived": self.calls_survived,
-                "sessions_survived": self.sessions_survived}  # fmt: skip
+        """Plain values by name, the derived ones included."""
+        derived = {
+            "calls_survived": self.calls_survived,
+            "sessions_survived": self.sessions_survived,
+        }
+        return {**asdict(self), **derived}
 
 
 def reserved(pool_bytes: int, profiles: Sequence[Profile]) -> int:
@@ -167,7 +172,7 @@ class _Slots:
         self._queue: list[Lane] = []
 
     def pick(self) -> Profile:
-        """All once in a random order, then again."""
+        """Return the next recording: all once in a random order, then again."""
         profile = self._order[self._next % len(self._order)]
         self._next += 1
         return profile
@@ -181,7 +186,7 @@ class _Slots:
         self._queue = list(lanes[at_once:])
 
     def follow(self, lane: Lane) -> None:
-        """The next session: of the one that has waited longest, or of this lane again."""
+        """Begin the next session: on the lane that has waited longest, or on this one again."""
         if self._queue:
             self._queue.append(lane)
             lane.state = "waits"
@@ -203,8 +208,8 @@ def simulate(
     setup: Setup,
     progress: Callable[[float], None] = lambda at_s: None,
 ) -> Result:
-    """`setup.sessions` sessions of these recordings on one pool. The same arguments give the same
-    result, but for `took_s`. `progress` is told the simulated time."""
+    """Run `setup.sessions` sessions of these recordings on one pool. The same arguments give the
+    same result, but for `took_s`. `progress` is told the simulated time."""
     world = World(setup.kernel, setup.pool_bytes, setup.strategy, setup.sessions)
     choice = random.Random(f"{setup.seed}/important")
     count = max(1, round(setup.important_share * setup.sessions)) if setup.important_share else 0
@@ -222,11 +227,11 @@ def simulate(
 
 def simulate_once(
     policy: Policy,
-    sessions: Sequence[Session],
+    sessions: Sequence[SimulatedSession],
     setup: Setup,
     progress: Callable[[float], None] = lambda at_s: None,
 ) -> Result:
-    """These very sessions, each once and whole, until the last has ended."""
+    """Run these very sessions, each once and whole, until the last has ended."""
     world = World(setup.kernel, setup.pool_bytes, setup.strategy, len(sessions))
     world.lanes = [_lane(index, one.important) for index, one in enumerate(sessions)]
     guard = _guard(world, policy, setup)
@@ -253,16 +258,20 @@ def _lane(index: int, important: bool) -> Lane:
     return Lane(f"s{index + 1}", priority, important)
 
 
-def _guard(world: World, policy: Policy, setup: Setup) -> Guard | None:
+def _guard(world: World, policy: Policy, setup: Setup) -> SimulatedGuard | None:
     if setup.strategy != "ours":
         return None
-    return Guard(world, policy, setup.looks, setup.can_deny)
+    return SimulatedGuard(world, policy, setup.sampling, setup.can_deny)
 
 
 def _run(
-    world: World, guard: Guard | None, policy: Policy, setup: Setup, until_s: float,
+    world: World,
+    guard: SimulatedGuard | None,
+    policy: Policy,
+    setup: Setup,
+    until_s: float,
     progress: Callable[[float], None],
-) -> Result:  # fmt: skip
+) -> Result:
     started = time.perf_counter()
     if setup.until_killed:
         world.hit = world.finish
@@ -270,42 +279,59 @@ def _run(
     took_s = time.perf_counter() - started
     world.settle()
     counts, seconds = world.counts, max(world.now, 1e-9)
-    important = [late for known, late, _ in world.delays if known]
-    late = {**_quantiles("", [late for _, late, _ in world.delays]),
-            **_quantiles("important_", important)}  # fmt: skip
+    measured_s = max(1e-9, seconds - world.measured_from_s)
     spent_s = sum(lane.spent_s for lane in world.lanes)
+    everyone_late = [late_s for _, late_s, _ in world.delays]
+    important_late = [late_s for important, late_s, _ in world.delays if important]
     return Result(
-        strategy=setup.strategy, policy=policy.name, pool_bytes=setup.pool_bytes,
-        sessions=len(world.lanes), seed=setup.seed, seconds=seconds,
-        calls_finished=counts["finished"], calls_killed=counts["killed"], calls_oom=counts["oom"],
-        calls_denied=counts["denied"], sessions_s=spent_s,
+        strategy=setup.strategy,
+        policy=policy.name,
+        pool_bytes=setup.pool_bytes,
+        sessions=len(world.lanes),
+        seed=setup.seed,
+        seconds=seconds,
+        calls_finished=counts["finished"],
+        calls_killed=counts["killed"],
+        calls_oom=counts["oom"],
+        calls_denied=counts["denied"],
+        sessions_s=spent_s,
         sessions_begun=counts["sessions"],
-        sessions_lost=counts["sessions_lost"], sessions_hit=counts["sessions_hit"],
+        sessions_lost=counts["sessions_lost"],
+        sessions_hit=counts["sessions_hit"],
         work_lost_s=counts["work_lost_usec"] / 1e6,
         important=_delay([lane for lane in world.lanes if lane.important]),
-        everyone=_delay(world.lanes), call_late_s=late,
-        use_mean=world.area / max(1e-9, seconds - world.measured_from_s) / world.limit,
-         use_p95=world.use_quantile(0.95),
+        everyone=_delay(world.lanes),
+        call_late_s=_quantiles("", everyone_late) | _quantiles("important_", important_late),
+        use_mean=world.area / measured_s / world.limit,
+        use_p95=world.use_quantile(0.95),
         paused_share=counts["paused_usec"] / 1e6 / max(spent_s, 1e-9),
-        actions={name.removeprefix("action_"): n for name, n in sorted(counts.items())
-                 if name.startswith("action_")},
-        looks=guard.looks if guard else 0, kernel_reclaims=counts["kernel_reclaims"],
+        actions=_actions(counts),
+        samples=guard.samples if guard else 0,
+        kernel_reclaims=counts["kernel_reclaims"],
         took_s=round(took_s, 3),
-    )  # fmt: skip
+    )
+
+
+def _actions(counts: Mapping[str, int]) -> dict[str, int]:
+    """How often each action was taken, by its name."""
+    taken = {name: count for name, count in sorted(counts.items()) if name.startswith("action_")}
+    return {name.removeprefix("action_"): count for name, count in taken.items()}
 
 
 def _delay(lanes: Sequence[Lane]) -> Delay:
     ratios = sorted(lane.spent_s / lane.done_s for lane in lanes if lane.done_s > 1.0)
     if not ratios:
         return Delay(0, 1.0, 1.0, 1.0)
+    p50 = statistics.median(ratios)
     p95 = ratios[min(len(ratios) - 1, int(0.95 * len(ratios)))]
-    return Delay(len(ratios), round(statistics.median(ratios), 5), round(p95, 5),
-                 round(ratios[-1], 5))  # fmt: skip
+    return Delay(len(ratios), round(p50, 5), round(p95, 5), round(ratios[-1], 5))
+
+
+_QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "most": 1.0}
 
 
 def _quantiles(prefix: str, values: Sequence[float]) -> dict[str, float]:
     ordered = sorted(values) or [0.0]
     last = len(ordered) - 1
-    shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "most": 1.0}
-    return {f"{prefix}{name}": round(ordered[min(last, int(share * len(ordered)))], 4)
-            for name, share in shares.items()}  # fmt: skip
+    places = {name: min(last, int(share * len(ordered))) for name, share in _QUANTILES.items()}
+    return {f"{prefix}{name}": round(ordered[place], 4) for name, place in places.items()}

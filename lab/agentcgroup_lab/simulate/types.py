@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from agentcgroup_lab.simulate.plans import Profile, Segment, Shape
@@ -12,7 +12,7 @@ Strategy = Literal["ours", "none", "static", "reserve"]
 
 
 @dataclass(frozen=True, slots=True)
-class Kernel:
+class KernelModel:
     """What is assumed of the kernel and of agents; `simulate` says where the numbers are from."""
 
     zram_ratio: float | None = None
@@ -32,90 +32,86 @@ class Kernel:
     """An agent that burns as much of a core touches what it uses."""
 
 
-class Call:
+@dataclass(slots=True, eq=False)
+class SimulatedCall:
     """One running call."""
 
-    __slots__ = (
-        "began_s",
-        "capped",
-        "cpu_s",
-        "denied_bytes",
-        "frozen_at_s",
-        "grew_s",
-        "growth",
-        "held_bytes",
-        "id",
-        "lane",
-        "left_s",
-        "paused_s",
-        "position",
-        "seen_bytes",
-        "seen_s",
-        "segment",
-        "shape",
-        "since_s",
-        "speed",
-        "swapped_bytes",
-        "throttled_bytes",
-        "version",
-        "view",
-    )  # fmt: skip
-
-    def __init__(self, name: str, lane: Lane, shape: Shape, now_s: float) -> None:
-        self.id, self.lane, self.shape = name, lane, shape
-        self.began_s = self.since_s = self.seen_s = now_s
-        self.position = 0
-        self.segment: Segment = shape.segments[0]
-        self.left_s = self.segment.duration_s
-        self.held_bytes = self.swapped_bytes = self.seen_bytes = 0.0
-        self.grew_s = -1e9
-        self.speed = self.growth = self.cpu_s = self.paused_s = 0.0
-        self.version = 0
-        self.capped = False
-        """What it takes goes to zram."""
-        self.frozen_at_s: float | None = None
-        self.denied_bytes: float | None = None
-        self.throttled_bytes: float | None = None
-        self.view: CallView | None = None
+    id: str
+    lane: Lane
+    shape: Shape
+    began_s: float
+    segment: Segment
+    left_s: float
+    """Until the segment's end, at full speed."""
+    since_s: float
+    """When its memory and its work were last brought up to date."""
+    position: int = 0
+    """Of the segment in the shape."""
+    held_bytes: float = 0.0
+    swapped_bytes: float = 0.0
+    peak_bytes: float = 0.0
+    """The most that was resident so far, as its memory.peak says."""
+    speed: float = 0.0
+    cpu_s: float = 0.0
+    paused_s: float = 0.0
+    """Over all pauses that have ended."""
+    version: int = 0
+    capped: bool = False
+    """What it takes goes to zram."""
+    frozen_at_s: float | None = None
+    denied_bytes: float | None = None
+    """What was resident when its growth was denied."""
+    throttled_bytes: float | None = None
+    """What was resident when it was throttled."""
+    grew_usec: int = -(1 << 62)
+    view: CallView | None = None
+    """How the guard sees it, while nothing of it changes."""
 
     @property
     def resident_bytes(self) -> float:
-        """As its memory.current says."""
+        """Bytes that its memory.current shows."""
         return self.held_bytes - self.swapped_bytes
 
 
+@dataclass(slots=True, eq=False)
 class Lane:
     """One session at a time; where it repeats, another recording follows."""
 
-    __slots__ = (
-        "active_s", "agent_bytes", "agent_pct", "agent_swapped", "at_s", "begun_s", "calls",
-        "done_s", "ended_s", "hit", "id", "important", "last_end_s", "lost", "next_call",
-        "next_step", "open", "planned_s", "priority", "profile", "reclaimed_s", "refault_bytes",
-        "refault_s", "since_s", "slowed", "spent_s", "state", "version",
-    )  # fmt: skip
-
-    def __init__(self, name: str, priority: int, important: bool) -> None:
-        self.id, self.priority, self.important = name, priority, important
-        self.profile: Profile | None = None
-        self.at_s = self.since_s = self.last_end_s = self.begun_s = 0.0
-        self.open: dict[Call, float] = {}
-        """Calls that the agent waits for: their planned end."""
-        self.calls: set[Call] = set()
-        self.next_call = self.next_step = self.version = 0
-        self.agent_bytes = self.agent_swapped = self.agent_pct = 0.0
-        self.active_s = self.refault_s = self.refault_bytes = 0.0
-        self.reclaimed_s: float | None = None
-        self.slowed = False
-        self.hit = False
-        """A call of it was killed, or itself."""
-        self.done_s = self.spent_s = 0.0
-        """Plan time advanced, and real time, over all its sessions."""
-        self.planned_s = 0.0
-        self.ended_s: float | None = None
-        self.lost = 0
-        self.state: Literal["waits", "runs", "over"] = "waits"
+    id: str
+    priority: int
+    important: bool
+    profile: Profile | None = None
+    at_s: float = 0.0
+    """Plan time."""
+    since_s: float = 0.0
+    """When plan time was last brought up to date."""
+    begun_s: float = 0.0
+    last_end_s: float = 0.0
+    """Planned end of the latest call that has ended."""
+    open: dict[SimulatedCall, float] = field(default_factory=dict)
+    """Calls that the agent waits for, and their planned ends."""
+    calls: set[SimulatedCall] = field(default_factory=set)
+    next_call: int = 0
+    next_step: int = 0
+    version: int = 0
+    agent_bytes: float = 0.0
+    agent_swapped: float = 0.0
+    agent_pct: float = 0.0
+    active_s: float = 0.0
+    """When its agent last worked or a call of it began or ended."""
+    refault_s: float = 0.0
+    refault_bytes: float = 0.0
+    reclaimed_s: float | None = None
+    slowed: bool = False
+    hit: bool = False
+    """Whether a call of it was killed, or its agent."""
+    done_s: float = 0.0
+    """Plan time advanced over all its sessions."""
+    spent_s: float = 0.0
+    """Real time over all its sessions."""
+    state: Literal["waits", "runs", "over"] = "waits"
 
     @property
     def agent_resident(self) -> float:
-        """As its agent leaf's memory.current says."""
+        """Bytes that its agent leaf's memory.current shows."""
         return self.agent_bytes - self.agent_swapped

@@ -11,27 +11,30 @@ from collections.abc import Callable
 from itertools import count
 
 from agentcgroup_lab.simulate.plans import Profile, Segment, Shape
-from agentcgroup_lab.simulate.pool import INFINITY, Pool
-from agentcgroup_lab.simulate.types import Call, Kernel, Lane, Strategy
+from agentcgroup_lab.simulate.pool import INFINITY, SimulatedPool
+from agentcgroup_lab.simulate.types import KernelModel, Lane, SimulatedCall, Strategy
 from agentcgroupd.enforce.limits import AGENT_OOM_SCORE_ADJ, oom_score_adj
+from agentcgroupd.policy.learning import Peaks
 
 EPSILON_S = 1e-6
 
 
-class World(Pool):
+class World(SimulatedPool):
     """All sessions on the pool."""
 
-    def __init__(self, kernel: Kernel, limit_bytes: int, strategy: Strategy, lanes: int) -> None:
+    def __init__(
+        self, kernel: KernelModel, limit_bytes: int, strategy: Strategy, lanes: int
+    ) -> None:
         super().__init__(kernel, limit_bytes)
         self.strategy = strategy
         self.share = self.limit / max(1, lanes)
-        """Of a session, under a static split."""
-        self.calls: dict[Call, None] = {}
+        """Bytes of one session under a static split."""
+        self.calls: dict[SimulatedCall, None] = {}
         self.lanes: list[Lane] = []
-        self.peaks: list[float] = []
-        """What ended calls held at most, for whoever looks; emptied by it."""
+        self.peaks = Peaks()
+        """What ended calls held at most, as the daemon remembers it."""
         self.delays: list[tuple[bool, float, float]] = []
-        """Of each ended call: important, seconds late, seconds paused."""
+        """For each finished call: whether it was important, seconds late, seconds paused."""
         self.call_ended: Callable[[], None] = lambda: None
         self.call_began: Callable[[], None] = lambda: None
         self.follow: Callable[[Lane], None] = lambda lane: None
@@ -41,7 +44,7 @@ class World(Pool):
         self._ids = count(1)
 
     def settle(self) -> None:
-        """At the end: count what sessions and pauses had so far."""
+        """Count, at the end, what sessions and pauses had so far."""
         for call in self.calls:
             if call.frozen_at_s is not None:
                 self.counts["paused_usec"] += int((self.now - call.frozen_at_s) * 1e6)
@@ -51,8 +54,8 @@ class World(Pool):
                 lane.spent_s += self.now - lane.begun_s
                 self.counts["sessions_hit"] += lane.hit
 
-    def set_pace(self, call: Call) -> None:
-        """After anything that changes how a call goes on: its speed, and when it is done."""
+    def set_pace(self, call: SimulatedCall) -> None:
+        """Set a call's speed, and when it is done, after anything that changes how it goes on."""
         self.sync(call)
         self.slope -= self.slope_of(call)
         rate = call.segment.rate
@@ -71,7 +74,7 @@ class World(Pool):
         if call.speed > 0.0:
             self.at(self.now + max(0.0, call.left_s) / call.speed, self._step, call, call.version)
 
-    def _step(self, call: Call, version: int) -> None:
+    def _step(self, call: SimulatedCall, version: int) -> None:
         """The call's next segment, or its end."""
         if call.version != version:
             return
@@ -81,7 +84,7 @@ class World(Pool):
             return
         self._enter(call, call.position + 1)
 
-    def _enter(self, call: Call, position: int) -> None:
+    def _enter(self, call: SimulatedCall, position: int) -> None:
         self.slope -= self.slope_of(call)
         call.position = position
         segment = call.segment = call.shape.segments[position]
@@ -95,8 +98,8 @@ class World(Pool):
             return
         self.set_pace(call)
 
-    def _over_share(self, call: Call, segment: Segment) -> bool:
-        """A static split: the session's own limit is reached within this segment."""
+    def _over_share(self, call: SimulatedCall, segment: Segment) -> bool:
+        """Whether the call has died of a static split: its session reached its own limit."""
         lane = call.lane
         held = lane.agent_bytes + sum(c.held_bytes for c in lane.calls)
         if held + segment.rate * segment.duration_s <= self.share:
@@ -106,7 +109,9 @@ class World(Pool):
 
     def start_call(self, lane: Lane, shape: Shape, skip_s: float = 0.0) -> None:
         """Begin a call, at `skip_s` of its plan."""
-        call = Call(f"{lane.id}.{next(self._ids)}", lane, shape, self.now)
+        first = shape.segments[0]
+        name = f"{lane.id}.{next(self._ids)}"
+        call = SimulatedCall(name, lane, shape, self.now, first, first.duration_s, self.now)
         self.calls[call] = None
         lane.calls.add(call)
         lane.active_s = self.now
@@ -127,8 +132,8 @@ class World(Pool):
             self.set_pace(call)
         self.call_began()
 
-    def end_call(self, call: Call, how: str) -> None:
-        """It ends, and all that it held is free."""
+    def end_call(self, call: SimulatedCall, how: str) -> None:
+        """End a call: all that it held is free. `how`: the count that it adds to."""
         self.sync(call)
         lane = call.lane
         if call.frozen_at_s is not None:
@@ -137,12 +142,12 @@ class World(Pool):
         call.speed = 0.0
         call.version += 1
         self.resize(call, 0.0)
+        self.peaks.add(round(call.peak_bytes))
         del self.calls[call]
         lane.calls.discard(call)
         self.counts[how] += 1
         shape = call.shape
         if how == "finished":
-            self.peaks.append(shape.peak_bytes)
             late_s = self.now - call.began_s - shape.duration_s
             self.delays.append((lane.important, late_s, call.paused_s))
         elif how in ("killed", "oom"):
@@ -154,7 +159,7 @@ class World(Pool):
             self._after_call(lane, call)
         self.call_ended()
 
-    def _after_call(self, lane: Lane, call: Call) -> None:
+    def _after_call(self, lane: Lane, call: SimulatedCall) -> None:
         self._move(lane)
         lane.active_s = self.now
         end_s = lane.open.pop(call, None)
@@ -171,7 +176,6 @@ class World(Pool):
         lane.at_s, lane.since_s, lane.begun_s = phase_s, self.now, self.now
         lane.last_end_s = 0.0
         lane.next_call = lane.next_step = 0
-        lane.planned_s = profile.duration_s - phase_s
         lane.agent_swapped = 0.0
         lane.hit = False
         lane.active_s = self.now
@@ -189,28 +193,23 @@ class World(Pool):
             self._plan_next(lane)
 
     def close_session(self, lane: Lane, how: str) -> None:
-        """Its end: `ended`, or `lost` with all its calls."""
+        """End a session. `how`: `ended`, or `lost` with all its calls."""
         self._move(lane)
         lane.state = "over"
         lane.version += 1
         if how == "lost":
-            lane.lost += 1
             lane.hit = True
             for call in [*lane.calls]:
                 self.end_call(call, "oom")
-            assert lane.profile is not None
-            left = len(lane.profile.calls) - lane.next_call
-            self.counts["not_run"] += left
         self.counts["sessions_" + how] += 1
         self.counts["sessions_hit"] += lane.hit
         self.agent_holds(lane, 0.0)
         lane.open.clear()
         lane.spent_s += self.now - lane.begun_s
-        lane.ended_s = self.now
         self.follow(lane)
 
     def _move(self, lane: Lane) -> None:
-        """Plan time goes on to now, or to where a call that still runs should have ended."""
+        """Move plan time on to now, or to where a call that still runs should have ended."""
         passed = self.now - lane.since_s
         if passed > 0.0:
             before_s = lane.at_s
@@ -232,7 +231,7 @@ class World(Pool):
         return profile.duration_s
 
     def _plan_next(self, lane: Lane) -> None:
-        """When something of its plan is next due, if no call holds it up."""
+        """Set the time at which its plan is next due, if no call holds it up."""
         profile = lane.profile
         assert profile is not None
         lane.version += 1
@@ -288,29 +287,28 @@ class World(Pool):
             if self.strategy == "static" and held > self.share:
                 self._kernel_kills([*lane.calls], [lane])
 
-    def go_on(self, call: Call) -> None:
-        """A paused call runs again, once what it touches is back."""
+    def go_on(self, call: SimulatedCall) -> None:
+        """Let a paused call run again once what it touches is back."""
         back = call.swapped_bytes * (1.0 - self.kernel.call_cold_share)
         call.swapped_bytes -= back
         self.swapped -= back
         self.usage += back * (1.0 - self.kept)
         self.at(self.now + back * self.kernel.page_in_s_per_byte, self._resume, call, call.version)
 
-    def _resume(self, call: Call, version: int) -> None:
+    def _resume(self, call: SimulatedCall, version: int) -> None:
         if call.version == version and call.frozen_at_s is not None and call in self.calls:
             call.paused_s += self.now - call.frozen_at_s
             call.frozen_at_s = None
             self.set_pace(call)
 
     def relieve(self) -> None:
-        """The pool is at its limit: the kernel reclaims what is cold if it can, else it kills."""
+        """Act as the kernel at the pool's limit: reclaim what is cold if possible, else kill."""
         self.usage = max(self.usage, self.limit)
         if self.kernel.zram_ratio:
             wanted = 0.01 * self.limit
-            idle = sorted((x for x in self.lanes if x.state == "runs" and not x.calls),
-                          key=lambda x: x.active_s)  # fmt: skip
+            idle = [lane for lane in self.lanes if lane.state == "runs" and not lane.calls]
             freed = 0.0
-            for lane in idle:
+            for lane in sorted(idle, key=lambda lane: lane.active_s):
                 freed += self.reclaim_agent(lane, INFINITY) * (1.0 - self.kept)
                 if freed >= wanted:
                     break
@@ -321,14 +319,15 @@ class World(Pool):
             if not self._kernel_kills([*self.calls], self.lanes):
                 return
 
-    def _kernel_kills(self, calls: list[Call], lanes: list[Lane]) -> bool:
-        """mm/oom_kill.c: oom_badness: what a task holds, and its adjustment in thousandths of the
-        limit, which our calls and agents have."""
+    def _kernel_kills(self, calls: list[SimulatedCall], lanes: list[Lane]) -> bool:
+        """Kill as oom_badness() of mm/oom_kill.c chooses: by what a task holds, and by its
+        adjustment in thousandths of the limit, which calls and agents of the daemon have. Returns
+        whether there was anything to kill."""
         for call in calls:
             self.sync(call)
         ours = self.strategy == "ours"
 
-        def badness(call: Call) -> tuple[float, str]:
+        def badness(call: SimulatedCall) -> tuple[float, str]:
             adjust = oom_score_adj(call.lane.priority) - AGENT_OOM_SCORE_ADJ if ours else 0
             return call.resident_bytes + adjust / 1000 * self.limit, call.id
 

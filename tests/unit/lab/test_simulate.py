@@ -16,20 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentcgroup_lab.simulate import cli, guard
-from agentcgroup_lab.simulate.guard import Guard, Looks
+from agentcgroup_lab.simulate.guard import Sampling, SimulatedGuard
 from agentcgroup_lab.simulate.plans import Profile, Segment, compile_plan
 from agentcgroup_lab.simulate.report import table
 from agentcgroup_lab.simulate.run import (
     NORMAL_PRIORITY,
-    Session,
     Setup,
+    SimulatedSession,
     reserved,
     simulate,
     simulate_once,
 )
-from agentcgroup_lab.simulate.types import Kernel, Lane
+from agentcgroup_lab.simulate.types import KernelModel, Lane
 from agentcgroup_lab.simulate.world import World
 from agentcgroup_lab.trace.plan import AgentStep, Options, Plan, PlannedCall, Step
+from agentcgroupd.policy import schedule
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import Action, Decision, Outcome, Snapshot, State
 
@@ -57,9 +58,9 @@ def profile(*calls: PlannedCall, agent_mb: float = 100, duration_s: float = 10.0
 
 
 def world_of(
-    limit_mb: float, *profiles: Profile, kernel: Kernel | None = None, strategy: Any = "none"
+    limit_mb: float, *profiles: Profile, kernel: KernelModel | None = None, strategy: Any = "none"
 ) -> World:
-    world = World(kernel or Kernel(), round(limit_mb * MB), strategy, len(profiles))
+    world = World(kernel or KernelModel(), round(limit_mb * MB), strategy, len(profiles))
     world.lanes = [Lane(f"s{i}", NORMAL_PRIORITY, False) for i in range(len(profiles))]
     for lane, one in zip(world.lanes, profiles, strict=True):
         world.open_session(lane, one)
@@ -76,7 +77,7 @@ def decides(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decider], None]:
             return Outcome(tuple(decider(now)), state)
 
         monkeypatch.setattr(guard, "decide", decide)
-        monkeypatch.setattr(guard, "attention_bytes", lambda policy, limit: limit)
+        monkeypatch.setattr(schedule, "attention_bytes", lambda policy, limit: limit)
 
     return use
 
@@ -95,7 +96,9 @@ def test_a_plan_becomes_stretches_of_even_growth() -> None:
 
 def test_undisturbed_sessions_take_as_long_as_recorded() -> None:
     one = profile(call(1, 3, 200), call(5, 6, 50, index=1))
-    result = simulate_once(Policy(), [Session(one), Session(one, True, 2.5)], Setup(1 << 30, 2))
+    result = simulate_once(
+        Policy(), [SimulatedSession(one), SimulatedSession(one, True, 2.5)], Setup(1 << 30, 2)
+    )
     assert result.seconds == pytest.approx(12.5)
     assert (result.important.most, result.everyone.most) == (1.0, 1.0)
     assert (result.calls_finished, result.calls_survived, result.sessions_survived) == (4, 1, 1)
@@ -184,7 +187,7 @@ def test_a_static_split_kills_within_the_session() -> None:
 
 
 def test_zram_takes_part_of_what_is_reclaimed_and_gives_it_back() -> None:
-    kernel = Kernel(zram_ratio=2.0, cold_share=0.8)
+    kernel = KernelModel(zram_ratio=2.0, cold_share=0.8)
     world = world_of(1000, profile(call(5, 6, 10)), kernel=kernel)
     lane = world.lanes[0]
     world.run(2.0, lambda at: None)
@@ -202,7 +205,7 @@ def test_zram_takes_part_of_what_is_reclaimed_and_gives_it_back() -> None:
 
 @pytest.mark.parametrize("ratio", [None, 2.0])
 def test_a_throttled_call_is_slow_without_swap_only(ratio: float | None) -> None:
-    kernel = Kernel(zram_ratio=ratio)
+    kernel = KernelModel(zram_ratio=ratio)
     world = world_of(1000, profile(call(0, 2, 200)), kernel=kernel)
     world.run(1.0, lambda at: None)
     (grower,) = world.calls
@@ -219,6 +222,8 @@ def test_the_guard_freezes_thaws_and_kills(decides: Callable[[Decider], None]) -
     seen: list[Snapshot] = []
 
     def decide(now: Snapshot) -> list[Decision]:
+        if not now.calls:
+            return []
         seen.append(now)
         at_s, view = now.now_usec / 1e6, now.calls[0]
         if view.frozen_for_usec is None and 2.0 <= at_s < 4.0:
@@ -228,8 +233,8 @@ def test_the_guard_freezes_thaws_and_kills(decides: Callable[[Decider], None]) -
         return [Decision(Action.KILL, view.id, "")] if at_s >= 7.0 else []
 
     decides(decide)
-    setup = Setup(1 << 30, 1, looks=Looks(signals=False))
-    result = simulate_once(Policy(), [Session(profile(call(1, 9, 800)))], setup)
+    setup = Setup(1 << 30, 1, sampling=Sampling(signals=False))
+    result = simulate_once(Policy(), [SimulatedSession(profile(call(1, 9, 800)))], setup)
     assert (result.calls_killed, result.sessions_hit, result.calls_survived) == (1, 1, 0.0)
     assert result.actions == {"freeze": 1, "thaw": 1, "kill": 1}
     frozen = [s for s in seen if s.calls[0].frozen_for_usec is not None]
@@ -239,11 +244,31 @@ def test_the_guard_freezes_thaws_and_kills(decides: Callable[[Decider], None]) -
     assert grows and all(g == pytest.approx(100 * MB, rel=0.01) for g in grows)
 
 
+def test_the_guard_remembers_peaks_as_the_daemon_does(
+    decides: Callable[[Decider], None],
+) -> None:
+    """Of killed calls, too, and of none that stayed small."""
+    seen: list[tuple[int, ...]] = []
+
+    def decide(now: Snapshot) -> list[Decision]:
+        seen.append(now.peaks_bytes)
+        return [Decision(Action.KILL, c.id, "") for c in now.calls if now.now_usec >= 7_000_000]
+
+    decides(decide)
+    small, large, killed = call(1, 2, 5), call(3, 4, 300, index=1), call(5, 9, 400, index=2)
+    simulate_once(Policy(), [SimulatedSession(profile(small, large, killed))], Setup(1 << 30, 1))
+    before, then, last = dict.fromkeys(seen)
+    assert before == () and then == (300 * MB,)
+    assert last == (pytest.approx(200 * MB, rel=0.1), 300 * MB)
+
+
 def test_denied_growth_fails_the_call_and_not_the_session(
     decides: Callable[[Decider], None],
 ) -> None:
     decides(lambda now: [Decision(Action.DENY, c.id, "") for c in now.calls])
-    result = simulate_once(Policy(), [Session(profile(call(1, 9, 800)))], Setup(1 << 30, 1))
+    result = simulate_once(
+        Policy(), [SimulatedSession(profile(call(1, 9, 800)))], Setup(1 << 30, 1)
+    )
     assert (result.calls_denied, result.calls_killed, result.calls_survived) == (1, 0, 1.0)
     assert result.sessions_survived == 1.0 and result.seconds < 10.0
 
@@ -258,7 +283,7 @@ def test_the_guard_looks_more_often_near_the_mark(decides: Callable[[Decider], N
     decides(decide)
     policy = Policy.model_validate({**FREEZES, "headroom": {"prior": "64M"}})
     world = world_of(1000, profile(call(1, 9, 700), duration_s=20.0), strategy="ours")
-    Guard(world, policy, Looks(signals=False), False)
+    SimulatedGuard(world, policy, Sampling(signals=False), False)
     world.run(9.0, lambda at: None)
     far = [b - a for a, b in itertools.pairwise(times) if a < 2]
     near = [b - a for a, b in itertools.pairwise(times) if a > 8.5]
@@ -275,7 +300,7 @@ def test_the_mark_is_told_at_once(decides: Callable[[Decider], None]) -> None:
 
     decides(decide)
     policy = Policy.model_validate(FREEZES)
-    simulate_once(policy, [Session(profile(call(1, 3, 850)))], Setup(1000 * MB, 1))
+    simulate_once(policy, [SimulatedSession(profile(call(1, 3, 850)))], Setup(1000 * MB, 1))
     assert marks[0].usage_bytes == pytest.approx(800 * MB, abs=10)
 
 
@@ -330,9 +355,8 @@ def write_recording(path: Path) -> None:
 
 def run_cli(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    cli.add_simulate_parser(parser.add_subparsers())
-    args = parser.parse_args(["simulate", *arguments])
-    return int(args.run(args))
+    cli.add_simulate_arguments(parser)
+    return cli.run_simulate(parser.parse_args(arguments))
 
 
 def test_the_command_prints_a_table_json_and_a_picture(
