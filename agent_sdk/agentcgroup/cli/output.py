@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from agentcgroup.tables import table
+
 NONE = "-"
 
 _CODES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
@@ -36,16 +38,10 @@ def print_json_line(value: Any) -> None:
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print an aligned table; a column whose header starts with ">" is aligned to the right."""
-    titles = [header.lstrip(">") for header in headers]
-    right = [header.startswith(">") for header in headers]
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    for number, row in enumerate([titles, *rows]):
-        cells = [
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        ]
-        line = "  ".join(cells).rstrip()
-        print(paint(line, "bold") if number == 0 else line)
+    head, *lines = table(headers, rows)
+    print(paint(head, "bold"))
+    for line in lines:
+        print(line)
 
 
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:
