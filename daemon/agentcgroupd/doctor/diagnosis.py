@@ -6,6 +6,8 @@ import enum
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from agentcgroup.tables import aligned
+
 CALL_CGROUPS = "call cgroups"
 """The feature without which the daemon cannot work at all."""
 AS_ROOT = "run `agentcg doctor` as root"
@@ -37,19 +39,13 @@ class Feature:
     fallback: str = ""
     """What the daemon does without it."""
 
-    def lines(self, name_width: int, color: bool) -> list[str]:
-        """Rows of the table for people."""
-        mark = _MARKS[self.state]
-        if color:
-            mark = f"\x1b[{_COLORS[self.state]}m{mark}\x1b[0m"
-        lines = [f"{mark}  {self.name:<{name_width}}  {self.reason}"]
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Rows of the table for people: the mark, the name and the reason; then what to do."""
+        rows = [(_MARKS[self.state], self.name, self.reason)]
         if self.state is not State.WORKS:
-            indent = " " * (name_width + len("ok    "))
-            if self.fallback:
-                lines.append(f"{indent}instead: {self.fallback}")
-            if self.remedy:
-                lines.append(f"{indent}to do: {self.remedy}")
-        return lines
+            advice = (("instead", self.fallback), ("to do", self.remedy))
+            rows += [("", "", f"{label}: {text}") for label, text in advice if text]
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +92,17 @@ class Diagnosis:
         }
 
     def render(self, color: bool = False) -> str:
-        """The table for people."""
-        width = max(len(f.name) for f in self.features)
+        """Make the table for people."""
+        rows = [row for feature in self.features for row in feature.rows()]
+        lines = aligned(rows)
+        if color:
+            lines = [_painted(line) for line in lines]
         head = f"kernel {self.kernel}, cgroup2 at {self.cgroup_mount or 'nowhere'}"
-        rows = [line for f in self.features for line in f.lines(width, color)]
-        return "\n".join([head, "", *rows])
+        return "\n".join([head, "", *lines])
+
+
+def _painted(line: str) -> str:
+    for state, mark in _MARKS.items():
+        if line.startswith(mark):
+            return f"\x1b[{_COLORS[state]}m{mark}\x1b[0m{line.removeprefix(mark)}"
+    return line
