@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agentcgroup import tables
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build/bench"
 
@@ -39,19 +41,31 @@ class BenchReport:
         """Write the file; returns its path."""
         RESULTS.mkdir(parents=True, exist_ok=True)
         path = RESULTS / f"{self.bench}.json"
-        document = {"bench": self.bench, "where": self.where, "kernel": os.uname().release,
-                    "cpus": os.cpu_count(), "n": self.n,
-                    "targets": [asdict(t) for t in self.targets], **self.details}  # fmt: skip
+        document = {
+            "bench": self.bench,
+            "where": self.where,
+            "kernel": os.uname().release,
+            "cpus": os.cpu_count(),
+            "n": self.n,
+            "targets": [asdict(t) for t in self.targets],
+            **self.details,
+        }
         path.write_text(json.dumps(document, indent=2) + "\n")
         return path
 
     def show(self) -> None:
         """Print the table of targets."""
         print(f"\n{self.bench}: {self.where}, kernel {os.uname().release}, n = {self.n}")
-        width = max(len(t.name) for t in self.targets)
-        for t in self.targets:
-            mark = "met   " if t.met else "MISSED"
-            print(f"  {mark}  {t.name:<{width}}  {t.value:10.3f} {t.unit:<5} target {t.target}")
+        rows = [
+            ("", mark(t), t.name, f"{t.value:.3f} {t.unit:<5}", f"target {t.target}")
+            for t in self.targets
+        ]
+        print("\n".join(tables.aligned(rows, right={3})))
+
+
+def mark(target: Target) -> str:
+    """How the table says whether a target was met."""
+    return "met" if target.met else "MISSED"
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -62,5 +76,9 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, extremes and p99."""
-    return {"p50": statistics.median(values), "p99": quantile(values, 0.99),
-            "min": min(values), "max": max(values)}  # fmt: skip
+    return {
+        "p50": statistics.median(values),
+        "p99": quantile(values, 0.99),
+        "min": min(values),
+        "max": max(values),
+    }

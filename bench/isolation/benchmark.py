@@ -26,18 +26,19 @@ from pathlib import Path
 from typing import Any
 
 from agentcgroup_lab.replay import result
-from agentcgroup_lab.replay.backends import PEERS, STRATEGIES, ReplayError
+from agentcgroup_lab.replay.backends import STRATEGIES, ReplayError
 from agentcgroup_lab.trace import format as trace_format
 from agentcgroupd.errors import AgentcgroupdError
 from bench.demo.__main__ import EMULATED, Speed, measure
 from bench.isolation.mixes import Mix, Settings, folders, headers, make_mix
+from bench.isolation.oomd import find_oomd
 from bench.isolation.oomd_package import ensure as ensure_oomd
 from bench.isolation.report import TARGET_RATIO, cells, table, targets, totals
 from bench.isolation.runs import Group, Run, run_group, say
 from bench.report import RESULTS, ROOT, BenchReport
 from tools.debian_suites import SuiteError
 
-ALL = ("none", "static", *PEERS, "ours")
+ALL = ("none", "static", "high", "oomd", "ours")
 RATIOS = (1.1, 1.5, 2.0, 3.0)
 LENGTH_S = 24.0 if EMULATED else 10.0
 REPEATS = 1 if EMULATED else 5
@@ -331,8 +332,6 @@ def plot() -> None:
 
 
 def _has_oomd() -> bool:
-    from agentcgroup_lab.replay.backends_oomd import find_oomd
-
     try:
         find_oomd()
     except ReplayError:

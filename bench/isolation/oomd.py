@@ -21,6 +21,7 @@ from typing import Any
 
 from agentcgroup_lab.replay.backends import Place, PlainBackend, ReplayError
 from agentcgroupd.cgroup.tree import cgroup2_mount
+from bench.isolation.oomd_package import INTO
 
 OOMD = "oomd"
 INTERVAL_S = 1
@@ -37,11 +38,11 @@ _STOP_S = 5.0
 
 
 def find_oomd() -> str:
-    """Absolute path of oomd: $AGENTCG_OOMD, what the benchmark unpacked into build/bench-oomd, or
-    in $PATH. Raises ReplayError."""
+    """Absolute path of oomd: $AGENTCG_OOMD, what `oomd_package` unpacked, or in $PATH. Raises
+    ReplayError."""
     places = [
         os.environ.get("AGENTCG_OOMD", ""),
-        str(Path(__file__).parents[3] / "build/bench-oomd" / OOMD),
+        str(INTO / OOMD),
         shutil.which(OOMD) or "",
     ]
     for place in places:
@@ -61,43 +62,42 @@ def ruleset(pool: str, pool_bytes: int) -> dict[str, Any]:
     built up: the session that causes most of it goes.
     """
 
-    def plugin(name: str, **arguments: object) -> dict[str, Any]:
-        return {"name": name, "args": {key: str(value) for key, value in arguments.items()}}
-
     kill = {"cgroup": f"{pool}/*", "post_action_delay": DELAY_S}
     # A bare number would be megabytes.
     threshold = f"{int(pool_bytes * FULL_SHARE) // 1024}K"
-    return {
-        "rulesets": [
-            {
-                "name": "pool almost full",
-                "detectors": [
-                    ["full", plugin("memory_above", cgroup=pool, threshold=threshold, duration=0)]
-                ],
-                "actions": [plugin("kill_by_memory_size_or_growth", **kill)],
-            },
-            {
-                "name": "pool under pressure",
-                "detectors": [
-                    [
-                        "pressure",
-                        plugin("pressure_above", cgroup=pool, resource="memory",
-                               threshold=PRESSURE_PCT, duration=0),
-                        plugin("memory_reclaim", cgroup=pool, duration=10),
-                    ]
-                ],
-                "actions": [plugin("kill_by_pressure", resource="memory", **kill)],
-            },
-        ]
-    }  # fmt: skip
+    full = _plugin("memory_above", cgroup=pool, threshold=threshold, duration=0)
+    pressure = _plugin(
+        "pressure_above", cgroup=pool, resource="memory", threshold=PRESSURE_PCT, duration=0
+    )
+    reclaim = _plugin("memory_reclaim", cgroup=pool, duration=10)
+    pool_almost_full = {
+        "name": "pool almost full",
+        "detectors": [["full", full]],
+        "actions": [_plugin("kill_by_memory_size_or_growth", **kill)],
+    }
+    pool_under_pressure = {
+        "name": "pool under pressure",
+        "detectors": [["pressure", pressure, reclaim]],
+        "actions": [_plugin("kill_by_pressure", resource="memory", **kill)],
+    }
+    return {"rulesets": [pool_almost_full, pool_under_pressure]}
+
+
+def _plugin(name: str, **arguments: object) -> dict[str, Any]:
+    return {"name": name, "args": {key: str(value) for key, value in arguments.items()}}
 
 
 class OomdBackend(PlainBackend):
     """Plain cgroups below a pool, and oomd outside of it."""
 
-    def __init__(self, pool_bytes: int, sessions: int, work: Path) -> None:
+    def __init__(
+        self, pool_bytes: int, sessions: int, work: Path, memory_scale: float = 1.0
+    ) -> None:
+        """Make the pool and start oomd; its configuration holds no recorded sizes to scale. Raises
+        ReplayError, KnobError, OSError."""
+        del memory_scale
         program = find_oomd()
-        super().__init__("oomd", pool_bytes, sessions)
+        super().__init__(OOMD, pool_bytes, sessions)
         mount = cgroup2_mount()
         config = work / "oomd.json"
         pool = str(self.pool.path.relative_to(mount))

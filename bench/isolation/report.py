@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from agentcgroup import tables
 from bench.isolation.runs import ALONE, Run
 from bench.report import Target
 
@@ -158,9 +159,19 @@ def _ratio_targets(name: str, most: float, every: Stat, by_mix: Sequence[Stat]) 
 
 
 _COLUMNS = (
-    "mix", "ratio", "strategy", "calls", "sessions", "important", "slowdown", "p50", "p95", "p99",
-    "makespan", "pool use",
-)  # fmt: skip
+    "mix",
+    "ratio",
+    "strategy",
+    "calls",
+    "sessions",
+    "important",
+    "slowdown",
+    "p50",
+    "p95",
+    "p99",
+    "makespan",
+    "pool use",
+)
 
 
 def _ratio(value: Stat) -> str:
@@ -172,27 +183,22 @@ def _ratio(value: Stat) -> str:
     return text
 
 
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    mean, peak = row["pool_use_mean"], row["pool_use_peak"]
+    return (
+        str(row["mix"]) if "mix" in row else f"{row['mixes']} mixes",
+        f"{row['ratio']:g}",
+        row["strategy"],
+        f"{row['calls_finished']}/{row['calls']}",
+        f"{row['sessions_finished']}/{row['sessions']}",
+        f"{row['important_finished']}/{row['runs']}",
+        _ratio(row["slowdown"]),
+        *(_ratio(row["latency"][name]) for name in QUANTILES),
+        _ratio(row["makespan"]),
+        f"{mean['median']:.0%}, most {peak['max']:.0%}",
+    )
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of `cells` or `totals`: survivors of all; the rest as ratios, median (min-max)."""
-    lines: list[tuple[str, ...]] = [_COLUMNS]
-    for row in rows:
-        mean, peak = row["pool_use_mean"], row["pool_use_peak"]
-        lines.append(
-            (
-                str(row["mix"]) if "mix" in row else f"{row['mixes']} mixes",
-                f"{row['ratio']:g}",
-                row["strategy"],
-                f"{row['calls_finished']}/{row['calls']}",
-                f"{row['sessions_finished']}/{row['sessions']}",
-                f"{row['important_finished']}/{row['runs']}",
-                _ratio(row["slowdown"]),
-                *(_ratio(row["latency"][name]) for name in QUANTILES),
-                _ratio(row["makespan"]),
-                f"{mean['median']:.0%}, most {peak['max']:.0%}",
-            )
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return "\n".join(tables.table(_COLUMNS, [_cells(row) for row in rows]))

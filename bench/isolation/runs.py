@@ -9,9 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from agentcgroup_lab.replay import engine
+from agentcgroup_lab.replay import backends, engine
 from agentcgroup_lab.replay.result import Latency, SessionResult, StrategyResult
 from bench.isolation.mixes import Header, Mix, Settings, make_mix
+from bench.isolation.oomd import OOMD, OomdBackend
+
+backends.register(OOMD, OomdBackend)
 
 ALONE = "alone"
 TIMEOUT_FACTOR, TIMEOUT_MORE_S = 3.0, 10.0

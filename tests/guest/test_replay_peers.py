@@ -12,6 +12,7 @@ import pytest
 from agentcgroup_lab.replay.backends import ReplayError, make_backend
 from agentcgroupd.cgroup.knobs import MEMORY_HIGH, MEMORY_MAX
 from agentcgroupd.cgroup.tree import cgroup2_mount
+from bench.isolation.oomd import OomdBackend
 
 pytestmark = pytest.mark.controllers
 
@@ -53,7 +54,7 @@ def test_oomd_watches_the_pool_spares_the_important_session_and_ends(
     program.write_text(OOMD)
     program.chmod(0o755)
     monkeypatch.setenv("AGENTCG_OOMD", str(program))
-    backend = make_backend("oomd", POOL_BYTES, 2, tmp_path)
+    backend = OomdBackend(POOL_BYTES, 2, tmp_path)
     try:
         marks = {
             name: os.listxattr(backend.open(name, important=name == "s1").cgroup.path)
@@ -80,6 +81,6 @@ def test_an_oomd_that_does_not_start_is_told_and_leaves_no_pool(
     monkeypatch.setenv("AGENTCG_OOMD", str(program))
     started = time.monotonic()
     with pytest.raises(ReplayError, match="no such option"):
-        make_backend("oomd", POOL_BYTES, 2, tmp_path)
+        OomdBackend(POOL_BYTES, 2, tmp_path)
     assert time.monotonic() - started < 10
     assert nothing_stays()

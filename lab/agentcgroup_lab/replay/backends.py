@@ -3,8 +3,8 @@
 `none`: each session is one plain cgroup below the pool and only the pool has a limit.
 `static`: the same, and each session's memory.max is its even part of the pool.
 `ours`: a daemon of its own, in a run directory of its own, with the same pool size.
-Two more are for comparison only. `high`: as `static`, but with memory.high instead of memory.max.
-`oomd`: as `none`, watched by Meta's oomd (see `backends_oomd`).
+`high` is for comparison only: as `static`, but with memory.high instead of memory.max.
+Who compares with more strategies registers a backend for each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from agentcgroup.v1 import agentcgroup_pb2 as pb
 
 STRATEGIES = ("none", "static", "ours")
-PEERS = ("high", "oomd")
+"""What `agentcg replay` offers."""
 AGENT_LEAF = "agent"
 _START_S = 90.0
 _RPC_S = 60.0
@@ -102,6 +102,18 @@ def _below(cgroup: Cgroup, depth: int = 4) -> list[str]:
     except CgroupGone:
         pass  # it went while we looked: not left behind
     return found
+
+
+MakeBackend = Callable[[int, int, Path, float], Backend]
+"""Makes a backend of a pool's size in bytes, the number of sessions, a directory of its own, and
+the scale of the replayed memory. Raises ReplayError, KnobError, OSError."""
+
+_BACKENDS: dict[str, MakeBackend] = {}
+
+
+def register(strategy: str, make: MakeBackend) -> None:
+    """Make a strategy known to `make_backend` by this name."""
+    _BACKENDS[strategy] = make
 
 
 class PlainBackend:
@@ -340,21 +352,35 @@ def _python_path() -> str:
 def make_backend(
     strategy: str, pool_bytes: int, sessions: int, work: Path, memory_scale: float = 1.0
 ) -> Backend:
-    """The backend of one of STRATEGIES or PEERS. Raises ReplayError, KnobError, OSError."""
-    if strategy == "ours":
-        return DaemonBackend(pool_bytes, work, memory_scale)
-    if strategy == "oomd":
-        from agentcgroup_lab.replay.backends_oomd import OomdBackend
+    """Make the backend of a registered strategy. Raises ValueError for another name, and
+    ReplayError, KnobError, OSError."""
+    make = _BACKENDS.get(strategy)
+    if make is None:
+        raise ValueError(f"strategy is {strategy!r}; allowed: {', '.join(_BACKENDS)}")
+    return make(pool_bytes, sessions, work, memory_scale)
 
-        return OomdBackend(pool_bytes, sessions, work)
-    if strategy in (*STRATEGIES, *PEERS):
+
+def _plain(strategy: str) -> MakeBackend:
+    def make(pool_bytes: int, sessions: int, work: Path, memory_scale: float) -> Backend:
+        del work, memory_scale
         return PlainBackend(strategy, pool_bytes, sessions)
-    raise ValueError(f"strategy is {strategy!r}; allowed: {', '.join((*STRATEGIES, *PEERS))}")
+
+    return make
 
 
-def current_bytes(cgroup: Cgroup) -> int:
-    """memory.current; 0 for a cgroup that is gone."""
+def _ours(pool_bytes: int, sessions: int, work: Path, memory_scale: float) -> Backend:
+    del sessions
+    return DaemonBackend(pool_bytes, work, memory_scale)
+
+
+for _strategy in ("none", "static", "high"):
+    register(_strategy, _plain(_strategy))
+register("ours", _ours)
+
+
+def current_bytes(cgroup: Cgroup) -> int | None:
+    """What memory.current says; None for a cgroup that is gone."""
     try:
         return cgroup.read(MEMORY_CURRENT)
     except CgroupGone:
-        return 0
+        return None

@@ -185,18 +185,20 @@ class _Session:
 
 
 def find_load() -> str:
-    """Absolute path of agentcg-load: $AGENTCG_LOAD, beside this interpreter's scripts, in a
-    checkout's build/bin, or in $PATH. Raises ReplayError."""
+    """Absolute path of agentcg-load: $AGENTCG_LOAD, beside this interpreter's scripts, or in
+    $PATH. Raises ReplayError."""
     places = [
         os.environ.get("AGENTCG_LOAD", ""),
         os.path.join(sysconfig.get_path("scripts"), LOAD),
-        str(Path(__file__).parents[3] / "build/bin" / LOAD),
         shutil.which(LOAD) or "",
     ]
     for place in places:
         if place and os.access(place, os.X_OK):
             return os.path.abspath(place)
-    raise ReplayError(f"{LOAD} is not built: run 'make setup', or set AGENTCG_LOAD to where it is")
+    raise ReplayError(
+        f"{LOAD} is not here: it comes with 'pip install agentcgroup[lab]', or set AGENTCG_LOAD to "
+        "where it is"
+    )
 
 
 class _Sampler:
@@ -206,13 +208,23 @@ class _Sampler:
         self._backend, self._sessions, self._started = backend, sessions, started
         self.at_s: list[float] = []
         self.pool_bytes: list[int] = []
-        self.series: dict[str, list[int]] = {session.spec.id: [] for session in sessions}
+        self.series: dict[str, list[int | None]] = {session.spec.id: [] for session in sessions}
 
     def sample(self) -> None:
-        self.at_s.append(round(time.monotonic() - self._started, 4))
-        self.pool_bytes.append(current_bytes(self._backend.pool))
+        """Take one sample; none where the pool itself is gone."""
+        at_s = round(time.monotonic() - self._started, 4)
+        pool_bytes = current_bytes(self._backend.pool)
+        if pool_bytes is None:
+            return
+        self.at_s.append(at_s)
+        self.pool_bytes.append(pool_bytes)
         for session in self._sessions:
             self.series[session.spec.id].append(current_bytes(session.place.cgroup))
+
+    def highest(self, session_id: str) -> int | None:
+        """The highest sample of a session; None where its cgroup was never seen."""
+        seen = [held for held in self.series[session_id] if held is not None]
+        return max(seen, default=None)
 
     def timeline(self) -> Timeline:
         series = {name: tuple(values) for name, values in self.series.items()}
@@ -320,10 +332,10 @@ def run_strategy(
                 session.start(job, backend.environment())
 
             def progress(passed_s: float) -> None:
-                used = sampler.pool_bytes[-1]
+                used = f"{sampler.pool_bytes[-1] / 1e6:4.0f}" if sampler.pool_bytes else "   -"
                 states = "  ".join(session.line() for session in sessions)
-                say(f"{strategy:>6} {passed_s:5.1f} s  pool {used / 1e6:4.0f}/"
-                    f"{pool_bytes / 1e6:.0f} MB  calls {states}")  # fmt: skip
+                pool = f"pool {used}/{pool_bytes / 1e6:.0f} MB"
+                say(f"{strategy:>6} {passed_s:5.1f} s  {pool}  calls {states}")
 
             try:
                 _wait_until_up(sessions, sampler, options)
@@ -392,7 +404,7 @@ def _session_result(
         ended_s=session.ended - started,
         planned_s=spec.plan.duration_s,
         planned_peak_bytes=spec.plan.peak_bytes,
-        peak_bytes=session.peak_bytes or max(sampler.series[spec.id], default=None),
+        peak_bytes=session.peak_bytes or sampler.highest(spec.id),
         oom_kills=session.oom_kills,
         calls=calls,
         alloc_latency=outcome.alloc_latency(session.work),

@@ -2,7 +2,7 @@
 
 One panel a strategy, all on the same axes, so that they can be compared by eye: memory stacked by
 session with the pool's limit, and below it a lane a session with its calls. matplotlib comes with
-the extra `plot` and is imported only here, when a picture is drawn.
+the extra `lab` and is imported only here, when a picture is drawn.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def _ordered(sessions: Sequence[SessionResult]) -> list[SessionResult]:
 def _draw_memory(axes: Axes, result: StrategyResult, colours: dict[str, str]) -> None:
     sessions = _ordered(result.sessions)
     series = [
-        [value / 1e6 for value in result.timeline.sessions_bytes[session.id]]
+        # A session whose cgroup is gone holds nothing.
+        [(value or 0) / 1e6 for value in result.timeline.sessions_bytes[session.id]]
         for session in sessions
     ]
     axes.stackplot(

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from agentcgroup import tables
+
 SCHEMA = "agentcgroup-replay/1"
 
 Outcome = Literal["finished", "killed", "failed", "refused", "not run"]
-OUTCOMES: tuple[Outcome, ...] = ("finished", "killed", "failed", "refused", "not run")
 SessionState = Literal["finished", "lost", "timed out"]
 
 
@@ -83,11 +84,12 @@ class SessionResult:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """memory.current over time; `sessions_bytes` by session id, as long as `at_s`."""
+    """memory.current over time. `sessions_bytes`: by session id, as long as `at_s`; None where the
+    session's cgroup was gone."""
 
     at_s: tuple[float, ...]
     pool_bytes: tuple[int, ...]
-    sessions_bytes: Mapping[str, tuple[int, ...]]
+    sessions_bytes: Mapping[str, tuple[int | None, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,43 +170,44 @@ def read(path: Path) -> ReplayResult:
     return ReplayResult(**{**value, "strategies": strategies})
 
 
-_COLUMNS = ("strategy", "session", "finished", "killed", "failed", "not run", "time", "peak", "end")
+_COLUMNS = (
+    "strategy",
+    "session",
+    ">finished",
+    ">killed",
+    ">failed",
+    ">not run",
+    ">time",
+    ">peak",
+    "end",
+)
+
+
+def _row(result: StrategyResult, session: SessionResult) -> tuple[str, ...]:
+    peak = "-" if session.peak_bytes is None else f"{session.peak_bytes / 1e6:.0f} MB"
+    return (
+        result.strategy if session is result.sessions[0] else "",
+        session.id + (" *" if session.important else ""),
+        f"{session.count('finished')}/{len(session.calls)}",
+        str(session.count("killed")),
+        str(session.count("failed") + session.count("refused")),
+        str(session.count("not run")),
+        f"{session.seconds:.1f} s",
+        peak,
+        session.state,
+    )
 
 
 def table(results: Sequence[StrategyResult]) -> str:
     """One line per strategy and session, and one with the leaks of each strategy."""
-    rows: list[tuple[str, ...]] = [_COLUMNS]
+    rows = [_row(result, session) for result in results for session in result.sessions]
+    head, rule, *sessions = tables.table(_COLUMNS, rows, rule=True)
+    lines = [head, rule]
+    indent = " " * max(len(row[0]) for row in [_COLUMNS, *rows])
     for result in results:
-        for position, session in enumerate(result.sessions):
-            peak = "-" if session.peak_bytes is None else f"{session.peak_bytes / 1e6:.0f} MB"
-            rows.append(
-                (
-                    "" if position else result.strategy,
-                    session.id + (" *" if session.important else ""),
-                    f"{session.count('finished')}/{len(session.calls)}",
-                    str(session.count("killed")),
-                    str(session.count("failed") + session.count("refused")),
-                    str(session.count("not run")),
-                    f"{session.seconds:.1f} s",
-                    peak,
-                    session.state,
-                )
-            )
-        leaks = len(result.leaks)
-        rows.append(
-            ("", f"cgroups leaked: {leaks}", "", "", "", "", f"{result.seconds:.1f} s", "", "")
-        )
-    # Text in the leak rows may run over into the empty columns beside it.
-    widths = [max(len(row[i]) for row in rows if i != 1 or row[2]) for i in range(len(_COLUMNS))]
-    lines = []
-    for row in rows:
-        if row[2]:
-            cells = [
-                cell.ljust(width) if i in (0, 1, 8) else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
-        else:
-            lines.append(f"{'':{widths[0]}}  {row[1]}; {row[6]} in all")
-    lines.insert(1, "  ".join("-" * width for width in widths))
+        count = len(result.sessions)
+        lines += sessions[:count]
+        sessions = sessions[count:]
+        leaks = f"cgroups leaked: {len(result.leaks)}; {result.seconds:.1f} s in all"
+        lines.append(f"{indent}  {leaks}")
     return "\n".join([*lines, "* the important session"])

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from agentcgroup import tables
 from agentcgroup_lab.simulate.plans import Profile
 from agentcgroup_lab.simulate.run import Result, reserved
 
 _COLUMNS = (
-    "strategy", "sessions", "x peak", "calls", "killed", "denied", "agents lost",
-    "important", "everyone", "use", "paused", "done",
-)  # fmt: skip
+    "strategy",
+    ">sessions",
+    ">x peak",
+    ">calls",
+    ">killed",
+    ">denied",
+    ">agents lost",
+    ">important",
+    ">everyone",
+    ">use",
+    ">paused",
+    "done",
+)
+_LEGEND = (
+    "important, everyone: time taken over undisturbed, median and most; "
+    "use: mean and p95 of the pool; x peak: over reserving everyone's peak"
+)
 
 
 def density(result: Result, profiles: Sequence[Profile]) -> float:
@@ -38,16 +53,5 @@ def _row(result: Result, profiles: Sequence[Profile]) -> tuple[str, ...]:
 
 def table(results: Sequence[Result], profiles: Sequence[Profile]) -> str:
     """One line for each result, and what the columns mean."""
-    rows = [_COLUMNS, *(_row(result, profiles) for result in results)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) if i in (0, 11) else cell.rjust(width)
-                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    lines.append(
-        "important, everyone: time taken over undisturbed, median and most; "
-        "use: mean and p95 of the pool; x peak: over reserving everyone's peak"
-    )
-    return "\n".join(lines)
+    rows = [_row(result, profiles) for result in results]
+    return "\n".join([*tables.table(_COLUMNS, rows, rule=True), _LEGEND])

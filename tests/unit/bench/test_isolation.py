@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentcgroup_lab.replay.backends import ReplayError, make_backend
-from agentcgroup_lab.replay.backends_oomd import find_oomd, ruleset
 from agentcgroup_lab.replay.result import Latency, SessionResult, StrategyResult, Timeline
 from agentcgroup_lab.trace import plan
 from bench.demo.__main__ import RECORDINGS, Speed
 from bench.isolation.benchmark import Journal, arguments, groups, summarize
 from bench.isolation.bound import makespan_bound_s, pieces
 from bench.isolation.mixes import Settings, draw, folders, headers, make_mix
+from bench.isolation.oomd import find_oomd, ruleset
 from bench.isolation.plot import draw as draw_picture
 from bench.isolation.report import cells, stat, table, targets, totals
 from bench.isolation.runs import ALONE, Group, Run, makespan_s, pool_use
@@ -330,10 +330,8 @@ def test_an_oomd_that_is_nowhere_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert find_oomd() == str(program)
     monkeypatch.delenv("AGENTCG_OOMD")
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
-    monkeypatch.setattr(
-        "agentcgroup_lab.replay.backends_oomd.__file__", str(tmp_path / "a/b/c/d/e.py")
-    )
+    monkeypatch.setattr("bench.isolation.oomd.INTO", tmp_path / "none")
     with pytest.raises(ReplayError, match="oomd is not here"):
         find_oomd()
-    with pytest.raises(ValueError, match="high, oomd"):
+    with pytest.raises(ValueError, match="none, static, high, ours, oomd"):
         make_backend("magic", 1, 1, tmp_path)
