@@ -345,6 +345,21 @@ def test_a_module_that_is_missed_while_a_command_runs(
         run("record")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["replay", "t.jsonl", "--pool", "1G", "--plot", "p.png"],
+        ["policy", "simulate", "--trace", "t", "--pool", "1G", "--sessions", "2", "--out", "p.png"],
+    ],
+)
+def test_a_picture_without_its_extra_is_told_before_the_work(
+    run: Cli, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run(*arguments, code=1)
+    assert "pip install 'agentcgroup[lab]'" in run.err and "matplotlib" in run.err
+
+
 def test_extras_that_are_named_are_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {*EXTRA_OF.values(), "daemon"} <= set(project["optional-dependencies"])
