@@ -1,19 +1,23 @@
 """`agentcg policy simulate`: arguments, and what it prints.
 
-Only the standard library is imported with this module; the rest when the command runs.
+Modules that need more than the standard library are imported when the command runs.
 Exit status: 0 done, 1 it could not be done (the message says why), 2 bad usage.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+
+from agentcgroup_lab import arguments
+from agentcgroup_lab.simulate.types import STRATEGIES
 
 if TYPE_CHECKING:
     from agentcgroup_lab.simulate.plans import Profile
@@ -21,60 +25,15 @@ if TYPE_CHECKING:
     from agentcgroupd.policy.schema import Policy
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
-STRATEGIES = ("ours", "none", "static", "reserve")
 SWEEP = (0.4, 0.55, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 """Of --sessions, how many are simulated."""
 _PROGRESS_S = 1.0
-T = TypeVar("T")
-
-
-def _parsed(parse: Callable[[str, str], T], field: str) -> Callable[[str], T]:
-    def convert(text: str) -> T:
-        from agentcgroupd.errors import InvalidField
-
-        try:
-            return parse(field, text)
-        except InvalidField as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
-
-
-def _size(text: str) -> int:
-    from agentcgroupd.units import parse_bytes
-
-    return int(_parsed(parse_bytes, "size")(text))
-
-
-def _seconds(text: str) -> float:
-    from agentcgroupd.units import parse_duration
-
-    return _parsed(parse_duration, "time")(text) / 1e6
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a share from 0 to 1")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 100_000:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a whole number from 1 to 100000")
-    return int(text)
 
 
 def _ratio(text: str) -> float | None:
     if text == "off":
         return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
+    value = arguments.number(text)
     if not 1.0 <= value <= 100.0:
         raise argparse.ArgumentTypeError(f"{text!r}; allowed: off, or a ratio from 1 to 100")
     return value
@@ -99,8 +58,8 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="a recording, or a folder of them; may be repeated",
     )
-    add("--pool", metavar="SIZE", type=_size, required=True, help="e.g. 64G")
-    add("--sessions", metavar="N", type=_count, required=True, help="at the same time")
+    add("--pool", metavar="SIZE", type=arguments.size, required=True, help="e.g. 64G")
+    add("--sessions", metavar="N", type=arguments.count, required=True, help="at the same time")
     add(
         "--policy",
         metavar="FILE",
@@ -125,14 +84,14 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--cold",
         metavar="SHARE",
-        type=_share,
+        type=arguments.share,
         default=0.8,
         help="of an agent's memory, what it does not touch when it wakes up; default: 0.8",
     )
     add(
         "--rise",
         metavar="SIZE",
-        type=_size,
+        type=arguments.size,
         help="a second: how fast a call rises to a recorded level at least; default: evenly, as in "
         "a replay",
     )
@@ -141,18 +100,18 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--duration",
         metavar="TIME",
-        type=_seconds,
+        type=arguments.seconds,
         default=600.0,
         help="of the simulation; a recording that ends is followed by another (default: 10m)",
     )
     add(
         "--spread",
         metavar="SHARE",
-        type=_share,
+        type=arguments.share,
         default=1.0,
         help="each begins at a random point in this part of its recording (default: 1)",
     )
-    add("--important", metavar="SHARE", type=_share, default=0.1, help="default: 0.1")
+    add("--important", metavar="SHARE", type=arguments.share, default=0.1, help="default: 0.1")
     add("--scale", metavar="FACTOR", type=float, default=1.0, help="of memory (default: 1)")
     add("--seed", metavar="N", type=int, default=0)
     add(
@@ -173,11 +132,14 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_simulate(args: argparse.Namespace) -> int:
-    """`agentcg policy simulate`; returns the exit status."""
+    """Run `agentcg policy simulate`; returns the exit status. Raises ModuleNotFoundError where the
+    extra `lab` is not installed."""
     from agentcgroup_lab.simulate.report import table
     from agentcgroup_lab.trace.format import TraceError
     from agentcgroupd.errors import AgentcgroupdError
 
+    if args.out:
+        importlib.import_module("matplotlib")  # what is missing is told before the work, not after
     try:
         policy, profiles = _inputs(args)
         results = list(_run(args, policy, profiles))

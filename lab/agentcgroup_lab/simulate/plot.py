@@ -1,5 +1,5 @@
 """A picture of a sweep: what survives, how late it is and how full the pool gets, against the
-number of sessions. matplotlib comes with the extra `plot` and is imported only here."""
+number of sessions. matplotlib comes with the extra `lab` and is imported only here."""
 
 from __future__ import annotations
 

@@ -44,7 +44,6 @@ from agentcgroupd.units import PRIORITY_WORDS
 
 IMPORTANT_PRIORITY = PRIORITY_WORDS["important"]
 NORMAL_PRIORITY = PRIORITY_WORDS["normal"]
-STRATEGIES: tuple[Strategy, ...] = ("ours", "none", "static", "reserve")
 AGAIN_S = 1.0
 """After a session has ended the next one begins, where sessions repeat."""
 

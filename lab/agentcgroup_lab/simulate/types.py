@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from agentcgroup_lab.simulate.plans import Profile, Segment, Shape
 from agentcgroupd.policy.snapshot import CallView
 
 Strategy = Literal["ours", "none", "static", "reserve"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
 @dataclass(frozen=True, slots=True)
