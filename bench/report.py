@@ -16,6 +16,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build/bench"
 
 
+def recordings() -> Path:
+    """The folder of recordings: $TRACES, else a larger collection beside the checkout where there
+    is one, else the project's own."""
+    known = os.environ.get("TRACES")
+    if known:
+        return Path(known)
+    beside = ROOT.parent / "shared/traces"
+    return beside if beside.is_dir() else ROOT / "bench/recordings"
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One number with what it should be. `met` is decided by whoever measured it."""

@@ -55,19 +55,25 @@ def measure(daemon: DaemonProcess, count: int, storm: int) -> BenchReport:
     for at_a_time in (1, 8):
         events = _run(daemon, agent, script="sleep 0.02; true", at_a_time=at_a_time, count=count)
         moved = [e["since_exec_usec"] / 1e3 for e in events if e["event"] == "call_moved"]
-        cases[f"{at_a_time} at a time"] = {"moved": len(moved), "ms": spread(moved)}
-        print(f"boundaries: {at_a_time} at a time: {cases[f'{at_a_time} at a time']}",
-              file=sys.stderr)  # fmt: skip
+        name = f"{at_a_time} at a time"
+        cases[name] = {"moved": len(moved), "ms": spread(moved)}
+        print(f"boundaries: {name}: {cases[name]}", file=sys.stderr)
     started = time.monotonic()
     events = _run(daemon, agent, script="exit 0", at_a_time=16, count=storm)
     seconds = time.monotonic() - started
     reports = sum(e["event"] == "call_ended" for e in events)
     moved = [e["since_exec_usec"] / 1e3 for e in events if e["event"] == "call_moved"]
     lost = [e["counts"] for e in events if e["event"] == "events_lost"]
-    cases["storm"] = {"calls": storm, "seconds": seconds, "per_second": storm / seconds,
-                      "moved": len(moved), "lost": lost}  # fmt: skip
-    targets = [Target(f"calls without a report, of {storm} in a storm", storm - reports, "", "0",
-                      reports == storm)]  # fmt: skip
+    cases["storm"] = {
+        "calls": storm,
+        "seconds": seconds,
+        "per_second": storm / seconds,
+        "moved": len(moved),
+        "lost": lost,
+    }
+    unreported = storm - reports
+    name = f"calls without a report, of {storm} in a storm"
+    targets = [Target(name, unreported, "", "0", unreported == 0)]
     for name, case in cases.items():
         for share in ("p50", "p99") if "ms" in case else ():
             row = f"from exec to moved, {name}, {share}"

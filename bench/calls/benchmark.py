@@ -161,9 +161,13 @@ def _measure(daemon: DaemonProcess, arguments: argparse.Namespace) -> BenchRepor
     targets.append(Target(row, leaked, "", "0", leaked == 0))
     targets.append(Target("calls with a report", ended, "", str(count), ended == count))
     where = "guest" if "QEMU" in _vendor() else "host"
-    return BenchReport("calls", where, arguments.per_round * ROUNDS, targets,
-                       {"cases": cases, "many": {"calls": arguments.leak_calls, "seconds": seconds,
-                        "per_second": arguments.leak_calls / seconds}})  # fmt: skip
+    many = {
+        "calls": arguments.leak_calls,
+        "seconds": seconds,
+        "per_second": arguments.leak_calls / seconds,
+    }
+    n = arguments.per_round * ROUNDS
+    return BenchReport("calls", where, n, targets, {"cases": cases, "many": many})
 
 
 def _vendor() -> str:

@@ -74,10 +74,13 @@ def scheduled_by(name: str) -> Iterator[Scheduler | None]:
     """The scheduler is the kernel's for the block. Ours is given out, to be told what is what."""
     config = CpuConfig()
     if name == "ours":
-        scheduler = Scheduler.load(SchedSettings(
-            slice_usec=config.slice, wait_max_usec=config.wait_max,
-            boost_lead_usec=config.boost_lead, penalty_most=config.penalty_most,
-        ))  # fmt: skip
+        chosen = SchedSettings(
+            slice_usec=config.slice,
+            wait_max_usec=config.wait_max,
+            boost_lead_usec=config.boost_lead,
+            penalty_most=config.penalty_most,
+        )
+        scheduler = Scheduler.load(chosen)
         try:
             scheduler.attach()
             yield scheduler
@@ -104,8 +107,8 @@ def describe(scheduler: Scheduler | None, load: Load, session: str, call: str) -
     config = CpuConfig()
     cap = config.boost * INTERACTIVE_FACTOR
     permille = config.boost_refill_percent * 10 * INTERACTIVE_FACTOR
-    scheduler.describe(CgroupId(load.id(session)), abi.CgroupKind.SESSION, cap * SESSION_FACTOR,
-                       permille * SESSION_FACTOR)  # fmt: skip
+    whole = cap * SESSION_FACTOR, permille * SESSION_FACTOR
+    scheduler.describe(CgroupId(load.id(session)), abi.CgroupKind.SESSION, *whole)
     scheduler.describe(CgroupId(load.id(call)), abi.CgroupKind.CALL, cap, permille)
 
 
@@ -195,8 +198,14 @@ def summary(rounds: list[Round]) -> dict[str, dict[str, float]]:
 
 def show(rows: dict[str, dict[int, Round]]) -> None:
     """The table: medians, with least and most."""
-    names = ("late_p50_ms", "late_p99_ms", "late_max_ms", "share_error_points",
-             "max_error_percent", "throughput_cpus")  # fmt: skip
+    names = (
+        "late_p50_ms",
+        "late_p99_ms",
+        "late_max_ms",
+        "share_error_points",
+        "max_error_percent",
+        "throughput_cpus",
+    )
     print(f"{'':<20}" + "".join(f"{name:>28}" for name in rows))
     for name in names:
         line = f"{name:<20}"
@@ -232,8 +241,11 @@ def inside(rounds: int) -> int:
     for line in lost:
         print(line)
     ours = rows["ours"]
-    ratios = {name: [ours[i].late_p99_ms / theirs.late_p99_ms for i, theirs in rows[name].items()]
-              for name in wanted if name != "ours" and rows[name]}  # fmt: skip
+    ratios = {
+        name: [ours[i].late_p99_ms / theirs.late_p99_ms for i, theirs in rows[name].items()]
+        for name in wanted
+        if name != "ours" and rows[name]
+    }
     ratio = statistics.median(ratios["eevdf"])
     share = statistics.median(r.share_error_points or 0.0 for r in ours.values())
     limit = statistics.median(r.max_error_percent or 0.0 for r in ours.values())
@@ -241,7 +253,7 @@ def inside(rounds: int) -> int:
         "schedulers": {name: summary([*found.values()]) for name, found in rows.items() if found},
         "lost": lost,
         "late_p99_ratio": {f"ours/{name}": spread(found) for name, found in ratios.items()},
-    }  # fmt: skip
+    }
     if "flatcg" not in wanted:
         details["left_out"] = "scx_flatcg could not be built here"
     report = BenchReport(
@@ -279,9 +291,9 @@ def main() -> int:
         flatcg.build(kernel.directory / "vmlinux", kernel.release)
     except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
         print(f"cpu: without scx_flatcg, which could not be built: {error}", file=sys.stderr)
-    command = [sys.executable, "-m", "tests.guest.vm", "--timeout", "2400", "--",
-               sys.executable, "-m", "bench.cpu.benchmark", "--inside",
-               "--rounds", str(chosen.rounds)]  # fmt: skip
+    python = [sys.executable, "-m"]
+    measured = [*python, "bench.cpu.benchmark", "--inside", "--rounds", str(chosen.rounds)]
+    command = [*python, "tests.guest.vm", "--timeout", "2400", "--", *measured]
     os.execv(command[0], command)
 
 

@@ -52,9 +52,14 @@ def build(vmlinux: Path, release: str) -> Path:
         work = Path(directory)
         tools = _fetch(work, version)
         (work / "out").mkdir()
-        argv = ["make", "-C", f"{tools}/sched_ext", "scx_flatcg", f"O={work / 'out'}",
-                f"CLANG={find_clang()}", f"BPFTOOL={work / 'usr/sbin/bpftool'}",
-                f"VMLINUX_BTF={vmlinux}"]  # fmt: skip
+        variables = {
+            "O": work / "out",
+            "CLANG": find_clang(),
+            "BPFTOOL": work / "usr/sbin/bpftool",
+            "VMLINUX_BTF": vmlinux,
+        }
+        argv = ["make", "-C", f"{tools}/sched_ext", "scx_flatcg"]
+        argv += [f"{name}={value}" for name, value in variables.items()]
         # Not the whole environment: a make that called us would pass its own flags on.
         env = {
             "PATH": os.environ["PATH"],
@@ -75,8 +80,13 @@ def _fetch(work: Path, version: str) -> Path:
     packages.mkdir()
     # Of this machine's release, to fit its libraries; its own bpftool may be too old to know
     # struct_ops in skeletons.
-    subprocess.run(["apt-get", "-q", "download", "libelf-dev", "zlib1g-dev"], cwd=packages,
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    subprocess.run(
+        ["apt-get", "-q", "download", "libelf-dev", "zlib1g-dev"],
+        cwd=packages,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     codename = platform.freedesktop_os_release()["VERSION_CODENAME"]
     for suite, name in ((f"{codename}-backports", "bpftool"), (SUITE, f"linux-source-{version}")):
         apt = Apt(BUILD / f"apt-{suite}", suite, find_mirror())
@@ -88,8 +98,9 @@ def _fetch(work: Path, version: str) -> Path:
         # The packages' links point to what is not unpacked beside them.
         (work / "lib" / name).symlink_to(f"/usr/lib/{MULTIARCH}/{name}.1")
     source = f"linux-source-{version}"
-    subprocess.run(["tar", "-xJf", work / f"usr/src/{source}.tar.xz", "-C", work,
-                    f"{source}/tools", f"{source}/scripts/bpf_doc.py"], check=True)  # fmt: skip
+    archive = work / f"usr/src/{source}.tar.xz"
+    wanted = [f"{source}/tools", f"{source}/scripts/bpf_doc.py"]
+    subprocess.run(["tar", "-xJf", archive, "-C", work, *wanted], check=True)
     shutil.rmtree(packages)
     return work / source / "tools"
 
@@ -120,8 +131,9 @@ class Flatcg:
             time.sleep(0.05)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 _: object) -> None:  # fmt: skip
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
         why = self._end()
         if why != ENDED and (error is None or isinstance(error, OSError)):
             # Once it has failed, the kernel lets nobody make cgroups until it is gone.

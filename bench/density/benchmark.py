@@ -33,11 +33,9 @@ from agentcgroup_lab.simulate.types import KernelModel, Strategy
 from agentcgroup_lab.trace.plan import Options
 from agentcgroupd.errors import AgentcgroupdError
 from agentcgroupd.policy.load import load_policy
-from bench.density.real import compare
-from bench.report import ROOT, BenchReport, Target
+from bench.density.real import LATE_MOST, compare
+from bench.report import ROOT, BenchReport, Target, recordings
 
-RECORDINGS = ROOT / "bench/recordings"
-DELAY_MOST = 1.05
 GB = 1_000_000_000
 GUEST_OPTIONS = ("--memory", "2048", "--timeout", "560")
 
@@ -88,7 +86,7 @@ def carries(
     )
     result = simulate(load_policy(policy).policy, _profiles(paths), setup)
     killed = result.calls_killed + result.calls_oom + result.sessions_lost
-    return killed == 0 and result.important.most <= DELAY_MOST, result.to_json()
+    return killed == 0 and result.important.most <= LATE_MOST, result.to_json()
 
 
 def most(
@@ -128,9 +126,12 @@ def find_all(
 
 
 def report(
-    found: dict[str, list[tuple[int, dict[str, Any]]]], cases: Sequence[Case],
-    paths: tuple[Path, ...], seeds: int, real: dict[str, Any] | None,
-) -> BenchReport:  # fmt: skip
+    found: dict[str, list[tuple[int, dict[str, Any]]]],
+    cases: Sequence[Case],
+    paths: tuple[Path, ...],
+    seeds: int,
+    real: dict[str, Any] | None,
+) -> BenchReport:
     """Targets and details."""
     profiles = _profiles(paths)
     own_peaks = statistics.mean(p.peak_bytes for p in profiles)
@@ -141,19 +142,23 @@ def report(
         fit = max(1, reserved(case.pool_bytes, profiles))
         median = statistics.median(numbers)
         details[case.name] = {
-            **asdict(case), "sessions": numbers, "median": median, "reserved": fit,
+            **asdict(case),
+            "sessions": numbers,
+            "median": median,
+            "reserved": fit,
             "times_reserved": median / fit,
             "times_own_peaks_reserved": median / (case.pool_bytes / own_peaks),
             "use_mean": [run.get("use_mean") for _, run in found[case.name]],
             "paused_share": [run.get("paused_share") for _, run in found[case.name]],
             "important_most": [run["important"]["most"] for _, run in found[case.name] if run],
-        }  # fmt: skip
+        }
         if case.target is not None:
             name = (
                 f"{case.name}: {median:g} sessions ({numbers[0]} to {numbers[-1]}), reserved {fit}"
             )
-            targets.append(Target(name, median / fit, "x", f">= {case.target:g}",
-                                  median / fit >= case.target))  # fmt: skip
+            times = median / fit
+            limit = f">= {case.target:g}"
+            targets.append(Target(name, times, "x", limit, times >= case.target))
     if real is not None:
         targets += [Target(**target) for target in real["targets"]]
     note = "simulated; for real: " + (real["where"] if real else "not run")
@@ -170,10 +175,11 @@ def _real(args: argparse.Namespace, paths: tuple[Path, ...], sessions: int) -> d
     output = ROOT / "build/density-real.json"
     output.parent.mkdir(exist_ok=True)
     output.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tests.guest.vm", *GUEST_OPTIONS, "--", sys.executable, "-m",
-               "bench.density.benchmark", "--real-only", str(output), "--real-sessions",
-               str(args.real_sessions), "--policy", str(args.policy),
-               "--traces", *map(str, args.traces)]  # fmt: skip
+    python = [sys.executable, "-m"]
+    inside = [*python, "bench.density.benchmark", "--real-only", str(output)]
+    inside += ["--real-sessions", str(args.real_sessions), "--policy", str(args.policy)]
+    inside += ["--traces", *map(str, args.traces)]
+    command = [*python, "tests.guest.vm", *GUEST_OPTIONS, "--", *inside]
     subprocess.run(command, cwd=ROOT, check=False)
     if not output.exists():
         raise ReplayError("the run in the test guest left no result")
@@ -183,10 +189,7 @@ def _real(args: argparse.Namespace, paths: tuple[Path, ...], sessions: int) -> d
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.density.benchmark", description=__doc__)
-    known = os.environ.get("TRACES")
-    beside = ROOT.parent / "shared/traces"
-    default = Path(known) if known else beside if beside.is_dir() else RECORDINGS
-    parser.add_argument("--traces", type=Path, nargs="+", default=[default])
+    parser.add_argument("--traces", type=Path, nargs="+", default=[recordings()])
     parser.add_argument("--half", choices=("even", "odd"), help="only every other recording")
     parser.add_argument("--policy", type=Path, default=Path("default"))
     parser.add_argument("--seeds", type=int, default=3)
@@ -194,8 +197,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--case", action="append", help="only those whose name begins so")
     parser.add_argument("--no-real", action="store_true", help="simulate only")
     parser.add_argument("--real-only", type=Path, metavar="FILE", help="replay only, into FILE")
-    parser.add_argument("--real-sessions", type=int, default=0,
-                        help="how many at most (default: what this machine carries)")  # fmt: skip
+    parser.add_argument(
+        "--real-sessions",
+        type=int,
+        default=0,
+        help="how many at most (default: what this machine carries)",
+    )
     return parser.parse_args()
 
 
@@ -210,8 +217,8 @@ def main() -> int:
             result = compare(paths, args.policy, args.real_sessions, 0)
             args.real_only.write_text(json.dumps(result))
             return 0
-        cases = [case for case in CASES
-                 if not args.case or any(case.name.startswith(c) for c in args.case)]  # fmt: skip
+        beginnings = tuple(args.case or [""])
+        cases = [case for case in CASES if case.name.startswith(beginnings)]
         started = time.monotonic()
         found = find_all(cases, args.seeds, paths, args.policy, args.duration)
         print(f"simulated in {time.monotonic() - started:.0f} s", file=sys.stderr)

@@ -65,18 +65,19 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.isolation.benchmark", description=__doc__
     )
-    parser.add_argument("--mixes", type=int, default=8, help="how many (default: 8)")
-    parser.add_argument("--ratios", type=ratios, default=RATIOS, help="demand over pool")
-    parser.add_argument("--strategies", type=words, default=ALL, help=f"of {','.join(ALL)}")
-    parser.add_argument("--repeat", type=int, default=REPEATS, help="of each group")
-    parser.add_argument("--length", type=float, default=LENGTH_S, metavar="S",
-                        help="of a recorded minute when replayed")  # fmt: skip
-    parser.add_argument("--lanes", type=int, default=1, help="groups at once (default: 1)")
-    parser.add_argument("--sessions", type=int, default=SESSIONS_MAX, help="of a mix, at most")
-    parser.add_argument("--minutes", type=float, help="begin no group after so many")
-    parser.add_argument("--resume", action="store_true",
-                        help="with the settings and groups of last time, add the rest")  # fmt: skip
-    parser.add_argument("--no-plot", action="store_true", help="draw nothing")
+    add = parser.add_argument
+    add("--mixes", type=int, default=8, help="how many (default: 8)")
+    add("--ratios", type=ratios, default=RATIOS, help="demand over pool")
+    add("--strategies", type=words, default=ALL, help=f"of {','.join(ALL)}")
+    add("--repeat", type=int, default=REPEATS, help="of each group")
+    length_help = "of a recorded minute when replayed"
+    add("--length", type=float, default=LENGTH_S, metavar="S", help=length_help)
+    add("--lanes", type=int, default=1, help="groups at once (default: 1)")
+    add("--sessions", type=int, default=SESSIONS_MAX, help="of a mix, at most")
+    add("--minutes", type=float, help="begin no group after so many")
+    resume_help = "with the settings and groups of last time, add the rest"
+    add("--resume", action="store_true", help=resume_help)
+    add("--no-plot", action="store_true", help="draw nothing")
     args = parser.parse_args(argv)
     if unknown := set(args.strategies) - set(ALL) - set(STRATEGIES):
         parser.error(f"--strategies: {', '.join(unknown)}; allowed: {', '.join(ALL)}")

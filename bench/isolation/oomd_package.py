@@ -18,10 +18,10 @@ from tools.debian_suites import Apt, Log, SuiteError, find_mirror, locked, twice
 
 INTO = ROOT / "build/bench-oomd"
 SUITE = "bookworm"
-PACKAGES = (
-    "oomd", "libjsoncpp25", "libsystemd0", "libcap2", "libgcrypt20", "libgpg-error0", "liblzma5",
-    "libzstd1", "liblz4-1", "libstdc++6", "libgcc-s1", "libc6",
-)  # fmt: skip
+PACKAGES = tuple(
+    "oomd libjsoncpp25 libsystemd0 libcap2 libgcrypt20 libgpg-error0 liblzma5 libzstd1 liblz4-1"
+    " libstdc++6 libgcc-s1 libc6".split()
+)
 """In SUITE, oomd and all that it is linked with, directly or not."""
 _LAUNCHER = """#!/bin/sh
 here=$(dirname "$(readlink -f "$0")")

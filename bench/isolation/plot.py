@@ -25,6 +25,7 @@ STYLES = {
     "oomd": ("oomd", "#7c3aed", "D"),
     "ours": ("agentcgroup", "#c2410c", "*"),
 }
+_LINES: Any = {"linewidth": 1.6, "elinewidth": 0.9, "capsize": 2}
 _WIDTH_IN, _HEIGHT_IN, _DPI = 13.0, 8.6, 100
 
 Pick = Callable[[Mapping[str, Any]], "tuple[float, float, float] | None"]
@@ -73,10 +74,8 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], title: str, unit: str, pick: 
         medians = [value[0] for _, value in points]
         below = [value[0] - value[1] for _, value in points]
         above = [value[2] - value[0] for _, value in points]
-        axes.errorbar(
-            at, medians, yerr=(below, above), label=label, color=colour, marker=marker,
-            markersize=11 if marker == "*" else 6, linewidth=1.6, elinewidth=0.9, capsize=2,
-        )  # fmt: skip
+        style: Any = {"marker": marker, "markersize": 11 if marker == "*" else 6, "color": colour}
+        axes.errorbar(at, medians, yerr=(below, above), label=label, **style, **_LINES)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_ylabel(unit)
     axes.set_xlabel("demand / pool")
@@ -91,10 +90,15 @@ def draw(document: Mapping[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
     style: Any = {
-        "font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-        "grid.color": "#e5e7eb", "svg.hashsalt": "agentcgroup",
-    }  # fmt: skip
+        "font.family": "DejaVu Sans",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#e5e7eb",
+        "svg.hashsalt": "agentcgroup",
+    }
     rows = list(document["totals"])
     with mpl.rc_context(style):
         figure = Figure(figsize=(_WIDTH_IN, _HEIGHT_IN), dpi=_DPI)
@@ -107,19 +111,30 @@ def draw(document: Mapping[str, Any]) -> Figure:
                 axes.set_yscale("log")
         handles, labels = grid.flat[0].get_legend_handles_labels()
         figure.legend(
-            handles, labels, loc="upper left", bbox_to_anchor=(0.01, 0.955), ncols=len(handles),
+            handles,
+            labels,
+            loc="upper left",
+            bbox_to_anchor=(0.01, 0.955),
+            ncols=len(handles),
             frameon=False,
-        )  # fmt: skip
+        )
         figure.suptitle(
-            "The same recorded agents on ever smaller pools", x=0.012, y=0.985, ha="left",
-            fontsize=14, fontweight="bold",
-        )  # fmt: skip
+            "The same recorded agents on ever smaller pools",
+            x=0.012,
+            y=0.985,
+            ha="left",
+            fontsize=14,
+            fontweight="bold",
+        )
         figure.text(
-            0.988, 0.008,
+            0.988,
+            0.008,
             f"{len(document['mixes'])} mixes of recordings; median and spread; dashed: target; "
             f"{document['where']}, Linux {document['kernel']}, no swap",
-            ha="right", fontsize=8.5, color="#6b7280",
-        )  # fmt: skip
+            ha="right",
+            fontsize=8.5,
+            color="#6b7280",
+        )
         figure.tight_layout(rect=(0, 0.02, 1, 0.92))
     return figure
 

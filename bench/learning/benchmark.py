@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import random
 import statistics
 import sys
@@ -37,7 +36,7 @@ from bench.learning.predictors import (
     rows_of,
     scores,
 )
-from bench.report import ROOT, BenchReport, Target, quantile
+from bench.report import BenchReport, Target, quantile, recordings
 
 LEVELS_BYTES = tuple(n * MB for n in (16, 32, 64, 128))
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -154,12 +153,17 @@ def coverage(name: str, found: Sequence[Crossing]) -> Coverage | None:
     level = said[0][0].level_bytes
     rooms = [kept - level for _, kept in said]
     return Coverage(
-        rule=name, level_bytes=level, calls=len(found), unsaid=len(found) - len(said),
-        suffices=sum(map(sum, groups)) / len(said), low=quantile(means, 0.025),
-        high=quantile(means, 0.975), room_mean_bytes=statistics.fmean(rooms),
+        rule=name,
+        level_bytes=level,
+        calls=len(found),
+        unsaid=len(found) - len(said),
+        suffices=sum(map(sum, groups)) / len(said),
+        low=quantile(means, 0.025),
+        high=quantile(means, 0.975),
+        room_mean_bytes=statistics.fmean(rooms),
         room_p50_bytes=statistics.median(rooms),
         needed_mean_bytes=statistics.fmean(c.peak_bytes - level for c, _ in said),
-    )  # fmt: skip
+    )
 
 
 def rules() -> dict[str, Callable[[Room], Rule]]:
@@ -228,60 +232,67 @@ def orders(rows: Sequence[Row], share: float) -> list[Orders]:
                 rates.append(sum(said) / len(said))
                 counts.append(len(said))
         if rates:
-            found.append(Orders(share, level, int(statistics.median(counts)), min(rates),
-                                statistics.median(rates), max(rates)))  # fmt: skip
+            calls = int(statistics.median(counts))
+            middle = statistics.median(rates)
+            found.append(Orders(share, level, calls, min(rates), middle, max(rates)))
     return found
 
 
 def show_scores(title: str, found: dict[str, Score]) -> None:
     """One table."""
-    print(f"\n{title}\n  {'':<28}  known  bytes  large   times off p50, p90 (n)"
-          "   took more  ordered (pairs)    of common")  # fmt: skip
+    print(
+        f"\n{title}\n  {'':<28}  known  bytes  large   times off p50, p90 (n)"
+        "   took more  ordered (pairs)    of common"
+    )
     for name, s in found.items():
         errors, pairs = f"({s.errors})", f"({s.pairs})"
-        print(f"  {name:<28} {s.known:6.0%} {s.known_bytes:6.0%} {s.known_large:6.0%}"
-              f" {s.error_p50:10.2f} {s.error_p90:6.1f} {errors:<7} {s.exceeded:8.0%}"
-              f" {s.ordered:9.0%} {pairs:<9} {s.ordered_common:6.0%}")  # fmt: skip
+        print(
+            f"  {name:<28} {s.known:6.0%} {s.known_bytes:6.0%} {s.known_large:6.0%}"
+            f" {s.error_p50:10.2f} {s.error_p90:6.1f} {errors:<7} {s.exceeded:8.0%}"
+            f" {s.ordered:9.0%} {pairs:<9} {s.ordered_common:6.0%}"
+        )
 
 
 def show_coverages(found: Sequence[Coverage]) -> None:
     """One line a rule and level."""
     print("\nroom kept for a call that grew past a level: how often it sufficed, and what it cost")
     for c in found:
-        print(f"  {c.rule:<28} past {c.level_bytes / MB:4.0f} MB: {c.suffices:5.0%}"
-              f" ({c.low:.0%} to {c.high:.0%}) of {c.calls - c.unsaid:3}, {c.unsaid:2} unsaid;"
-              f" kept {c.room_mean_bytes / MB:5.0f} MB (p50 {c.room_p50_bytes / MB:4.0f}),"
-              f" needed {c.needed_mean_bytes / MB:4.0f}")  # fmt: skip
+        print(
+            f"  {c.rule:<28} past {c.level_bytes / MB:4.0f} MB: {c.suffices:5.0%}"
+            f" ({c.low:.0%} to {c.high:.0%}) of {c.calls - c.unsaid:3}, {c.unsaid:2} unsaid;"
+            f" kept {c.room_mean_bytes / MB:5.0f} MB (p50 {c.room_p50_bytes / MB:4.0f}),"
+            f" needed {c.needed_mean_bytes / MB:4.0f}"
+        )
 
 
 def show_orders(found: Sequence[Orders]) -> None:
     """One line a level."""
     print(f"\nthe same in {ORDERS} random orders of the sessions: lowest, median, highest")
     for o in found:
-        print(f"  likely_peak {o.share:<16g} past {o.level_bytes / MB:4.0f} MB: {o.low:5.0%}"
-              f" {o.p50:5.0%} {o.high:5.0%} of {o.calls}")  # fmt: skip
+        print(
+            f"  likely_peak {o.share:<16g} past {o.level_bytes / MB:4.0f} MB: {o.low:5.0%}"
+            f" {o.p50:5.0%} {o.high:5.0%} of {o.calls}"
+        )
 
 
 def targets_of(every: dict[str, Score], found: Sequence[Orders]) -> list[Target]:
     """What the daemon builds on: that a share is what it says, and a shape more than the tool."""
-    targets = [
-        Target(f"likely_peak 0.9 suffices past {o.level_bytes / MB:.0f} MB, median order", o.p50,
-               "", "0.85 to 0.95", 0.85 <= o.p50 <= 0.95)
-        for o in found if o.share == 0.9
-    ]  # fmt: skip
+    targets = [_sufficiency(orders) for orders in found if orders.share == 0.9]
     own, tool = every[OURS].ordered_common, every[BY_TOOL].ordered_common
-    targets.append(Target("larger of two calls told by shape", own, "",
-                          f"> by tool, {tool:.3f}", own > tool))  # fmt: skip
+    limit = f"> by tool, {tool:.3f}"
+    targets.append(Target("larger of two calls told by shape", own, "", limit, own > tool))
     return targets
+
+
+def _sufficiency(orders: Orders) -> Target:
+    name = f"likely_peak 0.9 suffices past {orders.level_bytes / MB:.0f} MB, median order"
+    return Target(name, orders.p50, "", "0.85 to 0.95", 0.85 <= orders.p50 <= 0.95)
 
 
 def main() -> int:
     """Run, print, write."""
-    default = ROOT.parent / "shared/traces"
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--traces", type=Path, default=Path(
-        os.environ.get("TRACES") or (default if default.is_dir() else ROOT / "bench/recordings")
-    ), help="directory of recordings")  # fmt: skip
+    parser.add_argument("--traces", type=Path, default=recordings(), help="directory of recordings")
     folder = parser.parse_args().traces
     paths = sorted(folder.glob("*.jsonl*"))
     if not paths:
@@ -291,20 +302,24 @@ def main() -> int:
     every, seen = scores(rows), scores(seen_rows)
     found = coverages(rows)
     ordered = [o for share in (0.8, 0.9) for o in orders(rows, share)]
-    print(f"{len(paths)} recordings, {len(rows)} calls with a command, {len(seen_rows)} of them"
-          f" with a peak that was surely seen, {sum(r.peak_bytes > LARGE_BYTES for r in rows)}"
-          f" above {LARGE_BYTES // MB} MB")  # fmt: skip
+    print(
+        f"{len(paths)} recordings, {len(rows)} calls with a command, {len(seen_rows)} of them"
+        f" with a peak that was surely seen, {sum(r.peak_bytes > LARGE_BYTES for r in rows)}"
+        f" above {LARGE_BYTES // MB} MB"
+    )
     show_scores("All of these calls", every)
     show_scores("Only calls whose peak was surely seen, for history and truth", seen)
     show_coverages(found)
     show_orders(ordered)
-    report = BenchReport("learning", "host", len(rows), targets_of(every, ordered), {
-        "recordings": len(paths), "calls_seen": len(seen_rows),
+    details = {
+        "recordings": len(paths),
+        "calls_seen": len(seen_rows),
         "scores": {name: asdict(s) for name, s in every.items()},
         "scores_seen": {name: asdict(s) for name, s in seen.items()},
         "coverage": [asdict(c) for c in found],
         "orders": [asdict(o) for o in ordered],
-    })  # fmt: skip
+    }
+    report = BenchReport("learning", "host", len(rows), targets_of(every, ordered), details)
     report.show()
     print(f"written: {report.write()}")
     return 0

@@ -66,12 +66,17 @@ def rows_of(recording: trace_format.Trace, session: int) -> list[Row]:
         command = commands[call.id, call.tool]
         if command is None:
             continue
-        rows.append(Row(
-            session=session, shape=shape_of(call.tool, ["sh", "-c", command]),
-            began_s=call.start_s, ended_s=call.end_s, peak_bytes=call.peak_bytes,
-            seen=held_s(call.steps) >= 2 * recording.sample_period_s,
-            rises=rises_of(call.start_s, call.steps),
-        ))  # fmt: skip
+        rows.append(
+            Row(
+                session=session,
+                shape=shape_of(call.tool, ["sh", "-c", command]),
+                began_s=call.start_s,
+                ended_s=call.end_s,
+                peak_bytes=call.peak_bytes,
+                seen=held_s(call.steps) >= 2 * recording.sample_period_s,
+                rises=rises_of(call.start_s, call.steps),
+            )
+        )
     return rows
 
 
@@ -253,10 +258,14 @@ def score(told: Told, common: Told) -> Score:
         known=len(known) / max(1, len(told)),
         known_bytes=sum(row.peak_bytes for row, _ in known) / max(1, total),
         known_large=sum(row.peak_bytes > LARGE_BYTES for row, _ in known) / max(1, large),
-        errors=len(telling), error_p50=statistics.median(errors), error_p90=quantile(errors, 0.9),
+        errors=len(telling),
+        error_p50=statistics.median(errors),
+        error_p90=quantile(errors, 0.9),
         exceeded=sum(peak > n for peak, n in telling) / max(1, len(telling)),
-        ordered=ordered, pairs=pairs, ordered_common=concordance(shared, LARGE_BYTES // 2)[0],
-    )  # fmt: skip
+        ordered=ordered,
+        pairs=pairs,
+        ordered_common=concordance(shared, LARGE_BYTES // 2)[0],
+    )
 
 
 def scores(rows: Sequence[Row]) -> dict[str, Score]:

@@ -136,10 +136,14 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
         "verdict": verdict(interval, MOST_PERCENT),
         "without_ns": statistics.median(v for r in rounds for v in r.without),
         "added_ns": statistics.median(r.added_ns for r in rounds),
-        "spread_percent": {"min": min(percents), "quarter": quarters[0],
-                           "three_quarters": quarters[2], "max": max(percents)},
+        "spread_percent": {
+            "min": min(percents),
+            "quarter": quarters[0],
+            "three_quarters": quarters[2],
+            "max": max(percents),
+        },
         "rounds_percent": percents,
-    }  # fmt: skip
+    }
 
 
 # What is measured
@@ -245,8 +249,11 @@ def place() -> Iterator[Place]:
         session = _make(pool, "session")
         call = _make(session, "call")
         agent = _make(session, "agent")
-        work = {CALL: _chain(call, CONTAINER_LEVELS), AGENT: _chain(agent, CONTAINER_LEVELS),
-                UNMANAGED: _chain(own, USER_LEVELS - 1)}  # fmt: skip
+        work = {
+            CALL: _chain(call, CONTAINER_LEVELS),
+            AGENT: _chain(agent, CONTAINER_LEVELS),
+            UNMANAGED: _chain(own, USER_LEVELS - 1),
+        }
         yield Place(pool, session, call, agent, work)
     finally:
         own.kill_and_remove(30)
@@ -400,11 +407,14 @@ class Bench:
                 self.programs.close()
             count = operations * self.size.chunks
             result[case.name] = {
-                name: {"runs_per_operation": (runs - before[name][0]) / count,
-                       "ns_per_run": (ns - before[name][1]) / (runs - before[name][0]),
-                       "ns_per_operation": (ns - before[name][1]) / count}
-                for name, (runs, ns) in after.items() if runs > before[name][0]
-            }  # fmt: skip
+                name: {
+                    "runs_per_operation": (runs - before[name][0]) / count,
+                    "ns_per_run": (ns - before[name][1]) / (runs - before[name][0]),
+                    "ns_per_operation": (ns - before[name][1]) / count,
+                }
+                for name, (runs, ns) in after.items()
+                if runs > before[name][0]
+            }
         return result
 
 
@@ -443,8 +453,10 @@ async def run(size: Size, cases: Sequence[Case], objects: Path | None) -> BenchR
     with place() as cgroups:
         programs = Programs(cgroups, objects)
         programs.find()
-        workers = {where: await Worker.start(program, cgroup, work_cpu)
-                   for where, cgroup in cgroups.work.items()}  # fmt: skip
+        workers = {
+            where: await Worker.start(program, cgroup, work_cpu)
+            for where, cgroup in cgroups.work.items()
+        }
         bench = Bench(programs, workers, size)
         await bench.measure(cases)
         with counted():
@@ -455,15 +467,18 @@ async def run(size: Size, cases: Sequence[Case], objects: Path | None) -> BenchR
     details = {
         "cases": results,
         "programs": inside,
-        "features": {s.name: {"attached": s.works, "programs": s.programs, "reason": s.reason}
-                     for s in programs.states.values()},
-        "events": programs.events, "lost": programs.lost,
+        "features": {
+            s.name: {"attached": s.works, "programs": s.programs, "reason": s.reason}
+            for s in programs.states.values()
+        },
+        "events": programs.events,
+        "lost": programs.lost,
         "cpu": {"work": work_cpu, "events": own_cpu},
         "load": {"before": load_before, "after": os.getloadavg()[0]},
         "size": asdict(size),
-    }  # fmt: skip
-    return BenchReport("overhead", "guest" if "QEMU" in _vendor() else "host", size.rounds,
-                       targets(cases, results), details)  # fmt: skip
+    }
+    where = "guest" if "QEMU" in _vendor() else "host"
+    return BenchReport("overhead", where, size.rounds, targets(cases, results), details)
 
 
 def targets(cases: Sequence[Case], results: dict[str, Any]) -> list[Target]:
@@ -473,8 +488,8 @@ def targets(cases: Sequence[Case], results: dict[str, Any]) -> list[Target]:
         if case.control or case.work not in TARGETS:
             continue
         found = results[case.name]
-        rows.append(Target(case.name, found["percent"], "%", f"<= {MOST_PERCENT:g} %",
-                           found["verdict"] == "kept"))  # fmt: skip
+        limit, kept = f"<= {MOST_PERCENT:g} %", found["verdict"] == "kept"
+        rows.append(Target(case.name, found["percent"], "%", limit, kept))
     return rows
 
 
@@ -485,12 +500,16 @@ def show(report: BenchReport) -> None:
     print(f"\n  {'':<{width}}  without ns   added ns   percent  interval of the median")
     for name, case in report.details["cases"].items():
         where = case["interval_percent"]
-        print(f"  {name:<{width}} {case['without_ns']:11.0f} {case['added_ns']:10.1f} "
-              f"{case['percent']:9.2f}  {where['low']:.2f} to {where['high']:.2f} "
-              f"({where['confidence'] * 100:.1f} %): {case['verdict']}")  # fmt: skip
+        print(
+            f"  {name:<{width}} {case['without_ns']:11.0f} {case['added_ns']:10.1f} "
+            f"{case['percent']:9.2f}  {where['low']:.2f} to {where['high']:.2f} "
+            f"({where['confidence'] * 100:.1f} %): {case['verdict']}"
+        )
     for name, programs in report.details["programs"].items():
-        parts = [f"{p} {v['runs_per_operation']:.3f} x {v['ns_per_run']:.0f} ns"
-                 for p, v in programs.items()]  # fmt: skip
+        parts = [
+            f"{p} {v['runs_per_operation']:.3f} x {v['ns_per_run']:.0f} ns"
+            for p, v in programs.items()
+        ]
         print(f"  {name:<{width}}  {', '.join(parts) or 'no program runs'}")
     for name, feature in report.details["features"].items():
         print(f"  {name}: " + ("attached" if feature["attached"] else feature["reason"]))

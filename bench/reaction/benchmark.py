@@ -108,8 +108,10 @@ def _gone(daemon: DaemonProcess, agent: AgentProcess) -> None:
     for call in daemon.admin.ListCalls(pb.ListCallsRequest(session_id="batch")).calls:
         with contextlib.suppress(grpc.RpcError):  # it has ended in the meantime
             daemon.admin.EndCall(pb.EndCallRequest(call_id=call.id))
-    wait_until("its call has ended",
-               lambda: not [d for d in daemon.call_dirs() if d.parent.name == "batch"])  # fmt: skip
+    wait_until(
+        "its call has ended",
+        lambda: not [d for d in daemon.call_dirs() if d.parent.name == "batch"],
+    )
 
 
 def _said(daemon: DaemonProcess, since: int) -> float | None:
@@ -150,8 +152,11 @@ def daemon_rung(
             samples = observer.watch(mark, 60 * SLOW)
             reached, seconds, past = judge(samples, mark)
             found.append(Reaction(rate, reached / 1e9, seconds * 1e3, past, _said(daemon, since)))
-            print(f"reaction: {rate} GB/s, round {number + 1} of {rounds}: stopped after "
-                  f"{seconds * 1e3:.2f} ms and {past / MIB:.1f} MiB", file=sys.stderr)  # fmt: skip
+            print(
+                f"reaction: {rate} GB/s, round {number + 1} of {rounds}: stopped after "
+                f"{seconds * 1e3:.2f} ms and {past / MIB:.1f} MiB",
+                file=sys.stderr,
+            )
             _gone(daemon, batch)
             _wait_below(current, low - 16 * MIB)
     observer.close()
@@ -169,10 +174,13 @@ def kernel_rungs(daemon: DaemonProcess, rates: list[float], call_bytes: int) -> 
         _start(agent, "max", schedule, "--memory-max", str(call_bytes))
         agent.run("tool.wait()")
         report = _last(daemon, "rungs")
-        rows.append({
-            "rung": "memory.max", "rate_gb_s": rate, "verdict": pb.Verdict.Name(report.verdict),
+        row = {
+            "rung": "memory.max",
+            "rate_gb_s": rate,
+            "verdict": pb.Verdict.Name(report.verdict),
             "past_bytes": report.memory_peak_bytes - report.grant.memory_max_bytes,
-        })  # fmt: skip
+        }
+        rows.append(row)
     return rows
 
 
@@ -191,10 +199,13 @@ def deny_rung(daemon: DaemonProcess, pool_bytes: int, rates: list[float]) -> lis
             file.seek(since)
             denied = [e for line in file if (e := json.loads(line))["event"] == "denied"]
         allowed = denied[0]["mark_bytes"] + GuardConfig().deny_allowance
-        rows.append({
-            "rung": "denied growth", "rate_gb_s": rate, "exit_code": report.exit_code,
+        row = {
+            "rung": "denied growth",
+            "rate_gb_s": rate,
+            "exit_code": report.exit_code,
             "past_bytes": report.memory_peak_bytes - allowed,
-        })  # fmt: skip
+        }
+        rows.append(row)
         _wait_below(daemon.cgroup_dir / "memory.current", pool_bytes // 2)
     vip.run("tool.kill(); tool.wait()")
     return rows
@@ -246,8 +257,8 @@ def summarize(crossings: list[Reaction], rungs: list[Any], emulated: bool) -> Be
     targets = []
     for rung in sorted({row["rung"] for row in rungs}):
         past = max(row["past_bytes"] for row in rungs if row["rung"] == rung)
-        targets.append(Target(f"kernel rung {rung}: bytes past the limit, most", past, "B", "<= 0",
-                              past <= 0))  # fmt: skip
+        name = f"kernel rung {rung}: bytes past the limit, most"
+        targets.append(Target(name, past, "B", "<= 0", past <= 0))
     times = [c.stopped_after_ms for c in crossings]
     by_rate = {}
     for rate in sorted({c.rate_gb_s for c in crossings}):
@@ -264,9 +275,13 @@ def summarize(crossings: list[Reaction], rungs: list[Any], emulated: bool) -> Be
             value = quantile(times, share)
             name = f"daemon rung, a paused call: from the mark to no more growth, p{share * 100:g}"
             targets.append(Target(name, value, "ms", f"<= {limit:g}", value <= limit))
-    return BenchReport("reaction", "guest" if emulated else "host", len(crossings), targets,
-                       {"by_rate": by_rate, "crossings": [asdict(c) for c in crossings],
-                        "kernel_rungs": rungs})  # fmt: skip
+    details = {
+        "by_rate": by_rate,
+        "crossings": [asdict(c) for c in crossings],
+        "kernel_rungs": rungs,
+    }
+    where = "guest" if emulated else "host"
+    return BenchReport("reaction", where, len(crossings), targets, details)
 
 
 if __name__ == "__main__":

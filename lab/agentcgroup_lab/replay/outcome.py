@@ -100,9 +100,13 @@ def _outcome(status: int) -> Outcome:
 
 
 def _call_result(
-    call: PlannedCall, begun: float | None, end: Mapping[str, Any] | None, word: DaemonWord,
-    started: float, session_ended: float,
-) -> CallResult:  # fmt: skip
+    call: PlannedCall,
+    begun: float | None,
+    end: Mapping[str, Any] | None,
+    word: DaemonWord,
+    started: float,
+    session_ended: float,
+) -> CallResult:
     outcome: Outcome = "not run"
     exit_code = term_signal = None
     ended_s = None

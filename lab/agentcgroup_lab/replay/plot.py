@@ -222,9 +222,15 @@ def draw(result: ReplayResult) -> Figure:
         # One thin empty row between strategies: the title of the next needs its room.
         ratios = [1.0, _LANE_SHARE, 0.30] * len(strategies)
         grid = figure.add_gridspec(
-            len(ratios) - 1, 1, height_ratios=ratios[:-1], hspace=0.08,
-            left=0.115, right=0.985, top=1 - 1.15 / height_in, bottom=0.75 / height_in,
-        )  # fmt: skip
+            len(ratios) - 1,
+            1,
+            height_ratios=ratios[:-1],
+            hspace=0.08,
+            left=0.115,
+            right=0.985,
+            top=1 - 1.15 / height_in,
+            bottom=0.75 / height_in,
+        )
         for position, strategy in enumerate(strategies):
             memory = figure.add_subplot(grid[3 * position])
             lanes = figure.add_subplot(grid[3 * position + 1], sharex=memory)
@@ -234,10 +240,13 @@ def draw(result: ReplayResult) -> Figure:
             memory.set_ylim(0, top_mb * 1.14)
             if position + 1 == len(strategies):
                 lanes.set_xlabel("seconds")
+        title: Any = {"va": "top", "ha": "left", "fontsize": 15, "fontweight": "bold"}
         figure.suptitle(
             "The same recorded agents on the same pool: memory over time, and every tool call",
-            x=0.012, y=1 - 0.14 / height_in, va="top", ha="left", fontsize=15, fontweight="bold",
-        )  # fmt: skip
+            x=0.012,
+            y=1 - 0.14 / height_in,
+            **title,
+        )
         _legend(figure, result, colours)
         subtitle = (
             f"memory x{result.memory_scale:.2g}, time x{result.speed:.2g} faster than recorded; "

@@ -76,8 +76,15 @@ def _segments(call: PlannedCall, rise_bytes_per_s: float | None) -> tuple[Segmen
 def _shape(call: PlannedCall, rise_bytes_per_s: float | None) -> Shape:
     segments = _segments(call, rise_bytes_per_s)
     duration_s = sum(segment.duration_s for segment in segments)
-    return Shape(call.tool, call.start_s, call.start_s + duration_s, duration_s, call.background,
-                 float(call.peak_bytes), segments)  # fmt: skip
+    return Shape(
+        name=call.tool,
+        start_s=call.start_s,
+        end_s=call.start_s + duration_s,
+        duration_s=duration_s,
+        background=call.background,
+        peak_bytes=float(call.peak_bytes),
+        segments=segments,
+    )
 
 
 def compile_plan(plan: Plan, rise_bytes_per_s: float | None = None) -> Profile:

@@ -98,9 +98,12 @@ def run_session(
 
 
 def run_order(
-    plans: list[plan.Plan], delays: list[int], waits: tuple[tuple[int, ...], ...], pool: int,
+    plans: list[plan.Plan],
+    delays: list[int],
+    waits: tuple[tuple[int, ...], ...],
+    pool: int,
     cpus: int,
-) -> int | None:  # fmt: skip
+) -> int | None:
     """When all ends in this order; None where it needs more than the pool or the CPUs."""
     seconds: dict[int, Second] = defaultdict(Second)
     end = max(
@@ -116,8 +119,9 @@ def run_order(
 
 steps = st.lists(
     st.tuples(st.integers(1, 2), st.integers(0, 6), st.sampled_from([0, 50, 100])),
-    min_size=1, max_size=2,
-)  # fmt: skip
+    min_size=1,
+    max_size=2,
+)
 plans = st.builds(
     make_plan,
     st.lists(st.integers(0, 2), min_size=1, max_size=3),
@@ -219,12 +223,28 @@ def test_groups_run_the_target_ratio_first_and_leave_out_what_cannot_be() -> Non
 
 def a_run(strategy: str, seconds: float, mix: int = 0, lost: int = 0, p95: float = 10.0) -> Run:
     return Run(
-        mix=mix, ratio=2.0, repeat=0, strategy=strategy, pool_bytes=10**9, seconds=seconds,
-        bound_s=10.0, sessions=3, sessions_finished=3, calls=20, calls_finished=20 - lost,
-        calls_killed=lost, important_finished=True, important_s=seconds, important_planned_s=9.0,
-        important_latency=Latency(9, p95 / 2, p95, p95 * 2, p95 * 3), pool_use_mean=0.5,
-        pool_use_peak=0.9, frozen_s=0.0, oom_kills=0, leaks=0,
-    )  # fmt: skip
+        mix=mix,
+        ratio=2.0,
+        repeat=0,
+        strategy=strategy,
+        pool_bytes=10**9,
+        seconds=seconds,
+        bound_s=10.0,
+        sessions=3,
+        sessions_finished=3,
+        calls=20,
+        calls_finished=20 - lost,
+        calls_killed=lost,
+        important_finished=True,
+        important_s=seconds,
+        important_planned_s=9.0,
+        important_latency=Latency(9, p95 / 2, p95, p95 * 2, p95 * 3),
+        pool_use_mean=0.5,
+        pool_use_peak=0.9,
+        frozen_s=0.0,
+        oom_kills=0,
+        leaks=0,
+    )
 
 
 def test_targets_are_judged_by_the_runs_beside_each_other() -> None:
@@ -245,8 +265,9 @@ def test_a_lost_call_misses_survival_and_makespan() -> None:
     runs += [a_run(ALONE, 10.0, mix=1), a_run("ours", 10.0, mix=1)]
     missed = [target.name for target in targets(runs, emulated=True) if not target.met]
     assert [name.split(" at ")[0] for name in missed] == [
-        "calls that survive", *["makespan over the best order's bound"] * 2,
-    ]  # fmt: skip
+        "calls that survive",
+        *["makespan over the best order's bound"] * 2,
+    ]
     assert "1 of 2 mixes" in missed[1]
 
 
@@ -299,8 +320,9 @@ def test_a_picture_is_drawn_from_what_is_written() -> None:
     axes = draw_picture(document).axes
     assert len(axes) == 6
     assert [text.get_text() for text in draw_picture(document).legends[0].get_texts()] == [
-        "no control", "agentcgroup",
-    ]  # fmt: skip
+        "no control",
+        "agentcgroup",
+    ]
 
 
 # ---- oomd ---------------------------------------------------------------------------------------
@@ -309,8 +331,9 @@ def test_a_picture_is_drawn_from_what_is_written() -> None:
 def test_oomd_is_told_bytes_of_the_pool_and_kills_sessions_only() -> None:
     told = ruleset("a/pool", 1 << 30)["rulesets"]
     assert [action["args"]["cgroup"] for rule in told for action in rule["actions"]] == [
-        "a/pool/*", "a/pool/*",
-    ]  # fmt: skip
+        "a/pool/*",
+        "a/pool/*",
+    ]
     threshold = told[0]["detectors"][0][1]["args"]["threshold"]
     assert threshold.endswith("K") and int(threshold[:-1]) == int(0.9 * (1 << 20))
     # oomd takes no numbers.

@@ -106,19 +106,25 @@ def test_undisturbed_sessions_take_as_long_as_recorded() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.floats(0, 8), st.floats(0.2, 3), st.lists(st.integers(0, 400), min_size=1,
-                                                               max_size=4)),
-        min_size=1, max_size=5,
+        st.tuples(
+            st.floats(0, 8),
+            st.floats(0.2, 3),
+            st.lists(st.integers(0, 400), min_size=1, max_size=4),
+        ),
+        min_size=1,
+        max_size=5,
     ),
     st.floats(0.1, 9.9),
-)  # fmt: skip
+)
 @settings(max_examples=60, deadline=None)
 def test_use_is_the_sum_of_what_the_plan_holds(
     calls: list[tuple[float, float, list[int]]], until_s: float
 ) -> None:
     """At the ends of steps: between them a call is on its way."""
-    planned = [call(round(start, 3), round(start + length, 3), *levels, index=i)
-               for i, (start, length, levels) in enumerate(sorted(calls))]  # fmt: skip
+    planned = [
+        call(round(start, 3), round(start + length, 3), *levels, index=i)
+        for i, (start, length, levels) in enumerate(sorted(calls))
+    ]
     one = compile_plan(plan(*planned, duration_s=20.0))
     world = world_of(100_000, one)
     world.run(until_s, lambda at: None)
@@ -316,8 +322,10 @@ FREEZES = {
 
 
 def busy(peak_mb: float) -> Profile:
-    return profile(*(call(t, t + 4, 20, peak_mb, 30, index=i)
-                     for i, t in enumerate((2.0, 9.0, 17.0))), duration_s=25.0)  # fmt: skip
+    return profile(
+        *(call(t, t + 4, 20, peak_mb, 30, index=i) for i, t in enumerate((2.0, 9.0, 17.0))),
+        duration_s=25.0,
+    )
 
 
 def test_a_simulation_is_repeatable_and_keeps_its_number_of_sessions() -> None:
@@ -343,11 +351,27 @@ def test_reserving_peaks_runs_as_many_as_fit_and_kills_nobody() -> None:
 
 
 def write_recording(path: Path) -> None:
-    samples = [{"t": float(t), "mem_mb": 100.0 + (80 if t in (4, 5) else 0), "cpu_pct": 10.0,
-                "cpu_cum_pct": 10.0} for t in range(12)]  # fmt: skip
-    header = {"schema": "agent-os-trace/1", "task": "made", "model": "m", "duration_s": 11.0,
-              "n_samples": 12, "n_tool_calls": 1, "peak_mb": 180.0, "mean_mb": 113.0,
-              "sample_period_s": 1.0, "units": {}}  # fmt: skip
+    samples = [
+        {
+            "t": float(t),
+            "mem_mb": 100.0 + (80 if t in (4, 5) else 0),
+            "cpu_pct": 10.0,
+            "cpu_cum_pct": 10.0,
+        }
+        for t in range(12)
+    ]
+    header = {
+        "schema": "agent-os-trace/1",
+        "task": "made",
+        "model": "m",
+        "duration_s": 11.0,
+        "n_samples": 12,
+        "n_tool_calls": 1,
+        "peak_mb": 180.0,
+        "mean_mb": 113.0,
+        "sample_period_s": 1.0,
+        "units": {},
+    }
     one = {"tool_start": 3.2, "tool_end": 5.8, "id": "1", "tool": "Bash", "command": None}
     with gzip.open(path, "wt") as stream:
         stream.write("".join(json.dumps(line) + "\n" for line in (header, *samples, one)))
@@ -376,9 +400,14 @@ def test_the_command_prints_a_table_json_and_a_picture(
 
 @pytest.mark.parametrize(
     "wrong",
-    [["--pool", "no"], ["--sessions", "0"], ["--strategy", "mine"], ["--zram", "0.5"],
-     ["--cold", "2"]],
-)  # fmt: skip
+    [
+        ["--pool", "no"],
+        ["--sessions", "0"],
+        ["--strategy", "mine"],
+        ["--zram", "0.5"],
+        ["--cold", "2"],
+    ],
+)
 def test_wrong_arguments_are_refused(wrong: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as refused:
         run_cli("--trace", str(tmp_path), "--pool", "1G", "--sessions", "6", *wrong)
