@@ -1,4 +1,5 @@
-"""What every benchmark prints and writes: build/bench/<name>.json, the same keys for all."""
+"""The report that every benchmark prints and writes: build/bench/<name>.json, the same keys for
+all."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def recordings() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One number with what it should be. `met` is decided by whoever measured it."""
+    """A number with what it should be. `met` is decided by whoever measured it."""
 
     name: str
     value: float
@@ -39,7 +40,7 @@ class Target:
 
 @dataclass(slots=True)
 class BenchReport:
-    """The result of one benchmark."""
+    """The result of a benchmark."""
 
     bench: str
     where: str
@@ -74,7 +75,7 @@ class BenchReport:
 
 
 def mark(target: Target) -> str:
-    """How the table says whether a target was met."""
+    """The table's word for a target that was met, or was not."""
     return "met" if target.met else "MISSED"
 
 

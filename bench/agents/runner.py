@@ -22,7 +22,7 @@ RUNTIME_BYTES = 110_000_000
 """An idle agent held about 190 MB in recordings of real ones; interpreter and container
 included."""
 CONTEXT_BYTES_PER_CALL = 400_000
-"""What reading an output costs a runtime, beyond the text itself."""
+"""Bytes that reading an output costs a runtime beyond the text itself."""
 
 
 def find_agentcg() -> str:
@@ -39,7 +39,7 @@ def find_agentcg() -> str:
 
 
 class Agent:
-    """One run. The same name makes the same pauses each time."""
+    """A run. The same name makes the same pauses each time."""
 
     def __init__(self, name: str, work: Path) -> None:
         self.work = work

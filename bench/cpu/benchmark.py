@@ -49,7 +49,7 @@ ROUNDS = 5
 WAKEUPS = 150
 SLEEP_MS = (5, 30)
 RUN_USEC = (200, 2000)
-"""What an interactive call does between two waits: drawn anew each time."""
+"""Work of an interactive call between two waits: drawn anew each time."""
 OVERSUBSCRIBED = 4
 IMPORTANT, NORMAL = PRIORITY_WORDS["important"], PRIORITY_WORDS["normal"]
 SHARES = {"a": 50, "b": 100, "c": 200, "d": 400}
@@ -59,7 +59,7 @@ LIMITS = {"a": 200, "b": 350, "c": 500}
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one scheduler did in one round."""
+    """Results of a scheduler in a round."""
 
     late_p50_ms: float
     late_p99_ms: float
@@ -101,7 +101,7 @@ def policy_for(name: str) -> int:
 
 
 def describe(scheduler: Scheduler | None, load: Load, session: str, call: str) -> None:
-    """As the daemon does for an important session and its call."""
+    """Tell the scheduler of an important session and its call, as the daemon does."""
     if scheduler is None:
         return
     config = CpuConfig()
@@ -113,7 +113,8 @@ def describe(scheduler: Scheduler | None, load: Load, session: str, call: str) -
 
 
 def wakeups(name: str, seed: int) -> tuple[list[float], float]:
-    """How late the important call was each time, in ms; and how many CPUs all together used."""
+    """Return how late the important call was each time, in ms, and how many CPUs all used
+    together."""
     late = (ctypes.c_double * WAKEUPS).from_buffer(mmap.mmap(-1, WAKEUPS * 8))
     dice = random.Random(seed)
     plan = [(dice.uniform(*SLEEP_MS) / 1e3, dice.uniform(*RUN_USEC) / 1e6) for _ in range(WAKEUPS)]
@@ -173,7 +174,7 @@ def max_error(name: str) -> float:
 
 
 def measure(name: str, seed: int) -> Round:
-    """One round of one scheduler."""
+    """Run a round of a scheduler."""
     late, cpus = wakeups(name, seed)
     return Round(
         late_p50_ms=quantile(late, 0.5),

@@ -25,10 +25,10 @@ from tools.debian_suites import Apt, find_mirror, unpack
 
 BUILD = ROOT / "build/flatcg"
 SUITE = "trixie-backports"
-"""Where the test kernel comes from."""
+"""The release that the test kernel comes from."""
 ATTACH_S, END_S = 60, 30
 ENDED = "unregistered from user space"
-"""Its last words when it was told to end, after EXIT:"""
+"""The scheduler's last words, after EXIT:, when it was told to end."""
 
 
 class Ejected(Exception):
@@ -36,7 +36,8 @@ class Ejected(Exception):
 
 
 def program(release: str) -> Path:
-    """Where it is, or would be, for a kernel. `release`: as `uname -r` says it."""
+    """Path of the scheduler's program for a kernel, built or not. `release`: as `uname -r` says
+    it."""
     return BUILD / f"scx_flatcg-{release}"
 
 

@@ -38,28 +38,28 @@ WINDOW_S = 100.0
 """Recorded seconds replayed, around the recording's peak: room for a dozen calls before and
 after."""
 PLAN_S = 45.0 if EMULATED else 13.0
-"""How long one strategy takes when all runs on time: three of them, the delays that they cause, and
-the start of guest and daemon stay below 5 minutes emulated and 1 minute natively."""
+"""Seconds that a strategy takes when all runs on time: three of them, the delays that they cause,
+and the start of guest and daemon stay below 5 minutes emulated and 1 minute natively."""
 CANDIDATES = 8
-"""Of so many recordings, those whose calls rise highest, every three are weighed."""
+"""Number of recordings, those whose calls rise highest, of which every three are weighed."""
 HEADROOM = 1.12
-"""Of the pool over what must fit: below some 6 % of free memory the daemon holds calls back."""
+"""The pool over what must fit: below some 6 % of free memory the daemon holds calls back."""
 FIXED_BYTES = 8_000_000
 """A session's part that does not shrink with the recording: interpreter, launcher, page tables."""
 MEMORY_SHARE = 0.5
-"""Of this machine's free memory, at most so much for the pool."""
+"""Share of this machine's free memory that the pool may have."""
 RISE_SHARE = 0.06
-"""Of the time, at most so much for all sessions to rise to their peaks together: on a machine that
+"""Share of the time in which all sessions may rise to their peaks together: on a machine that
 touches memory slowly the peaks, which recorded calls reach in a second or two, would not meet."""
 SPAWN_SHARE = 0.2
-"""Of the time, at most so much to be spent on starting calls."""
+"""Share of the time that may be spent on starting calls."""
 SPAWNS_PER_CALL = 3.0
 """A call costs about so many plain spawns: fork, launcher, the daemon's answer, the load."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How fast this machine is."""
+    """Speed of this machine."""
 
     touch_bytes_per_s: float
     spawn_s: float
@@ -101,7 +101,7 @@ def measure() -> Speed:
 
 
 def load_recordings(directory: Path) -> dict[str, trace_format.Trace]:
-    """All recordings of a directory by name."""
+    """Read all recordings of a directory, by name."""
     paths = sorted([*directory.glob("*.jsonl.gz"), *directory.glob("*.jsonl")])
     return {
         path.name.removesuffix(".gz").removesuffix(".jsonl"): trace_format.read(path)
@@ -120,9 +120,10 @@ def pool_for(plans: Sequence[plan.Plan]) -> int:
 
 
 def choose(recordings: dict[str, trace_format.Trace], options: plan.Options) -> Choice:
-    """Of the recordings whose calls rise highest, the three whose demand, when their peaks meet,
-    exceeds their pool most and longest (its area above it). The one with the highest peak is the
-    important session: it is the one that a kernel without further advice would kill first."""
+    """Choose, among the recordings whose calls rise highest, the three whose demand, when their
+    peaks meet, exceeds their pool most and longest (its area above it). The one with the highest
+    peak is the important session: it is the one that a kernel without further advice would kill
+    first."""
     plans = {
         name: plan.make_plan(
             recorded, replace(options, window_s=plan.busiest_window(recorded, WINDOW_S))
@@ -162,7 +163,7 @@ def _mb(n_bytes: float) -> str:
 
 
 def rules(choice: Choice, speed: Speed, options: plan.Options) -> dict[str, str]:
-    """What was chosen, and why, in plain words."""
+    """Say in plain words what was chosen, and why."""
     plans, demand = choice.plans, choice.demand
     planned_s = max(
         offset + one.duration_s for offset, one in zip(choice.offsets_s, plans, strict=True)
@@ -187,7 +188,7 @@ def rules(choice: Choice, speed: Speed, options: plan.Options) -> dict[str, str]
 
 
 def prepare(directory: Path) -> tuple[list[engine.SessionSpec], int, plan.Options, dict[str, str]]:
-    """From the recordings to sessions and a pool. Raises ReplayError, TraceError."""
+    """Turn the recordings into sessions and a pool. Raises ReplayError, TraceError."""
     recordings = load_recordings(directory)
     if len(recordings) < SESSIONS:
         raise ReplayError(
@@ -213,7 +214,7 @@ def prepare(directory: Path) -> tuple[list[engine.SessionSpec], int, plan.Option
 
 
 def run(directory: Path) -> result.ReplayResult:
-    """All strategies in a row, here."""
+    """Run all strategies in a row, here."""
     specs, pool_bytes, options, why = prepare(directory)
     for name, text in why.items():
         say(f"{name + ':':<10}{text}")
@@ -230,7 +231,7 @@ def run(directory: Path) -> result.ReplayResult:
 
 
 def _run_in_guest(arguments: Sequence[str]) -> int:
-    """The same module in the test guest; it leaves its result in build/, which is shared."""
+    """Run the same module in the test guest; its result is left in build/, which is shared."""
     guest = ["tests.guest.vm", "--memory", str(GUEST_MIB), "--timeout", str(GUEST_TIMEOUT_S)]
     if "PYTHONPATH" in os.environ:
         guest += ["--env", "PYTHONPATH"]

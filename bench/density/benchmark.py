@@ -42,7 +42,7 @@ GUEST_OPTIONS = ("--memory", "2048", "--timeout", "560")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One number to find."""
+    """A number of sessions to find."""
 
     name: str
     pool_bytes: int
@@ -74,7 +74,7 @@ def _profiles(paths: tuple[Path, ...]) -> list[Profile]:
 def carries(
     case: Case, sessions: int, seed: int, paths: tuple[Path, ...], policy: Path, duration_s: float
 ) -> tuple[bool, dict[str, Any]]:
-    """Whether so many sessions get through, and how."""
+    """Return whether so many sessions get through, and the simulation's result."""
     setup = Setup(
         case.pool_bytes,
         sessions,
@@ -92,7 +92,8 @@ def carries(
 def most(
     case: Case, seed: int, paths: tuple[Path, ...], policy: Path, duration_s: float
 ) -> tuple[int, dict[str, Any]]:
-    """By bisection, and how the pool was used at that number."""
+    """Find the most sessions that get through, by bisection. Returns their number and the
+    simulation's result there; 0 and no result where not even one does."""
     profiles = _profiles(paths)
     mean = sum(p.mean_bytes * p.duration_s for p in profiles) / sum(p.duration_s for p in profiles)
     low, found = 0, dict[str, Any]()
@@ -113,7 +114,7 @@ def most(
 def find_all(
     cases: Sequence[Case], seeds: int, paths: tuple[Path, ...], policy: Path, duration_s: float
 ) -> dict[str, list[tuple[int, dict[str, Any]]]]:
-    """Every case for every seed, on all cores."""
+    """Find every case for every seed, on all cores."""
     jobs = [(case, seed) for case in cases for seed in range(seeds)]
     found: dict[str, list[tuple[int, dict[str, Any]]]] = {case.name: [] for case in cases}
     with ProcessPoolExecutor(os.cpu_count()) as workers:
@@ -132,7 +133,7 @@ def report(
     seeds: int,
     real: dict[str, Any] | None,
 ) -> BenchReport:
-    """Targets and details."""
+    """Put the targets and the details together."""
     profiles = _profiles(paths)
     own_peaks = statistics.mean(p.peak_bytes for p in profiles)
     targets: list[Target] = []
@@ -167,7 +168,7 @@ def report(
 
 
 def _real(args: argparse.Namespace, paths: tuple[Path, ...], sessions: int) -> dict[str, Any]:
-    """Here, or in the test guest. Raises ReplayError."""
+    """Replay here, or in the test guest. Raises ReplayError."""
     from tests.guest.where import decide
 
     if decide().kind == "native":
@@ -207,7 +208,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Returns 0 when every target was met."""
+    """Run the benchmark; returns 0 when every target was met."""
     args = _arguments()
     paths = tuple(find_recordings(args.traces))
     if args.half:

@@ -24,15 +24,15 @@ from bench.report import Target, quantile
 
 EMULATED = os.environ.get("AGENTCG_EMULATED") == "1"
 MEMORY_SHARE = 0.5
-"""Of this machine's free memory, at most so much for the pool: first the same replay takes place on
+"""Share of this machine's free memory that the pool may have: first the same replay takes place on
 one of twice its size, which is never filled."""
 WINDOW_S = 240.0
 """Recorded seconds of each session, from a random point on."""
 PLAN_S = 60.0
 CALLS_MOST = 4 if EMULATED else None
-"""Of a session: starting one takes a tenth of a second in an emulated guest."""
+"""Calls of a session: starting one takes a tenth of a second in an emulated guest."""
 USE = 0.92
-"""Of the pool, what the plans hold on average: near what the simulation says it carries."""
+"""Share of the pool that the plans hold on average: near what the simulation says it carries."""
 SESSIONS_MOST = 16 if EMULATED else 280
 SCALE_LEAST = 0.12
 """Below it an agent's part is smaller than the process that plays it."""
@@ -48,7 +48,7 @@ def _free_bytes() -> int:
 
 
 def _quiet(one: plan.Plan) -> plan.Plan:
-    """The same without CPU."""
+    """Return the plan without CPU."""
     return replace(
         one,
         agent=tuple(replace(step, cpu_pct=0) for step in one.agent),
@@ -95,8 +95,8 @@ def _simulated(
     policy: Policy,
     beside_bytes: int = 0,
 ) -> Result:
-    """The same sessions, each begun when it was in a replay: starting many takes a machine a while.
-    `beside_bytes`: what a session holds more, or less, than its plan says."""
+    """Simulate the same sessions, each begun when it was in a replay: starting many takes a machine
+    a while. `beside_bytes`: what a session holds more, or less, than its plan says."""
     began_s = {session.id: session.began_s for session in begun.sessions}
     sessions = []
     for spec in specs:
@@ -113,7 +113,7 @@ def _with(one: plan.Plan, beside_bytes: int) -> plan.Plan:
 
 
 def _held_replayed(result: StrategyResult) -> float:
-    """What a session holds on average, in bytes: sessions begin and end one after the other."""
+    """Bytes that a session holds on average: sessions begin and end one after the other."""
     used = result.timeline.pool_bytes
     return sum(used) / len(used) * result.seconds / sum(s.seconds for s in result.sessions)
 
@@ -123,7 +123,7 @@ def _held_simulated(result: Result) -> float:
 
 
 def _seen(result: StrategyResult, roomy: StrategyResult) -> dict[str, Any]:
-    """A replay's numbers, under the names that a simulation's have. `roomy`: the same replay on a
+    """Give a replay's numbers the names that a simulation's have. `roomy`: the same replay on a
     pool that is never short: it says how long sessions take on this machine undisturbed."""
     calls = [call for session in result.sessions for call in session.calls]
     alone = {session.id: session.seconds for session in roomy.sessions}

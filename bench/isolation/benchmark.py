@@ -44,14 +44,14 @@ LENGTH_S = 24.0 if EMULATED else 10.0
 REPEATS = 1 if EMULATED else 5
 SESSIONS_MAX = 7 if EMULATED else 12
 KEPT_MIXES = 2
-"""Of so many mixes, the first runs at the target ratio are kept whole, for pictures."""
+"""Number of mixes whose first runs at the target ratio are kept whole, for pictures."""
 GUEST_MIB, GUEST_TIMEOUT_S = 2048, 6 * 3600
 
 Found = tuple[Run, result.StrategyResult]
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
 
     def words(text: str) -> tuple[str, ...]:
         return tuple(text.split(","))
@@ -87,7 +87,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Journal:
-    """All runs so far, one JSON object a line; the first says under which settings."""
+    """File of all runs so far, one JSON object a line; the first line holds the settings."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -95,7 +95,7 @@ class Journal:
         self.runs: list[Run] = []
 
     def read(self) -> None:
-        """What an earlier time left, if anything."""
+        """Read what an earlier time left, if anything."""
         if not self.path.exists():
             return
         first, *rest = self.path.read_text(encoding="utf-8").splitlines()
@@ -110,7 +110,7 @@ class Journal:
         self.runs = list(known.values())
 
     def begin(self, settings: Settings) -> None:
-        """Start anew."""
+        """Start anew, with these settings."""
         self.settings = settings
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for old in self.path.parent.glob("mix*"):
@@ -118,13 +118,13 @@ class Journal:
         self.path.write_text(json.dumps(asdict(settings)) + "\n", encoding="utf-8")
 
     def add(self, runs: Sequence[Run]) -> None:
-        """A whole group."""
+        """Append the runs of a whole group."""
         self._take(runs)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write("".join(json.dumps(run.to_json()) + "\n" for run in runs))
 
     def has(self, group: Group) -> bool:
-        """Whether all of this group is here."""
+        """Return whether every run of this group is here."""
         done = {
             run.strategy
             for run in self.runs
@@ -134,8 +134,8 @@ class Journal:
 
 
 def groups(args: argparse.Namespace, mixes: Sequence[Mix]) -> Iterator[Group]:
-    """What to run: repeats outermost and the target ratio first, so that whatever is cut off, what
-    has been run is as even as can be."""
+    """Yield what to run: repeats outermost and the target ratio first, so that whatever is cut off,
+    what has been run is as even as can be."""
     number = 0
     ratios = sorted(args.ratios, key=lambda ratio: (ratio != TARGET_RATIO, ratio))
     for repeat in range(args.repeat):
@@ -187,14 +187,14 @@ def keep(found: Sequence[Found], mix: Mix, directory: Path) -> None:
 
 
 def swap_is_on() -> bool:
-    """Whether any swap is in use here."""
+    """Return whether any swap is in use here."""
     return len(Path("/proc/swaps").read_text(encoding="ascii").splitlines()) > 1
 
 
 def summarize(
     runs: Sequence[Run], mixes: Sequence[Mix], settings: Settings, asked: Sequence[float]
 ) -> BenchReport:
-    """The report; of the ratios asked for, what no strategy could do is named and not counted."""
+    """Make the report; of the ratios asked for, what no strategy could do is named, not counted."""
     tried = sorted({*asked, *(run.ratio for run in runs)})
     infeasible = [
         {"mix": mix.number, "ratio": ratio, "ratio_max": round(mix.ratio_max, 3)}
@@ -284,7 +284,7 @@ def run_here(args: argparse.Namespace) -> int:
 
 
 def run_in_guest(given: Sequence[str]) -> int:
-    """The same module in the test guest; what it writes is below build/, which is shared."""
+    """Run the same module in the test guest; what it writes is below build/, which is shared."""
     guest = ["tests.guest.vm", "--memory", str(GUEST_MIB), "--timeout", str(GUEST_TIMEOUT_S)]
     if "PYTHONPATH" in os.environ:
         guest += ["--env", "PYTHONPATH"]
@@ -293,7 +293,7 @@ def run_in_guest(given: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 when all targets were met and nothing was left behind."""
+    """Run the benchmark; returns 0 when all targets were met and nothing was left behind."""
     given = list(sys.argv[1:] if argv is None else argv)
     args = arguments(given)
 

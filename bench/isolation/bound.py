@@ -1,4 +1,4 @@
-"""How fast several plans could end on one pool, whatever order their calls were given. Pure.
+"""The earliest end of several plans on one pool, whatever order their calls were given. Pure.
 
 An *order* is what an all-knowing scheduler could choose: when each call begins, not before its
 planned time; once begun it runs as recorded, and its agent waits for it as in a replay. No order
@@ -33,7 +33,8 @@ class Piece:
 
 
 def _exclusive_s(length_s: float, before: float, after: float, limit: float) -> float:
-    """For how long more than `limit` is held: growth is even over a step, a fall is at once."""
+    """Seconds for which more than `limit` is held: growth is even over a step, a fall is at
+    once."""
     if after <= limit:
         return 0.0
     if before >= after or before >= limit:
@@ -62,7 +63,7 @@ def _agent_pieces(plan: Plan, delay_s: float) -> list[Piece]:
 
 
 def pieces(plan: Plan, delay_s: float, pool_bytes: float) -> list[Piece]:
-    """One session's work.
+    """Work of a session.
 
     Two calls do not fit together when each holds more than half of what the lowest level of its own
     agent leaves of the pool: with agents a, b and calls x > (pool - a) / 2, y > (pool - b) / 2 the

@@ -28,9 +28,9 @@ WINDOW_S = 60.0
 SIZES = (5, 6, 7, 8)
 """Sessions of a mix to begin with; more are added where demand cannot reach the wanted ratio."""
 WANTED = (2.0, 3.0)
-"""In turns, the ratio of demand to pool that a mix should be able to reach."""
+"""Ratios, taken in turns, of demand to pool that a mix should be able to reach."""
 MARGIN = 1.05
-"""Of the pool at that ratio over what must fit: one that is full to the last page leaves no room
+"""The pool at that ratio over what must fit: one that is full to the last page leaves no room
 for the kernel's own."""
 TRIES = 60
 DRAWS = 4
@@ -40,18 +40,18 @@ IMPORTANT_RISE_MB = 100.0
 FIXED_BYTES = 4_000_000
 """A session's part that does not shrink: what its processes hold beyond their plan."""
 MEMORY_SHARE = 0.45
-"""Of this machine's free memory, at most so much for all pools together."""
+"""Share of this machine's free memory that all pools together may have."""
 RISE_SHARE = 0.12
-"""Of the time, at most so much for all sessions to rise to their peaks: slower than that the peaks,
+"""Share of the time in which all sessions may rise to their peaks: slower than that the peaks,
 which recorded calls reach in a second or two, would not meet."""
 SPAWN_SHARE, SPAWNS_PER_CALL = 0.25, 3.0
-"""Of the time, at most so much for starting calls; a call costs about so many plain spawns."""
+"""Share of the time that may go into starting calls, and how many plain spawns a call costs."""
 SCALES = (1.0, 0.75, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a recording's first line says, without the rest being read."""
+    """First line of a recording, read without the rest."""
 
     name: str
     path: Path
@@ -60,13 +60,13 @@ class Header:
 
     @property
     def rise_mb(self) -> float:
-        """How far it rises above its mean."""
+        """Distance of the peak from the mean."""
         return self.peak_mb - self.mean_mb
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How runs are shrunk and what this machine can do."""
+    """Scales of the runs, and what this machine can do."""
 
     length_s: float
     speed: Speed
@@ -94,7 +94,7 @@ class Mix:
         return self.demand_bytes / self.floor_bytes
 
     def feasible(self, ratio: float) -> bool:
-        """Whether any strategy could succeed."""
+        """Return whether any strategy could succeed at this ratio."""
         return ratio <= self.ratio_max
 
     def pool_bytes(self, ratio: float) -> int:
@@ -102,7 +102,7 @@ class Mix:
         return int(self.demand_bytes / ratio)
 
     def specs(self) -> list[SessionSpec]:
-        """For the replay's engine."""
+        """The sessions for the replay's engine."""
         return [
             SessionSpec(f"s{number}", name, one, important=number == 1, delay_s=offset_s)
             for number, (name, one, offset_s) in enumerate(
@@ -119,7 +119,7 @@ class Mix:
         return makespan_bound_s(self.plans, self.offsets_s, self.pool_bytes(ratio), cpus)
 
     def to_json(self) -> dict[str, Any]:
-        """What was chosen, without the schedules."""
+        """The choice as plain values, without the schedules."""
         sessions = [
             {
                 "recording": name,
@@ -155,7 +155,7 @@ def folders(environ: Mapping[str, str] = os.environ) -> list[Path]:
 
 
 def headers(directories: Sequence[Path]) -> list[Header]:
-    """All recordings, by name. Raises ReplayError where there is none."""
+    """Read the headers of all recordings, by name. Raises ReplayError where there is none."""
     found = {}
     for directory in directories:
         for path in [*directory.glob("*.jsonl.gz"), *directory.glob("*.jsonl")]:
@@ -178,8 +178,7 @@ def largest_call_bytes(one: plan.Plan) -> int:
 
 
 def _ratio_max_told(drawn: Sequence[Header]) -> float:
-    """What `Mix.ratio_max` will be about, from headers: the mean is the agent's, the rest a
-    call's."""
+    """Estimate `Mix.ratio_max` from headers: the mean is the agent's, the rest a call's."""
     demand = sum(header.peak_mb for header in drawn)
     return demand / (sum(h.mean_mb for h in drawn) + max(h.rise_mb for h in drawn))
 
@@ -265,8 +264,9 @@ def _options(sessions: int, settings: Settings) -> plan.Options:
 
 
 def _chosen(number: int, known: Sequence[Header], settings: Settings) -> list[Header]:
-    """Of several draws the first that reaches the wanted ratio, else the one that comes closest.
-    Judged at a given scale, so that it does not depend on how fast the machine was just now."""
+    """Return the first of several draws that reaches the wanted ratio, else the one that comes
+    closest. Judged at a given scale, so that it does not depend on how fast the machine was just
+    now."""
     scale = SCALES[-1] if settings.emulated else 1.0
     best: tuple[float, list[Header]] | None = None
     for again in range(DRAWS):

@@ -130,14 +130,14 @@ class OomdBackend(PlainBackend):
             time.sleep(0.05)
 
     def open(self, session_id: str, important: bool) -> Place:
-        """A plain cgroup; the important one is oomd's last choice."""
+        """Make a plain cgroup; the important one is oomd's last choice."""
         place = super().open(session_id, important)
         if important:
             os.setxattr(place.cgroup.path, _AVOID, b"1")
         return place
 
     def notes(self) -> tuple[str, ...]:
-        """oomd's own words on what it killed."""
+        """Lines in which oomd says what it killed."""
         return tuple(_lines(self._kills))
 
     def stop(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ PACKAGES = tuple(
     "oomd libjsoncpp25 libsystemd0 libcap2 libgcrypt20 libgpg-error0 liblzma5 libzstd1 liblz4-1"
     " libstdc++6 libgcc-s1 libc6".split()
 )
-"""In SUITE, oomd and all that it is linked with, directly or not."""
+"""Packages of SUITE: oomd and all that it is linked with, directly or not."""
 _LAUNCHER = """#!/bin/sh
 here=$(dirname "$(readlink -f "$0")")
 exec "$here"/lib/ld-linux-*.so.* --library-path "$here/lib" "$here/bin/oomd" "$@"
@@ -30,12 +30,13 @@ exec "$here"/lib/ld-linux-*.so.* --library-path "$here/lib" "$here/bin/oomd" "$@
 
 
 def say(line: str) -> None:
-    """Progress, as it happens."""
+    """Print progress as it happens."""
     print(f"oomd: {line}", file=sys.stderr, flush=True)
 
 
 def ensure(into: Path = INTO, log: Log = say) -> Path:
-    """The program, fetched if need be. Raises SuiteError with what to do."""
+    """Return the program's path, after fetching it if need be. Raises SuiteError with what to
+    do."""
     program = into / "oomd"
     into.parent.mkdir(parents=True, exist_ok=True)
     if program.exists():
@@ -67,7 +68,8 @@ def _fetch(into: Path, log: Log) -> None:
 
 
 def _arrange(files: Path, into: Path) -> None:
-    """Only what runs: the program, and each library under the name that it is looked for by."""
+    """Keep only what runs: the program, and each library under the name that it is looked for
+    by."""
     (into / "bin").mkdir(parents=True)
     (into / "lib").mkdir()
     shutil.copy2(files / "usr/bin/oomd", into / "bin/oomd")

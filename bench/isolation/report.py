@@ -1,4 +1,4 @@
-"""From the runs of the benchmark `isolation` to its table and its targets. Pure."""
+"""Tables and targets of the benchmark `isolation`, made from its runs. Pure."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _latency(quantile: str) -> Callable[[Run], float | None]:
 
 
 def cell(runs: Sequence[Run], alone: dict[Key, Run]) -> dict[str, Any]:
-    """One strategy on one mix at one ratio, or on several of them together."""
+    """Summarize a strategy on a mix at a ratio, or on several of them together."""
     return {
         "runs": len(runs),
         "calls": sum(run.calls for run in runs),
@@ -110,7 +110,7 @@ def totals(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def targets(runs: Sequence[Run], emulated: bool) -> list[Target]:
-    """What ours should do at twice the pool. Each ratio twice: the median over all runs, and the
+    """Judge what ours does at twice the pool. Each ratio twice: the median over all runs, and the
     median of the mix where it is worst.
 
     Where one emulated core is all that the sessions share, allocations wait for that core, whatever

@@ -1,4 +1,4 @@
-"""One run of a mix under one strategy, and what is kept of it."""
+"""Runs of a mix under a strategy, and what is kept of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ by then has not survived. The target for the makespan is 1.25."""
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One strategy, or the important session alone, on one pool."""
+    """Numbers of a strategy, or of the important session alone, on a pool."""
 
     mix: int
     ratio: float
@@ -51,7 +51,7 @@ class Run:
     notes: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The numbers as plain values."""
         return asdict(self)
 
     @classmethod
@@ -74,7 +74,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What is compared side by side: one mix at one ratio, alone and under every strategy."""
+    """Runs to compare side by side: a mix at a ratio, alone and under every strategy."""
 
     number: int
     mix: int
@@ -108,8 +108,8 @@ def _frozen_s(sessions: Iterable[SessionResult]) -> float:
 
 
 def makespan_s(result: StrategyResult, delays_s: Mapping[str, float]) -> float:
-    """From the moment that the first agent is ready to the end of the last. Before, interpreters
-    start, which no order can help."""
+    """Seconds from the moment that the first agent is ready to the end of the last. Before,
+    interpreters start, which no order can help."""
     began_s = min(one.began_s - delays_s[one.id] for one in result.sessions)
     return max(one.ended_s for one in result.sessions) - began_s
 
@@ -167,7 +167,7 @@ def run_one(mix: Mix, group: Group, strategy: str, cpus: int) -> tuple[Run, Stra
 def run_group(
     group: Group, known: Sequence[Header], settings: Settings
 ) -> list[tuple[Run, StrategyResult]]:
-    """All of a group, one after the other, in this process."""
+    """Run all of a group, one after the other, in this process."""
     mix = make_mix(group.mix, known, settings)
     found = []
     for strategy in group.order:
@@ -179,7 +179,7 @@ def run_group(
 
 
 def say(text: str) -> None:
-    """Progress, also from a worker process: one write, so that lines do not mix."""
+    """Print progress, also from a worker process: one write, so that lines do not mix."""
     os.write(2, (text + "\n").encode())
 
 

@@ -62,7 +62,7 @@ class Room:
         self.shapes.ended(row)
 
     def likely(self, share: float) -> Rule:
-        """As the engine asks."""
+        """Bytes of room that the engine would keep for the call."""
 
         def rule(row: Row, held: int) -> int | None:
             peaks = self.peaks.sorted_bytes
@@ -84,7 +84,7 @@ class Room:
 
 
 def times(factor: float) -> Rule:
-    """So many times what it holds."""
+    """Room in multiples of what the call holds."""
     return lambda row, held: int(held * factor)
 
 
@@ -120,13 +120,13 @@ def crossings(rows: Sequence[Row], room: Room, rule: Rule, level: int) -> list[C
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """How often kept room sufficed."""
+    """Share of calls for which kept room sufficed."""
 
     rule: str
     level_bytes: int
     calls: int
     unsaid: int
-    """Of them; the rest is about the others."""
+    """Calls of which nothing could be said; the rest is about the others."""
     suffices: float
     low: float
     """95 of 100 resamples of whole sessions lie between these: calls of one are alike."""
@@ -167,7 +167,7 @@ def coverage(name: str, found: Sequence[Crossing]) -> Coverage | None:
 
 
 def rules() -> dict[str, Callable[[Room], Rule]]:
-    """All that are compared."""
+    """The rules that are compared."""
     made: dict[str, Callable[[Room], Rule]] = {}
     for share in SHARES:
         made[f"likely_peak {share:g}"] = lambda room, share=share: room.likely(share)  # type: ignore[misc]
@@ -191,7 +191,7 @@ def coverages(rows: Sequence[Row]) -> list[Coverage]:
 
 
 def shifted(rows: Sequence[Row], offsets_s: Sequence[float]) -> list[Row]:
-    """The same calls, each session that much later."""
+    """Shift the calls of each session by its delay."""
     moved: list[Row] = []
     for row in rows:
         by_s = offsets_s[row.session]
@@ -204,7 +204,7 @@ def shifted(rows: Sequence[Row], offsets_s: Sequence[float]) -> list[Row]:
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """How often room by likely_peak sufficed, over random orders of the same sessions."""
+    """Measure how often room by likely_peak sufficed, over random orders of the same sessions."""
 
     share: float
     level_bytes: int
@@ -239,7 +239,7 @@ def orders(rows: Sequence[Row], share: float) -> list[Orders]:
 
 
 def show_scores(title: str, found: dict[str, Score]) -> None:
-    """One table."""
+    """Print a table of scores."""
     print(
         f"\n{title}\n  {'':<28}  known  bytes  large   times off p50, p90 (n)"
         "   took more  ordered (pairs)    of common"
@@ -254,7 +254,7 @@ def show_scores(title: str, found: dict[str, Score]) -> None:
 
 
 def show_coverages(found: Sequence[Coverage]) -> None:
-    """One line a rule and level."""
+    """Print a line for each rule and level."""
     print("\nroom kept for a call that grew past a level: how often it sufficed, and what it cost")
     for c in found:
         print(
@@ -266,7 +266,7 @@ def show_coverages(found: Sequence[Coverage]) -> None:
 
 
 def show_orders(found: Sequence[Orders]) -> None:
-    """One line a level."""
+    """Print a line for each level."""
     print(f"\nthe same in {ORDERS} random orders of the sessions: lowest, median, highest")
     for o in found:
         print(
@@ -276,7 +276,8 @@ def show_orders(found: Sequence[Orders]) -> None:
 
 
 def targets_of(every: dict[str, Score], found: Sequence[Orders]) -> list[Target]:
-    """What the daemon builds on: that a share is what it says, and a shape more than the tool."""
+    """Judge what the daemon builds on: that a share is what it says, and a shape more than the
+    tool."""
     targets = [_sufficiency(orders) for orders in found if orders.share == 0.9]
     own, tool = every[OURS].ordered_common, every[BY_TOOL].ordered_common
     limit = f"> by tool, {tool:.3f}"
@@ -290,7 +291,7 @@ def _sufficiency(orders: Orders) -> Target:
 
 
 def main() -> int:
-    """Run, print, write."""
+    """Run the benchmark, print and write its result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--traces", type=Path, default=recordings(), help="directory of recordings")
     folder = parser.parse_args().traces

@@ -19,14 +19,14 @@ LARGE_BYTES = 64 * MB
 TELLING_BYTES = 16 * MB
 """A ratio of two smaller numbers is noise, and nobody waits for either."""
 APART = 2.0
-"""Of two calls, the larger one is told where it takes this many times more."""
+"""Factor between two calls from which it matters which is the larger."""
 OURS = "same shape, most of 8"
 BY_TOOL = "same tool, most of 8"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One recorded call."""
+    """A recorded call."""
 
     session: int
     shape: str
@@ -34,10 +34,11 @@ class Row:
     ended_s: float
     peak_bytes: int
     seen: bool
-    """It held half its peak for two samples. Of the others the recording may have missed the peak:
-    most seconds of a long call are often waiting, and one sample in a second is all there is."""
+    """Whether the call held half its peak for two samples. Of the others the recording may have
+    missed the peak: most seconds of a long call are often waiting, and one sample in a second is
+    all there is."""
     rises: tuple[tuple[float, int], ...] = ()
-    """When it first held how much, ascending."""
+    """Times at which it first held how much, ascending."""
 
 
 def rises_of(began_s: float, steps: Sequence[plan.Step]) -> tuple[tuple[float, int], ...]:
@@ -53,7 +54,7 @@ def rises_of(began_s: float, steps: Sequence[plan.Step]) -> tuple[tuple[float, i
 
 
 def held_s(steps: Sequence[plan.Step]) -> float:
-    """For how long a call held at least half its peak; 0 if it held nothing."""
+    """Seconds for which a call held at least half its peak; 0 if it held nothing."""
     half = max(step.memory_bytes for step in steps) / 2
     return sum(step.duration_ms for step in steps if step.memory_bytes >= half > 0) / 1000
 
@@ -84,7 +85,7 @@ def rows_of(recording: trace_format.Trace, session: int) -> list[Row]:
 
 
 class Predictor:
-    """What is asked when a call begins and told when it has ended."""
+    """Something that is asked when a call begins, and told when it has ended."""
 
     def expect(self, row: Row) -> int | None:
         """Bytes, of a call that begins now; None: no idea."""
@@ -103,7 +104,7 @@ class Zero(Predictor):
 
 @dataclass
 class PoolQuantile(Predictor):
-    """The same for every call: what this share of the pool's calls stayed below."""
+    """Predicts for every call what this share of the pool's calls stayed below."""
 
     share: float = 0.95
     peaks: Peaks = field(default_factory=lambda: Peaks(least_bytes=0))
@@ -169,7 +170,7 @@ class FirstOf(Predictor):
 
 
 def predictors() -> dict[str, Predictor]:
-    """All that are compared, fresh."""
+    """Make all predictors that are compared."""
     one, eight, least = (Learning(runs_least=1, runs_kept=1), Learning(runs_least=1), Learning())
     return {
         "nothing": Zero(),
@@ -204,8 +205,8 @@ def predict(rows: Sequence[Row], predictor: Predictor) -> list[tuple[Row, int | 
 
 
 def concordance(told: Sequence[tuple[Row, int]], least_bytes: int) -> tuple[float, int]:
-    """Of pairs of calls of different sessions, the larger above `least_bytes` and `APART` times the
-    other: the share whose larger one was expected to be larger (equal: half), and how many."""
+    """Count pairs of calls of different sessions, the larger above `least_bytes` and `APART` times
+    the other: the share whose larger one was expected to be larger (equal: half), and how many."""
     right, pairs = 0.0, 0
     for row, expected in told:
         if row.peak_bytes < least_bytes:
@@ -220,7 +221,7 @@ def concordance(told: Sequence[tuple[Row, int]], least_bytes: int) -> tuple[floa
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a predictor was worth."""
+    """Worth of a predictor."""
 
     known: float
     """Part of the calls it said something of; then weighted by bytes; then of the large ones."""
@@ -228,7 +229,7 @@ class Score:
     known_large: float
     errors: int
     error_p50: float
-    """How many times off, up or down, over the known calls of which either number is telling."""
+    """Factor off, up or down, over the known calls of which either number is telling."""
     error_p90: float
     exceeded: float
     """Part of these that took more than expected."""
@@ -236,14 +237,15 @@ class Score:
     """Concordance of the known calls."""
     pairs: int
     ordered_common: float
-    """Of the calls that `OURS` knows, so that predictors can be compared; 0 for an unknown one."""
+    """Share among the calls that `OURS` knows, so that predictors can be compared; an unknown call
+    counts as 0."""
 
 
 Told = Sequence[tuple[Row, int | None]]
 
 
 def score(told: Told, common: Told) -> Score:
-    """How good the predictions were. `common`: the same calls with what `OURS` said."""
+    """Score predictions. `common`: the same calls with what `OURS` said."""
     known = [(row, n) for row, n in told if n is not None]
     telling = [(row.peak_bytes, n) for row, n in known if max(row.peak_bytes, n) >= TELLING_BYTES]
     errors = [max(peak, MB) / max(n, MB) for peak, n in telling]
@@ -269,6 +271,6 @@ def score(told: Told, common: Told) -> Score:
 
 
 def scores(rows: Sequence[Row]) -> dict[str, Score]:
-    """Of all predictors, by name."""
+    """Score all predictors, by name."""
     told = {name: predict(rows, predictor) for name, predictor in predictors().items()}
     return {name: score(own, told[OURS]) for name, own in told.items()}

@@ -72,19 +72,19 @@ class Round:
 
     @property
     def percent(self) -> float:
-        """By how much the legs with the programs took longer."""
+        """Percent by which the legs with the programs took longer."""
         return (sum(self.with_them) / sum(self.without) - 1) * 100
 
     @property
     def added_ns(self) -> float:
-        """The same in ns for one operation."""
+        """Nanoseconds that the programs added to an operation."""
         return statistics.mean(self.with_them) - statistics.mean(self.without)
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Where a median is; `confidence` is the exact one, as near above the wanted as ranks allow, or
-    below it where there are too few values."""
+    """Interval that holds a median; `confidence` is the exact one, as near above the wanted as
+    ranks allow, or below it where there are too few values."""
 
     low: float
     high: float
@@ -106,7 +106,7 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def verdict(interval: Interval, most: float) -> str:
-    """What may be said of "<= most": `kept`, `broken`, or `open` where the interval has both."""
+    """Judge "<= most": `kept`, `broken`, or `open` where the interval has both."""
     if interval.confidence < CONFIDENCE:
         return "open"
     if interval.high <= most:
@@ -115,7 +115,7 @@ def verdict(interval: Interval, most: float) -> str:
 
 
 def legs(number: int) -> tuple[bool, ...]:
-    """Whether the programs are attached, leg by leg, in a round: ABBA and BAAB by turns."""
+    """Legs of a round, true where the programs are attached: ABBA and BAAB by turns."""
     return (False, True, True, False) if number % 2 == 0 else (True, False, False, True)
 
 
@@ -126,7 +126,8 @@ def to_round(attached: Sequence[bool], values: Sequence[float]) -> Round:
 
 
 def summary(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Of one case: the median of the rounds' ratios, where it may be, and the times themselves."""
+    """Summarize a case: the median of the rounds' ratios, its interval, and the times
+    themselves."""
     percents = [r.percent for r in rounds]
     interval = median_interval(percents)
     quarters = statistics.quantiles(percents, n=4)
@@ -159,7 +160,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As in the table."""
+        """The case's name in the table."""
         return f"{WORK[self.work]}, {self.where}" + (", control" if self.control else "")
 
 
@@ -171,7 +172,7 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How long all of it takes: rounds of each case, chunks of work in a leg (the leg's value is
+    """Size of the measurement: rounds of each case, chunks of work in a leg (the leg's value is
     their median), and how long a chunk should take."""
 
     rounds: int
@@ -273,7 +274,7 @@ def _chain(cgroup: Cgroup, levels: int) -> Cgroup:
 
 @dataclass(slots=True)
 class Programs:
-    """What can be attached here, and whether it is."""
+    """The programs that can be attached here, and whether they are."""
 
     place: Place
     objects: Path | None = None
@@ -362,7 +363,7 @@ class Programs:
 
 @dataclass(slots=True)
 class Bench:
-    """One run of the benchmark."""
+    """A run of the benchmark."""
 
     programs: Programs
     workers: dict[str, Worker]
@@ -383,7 +384,7 @@ class Bench:
         return to_round(legs(number), values)
 
     async def measure(self, cases: Sequence[Case]) -> None:
-        """All rounds; the cases take turns, so that each is spread over the whole time."""
+        """Measure all rounds; the cases take turns, so that each is spread over the whole time."""
         started = time.monotonic()
         for number in range(self.size.rounds):
             for case in cases:
@@ -439,7 +440,7 @@ def compile_worker() -> Path:
 
 
 def choose_cpus() -> tuple[int, int]:
-    """For the work, and for this process, which reads the events."""
+    """Choose a CPU for the work, and another for this process, which reads the events."""
     allowed = sorted(os.sched_getaffinity(0))
     return allowed[-1], allowed[0]
 

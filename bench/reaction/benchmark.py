@@ -45,11 +45,11 @@ tool.stdin.close()
 
 @dataclass(frozen=True, slots=True)
 class Reaction:
-    """One crossing as the observer saw it."""
+    """A crossing of the mark as the observer saw it."""
 
     rate_gb_s: float
     reached_gb_s: float
-    """What the allocator really did in the last 20 ms before the mark."""
+    """Rate of the allocator in the last 20 ms before the mark."""
     stopped_after_ms: float
     past_bytes: int
     daemon_says_ms: float | None
@@ -212,7 +212,7 @@ def deny_rung(daemon: DaemonProcess, pool_bytes: int, rates: list[float]) -> lis
 
 
 def _features(daemon: DaemonProcess) -> list[str]:
-    """What the daemon says works in this kernel."""
+    """Names of the programs that work in this kernel, as the daemon says."""
     found = [line.partition("in the kernel: ")[2] for line in daemon.log.read_text().splitlines()]
     return next((words.split(", ") for words in found if words), [])
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from agentcgroup.v1 import agentcgroup_pb2 as pb
 
 STRATEGIES = ("none", "static", "ours")
-"""What `agentcg replay` offers."""
+"""The strategies that `agentcg replay` offers."""
 AGENT_LEAF = "agent"
 _START_S = 90.0
 _RPC_S = 60.0
@@ -42,7 +42,7 @@ class ReplayError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a session's driver runs."""
+    """The cgroup that a session's driver runs in, and the way into it."""
 
     cgroup: Cgroup
     enter: str
@@ -51,7 +51,7 @@ class Place:
 
 
 class Backend(Protocol):
-    """One strategy on one pool."""
+    """A strategy on a pool."""
 
     name: str
     pool: Cgroup
@@ -60,7 +60,7 @@ class Backend(Protocol):
         """Make a session."""
 
     def call_prefix(self, tool: str) -> tuple[str, ...]:
-        """What stands before a call's own command line."""
+        """Words that stand before a call's own command line."""
 
     def environment(self) -> dict[str, str]:
         """Variables that the drivers need beyond this process's own."""
@@ -69,7 +69,7 @@ class Backend(Protocol):
         """End a session and all that runs in it."""
 
     def events(self) -> Sequence[pb.Event]:
-        """What the daemon told so far."""
+        """Events that the daemon has told so far, oldest first."""
 
     def notes(self) -> tuple[str, ...]:
         """Plain sentences for the result."""
@@ -129,7 +129,7 @@ class PlainBackend:
         self._share_bytes = pool_bytes // sessions
 
     def open(self, session_id: str, important: bool) -> Place:
-        """A plain cgroup; importance is not expressed."""
+        """Make a plain cgroup; importance is not expressed."""
         del important
         cgroup = self.pool.make_child(session_id)
         if self.name == "static":
@@ -139,12 +139,12 @@ class PlainBackend:
         return Place(cgroup, enter=str(cgroup.path))
 
     def call_prefix(self, tool: str) -> tuple[str, ...]:
-        """Calls are plain children of their agent."""
+        """No words: calls are plain children of their agent."""
         del tool
         return ()
 
     def environment(self) -> dict[str, str]:
-        """Nothing."""
+        """No variables: plain cgroups need none."""
         return {}
 
     def close(self, session_id: str) -> None:
@@ -152,11 +152,11 @@ class PlainBackend:
         self.pool.child(session_id).kill_and_remove()
 
     def events(self) -> Sequence[pb.Event]:
-        """Nobody tells anything."""
+        """No events: nobody watches."""
         return ()
 
     def notes(self) -> tuple[str, ...]:
-        """Nothing."""
+        """No sentences: there is nobody to say any."""
         return ()
 
     def stop(self) -> tuple[str, ...]:
@@ -257,7 +257,7 @@ class DaemonBackend:
         return " / ".join(lines[-5:]) or "it said nothing"
 
     def open(self, session_id: str, important: bool) -> Place:
-        """A session; the important one says so, the others leave it at the default."""
+        """Open a session; the important one says so, the others leave it at the default."""
         from agentcgroup.v1 import agentcgroup_pb2 as pb
 
         spec = pb.SessionSpec(id=session_id, priority="important" if important else "")
@@ -271,16 +271,15 @@ class DaemonBackend:
         )
 
     def call_prefix(self, tool: str) -> tuple[str, ...]:
-        """Each call asks for itself, with nothing but its tool's name: what an agent knows
-        before."""
+        """The launcher, with nothing but the tool's name: that is what an agent knows before."""
         return (self._launcher, "--on-unavailable", "refuse", "--name", tool, "--")
 
     def environment(self) -> dict[str, str]:
-        """Where the daemon is."""
+        """Variables that say where the daemon is."""
         return {"AGENTCG_RUN_DIR": str(self._run_dir)}
 
     def close(self, session_id: str) -> None:
-        """As an operator would."""
+        """Close the session as an operator would."""
         from agentcgroup.v1 import agentcgroup_pb2 as pb
 
         request = pb.CloseSessionRequest(session_id=session_id)
@@ -288,11 +287,11 @@ class DaemonBackend:
             self._admin.CloseSession(request, timeout=_RPC_S)
 
     def events(self) -> Sequence[pb.Event]:
-        """All so far, oldest first."""
+        """Events so far, oldest first."""
         return tuple(self._events)
 
     def notes(self) -> tuple[str, ...]:
-        """What the daemon cannot enforce here, and whether it stayed to the end."""
+        """Sentences on what the daemon cannot enforce here, and on an early end."""
         return tuple(self._notes)
 
     def _end_daemon(self) -> None:
@@ -336,7 +335,8 @@ def _policy(work: Path, memory_scale: float) -> Path:
 
 
 def _python_path() -> str:
-    """Where this process found both packages: a checkout without an install works, too."""
+    """PYTHONPATH with the places where this process found both packages, so that a checkout without
+    an install works, too."""
     import agentcgroup
     import agentcgroupd
 
@@ -379,7 +379,7 @@ register("ours", _ours)
 
 
 def current_bytes(cgroup: Cgroup) -> int | None:
-    """What memory.current says; None for a cgroup that is gone."""
+    """Read memory.current; None for a cgroup that is gone."""
     try:
         return cgroup.read(MEMORY_CURRENT)
     except CgroupGone:

@@ -1,4 +1,4 @@
-"""One replayed agent: a process inside the session that holds the agent's memory and starts the
+"""A replayed agent: a process inside the session that holds the agent's memory and starts the
 calls.
 
 Run as a file (`python -I -S driver.py JOB.json`), with the standard library's smallest part only:
@@ -92,7 +92,7 @@ class Held:
 
 
 def resident_bytes() -> int:
-    """What this process holds by itself."""
+    """Bytes that this process holds by itself."""
     with open("/proc/self/statm", encoding="ascii") as stream:
         return int(stream.read().split()[1]) * mmap.PAGESIZE
 
@@ -123,7 +123,7 @@ class Driver:
         self._owed_s = 0.0
 
     def run(self) -> None:
-        """Until every call has ended and the plan's time is over."""
+        """Play the job until every call has ended and the plan's time is over."""
         self._apply_steps(0.0)  # before the clock starts: the agent has its memory already
         gate = self._open_gate()
         self._log(e="up")

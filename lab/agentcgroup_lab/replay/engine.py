@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class SessionSpec:
-    """One session to replay. It starts `delay_s` after the others' time 0."""
+    """A session to replay; it starts `delay_s` after the others' time 0."""
 
     id: str
     recording: str
@@ -48,13 +48,13 @@ class SessionSpec:
 
     @property
     def planned_s(self) -> float:
-        """How long it takes when nothing is in its way, the delay included."""
+        """Seconds until its end when nothing is in its way, the delay included."""
         return self.delay_s + self.plan.duration_s
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How a replay is run. `timeout_s`: None is five times the longest plan and a minute.
+    """Settings of a replay. `timeout_s`: None is five times the longest plan and a minute.
     `memory_scale`: of the plans; the daemon's policy is scaled alike."""
 
     sample_period_s: float = 0.05
@@ -175,7 +175,7 @@ class _Session:
                 self.driver.wait()
 
     def line(self) -> str:
-        """What the progress line says of it."""
+        """The session's part of the progress line."""
         ends = [event for event in self.events if event["e"] == "end"]
         killed = sum(os.WIFSIGNALED(event["status"]) for event in ends)
         text = f"{self.spec.id} {len(ends) - killed}/{len(self.spec.plan.calls)}"
@@ -232,8 +232,8 @@ class _Sampler:
 
 
 def _wait_until_up(sessions: Sequence[_Session], sampler: _Sampler, options: EngineOptions) -> None:
-    """Until every agent holds its first memory, or has ended, or is not there in time: that one
-    starts late."""
+    """Wait until every agent holds its first memory, has ended, or is late: that one starts
+    late."""
     deadline = time.monotonic() + _UP_S
     while time.monotonic() < deadline:
         sampler.sample()
@@ -370,8 +370,7 @@ def run_strategy(
 
 
 def _abort(backend: Backend, sessions: Sequence[_Session]) -> None:
-    """An error or Ctrl-C is on its way up: end the drivers and the backend, whatever still
-    works."""
+    """End the drivers and the backend as far as possible: an error or Ctrl-C is on its way up."""
     for session in sessions:
         if session.driver is not None and session.driver.poll() is None:
             session.driver.kill()

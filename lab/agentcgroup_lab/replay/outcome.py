@@ -1,4 +1,4 @@
-"""What became of each call: the drivers' logs put together with the daemon's reports."""
+"""Outcomes of calls: the drivers' logs put together with the daemon's reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LATENCY_PATTERN = re.compile(r"/call-(\d+)\.latency$")
 
 @dataclass(slots=True)
 class DaemonWord:
-    """What the daemon said about one call. Times are seconds since the strategy's start."""
+    """The daemon's words on a call. Times are seconds since the strategy's start."""
 
     verdict: str | None = None
     sentence: str | None = None
@@ -44,8 +44,8 @@ class DaemonWord:
 
 
 def latency_file(work: Path, index: int) -> Path:
-    """Where a call writes its allocation latencies. It stands in the call's command line, and that
-    is how the daemon's reports are matched with the plan."""
+    """Path to which a call writes its allocation latencies. It stands in the call's command line,
+    which is how the daemon's reports are matched with the plan."""
     return work / _LATENCY_NAME.format(index)
 
 
@@ -89,7 +89,7 @@ def reports(
 
 
 def _outcome(status: int) -> Outcome:
-    """From a wait status. A signal is a kill: nobody but limits, policy and the kernel sends
+    """Read a wait status. A signal is a kill: nobody but limits, policy and the kernel sends
     any."""
     if os.WIFSIGNALED(status):
         return "killed"
@@ -143,7 +143,7 @@ def call_results(
     started: float,
     session_ended: float,
 ) -> tuple[CallResult, ...]:
-    """One result for each planned call; `started` and the log's times are CLOCK_MONOTONIC."""
+    """Return a result for each planned call; `started` and the log's times are CLOCK_MONOTONIC."""
     begun = {event["i"]: float(event["t"]) for event in log if event["e"] == "begin"}
     ends = {event["i"]: event for event in log if event["e"] == "end"}
     return tuple(
@@ -160,7 +160,7 @@ def call_results(
 
 
 def alloc_latency(work: Path) -> Latency | None:
-    """How long single allocations took in all of a session's calls. None where none was made.
+    """Sum up how long single allocations took in a session's calls. None where none was made.
 
     Each call wrote its own quantiles (`agentcg-load --alloc-latency`); a killed one wrote none. The
     session's are their means weighted by the number of allocations; the maximum is exact.

@@ -195,7 +195,7 @@ def _legend(figure: Figure, result: ReplayResult, colours: dict[str, str]) -> No
 
 
 def draw(result: ReplayResult) -> Figure:
-    """The picture of a result that has at least one strategy."""
+    """Draw the picture of a result that has at least one strategy."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

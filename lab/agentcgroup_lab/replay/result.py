@@ -1,4 +1,4 @@
-"""What a replay found, as plain values: written as JSON, read again by the plot and by
+"""Results of a replay as plain values: written as JSON, read again by the plot and by
 benchmarks."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """One planned call and what became of it. Times are seconds since the strategy's start."""
+    """A planned call and what became of it. Times are seconds since the strategy's start."""
 
     index: int
     tool: str
@@ -46,7 +46,7 @@ class CallResult:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """How long single allocations took, over all calls of a session."""
+    """Times that single allocations took, over all calls of a session."""
 
     n: int
     p50_usec: float
@@ -57,7 +57,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class SessionResult:
-    """One session under one strategy."""
+    """A session under a strategy."""
 
     id: str
     recording: str
@@ -73,12 +73,12 @@ class SessionResult:
     alloc_latency: Latency | None = None
 
     def count(self, outcome: Outcome) -> int:
-        """How many calls had this outcome."""
+        """Number of calls with this outcome."""
         return sum(call.outcome == outcome for call in self.calls)
 
     @property
     def seconds(self) -> float:
-        """From the session's start to its end."""
+        """Seconds from the session's start to its end."""
         return self.ended_s - self.began_s
 
 
@@ -94,7 +94,7 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class StrategyResult:
-    """One strategy's run of all sessions."""
+    """A strategy's run of all sessions."""
 
     strategy: str
     limit_bytes: int
@@ -117,7 +117,7 @@ class ReplayResult:
     rules: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values with the schema's name."""
+        """The result as plain values, with the schema's name."""
         return {"schema": SCHEMA, **asdict(self)}
 
     def write(self, path: Path) -> None:
@@ -199,7 +199,8 @@ def _row(result: StrategyResult, session: SessionResult) -> tuple[str, ...]:
 
 
 def table(results: Sequence[StrategyResult]) -> str:
-    """One line per strategy and session, and one with the leaks of each strategy."""
+    """Make a table with a line per strategy and session, and one with the leaks of each
+    strategy."""
     rows = [_row(result, session) for result in results for session in result.sessions]
     head, rule, *sessions = tables.table(_COLUMNS, rows, rule=True)
     lines = [head, rule]

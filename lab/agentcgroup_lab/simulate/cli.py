@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 SWEEP = (0.4, 0.55, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
-"""Of --sessions, how many are simulated."""
+"""Multiples of --sessions that are simulated."""
 _PROGRESS_S = 1.0
 
 
@@ -48,7 +48,7 @@ def _strategies(text: str) -> tuple[str, ...]:
 
 
 def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `agentcg policy simulate`."""
+    """Add the arguments of `agentcg policy simulate`."""
     add = parser.add_argument
     add(
         "--trace",
@@ -200,7 +200,7 @@ def _run(args: argparse.Namespace, policy: Policy, profiles: Sequence[Profile]) 
 
 
 class _Progress:
-    """One line on a terminal, rewritten at most once a second."""
+    """A line on a terminal, rewritten at most once a second."""
 
     def __init__(self, name: str, duration_s: float) -> None:
         self._name, self._duration_s = name, duration_s
@@ -220,6 +220,6 @@ class _Progress:
             )
 
     def done(self) -> None:
-        """Leave nothing behind."""
+        """Remove the line."""
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

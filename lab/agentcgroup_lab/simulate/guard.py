@@ -41,7 +41,7 @@ _REFAULT_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What is assumed of the machine that the daemon samples on."""
+    """Assumptions on the machine that the daemon samples on."""
 
     tick_s: float = GuardConfig().tick / 1e6
     cores: int = CORES_MOST
@@ -64,7 +64,7 @@ class SimulatedGuard:
         self._schedule = Schedule(policy, self._limit_bytes, sampling.tick_s, sampling.cores)
         self._state = State()
         self._version = 0
-        """Of the timer: an event made for an older one is void."""
+        """Number of the timer: an event made for an older one is void."""
         self._growth = Growth()
         self._free_bytes = 0
         self._views: list[SessionView] = []
@@ -74,7 +74,7 @@ class SimulatedGuard:
         self._lanes = {lane.id: index for index, lane in enumerate(world.lanes)}
         self._calls: dict[str, SimulatedCall] = {}
         self.samples = 0
-        """How often the engine was asked."""
+        """Samples in which the engine was asked."""
         self._next_s = 0.0
         self._rest_s = 0.0
         world.quiet_pct = QUIET_SHARE * 100
@@ -252,7 +252,7 @@ class SimulatedGuard:
 
 
 def _since(resident: int, then_bytes: float | None) -> int | None:
-    """How much a call has grown since it held `then_bytes`."""
+    """Bytes that a call has grown by since it held `then_bytes`; None where it never did."""
     return None if then_bytes is None else int(resident - then_bytes)
 
 

@@ -15,7 +15,8 @@ JUMP_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """For `duration_s` a call holds `start_bytes`, and `rate` bytes more with every second."""
+    """A stretch of `duration_s` in which a call holds `start_bytes`, and `rate` bytes more with
+    every second."""
 
     duration_s: float
     start_bytes: float
@@ -25,7 +26,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One call of a plan."""
+    """A call of a plan."""
 
     name: str
     start_s: float
@@ -38,7 +39,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One plan."""
+    """A plan."""
 
     name: str
     duration_s: float
@@ -88,15 +89,15 @@ def _shape(call: PlannedCall, rise_bytes_per_s: float | None) -> Shape:
 
 
 def compile_plan(plan: Plan, rise_bytes_per_s: float | None = None) -> Profile:
-    """`rise_bytes_per_s`: a call rises to each step's level at least as fast; None: evenly over
-    the step, as a replayed call does."""
+    """Make a profile of a plan. `rise_bytes_per_s`: a call rises to each step's level at least as
+    fast; None: evenly over the step, as a replayed call does."""
     calls = tuple(_shape(call, rise_bytes_per_s) for call in plan.calls)
     duration_s = max([plan.duration_s, *(call.end_s for call in calls if not call.background)])
     return Profile(plan.name, duration_s, plan.agent, calls, plan.peak_bytes, plan.mean_bytes)
 
 
 def find_recordings(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are, folders with all recordings in them. Raises FileNotFoundError."""
+    """Return files as they are, and all recordings of folders. Raises FileNotFoundError."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -113,7 +114,7 @@ def find_recordings(paths: Sequence[Path]) -> list[Path]:
 def load_profiles(
     paths: Sequence[Path], options: Options, rise_bytes_per_s: float | None = None
 ) -> list[Profile]:
-    """Each recording as a profile. Raises TraceError, OSError, ValueError."""
+    """Read each recording as a profile. Raises TraceError, OSError, ValueError."""
     return [
         compile_plan(make_plan(trace_format.read(path), options), rise_bytes_per_s)
         for path in paths

@@ -36,7 +36,7 @@ _PANELS: tuple[tuple[str, _Line, _Line | None], ...] = (
 
 
 def draw(results: Sequence[Result], profiles: Sequence[Profile]) -> Figure:
-    """The picture of at least one result."""
+    """Draw the picture of at least one result."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

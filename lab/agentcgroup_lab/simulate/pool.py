@@ -23,7 +23,7 @@ class SimulatedPool:
         self.now = 0.0
         self.usage = self.slope = self.swapped = 0.0
         self.kept = 1.0 / kernel.zram_ratio if kernel.zram_ratio else 1.0
-        """What a byte in zram still takes."""
+        """Part of a byte that it still takes in zram."""
         self.counts: Counter[str] = Counter()
         self.area = self.measured_from_s = 0.0
         self.histogram = [0.0] * SAMPLES
@@ -133,7 +133,7 @@ class SimulatedPool:
 
     @property
     def swap_free(self) -> float:
-        """What zram still takes in."""
+        """Bytes that zram still takes in."""
         return self.kernel.zram_size * self.limit - self.swapped if self.kernel.zram_ratio else 0.0
 
     def resize(self, call: SimulatedCall, new_bytes: float) -> None:

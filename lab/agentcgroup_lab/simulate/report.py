@@ -29,7 +29,7 @@ _LEGEND = (
 
 
 def density(result: Result, profiles: Sequence[Profile]) -> float:
-    """How many times as many as reserving everyone's peak would allow."""
+    """Sessions over the number that reserving everyone's peak would allow."""
     return result.sessions / max(1, reserved(result.pool_bytes, profiles))
 
 
@@ -52,6 +52,6 @@ def _row(result: Result, profiles: Sequence[Profile]) -> tuple[str, ...]:
 
 
 def table(results: Sequence[Result], profiles: Sequence[Profile]) -> str:
-    """One line for each result, and what the columns mean."""
+    """Make a table with a line for each result, and a legend."""
     rows = [_row(result, profiles) for result in results]
     return "\n".join([*tables.table(_COLUMNS, rows, rule=True), _LEGEND])

@@ -1,5 +1,5 @@
-"""What a policy does to recorded agents, without a kernel: the same engine and the same plans as in
-a replay, thousands of sessions in minutes.
+"""Simulates what a policy does to recorded agents, without a kernel: the same engine and the same
+plans as in a replay, thousands of sessions in minutes.
 
 What is assumed, where it comes from, and what it leaves out:
 
@@ -50,7 +50,7 @@ AGAIN_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class SimulatedSession:
-    """One session to simulate once."""
+    """A session to simulate once."""
 
     profile: Profile
     important: bool = False
@@ -59,7 +59,7 @@ class SimulatedSession:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is simulated.
+    """Settings of a simulation.
 
     With `duration_s` every session is followed by another recording until that time, so that there
     are always as many; without, each runs once, and all until their end.
@@ -71,9 +71,9 @@ class Setup:
     strategy: Strategy = "ours"
     duration_s: float | None = 600.0
     ramp_s: float = 60.0
-    """They begin one after the other within this time; the pool's use counts from then on."""
+    """Sessions begin one after the other within this time; the pool's use counts from then on."""
     spread: float = 1.0
-    """Each begins at a random point within this part of its recording."""
+    """Sessions begin at a random point within this part of their recordings."""
     important_share: float = 0.1
     kernel: KernelModel = field(default_factory=KernelModel)
     sampling: Sampling = field(default_factory=Sampling)
@@ -84,7 +84,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Delay:
-    """How many times as long sessions took as undisturbed."""
+    """Times that sessions took over undisturbed."""
 
     sessions: int
     p50: float
@@ -94,7 +94,7 @@ class Delay:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of them."""
+    """Result of a simulation."""
 
     strategy: Strategy
     policy: str
@@ -104,31 +104,32 @@ class Result:
     seconds: float
     calls_finished: int
     calls_killed: int
-    """By the policy."""
+    """Calls killed by the policy."""
     calls_oom: int
-    """By the kernel, or with their agent."""
+    """Calls killed by the kernel, or with their agent."""
     calls_denied: int
-    """Failed with ENOMEM."""
+    """Calls that failed with ENOMEM."""
     sessions_s: float
-    """Of all sessions together, from their beginnings to their ends."""
+    """Time of all sessions together, from their beginnings to their ends."""
     sessions_begun: int
     sessions_lost: int
     """Agents killed by the kernel."""
     sessions_hit: int
-    """Lost, or with at least one call killed."""
+    """Sessions that were lost, or had at least one call killed."""
     work_lost_s: float
     important: Delay
     everyone: Delay
     call_late_s: dict[str, float]
-    """How late calls ended: p50, p95, p99, most; with a prefix, those of important sessions."""
+    """Seconds by which calls ended late: p50, p95, p99, most; with a prefix, those of important
+    sessions."""
     use_mean: float
-    """Of the pool."""
+    """Mean share of the pool that was in use."""
     use_p95: float
     paused_share: float
-    """Of all sessions' time, in which a call of theirs was paused."""
+    """Part of all sessions' time in which a call of theirs was paused."""
     actions: dict[str, int]
     samples: int
-    """How often the guard asked the engine."""
+    """Samples in which the guard asked the engine."""
     kernel_reclaims: int
     took_s: float
 
@@ -154,8 +155,8 @@ class Result:
 
 
 def reserved(pool_bytes: int, profiles: Sequence[Profile]) -> int:
-    """How many sessions fit when each one's peak is kept free for it. Which one will reach what
-    nobody knows before, so each gets the highest of all."""
+    """Number of sessions that fit when each one's peak is kept free for it. Which one will reach
+    what nobody knows before, so each gets the highest of all."""
     return pool_bytes // max(profile.peak_bytes for profile in profiles)
 
 
@@ -312,7 +313,7 @@ def _run(
 
 
 def _actions(counts: Mapping[str, int]) -> dict[str, int]:
-    """How often each action was taken, by its name."""
+    """Count of each action that was taken, by its name."""
     taken = {name: count for name, count in sorted(counts.items()) if name.startswith("action_")}
     return {name.removeprefix("action_"): count for name, count in taken.items()}
 

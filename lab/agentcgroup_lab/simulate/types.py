@@ -1,4 +1,4 @@
-"""What the simulator moves: calls, sessions, and what is assumed of the kernel."""
+"""Things that the simulator moves: calls and sessions; and what is assumed of the kernel."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 @dataclass(frozen=True, slots=True)
 class KernelModel:
-    """What is assumed of the kernel and of agents; `simulate` says where the numbers are from."""
+    """Assumptions on the kernel and on agents; `simulate.run` says where the numbers are from."""
 
     zram_ratio: float | None = None
     """Bytes in for one byte kept; None: no swap at all."""
     zram_size: float = 2.0
-    """Of the pool's limit: what zram takes in, before compression."""
+    """Bytes that zram takes in, before compression, over the pool's limit."""
     cold_share: float = 0.8
-    """Of an agent's memory, what it does not touch when it wakes up."""
+    """Part of an agent's memory that it does not touch when it wakes up."""
     call_cold_share: float = 0.5
-    """The same of a paused call that goes on."""
+    """Part of a paused call's memory that it does not touch when it goes on."""
     reclaimable_share: float = 0.95
-    """Of what does not run, what can be taken from it at all."""
+    """Part of the memory of what does not run that can be taken at all."""
     page_in_s_per_byte: float = 2e-9
     throttled_bytes_per_s: float = 1.1e6
     zram_speed: float = 0.95
@@ -35,7 +35,7 @@ class KernelModel:
 
 @dataclass(slots=True, eq=False)
 class SimulatedCall:
-    """One running call."""
+    """A running call."""
 
     id: str
     lane: Lane
@@ -43,11 +43,11 @@ class SimulatedCall:
     began_s: float
     segment: Segment
     left_s: float
-    """Until the segment's end, at full speed."""
+    """Time to the segment's end, at full speed."""
     since_s: float
-    """When its memory and its work were last brought up to date."""
+    """Time at which its memory and its work were last brought up to date."""
     position: int = 0
-    """Of the segment in the shape."""
+    """Index of the segment in the shape."""
     held_bytes: float = 0.0
     swapped_bytes: float = 0.0
     peak_bytes: float = 0.0
@@ -55,18 +55,18 @@ class SimulatedCall:
     speed: float = 0.0
     cpu_s: float = 0.0
     paused_s: float = 0.0
-    """Over all pauses that have ended."""
+    """Length of all pauses that have ended."""
     version: int = 0
     capped: bool = False
-    """What it takes goes to zram."""
+    """Whether what it takes goes to zram."""
     frozen_at_s: float | None = None
     denied_bytes: float | None = None
-    """What was resident when its growth was denied."""
+    """Bytes that were resident when its growth was denied; None: it may grow."""
     throttled_bytes: float | None = None
-    """What was resident when it was throttled."""
+    """Bytes that were resident when it was throttled; None: it is not."""
     grew_usec: int = -(1 << 62)
     view: CallView | None = None
-    """How the guard sees it, while nothing of it changes."""
+    """View of it that the guard made, while nothing of it changes."""
 
     @property
     def resident_bytes(self) -> float:
@@ -76,7 +76,7 @@ class SimulatedCall:
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """One session at a time; where it repeats, another recording follows."""
+    """A place for one session at a time; where sessions repeat, another recording follows."""
 
     id: str
     priority: int
@@ -85,7 +85,7 @@ class Lane:
     at_s: float = 0.0
     """Plan time."""
     since_s: float = 0.0
-    """When plan time was last brought up to date."""
+    """Time at which plan time was last brought up to date."""
     begun_s: float = 0.0
     last_end_s: float = 0.0
     """Planned end of the latest call that has ended."""
@@ -99,7 +99,7 @@ class Lane:
     agent_swapped: float = 0.0
     agent_pct: float = 0.0
     active_s: float = 0.0
-    """When its agent last worked or a call of it began or ended."""
+    """Time at which its agent last worked, or a call of it began or ended."""
     refault_s: float = 0.0
     refault_bytes: float = 0.0
     reclaimed_s: float | None = None

@@ -20,7 +20,7 @@ EPSILON_S = 1e-6
 
 
 class World(SimulatedPool):
-    """All sessions on the pool."""
+    """The pool with all its sessions."""
 
     def __init__(
         self, kernel: KernelModel, limit_bytes: int, strategy: Strategy, lanes: int
@@ -32,13 +32,13 @@ class World(SimulatedPool):
         self.calls: dict[SimulatedCall, None] = {}
         self.lanes: list[Lane] = []
         self.peaks = Peaks()
-        """What ended calls held at most, as the daemon remembers it."""
+        """Peaks of ended calls, as the daemon remembers them."""
         self.delays: list[tuple[bool, float, float]] = []
-        """For each finished call: whether it was important, seconds late, seconds paused."""
+        """Finished calls: whether it was important, seconds late, seconds paused."""
         self.call_ended: Callable[[], None] = lambda: None
         self.call_began: Callable[[], None] = lambda: None
         self.follow: Callable[[Lane], None] = lambda lane: None
-        """What becomes of a lane whose session is over."""
+        """Called with a lane whose session is over."""
         self.hit: Callable[[], None] = lambda: None
         """Called when a call is killed."""
         self._ids = count(1)
@@ -99,7 +99,7 @@ class World(SimulatedPool):
         self.set_pace(call)
 
     def _over_share(self, call: SimulatedCall, segment: Segment) -> bool:
-        """Whether the call has died of a static split: its session reached its own limit."""
+        """Return whether the call has died of a static split: its session reached its own limit."""
         lane = call.lane
         held = lane.agent_bytes + sum(c.held_bytes for c in lane.calls)
         if held + segment.rate * segment.duration_s <= self.share:

@@ -1,4 +1,4 @@
-"""Who held the memory that a recording shows: the agent's own runtime or one of its calls.
+"""Tells who held the memory that a recording shows: the agent's own runtime or one of its calls.
 
 A recording has one number for the whole session. The rules, for each sample:
 
@@ -47,7 +47,7 @@ class Piece:
 
 @dataclass(slots=True)
 class _Interval:
-    """From one sample to the next, and who held what at its end."""
+    """The time from a sample to the next, and who held what at its end."""
 
     start_s: float
     end_s: float
@@ -177,7 +177,7 @@ def attribute(
 def _pieces(
     interval: _Interval, before: dict[int, float], calls: Sequence[TraceCall]
 ) -> Iterator[tuple[int, Piece]]:
-    """What each holder has in one interval: one level, or two where it may rise only later."""
+    """Give each holder its level in an interval, or two where it may rise only later."""
     late = interval.late_call
     ended = [index for index in interval.touching if index not in interval.open_at_end]
     holding = [index for index in ended if before.get(index, 0.0) > 0.0]

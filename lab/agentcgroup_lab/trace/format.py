@@ -58,7 +58,7 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the session held and burnt at one moment."""
+    """Memory and CPU of the session at a moment."""
 
     t_s: float
     mem_mb: float
@@ -68,7 +68,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class TraceCall:
-    """One tool call of the recording."""
+    """A tool call of the recording."""
 
     start_s: float
     end_s: float
@@ -106,7 +106,7 @@ class Trace:
 
 
 class _Line:
-    """One parsed line and the checks on its fields."""
+    """A parsed line and the checks on its fields."""
 
     def __init__(self, file: str, number: int, text: str) -> None:
         self.file, self.number = file, number

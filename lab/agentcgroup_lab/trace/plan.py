@@ -1,4 +1,4 @@
-"""From a recording to a schedule that real processes can follow. Pure: no I/O, no clock.
+"""Schedules, made from recordings, that real processes can follow. Pure: no I/O, no clock.
 
 The plan keeps the recorded order and the think time: a call that ends late delays what follows it,
 as it would a real agent (closed loop). Who holds what is decided in `attribute`.
@@ -30,7 +30,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class AgentStep:
-    """From `at_s` on the agent's own runtime holds this much and burns this much."""
+    """Memory and CPU of the agent's own runtime from `at_s` on."""
 
     at_s: float
     memory_bytes: int
@@ -39,7 +39,7 @@ class AgentStep:
 
 @dataclass(frozen=True, slots=True)
 class PlannedCall:
-    """One tool call. Times are the plan's: recorded ones, shifted to the window, over speed.
+    """A tool call. Times are the plan's: recorded ones, shifted to the window, over speed.
 
     `think_s` is the time between the end of the calls before it and its start.
     """
@@ -61,7 +61,7 @@ class PlannedCall:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a recording is shrunk. The window is in recorded seconds; None: all of it."""
+    """Scales by which a recording is shrunk. The window is in recorded seconds; None: all of it."""
 
     memory_scale: float = 1.0
     speed: float = 1.0
@@ -81,7 +81,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One session's schedule."""
+    """A session's schedule."""
 
     name: str
     duration_s: float
@@ -91,7 +91,7 @@ class Plan:
     calls_left_out: int = 0
 
     def agent_bytes_at(self, at_s: float) -> int:
-        """What the agent's own runtime holds when all runs on time."""
+        """Bytes that the agent's own runtime holds when all runs on time."""
         held = self.agent[0].memory_bytes
         for step in self.agent:
             if step.at_s > at_s:
@@ -100,7 +100,7 @@ class Plan:
         return held
 
     def held_bytes_at(self, at_s: float) -> int:
-        """What the whole session holds when all runs on time."""
+        """Bytes that the whole session holds when all runs on time."""
         held = self.agent_bytes_at(at_s)
         for call in self.calls:
             # To the microsecond: at a step's very start it is that step which holds.
@@ -133,7 +133,7 @@ class Plan:
 
     @property
     def mean_bytes(self) -> float:
-        """What the session holds on average when all runs on time."""
+        """Bytes that the session holds on average when all runs on time."""
         turns = self.turns_s()
         area = sum(
             self.held_bytes_at(start) * (end - start) for start, end in itertools.pairwise(turns)
@@ -146,7 +146,7 @@ class Plan:
         return max(step.memory_bytes for step in self.agent)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The plan as plain values."""
         return asdict(self)
 
 
@@ -294,8 +294,8 @@ def make_plan(trace: Trace, options: Options | None = None) -> Plan:
 
 
 def start_offsets_s(plans: Sequence[Plan]) -> list[float]:
-    """When each session starts so that the plans' peaks meet: the worst case, as early as it can
-    be.
+    """Start times of the sessions at which the plans' peaks meet: the worst case, as early as it
+    can be.
 
     A plan's peak is taken where it stays longest within a tenth of its highest level.
     """
@@ -313,7 +313,7 @@ def start_offsets_s(plans: Sequence[Plan]) -> list[float]:
 
 
 class Demand:
-    """What several plans hold together when all run on time, each shifted by its offset."""
+    """Memory that several plans hold together when all run on time, each shifted by its offset."""
 
     def __init__(self, plans: Sequence[Plan], offsets_s: Sequence[float]) -> None:
         times = {
@@ -338,7 +338,7 @@ class Demand:
 
     @property
     def mean_bytes(self) -> float:
-        """What they hold together on average."""
+        """Bytes that they hold together on average."""
         spans = itertools.pairwise(self.at_s)
         area = sum(
             held * (end - start) for held, (start, end) in zip(self.held_bytes, spans, strict=False)
@@ -352,9 +352,9 @@ class Demand:
                 yield end - start, held - limit_bytes
 
     def seconds_above(self, limit_bytes: float) -> float:
-        """For how long they hold more than `limit_bytes`."""
+        """Seconds for which they hold more than `limit_bytes`."""
         return sum(length_s for length_s, _ in self._above(limit_bytes))
 
     def area_above(self, limit_bytes: float) -> float:
-        """How much more, and for how long, in byte seconds."""
+        """Excess over `limit_bytes` times its duration, in byte seconds."""
         return sum(length_s * over_bytes for length_s, over_bytes in self._above(limit_bytes))

@@ -46,7 +46,7 @@ class RecordError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """One sample as read: CLOCK_MONOTONIC seconds, bytes, CPU microseconds since the cgroup
+    """A sample as read: CLOCK_MONOTONIC seconds, bytes, CPU microseconds since the cgroup
     began."""
 
     at: float
@@ -100,7 +100,7 @@ class CallLog:
             self.closed.set()
 
     def calls(self) -> list[SeenCall]:
-        """All so far, by their beginning."""
+        """Calls so far, by their beginning."""
         with self._lock:
             return sorted(self._calls.values(), key=lambda call: call.began_unix_usec)
 
