@@ -1,1 +1,1 @@
-"""Benchmarks: one module for each row of the table of targets, and the demo."""
+"""Benchmarks: a folder for each, whose __init__ says what is measured against which target."""

@@ -1,11 +1,11 @@
 """The strategy `oomd`: plain sessions, watched by Meta's oomd as an operator would set it up.
 
 Its targets are the sessions, as containers are in its own examples. Of what its configuration
-allows the fastest is chosen, because a replay is shorter than the recording: it looks every second
-and acts on the first look that finds a rule to hold. The important session carries oomd's mark for
+allows the fastest is chosen, because a replay is shorter than the recording: it reads the pool every
+second and acts the first time that a rule holds. The important session carries oomd's mark for
 "last".
 
-oomd's documentation asks for swap; without it memory is full before the pressure that oomd looks at
+oomd's documentation asks for swap; without it memory is full before the pressure that oomd reads
 has built up, so the kernel's own OOM killer is often first.
 """
 
@@ -26,9 +26,9 @@ from bench.isolation.oomd_package import INTO
 OOMD = "oomd"
 INTERVAL_S = 1
 FULL_SHARE = 0.9
-"""The first rule looks for a pool that is full to here."""
+"""Share of the pool above which the first rule holds."""
 PRESSURE_PCT = 20
-"""The second rule looks for this much memory pressure, in percent of the last 10 s."""
+"""Memory pressure, in percent of the last 10 s, above which the second rule holds."""
 DELAY_S = 2
 """After a kill, until the rule may kill again: by default 15 s, longer than most replays."""
 _AVOID = "trusted.oomd_avoid"

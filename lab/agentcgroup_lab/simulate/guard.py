@@ -100,7 +100,7 @@ class SimulatedGuard:
         self._sample(Signal(SignalKind.ENDED))
 
     def _call_began(self) -> None:
-        """The next sample may have been put off while there was nobody to look at."""
+        """Bring the next sample forward if it was put off while no call was open."""
         wait_s = self._schedule.interval_s(self._free_bytes, len(self._world.calls))
         soon_s = self._world.now + max(self._rest_s, wait_s)
         if self._next_s > soon_s:
