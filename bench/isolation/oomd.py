@@ -1,9 +1,9 @@
 """The strategy `oomd`: plain sessions, watched by Meta's oomd as an operator would set it up.
 
 Its targets are the sessions, as containers are in its own examples. Of what its configuration
-allows the fastest is chosen, because a replay is shorter than the recording: it reads the pool every
-second and acts the first time that a rule holds. The important session carries oomd's mark for
-"last".
+allows the fastest is chosen, because a replay is shorter than the recording: it reads the pool
+every second and acts the first time that a rule holds. The important session carries oomd's mark
+for "last".
 
 oomd's documentation asks for swap; without it memory is full before the pressure that oomd reads
 has built up, so the kernel's own OOM killer is often first.
