@@ -47,6 +47,7 @@ class Run:
     pool_use_peak: float
     frozen_s: float
     oom_kills: int
+    """In all sessions whose cgroups were there to be read."""
     leaks: int
     notes: tuple[str, ...] = field(default=())
 
@@ -142,7 +143,7 @@ def condense(
         pool_use_mean=round(mean, 4),
         pool_use_peak=round(peak, 4),
         frozen_s=round(_frozen_s(sessions), 3),
-        oom_kills=sum(session.oom_kills for session in sessions),
+        oom_kills=sum(session.oom_kills or 0 for session in sessions),
         leaks=len(result.leaks),
         notes=result.notes,
     )

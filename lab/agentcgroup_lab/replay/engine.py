@@ -74,7 +74,7 @@ class _Session:
         self.state: SessionState | None = None
         self.ended = 0.0
         self.peak_bytes: int | None = None
-        self.oom_kills = 0
+        self.oom_kills: int | None = None
         self.measured = False
         self._log = self.work / "events.jsonl"
         self._read_to = 0
@@ -159,8 +159,8 @@ class _Session:
         self.measured = True
         try:
             self.peak_bytes = self.place.cgroup.read_if(MEMORY_PEAK)
-            events = self.place.cgroup.read_if(MEMORY_EVENTS) or {}
-            self.oom_kills = events.get("oom_kill", 0)
+            events = self.place.cgroup.read_if(MEMORY_EVENTS)
+            self.oom_kills = None if events is None else events.get("oom_kill")
         except CgroupGone:
             pass  # closed by someone else: the timeline still has its highest sample
 

@@ -68,7 +68,8 @@ class SessionResult:
     planned_s: float
     planned_peak_bytes: int
     peak_bytes: int | None
-    oom_kills: int
+    oom_kills: int | None
+    """None: its cgroup was gone before they were read."""
     calls: tuple[CallResult, ...]
     alloc_latency: Latency | None = None
 

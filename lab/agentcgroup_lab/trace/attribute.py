@@ -29,7 +29,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from agentcgroup_lab.trace.format import Sample, TraceCall
+from agentcgroup_lab.trace.format import TraceCall, TraceSample
 
 AGENT = -1  # the holder that is no call
 _SHORT_CALL_PCT = 100.0
@@ -64,7 +64,7 @@ def _overlap_s(call: TraceCall, interval: _Interval) -> float:
     return max(0.0, min(call.end_s, interval.end_s) - max(call.start_s, interval.start_s))
 
 
-def _intervals(samples: Sequence[Sample], calls: Sequence[TraceCall]) -> list[_Interval]:
+def _intervals(samples: Sequence[TraceSample], calls: Sequence[TraceCall]) -> list[_Interval]:
     # The last interval begins at the last sample: calls may outlive it by less than a period.
     intervals = []
     before_s = samples[0].t_s
@@ -103,7 +103,7 @@ def _share_excess(
 
 
 def _levels(
-    intervals: Sequence[_Interval], samples: Sequence[Sample], calls: Sequence[TraceCall]
+    intervals: Sequence[_Interval], samples: Sequence[TraceSample], calls: Sequence[TraceCall]
 ) -> None:
     before: dict[int, float] = {}
     for position, interval in enumerate(intervals):
@@ -146,7 +146,7 @@ def _cpu(intervals: Sequence[_Interval], calls: Sequence[TraceCall], cpu_max_pct
 
 
 def attribute(
-    samples: Sequence[Sample], calls: Sequence[TraceCall], *, cpu_max_pct: float
+    samples: Sequence[TraceSample], calls: Sequence[TraceCall], *, cpu_max_pct: float
 ) -> tuple[list[Piece], list[list[Piece]]]:
     """Split a recording into the agent's pieces and those of each call, in the order of `calls`.
 

@@ -57,7 +57,7 @@ class TraceError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TraceSample:
     """Memory and CPU of the session at a moment."""
 
     t_s: float
@@ -85,7 +85,7 @@ class Trace:
     task: str
     model: str
     sample_period_s: float
-    samples: tuple[Sample, ...]
+    samples: tuple[TraceSample, ...]
     calls: tuple[TraceCall, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -159,9 +159,9 @@ def _lines(path: Path) -> Iterator[_Line]:
         raise TraceError(str(path), number + 1, "file", str(error), "whole UTF-8 text") from error
 
 
-def _sample(line: _Line, after_s: float) -> Sample:
+def _sample(line: _Line, after_s: float) -> TraceSample:
     line.only(*_SAMPLE_KEYS)
-    sample = Sample(*(line.number_of(name) for name in _SAMPLE_KEYS))
+    sample = TraceSample(*(line.number_of(name) for name in _SAMPLE_KEYS))
     if sample.t_s <= after_s:
         raise line.error("t", sample.t_s, f"more than the previous sample's, {after_s:g}")
     return sample
@@ -196,7 +196,7 @@ def read(path: str | os.PathLike[str]) -> Trace:
         raise header.error("schema", header.values.get("schema"), f'"{SCHEMA}"')
     for name in _HEADER_NUMBERS:
         header.number_of(name)
-    samples: list[Sample] = []
+    samples: list[TraceSample] = []
     calls: list[TraceCall] = []
     last: _Line = header
     for last in lines:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from agentcgroup_lab.trace.attribute import Piece, attribute
-from agentcgroup_lab.trace.format import MEGABYTE_BYTES, Sample, Trace, TraceCall
+from agentcgroup_lab.trace.format import MEGABYTE_BYTES, Trace, TraceCall, TraceSample
 
 PAGE_BYTES = 4096
 CPU_MAX_PCT = 100.0
@@ -160,7 +160,7 @@ def busiest_window(trace: Trace, length_s: float) -> tuple[float, float]:
 
 def _cut(
     trace: Trace, window_s: tuple[float, float] | None
-) -> tuple[list[Sample], list[TraceCall]]:
+) -> tuple[list[TraceSample], list[TraceCall]]:
     """Samples and calls within the window, its start being time 0; calls are cut at its edges."""
     start_s, end_s = window_s or (0.0, trace.duration_s)
     end_s = min(end_s, trace.duration_s)

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 from agentcgroup_lab.trace.format import (
     COMMAND_CHARS,
     MEGABYTE_BYTES,
-    Sample,
     Trace,
     TraceCall,
+    TraceSample,
     write,
 )
 from agentcgroupd.cgroup.knobs import CPU_STAT, MEMORY_CURRENT
@@ -148,7 +148,7 @@ def to_trace(
 ) -> Trace:
     """Put samples and calls on one clock. `unix_at_zero`: Unix time at the first sample."""
     first = raw[0]
-    samples: list[Sample] = []
+    samples: list[TraceSample] = []
     before = first
     for now in raw:
         passed_s, since_s = now.at - first.at, now.at - before.at
@@ -156,7 +156,7 @@ def to_trace(
         cum_pct = (now.cpu_usec - first.cpu_usec) / passed_s / 1e4 if passed_s else 0.0
         mem_mb = now.memory_bytes / MEGABYTE_BYTES
         samples.append(
-            Sample(round(passed_s, 4), round(mem_mb, 3), round(cpu_pct, 2), round(cum_pct, 2))
+            TraceSample(round(passed_s, 4), round(mem_mb, 3), round(cpu_pct, 2), round(cum_pct, 2))
         )
         before = now
     last_s = samples[-1].t_s

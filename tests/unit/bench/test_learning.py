@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from agentcgroup_lab.trace.format import Sample, Trace, TraceCall
+from agentcgroup_lab.trace.format import Trace, TraceCall, TraceSample
 from agentcgroup_lab.trace.plan import Step
 from agentcgroupd.policy.learning import Peaks
 from agentcgroupd.policy.schema import Learning
@@ -34,7 +34,7 @@ def test_what_a_call_held_and_for_how_long() -> None:
 
 
 def test_only_calls_with_a_command_count() -> None:
-    samples = tuple(Sample(float(t), 100.0 + 50.0 * (3 <= t <= 6), 0, 0) for t in range(10))
+    samples = tuple(TraceSample(float(t), 100.0 + 50.0 * (3 <= t <= 6), 0, 0) for t in range(10))
     calls = (
         TraceCall(0.5, 1.5, "a", "Read", None),
         TraceCall(2.0, 6.5, "b", "Bash", "cd x && pytest tests/ | tail"),

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from agentcgroup_lab.replay.driver import Clock
 from agentcgroup_lab.trace import plan
 from agentcgroup_lab.trace.attribute import attribute
-from agentcgroup_lab.trace.format import Sample, Trace, TraceCall
+from agentcgroup_lab.trace.format import Trace, TraceCall, TraceSample
 
 MB = 1_000_000
 ROUNDING_MB = 0.05  # pages, once for each holder
 
 
 def make_trace(mem_mb: list[float], calls: list[TraceCall], cpu_pct: float = 10.0) -> Trace:
-    samples = tuple(Sample(float(i), mb, cpu_pct, cpu_pct) for i, mb in enumerate(mem_mb))
+    samples = tuple(TraceSample(float(i), mb, cpu_pct, cpu_pct) for i, mb in enumerate(mem_mb))
     return Trace("t", "none", 1.0, samples, tuple(sorted(calls, key=lambda c: c.start_s)))
 
 

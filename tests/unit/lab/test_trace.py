@@ -45,7 +45,9 @@ def traces(draw: st.DrawFn) -> trace_format.Trace:
     times = [0.0]
     for gap in gaps:
         times.append(times[-1] + gap)
-    samples = tuple(trace_format.Sample(t, draw(finite), draw(finite), draw(finite)) for t in times)
+    samples = tuple(
+        trace_format.TraceSample(t, draw(finite), draw(finite), draw(finite)) for t in times
+    )
     calls = [
         trace_format.TraceCall(
             start,
