@@ -54,7 +54,7 @@ def replayed() -> result.ReplayResult:
     timeline = result.Timeline(
         times,
         (300 * MB,) * 10,
-        {"s1": (100 * MB,) * 10, "s2": tuple(i * 20 * MB for i in range(10))},
+        {"s1": (100 * MB,) * 9 + (None,), "s2": tuple(i * 20 * MB for i in range(10))},
     )
     strategies = tuple(
         result.StrategyResult(name, 512 * MB, 9.5, sessions, timeline, leaks)
