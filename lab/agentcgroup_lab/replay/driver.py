@@ -123,7 +123,7 @@ class Driver:
         self._owed_s = 0.0
 
     def run(self) -> None:
-        """Play the job until every call has ended and the plan's time is over."""
+        """Until every call has ended and the plan's time is over."""
         self._apply_steps(0.0)  # before the clock starts: the agent has its memory already
         gate = self._open_gate()
         self._log(e="up")
