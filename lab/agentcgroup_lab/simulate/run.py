@@ -40,9 +40,8 @@ from agentcgroup_lab.simulate.pool import INFINITY
 from agentcgroup_lab.simulate.types import KernelModel, Lane, Strategy
 from agentcgroup_lab.simulate.world import World
 from agentcgroupd.policy.schema import Policy
-from agentcgroupd.units import PRIORITY_WORDS
+from agentcgroupd.units import IMPORTANT_PRIORITY, PRIORITY_WORDS
 
-IMPORTANT_PRIORITY = PRIORITY_WORDS["important"]
 NORMAL_PRIORITY = PRIORITY_WORDS["normal"]
 AGAIN_S = 1.0
 """After a session has ended the next one begins, where sessions repeat."""

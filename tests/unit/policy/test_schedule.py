@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -89,7 +90,7 @@ def test_a_costly_sample_is_followed_by_a_rest() -> None:
         ({"throttled_growth_bytes": 0}, True),
     ],
 )
-def test_what_was_done_to_a_call_is_to_be_undone(change: dict[str, int], expected: bool) -> None:
+def test_what_was_done_to_a_call_is_to_be_undone(change: dict[str, Any], expected: bool) -> None:
     calls = (CALL, dataclasses.replace(CALL, **change))
     assert holds_back(Snapshot(1, LIMIT, 0, 0.0, calls), ()) is expected
 
