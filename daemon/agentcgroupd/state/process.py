@@ -36,7 +36,7 @@ class Process:
             if process_stat(pid).start_ticks == start_ticks and pidfd_alive(pidfd):
                 return cls(pid, start_ticks, pidfd)
         except (ProcessLookupError, FileNotFoundError):
-            pass
+            pass  # it has been reaped since: there is no such process any more
         os.close(pidfd)
         return None
 
