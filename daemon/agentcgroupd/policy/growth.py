@@ -6,7 +6,7 @@ from __future__ import annotations
 APART_USEC = 2_000
 """Samples closer together than this say nothing of growth: memory is charged in batches."""
 FADE = 0.7
-"""Of the growth seen last is kept when it ends, from one sample to the next."""
+"""Part of the growth seen last that is kept from one sample to the next, when it ends."""
 
 
 class Growth:

@@ -253,7 +253,7 @@ def test_the_guard_freezes_thaws_and_kills(decides: Callable[[Decider], None]) -
 def test_the_guard_remembers_peaks_as_the_daemon_does(
     decides: Callable[[Decider], None],
 ) -> None:
-    """Of killed calls, too, and of none that stayed small."""
+    """Peaks of killed calls count, too, and none of calls that stayed small."""
     seen: list[tuple[int, ...]] = []
 
     def decide(now: Snapshot) -> list[Decision]:
