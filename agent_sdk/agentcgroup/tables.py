@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Make a line for each row, the columns two spaces apart. `right`: the numbers, from 0, of the columns
-    that are aligned to the right."""
+    """Make a line for each row, the columns two spaces apart. `right`: the numbers, from 0, of the
+    columns that are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
