@@ -225,7 +225,7 @@ class GpuConfig(Section):
     """Between samples of the devices while a call has a part of one."""
     watch_launches: Literal["important", "all", "off"] = "all"
     """With turns, whose work is seen by a probe, so that who works is not taken for idle and who
-    begins need not wait for the next look."""
+    begins need not wait for the next sample."""
     libraries: tuple[Path, ...] = ()
     """Copies of libcuda to be probed from the start, beside the host's."""
 

@@ -1,7 +1,7 @@
 """Sessions as the policy sees them, kept up to date a few at a time.
 
 What a session uses changes slowly against how often the guard asks, and reading its five small
-files costs some 30 to 50 microseconds. So each turn samples only those whose sample is oldest, as
+files costs some 30 to 50 microseconds. So each update samples only those whose sample is oldest, as
 many as fit into its share of time; the views of the others are made from what was seen before.
 With 500 sessions that is 1.5 ms in every 20 ms, and no sample is much older than 0.3 s; or 2.7 ms
 in every 250 ms, and 2 s. Of this 0.65 ms are the views themselves.
@@ -117,7 +117,7 @@ class SessionSampler:
             id for id, sample in self._samples.items() if now_usec - sample.at_usec >= SAMPLE_USEC
         ]
         end_ns = self._clock_ns() + budget_ns
-        # One at least, so that on however slow a machine each has its turn.
+        # At least one, so that on however slow a machine every session is sampled in the end.
         for id in (*new, *due):
             try:
                 self._samples[id] = _sampled(sessions[id], self._samples.get(id), now_usec)

@@ -45,9 +45,9 @@ class Metrics:
         self.calls_open = gauge("calls_open", "Open calls", "state")
         self.calls_begun = counter("calls_begun", "Calls granted")
         self.calls_refused = counter("calls_refused", "Calls refused", "code")
-        self.calls_waiting = gauge("calls_waiting", "Calls in the queue for room")
+        self.calls_waiting = gauge("calls_waiting", "Calls that wait to begin")
         self.calls_waited = histogram(
-            "call_waited_seconds", "Time in the queue for room", WALL_BUCKETS, "result"
+            "call_waited_seconds", "Time that calls waited to begin", WALL_BUCKETS, "result"
         )
         self.calls_reduced = counter("calls_reduced", "Calls granted less than they asked for")
         self.calls_ended = counter("calls_ended", "Calls ended", "verdict")
