@@ -298,9 +298,12 @@ class Running:
     def sweep(self) -> None:
         """Find what nobody has told of: calls whose end was missed, cgroups that nobody owns,
         sessions whose cgroup is gone."""
-        self._calls.check_all()
-        self._observers.sweep()
-        self._parts.lifecycle.sweep()
+        for part in (self._calls.check_all, self._observers.sweep, self._parts.lifecycle.sweep):
+            try:
+                part()
+            except (AgentcgroupdError, OSError, ValueError) as error:
+                # One thing that cannot be read must not end the daemon: the next sweep tries again.
+                log.error("housekeeping: %s", error)
 
     async def _sweep_forever(self) -> None:
         while True:

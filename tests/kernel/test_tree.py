@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount, move_all
 from agentcgroupd.errors import CgroupGone, KnobError
+from agentcgroupd.host.syscalls import pidfd_ended, process_stat
 from tests.harness import ROOT, wait_until
 
 
@@ -85,6 +87,62 @@ def test_kill_and_remove_takes_everything_below(top: Cgroup) -> None:
     call.kill_and_remove()
     assert not call.exists()
     assert [p.wait(10) for p in processes] == [-9, -9]
+
+
+def nest(top: Cgroup, depth: int) -> int:
+    """Nest cgroups, one in the other, and return a descriptor of the innermost one."""
+    here = os.dup(top.dir_fd)
+    for _ in range(depth):
+        os.mkdir("deep", dir_fd=here)
+        inner = os.open("deep", os.O_RDONLY | os.O_DIRECTORY, dir_fd=here)
+        os.close(here)
+        here = inner
+    return here
+
+
+def test_nesting_too_deep_for_recursion_and_for_paths_is_removed(top: Cgroup) -> None:
+    """The path of the innermost cgroup is longer than PATH_MAX."""
+    os.close(nest(top, max(1_300, sys.getrecursionlimit() + 300)))
+    assert top.all_procs() == []
+    top.remove()
+    assert not top.exists()
+
+
+def test_a_signal_reaches_processes_in_nested_cgroups(top: Cgroup) -> None:
+    """As many are told as there are, at every depth."""
+    below = top.make_child("a").make_child("b")
+    processes = [spawn(top.child("a"), "sleep", "60"), spawn(below, "sleep", "60")]
+    assert sorted(top.all_procs()) == sorted(process.pid for process in processes)
+    assert top.signal(signal.SIGTERM) == 2
+    assert [process.wait(10) for process in processes] == [-signal.SIGTERM] * 2
+
+
+SYS_EXIT = {"x86_64": 60, "aarch64": 93}[os.uname().machine]
+LEADERLESS = f"""
+import ctypes, signal, sys, threading, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+threading.Thread(target=time.sleep, args=(600,)).start()
+print("ready", flush=True)
+ctypes.CDLL(None).syscall({SYS_EXIT}, 0)  # exit(2): of the main thread alone
+"""
+
+
+def test_a_process_without_its_main_thread_is_killed_as_well(top: Cgroup) -> None:
+    """cgroup.kill misses it on some kernels (seen: Linux 6.18)."""
+    argv = [sys.executable, "-S", "-c", LEADERLESS]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+        top.attach(process.pid)
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        wait_until("its main thread is a zombie", lambda: process_stat(process.pid).state == "Z")
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            assert not pidfd_ended(pidfd)
+            top.kill_and_remove()
+            assert pidfd_ended(pidfd)
+        finally:
+            os.close(pidfd)
+        assert process.wait(10) == -signal.SIGKILL
+    assert not top.exists()
 
 
 def test_move_all_moves_every_process(top: Cgroup) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 from dataclasses import replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -12,7 +10,7 @@ from agentcgroupd.calls.verdict import EndFacts
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import CgroupGone, KnobError
-from agentcgroupd.host.syscalls import pidfd_exit_status, process_stat
+from agentcgroupd.host.syscalls import pidfd_ended, pidfd_exit_status, process_stat
 from agentcgroupd.state.session import Call, Session, boottime_usec
 
 log = logging.getLogger(__name__)
@@ -40,6 +38,9 @@ def main_status(call: Call) -> tuple[int | None, pb.Evidence.ValueType]:
 def _unreaped_status(call: Call) -> int | None:
     """Read the wait status from /proc, where it stands until the process has been waited for."""
     assert call.main is not None
+    if not pidfd_ended(call.main.pidfd):
+        # A main thread that has ended is a zombie as well while other threads of its live.
+        return None
     try:
         stat = process_stat(call.main.pid)
     except (FileNotFoundError, ProcessLookupError):
@@ -115,19 +116,3 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup) -> EndFacts:
         io_read_bytes=sum(d.get("rbytes", 0) for d in io.values()) if io is not None else None,
         io_write_bytes=sum(d.get("wbytes", 0) for d in io.values()) if io is not None else None,
     )
-
-
-def signal_all(cgroup: Cgroup, number: int) -> None:
-    """Signal every process of a cgroup, each through a pidfd and only while it is still there."""
-    for pid in cgroup.procs():
-        try:
-            fd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        try:
-            if pid in cgroup.procs():
-                signal.pidfd_send_signal(fd, number)
-        except ProcessLookupError:
-            continue
-        finally:
-            os.close(fd)

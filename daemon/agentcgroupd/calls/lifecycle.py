@@ -41,7 +41,7 @@ from agentcgroupd.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from agentcgroupd.host.syscalls import pidfd_alive
+from agentcgroupd.host.syscalls import pidfd_alive, wait_channel
 from agentcgroupd.intents.grant import Ceiling, Grant, grant_for, merge
 from agentcgroupd.intents.parse import NAME_CHARS_MAX, Intent
 from agentcgroupd.intents.request import CallRequest
@@ -356,9 +356,19 @@ class Calls:
             return await asyncio.wait_for(asyncio.shield(done), END_TIMEOUT_S)
         except TimeoutError:
             raise Unavailable(
-                f"call {call.id} was killed, but a process of it does not die (it waits in the "
-                "kernel); its report comes when it does"
+                f"call {call.id} was killed, but {self._stuck(call)}; its report comes when the "
+                "last process has ended"
             ) from None
+
+    def _stuck(self, call: Call) -> str:
+        """Say which processes of a killed call are still there, and where they wait."""
+        try:
+            found = call.cgroup.all_procs()
+        except KnobError as error:
+            return f"its processes cannot be read: {error}"
+        waits = [f"process {pid} waits in the kernel at {wait_channel(pid)}" for pid in found[:3]]
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+        return ", ".join(waits) + more if waits else "its cgroup still counts as populated"
 
     def _kill(self, call: Call, ended_by: str, why: str) -> None:
         """Kill all processes of a call. If the main process has ended before, only leftovers die,
@@ -366,11 +376,12 @@ class Calls:
         call.state = pb.CALL_STATE_ENDING
         try:
             if main_status(call)[0] is not None:
-                call.leftovers = max(call.leftovers, len(call.cgroup.procs()))
+                call.leftovers = max(call.leftovers, len(call.cgroup.all_procs()))
             elif not call.ended_by:
                 call.ended_by, call.ended_why = ended_by, why
             self.actions.hurry(call)
             call.cgroup.kill()
+            self._deadlines.killed(call)
         except CgroupGone:
             self._finish(call)
 

@@ -116,7 +116,8 @@ def _by_status(facts: EndFacts, status: int) -> tuple[pb.Verdict.ValueType, str]
                 else "whether the kernel ran out of memory cannot be seen on this host"
             )
             return pb.VERDICT_SIGNALED, (
-                f"A process from outside ended it with {name}; agentcgroup did not, and {proof}."
+                f"It was killed with {name}, by whom is not known: itself, its caller, another "
+                f"process or a limit such as RLIMIT_CPU. It was not the daemon, and {proof}."
             )
         return pb.VERDICT_SIGNALED, f"It died of {name}."
     code = os.WEXITSTATUS(status)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,8 +181,35 @@ class Cgroup:
 
     def kill(self) -> None:
         """Send SIGKILL to every process in this cgroup and below it (Linux 5.14). Raises KnobError,
-        or CgroupGone."""
+        or CgroupGone.
+
+        A process may outlive that: Linux 6.18 misses one whose main thread has ended while another
+        thread lives. `signal` reaches such a process, too.
+        """
         self.write(CGROUP_KILL, True)
+
+    def signal(self, number: int) -> int:
+        """Send a signal to each process in this cgroup and below it. Returns how many there were.
+        Raises KnobError, or CgroupGone."""
+        try:
+            top = self._open_directory()
+            try:
+                return sum(_signal_in(directory, number) for directory in _walk(top))
+            finally:
+                os.close(top)
+        except OSError as error:
+            raise self._error(error, CGROUP_PROCS.file) from None
+
+    def all_procs(self) -> list[int]:
+        """List the processes in this cgroup and below it. Raises KnobError, or CgroupGone."""
+        try:
+            top = self._open_directory()
+            try:
+                return [pid for directory in _walk(top) for pid in _pids_in(directory)]
+            finally:
+                os.close(top)
+        except OSError as error:
+            raise self._error(error, CGROUP_PROCS.file) from None
 
     def child(self, name: str) -> Cgroup:
         """The existing cgroup `name` below this one. Raises CgroupGone."""
@@ -209,11 +237,14 @@ class Cgroup:
         yield from sorted(names)
 
     def remove(self) -> None:
-        """Remove this cgroup and all below it with rmdir(2); no error if it is gone already. Raises
-        KnobError (EBUSY: one of them is populated)."""
+        """Remove this cgroup and all below it, however deep; no error if it is gone already.
+        Raises KnobError (EBUSY: one of them is populated)."""
         try:
-            for name in self.children():
-                self.child(name).remove()
+            top = self._open_directory()
+            try:
+                _remove_below(top)
+            finally:
+                os.close(top)
             if self._prefix:
                 os.rmdir(self._prefix.rstrip("/"), dir_fd=self.dir_fd)
             else:
@@ -240,7 +271,14 @@ class Cgroup:
                 if error.errno != errno.EBUSY or time.monotonic() > deadline:
                     raise
             time.sleep(pause_s)
+            self._signal_survivors()
             pause_s = min(pause_s * 2, 0.1)
+
+    def _signal_survivors(self) -> None:
+        try:
+            self.signal(signal.SIGKILL)
+        except CgroupGone:
+            return
 
     def enable(self, controllers: tuple[str, ...]) -> tuple[str, ...]:
         """Enable controllers for the children of this cgroup, one by one. Returns those that the
@@ -292,6 +330,119 @@ class Cgroup:
     def list_xattrs(self) -> list[str]:
         """Names of the directory's extended attributes. Raises OSError."""
         return os.listxattr(self.proc_path())
+
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def _child_names(directory: int) -> list[str]:
+    with os.scandir(directory) as entries:
+        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+
+def _walk(top: int) -> Iterator[int]:
+    """Yield a descriptor of `top` and of each cgroup below it, a parent before its children; each
+    is closed when the next one is asked for. Raises OSError.
+
+    Whoever may write to a cgroup can nest others thousands deep. So there is no recursion, no path
+    that grows beyond the system's limit, and never more than two descriptors: the way back up is
+    the directory `..`.
+    """
+    here = os.dup(top)
+    try:
+        yield here
+        waiting = [_child_names(here)]
+        while waiting:
+            if not waiting[-1]:
+                waiting.pop()
+                if waiting:
+                    here = _step(here, "..")
+                continue
+            try:
+                here = _step(here, waiting[-1].pop())
+            except FileNotFoundError:
+                continue  # removed meanwhile
+            yield here
+            waiting.append(_child_names(here))
+    finally:
+        os.close(here)
+
+
+def _step(here: int, name: str) -> int:
+    """Open a directory in `here` and close `here`. Raises OSError, with `here` still open."""
+    there = os.open(name, _DIRECTORY, dir_fd=here)
+    os.close(here)
+    return there
+
+
+def _remove_below(top: int) -> None:
+    """Remove every cgroup below `top`, without recursion as in _walk. Raises OSError."""
+    here = os.dup(top)
+    way: list[str] = []
+    try:
+        while True:
+            name = _remove_leaves(here)
+            if name is not None:
+                here = _step(here, name)
+                way.append(name)
+            elif way:
+                here = _step(here, "..")
+                os.rmdir(way.pop(), dir_fd=here)
+            else:
+                return
+    finally:
+        os.close(here)
+
+
+def _remove_leaves(directory: int) -> str | None:
+    """Remove children of a directory; returns the name of the first one that does not go, because
+    it has children or processes, or None. Raises OSError."""
+    for name in _child_names(directory):
+        try:
+            os.rmdir(name, dir_fd=directory)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+                raise
+            return name
+    return None
+
+
+def _pids_in(directory: int) -> list[int]:
+    """List the processes of one cgroup; none if it is gone. Raises OSError."""
+    try:
+        fd = os.open(CGROUP_PROCS.file, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+        with open(fd, "rb") as file:
+            return [int(line) for line in file]
+    except OSError as error:
+        if error.errno in _GONE:
+            return []
+        raise
+
+
+def _signal_in(directory: int, number: int) -> int:
+    """Signal each process of one cgroup, through a pidfd and only while it is still there. Returns
+    how many there were. Raises OSError."""
+    signalled = 0
+    for pid in _pids_in(directory):
+        # 0: a process of another pid namespace, which the daemon cannot name.
+        if pid == 0:
+            continue
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            # The number may belong to another process by now.
+            if pid in _pids_in(directory):
+                signal.pidfd_send_signal(fd, number)
+                signalled += 1
+        except ProcessLookupError:
+            continue
+        finally:
+            os.close(fd)
+    return signalled
 
 
 def move_all(source: Cgroup, target: Cgroup, attempts: int = 100) -> int:

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import select
 import signal
 import socket
 import struct
@@ -113,6 +114,25 @@ def pidfd_alive(fd: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def pidfd_ended(fd: int) -> bool:
+    """Whether all threads of a pidfd's process have ended, reaped or not; a zombie main thread
+    alone does not say so."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def wait_channel(pid: int) -> str:
+    """Name of the kernel function in which the main thread of a process waits; `?` where the kernel
+    does not tell, `nothing` while it runs."""
+    try:
+        with open(f"/proc/{pid}/wchan", "rb") as file:
+            name = file.read(64).decode("ascii", "replace")
+    except OSError:
+        return "?"
+    return "nothing" if name in ("", "0") else name
 
 
 def pidfd_exit_status(fd: int) -> int | None:
