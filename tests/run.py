@@ -238,7 +238,7 @@ class Totals:
         return [f"{o.suite.name}: {o.broken}" for o in self.outcomes if o.broken]
 
     def table(self, took_sec: float) -> str:
-        """One line for each suite and one for all, which took `took_sec` together."""
+        """Make a line for each suite and one for all, which took `took_sec` together."""
         rows: list[tuple[str, str, int, int, int, float, float]] = [
             (o.suite.name, o.suite.place, o.passed, o.failed, o.skipped, o.took_sec, o.cpu_sec)
             for o in self.outcomes

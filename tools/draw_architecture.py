@@ -31,7 +31,7 @@ KERNEL = "the kernel"
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One function on the way of a call: its file below the root, its name, what it does."""
+    """Function on the way of a call: the file below the root, the name, what it does."""
 
     file: str
     function: str

@@ -1,4 +1,4 @@
-"""One boot of the test guest: its processes, its output, its end.
+"""Boot the test guest once: processes, output, end.
 
 The machine (QEMU, or a kernel built as a program) gets one end of a stream socket for each of the
 guest's channels (console, standard output, standard error, control); this side relays what comes

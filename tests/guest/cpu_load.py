@@ -122,6 +122,6 @@ def settled(
 
 
 def shares(used: Mapping[str, int]) -> dict[str, float]:
-    """Of each, in percent of all."""
+    """Share of each load, in percent of all."""
     total = sum(used.values())
     return {name: 100 * value / total for name, value in used.items()}

@@ -50,7 +50,7 @@ enabled = false
 
 @pytest.fixture(scope="module", autouse=True)
 def needs_sched_ext() -> None:
-    """Nothing here means anything without it."""
+    """Skip all of these tests where the kernel does not take the scheduler."""
     state = sched.gate()
     if not state.works:
         pytest.skip(state.reason)
@@ -58,7 +58,7 @@ def needs_sched_ext() -> None:
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    """One for all tests here, in their order: it takes seconds to start."""
+    """A daemon for all tests here, in their order: a start takes seconds."""
     daemon = DaemonProcess(tmp_path_factory.mktemp("cpu"), CONFIG)
     try:
         daemon.start()
@@ -121,7 +121,7 @@ result = done.stdout.split()
 
 
 def test_the_report_tells_what_it_did(daemon: DaemonProcess, agent: Any) -> None:
-    """Of a call with half a CPU; and the session's numbers hold the call's."""
+    """A call with half a CPU is told how long it waited; the session's numbers hold the call's."""
     report = agent.run("""
 done = agent.run(["sh", "-c", "i=0; while [ $i -lt 9000 ]; do i=$((i+1)); done"], cpu_max="0.5")
 result = done.report.to_dict()
@@ -137,7 +137,7 @@ result = done.report.to_dict()
 
 
 def test_the_escape_is_closed(daemon: DaemonProcess, agent: Any) -> None:
-    """Who sets SCHED_OTHER would go before everything of ours; the daemon puts it back."""
+    """A process that sets SCHED_OTHER would go before all others; the daemon puts it back."""
     pid = agent.process.pid
     agent.run("import os; os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0)); result = 0")
     assert policy_of(pid) == os.SCHED_OTHER
@@ -145,7 +145,7 @@ def test_the_escape_is_closed(daemon: DaemonProcess, agent: Any) -> None:
 
 
 def test_an_adopted_cgroup_is_given_back(daemon: DaemonProcess) -> None:
-    """Its processes become SCHED_EXT, and what they were when it is over."""
+    """Processes of an adopted cgroup become SCHED_EXT, and what they were when it is given back."""
     path = cgroup2_mount() / f"{daemon.pool_path.strip('/')}-container"
     path.mkdir()
     process = subprocess.Popen(["sleep", "1000"])

@@ -248,7 +248,7 @@ def _tells_victims(daemon: DaemonProcess) -> bool:
 
 
 def _victims(daemon: DaemonProcess) -> list[dict[str, Any]]:
-    """Whom the OOM killer chose, in its order."""
+    """Victims of the OOM killer, in the order in which it chose them."""
     events = map(json.loads, daemon.audit_path.read_text().splitlines())
     return [event for event in events if event["event"] == "oom_victim"]
 

@@ -88,7 +88,7 @@ class Decider:
         delay_percent: int = 0,
         delay_cap_ms: int = abi.ABI_DELAY_CAP_MS,
     ) -> None:
-        """As ReclaimHooks.set."""
+        """Set a session's protection and delay, as the daemon does."""
         self.protections[self.tree.id(session)] = abi.Protection(
             protect=protect,
             stalled=stalled,

@@ -75,7 +75,7 @@ class Child:
         self.process.stdin.flush()
 
     def run(self, expression: str) -> str:
-        """Its value as text, or MemoryError."""
+        """Return the value of an expression as text, or MemoryError."""
         self.send(expression)
         return self.answer()
 

@@ -31,7 +31,7 @@ def events(daemon: DaemonProcess, event: str, call: str = "") -> list[dict[str, 
 
 
 def report_of(daemon: DaemonProcess, session: str) -> pb.Report:
-    """Its newest."""
+    """Return the newest report of a session."""
     reports = daemon.admin.ListReports(pb.ListReportsRequest(session_id=session)).reports
     return reports[0]
 

@@ -58,7 +58,7 @@ def audit(daemon: DaemonProcess, event: str) -> list[dict[str, Any]]:
 
 
 def report_of(daemon: DaemonProcess, name: str) -> pb.Report:
-    """Of the newest call of this name, when it has ended."""
+    """Wait for the end of the newest call of a name, and return its report."""
     found: list[pb.Report] = []
 
     def there() -> bool:

@@ -35,7 +35,7 @@ HZ = 250
 
 @pytest.fixture(scope="module", autouse=True)
 def needs_sched_ext() -> None:
-    """Nothing here means anything without it."""
+    """Skip all of these tests where the kernel does not take the scheduler."""
     state = sched.gate()
     if not state.works:
         pytest.skip(state.reason)
@@ -81,7 +81,7 @@ SESSION_WEIGHTS = (100, 300)
 
 
 def weights_of(leaves: dict[str, int]) -> dict[str, int]:
-    """Of all cgroups: the leaves' as given, those above them in turn."""
+    """Weights for all cgroups: the leaves' as given, those above them in turn."""
     found = dict(leaves)
     inner = {"/".join(parts[:i]) for parts in (n.split("/") for n in leaves)
              for i in range(1, len(parts))}  # fmt: skip
@@ -106,7 +106,7 @@ def expected_shares(weights: dict[str, int]) -> dict[str, float]:
 def wrong_shares(
     used: dict[str, int] | dict[str, float], expected: dict[str, float]
 ) -> dict[str, Any]:
-    """Those that are more than two points off: found, expected."""
+    """Return the shares that are more than two points off: found, expected."""
     total = sum(used.values())
     found = {name: 100 * value / total for name, value in used.items()}
     return {n: (round(found[n], 1), round(expected[n], 1)) for n in found
@@ -202,7 +202,7 @@ def test_one_that_slept_is_not_paid_for_it(scheduler: Scheduler) -> None:
 
 
 def sleep_and_spin(seconds: float) -> None:
-    """Nothing first, and then all there is."""
+    """Want nothing at first, and then all there is."""
     time.sleep(seconds)
     spin()
 
@@ -300,7 +300,7 @@ def test_a_boost_makes_waking_prompt_and_shares_stay(scheduler: Scheduler) -> No
 
 @patient
 def test_a_call_that_turns_out_long_falls_back(scheduler: Scheduler) -> None:
-    """Its budget is paid out, and then it waits as everyone does."""
+    """The budget of a boost is paid out, and then its cgroup waits as everyone does."""
     with Load() as load:
         for name in ("long", "a", "b", "c"):
             load.make(name)
@@ -481,7 +481,7 @@ def test_newcomers_do_not_keep_a_task_from_its_turn(scheduler: Scheduler) -> Non
 
 @patient
 def test_tasks_bound_to_one_cpu(scheduler: Scheduler) -> None:
-    """They share that CPU with others; the other one is not kept idle by them."""
+    """Tasks bound to one CPU share it with others, and do not keep the other one idle."""
     with Load() as load:
         for name in ("bound", "free"):
             load.make(name)

@@ -63,7 +63,7 @@ sys.stdin.readline()
 
 @pytest.fixture(scope="module", autouse=True)
 def no_swap() -> None:
-    """These tests are about a host without any."""
+    """Assert that the host has no swap: these tests are about making some."""
     assert zram.swaps() == ()
 
 

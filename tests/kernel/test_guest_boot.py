@@ -165,7 +165,7 @@ def test_a_walk_over_many_files_does_not_exhaust_the_file_server() -> None:
 
 
 def test_reading_many_files_does_not_exhaust_user_mode_linux() -> None:
-    """It holds a descriptor for each file that the guest has read, where that limit is low."""
+    """A guest that has read more files than its host may hold open goes on."""
     if reason := lacking(UML):
         pytest.skip(reason)
     most = 3000

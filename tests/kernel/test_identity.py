@@ -1,4 +1,4 @@
-"""Who may do what: one session cannot end, see or attach to another's calls, whatever it sends."""
+"""Identity: one session cannot end, see or attach to another's calls, whatever it sends."""
 
 from __future__ import annotations
 

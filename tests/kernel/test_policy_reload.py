@@ -49,7 +49,7 @@ class Edited(DaemonProcess):
 
 
 def status(error: Any) -> grpc.StatusCode:
-    """Of an error that gRPC raised."""
+    """Return the details of an error that gRPC raised."""
     code: grpc.StatusCode = error.code()
     return code
 

@@ -109,7 +109,7 @@ def test_nesting_too_deep_for_recursion_and_for_paths_is_removed(top: Cgroup) ->
 
 
 def test_a_signal_reaches_processes_in_nested_cgroups(top: Cgroup) -> None:
-    """As many are told as there are, at every depth."""
+    """All processes are signalled and counted, at every depth."""
     below = top.make_child("a").make_child("b")
     processes = [spawn(top.child("a"), "sleep", "60"), spawn(below, "sleep", "60")]
     assert sorted(top.all_procs()) == sorted(process.pid for process in processes)

@@ -42,7 +42,7 @@ def systemctl(*arguments: str) -> str:
 
 
 def show(unit: str, key: str) -> str:
-    """One property of a unit."""
+    """Return a property of a unit."""
     return systemctl("show", "--value", "--property", key, unit)
 
 

@@ -37,7 +37,7 @@ class Resource(Protocol):
     """Something that calls wait for until there is enough of it."""
 
     name: str
-    """Its name in sentences such as `waits for memory`."""
+    """The word for it in sentences such as `waits for memory`."""
 
     def on_freed(self, retry: Callable[[], None]) -> None:
         """Take what is to be called whenever there may be more of the resource."""

@@ -30,7 +30,7 @@ class Setting:
 
 
 def _cpus_within(session: Session, text: str) -> tuple[str, str]:
-    """Of the CPUs that are asked for those that the session may use."""
+    """Take from the CPUs that are asked for those that the session may use."""
     may_use = session.cgroup.read(CPUSET_EFFECTIVE)
     given = str(CpuList(CpuList.parse(text).cpus & CpuList.parse(may_use).cpus))
     if not given:

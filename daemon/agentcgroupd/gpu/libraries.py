@@ -167,7 +167,7 @@ def _configured() -> Iterator[str]:
     yield from filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep))
     for path in sorted(Path("/etc/ld.so.conf.d").glob("*.conf")):
         try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         except OSError:
             continue
         yield from (line.strip() for line in lines if line.startswith("/"))
@@ -177,7 +177,8 @@ def _mapped(pid: int) -> Iterator[tuple[str, str]]:
     """Executable mappings of files in a process: the name, and a path that opens the very file.
     Nothing for a process that is gone."""
     try:
-        text = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
+        # Bytes: only \n ends a line here, and a name may hold \r.
+        text = Path(f"/proc/{pid}/maps").read_bytes().decode("utf-8", "replace")
     except OSError:
         return
     seen = set()

@@ -68,7 +68,7 @@ def test_the_table_has_a_line_for_each_suite_and_one_for_all(suite: run.Suite) -
 
 
 def planned(name: str) -> run.Suite:
-    """One of the suites of a machine without controllers."""
+    """Return a suite of a machine without controllers, by name."""
     suites, _ = run.plan("guest", systemd_here=False)
     (found,) = (suite for suite in suites if suite.name == name)
     return found
