@@ -17,7 +17,7 @@ cp -n build/device/standin/libcuda.so.1 build/standin/ 2>/dev/null
 touch build/standin/libcuda.so.1
 export AGENTCG_TORCH_PYTHON=$PYTHON AGENTCG_WHERE=native
 export AGENTCG_EXEC=$ROOT/build/bin/agentcg-exec
-export PYTHONPATH=$ROOT/build/device/site:$ROOT/agent_sdk:$ROOT/daemon:$ROOT
+export PYTHONPATH=$ROOT/build/device/site:$ROOT/agent_sdk:$ROOT/daemon:$ROOT/lab:$ROOT
 export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 # The machine's own plugins are for another pytest.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
