@@ -23,6 +23,8 @@ pinned=$(for name in $PACKAGES; do grep -oE "^$name==[^ ;\\]+" requirements.lock
 	--python-version 3.12 --implementation cp $pinned
 rm -rf "$SITE"/bin "$SITE"/*/tests "$SITE"/grpc/_cython/_credentials
 find "$SITE" -name '__pycache__' -prune -exec rm -rf {} +
+# What the sources say of their version is asked of the installed package's metadata.
+cp -r .venv/lib/python3.*/site-packages/agentcgroup-*.dist-info "$SITE"
 strip --strip-debug "$SITE"/grpc/_cython/*.so 2>/dev/null || true
 .venv/bin/python -c 'from tests.standin import build; print(build())' >/dev/null
 mkdir -p build/device/standin
