@@ -111,9 +111,10 @@ def sample_until(
     duration_s: float | None,
     stopped: threading.Event,
     closed: threading.Event,
+    begun: Callable[[], None] = lambda: None,
 ) -> tuple[list[Raw], int]:
     """Call `read` (bytes, CPU microseconds) every `period_s` until told to end or the cgroup is
-    gone.
+    gone. `begun` is called after the first sample: all that happens from then on is recorded.
 
     Returns the samples, and how many deadlines were missed.
     """
@@ -127,6 +128,8 @@ def sample_until(
             break
         now = time.monotonic()
         samples.append(Raw(now, memory_bytes, cpu_usec))
+        if len(samples) == 1:
+            begun()
         due += period_s
         if now >= due:
             late = int((now - due) / period_s) + 1
@@ -299,9 +302,15 @@ def record(
     log = watch.log
     with _stop_signals() as stopped, watch as cgroup:
         try:
-            say(f"recording {session_id} to {output}; Ctrl-C ends it")
             unix_at_zero = time.time()
-            raw, missed = sample_until(_reader(cgroup), period_s, duration_s, stopped, log.closed)
+            raw, missed = sample_until(
+                _reader(cgroup),
+                period_s,
+                duration_s,
+                stopped,
+                log.closed,
+                lambda: say(f"recording {session_id} to {output}; Ctrl-C ends it"),
+            )
         except KnobError as error:
             raise RecordError(f"no memory controller for this session: {error}") from error
         finally:

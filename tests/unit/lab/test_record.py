@@ -63,6 +63,24 @@ def test_missed_deadlines_are_counted_and_do_not_shift_the_others() -> None:
     assert all(0.0 <= period % 1.0 < 0.9 or period % 1.0 > 0.999 for period in periods)
 
 
+def test_it_says_that_it_has_begun_when_the_first_sample_is_taken() -> None:
+    """Whoever waits for that word finds a sample from before what it does next."""
+    stopped, said = threading.Event(), list[int]()
+    reads = 0
+
+    def read() -> tuple[int, int]:
+        nonlocal reads
+        reads += 1
+        if reads == 3:
+            stopped.set()
+        return reads, reads
+
+    samples, _ = sample_until(
+        read, 0.001, None, stopped, threading.Event(), lambda: said.append(reads)
+    )
+    assert len(samples) == 3 and said == [1]
+
+
 @pytest.mark.parametrize("end", ["gone", "closed", "duration"])
 def test_it_ends_with_what_it_has(end: str) -> None:
     closed = threading.Event()
