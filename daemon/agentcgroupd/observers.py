@@ -153,7 +153,8 @@ class Observers:
         self._gpus.call_ending(call)
 
     def call_ended(self, call: Call, held_bytes: int) -> None:
-        """Have the guard give away the memory that a call held at most."""
+        """Tell the guard that a call has ended and how much it held at its peak, so that calls that
+        wait can start."""
         if self._guard is not None:
             self._guard.call_ended(call, held_bytes)
 

@@ -38,8 +38,7 @@ CHECK_AFTER_S = 0.2
 """After events, until the kernel is asked whether it left some out; also how long a dead process's
 exit event may be on its way."""
 SETTLE_TICKS = 1_000_000_000 // TICK_NS
-"""When no event waits, the events of processes that began longer ago than this have been dealt
-with."""
+"""Events of processes that began longer ago than this have been handled, if no event waits."""
 
 
 class Resync:

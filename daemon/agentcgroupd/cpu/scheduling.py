@@ -58,8 +58,9 @@ RETRY_MOST_S = 300.0
 
 
 def set_policy(pid: int, policy: int, of: tuple[int, ...] = (*OURS, SCHED_EXT)) -> int:
-    """Give every thread of a process the policy, if it has one that the daemon may change; returns
-    how many it was. Those that are made meanwhile inherit it, or are found by looking again."""
+    """Give every thread of a process the policy, if it has one that the daemon may change. Returns
+    how many threads were changed; those made meanwhile inherit the policy, or are found when the
+    threads are listed again."""
     changed = 0
     before: set[str] = set()
     while True:

@@ -150,9 +150,12 @@ class Actions:
     def reclaim(
         self, session: Session, size_bytes: int, calls: Iterable[Call], why: str
     ) -> asyncio.Task[int]:
-        """Take memory of a session back: from its agent leaf, until a call of it begins; or from
-        these calls of it, as long as they are paused. Returns at once; the task's result is by how
-        many bytes their use fell. While one of a session is going on, that one's task."""
+        """Take memory of a session back: from its agent leaf, until one of its calls begins; or
+        from the given calls, as long as they are paused.
+
+        Returns a task at once; its result is by how many bytes their use fell. If a reclaim of this
+        session is running already, returns that one's task and begins nothing.
+        """
         paused = {call.cgroup: call for call in calls}
         waits = not session.calls
 

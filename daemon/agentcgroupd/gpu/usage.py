@@ -1,6 +1,6 @@
 """From samples of devices to what each tenant uses: memory, processors, energy.
 
-Pure but for finding out whose a process is, which is given.
+Pure, except that the given `owner` is asked to whom a process belongs.
 """
 
 from __future__ import annotations

@@ -46,7 +46,10 @@ class Peer:
         credentials = peer_credentials(sock)
         self.uid, self.gid = credentials.uid, credentials.gid
         if credentials.pid == 0:
-            raise PermissionDenied("the calling process is in a pid namespace beside the daemon's")
+            raise PermissionDenied(
+                "the calling process cannot be seen from the daemon's pid namespace; "
+                "agentcgroupd has to run in the host's"
+            )
         try:
             pidfd = peer_pidfd(sock)
         except OSError:
