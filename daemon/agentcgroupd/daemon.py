@@ -190,7 +190,7 @@ class Daemon:
             undo.callback(guard.stop)
             guard.start()
         observers.start(guard)
-        _say_ready(pool, sessions, run_dir)
+        _say_ready(running, pool, sessions, run_dir)
         return running
 
     def _make_notices(self, undo: AsyncExitStack) -> Notices:
@@ -271,15 +271,18 @@ class Running:
         self._calls = parts.calls
         self._metrics = parts.notices.metrics
         self.heartbeat = Heartbeat()
+        self._stop = asyncio.Event()
 
-    async def until_stopped(self) -> None:
-        """Serve until SIGTERM or SIGINT; on SIGHUP the policy is read anew. Raises PartFailed if a
-        part of the daemon ends by itself."""
-        stop = asyncio.Event()
+    def listen_to_signals(self) -> None:
+        """Stop on SIGTERM or SIGINT, and read the policy anew on SIGHUP, from now on."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._parts.policy_files.reload_quietly)
+
+    async def until_stopped(self) -> None:
+        """Serve until a signal says to stop. Raises PartFailed if a part of the daemon ends by
+        itself."""
         try:
             async with asyncio.TaskGroup() as group:
                 endless = (
@@ -287,7 +290,7 @@ class Running:
                     group.create_task(self._beat_forever()),
                     group.create_task(self._parts.policy_files.compare_forever()),
                 )
-                await stop.wait()
+                await self._stop.wait()
                 for task in endless:
                     task.cancel()
         except BaseExceptionGroup as failed:
@@ -406,7 +409,7 @@ def _note_alive(pool: Pool) -> None:
         log.error("the pool: %s", error)
 
 
-def _say_ready(pool: Pool, sessions: Sessions, run_dir: Path) -> None:
+def _say_ready(running: Running, pool: Pool, sessions: Sessions, run_dir: Path) -> None:
     for name in pool.missing:
         log.warning(
             "controller %s is not available below %s: its limits are not enforced; "
@@ -414,6 +417,8 @@ def _say_ready(pool: Pool, sessions: Sessions, run_dir: Path) -> None:
             name,
             pool.cgroup.path,
         )
+    # Before systemd is told that all is ready: from then on it may send any of the signals.
+    running.listen_to_signals()
     notify("READY=1", f"STATUS=pool {pool.path}, {len(sessions.open)} sessions")
     controllers = " ".join(pool.controllers) or "none"
     log.info(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup import knobs, tree
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount, move_all
 from agentcgroupd.errors import CgroupGone, KnobError
@@ -143,6 +143,44 @@ def test_a_process_without_its_main_thread_is_killed_as_well(top: Cgroup) -> Non
             os.close(pidfd)
         assert process.wait(10) == -signal.SIGKILL
     assert not top.exists()
+
+
+def test_processes_below_a_threaded_cgroup_are_counted_and_killed(top: Cgroup) -> None:
+    """A threaded cgroup does not list its processes; the cgroup above it does."""
+    threaded = top.make_child("t")
+    threaded.write_text("cgroup.type", "threaded")
+    process = spawn(top, "sleep", "60")
+    assert top.all_procs() == [process.pid]
+    assert top.signal(signal.SIGTERM) == 1
+    assert process.wait(10) == -signal.SIGTERM
+
+
+def test_many_processes_are_signalled_without_asking_for_each(top: Cgroup) -> None:
+    """More than are signalled at a time, and their list is read once for each part."""
+    processes = [spawn(top, "sleep", "60") for _ in range(300)]
+    assert top.signal(signal.SIGKILL) == len(processes)
+    assert {process.wait(20) for process in processes} == {-signal.SIGKILL}
+
+
+def test_what_vanishes_meanwhile_does_not_end_a_removal(
+    top: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else removes a cgroup on the way down; the rest is removed all the same."""
+    inner = top.make_child("a").make_child("b")
+    top.make_child("c")
+    step, removed = tree._step, list[str]()
+
+    def other_removes(here: int, name: str) -> int:
+        there = step(here, name)
+        if name == "a" and not removed:
+            removed.append(name)
+            inner.remove()
+            os.rmdir(top.path / "a")
+        return there
+
+    monkeypatch.setattr(tree, "_step", other_removes)
+    top.remove()
+    assert removed and not top.exists()
 
 
 def test_move_all_moves_every_process(top: Cgroup) -> None:

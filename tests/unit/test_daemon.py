@@ -47,7 +47,9 @@ def test_a_signal_cancels_every_part_and_is_no_failure(number: int) -> None:
 
     async def run() -> None:
         asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), number)
-        await running(work).until_stopped()
+        served = running(work)
+        served.listen_to_signals()
+        await served.until_stopped()
         assert len(asyncio.all_tasks()) == 1, "nothing goes on but this"
 
     asyncio.run(run())

@@ -70,7 +70,9 @@ class Placement:
         if call is None or call.id not in self._calls.open:
             if observed.refused:
                 return
-            age_usec = (time.monotonic_ns() - observed.at_ns) // 1000
+            # The time since the exec counts, but not what was spent waiting for a call.
+            waited = observed.was_refused or call is not None
+            age_usec = 0 if waited else (time.monotonic_ns() - observed.at_ns) // 1000
             try:
                 request = observed_request(observed.name, observed.argv)
                 call = self._calls.begin(observed.session, request, None, age_usec)
@@ -97,7 +99,7 @@ class Placement:
     def _refused(self, observed: ObservedCall, error: RequestError) -> None:
         """Leave its processes in the agent leaf and say so once; another attempt is made when a
         call of the session has ended."""
-        observed.refused = error.sentence
+        observed.refused, observed.was_refused = error.sentence, True
         sentence = f"{observed.name!r} runs without a call of its own: {error.sentence}"
         feedback = pb.Feedback(code=pb.FEEDBACK_CODE_NOT_IN_CALL, sentence=sentence)
         self._notices.tell(observed.session, "", feedback)

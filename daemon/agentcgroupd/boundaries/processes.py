@@ -52,6 +52,7 @@ class ObservedCall:
     exit: abi.ExitEvent | None = None
     refused: str = ""
     """Why it has no call; tried again when another call of the session has ended."""
+    was_refused: bool = False
     declared: bool = False
     """Whether the main process asked for a call before it could be moved; the report is that
     call's then."""

@@ -25,10 +25,12 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import CallDefaults
 from agentcgroupd.enforce.actions import Actions
+from agentcgroupd.enforce.kill import kill
 from agentcgroupd.enforce.limits import (
     oom_score_adj,
     rewrite_grant,
     set_oom_score_adj,
+    settle,
     write_grant,
 )
 from agentcgroupd.errors import (
@@ -294,7 +296,7 @@ class Calls:
         call.cgroup.attach(process.pid)
         self._entered(call, process)
         if call.state == pb.CALL_STATE_ENDING:
-            call.cgroup.kill()
+            kill(call)
 
     def _entered(self, call: Call, process: Process) -> None:
         self._observer.entered(process.pid)
@@ -311,6 +313,7 @@ class Calls:
             raise FailedPrecondition(f"call {call.id} is ending")
         current = call.cgroup.read_if(knobs.MEMORY_CURRENT)
         grant = merge(call.grant, intent, self._ceiling(call.session), current)
+        grant = settle(call.session, grant, call.grant.settings)
         grant = self._observer.regrant(call, grant)
         # What the policy did is undone first: its next decision is made under the new grant.
         self.actions.unthrottle(call, "Its grant was changed.")
@@ -374,16 +377,21 @@ class Calls:
         """Kill all processes of a call. If the main process has ended before, only leftovers die,
         and the verdict follows from the main process. `ended_by`: as in EndFacts."""
         call.state = pb.CALL_STATE_ENDING
+        if main_status(call)[0] is not None:
+            self._count_leftovers(call)
+        elif not call.ended_by:
+            call.ended_by, call.ended_why = ended_by, why
+        self.actions.hurry(call)
         try:
-            if main_status(call)[0] is not None:
-                call.leftovers = max(call.leftovers, len(call.cgroup.all_procs()))
-            elif not call.ended_by:
-                call.ended_by, call.ended_why = ended_by, why
-            self.actions.hurry(call)
-            call.cgroup.kill()
-            self._deadlines.killed(call)
+            kill(call)
         except CgroupGone:
             self._finish(call)
+
+    def _count_leftovers(self, call: Call) -> None:
+        try:
+            call.leftovers = max(call.leftovers, len(call.cgroup.all_procs()))
+        except KnobError as error:
+            log.warning("call %s: what it left running could not be counted: %s", call.id, error)
 
     def _populated(self, call: Call) -> bool:
         try:

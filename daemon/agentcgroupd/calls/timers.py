@@ -6,7 +6,6 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -19,11 +18,6 @@ log = logging.getLogger(__name__)
 
 FROZEN_CHECK_USEC = 100_000
 """How long after its timeout a call that is paused then is checked again."""
-
-KILL_AGAIN_USEC = 50_000
-"""How long after cgroup.kill the processes that are left are killed one by one."""
-KILL_AGAIN_MOST_USEC = 5_000_000
-"""The longest pause between two tries; each pause is twice the one before."""
 
 
 class Deadlines:
@@ -106,27 +100,16 @@ class Deadlines:
             self._finish(call)
             return
         call.state = pb.CALL_STATE_ENDING
+        main_ended = main_status(call)[0] is not None
+        if not main_ended:
+            call.ended_by = call.ended_by or "timeout"
         try:
-            if main_status(call)[0] is None:
-                call.ended_by = call.ended_by or "timeout"
-            else:
-                call.leftovers = max(call.leftovers, len(call.cgroup.all_procs()))
-            call.cgroup.signal(signal.SIGTERM)
+            signalled = call.cgroup.signal(signal.SIGTERM)
+            if main_ended:
+                call.leftovers = max(call.leftovers, signalled)
         except KnobError:
             log.debug("call %s ended at its timeout", call.id)
         self._set(call, "kill", self._config.term_grace, self._kill_after_term)
 
     def _kill_after_term(self, call: Call) -> None:
         self._kill(call, "timeout", "")
-
-    def killed(self, call: Call, wait_usec: int = KILL_AGAIN_USEC) -> None:
-        """Kill what is still there after a while, and again, until the call is over: cgroup.kill
-        misses a process whose main thread has ended (seen on Linux 6.18)."""
-        self._set(call, "kill", wait_usec, partial(self._kill_again, wait_usec))
-
-    def _kill_again(self, waited_usec: int, call: Call) -> None:
-        try:
-            call.cgroup.signal(signal.SIGKILL)
-        except KnobError as error:
-            log.debug("call %s: %s", call.id, error)
-        self.killed(call, min(2 * waited_usec, KILL_AGAIN_MOST_USEC))

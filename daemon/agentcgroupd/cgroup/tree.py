@@ -16,6 +16,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -241,16 +242,19 @@ class Cgroup:
         Raises KnobError (EBUSY: one of them is populated)."""
         try:
             top = self._open_directory()
-            try:
-                _remove_below(top)
-            finally:
-                os.close(top)
+        except CgroupGone:
+            return
+        try:
+            _remove_below(top)
+        except OSError as error:
+            raise self._error(error, ".", "") from None
+        finally:
+            os.close(top)
+        try:
             if self._prefix:
                 os.rmdir(self._prefix.rstrip("/"), dir_fd=self.dir_fd)
             else:
                 os.rmdir(self.path)
-        except CgroupGone:
-            return
         except OSError as error:
             if error.errno not in _GONE:
                 raise self._error(error, ".", "") from None
@@ -277,8 +281,8 @@ class Cgroup:
     def _signal_survivors(self) -> None:
         try:
             self.signal(signal.SIGKILL)
-        except CgroupGone:
-            return
+        except KnobError:
+            return  # the next try to remove the cgroup says what is wrong
 
     def enable(self, controllers: tuple[str, ...]) -> tuple[str, ...]:
         """Enable controllers for the children of this cgroup, one by one. Returns those that the
@@ -375,21 +379,34 @@ def _step(here: int, name: str) -> int:
     return there
 
 
+_RESTARTS_MOST = 100
+
+
 def _remove_below(top: int) -> None:
     """Remove every cgroup below `top`, without recursion as in _walk. Raises OSError."""
     here = os.dup(top)
     way: list[str] = []
+    restarts = 0
     try:
         while True:
-            name = _remove_leaves(here)
-            if name is not None:
-                here = _step(here, name)
-                way.append(name)
-            elif way:
-                here = _step(here, "..")
-                os.rmdir(way.pop(), dir_fd=here)
-            else:
-                return
+            try:
+                name = _remove_leaves(here)
+                if name is not None:
+                    here = _step(here, name)
+                    way.append(name)
+                elif way:
+                    here = _step(here, "..")
+                    os.rmdir(way.pop(), dir_fd=here)
+                else:
+                    return
+            except FileNotFoundError:
+                # Somebody else has removed something on the way: begin anew at the top.
+                restarts += 1
+                if restarts > _RESTARTS_MOST:
+                    raise
+                os.close(here)
+                here = os.dup(top)
+                way.clear()
     finally:
         os.close(here)
 
@@ -410,38 +427,50 @@ def _remove_leaves(directory: int) -> str | None:
 
 
 def _pids_in(directory: int) -> list[int]:
-    """List the processes of one cgroup; none if it is gone. Raises OSError."""
+    """List the processes of one cgroup; none if it is gone. Raises OSError.
+
+    A threaded cgroup gives no list: the cgroup above it, its domain, has its processes in its own.
+    """
     try:
         fd = os.open(CGROUP_PROCS.file, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
         with open(fd, "rb") as file:
             return [int(line) for line in file]
     except OSError as error:
-        if error.errno in _GONE:
+        if error.errno in (*_GONE, errno.EOPNOTSUPP):
             return []
         raise
 
 
+_PIDFDS_MOST = 256
+"""How many processes are signalled at a time; each takes a descriptor meanwhile."""
+
+
 def _signal_in(directory: int, number: int) -> int:
     """Signal each process of one cgroup, through a pidfd and only while it is still there. Returns
-    how many there were. Raises OSError."""
+    how many were signalled. Raises OSError."""
+    # 0 stands for a process of another pid namespace, which the daemon cannot name.
+    pids = [pid for pid in _pids_in(directory) if pid]
+    parts = [pids[i : i + _PIDFDS_MOST] for i in range(0, len(pids), _PIDFDS_MOST)]
+    return sum(_signal_each(directory, part, number) for part in parts)
+
+
+def _signal_each(directory: int, pids: list[int], number: int) -> int:
     signalled = 0
-    for pid in _pids_in(directory):
-        # 0: a process of another pid namespace, which the daemon cannot name.
-        if pid == 0:
-            continue
-        try:
-            fd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        try:
-            # The number may belong to another process by now.
-            if pid in _pids_in(directory):
-                signal.pidfd_send_signal(fd, number)
+    with ExitStack() as opened:
+        pidfds = {}
+        for pid in pids:
+            try:
+                pidfds[pid] = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            opened.callback(os.close, pidfds[pid])
+        # A number may have come to another process before its descriptor was opened.
+        for pid in pidfds.keys() & set(_pids_in(directory)):
+            try:
+                signal.pidfd_send_signal(pidfds[pid], number)
                 signalled += 1
-        except ProcessLookupError:
-            continue
-        finally:
-            os.close(fd)
+            except ProcessLookupError:
+                continue
     return signalled
 
 

@@ -293,19 +293,21 @@ class CpuScheduling:
 
     def _give_all(self, cgroup: Cgroup, policy: int, of: tuple[int, ...]) -> int:
         changed = 0
-        seen = {0}
-        try:
-            # Until there is no new process: one that was forked meanwhile has the policy that its
-            # parent had then.
-            while new := set(cgroup.procs()) - seen:
-                seen |= new
-                changed += sum(set_policy(pid, policy, of) for pid in new)
-            for name in cgroup.children():
-                changed += self._give_all(cgroup.child(name), policy, of)
-        except CgroupGone:
-            log.debug("%s is gone", cgroup.path)
-        except KnobError as error:
-            log.warning("%s: %s", cgroup.path, error)
+        waiting = [cgroup]
+        while waiting:
+            each = waiting.pop()
+            seen = {0}
+            try:
+                # Until there is no new process: one that was forked meanwhile has the policy that
+                # its parent had then.
+                while new := set(each.procs()) - seen:
+                    seen |= new
+                    changed += sum(set_policy(pid, policy, of) for pid in new)
+                waiting += [each.child(name) for name in each.children()]
+            except CgroupGone:
+                log.debug("%s is gone", each.path)
+            except KnobError as error:
+                log.warning("%s: %s", each.path, error)
         return changed
 
     def given_back(self, session: Session) -> None:

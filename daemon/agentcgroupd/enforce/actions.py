@@ -11,6 +11,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf.memory import MemoryPrograms
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.enforce.kill import kill
 from agentcgroupd.enforce.reclaimer import Reclaimer
 from agentcgroupd.errors import BpfError, KnobError
 from agentcgroupd.state.session import Call, Session, boottime_usec
@@ -129,7 +130,7 @@ class Actions:
         call.state = pb.CALL_STATE_ENDING
         call.held = False
         self.hurry(call)
-        call.cgroup.kill()
+        kill(call)
         self.notices.acted_on_call("kill", call, why, None)
 
     def let_go(self, call: Call, why: str) -> None:

@@ -74,24 +74,36 @@ class _Writer:
         else:
             self.missing.append(knob.file)
 
-    def put_settings(self, grant: Grant) -> Grant:
-        """Write all settings, and return the grant with what was written. Raises InvalidField or
-        KnobError."""
-        written, advice = dict(grant.settings), list(grant.advice)
-        for name, text in grant.settings.items():
-            setting = SETTINGS[name]
-            if not _gives(self._session, setting):
-                self.missing.append(setting.file)
-                continue
-            written[name], sentence = setting.within(self._session, text)
+    def put_settings(self, settings: Mapping[str, str]) -> None:
+        """Write settings that have been settled. Raises KnobError."""
+        for name, text in settings.items():
+            file = SETTINGS[name].file
+            if file in self._session.offered:
+                self._cgroup.write_text(file, text)
+            else:
+                self.missing.append(file)
+
+
+def settle(session: Session, grant: Grant, before: Mapping[str, str] | None = None) -> Grant:
+    """Cut the settings of a grant to what the session can give; those that are as `before` stay.
+    Nothing is written to the call. Raises InvalidField or KnobError."""
+    settled, advice = dict(grant.settings), list(grant.advice)
+    for name, text in grant.settings.items():
+        setting = SETTINGS[name]
+        is_new = before is None or before.get(name) != text
+        if is_new and _gives(session, setting):
+            settled[name], sentence = setting.within(session, text)
             advice += [sentence] if sentence else []
-            self._cgroup.write_text(setting.file, written[name])
-        return replace(grant, settings=written, advice=tuple(advice))
+    return replace(grant, settings=settled, advice=tuple(advice))
 
 
 def write_grant(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
-    """Set the interface files of a call, and return the grant as it is in force: files that this
-    kernel does not offer are named in it. Raises InvalidField or KnobError."""
+    """Settle a new call's grant, set its interface files, and return the grant as it is in force:
+    files that this kernel does not offer are named in it. Raises InvalidField or KnobError."""
+    return _write(session, cgroup, settle(session, grant))
+
+
+def _write(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
     writer = _Writer(session, cgroup)
     writer.put(knobs.MEMORY_MAX, grant.memory_max_bytes, grant.memory_max_bytes is not None)
     writer.put(knobs.MEMORY_HIGH, grant.memory_high_bytes, grant.memory_high_bytes is not None)
@@ -103,15 +115,14 @@ def write_grant(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
         cgroup.write(knobs.IO_WEIGHT, grant.io_weight)
     if grant.cpu_max_millicores is not None:
         writer.put(knobs.CPU_MAX, knobs.CpuMax(grant.cpu_max_millicores * 100), True)
-    if grant.settings:
-        grant = writer.put_settings(grant)
+    writer.put_settings(grant.settings)
     return replace(grant, not_enforced=tuple(writer.missing)) if writer.missing else grant
 
 
 def rewrite_grant(session: Session, cgroup: Cgroup, old: Grant, new: Grant) -> Grant:
-    """Set the interface files of an open call to its new grant, as `write_grant` does; limits that
-    only the old one has are taken back. Raises InvalidField or KnobError."""
-    granted = write_grant(session, cgroup, new)
+    """Set the interface files of an open call to its new grant, which has been settled; limits that
+    only the old one has are taken back. Raises KnobError."""
+    granted = _write(session, cgroup, new)
     if new.memory_high_bytes is None and old.memory_high_bytes is not None:
         cgroup.write(knobs.MEMORY_HIGH, None)
     if new.cpu_max_millicores is None and knobs.CPU_MAX.file in session.offered:

@@ -68,8 +68,14 @@ def _parse_wait(field: str, text: str) -> int:
     return wait
 
 
-CPUS_ALLOWED = "CPUs as a list such as 0-3,8"
-_CPU_RANGE = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
+CPUS_MOST = 8192
+"""The most CPUs that a Linux kernel is built for (arch/x86/Kconfig: NR_CPUS)."""
+CPU_LIST_CHARS_MAX = 1024
+CPUS_ALLOWED = (
+    f"CPUs as a list such as 0-3,8, with numbers below {CPUS_MOST} and at most "
+    f"{CPU_LIST_CHARS_MAX} characters"
+)
+_CPU_RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +87,16 @@ class CpuList:
     @classmethod
     def parse(cls, text: str) -> CpuList:
         """Read `0-3,8`, in any order, parts that overlap among them. Raises ValueError."""
-        found: set[int] = set()
+        mask = 0  # a bit for each CPU, so that a list of many wide ranges costs no more than one
         for part in text.split(","):
             match = _CPU_RANGE.fullmatch(part.strip())
             if match is None:
                 raise ValueError(text)
             first, last = int(match[1]), int(match[2] or match[1])
-            if last < first:
+            if not first <= last < CPUS_MOST:
                 raise ValueError(text)
-            found.update(range(first, last + 1))
-        return cls(frozenset(found))
+            mask |= (1 << (last + 1)) - (1 << first)
+        return cls(frozenset(cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1))
 
     def __str__(self) -> str:
         parts: list[list[int]] = []
@@ -103,6 +109,8 @@ class CpuList:
 
 
 def _parse_cpus(field: str, text: str) -> CpuList:
+    if len(text) > CPU_LIST_CHARS_MAX:
+        raise InvalidField(field, f"{text[:32]}...", CPUS_ALLOWED)
     try:
         return CpuList.parse(text)
     except ValueError:

@@ -136,12 +136,12 @@ class SessionLifecycle:
             # Only the kernel's part waits in a thread; the books are the loop's alone.
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(None, self._cgroups.remove, session)
+            if session.adopted:
+                for observer in self._observers:
+                    observer.session_given_back(session)
         except BaseException:
             session.closing = False
             raise
-        if session.adopted:
-            for observer in self._observers:
-                observer.session_given_back(session)
         self._cgroups.forget(session)
         if session.watch is not None:
             self._events.unwatch(session.watch)

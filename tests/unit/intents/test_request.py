@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.enforce.limits import SETTINGS, write_grant
+from agentcgroupd.enforce.limits import SETTINGS, settle, write_grant
 from agentcgroupd.errors import InvalidField
 from agentcgroupd.intents.gpu import DeviceSelection
 from agentcgroupd.intents.grant import Ceiling, grant_for, merge
@@ -140,10 +141,33 @@ def test_a_list_of_cpus_is_read_as_it_is_written(cpus: frozenset[int]) -> None:
     assert CpuList.parse(str(CpuList(cpus))).cpus == cpus
 
 
-@pytest.mark.parametrize("text", ["", ",", "0-", "-1", "3-1", "0,,1", "all", "0-3:2/4", "123456"])
+BAD_LISTS = ["", ",", "0-", "-1", "3-1", "0,,1", "all", "0-3:2/4", "8192", "0-8192"]
+
+
+@pytest.mark.parametrize("text", BAD_LISTS)
 def test_lists_that_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=f"^{text}$"):
         CpuList.parse(text)
+
+
+def test_a_long_list_of_cpus_is_refused_before_it_is_read() -> None:
+    """An agent cannot keep the daemon busy with it."""
+    with pytest.raises(InvalidField, match="at most 1024 characters"):
+        parse_intent({"cpuset": "0-8191," * 1000 + "0"})
+    began = time.process_time()
+    assert len(CpuList.parse(",".join(["0-8191"] * 146)).cpus) == 8192
+    assert time.process_time() - began < 0.5
+
+
+def test_a_refused_change_of_cpus_writes_nothing() -> None:
+    """The settings are settled before the first interface file is written."""
+    cgroup = FakeCgroup(("cpuset",))
+    agent = SimpleNamespace(files=lambda: frozenset({"cpuset.cpus"}))
+    session: Any = SimpleNamespace(cgroup=cgroup, agent=agent, offered=frozenset({"cpuset.cpus"}))
+    grant = grant_for(parse_intent({"cpuset": "77"}), ABOVE)
+    with pytest.raises(InvalidField, match="CPUs of this session"):
+        settle(session, grant, {"cpuset": "0"})
+    assert settle(session, grant, {"cpuset": "77"}) == grant, "what is in force is not asked again"
 
 
 def test_cpus_of_the_session_are_set_on_the_call() -> None:
