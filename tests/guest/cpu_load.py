@@ -105,9 +105,12 @@ class Load:
 
 
 def settled(
-    load: Load, names: list[str], is_right: Callable[[dict[str, int], float], bool],
-    least_s: float = 1.0, most_s: float = 10.0,
-) -> dict[str, int]:  # fmt: skip
+    load: Load,
+    names: list[str],
+    is_right: Callable[[dict[str, int], float], bool],
+    least_s: float = 1.0,
+    most_s: float = 10.0,
+) -> dict[str, int]:
     """CPU time of each since now, as soon as it is right, or after `most_s`: on a busy machine an
     emulated CPU stands still now and then, and a short time shows that more than the scheduler.
     What is wrong for good does not become right by waiting."""

@@ -36,8 +36,9 @@ from tests.harness import DaemonProcess, wait_until
 
 pytestmark = [pytest.mark.controllers, pytest.mark.programs]
 
-SETTINGS = SchedSettings(slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000,
-                         penalty_most=8)  # fmt: skip
+SETTINGS = SchedSettings(
+    slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000, penalty_most=8
+)
 CONFIG = """[cpu]
 stall_timeout = "2s"
 wait_max = "1s"
@@ -151,8 +152,9 @@ def test_an_adopted_cgroup_is_given_back(daemon: DaemonProcess) -> None:
     process = subprocess.Popen(["sleep", "1000"])
     try:
         (path / "cgroup.procs").write_text(str(process.pid))
-        daemon.admin.AdoptSession(pb.AdoptSessionRequest(
-            cgroup_path=f"/{path.name}", spec=pb.SessionSpec(id="container")))  # fmt: skip
+        spec = pb.SessionSpec(id="container")
+        request = pb.AdoptSessionRequest(cgroup_path=f"/{path.name}", spec=spec)
+        daemon.admin.AdoptSession(request)
         assert policy_of(process.pid) == SCHED_EXT
         daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="container"))
         assert policy_of(process.pid) == os.SCHED_OTHER
@@ -196,8 +198,8 @@ def test_a_stalled_scheduler_is_ejected_and_tried_again(daemon: DaemonProcess, a
         assert limit.read_text() == "100\n", "weights hold in the fair class too"
         if attempt == 1:
             wait_until("it is tried again", is_ours)
-    wait_until("it is given up",
-               lambda: "not tried again: it failed 2 times" in daemon.log.read_text())  # fmt: skip
+    given_up = "not tried again: it failed 2 times"
+    wait_until("it is given up", lambda: given_up in daemon.log.read_text())
     assert sched.running() == ""
     assert agent.run("result = agent.run(['true']).report.cpu") is None
 

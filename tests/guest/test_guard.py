@@ -111,15 +111,17 @@ except MemoryError:
     held.clear()
 print("refused at", refused)
 """
-    batch.run("""
+    start_eager = """
 tool = subprocess.Popen([EXEC, "--name", "eager", "--on-pressure", "deny", "--", sys.executable,
                          "-S", "-c", script], stdout=subprocess.PIPE, text=True)
-""", script=script.replace("PAUSE", str(0.01 * SLOW)))  # fmt: skip
-    vip.run("""
+"""
+    batch.run(start_eager, script=script.replace("PAUSE", str(0.01 * SLOW)))
+    start_vip = """
 tool = subprocess.Popen([EXEC, "--name", "vip", "--", LOAD], stdin=subprocess.PIPE, text=True)
 tool.stdin.write(schedule)
 tool.stdin.close()
-""", LOAD=LOAD, schedule=f"20000 {260 * MIB} 10\n")  # fmt: skip
+"""
+    vip.run(start_vip, LOAD=LOAD, schedule=f"20000 {260 * MIB} 10\n")
     out = batch.run("result = tool.communicate()[0], tool.returncode")
     assert out[1] == 0 and out[0].startswith("refused at"), out
     assert vip.run("result = tool.wait()") == 0

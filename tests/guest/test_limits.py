@@ -191,8 +191,8 @@ def test_however_much_the_agent_holds_a_call_goes_first(daemon: DaemonProcess) -
     """Even an important one that holds next to nothing, where the agent's own growth did it."""
     big = daemon.open("big", memory_max="200M", priority="important")
     big.run("held = bytearray(100 << 20); globals().update(held=held)")
-    big.run(START, schedule=f"1 {8 * MIB} 0\n{int(60_000 * SLOW)} {8 * MIB} 0\n",
-            options=["--name", "small"], LOAD=LOAD)  # fmt: skip
+    schedule = f"1 {8 * MIB} 0\n{int(60_000 * SLOW)} {8 * MIB} 0\n"
+    big.run(START, schedule=schedule, options=["--name", "small"], LOAD=LOAD)
     wait_until("it has begun", lambda: bool(daemon.call_dirs()))
     small = daemon.call_dirs()[0] / "memory.current"
     wait_until("it has grown", lambda: int(small.read_text()) > 8 * MIB)
@@ -223,8 +223,8 @@ def test_at_the_pools_limit_the_less_important_call_goes(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
     important = daemon.open("vip", priority="important")
-    agent.run(START, schedule=f"1 {200 * MIB} 0\n{100_000} {200 * MIB} 0\n",
-              options=["--name", "batch"], LOAD=LOAD)  # fmt: skip
+    schedule = f"1 {200 * MIB} 0\n{100_000} {200 * MIB} 0\n"
+    agent.run(START, schedule=schedule, options=["--name", "batch"], LOAD=LOAD)
     wait_until("it has begun", lambda: bool(daemon.call_dirs()))
     batch = daemon.call_dirs()[0] / "memory.current"
     wait_until("it has grown", lambda: int(batch.read_text()) > 200 * MIB)
@@ -303,9 +303,8 @@ def test_more_than_the_session_has_is_given_as_less_with_advice(agent: AgentProc
     grant = pb.Call.FromString(call).grant
     assert grant.memory_max_bytes < 300 * MIB
     assert (grant.pids_max, grant.priority) == (200, 50)
-    assert [a.split(":")[0] for a in grant.advice] == [
-        "memory_max", "cpu_max", "pids_max", "priority",
-    ]  # fmt: skip
+    advised = [a.split(":")[0] for a in grant.advice]
+    assert advised == ["memory_max", "cpu_max", "pids_max", "priority"]
     assert "64 GiB" in grant.advice[0] and "300 MiB" in grant.advice[0]
 
 

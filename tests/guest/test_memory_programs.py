@@ -58,9 +58,11 @@ class Child:
     def __init__(self, cgroup: Cgroup) -> None:
         procs = cgroup.path / "cgroup.procs"
         self.process = subprocess.Popen(
-            ["sh", "-c", f"echo $$ > {procs} && exec {sys.executable} -S -c \"$0\"", CHILD],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            ["sh", "-c", f'echo $$ > {procs} && exec {sys.executable} -S -c "$0"', CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert self.answer() == "ready"
 
     def answer(self) -> str:
@@ -236,8 +238,8 @@ def test_passing_memory_high_is_told_and_not_at_every_page(tree: Tree) -> None:
 
 def _large_file() -> Path:
     """A file of 30 MB or more that the kernel has to read from somewhere."""
-    candidates = (path for path in Path("/usr/lib/x86_64-linux-gnu").glob("*.so*")
-                  if path.is_file() and path.stat().st_size > 30_000_000)  # fmt: skip
+    libraries = Path("/usr/lib/x86_64-linux-gnu").glob("*.so*")
+    candidates = (path for path in libraries if path.is_file() and path.stat().st_size > 30_000_000)
     found = next(candidates, None)
     if found is None:
         pytest.skip("no file of 30 MB in /usr/lib")

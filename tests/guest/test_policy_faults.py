@@ -85,8 +85,9 @@ def test_a_session_that_was_slowed_is_not_left_so(
     before = int(weight.read_text())
     options = '"--on-pressure", "throttle", "--memory-max", "40M", "--name"'
     hold = int(60_000 * SLOW)
-    agent.run(START.replace('"--name"', options), name="stalls", LOAD=LOAD,
-              schedule=f"1000 {60 * MIB} 0\n{hold} {60 * MIB} 0\n")  # fmt: skip
+    schedule = f"1000 {60 * MIB} 0\n{hold} {60 * MIB} 0\n"
+    start = START.replace('"--name"', options)
+    agent.run(start, name="stalls", LOAD=LOAD, schedule=schedule)
     wait_until("it is slowed", lambda: bool(events(daemon, "slow")), 60)
     assert int(weight.read_text()) == before // 10
     agent.run("tool.kill(); tool.wait()")
@@ -103,8 +104,9 @@ def test_a_detector_on_a_file_that_this_kernel_does_not_keep(
     daemon = start_daemon(stalls(tmp_path))
     (daemon.cgroup_dir / "cgroup.pressure").write_text("0")
     agent = daemon.open("s")
-    assert agent.run(START + "result = tool.wait()", name="t", LOAD=LOAD,
-                     schedule=f"10 {60 * MIB} 0\n1000 {60 * MIB} 0\n") == 0  # fmt: skip
+    schedule = f"10 {60 * MIB} 0\n1000 {60 * MIB} 0\n"
+    run_to_its_end = START + "result = tool.wait()"
+    assert agent.run(run_to_its_end, name="t", LOAD=LOAD, schedule=schedule) == 0
     state = daemon.admin.GetPolicy(pb.GetPolicyRequest())
     (slow,) = state.rulesets
     assert not slow.holds and "does not tell" in slow.detectors[0]
@@ -114,9 +116,7 @@ def test_a_detector_on_a_file_that_this_kernel_does_not_keep(
 def test_another_policy_lets_go_what_the_first_had_paused(
     start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
-    daemon = start_daemon(
-        f'[pool]\nmemory_max = "640M"\n[policy]\ndrop_in = "{tmp_path}"\n'
-    )  # fmt: skip
+    daemon = start_daemon(f'[pool]\nmemory_max = "640M"\n[policy]\ndrop_in = "{tmp_path}"\n')
     vip, batch = short_of_memory(daemon)
     off = "".join(
         f'[[rulesets]]\nname = "{name}"\nenabled = false\n' for name in ("freeze", "freeze-fast")
@@ -146,14 +146,14 @@ while len(held) < 20:
     except MemoryError:
         pass
 """.replace("PAUSE", str(0.05 * SLOW))
-    batch.run("""
+    start_stubborn = """
 global tool
 tool = subprocess.Popen([EXEC, "--name", "stubborn", "--on-pressure", "deny", "--", sys.executable,
                          "-S", "-c", script])
-""", script=script)  # fmt: skip
+"""
+    batch.run(start_stubborn, script=script)
     hold = int(20_000 * SLOW)
-    vip.run(START, name="vip", LOAD=LOAD,
-            schedule=f"15000 {400 * MIB} 0\n{hold} {400 * MIB} 0\n")  # fmt: skip
+    vip.run(START, name="vip", LOAD=LOAD, schedule=f"15000 {400 * MIB} 0\n{hold} {400 * MIB} 0\n")
 
     def paused_for_asking() -> bool:
         return any("goes on asking" in e["why"] for e in events(daemon, "freeze"))

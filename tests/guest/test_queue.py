@@ -151,11 +151,12 @@ def test_hundreds_at_once_all_get_their_turn(daemon: DaemonProcess) -> None:
     # More than the reports that are kept of a session, where that many can be started.
     count = 30 if SLOW != 1.0 else 260 if IN_GUEST else 500
     agent = daemon.open("a", calls_max="1000")
-    codes = agent.run("""
+    run_all = """
 running = [subprocess.Popen([EXEC, "--name", "crowd", "--memory", "120M", "--", "/bin/true"])
            for _ in range(count)]
 result = [p.wait() for p in running]
-""", count=count)  # fmt: skip
+"""
+    codes = agent.run(run_all, count=count)
     assert codes == [0] * count
     wait_until("all have ended", lambda: not daemon.call_dirs() and not waiting(daemon), 30)
     reports = daemon.admin.ListReports(pb.ListReportsRequest(limit=1000)).reports

@@ -26,8 +26,9 @@ from tests.harness import SLOW, patient, wait_until
 
 pytestmark = [pytest.mark.controllers, pytest.mark.programs]
 
-SETTINGS = SchedSettings(slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000,
-                         penalty_most=8)  # fmt: skip
+SETTINGS = SchedSettings(
+    slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000, penalty_most=8
+)
 MIB = 1 << 20
 HZ = 250
 """Of the slowest kernels; slices end with the clock's tick."""
@@ -68,23 +69,20 @@ def scheduler(memory: MemoryPrograms) -> Iterator[Scheduler]:
 SHAPES = {
     "flat": lambda n: {f"c{i}": 100 * (1 + i % 3) for i in range(n)},
     # Sessions with calls: as agents have them.
-    "sessions": lambda n: {
-        f"s{i % max(2, n // 8)}/c{i}": 50 * (1 + i % 4) for i in range(n)
-    },
+    "sessions": lambda n: {f"s{i % max(2, n // 8)}/c{i}": 50 * (1 + i % 4) for i in range(n)},
     # One call on each level, and everything else below: what comes last has next to nothing.
     "lopsided": lambda n: {
-        "/".join(["d"] * min(i, 3)) + f"/c{i}" if i else "c0": 100 + 100 * (i % 2)
-        for i in range(n)
+        "/".join(["d"] * min(i, 3)) + f"/c{i}" if i else "c0": 100 + 100 * (i % 2) for i in range(n)
     },
-}  # fmt: skip
+}
 SESSION_WEIGHTS = (100, 300)
 
 
 def weights_of(leaves: dict[str, int]) -> dict[str, int]:
     """Weights for all cgroups: the leaves' as given, those above them in turn."""
     found = dict(leaves)
-    inner = {"/".join(parts[:i]) for parts in (n.split("/") for n in leaves)
-             for i in range(1, len(parts))}  # fmt: skip
+    paths = [name.split("/") for name in leaves]
+    inner = {"/".join(parts[:i]) for parts in paths for i in range(1, len(parts))}
     for i, name in enumerate(sorted(inner)):
         found[name] = SESSION_WEIGHTS[i % 2]
     return found
@@ -109,8 +107,8 @@ def wrong_shares(
     """Return the shares that are more than two points off: found, expected."""
     total = sum(used.values())
     found = {name: 100 * value / total for name, value in used.items()}
-    return {n: (round(found[n], 1), round(expected[n], 1)) for n in found
-            if abs(found[n] - expected[n]) > 2}  # fmt: skip
+    wrong = [name for name in found if abs(found[name] - expected[name]) > 2]
+    return {name: (round(found[name], 1), round(expected[name], 1)) for name in wrong}
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +224,8 @@ def test_cpu_max_is_kept(scheduler: Scheduler) -> None:
 
         def is_kept(used: dict[str, int], took: float) -> bool:
             wrong.clear()
-            wrong.update({n: used[n] / took / (p * 1000) for n, p in limits.items()
-                          if abs(used[n] / took / (p * 1000) - 1) > 0.02})  # fmt: skip
+            kept = {n: used[n] / took / (p * 1000) for n, p in limits.items()}
+            wrong.update({n: share for n, share in kept.items() if abs(share - 1) > 0.02})
             return not wrong
 
         settled(load, list(limits), is_kept, 2.0)
@@ -490,14 +488,16 @@ def test_tasks_bound_to_one_cpu(scheduler: Scheduler) -> None:
             os.sched_setaffinity(0, {0})
             spin()
 
+        def alike(used: dict[str, int]) -> bool:
+            return 0.8 < used["bound"] / used["free"] < 1.25
+
         load.start("bound", bound)
         load.start("bound", bound)
         load.start("free")
         load.start("free")
         time.sleep(0.3)
-        used = settled(load, ["bound", "free"],
-                       lambda used, _: 0.8 < used["bound"] / used["free"] < 1.25)  # fmt: skip
-    assert 0.8 < used["bound"] / used["free"] < 1.25
+        used = settled(load, ["bound", "free"], lambda used, _: alike(used))
+    assert alike(used), used
 
 
 @patient

@@ -115,8 +115,10 @@ class Place:
         """A process in `cgroup`; it begins its work there."""
         process = subprocess.Popen(
             [sys.executable, "-S", "-c", f"import sys; sys.stdin.readline()\n{code}", str(count)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self.processes.append(process)
         cgroup.attach(process.pid)
         ask(process)
@@ -155,8 +157,15 @@ def place(tmp_path: Path) -> Iterator[Place]:
     own.enable(("memory", "cpu"))
     agent = own.make_child("agent")
     limits = SessionLimits(None, None, None, 100, None, None, 50, 16)
-    session = Session(id="s", cgroup=own, agent=agent, cgroup_path=f"/{name}/s", limits=limits,
-                      opened_unix_usec=0, offered=agent.files())  # fmt: skip
+    session = Session(
+        id="s",
+        cgroup=own,
+        agent=agent,
+        cgroup_path=f"/{name}/s",
+        limits=limits,
+        opened_unix_usec=0,
+        offered=agent.files(),
+    )
     notices = Notices(Audit(tmp_path / "audit.jsonl", 1 << 30), Metrics(), Feed())
     actions = Actions(notices, lambda: None, pool, hurry=lambda call: None)
     made = Place(pool, session, actions)
@@ -282,8 +291,8 @@ def test_an_idle_agents_memory_leaves_and_comes_back(place: Place, swap: Zram) -
         got = await task
         took = time.monotonic() - began
         beats.cancel()
-        print(f"reclaimed {got / MIB:.1f} MiB in {took:.2f} s; the loop was late by at most "
-              f"{max(lags) * 1e3:.0f} ms")  # fmt: skip
+        late = f"the loop was late by at most {max(lags) * 1e3:.0f} ms"
+        print(f"reclaimed {got / MIB:.1f} MiB in {took:.2f} s; {late}")
         return got
 
     got = asyncio.run(run())
@@ -297,8 +306,10 @@ def test_an_idle_agents_memory_leaves_and_comes_back(place: Place, swap: Zram) -
     assert 0 < host.swap_free_bytes < SWAP_BYTES
     stat = swap.stat()
     used = zram_used_bytes(place.pool)
-    print(f"zram holds {stat.held_bytes / MIB:.1f} MiB in {stat.used_bytes / MIB:.1f} MiB; "
-          f"the pool's part {used / MIB:.1f} MiB")  # fmt: skip
+    print(
+        f"zram holds {stat.held_bytes / MIB:.1f} MiB in {stat.used_bytes / MIB:.1f} MiB; "
+        f"the pool's part {used / MIB:.1f} MiB"
+    )
     assert 0 < used <= stat.used_bytes < stat.held_bytes / 2
 
     time.sleep(1.1)
@@ -391,9 +402,11 @@ def test_with_zram_a_throttled_allocator_goes_on(place: Place, swap: Zram) -> No
     high = call.cgroup.read(knobs.MEMORY_HIGH)
     current = call.cgroup.read(knobs.MEMORY_CURRENT)
     swapped = call.cgroup.read(knobs.MEMORY_SWAP_CURRENT)
-    print(f"100 MiB in {free_s:.2f} s free, {throttled_s:.2f} s throttled; then it held "
-          f"{current / MIB:.1f} MiB with memory.high {(high or 0) / MIB:.1f} MiB and "
-          f"{swapped / MIB:.1f} MiB swapped out")  # fmt: skip
+    print(
+        f"100 MiB in {free_s:.2f} s free, {throttled_s:.2f} s throttled; then it held "
+        f"{current / MIB:.1f} MiB with memory.high {(high or 0) / MIB:.1f} MiB and "
+        f"{swapped / MIB:.1f} MiB swapped out"
+    )
     assert high is not None and call.throttled_at_bytes == high - slack
     assert current < high + 4 * MIB and swapped > 60 * MIB
     # 8 to 10 s for each 10 MiB above memory.high without swap.
@@ -446,8 +459,9 @@ def test_stalls_on_memory_fire_a_trigger(place: Place, swap: Zram) -> None:
 
     async def run() -> None:
         fired: list[int] = []
-        trigger = PressureTrigger(place.session.cgroup, "some", 20_000, 500_000,
-                                  lambda: fired.append(boottime_usec()))  # fmt: skip
+        trigger = PressureTrigger(
+            place.session.cgroup, "some", 20_000, 500_000, lambda: fired.append(boottime_usec())
+        )
         trigger.start()
         await asyncio.sleep(1)
         assert not fired

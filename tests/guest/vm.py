@@ -246,17 +246,35 @@ def parser(prog: str = "python -m tests.guest.vm") -> argparse.ArgumentParser:
     add = parser.add_argument
     add("-m", "--memory", type=int, default=1024, metavar="MIB", help="RAM (default %(default)s)")
     add("-c", "--cpus", type=int, default=2, metavar="N", help="virtual CPUs (default %(default)s)")
-    add("-w", "--rw", type=Path, action="append", default=[], metavar="DIR",
-        help="share DIR read-write, as build/ always is")  # fmt: skip
+    add(
+        "-w",
+        "--rw",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="share DIR read-write, as build/ always is",
+    )
     add("-s", "--systemd", action="store_true", help="boot systemd, run the command as a service")
     add(
         "-r", "--root", type=Path, default=Path("/"), metavar="DIR", help="another root file system"
     )
-    add("-k", "--kernel", default=os.environ.get("AGENTCG_KERNEL", NEWEST), metavar="VERSION",
-        help="such as 6.12 (default: $AGENTCG_KERNEL, or the newest)")  # fmt: skip
+    add(
+        "-k",
+        "--kernel",
+        default=os.environ.get("AGENTCG_KERNEL", NEWEST),
+        metavar="VERSION",
+        help="such as 6.12 (default: $AGENTCG_KERNEL, or the newest)",
+    )
     add("-a", "--kernel-arg", action="append", default=[], metavar="ARG")
-    add("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]",
-        help="set a variable, or pass one on (AGENTCG_* and a few more always are)")  # fmt: skip
+    add(
+        "-e",
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="set a variable, or pass one on (AGENTCG_* and a few more always are)",
+    )
     add("-t", "--timeout", type=float, default=600, metavar="SEC", help="default %(default)s")
     add("-v", "--verbose", action="store_true", help="show the console")
     add("command", nargs="+", help="after --")

@@ -36,7 +36,7 @@ def begin(agent: AgentProcess, name: str = "tool", **intent: str) -> str:
 
 
 def end(agent: AgentProcess, call_id: str) -> pb.Report:
-    """End it, its report."""
+    """End the call and return its report."""
     return pb.Report.FromString(agent.run(END, call_id=call_id))
 
 
@@ -143,11 +143,10 @@ def test_several_commands_run_in_a_held_call(daemon: DaemonProcess, agent: Agent
 
 def test_ending_a_running_call_cancels_it(agent: AgentProcess) -> None:
     call_id = begin(agent)
-    agent.run(
-        "p = subprocess.Popen([EXEC, '--call', call_id, '--', 'sleep', '100'])\n"
-        "time.sleep(wait)\n",
-        call_id=call_id, wait=0.1 * SLOW,
-    )  # fmt: skip
+    start = (
+        "p = subprocess.Popen([EXEC, '--call', call_id, '--', 'sleep', '100'])\ntime.sleep(wait)\n"
+    )
+    agent.run(start, call_id=call_id, wait=0.1 * SLOW)
     report = end(agent, call_id)
     assert report.verdict == pb.VERDICT_CANCELLED
     assert agent.run("result = p.wait()") == -signal.SIGKILL
@@ -173,13 +172,13 @@ def test_a_call_goes_on_while_its_children_do(daemon: DaemonProcess, agent: Agen
 
 def test_detach_lets_the_tool_finish(daemon: DaemonProcess, agent: AgentProcess) -> None:
     call_id = begin(agent)
-    agent.run(
+    detach = (
         "p = subprocess.Popen([EXEC, '--call', call_id, '--', 'sleep', '0.5'])\n"
         "time.sleep(wait)\n"
         "stub.EndCall(pb.EndCallRequest(call_id=call_id, detach=True))\n"
-        "result = p.wait()",
-        call_id=call_id, wait=0.05 * SLOW,
-    )  # fmt: skip
+        "result = p.wait()"
+    )
+    agent.run(detach, call_id=call_id, wait=0.05 * SLOW)
     wait_until("it has ended", lambda: not daemon.call_dirs())
     assert report_of_last(daemon).verdict == pb.VERDICT_OK
 
@@ -208,9 +207,17 @@ def test_a_tool_that_ignores_sigterm_is_killed_after_the_grace(
 
 def test_a_refused_intent_leaves_nothing(daemon: DaemonProcess, agent: AgentProcess) -> None:
     before = daemon.admin.GetPool(pb.GetPoolRequest()).calls_begun
-    for field, value in (("memory", "-1"), ("memory_max", "NaN"), ("pids_max", "0"),
-                         ("cpu_max", "1e400"), ("timeout", "never"), ("priority", "101"),
-                         ("on_pressure", "explode"), ("hint", "memory:huge")):  # fmt: skip
+    refused = {
+        "memory": "-1",
+        "memory_max": "NaN",
+        "pids_max": "0",
+        "cpu_max": "1e400",
+        "timeout": "never",
+        "priority": "101",
+        "on_pressure": "explode",
+        "hint": "memory:huge",
+    }
+    for field, value in refused.items():
         with pytest.raises(RemoteRpcError) as caught:
             begin(agent, **{field: value})
         assert caught.value.code == "INVALID_ARGUMENT"

@@ -206,12 +206,22 @@ def test_a_cgroup_whose_name_is_no_utf8_is_one_of_its_session(daemon: DaemonProc
 
 
 GARBAGE = [
-    b"", b"\0", b"ACG1", b"ACG1\0", b"ACG2\0begin\0name=x\0", b"ACG1\0begin\0name\0",
-    b"ACG1\0begin\0name=x\0name=y\0", b"ACG1\0begin\0\xff\xfe=x\0",
+    b"",
+    b"\0",
+    b"ACG1",
+    b"ACG1\0",
+    b"ACG2\0begin\0name=x\0",
+    b"ACG1\0begin\0name\0",
+    b"ACG1\0begin\0name=x\0name=y\0",
+    b"ACG1\0begin\0\xff\xfe=x\0",
     b"ACG1\0begin\0name=x\0nmae=y\0",
-    b"ACG1\0attach\0", b"ACG1\0attach\0call=\0", b"ACG1\0end\0call=x\0", b"x" * 20_000,
-    b"ACG1\0begin\0name=" + b"n" * 200 + b"\0", b"ACG1\0begin\0name=a\nb\0",
-]  # fmt: skip
+    b"ACG1\0attach\0",
+    b"ACG1\0attach\0call=\0",
+    b"ACG1\0end\0call=x\0",
+    b"x" * 20_000,
+    b"ACG1\0begin\0name=" + b"n" * 200 + b"\0",
+    b"ACG1\0begin\0name=a\nb\0",
+]
 
 
 def test_garbage_on_the_attach_socket_gets_a_sentence_and_does_no_harm(

@@ -117,8 +117,11 @@ def test_a_daemon_does_not_start_with_a_wrong_policy(tmp_path: Path) -> None:
     for more in ([], ["--check"]):
         done = subprocess.run(
             [sys.executable, "-m", "agentcgroupd", "--config", str(daemon.config), *more],
-            capture_output=True, text=True, timeout=30 * SLOW, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=30 * SLOW,
+            check=False,
+        )
         assert done.returncode == 78, done.stderr
         assert (
             f"{daemon.policy}:5: rulesets.freeze.when[0].until: '5%' cannot be used" in done.stderr

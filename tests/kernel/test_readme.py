@@ -35,8 +35,9 @@ def test_the_tour_of_the_cli_runs(daemon: DaemonProcess) -> None:
     done = subprocess.run(
         [FRONT, "session", "run", "web", *limits, "--", "sh", "-c", f"{inside} && {FRONT} budget"],
         env={**os.environ, "AGENTCG_RUN_DIR": str(daemon.run_dir)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     report, end = json.JSONDecoder().raw_decode(done.stdout)
     assert (report["verdict"], report["name"], report["session_id"]) == ("ok", "true", "web")

@@ -150,8 +150,9 @@ def test_two_daemons_do_not_share_a_run_directory(fresh: DaemonProcess) -> None:
 
     done = subprocess.run(
         [sys.executable, "-m", "agentcgroupd", "--config", str(fresh.config)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 78
     assert "another daemon is running" in done.stderr
     assert fresh.open("beta").run("result = stub.GetSession(pb.GetSessionRequest()).id") == "beta"

@@ -97,8 +97,9 @@ def calls(admin: pb_grpc.AdminStub) -> list[str]:
 def test_units_verify() -> None:
     done = subprocess.run(
         ["systemd-analyze", "verify", *(str(ETC / unit) for unit in UNITS)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     ours = [line for line in done.stderr.splitlines() if "agentcg" in line]
     assert (done.returncode, ours) == (0, [])
 

@@ -21,8 +21,11 @@ DOCUMENT = {
 def test_only_what_was_measured() -> None:
     found = bars(DOCUMENT)
     assert found["70/30"] == {
-        "wanted": [70.0, 30.0], "turns": [69.0, 31.0], "mps": [68.0, 32.0], "sliced": [50.0, 50.0],
-    }  # fmt: skip
+        "wanted": [70.0, 30.0],
+        "turns": [69.0, 31.0],
+        "mps": [68.0, 32.0],
+        "sliced": [50.0, 50.0],
+    }
     assert set(found["60/30/10"]) == {"wanted", "turns"}
     assert bars({"kernel": "6.18"}) == {}
 
