@@ -49,10 +49,10 @@ WORK_USEC = 1_000_000
 Chooser = Callable[[Headroom, Ruleset, Any, Set[str]], list[Decision]]
 
 
-def mark_bytes(ruleset: Ruleset, limit_bytes: int) -> int:
-    """Return the free memory below which a ruleset wants growth to stop; 0: it does not say."""
-    marks = [d.below.of(limit_bytes) for d in ruleset.when if isinstance(d, PoolFree)]
-    return max(marks, default=0)
+def hold_below_free_bytes(ruleset: Ruleset, limit_bytes: int) -> int:
+    """Return the free bytes below which a ruleset wants growth held back; 0: it does not say."""
+    amounts = [d.below.of(limit_bytes) for d in ruleset.when if isinstance(d, PoolFree)]
+    return max(amounts, default=0)
 
 
 def _spared(subject: CallView | SessionView, ruleset: Ruleset, taken: Set[str]) -> bool:
@@ -70,7 +70,7 @@ def _stoppable(headroom: Headroom, ruleset: Ruleset, taken: Set[str]) -> list[Ca
     small calls are left alone, and so is the call that is to finish first.
     """
     now = headroom.now
-    only_reserve_short = now.free_bytes >= mark_bytes(ruleset, now.limit_bytes) > 0
+    only_reserve_short = now.free_bytes >= hold_below_free_bytes(ruleset, now.limit_bytes) > 0
     exempt = [headroom.leader, headroom.next_to_finish] if only_reserve_short else [headroom.leader]
     exempt_ids = {c.id for c in exempt if c is not None}
     least_bytes = headroom.small_bytes if only_reserve_short else 0
@@ -86,10 +86,10 @@ def _stoppable(headroom: Headroom, ruleset: Ruleset, taken: Set[str]) -> list[Ca
 
 def _until_it_fits(headroom: Headroom, ruleset: Ruleset, calls: list[CallView]) -> list[CallView]:
     """Return the first of `calls`, at least one, without whose growth the rest of the growth fits
-    into the free memory above the mark and the reserve."""
+    into the free memory, less what the ruleset wants free and the reserve."""
     now = headroom.now
     lookahead_s = headroom.settings.lookahead / 1e6
-    left = now.free_bytes - mark_bytes(ruleset, now.limit_bytes) - headroom.reserve_bytes
+    left = now.free_bytes - hold_below_free_bytes(ruleset, now.limit_bytes) - headroom.reserve_bytes
     growth = headroom.growth_bytes_per_s
     chosen: list[CallView] = []
     for call in calls:

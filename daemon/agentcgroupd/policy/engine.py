@@ -207,20 +207,21 @@ def _thaw(headroom: Headroom, short: bool, signal: Signal, state: State) -> list
         return _as_many_as_fit(headroom, f"{free} of the pool are free")
     first = headroom.next_to_finish
     if first is not None and first.frozen_for_usec is not None:
-        resume = resume_mark(headroom.policy, now.limit_bytes)
+        resume = resume_free_bytes(headroom.policy, now.limit_bytes)
         if now.free_bytes >= max(headroom.need_bytes(first), resume):
             return [_go_on(first, f"it is nearest to its end, and {free} of the pool are free")]
     expired = next((c for c in headroom.frozen if _paused_usec(c) >= settings.lease), None)
-    if expired is not None and now.free_bytes > _stop_mark(headroom.policy, now.limit_bytes):
+    if expired is not None and now.free_bytes > _hold_free_bytes(headroom.policy, now.limit_bytes):
         return [_go_on(expired, f"{free} of the pool are free")]
     return []
 
 
 def _as_many_as_fit(headroom: Headroom, why: str) -> list[Decision]:
     """Let paused calls go on in order of importance while what they may still take is left beside
-    the mark and the reserve, but at least one."""
+    the amount that is to be free and the reserve, but at least one."""
     now = headroom.now
-    left = now.free_bytes - resume_mark(headroom.policy, now.limit_bytes) - headroom.reserve_bytes
+    to_be_free = resume_free_bytes(headroom.policy, now.limit_bytes)
+    left = now.free_bytes - to_be_free - headroom.reserve_bytes
     decisions: list[Decision] = []
     for call in headroom.frozen:
         left -= still_needs(now, call, THAW_SHARE)
@@ -247,27 +248,28 @@ def _acting(policy: Policy) -> list[Ruleset]:
     return [r for r in policy.rulesets if r.enabled and not (r.dry_run or policy.dry_run)]
 
 
-def _stop_detectors(policy: Policy) -> list[PoolFree]:
+def _hold_detectors(policy: Policy) -> list[PoolFree]:
     """Return the detectors of free memory by which growing calls are denied or paused."""
-    stopping = [r for r in _acting(policy) if r.do.action in ("freeze", "deny")]
-    return [d for r in stopping for d in r.when if isinstance(d, PoolFree)]
+    holding = [r for r in _acting(policy) if r.do.action in ("freeze", "deny")]
+    return [d for r in holding for d in r.when if isinstance(d, PoolFree)]
 
 
-def _stop_mark(policy: Policy, limit_bytes: int) -> int:
-    """Return the free bytes below which calls are stopped; 0 if no ruleset stops any."""
-    return max((d.below.of(limit_bytes) for d in _stop_detectors(policy)), default=0)
+def _hold_free_bytes(policy: Policy, limit_bytes: int) -> int:
+    """Return the free bytes below which growth is held back; 0 if no ruleset does so."""
+    return max((d.below.of(limit_bytes) for d in _hold_detectors(policy)), default=0)
 
 
-def resume_mark(policy: Policy, limit_bytes: int) -> int:
+def resume_free_bytes(policy: Policy, limit_bytes: int) -> int:
     """Return the free bytes above which paused calls go on; 0 if no ruleset pauses any."""
-    return max((d.until.of(limit_bytes) for d in _stop_detectors(policy)), default=0)
+    return max((d.until.of(limit_bytes) for d in _hold_detectors(policy)), default=0)
 
 
 def marks(policy: Policy, limit_bytes: int) -> tuple[int, int]:
     """Return the use of the pool in bytes at which to sample at once, and the use below which that
-    is over. The mark of a policy that stops no call is the limit."""
-    stop, resume = _stop_mark(policy, limit_bytes), resume_mark(policy, limit_bytes)
-    return limit_bytes - stop, limit_bytes - max(stop, resume)
+    is over. The mark of a policy that holds no call back is the limit."""
+    hold_free = _hold_free_bytes(policy, limit_bytes)
+    resume_free = resume_free_bytes(policy, limit_bytes)
+    return limit_bytes - hold_free, limit_bytes - max(hold_free, resume_free)
 
 
 def attention_bytes(policy: Policy, limit_bytes: int) -> int:

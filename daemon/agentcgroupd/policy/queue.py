@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from agentcgroupd.policy.engine import resume_mark
+from agentcgroupd.policy.engine import resume_free_bytes
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import Snapshot
 
@@ -40,10 +40,10 @@ def is_small(policy: Policy, expected_bytes: int, limit_bytes: int) -> bool:
 
 
 def free_for_admission_bytes(policy: Policy, now: Snapshot) -> int:
-    """Return the bytes that calls that begin now may be expected to take: what is free, less the
-    mark at which paused calls go on, less what open calls are still expected to take."""
+    """Return the bytes that calls that begin now may be expected to take: what is free, less
+    what has to be free for paused calls to go on, less what open calls are still to take."""
     promised = sum(max(0, c.expected_bytes - c.memory_bytes) for c in now.calls)
-    free = now.free_bytes - resume_mark(policy, now.limit_bytes)
+    free = now.free_bytes - resume_free_bytes(policy, now.limit_bytes)
     return int(free - promised / policy.admission.overcommit)
 
 
