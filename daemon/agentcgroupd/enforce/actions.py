@@ -124,7 +124,7 @@ class Actions:
             call.cgroup.write(knob, granted, wait=False)
             self.notices.acted_on_call("unthrottle", call, "The daemon was restarted.", None)
 
-    def stop(self, call: Call, why: str) -> None:
+    def kill(self, call: Call, why: str) -> None:
         """End a call by policy. Raises CgroupGone."""
         call.ended_by, call.ended_why = "stopped", why
         call.state = pb.CALL_STATE_ENDING

@@ -198,7 +198,7 @@ class Monitor:
                 f"It held {held} of GPU memory with a quota of {quota}, and did not give it back. "
                 "Ask for more gpu_memory, or use smaller batches."
             )
-            self._actions.stop(call, why)
+            self._actions.kill(call, why)
 
     async def _check_mps_clients(self) -> None:
         """Tell tenants that use a device past MPS: neither share nor memory is held there."""

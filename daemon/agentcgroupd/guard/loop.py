@@ -202,7 +202,7 @@ class GuardLoop:
             case Action.THAW:
                 actions.thaw(call, why)
             case Action.KILL:
-                actions.stop(call, why)
+                actions.kill(call, why)
         return True
 
     def _apply_to_session(self, decision: Decision) -> bool:

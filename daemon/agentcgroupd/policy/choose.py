@@ -63,8 +63,9 @@ def _spared(subject: CallView | SessionView, ruleset: Ruleset, taken: Set[str]) 
 # Calls that grow
 
 
-def _stoppable(headroom: Headroom, ruleset: Ruleset, taken: Set[str]) -> list[CallView]:
-    """Return the growing calls that may be stopped, the least important and fastest growing first.
+def _may_be_held(headroom: Headroom, ruleset: Ruleset, taken: Set[str]) -> list[CallView]:
+    """Return the growing calls that may be held back: the least important first, among equals
+    the fastest growing.
 
     The leader is never among them. While there is enough free memory and only the reserve is short,
     small calls are left alone, and so is the call that is to finish first.
@@ -146,7 +147,7 @@ def throttle(headroom: Headroom, ruleset: Ruleset, do: Throttle, taken: Set[str]
     slack = do.slack.of(headroom.now.limit_bytes)
     calls = [
         c
-        for c in _stoppable(headroom, ruleset, taken)
+        for c in _may_be_held(headroom, ruleset, taken)
         if c.throttled_growth_bytes is None and not _denied_enough(c)
     ]
     decisions = []
@@ -163,7 +164,7 @@ def deny(headroom: Headroom, ruleset: Ruleset, do: Deny, taken: Set[str]) -> lis
         return []
     calls = [
         c
-        for c in _stoppable(headroom, ruleset, taken)
+        for c in _may_be_held(headroom, ruleset, taken)
         if c.denied_growth_bytes is None and (do.whom == "all" or c.on_pressure == "deny")
     ]
     decisions = []
@@ -179,7 +180,7 @@ def deny(headroom: Headroom, ruleset: Ruleset, do: Deny, taken: Set[str]) -> lis
 def freeze(headroom: Headroom, ruleset: Ruleset, do: Freeze, taken: Set[str]) -> list[Decision]:
     """Pause growing calls, which lose nothing, and calls that do not take no for an answer."""
     del do
-    calls = [c for c in _stoppable(headroom, ruleset, taken) if not _denied_enough(c)]
+    calls = [c for c in _may_be_held(headroom, ruleset, taken) if not _denied_enough(c)]
     considered = {*taken, *(c.id for c in calls)}
     decisions = []
     for call in headroom.running:

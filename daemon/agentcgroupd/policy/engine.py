@@ -39,7 +39,7 @@ from agentcgroupd.units import IMPORTANT_PRIORITY, show_bytes, show_usec
 THAW_SHARE = 0.5
 """A call that goes on is taken to reach what this part of the calls like it stayed below. For the
 leader a larger part counts, because the leader is not paused again."""
-_STOPPING = frozenset({Action.THROTTLE, Action.DENY, Action.FREEZE, Action.KILL})
+_HOLDING_OR_ENDING = frozenset({Action.THROTTLE, Action.DENY, Action.FREEZE, Action.KILL})
 
 
 def decide(policy: Policy, now: Snapshot, signal: Signal, state: State) -> Outcome:
@@ -53,7 +53,7 @@ def decide(policy: Policy, now: Snapshot, signal: Signal, state: State) -> Outco
         name, action = ruleset.name, ruleset.do.action
         if not holds[name] or not _cooled(ruleset, rules[name], now):
             continue
-        if action == "kill" and chosen.stopped_any:
+        if action == "kill" and chosen.held_or_ended_any:
             continue
         found = CHOOSERS[action](headroom, ruleset, ruleset.do, chosen.taken)
         if not found:
@@ -72,22 +72,23 @@ class _Chosen:
         self._decisions = list(undone)
         self.taken = {d.subject for d in self._decisions}
         """Ids of calls and sessions that later rulesets leave alone."""
-        self.stopped_any = False
+        self.held_or_ended_any = False
         """Whether a call was throttled, denied, paused or ended: then none has to be ended now."""
 
     def add(self, ruleset: Ruleset, found: Sequence[Decision], dry_run: bool) -> None:
         """Add what a ruleset has chosen. A dry run leaves everything to later rulesets, and a call
-        that only gets less CPU time may still have to be stopped."""
+        that only gets less CPU time may still have to be held back."""
         self._decisions += [replace(d, ruleset=ruleset.name, dry_run=dry_run) for d in found]
         if dry_run:
             return
         binding = [d for d in found if not d.by_cpu]
         for decision in binding:
             self.taken.update((decision.subject, *decision.calls))
-        self.stopped_any = self.stopped_any or any(d.action in _STOPPING for d in binding)
+        if any(d.action in _HOLDING_OR_ENDING for d in binding):
+            self.held_or_ended_any = True
 
     def decisions(self) -> tuple[Decision, ...]:
-        """Return all decisions, without less CPU time for a call that was stopped as well."""
+        """Return all decisions, without less CPU time for a call that was held back as well."""
         acted = {d.subject for d in self._decisions if not (d.by_cpu or d.dry_run)}
         return tuple(d for d in self._decisions if not (d.by_cpu and d.subject in acted))
 

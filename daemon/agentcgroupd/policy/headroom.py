@@ -1,7 +1,7 @@
 """The leader and the reserve: what follows from a snapshot before any ruleset is asked.
 
 The leader is the call that must get through: the most important, and among equals the one that
-needs least to finish. The leader is never stopped, so that some call always ends and gives its
+needs least to finish. The leader is never held back, so that some call always ends and gives its
 memory back. A reserve is kept free so that all calls can end in turn: of calls that grow side by
 side until the pool is full, none could end. A call that takes no more memory, such as a server,
 does not lead while a call of the same priority wants more, nor while a less important one has been
@@ -147,7 +147,7 @@ class Headroom:
 
     @cached_property
     def next_to_finish(self) -> CallView | None:
-        """The claimant that is to finish first. It is not stopped for the sake of the reserve."""
+        """The claimant that is to finish first. It is not held back for the sake of the reserve."""
         return min(self.claimants, key=self._finish_key, default=None)
 
     @cached_property
@@ -174,6 +174,6 @@ class Headroom:
 
     @cached_property
     def small_bytes(self) -> int:
-        """Size below which a call has no claim on the reserve and is not stopped for it. Most calls
-        never hold more."""
+        """Size below which a call has no claim on the reserve and is not held back for it. Most
+        calls never hold more."""
         return self.settings.small.of(self.now.limit_bytes)

@@ -125,7 +125,7 @@ class PoolFills(Section):
     detector: Literal["pool_fills"]
     within: Duration
     until: PoolAmount | None = None
-    """The detector goes on holding until so much is free, because what is stopped no longer
+    """The detector goes on holding until so much is free, because what is held back no longer
     grows; None: it holds only while the pool grows so fast."""
 
 
@@ -255,7 +255,7 @@ class HeadroomSettings(Section):
     steady: Duration = 1_000_000
     """Time without growth after which a call is taken to have all that it needs."""
     small: PoolAmount = Amount(percent=2.0, size_bytes=64 << 20)
-    """Size below which a call has no claim on the reserve and is not stopped for it."""
+    """Size below which a call has no claim on the reserve and is not held back for it."""
     lease: Duration = 120_000_000
     """Time after which a paused call goes on as soon as there is any room."""
     thaw_every: Duration = 250_000
