@@ -51,7 +51,7 @@ class Actions:
         """Let a paused call go on; no error if it runs. Raises CgroupGone."""
         if call.frozen_since_usec is None:
             return
-        if not call.held_for_turn:
+        if not call.held_for_slice:
             call.cgroup.write(knobs.CGROUP_FREEZE, False)
         call.frozen_usec += boottime_usec() - call.frozen_since_usec
         call.frozen_since_usec = None

@@ -84,7 +84,7 @@ class TimeSlicing:
             return
         tenant.held_since_usec = boottime_usec()
         if tenant.call is not None:
-            tenant.call.held_for_turn = True
+            tenant.call.held_for_slice = True
         self.switches += 1
 
     def _release(self, tenant: GpuTenant) -> None:
@@ -98,7 +98,7 @@ class TimeSlicing:
         tenant.held_usec += boottime_usec() - tenant.held_since_usec
         tenant.held_since_usec = None
         if tenant.call is not None:
-            tenant.call.held_for_turn = False
+            tenant.call.held_for_slice = False
 
     @staticmethod
     def _freeze(tenant: GpuTenant, frozen: bool) -> None:

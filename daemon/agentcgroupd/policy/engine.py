@@ -181,7 +181,7 @@ def _release(
     """Let go of all these calls, or of the leader alone while a ruleset still wants them held."""
     words = _RELEASED[action]
     if still_wanted:
-        why = f"{words}: it is its turn."
+        why = f"{words}: it leads now."
         return [Decision(action, c.id, why) for c in calls if c is headroom.leader]
     why = f"{words}: {show_bytes(max(0, headroom.now.free_bytes))} of the pool are free."
     return [Decision(action, c.id, why) for c in calls]
@@ -199,7 +199,7 @@ def _thaw(headroom: Headroom, short: bool, signal: Signal, state: State) -> list
     now, settings, leader = headroom.now, headroom.settings, headroom.leader
     free = show_bytes(max(0, now.free_bytes))
     if leader is not None and leader.frozen_for_usec is not None:
-        why = "it is its turn" if headroom.running else "nothing else is running"
+        why = "it leads now" if headroom.running else "nothing else is running"
         return [_go_on(leader, f"{why}, and {free} of the pool are free")]
     since = now.now_usec - state.thawed_usec
     if 0 <= since < settings.thaw_every and signal.kind is not SignalKind.ENDED:

@@ -77,7 +77,7 @@ class Call:
     """When a sample last saw it grow, since boot."""
     frozen_since_usec: int | None = None
     frozen_usec: int = 0
-    held_for_turn: bool = False
+    held_for_slice: bool = False
     """Whether it is frozen while others have their time slice on a GPU (gpu.time_slicing),
     whatever else freezes it."""
     gpu_usage: pb.GpuUsage | None = None
