@@ -26,6 +26,7 @@ from agentcgroup_lab.replay.backends import STRATEGIES, ReplayError
 from agentcgroup_lab.trace import format as trace_format
 from agentcgroup_lab.trace import plan
 from agentcgroupd.errors import AgentcgroupdError
+from tests.guest.where import decide
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDINGS = ROOT / "bench/recordings"
@@ -262,8 +263,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     found: Path = args.output.absolute() / "result.json"
-
-    from tests.guest.where import decide
 
     where = decide()
     started = time.monotonic()

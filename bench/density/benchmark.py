@@ -35,6 +35,7 @@ from agentcgroupd.errors import AgentcgroupdError
 from agentcgroupd.policy.load import load_policy
 from bench.density.real import LATE_MOST, compare
 from bench.report import ROOT, BenchReport, Target, recordings
+from tests.guest.where import decide
 
 GB = 1_000_000_000
 GUEST_OPTIONS = ("--memory", "2048", "--timeout", "560")
@@ -169,8 +170,6 @@ def report(
 
 def _real(args: argparse.Namespace, paths: tuple[Path, ...], sessions: int) -> dict[str, Any]:
     """Replay here, or in the test guest. Raises ReplayError."""
-    from tests.guest.where import decide
-
     if decide().kind == "native":
         return compare(paths, args.policy, args.real_sessions, sessions)
     output = ROOT / "build/density-real.json"

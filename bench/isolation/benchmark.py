@@ -36,6 +36,7 @@ from bench.isolation.oomd_package import ensure as ensure_oomd
 from bench.isolation.report import TARGET_RATIO, cells, table, targets, totals
 from bench.isolation.runs import Group, Run, run_group, say
 from bench.report import RESULTS, ROOT, BenchReport
+from tests.guest.where import decide
 from tools.debian_suites import SuiteError
 
 ALL = ("none", "static", "high", "oomd", "ours")
@@ -296,8 +297,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns 0 when all targets were met and nothing was left behind."""
     given = list(sys.argv[1:] if argv is None else argv)
     args = arguments(given)
-
-    from tests.guest.where import decide
 
     where = decide()
     try:

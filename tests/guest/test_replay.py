@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup_lab.replay import engine
 from agentcgroup_lab.replay.result import SessionResult, StrategyResult
 from agentcgroup_lab.trace import format as trace_format
@@ -139,8 +140,6 @@ result = tool.returncode
         LOAD=LOAD,
     )
     agent.close()
-    from agentcgroup.v1 import agentcgroup_pb2 as pb
-
     daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="s"))
     assert recorder.wait(10 * PATIENCE) == 0
     made = trace_format.read(output)

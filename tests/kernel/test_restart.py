@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,9 +147,6 @@ def test_leftovers_are_swept_and_what_is_not_ours_is_left_alone(fresh: DaemonPro
 
 
 def test_two_daemons_do_not_share_a_run_directory(fresh: DaemonProcess) -> None:
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-m", "agentcgroupd", "--config", str(fresh.config)],
         capture_output=True,

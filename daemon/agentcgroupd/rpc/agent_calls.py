@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from google.protobuf import message, unknown_fields
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.calls.admission import Admission
+from agentcgroupd.calls.lifecycle import Calls
+from agentcgroupd.calls.queue import AdmissionQueue
 from agentcgroupd.errors import InvalidField, NotFound
 from agentcgroupd.intents.request import request_of_proto
 from agentcgroupd.rpc.peers import Peer, session_of
+from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.wire import call_to_proto
-
-if TYPE_CHECKING:
-    from agentcgroupd.calls.admission import Admission
-    from agentcgroupd.calls.lifecycle import Calls
-    from agentcgroupd.calls.queue import AdmissionQueue
-    from agentcgroupd.sessions.registry import Sessions
 
 
 def refuse_unknown(request: message.Message) -> None:
