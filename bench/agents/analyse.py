@@ -48,7 +48,7 @@ print(len(text), len(json.loads(text)))
 
 
 def main() -> None:
-    """The run."""
+    """Analyse a table with scripts that each read all of it into memory."""
     agent = Agent("analyse", work_dir())
     agent.think(3)
     agent.bash("ls -la data; head -3 data/measured.csv; wc -l data/measured.csv")

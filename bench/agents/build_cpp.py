@@ -7,7 +7,7 @@ from bench.agents.runner import Agent, work_dir
 
 
 def main() -> None:
-    """The run."""
+    """Compile the C++ program file by file, then all of it with -O2."""
     agent = Agent("build_cpp", work_dir())
     agent.think(3)
     agent.bash("ls -la && wc -l *.cpp", cwd="cpp")

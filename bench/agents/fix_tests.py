@@ -7,7 +7,7 @@ from bench.agents.runner import Agent, work_dir
 
 
 def main() -> None:
-    """The run."""
+    """Read the project, run parts of its suite, edit a test, run all of it."""
     agent = Agent("fix_tests", work_dir())
     pytest = ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider")
     agent.think(3)

@@ -6,7 +6,7 @@ from bench.agents.runner import Agent, work_dir
 
 
 def main() -> None:
-    """The run."""
+    """Look into the repository's history, clone it and pack it anew."""
     agent = Agent("history", work_dir())
     agent.think(3)
     agent.call("git", "git", "-C", "repo", "log", "--oneline", "-20")

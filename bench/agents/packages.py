@@ -12,7 +12,7 @@ print(len(found), sum(len(m.TABLE) for m in found))
 
 
 def main() -> None:
-    """The run."""
+    """Make an environment, install a large wheel, import all of it, install it again."""
     agent = Agent("packages", work_dir())
     pip = ("env/bin/python", "-m", "pip", "--disable-pip-version-check", "-q")
     offline = ("--no-index", "--find-links", "wheels", "--no-cache-dir")

@@ -192,7 +192,7 @@ class Worker:
 
     @classmethod
     async def start(cls, program: Path, cgroup: Cgroup, cpu: int) -> Worker:
-        """Started and moved."""
+        """Start the worker program bound to CPU `cpu`, and move it into `cgroup`."""
         process = await asyncio.create_subprocess_exec(
             program, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
@@ -446,7 +446,8 @@ def choose_cpus() -> tuple[int, int]:
 
 
 async def run(size: Size, cases: Sequence[Case], objects: Path | None) -> BenchReport:
-    """Measure."""
+    """Measure these cases and return the report. `objects`: directory of BPF
+    objects; None: the daemon's own."""
     program = compile_worker()
     work_cpu, own_cpu = choose_cpus()
     os.sched_setaffinity(0, {own_cpu})

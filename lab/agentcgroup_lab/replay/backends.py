@@ -25,6 +25,8 @@ from agentcgroupd.cgroup.knobs import MEMORY_CURRENT, MEMORY_HIGH, MEMORY_MAX
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from agentcgroupd.errors import CgroupGone
 
+# Functions import what only DaemonBackend needs: gRPC, which is slow to load, and the policy, whose
+# pydantic is no dependency of the command line that reads STRATEGIES for its help.
 if TYPE_CHECKING:
     from agentcgroup.v1 import agentcgroup_pb2 as pb
 

@@ -178,7 +178,7 @@ class SimulatedGuard:
             frozen_usec = int((self._world.now - call.frozen_at_s) * 1e6)
         view = CallView(
             id=call.id,
-            name=call.shape.name,
+            name=call.profile.name,
             session_id=call.lane.id,
             priority=call.lane.priority,
             began_usec=began_usec,

@@ -25,8 +25,8 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """A call of a plan."""
+class CallProfile:
+    """A call of a plan: when it runs, and the stretches that it passes through."""
 
     name: str
     start_s: float
@@ -39,12 +39,12 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A plan."""
+    """A session's plan as the simulator runs it: the agent's own use, and its calls."""
 
     name: str
     duration_s: float
     agent: tuple[AgentStep, ...]
-    calls: tuple[Shape, ...]
+    calls: tuple[CallProfile, ...]
     peak_bytes: int
     mean_bytes: float
 
@@ -74,10 +74,10 @@ def _segments(call: PlannedCall, rise_bytes_per_s: float | None) -> tuple[Segmen
     return tuple(found)
 
 
-def _shape(call: PlannedCall, rise_bytes_per_s: float | None) -> Shape:
+def _call_profile(call: PlannedCall, rise_bytes_per_s: float | None) -> CallProfile:
     segments = _segments(call, rise_bytes_per_s)
     duration_s = sum(segment.duration_s for segment in segments)
-    return Shape(
+    return CallProfile(
         name=call.tool,
         start_s=call.start_s,
         end_s=call.start_s + duration_s,
@@ -91,7 +91,7 @@ def _shape(call: PlannedCall, rise_bytes_per_s: float | None) -> Shape:
 def compile_plan(plan: Plan, rise_bytes_per_s: float | None = None) -> Profile:
     """Make a profile of a plan. `rise_bytes_per_s`: a call rises to each step's level at least as
     fast; None: evenly over the step, as a replayed call does."""
-    calls = tuple(_shape(call, rise_bytes_per_s) for call in plan.calls)
+    calls = tuple(_call_profile(call, rise_bytes_per_s) for call in plan.calls)
     duration_s = max([plan.duration_s, *(call.end_s for call in calls if not call.background)])
     return Profile(plan.name, duration_s, plan.agent, calls, plan.peak_bytes, plan.mean_bytes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from agentcgroup_lab.simulate.plans import Profile, Segment, Shape
+from agentcgroup_lab.simulate.plans import CallProfile, Profile, Segment
 from agentcgroupd.policy.snapshot import CallView
 
 Strategy = Literal["ours", "none", "static", "reserve"]
@@ -39,7 +39,7 @@ class SimulatedCall:
 
     id: str
     lane: Lane
-    shape: Shape
+    profile: CallProfile
     began_s: float
     segment: Segment
     left_s: float
@@ -47,7 +47,7 @@ class SimulatedCall:
     since_s: float
     """Time at which its memory and its work were last brought up to date."""
     position: int = 0
-    """Index of the segment in the shape."""
+    """Index of the segment in the profile."""
     held_bytes: float = 0.0
     swapped_bytes: float = 0.0
     peak_bytes: float = 0.0

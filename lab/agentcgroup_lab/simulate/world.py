@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import count
 
-from agentcgroup_lab.simulate.plans import Profile, Segment, Shape
+from agentcgroup_lab.simulate.plans import CallProfile, Profile, Segment
 from agentcgroup_lab.simulate.pool import INFINITY, SimulatedPool
 from agentcgroup_lab.simulate.types import KernelModel, Lane, SimulatedCall, Strategy
 from agentcgroupd.enforce.limits import AGENT_OOM_SCORE_ADJ, oom_score_adj
@@ -79,7 +79,7 @@ class World(SimulatedPool):
         if call.version != version:
             return
         self.sync(call)
-        if call.position + 1 == len(call.shape.segments):
+        if call.position + 1 == len(call.profile.segments):
             self.end_call(call, "finished")
             return
         self._enter(call, call.position + 1)
@@ -87,7 +87,7 @@ class World(SimulatedPool):
     def _enter(self, call: SimulatedCall, position: int) -> None:
         self.slope -= self.slope_of(call)
         call.position = position
-        segment = call.segment = call.shape.segments[position]
+        segment = call.segment = call.profile.segments[position]
         call.speed = 0.0
         call.left_s = segment.duration_s
         self.resize(call, segment.start_bytes)
@@ -107,19 +107,19 @@ class World(SimulatedPool):
         self._kernel_kills([*lane.calls], [lane])
         return call not in lane.calls
 
-    def start_call(self, lane: Lane, shape: Shape, skip_s: float = 0.0) -> None:
+    def start_call(self, lane: Lane, planned: CallProfile, skip_s: float = 0.0) -> None:
         """Begin a call, at `skip_s` of its plan."""
-        first = shape.segments[0]
+        first = planned.segments[0]
         name = f"{lane.id}.{next(self._ids)}"
-        call = SimulatedCall(name, lane, shape, self.now, first, first.duration_s, self.now)
+        call = SimulatedCall(name, lane, planned, self.now, first, first.duration_s, self.now)
         self.calls[call] = None
         lane.calls.add(call)
         lane.active_s = self.now
-        if not shape.background:
-            lane.open[call] = shape.end_s
+        if not planned.background:
+            lane.open[call] = planned.end_s
         position = 0
-        while skip_s > 0.0 and position + 1 < len(shape.segments):
-            duration_s = shape.segments[position].duration_s
+        while skip_s > 0.0 and position + 1 < len(planned.segments):
+            duration_s = planned.segments[position].duration_s
             if skip_s < duration_s:
                 break
             skip_s -= duration_s
@@ -146,9 +146,9 @@ class World(SimulatedPool):
         del self.calls[call]
         lane.calls.discard(call)
         self.counts[how] += 1
-        shape = call.shape
+        planned = call.profile
         if how == "finished":
-            late_s = self.now - call.began_s - shape.duration_s
+            late_s = self.now - call.began_s - planned.duration_s
             self.delays.append((lane.important, late_s, call.paused_s))
         elif how in ("killed", "oom"):
             lane.hit = True
@@ -183,12 +183,12 @@ class World(SimulatedPool):
         self.counts["sessions"] += 1
         self._agent_steps(lane)
         while lane.next_call < len(profile.calls):
-            shape = profile.calls[lane.next_call]
-            if shape.start_s >= phase_s:
+            planned = profile.calls[lane.next_call]
+            if planned.start_s >= phase_s:
                 break
             lane.next_call += 1
-            if shape.end_s > phase_s and lane.state == "runs":
-                self.start_call(lane, shape, phase_s - shape.start_s)
+            if planned.end_s > phase_s and lane.state == "runs":
+                self.start_call(lane, planned, phase_s - planned.start_s)
         if lane.state == "runs":
             self._plan_next(lane)
 
@@ -254,12 +254,12 @@ class World(SimulatedPool):
         assert profile is not None
         self._agent_steps(lane)
         while lane.next_call < len(profile.calls):
-            shape = profile.calls[lane.next_call]
-            if shape.start_s > lane.at_s + EPSILON_S:
+            planned = profile.calls[lane.next_call]
+            if planned.start_s > lane.at_s + EPSILON_S:
                 break
             lane.next_call += 1
             self.wake(lane)
-            self.start_call(lane, shape)
+            self.start_call(lane, planned)
             if lane.state != "runs":
                 return
         if lane.at_s + EPSILON_S >= profile.duration_s and not lane.calls:

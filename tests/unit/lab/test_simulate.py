@@ -83,15 +83,15 @@ def decides(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decider], None]:
 
 
 def test_a_plan_becomes_stretches_of_even_growth() -> None:
-    shape = compile_plan(plan(call(1, 4, 50, 50, 20))).calls[0]
-    assert shape.segments == (
+    profile = compile_plan(plan(call(1, 4, 50, 50, 20))).calls[0]
+    assert profile.segments == (
         Segment(1.0, 0.0, 50.0 * MB, 0.5),
         Segment(1.0, 50.0 * MB, 0.0, 0.5),
         Segment(1.0, 20.0 * MB, 0.0, 0.5),
     )
     fast = compile_plan(plan(call(1, 2, 500)), rise_bytes_per_s=1000.0 * MB).calls[0]
     assert [(s.duration_s, s.rate) for s in fast.segments] == [(0.5, 1000.0 * MB), (0.5, 0.0)]
-    assert (shape.duration_s, shape.end_s, shape.peak_bytes) == (3.0, 4.0, 50.0 * MB)
+    assert (profile.duration_s, profile.end_s, profile.peak_bytes) == (3.0, 4.0, 50.0 * MB)
 
 
 def test_undisturbed_sessions_take_as_long_as_recorded() -> None:
@@ -154,7 +154,7 @@ def test_a_late_call_delays_what_follows_and_a_killed_one_brings_it_forward() ->
         world.run(begins_s - 0.01, lambda at: None)
         assert not world.calls
         world.run(begins_s + 0.01, lambda at: None)
-        assert [c.shape.start_s for c in world.calls] == [5.0]
+        assert [c.profile.start_s for c in world.calls] == [5.0]
 
 
 def test_what_ends_first_is_not_waited_for_in_the_background() -> None:
