@@ -33,9 +33,7 @@ MIB, GIB = 1 << 20, 1 << 30
 RATES_GB_S = (0.5, 1.0, 2.0, 4.0)
 ROUNDS = 30
 QUIET_S = 0.15
-"""Without growth for this long, the allocator has been stopped."""
-BATCH_BYTES = 2 * MIB
-"""A charge in flight on one CPU: a huge page, or the stock of 64 pages."""
+"""Without growth for this long, the allocator has been held back."""
 START = """
 tool = subprocess.Popen([EXEC, *options, "--", LOAD], stdin=subprocess.PIPE, text=True)
 tool.stdin.write(schedule)

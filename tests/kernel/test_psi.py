@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.knobs import Knob, parse_pressure
 from agentcgroupd.cgroup.psi import PressureTrigger
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from agentcgroupd.errors import CgroupGone, KnobError
@@ -21,6 +21,7 @@ from tests.harness import SLOW
 
 pytestmark = pytest.mark.psi
 
+CPU_PRESSURE = Knob("cpu.pressure", parse_pressure)
 WINDOW_USEC = 2_000_000
 """The kernel takes only multiples of this without CAP_SYS_RESOURCE."""
 
@@ -30,7 +31,7 @@ def leaf() -> Iterator[Cgroup]:
     """A cgroup of our own."""
     root = Cgroup.open(cgroup2_mount())
     made = root.make_child(f"agentcg-test-{secrets.token_hex(4)}")
-    if not made.has(knobs.CPU_PRESSURE):
+    if not made.has(CPU_PRESSURE):
         made.remove()
         pytest.skip("this kernel has no PSI")
     yield made
@@ -68,7 +69,7 @@ def test_it_fires_once_a_window_while_tasks_stall(leaf: Cgroup, busy: None) -> N
         def on_fire() -> None:
             fired.append(time.monotonic())
 
-        trigger = PressureTrigger(leaf, "some", 50_000, WINDOW_USEC, on_fire, knobs.CPU_PRESSURE)
+        trigger = PressureTrigger(leaf, "some", 50_000, WINDOW_USEC, on_fire, CPU_PRESSURE)
         trigger.start()
         await until(lambda: len(fired) >= 3, 20)
         trigger.stop()
@@ -91,7 +92,7 @@ def test_it_is_silent_while_nobody_stalls(leaf: Cgroup) -> None:
         def on_fire() -> None:
             fired.append(None)
 
-        trigger = PressureTrigger(leaf, "some", 50_000, WINDOW_USEC, on_fire, knobs.CPU_PRESSURE)
+        trigger = PressureTrigger(leaf, "some", 50_000, WINDOW_USEC, on_fire, CPU_PRESSURE)
         original = trigger._ready
 
         def ready() -> None:
@@ -111,7 +112,7 @@ def test_it_is_silent_while_nobody_stalls(leaf: Cgroup) -> None:
 def test_two_triggers_on_one_file_do_not_disturb_each_other(leaf: Cgroup, busy: None) -> None:
     async def run() -> None:
         triggers = [
-            PressureTrigger(leaf, "some", stall, WINDOW_USEC, lambda: None, knobs.CPU_PRESSURE)
+            PressureTrigger(leaf, "some", stall, WINDOW_USEC, lambda: None, CPU_PRESSURE)
             for stall in (20_000, 100_000)
         ]
         for trigger in triggers:
@@ -126,7 +127,7 @@ def test_two_triggers_on_one_file_do_not_disturb_each_other(leaf: Cgroup, busy: 
 def test_a_cgroup_that_goes_away_ends_its_trigger(leaf: Cgroup) -> None:
     async def run() -> None:
         child = leaf.make_child("x")
-        cpu, nothing = knobs.CPU_PRESSURE, lambda: None
+        cpu, nothing = CPU_PRESSURE, lambda: None
         trigger = PressureTrigger(child, "some", 50_000, WINDOW_USEC, nothing, cpu)
         before = len(os.listdir("/proc/self/fd"))
         trigger.start()

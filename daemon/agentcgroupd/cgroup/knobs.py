@@ -171,7 +171,6 @@ MEMORY_SWAP_MAX = Knob("memory.swap.max", parse_limit, format_limit)
 CPU_STAT = Knob("cpu.stat", parse_flat_keyed)
 CPU_WEIGHT = Knob("cpu.weight", int)
 CPU_MAX = Knob("cpu.max", parse_cpu_max, format_cpu_max)
-CPU_PRESSURE = Knob("cpu.pressure", parse_pressure)
 
 PIDS_CURRENT = Knob("pids.current", int)
 PIDS_PEAK = Knob("pids.peak", int)
