@@ -446,8 +446,8 @@ def choose_cpus() -> tuple[int, int]:
 
 
 async def run(size: Size, cases: Sequence[Case], objects: Path | None) -> BenchReport:
-    """Measure these cases and return the report. `objects`: directory of BPF
-    objects; None: the daemon's own."""
+    """Measure these cases and return the report. `objects`: directory of BPF objects; None: the
+    daemon's own."""
     program = compile_worker()
     work_cpu, own_cpu = choose_cpus()
     os.sched_setaffinity(0, {own_cpu})
