@@ -186,7 +186,7 @@ def has_said(daemon: DaemonProcess, times: int) -> bool:
 
 
 def test_a_stalled_scheduler_is_ejected_and_tried_again(daemon: DaemonProcess, agent: Any) -> None:
-    """It gives no task a CPU. The kernel ejects it after its timeout; the daemon says why, does
+    """The kernel ejects a scheduler that gives no task a CPU; the daemon says why, does
     without, tries again as often as it may, and then no more."""
     limit = daemon.cgroup_dir / "web/cpu.weight"
     for attempt in (1, 2):
