@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from agentcgroupd.cgroup import knobs, tree
+from agentcgroupd.cgroup import knobs, subtree
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount, move_all
 from agentcgroupd.errors import CgroupGone, KnobError
@@ -168,7 +168,7 @@ def test_what_vanishes_meanwhile_does_not_end_a_removal(
     """Somebody else removes a cgroup on the way down; the rest is removed all the same."""
     inner = top.make_child("a").make_child("b")
     top.make_child("c")
-    step, removed = tree._step, list[str]()
+    step, removed = subtree._step, list[str]()
 
     def other_removes(here: int, name: str) -> int:
         there = step(here, name)
@@ -178,7 +178,7 @@ def test_what_vanishes_meanwhile_does_not_end_a_removal(
             os.rmdir(top.path / "a")
         return there
 
-    monkeypatch.setattr(tree, "_step", other_removes)
+    monkeypatch.setattr(subtree, "_step", other_removes)
     top.remove()
     assert removed and not top.exists()
 

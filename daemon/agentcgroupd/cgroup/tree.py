@@ -16,7 +16,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,13 +26,13 @@ from agentcgroupd.cgroup.knobs import (
     CGROUP_SUBTREE_CONTROL,
     Knob,
 )
+from agentcgroupd.cgroup.subtree import GONE, pids_in, remove_below, signal_in, walk
 from agentcgroupd.errors import CgroupGone, KnobError
 from agentcgroupd.host.mounts import MOUNTINFO, Mount, mounts
 from agentcgroupd.units import CgroupId
 
 T = TypeVar("T")
 
-_GONE = (errno.ENOENT, errno.ENODEV)
 _READ_BYTES = 65_536
 _NAMESPACE_ROOT = Path("/")
 XATTR_NAME = "trusted.agentcgroup"
@@ -68,7 +67,7 @@ class Cgroup:
         return f"Cgroup({self.path}, id={self.id})"
 
     def _error(self, error: OSError, file: str, value: str | None = None) -> KnobError:
-        gone = error.errno in _GONE and not self.exists()
+        gone = error.errno in GONE and not self.exists()
         return (CgroupGone if gone else KnobError)(error, str(self.path), file, value)
 
     def _open_directory(self) -> int:
@@ -195,7 +194,7 @@ class Cgroup:
         try:
             top = self._open_directory()
             try:
-                return sum(_signal_in(directory, number) for directory in _walk(top))
+                return sum(signal_in(directory, number) for directory in walk(top))
             finally:
                 os.close(top)
         except OSError as error:
@@ -206,7 +205,7 @@ class Cgroup:
         try:
             top = self._open_directory()
             try:
-                return [pid for directory in _walk(top) for pid in _pids_in(directory)]
+                return [pid for directory in walk(top) for pid in pids_in(directory)]
             finally:
                 os.close(top)
         except OSError as error:
@@ -245,7 +244,7 @@ class Cgroup:
         except CgroupGone:
             return
         try:
-            _remove_below(top)
+            remove_below(top)
         except OSError as error:
             raise self._error(error, ".", "") from None
         finally:
@@ -256,7 +255,7 @@ class Cgroup:
             else:
                 os.rmdir(self.path)
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE:
                 raise self._error(error, ".", "") from None
 
     def kill_and_remove(self, timeout_s: float = 10.0) -> None:
@@ -334,144 +333,6 @@ class Cgroup:
     def list_xattrs(self) -> list[str]:
         """Names of the directory's extended attributes. Raises OSError."""
         return os.listxattr(self.proc_path())
-
-
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
-
-
-def _child_names(directory: int) -> list[str]:
-    with os.scandir(directory) as entries:
-        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-
-
-def _walk(top: int) -> Iterator[int]:
-    """Yield a descriptor of `top` and of each cgroup below it, a parent before its children; each
-    is closed when the next one is asked for. Raises OSError.
-
-    Whoever may write to a cgroup can nest others thousands deep. So there is no recursion, no path
-    that grows beyond the system's limit, and never more than two descriptors: the way back up is
-    the directory `..`.
-    """
-    here = os.dup(top)
-    try:
-        yield here
-        waiting = [_child_names(here)]
-        while waiting:
-            if not waiting[-1]:
-                waiting.pop()
-                if waiting:
-                    here = _step(here, "..")
-                continue
-            try:
-                here = _step(here, waiting[-1].pop())
-            except FileNotFoundError:
-                continue  # removed meanwhile
-            yield here
-            waiting.append(_child_names(here))
-    finally:
-        os.close(here)
-
-
-def _step(here: int, name: str) -> int:
-    """Open a directory in `here` and close `here`. Raises OSError, with `here` still open."""
-    there = os.open(name, _DIRECTORY, dir_fd=here)
-    os.close(here)
-    return there
-
-
-_RESTARTS_MOST = 100
-
-
-def _remove_below(top: int) -> None:
-    """Remove every cgroup below `top`, without recursion as in _walk. Raises OSError."""
-    here = os.dup(top)
-    way: list[str] = []
-    restarts = 0
-    try:
-        while True:
-            try:
-                name = _remove_leaves(here)
-                if name is not None:
-                    here = _step(here, name)
-                    way.append(name)
-                elif way:
-                    here = _step(here, "..")
-                    os.rmdir(way.pop(), dir_fd=here)
-                else:
-                    return
-            except FileNotFoundError:
-                # Somebody else has removed something on the way: begin anew at the top.
-                restarts += 1
-                if restarts > _RESTARTS_MOST:
-                    raise
-                os.close(here)
-                here = os.dup(top)
-                way.clear()
-    finally:
-        os.close(here)
-
-
-def _remove_leaves(directory: int) -> str | None:
-    """Remove children of a directory; returns the name of the first one that does not go, because
-    it has children or processes, or None. Raises OSError."""
-    for name in _child_names(directory):
-        try:
-            os.rmdir(name, dir_fd=directory)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
-                raise
-            return name
-    return None
-
-
-def _pids_in(directory: int) -> list[int]:
-    """List the processes of one cgroup; none if it is gone. Raises OSError.
-
-    A threaded cgroup gives no list: the cgroup above it, its domain, has its processes in its own.
-    """
-    try:
-        fd = os.open(CGROUP_PROCS.file, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-        with open(fd, "rb") as file:
-            return [int(line) for line in file]
-    except OSError as error:
-        if error.errno in (*_GONE, errno.EOPNOTSUPP):
-            return []
-        raise
-
-
-_PIDFDS_MOST = 256
-"""How many processes are signalled at a time; each takes a descriptor meanwhile."""
-
-
-def _signal_in(directory: int, number: int) -> int:
-    """Signal each process of one cgroup, through a pidfd and only while it is still there. Returns
-    how many were signalled. Raises OSError."""
-    # 0 stands for a process of another pid namespace, which the daemon cannot name.
-    pids = [pid for pid in _pids_in(directory) if pid]
-    parts = [pids[i : i + _PIDFDS_MOST] for i in range(0, len(pids), _PIDFDS_MOST)]
-    return sum(_signal_each(directory, part, number) for part in parts)
-
-
-def _signal_each(directory: int, pids: list[int], number: int) -> int:
-    signalled = 0
-    with ExitStack() as opened:
-        pidfds = {}
-        for pid in pids:
-            try:
-                pidfds[pid] = os.pidfd_open(pid)
-            except ProcessLookupError:
-                continue
-            opened.callback(os.close, pidfds[pid])
-        # A number may have come to another process before its descriptor was opened.
-        for pid in pidfds.keys() & set(_pids_in(directory)):
-            try:
-                signal.pidfd_send_signal(pidfds[pid], number)
-                signalled += 1
-            except ProcessLookupError:
-                continue
-    return signalled
 
 
 def move_all(source: Cgroup, target: Cgroup, attempts: int = 100) -> int:
