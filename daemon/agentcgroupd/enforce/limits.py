@@ -151,5 +151,13 @@ def set_oom_score_adj(pid: int, value: int) -> None:
     try:
         with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
             file.write(str(value))
+    except PermissionError:
+        # Lowering the value needs CAP_SYS_RESOURCE, which a container's root may lack.
+        log.warning(
+            "process %d keeps its oom_score_adj, where %d was wanted: the daemon lacks "
+            "CAP_SYS_RESOURCE, and the kernel may choose an agent before its calls",
+            pid,
+            value,
+        )
     except OSError as error:
         log.debug("oom_score_adj of %d: %s", pid, error)
