@@ -63,7 +63,7 @@ PROGRAMS = (
         )
     ),
 )
-"""Those that have something for a full kernel: in QEMU it takes seconds to import each.
+"""Files with something for a full kernel: in QEMU it takes seconds to import each.
 
 Not among them is what does not depend on the kernel's age: the host is enough for it.
 """
