@@ -89,12 +89,31 @@ class FeedbackCode(str, Enum):
     UNDERSTATED = "understated"
     CPU_LOWERED = "cpu_lowered"
     CPU_RESTORED = "cpu_restored"
+    LEFT_CALL = "left_call"
+    LEFTOVERS_KEPT = "leftovers_kept"
+    NESTED = "nested"
+    FEWER_CPUS = "fewer_cpus"
     GPU_CLOSED = "gpu_closed"
     GPU_MEMORY_DENIED = "gpu_memory_denied"
     GPU_MEMORY_OVER = "gpu_memory_over"
     GPU_FAULT = "gpu_fault"
     GPU_LOST = "gpu_lost"
     GPU_UNSHARED = "gpu_unshared"
+
+    __str__ = str.__str__
+
+
+class Level(str, Enum):
+    """A level of the tree at which a limit or an event stands, from a cgroup that the tool made
+    below its call up to the host."""
+
+    UNSPECIFIED = "unspecified"
+    NESTED = "nested"
+    CALL = "call"
+    OUTER = "outer"
+    SESSION = "session"
+    POOL = "pool"
+    HOST = "host"
 
     __str__ = str.__str__
 
@@ -188,6 +207,8 @@ class CallInfo(_Answer):
     """Set while the call waits for room; it has no cgroup then."""
     waited_usec: int = 0
     """Time spent waiting for room before the call began."""
+    parent_call_id: str = ""
+    """The call that this one was begun in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +263,17 @@ class CpuNumbers(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
+class Fact(_Answer):
+    """One fact about the end of a call, as a plain clause, and the source that tells it."""
+
+    what: str
+    source: str
+    at_unix_usec: int
+    """0: when is not known."""
+    level: Level
+
+
+@dataclass(frozen=True, slots=True)
 class Report(_Answer):
     """The end of a call, and what the call used."""
 
@@ -278,6 +310,14 @@ class Report(_Answer):
     """None: the call had no part of a GPU."""
     cpu: CpuNumbers | None = None
     """None where the kernel's own scheduler runs."""
+    facts: tuple[Fact, ...] = ()
+    """What the verdict was judged from, oldest first."""
+    parent_call_id: str = ""
+    """The call that this one was begun in."""
+    inner_call_ids: tuple[str, ...] = ()
+    """Calls that were begun in this one."""
+    went_on_as: str = ""
+    """The call that its main process asked for and went on as."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,6 +453,7 @@ _MESSAGES: dict[str, type[_Answer]] = {
     "Call": CallInfo,
     "Feedback": Feedback,
     "GpuUsage": GpuUsage,
+    "Fact": Fact,
     "Report": Report,
     "GpuBudget": GpuBudget,
     "Budget": Budget,
@@ -429,6 +470,7 @@ _ENUMS: dict[str, type[Enum]] = {
     "Evidence": Evidence,
     "CallState": CallState,
     "FeedbackCode": FeedbackCode,
+    "Level": Level,
 }
 
 Reader = Callable[[Any], Any]

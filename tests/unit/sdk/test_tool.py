@@ -79,6 +79,7 @@ MESSAGES = [
     (types.Usage, pb.Usage),
     (types.CallInfo, pb.Call),
     (types.Feedback, pb.Feedback),
+    (types.Fact, pb.Fact),
     (types.Report, pb.Report),
     (types.Budget, pb.Budget),
     (types.SessionInfo, pb.Session),
