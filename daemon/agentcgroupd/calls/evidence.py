@@ -9,6 +9,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.verdict import EndFacts
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.enforce.pause import paused_usec
 from agentcgroupd.errors import CgroupGone, KnobError
 from agentcgroupd.host.syscalls import pidfd_ended, pidfd_exit_status, process_stat
 from agentcgroupd.state.session import Call, Session, boottime_usec
@@ -53,9 +54,6 @@ def _unreaped_status(call: Call) -> int | None:
 def gather(call: Call, pool: Cgroup) -> EndFacts:
     """Gather the facts that are known of an ended call."""
     status, evidence = main_status(call)
-    frozen = call.frozen_usec
-    if call.frozen_since_usec is not None:
-        frozen += boottime_usec() - call.frozen_since_usec
     base = EndFacts(
         grant=call.grant,
         wall_usec=max(0, boottime_usec() - call.began_boot_usec),
@@ -67,7 +65,8 @@ def gather(call: Call, pool: Cgroup) -> EndFacts:
         ended_why=call.ended_why,
         leftovers=call.leftovers,
         session_max_bytes=call.session.limits.memory_max_bytes,
-        frozen_usec=frozen,
+        frozen_usec=paused_usec(call),
+        late_pauses=call.late_pauses,
     )
     try:
         return _with_counters(base, call, pool)

@@ -24,6 +24,7 @@ from agentcgroupd.calls.timers import Deadlines
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import CallDefaults
+from agentcgroupd.enforce import memory_high
 from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.enforce.kill import kill
 from agentcgroupd.enforce.limits import (
@@ -191,6 +192,7 @@ class Calls:
             call = self._with_cgroup(candidate, grant, owner, age_usec)
             try:
                 call.grant = write_grant(call.session, call.cgroup, grant)
+                call.bounds.written = (call.grant.memory_high_bytes,)
                 call.cgroup.set_xattr(call.record())
                 self._follow(call)
             except (AgentcgroupdError, OSError) as error:
@@ -318,6 +320,7 @@ class Calls:
         # What the policy did is undone first: its next decision is made under the new grant.
         self.actions.unthrottle(call, "Its grant was changed.")
         call.grant = rewrite_grant(call.session, call.cgroup, call.grant, grant)
+        memory_high.write(call)
         call.likely_bytes, _ = self._reports.expect(call.session, call.name, call.argv, call.grant)
         call.cgroup.set_xattr(call.record())
         self._deadlines.granted(call)
@@ -503,12 +506,7 @@ class Calls:
         if call.owner is not None:
             # Owners keeps a pidfd of its own.
             call.owner.close()
-        # cgroup.freeze says what was asked for: a process that sleeps in the kernel may not have
-        # stopped yet.
-        if call.cgroup.read(knobs.CGROUP_FREEZE):
-            call.frozen_since_usec = boottime_usec()
-            self.actions.thaw(call, "The daemon was restarted; what it had paused goes on.")
-        self.actions.restore_high(call)
+        self.actions.take_up(call)
         if self._populated(call):
             call.entered = True
             call.state = pb.CALL_STATE_RUNNING

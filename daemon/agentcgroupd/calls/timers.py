@@ -11,6 +11,7 @@ from typing import Any
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.evidence import main_status
 from agentcgroupd.config import CallDefaults
+from agentcgroupd.enforce.pause import paused_usec
 from agentcgroupd.errors import KnobError
 from agentcgroupd.state.session import Call, boottime_usec
 
@@ -86,11 +87,8 @@ class Deadlines:
             self._finish(call)
 
     def _timed_out(self, call: Call) -> None:
-        """End a call that has had its time, not counting time that the daemon kept it frozen."""
-        frozen = call.frozen_usec
-        if call.frozen_since_usec is not None:
-            frozen += boottime_usec() - call.frozen_since_usec
-        used = boottime_usec() - call.began_boot_usec - frozen
+        """End a call that has had its time, not counting the time for which it was frozen."""
+        used = boottime_usec() - call.began_boot_usec - paused_usec(call)
         left = (call.grant.timeout_usec or 0) - used
         if left > 0 or call.frozen_since_usec is not None:
             self._set(call, "timeout", max(left, FROZEN_CHECK_USEC), self._timed_out)

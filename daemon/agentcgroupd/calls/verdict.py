@@ -56,6 +56,8 @@ class EndFacts:
     io_read_bytes: int | None = None
     io_write_bytes: int | None = None
     frozen_usec: int = 0
+    late_pauses: int = 0
+    """Pauses that did not stop all tasks at once (`Call.late_pauses`)."""
 
 
 def _signal_name(number: int) -> str:
@@ -262,7 +264,8 @@ def _of_slowing(facts: EndFacts) -> list[pb.Feedback]:
             f"The call was paused for {show_usec(frozen)} while more important work needed the "
             "memory; nothing of it was lost."
         )
-        told.append(_feedback(pb.FEEDBACK_CODE_FROZEN, sentence, frozen_usec=frozen))
+        late, code = facts.late_pauses or None, pb.FEEDBACK_CODE_FROZEN
+        told.append(_feedback(code, sentence, frozen_usec=frozen, late_pauses=late))
     return told
 
 

@@ -150,6 +150,8 @@ CGROUP_SUBTREE_CONTROL = Knob("cgroup.subtree_control", parse_words)
 CGROUP_EVENTS = Knob("cgroup.events", parse_flat_keyed)
 CGROUP_PROCS = Knob("cgroup.procs", parse_pids)
 CGROUP_FREEZE = Knob("cgroup.freeze", parse_flag, format_flag)
+CGROUP_STAT_LOCAL = Knob("cgroup.stat.local", parse_flat_keyed)
+"""`frozen_usec`: the time between freezing and thawing, by the cgroup itself or one above it."""
 CGROUP_KILL = Knob("cgroup.kill", parse_flag, format_flag)
 
 MEMORY_CURRENT = Knob("memory.current", int)

@@ -34,7 +34,11 @@ from agentcgroupd.units import show_bytes
 # Cgroups
 
 CONTROLLERS = {
-    "memory": ("memory limits", "no memory limit or peak; OOM kills cannot be told from others"),
+    "memory": (
+        "memory limits",
+        "no memory limit or peak; OOM kills cannot be told from others; a pause does not stop a "
+        "system call that takes memory",
+    ),
     "cpu": ("cpu weights and limits", "the kernel's own fairness between processes"),
     "pids": ("process limits", "fork bombs are not stopped"),
     "io": ("io accounting", "no bytes read and written in reports"),

@@ -11,6 +11,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf.memory import MemoryPrograms
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.enforce import memory_high, pause
 from agentcgroupd.enforce.kill import kill
 from agentcgroupd.enforce.reclaimer import Reclaimer
 from agentcgroupd.errors import BpfError, KnobError
@@ -38,27 +39,39 @@ class Actions:
     # Of a call
 
     def freeze(self, call: Call, why: str) -> None:
-        """Pause a call; no error if it is paused already. Raises CgroupGone."""
+        """Pause a call; no error if it is paused already. Raises KnobError, or CgroupGone."""
         if call.frozen_since_usec is not None or call.state == pb.CALL_STATE_ENDING:
             return
         self.hurry(call)
-        call.cgroup.write(knobs.CGROUP_FREEZE, True)
-        call.frozen_since_usec = boottime_usec()
+        holds = memory_high.can_hold(call)
+        pause.stop(call, call.cgroup.read(knobs.MEMORY_CURRENT) if holds else None)
         call.state = pb.CALL_STATE_FROZEN
         self.notices.acted_on_call("freeze", call, why, pb.FEEDBACK_CODE_FROZEN)
 
     def thaw(self, call: Call, why: str) -> None:
-        """Let a paused call go on; no error if it runs. Raises CgroupGone."""
+        """Let a paused call go on; no error if it runs. Raises KnobError, or CgroupGone."""
         if call.frozen_since_usec is None:
             return
-        if not call.held_for_slice:
-            call.cgroup.write(knobs.CGROUP_FREEZE, False)
-        call.frozen_usec += boottime_usec() - call.frozen_since_usec
-        call.frozen_since_usec = None
+        pause.release(call)
         if call.state == pb.CALL_STATE_FROZEN:
             call.state = pb.CALL_STATE_RUNNING
         self.notices.acted_on_call("thaw", call, why, pb.FEEDBACK_CODE_THAWED)
         call.cgroup.set_xattr(call.record())
+
+    def check_pause(self, call: Call) -> None:
+        """Look whether a paused call has stopped, and count it where it takes long: it may be
+        taking memory still, inside a system call. No error if it runs. Raises KnobError, or
+        CgroupGone."""
+        if call.frozen_since_usec is None or call.stopped or not pause.is_late(call):
+            return
+        self.notices.metrics.late_pauses.inc()
+        self.notices.audit.write(
+            "pause_late",
+            session=call.session.id,
+            call=call.id,
+            braked=call.bounds.brake_bytes is not None,
+            passed_usec=boottime_usec() - call.frozen_since_usec,
+        )
 
     def deny(self, call: Call, why: str) -> None:
         """Let a call have what it has and no more; no error if that is so already. Raises
@@ -98,7 +111,8 @@ class Actions:
         if memory := self.memory():
             memory.set_throttle_mark(call.cgroup.id, high, strict=by_cpu)
         if not by_cpu:
-            call.cgroup.write(knobs.MEMORY_HIGH, high, wait=False)
+            call.bounds.throttle_bytes = high
+            memory_high.write(call)
         call.throttled_at_bytes = usage
         self.notices.acted_on_call("throttle", call, why, pb.FEEDBACK_CODE_MEMORY_THROTTLED)
 
@@ -107,7 +121,8 @@ class Actions:
         KnobError."""
         if call.throttled_at_bytes is None:
             return
-        call.cgroup.write(knobs.MEMORY_HIGH, call.grant.memory_high_bytes, wait=False)
+        call.bounds.throttle_bytes = None
+        memory_high.write(call)
         call.throttled_at_bytes = None
         try:
             if memory := self.memory():
@@ -116,13 +131,17 @@ class Actions:
             log.warning("call %s is still slowed above its mark: %s", call.id, error)
         self.notices.acted_on_call("unthrottle", call, why, None)
 
-    def restore_high(self, call: Call) -> None:
-        """Set memory.high of a call found again as granted: an earlier daemon may have been killed
-        while it had throttled the call. Raises KnobError."""
-        granted, knob = call.grant.memory_high_bytes, knobs.MEMORY_HIGH
-        if knob.file in call.session.offered and call.cgroup.read(knob) != granted:
-            call.cgroup.write(knob, granted, wait=False)
-            self.notices.acted_on_call("unthrottle", call, "The daemon was restarted.", None)
+    def take_up(self, call: Call) -> None:
+        """Let a call that was found again go on as granted: an earlier daemon may have been killed
+        while it had slowed or paused the call. Raises KnobError."""
+        if memory_high.take_up(call):
+            why = "The daemon was restarted."
+            self.notices.acted_on_call("unthrottle", call, why, None)
+        # cgroup.freeze says what was asked for: a process that sleeps in the kernel may not have
+        # stopped yet.
+        if call.cgroup.read(knobs.CGROUP_FREEZE):
+            call.frozen_since_usec = boottime_usec()
+            self.thaw(call, "The daemon was restarted; what it had paused goes on.")
 
     def kill(self, call: Call, why: str) -> None:
         """End a call by policy. Raises CgroupGone."""

@@ -74,6 +74,11 @@ class _Writer:
         else:
             self.missing.append(knob.file)
 
+    def note(self, knob: Knob[T]) -> None:
+        """Remember an interface file that is wanted, where it is not offered."""
+        if knob.file not in self._session.offered:
+            self.missing.append(knob.file)
+
     def put_settings(self, settings: Mapping[str, str]) -> None:
         """Write settings that have been settled. Raises KnobError."""
         for name, text in settings.items():
@@ -100,13 +105,17 @@ def settle(session: Session, grant: Grant, before: Mapping[str, str] | None = No
 def write_grant(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
     """Settle a new call's grant, set its interface files, and return the grant as it is in force:
     files that this kernel does not offer are named in it. Raises InvalidField or KnobError."""
-    return _write(session, cgroup, settle(session, grant))
+    granted = _write(session, cgroup, settle(session, grant))
+    if granted.memory_high_bytes is not None and knobs.MEMORY_HIGH.file in session.offered:
+        cgroup.write(knobs.MEMORY_HIGH, granted.memory_high_bytes)
+    return granted
 
 
 def _write(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
     writer = _Writer(session, cgroup)
     writer.put(knobs.MEMORY_MAX, grant.memory_max_bytes, grant.memory_max_bytes is not None)
-    writer.put(knobs.MEMORY_HIGH, grant.memory_high_bytes, grant.memory_high_bytes is not None)
+    if grant.memory_high_bytes is not None:
+        writer.note(knobs.MEMORY_HIGH)
     if knobs.MEMORY_OOM_GROUP.file in session.offered:
         cgroup.write(knobs.MEMORY_OOM_GROUP, True)
     writer.put(knobs.PIDS_MAX, grant.pids_max, grant.pids_max is not None)
@@ -121,10 +130,9 @@ def _write(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
 
 def rewrite_grant(session: Session, cgroup: Cgroup, old: Grant, new: Grant) -> Grant:
     """Set the interface files of an open call to its new grant, which has been settled; limits that
-    only the old one has are taken back. Raises KnobError."""
+    only the old one has are taken back. All but memory.high, which `memory_high.write` sets from
+    the grant that is returned. Raises KnobError."""
     granted = _write(session, cgroup, new)
-    if new.memory_high_bytes is None and old.memory_high_bytes is not None:
-        cgroup.write(knobs.MEMORY_HIGH, None)
     if new.cpu_max_millicores is None and knobs.CPU_MAX.file in session.offered:
         cgroup.write(knobs.CPU_MAX, knobs.CpuMax(None))
     if new.cpu_weight == 100 and old.cpu_weight != 100:

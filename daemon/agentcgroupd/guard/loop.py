@@ -160,6 +160,7 @@ class GuardLoop:
         calm = self._schedule.is_calm(free, signal)
         if calm and not self.holds_back and not self._waits():
             return
+        self._check_pauses()
         snapshot = self._sampler.sample(usage)
         outcome = decide(self.policy, snapshot, signal, self.state)
         self.state = outcome.state
@@ -167,6 +168,16 @@ class GuardLoop:
             self._apply(decision, snapshot.now_usec)
         self.holds_back = holds_back(snapshot, outcome.decisions)
         self._on_sample(snapshot)
+
+    def _check_pauses(self) -> None:
+        """See which paused calls have stopped since they were told to."""
+        for call in self._calls.open.values():
+            if call.frozen_since_usec is None or call.stopped:
+                continue
+            try:
+                self._actions.check_pause(call)
+            except KnobError as error:
+                log.debug("call %s: %s", call.id, error)
 
     def _apply(self, decision: Decision, now_usec: int) -> None:
         if decision.dry_run:

@@ -137,6 +137,7 @@ class Sampler:
             cpu_usec=cpu,
             grew_usec=call.grew_usec,
             frozen_for_usec=paused,
+            stopped=paused is None or call.stopped,
             paused_usec=call.frozen_usec + (paused or 0),
             on_pressure=grant.on_pressure,
             expected_bytes=call.likely_bytes or grant.memory_expected_bytes,

@@ -78,7 +78,8 @@ def _may_be_held(headroom: Headroom, ruleset: Ruleset, taken: Set[str]) -> list[
     found = [
         c
         for c in headroom.growing
-        if c.id not in exempt_ids
+        if c.frozen_for_usec is None
+        and c.id not in exempt_ids
         and c.memory_bytes >= least_bytes
         and not _spared(c, ruleset, taken)
     ]

@@ -85,14 +85,19 @@ class Headroom:
         return sorted((c for c in self.now.calls if c.frozen_for_usec is not None), key=rank)
 
     @cached_property
+    def moving(self) -> list[CallView]:
+        """Calls that can take memory: those that run, and paused ones that have not stopped."""
+        return [c for c in self.now.calls if c.frozen_for_usec is None or not c.stopped]
+
+    @cached_property
     def growing(self) -> list[CallView]:
-        """Running calls that take memory fast enough to matter."""
-        return [c for c in self.running if is_growing(c)]
+        """Calls that take memory fast enough to matter."""
+        return [c for c in self.moving if is_growing(c)]
 
     @cached_property
     def growth_bytes_per_s(self) -> float:
-        """The growth of the pool, or of its running calls together if that is faster."""
-        calls = sum(c.growth_bytes_per_s for c in self.running)
+        """The growth of the pool, or of its calls together if that is faster."""
+        calls = sum(c.growth_bytes_per_s for c in self.moving)
         return max(self.now.growth_bytes_per_s, calls)
 
     # The leader

@@ -56,6 +56,9 @@ class CallView:
     """Time of the last growth that was fast enough to matter, on the snapshot's clock."""
     frozen_for_usec: int | None = None
     """Time since the call was paused; None: it runs."""
+    stopped: bool = True
+    """Of a paused call: whether all its tasks have stopped. One that is inside a system call may
+    still take memory."""
     paused_usec: int = 0
     """Time for which the call has been paused in all."""
     denied_growth_bytes: int | None = None

@@ -31,6 +31,17 @@ def unix_usec() -> int:
     return time.time_ns() // 1000
 
 
+@dataclass(slots=True)
+class HighBounds:
+    """What holds a call's memory.high down beside its grant (enforce.memory_high). In bytes;
+    None: it does not."""
+
+    throttle_bytes: int | None = None
+    brake_bytes: int | None = None
+    written: tuple[int | None] | None = None
+    """What was written last, `(None,)` for no limit; None: not known."""
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """An open call."""
@@ -75,8 +86,15 @@ class Call:
     """Time in queues before it began."""
     grew_usec: int = -(1 << 62)
     """When a sample last saw it grow, since boot."""
+    bounds: HighBounds = field(default_factory=HighBounds)
     frozen_since_usec: int | None = None
     frozen_usec: int = 0
+    stopped: bool = False
+    """Whether the kernel has said, since it was paused, that all its tasks have stopped."""
+    counted_late: bool = False
+    """Whether the present pause is among `late_pauses`."""
+    late_pauses: int = 0
+    """Pauses that had not stopped all its tasks after `enforce.pause.LATE_USEC`."""
     held_for_slice: bool = False
     """Whether it is frozen while others have their time slice on a GPU (gpu.time_slicing),
     whatever else freezes it."""

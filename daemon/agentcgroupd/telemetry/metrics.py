@@ -74,6 +74,7 @@ class Metrics:
             "From passing the pool's mark to the guard's decisions applied",
             SECONDS_BUCKETS,
         )
+        self.late_pauses = counter("late_pauses", "Pauses that had not stopped all tasks in 0.1 s")
         self.calls_observed = counter("calls_observed", "Calls that no agent declared", "moved")
         self.features = gauge("feature", "1: the feature works in this kernel", "feature")
         self.events_lost = counter("events_lost", "Events that were lost in the kernel", "type")

@@ -50,6 +50,13 @@ def killed(**changes: Any) -> dict[str, Any]:
     return {"wait_status": KILLED, **changes}
 
 
+def test_pauses_that_came_late_are_told_beside_the_time_paused() -> None:
+    for late, numbers in ((0, {"frozen_usec"}), (2, {"frozen_usec", "late_pauses"})):
+        report = report_of(facts(frozen_usec=500_000, late_pauses=late))
+        (told,) = report.feedback
+        assert told.code == pb.FEEDBACK_CODE_FROZEN and set(told.numbers) == numbers
+
+
 OOM_AT_CALL = {"oom_kills": 1, "call_ooms": 1}
 BY_AGENT = {"ended_by": "cancelled", "ended_why": "its agent ended the call"}
 BY_POLICY = {"ended_by": "stopped", "ended_why": "Stopped: x"}

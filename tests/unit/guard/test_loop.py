@@ -111,7 +111,8 @@ def samples(free: int, calls: int, *, begin: int = 0, run_s: float = 0.2) -> int
 
     async def run() -> int:
         readings = Readings(LIMIT - free)
-        opened: dict[str, Any] = {str(i): None for i in range(calls)}
+        running = SimpleNamespace(frozen_since_usec=None)
+        opened: dict[str, Any] = {str(i): running for i in range(calls)}
         known: Any = SimpleNamespace(open=opened, actions=None)
         sampler: Any = readings
         guard = GuardLoop(GuardConfig(), POLICY, sampler, known, {}, no_call_waits, forget, ())
@@ -119,7 +120,7 @@ def samples(free: int, calls: int, *, begin: int = 0, run_s: float = 0.2) -> int
         await asyncio.sleep(0)
         await asyncio.sleep(0.001)
         for i in range(begin):
-            opened[str(i)] = None
+            opened[str(i)] = running
             guard.call_began()
         await asyncio.sleep(run_s)
         guard.stop()

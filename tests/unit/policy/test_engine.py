@@ -174,6 +174,17 @@ def test_the_room_follows_what_calls_like_it_took() -> None:
     assert actions(snapshot(vip, batch, free=340, peaks_bytes=too_few)) == []
 
 
+def test_a_paused_call_that_has_not_stopped_counts_as_growth_and_is_not_paused_again() -> None:
+    """It may be inside a system call that takes memory."""
+    paused = call("batch", priority=20, frozen_for_usec=1, growth_bytes_per_s=FAST)
+    moving = replace(paused, stopped=False)
+    vip = call("vip", priority=80)
+    for held, growth in ((paused, 0.0), (moving, FAST)):
+        now = snapshot(vip, held, free=15, growth_bytes_per_s=0.0)
+        assert Headroom(DEFAULT, now).growth_bytes_per_s == growth
+        assert Action.FREEZE not in [action for action, _ in actions(now)]
+
+
 def test_room_is_kept_between_bursts() -> None:
     """Calls mostly grow in bursts; without the reserve, paused calls would go on in between."""
     held = call("batch", priority=20, frozen_for_usec=1)
