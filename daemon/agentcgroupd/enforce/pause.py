@@ -32,7 +32,7 @@ def stop(call: Call, usage_bytes: int | None) -> None:
     if usage_bytes is not None:
         brake(call, usage_bytes)
     call.cgroup.write(knobs.CGROUP_FREEZE, True)
-    call.frozen_since_usec = boottime_usec()
+    call.frozen_since_usec = call.paused_at_usec = boottime_usec()
     call.stopped = call.counted_late = False
 
 
@@ -49,9 +49,10 @@ def release(call: Call) -> None:
     memory_high.write(call)
     if not call.held_for_slice:
         call.cgroup.write(knobs.CGROUP_FREEZE, False)
+    now = boottime_usec()
     if call.frozen_since_usec is not None:
-        call.frozen_usec += boottime_usec() - call.frozen_since_usec
-    call.frozen_since_usec = None
+        call.frozen_usec += now - call.frozen_since_usec
+    call.frozen_since_usec, call.resumed_at_usec = None, now
     call.stopped = call.counted_late = False
 
 

@@ -139,6 +139,8 @@ class Sampler:
             frozen_for_usec=paused,
             stopped=paused is None or call.stopped,
             paused_usec=call.frozen_usec + (paused or 0),
+            paused_ago_usec=_ago(now, call.paused_at_usec),
+            resumed_ago_usec=_ago(now, call.resumed_at_usec),
             on_pressure=grant.on_pressure,
             expected_bytes=call.likely_bytes or grant.memory_expected_bytes,
             memory_max_bytes=grant.memory_max_bytes,
@@ -177,6 +179,10 @@ class Sampler:
             self._stalled_share = min(1.0, max(0, total - before) / (now - then))
             self._stall = now, total
         return self._stalled_share
+
+
+def _ago(now: int, at: int | None) -> int | None:
+    return None if at is None else max(0, now - at)
 
 
 def _since(memory: int, at: int | None) -> int | None:

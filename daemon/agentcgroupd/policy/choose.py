@@ -181,13 +181,17 @@ def deny(headroom: Headroom, ruleset: Ruleset, do: Deny, taken: Set[str]) -> lis
 def freeze(headroom: Headroom, ruleset: Ruleset, do: Freeze, taken: Set[str]) -> list[Decision]:
     """Pause growing calls, which lose nothing, and calls that do not take no for an answer."""
     del do
-    calls = [c for c in _may_be_held(headroom, ruleset, taken) if not _denied_enough(c)]
+    calls = [
+        c
+        for c in _may_be_held(headroom, ruleset, taken)
+        if not _denied_enough(c) and headroom.may_pause(c)
+    ]
     considered = {*taken, *(c.id for c in calls)}
     decisions = []
     for call in headroom.running:
         if call is headroom.leader or _spared(call, ruleset, considered):
             continue
-        if _keeps_retrying(call):
+        if _keeps_retrying(call) and headroom.may_pause(call):
             why = (
                 f"Paused: memory was refused to it {call.refused_requests} times and it goes on "
                 "asking. It goes on by itself when there is room"

@@ -192,13 +192,16 @@ def _thaw(headroom: Headroom, short: bool, signal: Signal, state: State) -> list
 
     The leader always goes on: another call led when it was paused, or nothing else runs. The others
     go on as they fit while the pool is not short. While it is short, one call goes on: the next to
-    finish if what it needs is free, else one whose lease is over if there is any room at all.
+    finish if what it needs is free, else one whose lease is over if there is any room at all. None
+    changes more often than `headroom.settle` allows.
     """
     if not headroom.frozen:
         return []
     now, settings, leader = headroom.now, headroom.settings, headroom.leader
     free = show_bytes(max(0, now.free_bytes))
     if leader is not None and leader.frozen_for_usec is not None:
+        if not headroom.may_go_on(leader):
+            return []
         why = "it leads now" if headroom.running else "nothing else is running"
         return [_go_on(leader, f"{why}, and {free} of the pool are free")]
     since = now.now_usec - state.thawed_usec
@@ -207,11 +210,14 @@ def _thaw(headroom: Headroom, short: bool, signal: Signal, state: State) -> list
     if not short:
         return _as_many_as_fit(headroom, f"{free} of the pool are free")
     first = headroom.next_to_finish
-    if first is not None and first.frozen_for_usec is not None:
+    if first is not None and first.frozen_for_usec is not None and headroom.may_go_on(first):
         resume = resume_free_bytes(headroom.policy, now.limit_bytes)
         if now.free_bytes >= max(headroom.need_bytes(first), resume):
             return [_go_on(first, f"it is nearest to its end, and {free} of the pool are free")]
-    expired = next((c for c in headroom.frozen if _paused_usec(c) >= settings.lease), None)
+    expired = next(
+        (c for c in headroom.frozen if _paused_usec(c) >= settings.lease and headroom.may_go_on(c)),
+        None,
+    )
     if expired is not None and now.free_bytes > _hold_free_bytes(headroom.policy, now.limit_bytes):
         return [_go_on(expired, f"{free} of the pool are free")]
     return []
@@ -219,7 +225,8 @@ def _thaw(headroom: Headroom, short: bool, signal: Signal, state: State) -> list
 
 def _as_many_as_fit(headroom: Headroom, why: str) -> list[Decision]:
     """Let paused calls go on in order of importance while what they may still take is left beside
-    the amount that is to be free and the reserve, but at least one."""
+    the amount that is to be free and the reserve, but at least one. Room is kept for those that
+    may not go on yet."""
     now = headroom.now
     to_be_free = resume_free_bytes(headroom.policy, now.limit_bytes)
     left = now.free_bytes - to_be_free - headroom.reserve_bytes
@@ -228,7 +235,8 @@ def _as_many_as_fit(headroom: Headroom, why: str) -> list[Decision]:
         left -= still_needs(now, call, THAW_SHARE)
         if decisions and left < 0:
             break
-        decisions.append(_go_on(call, why))
+        if headroom.may_go_on(call):
+            decisions.append(_go_on(call, why))
     return decisions
 
 

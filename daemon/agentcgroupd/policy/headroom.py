@@ -100,6 +100,22 @@ class Headroom:
         calls = sum(c.growth_bytes_per_s for c in self.moving)
         return max(self.now.growth_bytes_per_s, calls)
 
+    # Changes of direction
+
+    def may_pause(self, call: CallView) -> bool:
+        """Tell whether a call may be paused by now. Where nothing else can hold its growth back, it
+        always may, and `may_go_on` alone keeps it from changing too often."""
+        ago = call.paused_ago_usec
+        return not self.now.host.can_hold or ago is None or ago >= self.settings.settle
+
+    def may_go_on(self, call: CallView) -> bool:
+        """Tell whether a paused call may go on by now: it changes at most twice within
+        `headroom.settle`."""
+        settle, ago = self.settings.settle, call.resumed_ago_usec
+        if ago is not None and ago < settle:
+            return False
+        return self.now.host.can_hold or (call.frozen_for_usec or 0) >= settle
+
     # The leader
 
     @cached_property

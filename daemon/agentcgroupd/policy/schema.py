@@ -258,6 +258,8 @@ class HeadroomSettings(Section):
     """Size below which a call has no claim on the reserve and is not held back for it."""
     lease: Duration = 120_000_000
     """Time after which a paused call goes on as soon as there is any room."""
+    settle: Duration = 1_000_000
+    """Time within which a call changes between paused and going on at most twice."""
     thaw_every: Duration = 250_000
     """Time until more calls go on: the effect of those before must be seen."""
 

@@ -61,6 +61,10 @@ class CallView:
     still take memory."""
     paused_usec: int = 0
     """Time for which the call has been paused in all."""
+    paused_ago_usec: int | None = None
+    """Time since the call was last paused; None: it never was."""
+    resumed_ago_usec: int | None = None
+    """Time since the call last went on after a pause; None: it never did."""
     denied_growth_bytes: int | None = None
     """Growth since growth was denied to the call; None: the call may grow."""
     refused_requests: int = 0
@@ -105,6 +109,8 @@ class Host:
     """A program in the kernel can refuse what a call asks for."""
     can_penalize: bool = False
     """The CPU scheduler slows a call by how far it has grown above a mark."""
+    can_hold: bool = False
+    """Growth of a call that is not paused can be held back to what it was given (memory.high)."""
     can_reclaim: bool = False
     """memory.reclaim is there (Linux 5.19)."""
     swap_free_bytes: int = 0

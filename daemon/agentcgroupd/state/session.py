@@ -89,6 +89,10 @@ class Call:
     bounds: HighBounds = field(default_factory=HighBounds)
     frozen_since_usec: int | None = None
     frozen_usec: int = 0
+    paused_at_usec: int | None = None
+    """When it was last frozen, since boot; None: it never was."""
+    resumed_at_usec: int | None = None
+    """When it last went on, since boot; None: it never did."""
     stopped: bool = False
     """Whether the kernel has said, since it was paused, that all its tasks have stopped."""
     counted_late: bool = False

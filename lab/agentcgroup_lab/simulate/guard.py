@@ -188,6 +188,8 @@ class SimulatedGuard:
             grew_usec=call.grew_usec,
             frozen_for_usec=frozen_usec,
             paused_usec=int(call.paused_s * 1e6) + (frozen_usec or 0),
+            paused_ago_usec=self._ago(call.paused_at_s),
+            resumed_ago_usec=self._ago(call.resumed_at_s),
             denied_growth_bytes=_since(resident, call.denied_bytes),
             throttled_growth_bytes=_since(resident, call.throttled_bytes),
         )
@@ -195,6 +197,10 @@ class SimulatedGuard:
         if not held_up and call.denied_bytes is None and growth < 1.0 and call.segment.rate == 0.0:
             call.view = view  # the same until its next segment
         return view
+
+    def _ago(self, at_s: float | None) -> int | None:
+        """Usec since a time; None where there is none."""
+        return None if at_s is None else int((self._world.now - at_s) * 1e6)
 
     def _session_view(self, lane: Lane) -> SessionView:
         now_s = self._world.now
@@ -258,7 +264,7 @@ def _since(resident: int, then_bytes: float | None) -> int | None:
 
 def _freeze(world: World, call: SimulatedCall) -> None:
     if call.frozen_at_s is None:
-        call.frozen_at_s = world.now
+        call.frozen_at_s = call.paused_at_s = world.now
         world.set_pace(call)
 
 

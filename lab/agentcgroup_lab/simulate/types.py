@@ -60,6 +60,10 @@ class SimulatedCall:
     capped: bool = False
     """Whether what it takes goes to zram."""
     frozen_at_s: float | None = None
+    paused_at_s: float | None = None
+    """When it was last paused; None: it never was."""
+    resumed_at_s: float | None = None
+    """When it last went on; None: it never did."""
     denied_bytes: float | None = None
     """Bytes that were resident when its growth was denied; None: it may grow."""
     throttled_bytes: float | None = None

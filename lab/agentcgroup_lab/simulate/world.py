@@ -299,6 +299,7 @@ class World(SimulatedPool):
         if call.version == version and call.frozen_at_s is not None and call in self.calls:
             call.paused_s += self.now - call.frozen_at_s
             call.frozen_at_s = None
+            call.resumed_at_s = self.now
             self.set_pace(call)
 
     def relieve(self) -> None:
