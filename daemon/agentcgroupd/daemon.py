@@ -7,13 +7,12 @@ policy.engine.decide. How a call ended: calls.verdict.judge.
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import json
 import logging
 import os
 import resource
 import signal
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,8 @@ from agentcgroupd.gpu.service import Gpus
 from agentcgroupd.guard.assembly import PoolGuard
 from agentcgroupd.guard.high_mark import HighMark, PoolMark
 from agentcgroupd.guard.policy_files import PolicyFiles, read_policy
+from agentcgroupd.host.listening import handed_over, listen
+from agentcgroupd.host.run_dir import RunDir
 from agentcgroupd.host.systemd import notify, watchdog_interval_s
 from agentcgroupd.observers import Observers
 from agentcgroupd.policy.learning import Peaks
@@ -49,9 +50,8 @@ from agentcgroupd.rpc.views import Views
 from agentcgroupd.sessions.cgroups import SessionCgroups
 from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.limits import Ceilings
-from agentcgroupd.sessions.pool import ALIVE_XATTR, Pool, prepare_pool
+from agentcgroupd.sessions.pool import ALIVE_XATTR, Pool, PoolClaim
 from agentcgroupd.sessions.registry import Sessions
-from agentcgroupd.state.records import RECORD_VERSION, read_record
 from agentcgroupd.state.session import boottime_usec
 from agentcgroupd.telemetry.audit import Audit
 from agentcgroupd.telemetry.feed import Feed
@@ -97,10 +97,9 @@ class Daemon:
         config, run_dir = self._config, self._config.server.run_dir
         policy = read_policy(config.policy)
         _raise_file_limit()
-        undo.callback(os.close, _lock(run_dir))
+        place = Place(config, undo)
         notices = self._make_notices(undo)
-        pool = prepare_pool(config.pool)
-        _mark_pool(pool, run_dir)
+        pool = place.claim.prepare()
         policy_files = PolicyFiles(config.policy, policy, notices, pool.memory_max_bytes)
         events = FileEvents()
         undo.callback(events.close)
@@ -182,7 +181,7 @@ class Daemon:
         parts = Parts(sessions, lifecycle, calls, queue, agent_calls, views, policy_files, notices)
         running = Running(parts, pool, observers, cpu, gpus)
         running.sweep()
-        await self._open_doors(undo, parts, admission, running.heartbeat)
+        await self._open_doors(undo, parts, admission, running.heartbeat, place.sockets)
         # What is held is let go of first: no part that is slow to stop can keep it.
         undo.callback(calls.release)
         undo.callback(gpus.let_go)
@@ -190,6 +189,7 @@ class Daemon:
             undo.callback(guard.stop)
             guard.start()
         observers.start(guard)
+        place.keep()
         _say_ready(running, pool, sessions, run_dir)
         return running
 
@@ -199,24 +199,41 @@ class Daemon:
         return Notices(audit, Metrics(), Feed())
 
     async def _open_doors(
-        self, undo: AsyncExitStack, parts: Parts, admission: Admission, heartbeat: Heartbeat
+        self,
+        undo: AsyncExitStack,
+        parts: Parts,
+        admission: Admission,
+        heartbeat: Heartbeat,
+        given: Mapping[str, socket.socket],
     ) -> None:
-        """Let agents, the operator and the metrics' reader in. Raises OSError or ConfigError."""
+        """Let agents, the operator and the metrics' reader in. `given`: the sockets that systemd
+        handed over. Raises OSError or ConfigError."""
         for role in ("agent", "admin"):
-            await self._open_sockets(undo, parts, admission, role)
+            await self._open_sockets(undo, parts, admission, role, given)
         await self._serve_metrics(undo, parts.notices.metrics, heartbeat)
         undo.callback(parts.notices.feed.end)
 
     async def _open_sockets(
-        self, undo: AsyncExitStack, parts: Parts, admission: Admission, role: str
+        self,
+        undo: AsyncExitStack,
+        parts: Parts,
+        admission: Admission,
+        role: str,
+        given: Mapping[str, socket.socket],
     ) -> None:
         run_dir, metrics = self._config.server.run_dir, parts.notices.metrics
         mode = 0o666 if role == "agent" else 0o600
+        stream, packets = socket.SOCK_STREAM, socket.SOCK_SEQPACKET
+        listener = listen(run_dir / role / "grpc.sock", stream, mode, f"{role}-grpc", given)
+        undo.callback(listener.close)
+        attach_listener = listen(
+            run_dir / role / "attach.sock", packets, mode, f"{role}-attach", given
+        )
+        undo.callback(attach_listener.close)
         backend = run_dir / f"private/{role}.sock"
         server = GrpcServer(backend, f"agentcgroup.v1.{role.capitalize()}")
         relay = Relay(
-            run_dir / role / "grpc.sock",
-            mode,
+            listener,
             backend,
             metrics,
             parts.sessions.of_cgroup,
@@ -226,14 +243,13 @@ class Daemon:
             pb_grpc.add_AgentServicer_to_server(AgentService(parts, relay), server.server)
         else:
             pb_grpc.add_AdminServicer_to_server(AdminService(parts, relay), server.server)
-        attach_path = run_dir / role / "attach.sock"
         if role == "agent":
             agent = AgentVerbs(parts.sessions, parts.calls, admission)
             verbs = {"attach": agent.attach, "begin": agent.begin}
-            attach = AttachServer(attach_path, mode, verbs, parts.agent_calls, metrics)
+            attach = AttachServer(attach_listener, verbs, parts.agent_calls, metrics)
         else:
             operator = OperatorVerbs(parts.sessions, parts.calls)
-            attach = AttachServer(attach_path, mode, {"enter": operator.enter}, None, metrics)
+            attach = AttachServer(attach_listener, {"enter": operator.enter}, None, metrics)
         undo.push_async_callback(_bounded, f"the {role} gRPC server", server.stop)
         await server.start()
         undo.push_async_callback(_bounded, f"the {role} relay", relay.stop)
@@ -255,6 +271,31 @@ class Daemon:
             raise ConfigError(message) from None
         close = partial(asyncio.to_thread, server.close)
         undo.push_async_callback(_bounded, "the metrics server", close)
+
+
+class Place:
+    """What one daemon alone may have: its pool, its directory, and sockets from systemd."""
+
+    def __init__(self, config: Config, undo: AsyncExitStack) -> None:
+        """Take them. What was made here is removed by `undo`, unless `keep` is called. Raises
+        ConfigError or KnobError."""
+        # The pool first: another daemon may have it, and then nothing is written anywhere.
+        self.claim = PoolClaim(config.pool)
+        undo.callback(self.claim.release)
+        undo.callback(self.claim.undo)
+        run_dir = config.server.run_dir
+        self._directory = RunDir(run_dir)
+        undo.callback(self._directory.undo)
+        undo.callback(os.close, self._directory.lock())
+        self.claim.mark(run_dir)
+        self.sockets = handed_over()
+        for sock in self.sockets.values():
+            undo.callback(sock.close)
+
+    def keep(self) -> None:
+        """Let what was made here stay: the daemon has started."""
+        self.claim.keep()
+        self._directory.keep()
 
 
 class Running:
@@ -295,6 +336,8 @@ class Running:
                     task.cancel()
         except BaseExceptionGroup as failed:
             cause = failed.exceptions[0]
+            if isinstance(cause, PartFailed):
+                raise cause from None
             log.error("a part of the daemon failed", exc_info=cause)
             raise PartFailed("a part of the daemon failed") from cause
 
@@ -324,6 +367,11 @@ class Running:
             self._metrics.loop_lag.observe(max(0.0, loop.time() - due))
             due = max(due, loop.time())
             self.heartbeat.beat()
+            if not self._pool.cgroup.exists():
+                raise PartFailed(
+                    f"the pool's cgroup {self._pool.path} was removed, and with it all sessions; "
+                    "the daemon ends, and makes it anew when it is started again"
+                )
             _note_alive(self._pool)
             self._cpu.check()
             if watchdog_s:
@@ -355,31 +403,6 @@ def _raise_file_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(FILES_WANTED, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _lock(run_dir: Path) -> int:
-    """Make the run directory and lock it for this daemon; returns the descriptor that holds the
-    lock. The kernel takes the lock away however the daemon ends. Raises ConfigError."""
-    for name, mode in (("", 0o755), ("agent", 0o755), ("admin", 0o700), ("private", 0o700)):
-        directory = run_dir / name
-        directory.mkdir(parents=True, exist_ok=True)
-        directory.chmod(mode)
-    fd = os.open(run_dir / "private/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise ConfigError(f"server.run_dir: another daemon is running in {run_dir}") from None
-    return fd
-
-
-def _mark_pool(pool: Pool, run_dir: Path) -> None:
-    """Put the daemon's record on the pool. Raises ConfigError where something else is there."""
-    record = {"v": RECORD_VERSION, "kind": "pool", "run_dir": str(run_dir)}
-    raw = pool.cgroup.get_xattr()
-    if raw is not None and read_record(raw, "pool") is None:
-        raise ConfigError(f"pool.cgroup: {pool.path} is marked as something else: {raw!r}")
-    pool.cgroup.set_xattr(json.dumps(record).encode())
 
 
 def _marks(config: Config, pool: Pool, events: FileEvents, observers: Observers) -> list[PoolMark]:

@@ -24,11 +24,11 @@ from agentcgroupd.bpf.btf import Btf
 from agentcgroupd.bpf.generate import OBJECTS
 from agentcgroupd.bpf.libbpf import libbpf
 from agentcgroupd.bpf.sched import SchedSettings, Scheduler
-from agentcgroupd.cgroup.tree import cgroup2_mount
-from agentcgroupd.config import CpuConfig, PoolConfig
+from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
+from agentcgroupd.config import CpuConfig
 from agentcgroupd.cpu.scheduling import CpuScheduling
 from agentcgroupd.policy.schema import Policy
-from agentcgroupd.sessions.pool import prepare_pool
+from agentcgroupd.sessions.pool import Pool, offered_controllers
 from agentcgroupd.telemetry.metrics import Metrics
 from tests.conftest import StartDaemon
 from tests.guest.cpu_load import SCHED_EXT
@@ -208,7 +208,10 @@ def test_someone_elses_scheduler_is_left_alone(daemon: DaemonProcess) -> None:
     """The daemon's part does without beside it, and says whose it is; so does doctor."""
 
     async def try_beside() -> None:
-        pool = prepare_pool(PoolConfig(cgroup=daemon.pool_path))
+        # The daemon has this pool: it is looked at, not claimed.
+        top = Cgroup.open(daemon.cgroup_dir)
+        controllers = offered_controllers(top)
+        pool = Pool(top, cgroup2_mount(), daemon.pool_path, controllers, None, 2000)
         cpu = CpuScheduling(CpuConfig(), None, Metrics(), lambda: Policy().cpu, pool, lambda: ())
         state = cpu.open(None, True)
         assert not state.works and state.remedy == "stop it, or leave the CPU to it"

@@ -12,13 +12,13 @@ import logging
 import socket
 import time
 from collections.abc import Awaitable, Coroutine, Mapping
-from pathlib import Path
 from typing import Any
 
 from google.protobuf import message
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.errors import AgentcgroupdError, Internal, InvalidField, as_request_error
+from agentcgroupd.host.listening import Listener
 from agentcgroupd.intents.parse import WAIT_MOST_USEC
 from agentcgroupd.rpc.agent_calls import AgentCalls
 from agentcgroupd.rpc.packets import PACKET_BYTES_MAX, RPC_PREFIX, Request, packet, rpc_request
@@ -41,15 +41,14 @@ class AttachServer:
 
     def __init__(
         self,
-        path: Path,
-        mode: int,
+        listener: Listener,
         verbs: Mapping[str, Verb],
         agent_calls: AgentCalls | None,
         metrics: Metrics,
     ) -> None:
-        """Prepare to listen on `path`. `mode`: of the socket's file. `verbs`: by name.
-        `agent_calls` answers packets with a message; None: there are none on this socket."""
-        self._path, self._mode = path, mode
+        """Prepare to accept at `listener`. `verbs`: by name. `agent_calls` answers packets with a
+        message; None: there are none on this socket."""
+        self._listener, self._path = listener, listener.path
         self._verbs, self._agent_calls = verbs, agent_calls
         self._metrics = metrics
         self._tasks: set[asyncio.Task[None]] = set()
@@ -60,13 +59,8 @@ class AttachServer:
         """By file number: callers whose answer is not there yet, and who may hang up meanwhile."""
 
     def start(self) -> None:
-        """Listen. OSError if the path cannot be bound."""
-        self._path.unlink(missing_ok=True)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        sock.setblocking(False)
-        sock.bind(str(self._path))
-        self._path.chmod(self._mode)
-        sock.listen(512)
+        """Accept whoever connects from now on."""
+        sock = self._listener.socket
         self._socket = sock
         self._loop.add_reader(sock.fileno(), self._accept)
 
@@ -74,13 +68,12 @@ class AttachServer:
         """Stop listening; half-open connections are closed."""
         if self._socket is not None:
             self._loop.remove_reader(self._socket.fileno())
-            self._socket.close()
+            self._listener.close()
             self._socket = None
         for task in self._tasks:
             task.cancel()
         for client, _ in list(self._open.values()):
             self._close(client)
-        self._path.unlink(missing_ok=True)
 
     def _accept(self) -> None:
         assert self._socket is not None

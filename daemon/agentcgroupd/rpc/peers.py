@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import cast
 
 from agentcgroupd.errors import PermissionDenied
+from agentcgroupd.host.listening import BACKLOG, Listener
 from agentcgroupd.host.proc import CgroupUnknown, cgroup_of
 from agentcgroupd.host.syscalls import peer_credentials, peer_pidfd, pidfd_alive
 from agentcgroupd.state.process import Process
@@ -159,13 +160,12 @@ class _Front(_End):
 
 
 class Relay:
-    """Accepts on `path`, passes on to the gRPC server at `backend`, and knows every peer by
+    """Accepts at `listener`, passes on to the gRPC server at `backend`, and knows every peer by
     name."""
 
     def __init__(
         self,
-        path: Path,
-        mode: int,
+        listener: Listener,
         backend: Path,
         metrics: Metrics,
         find: SessionFinder,
@@ -175,8 +175,8 @@ class Relay:
         self._find = find
         self._crowds: dict[str, str] = {}
         """By the name of each connection: whose it is."""
-        self._path = path
-        self._mode = mode
+        self._listener = listener
+        self._path = listener.path
         self._backend = backend
         self._metrics = metrics
         self._most = most
@@ -186,13 +186,11 @@ class Relay:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Listen. OSError if the path cannot be bound."""
+        """Accept whoever connects from now on."""
         loop = asyncio.get_running_loop()
-        self._path.unlink(missing_ok=True)
-        self._server = await loop.create_unix_server(
-            lambda: _Front(self), str(self._path), backlog=512
+        self._server = await loop.create_server(
+            lambda: _Front(self), sock=self._listener.socket, backlog=BACKLOG
         )
-        self._path.chmod(self._mode)
 
     async def stop(self) -> None:
         """Stop listening and close every connection."""
@@ -203,7 +201,7 @@ class Relay:
         for front in list(self._fronts.values()):
             if front.transport is not None:
                 front.transport.abort()
-        self._path.unlink(missing_ok=True)
+        self._listener.close()
 
     def peer(self, grpc_peer: str) -> Peer:
         """The peer of `context.peer()`. Raises PermissionDenied for a name this relay did not

@@ -30,6 +30,7 @@ from agentcgroupd.errors import (
     as_request_error,
 )
 from agentcgroupd.guard.policy_files import PolicyFiles
+from agentcgroupd.host.listening import remove_stale
 from agentcgroupd.intents.request import intent_of_proto
 from agentcgroupd.rpc.agent_calls import AgentCalls, refuse_unknown
 from agentcgroupd.rpc.peers import Relay, check_operator
@@ -360,6 +361,7 @@ class GrpcServer:
     def __init__(self, path: Path, service_name: str) -> None:
         self._path = path
         self._name = service_name
+        self._is_bound = False
         self.server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -372,9 +374,11 @@ class GrpcServer:
         reflection.enable_server_reflection(names, self.server)
 
     async def start(self) -> None:
-        """Serve. RuntimeError if the socket cannot be bound."""
-        self._path.unlink(missing_ok=True)
+        """Serve. Raises ConfigError where something else than a socket is in the way, RuntimeError
+        if the socket cannot be bound."""
+        remove_stale(self._path)
         self.server.add_insecure_port(f"unix:{self._path}")
+        self._is_bound = True
         await self.server.start()
         for name in ("", self._name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -383,4 +387,5 @@ class GrpcServer:
         """Stop serving; requests under way get GRACE_S to end."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(GRACE_S)
-        self._path.unlink(missing_ok=True)
+        if self._is_bound:
+            self._path.unlink(missing_ok=True)

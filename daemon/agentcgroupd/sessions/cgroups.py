@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -113,6 +114,13 @@ class SessionCgroups:
         try:
             made = self._pool.cgroup.make_child(spec.id)
         except KnobError as error:
+            if isinstance(error, CgroupGone):
+                sentence = (
+                    f"the pool's cgroup {self._pool.path} was removed; the daemon starts anew"
+                )
+                raise Unavailable(sentence) from None
+            if error.errno != errno.EEXIST:
+                raise Unavailable(f"cgroup {path} cannot be made: {error}") from None
             sentence = f"cgroup {path} is there already and is not a session: {error}"
             raise AlreadyExists(sentence, "id", spec.id) from None
         try:

@@ -16,6 +16,7 @@ from agentcgroupd.errors import AgentcgroupdError, CgroupGone, FailedPreconditio
 from agentcgroupd.sessions.cgroups import SessionCgroups
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.sessions.registry import Sessions
+from agentcgroupd.state.records import foreign_version
 from agentcgroupd.state.session import Session
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import session_to_proto
@@ -180,10 +181,24 @@ class SessionLifecycle:
                 log.warning("session %s: its cgroup was removed by someone else", session.id)
                 self._close_soon(session)
 
+    @staticmethod
+    def _foreign_version(cgroup: Cgroup) -> object:
+        """The version of a record that this daemon cannot read; None: there is no such record.
+        Raises KnobError."""
+        raw = cgroup.get_xattr()
+        return foreign_version(raw, "session") or foreign_version(raw, "call")
+
     def _remove_leftover(self, cgroup: Cgroup) -> None:
         """Remove an empty cgroup. One with processes is not ours to kill, and is named in the
         log."""
         try:
+            if (version := self._foreign_version(cgroup)) is not None:
+                log.warning(
+                    "%s has a record of version %s, of another agentcgroupd; it is left alone",
+                    cgroup.path,
+                    version,
+                )
+                return
             if cgroup.populated():
                 log.warning("%s has processes but no record; it is left alone", cgroup.path)
                 return

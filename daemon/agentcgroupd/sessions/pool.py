@@ -6,8 +6,12 @@ root of the cgroup2 mount or whatever the configuration names.
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +19,11 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount, move_all
 from agentcgroupd.config import PoolConfig
 from agentcgroupd.errors import ConfigError, KnobError
+from agentcgroupd.host.flock import Locked, lock
 from agentcgroupd.host.memory import host_memory_bytes
 from agentcgroupd.host.zram import Zram, ZramError
 from agentcgroupd.host.zram import prepare as prepare_zram
+from agentcgroupd.state.records import RECORD_VERSION, foreign_version, read_record
 from agentcgroupd.units import show_bytes
 
 log = logging.getLogger(__name__)
@@ -99,37 +105,117 @@ def _clear_processes(parent: Cgroup) -> None:
     log.info("moved %d processes of %s into %s/", moved, parent.path, SUPERVISOR_LEAF)
 
 
-def prepare_pool(config: PoolConfig) -> Pool:
-    """Make or find the pool's cgroup, enable controllers on the way to it, set its limits.
+class PoolClaim:
+    """The pool's cgroup, found or made, and held for this daemon alone.
 
-    Raises ConfigError when the path cannot be a pool, KnobError when the kernel refuses a limit.
+    The lock is on an interface file that root alone may open: on one that others may read, any
+    process could take the lock and keep the daemon from starting.
     """
-    mount = cgroup2_mount()
-    name = config.cgroup.strip("/")
-    if not name or ".." in name.split("/"):
-        raise ConfigError(
-            f"pool.cgroup: {config.cgroup!r} cannot be used; allowed is a path below the cgroup2 "
-            f"mount {mount}, such as /agentcg"
-        )
-    parent_path = (mount / name).parent
-    try:
-        parent = Cgroup.open(parent_path)
-    except OSError as error:
-        why = f"its parent {parent_path}: {os.strerror(error.errno or 0)}"
-        raise ConfigError(f"pool.cgroup: {config.cgroup!r} cannot be used: {why}") from None
-    try:
-        if parent_path != mount:
-            _clear_processes(parent)
-        _refuse_nested(parent, mount)
-        parent.enable((*CONTROLLERS, *ON_DEMAND))
-        leaf = Path(name).name
-        if leaf not in set(parent.children()):
-            parent.make_child(leaf)
-        memory_above = _memory_above(parent)
-    finally:
-        parent.close()
 
-    cgroup = Cgroup.open(mount / name)
+    def __init__(self, config: PoolConfig) -> None:
+        """Claim the pool. Where it is there and another daemon has it, nothing is written. Raises
+        ConfigError when the path cannot be a pool, KnobError; then nothing of ours is left."""
+        self.mount = cgroup2_mount()
+        self._config = config
+        name = config.cgroup.strip("/")
+        if not name or ".." in name.split("/"):
+            raise self._unusable(
+                f"allowed is a path below the cgroup2 mount {self.mount}, such as /agentcg", ";"
+            )
+        self.path = f"/{name}"
+        """Below the mount, as /proc/<pid>/cgroup shows it."""
+        directory = self.mount / name
+        self._made = not directory.is_dir()
+        if self._made:
+            self._make(directory)
+        self.cgroup = Cgroup.open(directory)
+        try:
+            self._lock = self.cgroup.open_file(knobs.CGROUP_KILL, os.O_WRONLY)
+            lock(self._lock)
+        except (Locked, OSError, KnobError) as error:
+            self.cgroup.close()
+            if isinstance(error, Locked):
+                raise self._taken(error) from None
+            raise
+
+    def _make(self, directory: Path) -> None:
+        with self._parent(directory.parent) as parent:
+            if directory.parent != self.mount:
+                _clear_processes(parent)
+            parent.enable((*CONTROLLERS, *ON_DEMAND))
+            try:
+                parent.make_child(directory.name)
+            except KnobError as error:
+                # Made by another daemon a moment ago: who has the lock decides.
+                if error.errno != errno.EEXIST:
+                    raise
+
+    @contextmanager
+    def _parent(self, directory: Path) -> Iterator[Cgroup]:
+        """The cgroup that the pool lies in, checked. Raises ConfigError."""
+        try:
+            parent = Cgroup.open(directory)
+        except OSError as error:
+            why = f"its parent {directory}: {os.strerror(error.errno or 0)}"
+            raise self._unusable(why) from None
+        try:
+            _refuse_nested(parent, self.mount)
+            yield parent
+        finally:
+            parent.close()
+
+    def prepare(self) -> Pool:
+        """Enable controllers on the way to the pool, and set its limits. Raises ConfigError, or
+        KnobError when the kernel refuses a limit."""
+        with self._parent(self.cgroup.path.parent) as parent:
+            if parent.path != self.mount:
+                _clear_processes(parent)
+            parent.enable((*CONTROLLERS, *ON_DEMAND))
+            memory_above = _memory_above(parent)
+        return _pool_of(self._config, self.cgroup, self.mount, self.path, memory_above)
+
+    def mark(self, run_dir: Path) -> None:
+        """Put the daemon's record on the pool. Raises ConfigError where something else is there,
+        or the record of a daemon that is newer."""
+        record = {"v": RECORD_VERSION, "kind": "pool", "run_dir": str(run_dir)}
+        raw = self.cgroup.get_xattr()
+        if raw is not None and (other := foreign_version(raw, "pool")) is not None:
+            raise self._unusable(
+                f"it has records of version {other}, and this agentcgroupd knows version "
+                f"{RECORD_VERSION}; start the one that made it, and close its sessions first"
+            )
+        if raw is not None and read_record(raw, "pool") is None:
+            raise ConfigError(f"pool.cgroup: {self.path} is marked as something else: {raw!r}")
+        self.cgroup.set_xattr(json.dumps(record).encode())
+
+    def release(self) -> None:
+        """Give the lock up; the pool stays, for the next daemon."""
+        os.close(self._lock)
+        self.cgroup.close()
+
+    def keep(self) -> None:
+        """Let the pool stay from now on, whatever comes: the daemon has started."""
+        self._made = False
+
+    def undo(self) -> None:
+        """Remove a pool that was made here: the daemon did not start."""
+        if not self._made:
+            return
+        try:
+            os.rmdir(self.cgroup.path)
+        except OSError as error:
+            log.debug("%s stays: %s", self.cgroup.path, error)
+
+    def _unusable(self, why: str, mark: str = ":") -> ConfigError:
+        return ConfigError(f"pool.cgroup: {self._config.cgroup!r} cannot be used{mark} {why}")
+
+    def _taken(self, by: Locked) -> ConfigError:
+        who = f"with pid {by.pid}" if by.pid else "whose pid cannot be seen here"
+        why = f"another daemon is running on it, {who}; stop that one, or name another pool"
+        return self._unusable(why)
+
+
+def _pool_of(config: PoolConfig, cgroup: Cgroup, mount: Path, path: str, memory_above: int) -> Pool:
     refused = cgroup.enable(offered_controllers(cgroup))
     if refused:
         raise ConfigError(
@@ -148,7 +234,7 @@ def prepare_pool(config: PoolConfig) -> Pool:
     return Pool(
         cgroup=cgroup,
         mount=mount,
-        path=f"/{name}",
+        path=path,
         controllers=controllers,
         memory_max_bytes=memory_max,
         cpu_millicores=len(os.sched_getaffinity(0)) * 1000,

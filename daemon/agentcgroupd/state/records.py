@@ -23,11 +23,23 @@ def read_record(raw: bytes | None, kind: str) -> dict[str, Any] | None:
         return None
     try:
         data = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(data, dict) or data.get("v") != RECORD_VERSION or data.get("kind") != kind:
         return None
     return data
+
+
+def foreign_version(raw: bytes | None, kind: str) -> object:
+    """The version of a record of ours that this daemon cannot read; None for a record that it can,
+    and for what is no record."""
+    try:
+        data = json.loads(raw or b"null")
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(data, dict) or data.get("kind") != kind or "v" not in data:
+        return None
+    return None if data["v"] == RECORD_VERSION else data["v"]
 
 
 def plain(value: DataclassInstance) -> dict[str, Any]:

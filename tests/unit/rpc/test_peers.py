@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agentcgroupd.errors import PermissionDenied
+from agentcgroupd.host.listening import listen
 from agentcgroupd.rpc.peers import Relay, SessionFinder
 from agentcgroupd.state.session import Session
 from agentcgroupd.telemetry.metrics import Metrics
@@ -28,7 +29,8 @@ async def connections(path: Path, find: SessionFinder, count: int, metrics: Metr
     """How many of `count` connections were closed at once; one session may have one open."""
     backend = path.with_name("backend.sock")
     server = await asyncio.start_unix_server(lambda reader, writer: None, str(backend))
-    relay = Relay(path, 0o600, backend, metrics, find, 1)
+    listener = listen(path, socket.SOCK_STREAM, 0o600, "test", {})
+    relay = Relay(listener, backend, metrics, find, 1)
     await relay.start()
     loop = asyncio.get_running_loop()
     before, closed = open_files(), 0
