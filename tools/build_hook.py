@@ -31,6 +31,7 @@ PROGRAMS = {
     "agentcg-exec": Path("agent_sdk/exec/agentcg-exec.c"),
     "agentcg": Path("agent_sdk/exec/agentcg.c"),
     "agentcg-load": Path("daemon/load/agentcg-load.c"),
+    "agentcg-release": Path("daemon/release/agentcg-release.c"),
 }
 BPF_OUT = Path("daemon/agentcgroupd/bpf")
 # The next instruction set, v4, needs Linux 6.6.

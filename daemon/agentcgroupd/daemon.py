@@ -288,6 +288,7 @@ class Place:
         undo.callback(self._directory.undo)
         undo.callback(os.close, self._directory.lock())
         self.claim.mark(run_dir)
+        self._directory.tell_pool(self.claim.mount, self.claim.path)
         self.sockets = handed_over()
         for sock in self.sockets.values():
             undo.callback(sock.close)

@@ -94,6 +94,13 @@ class RunDir:
             raise _unusable(self.path, f"another daemon is running in it, {who}") from None
         return fd
 
+    def tell_pool(self, mount: Path, path: str) -> None:
+        """Leave word of where the pool is, for agentcg-release, which reads no configuration:
+        the cgroup2 mount, and the path below it, a line each. Raises OSError."""
+        new = self.path / "private/pool.new"
+        new.write_bytes(os.fsencode(f"{mount}\n{path}\n"))
+        new.replace(self.path / "private/pool")
+
     def keep(self) -> None:
         """Let the directories stay from now on, whatever comes: the daemon has started."""
         self._made.clear()
@@ -101,7 +108,8 @@ class RunDir:
     def undo(self) -> None:
         """Remove the directories that were made here and are empty."""
         if self.path / "private" in self._made:
-            (self.path / "private/lock").unlink(missing_ok=True)
+            for name in ("lock", "pool"):
+                (self.path / "private" / name).unlink(missing_ok=True)
         for directory in reversed(self._made):
             try:
                 os.rmdir(directory)

@@ -177,7 +177,12 @@ class PoolClaim:
     def mark(self, run_dir: Path) -> None:
         """Put the daemon's record on the pool. Raises ConfigError where something else is there,
         or the record of a daemon that is newer."""
-        record = {"v": RECORD_VERSION, "kind": "pool", "run_dir": str(run_dir)}
+        record = {
+            "v": RECORD_VERSION,
+            "kind": "pool",
+            "run_dir": str(run_dir),
+            "memory_high_bytes": self._config.memory_high,
+        }
         raw = self.cgroup.get_xattr()
         if raw is not None and (other := foreign_version(raw, "pool")) is not None:
             raise self._unusable(
