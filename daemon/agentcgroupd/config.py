@@ -276,6 +276,12 @@ class AuditConfig(Section):
         AUDIT_BYTES
     )
     """Size at which the log is renamed; empty: the default."""
+    files: Annotated[int, Field(ge=1, le=1000)] = 4
+    """Renamed files that are kept."""
+    session_percent: Annotated[int, Field(ge=1, le=100)] = 25
+    """Share of a file that entries of one session may take."""
+    session_rate: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    """Entries a second of one session; ten times as many at once."""
 
 
 class Config(Section):

@@ -53,7 +53,7 @@ from agentcgroupd.sessions.limits import Ceilings
 from agentcgroupd.sessions.pool import ALIVE_XATTR, Pool, PoolClaim
 from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.session import boottime_usec
-from agentcgroupd.telemetry.audit import Audit
+from agentcgroupd.telemetry.audit import Audit, AuditLimits
 from agentcgroupd.telemetry.feed import Feed
 from agentcgroupd.telemetry.metrics import Heartbeat, Metrics, MetricsServer
 from agentcgroupd.telemetry.notices import Notices
@@ -194,7 +194,11 @@ class Daemon:
         return running
 
     def _make_notices(self, undo: AsyncExitStack) -> Notices:
-        audit = Audit(self._config.audit.path, self._config.audit.max_bytes)
+        config = self._config.audit
+        limits = AuditLimits(
+            config.max_bytes, config.files, config.session_percent, config.session_rate
+        )
+        audit = Audit(config.path, config.max_bytes, limits)
         undo.callback(audit.close)
         return Notices(audit, Metrics(), Feed())
 
@@ -395,6 +399,7 @@ class Running:
         for state, count in states.items():
             metrics.calls_open.labels(state).set(count)
         metrics.audit_lost.set(self._parts.notices.audit.lost)
+        metrics.audit_left_out.set(self._parts.notices.audit.left_out)
         metrics.gpu_calls.set(len(self._gpus.tenants))
 
 

@@ -99,6 +99,9 @@ class Metrics:
         self.peers_refused = counter("peers_refused", "Connections refused", "reason")
         self.leftovers = counter("leftovers_removed", "Cgroups found without an owner and removed")
         self.audit_lost = gauge("audit_entries_lost", "Audit entries that could not be written")
+        self.audit_left_out = gauge(
+            "audit_entries_left_out", "Audit entries of sessions beyond their share or rate"
+        )
         self.loop_lag = histogram("loop_lag_seconds", "Lateness of the event loop", SECONDS_BUCKETS)
 
     def _add_scheduler(self, counter: Callable[..., Counter], gauge: Callable[..., Gauge]) -> None:
