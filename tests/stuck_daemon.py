@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import time
 
 from agentcgroupd import __main__ as program
 from agentcgroupd import daemon
@@ -23,6 +25,11 @@ async def never(server: GrpcServer) -> None:
     await asyncio.Event().wait()
 
 
+async def block(server: GrpcServer) -> None:
+    """Stand for a server that holds up the whole loop."""
+    time.sleep(100)  # noqa: ASYNC251
+
+
 def main() -> int:
     """Run the daemon's own main()."""
     attach = Calls.attach
@@ -32,6 +39,6 @@ def main() -> int:
         asyncio.get_running_loop().call_later(0.2, calls.actions.freeze, call, "to be held")
 
     setattr(Calls, "attach", attach_and_freeze)  # noqa: B010
-    setattr(GrpcServer, "stop", never)  # noqa: B010
+    setattr(GrpcServer, "stop", block if "AGENTCG_TEST_BLOCK" in os.environ else never)  # noqa: B010
     daemon.STOP_MOST_S = STOP_MOST_S
     return program.main()

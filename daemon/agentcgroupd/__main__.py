@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import logging
 import os
 import sys
@@ -15,10 +16,14 @@ from agentcgroup.extras import missing
 EXIT_CONFIG = 78
 """EX_CONFIG of sysexits.h: trying again will not help."""
 
+STOP_ALL_S = 9.0
+"""How long a stop may take; the process then ends itself, with status 1, and says where it was."""
+
 try:
     from agentcgroupd.config import load_config
     from agentcgroupd.daemon import Daemon, PartFailed
     from agentcgroupd.errors import AgentcgroupdError
+    from agentcgroupd.host import journal
     from agentcgroupd.policy.load import load_policy
 except ImportError as error:
     extra = missing(error)
@@ -44,14 +49,20 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _stop_in_time() -> None:
+    """See to it that the process is gone in time whatever does not end: first everything that is
+    held back is let go of, and then there is little worth waiting for."""
+    faulthandler.dump_traceback_later(STOP_ALL_S, exit=True)
+
+
 def main() -> int:
     """Parse, run, and turn what is known to go wrong into one line and an exit status."""
     arguments = _arguments()
-    words = "%(levelname)s %(message)s"
+    in_journal = journal.is_stderr()
     logging.basicConfig(
         level=logging.DEBUG if arguments.verbose else logging.INFO,
-        # The journal adds the time itself.
-        format=words if "JOURNAL_STREAM" in os.environ else f"%(asctime)s {words}",
+        format="%(message)s" if in_journal else "%(asctime)s %(levelname)s %(message)s",
+        handlers=[journal.JournalHandler() if in_journal else logging.StreamHandler()],
     )
     try:
         config = load_config(arguments.config)
@@ -62,7 +73,7 @@ def main() -> int:
         if os.geteuid() != 0:
             log.error("agentcgroupd must run as root: it makes cgroups and moves processes")
             return 1
-        asyncio.run(Daemon(config).run())
+        asyncio.run(Daemon(config, _stop_in_time).run())
         return 0
     except PartFailed as error:
         log.error("%s", error)

@@ -26,7 +26,7 @@ from agentcgroupd.calls.queue import AdmissionQueue
 from agentcgroupd.calls.reports import Reports
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
-from agentcgroupd.config import Config
+from agentcgroupd.config import Config, ServerConfig
 from agentcgroupd.cpu.scheduling import CpuScheduling
 from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.errors import AgentcgroupdError, ConfigError, KnobError
@@ -43,9 +43,10 @@ from agentcgroupd.policy.learning import Peaks
 from agentcgroupd.restore import restore
 from agentcgroupd.rpc.agent_calls import AgentCalls
 from agentcgroupd.rpc.attach import AttachServer
+from agentcgroupd.rpc.canary import EVERY_S, Canary
 from agentcgroupd.rpc.peers import Relay
 from agentcgroupd.rpc.services import AdminService, AgentService, GrpcServer, Parts
-from agentcgroupd.rpc.verbs import AgentVerbs, OperatorVerbs
+from agentcgroupd.rpc.verbs import PING, AgentVerbs, OperatorVerbs, pong
 from agentcgroupd.rpc.views import Views
 from agentcgroupd.sessions.cgroups import SessionCgroups
 from agentcgroupd.sessions.lifecycle import SessionLifecycle
@@ -63,7 +64,7 @@ log = logging.getLogger(__name__)
 SWEEP_INTERVAL_S = 10.0
 BEAT_INTERVAL_S = 0.5
 FILES_WANTED = 262_144
-STOP_MOST_S = 5.0
+STOP_MOST_S = 1.5
 """How long one part may take to stop; then the daemon goes on stopping without it."""
 
 
@@ -77,8 +78,9 @@ class Daemon:
     gpu_sources = GpuSources()
     """Where the GPU driver and MPS are reached; tests put stand-ins here."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, on_stop: Callable[[], None] = lambda: None) -> None:
+        """`on_stop` is called when the daemon begins to stop."""
+        self._config, self._on_stop = config, on_stop
 
     async def run(self) -> None:
         """Take the pool, take up what is there, serve until SIGTERM or SIGINT, and let go. Sessions
@@ -91,6 +93,8 @@ class Daemon:
             # What is registered here is undone in the opposite order.
             running = await self._start(undo)
             undo.callback(notify, "STOPPING=1")
+            undo.callback(running.heartbeat.stopping)
+            undo.callback(self._on_stop)
             await running.until_stopped()
 
     async def _start(self, undo: AsyncExitStack) -> Running:
@@ -179,7 +183,7 @@ class Daemon:
         views = Views(pool, sessions, lifecycle, calls, queue, policy_files, gpus, guard_loop)
         agent_calls = AgentCalls(sessions, calls, queue, admission)
         parts = Parts(sessions, lifecycle, calls, queue, agent_calls, views, policy_files, notices)
-        running = Running(parts, pool, observers, cpu, gpus)
+        running = Running(parts, pool, observers, cpu, gpus, config.server)
         running.sweep()
         await self._open_doors(undo, parts, admission, running.heartbeat, place.sockets)
         # What is held is let go of first: no part that is slow to stop can keep it.
@@ -249,11 +253,12 @@ class Daemon:
             pb_grpc.add_AdminServicer_to_server(AdminService(parts, relay), server.server)
         if role == "agent":
             agent = AgentVerbs(parts.sessions, parts.calls, admission)
-            verbs = {"attach": agent.attach, "begin": agent.begin}
+            verbs = {PING: pong, "attach": agent.attach, "begin": agent.begin}
             attach = AttachServer(attach_listener, verbs, parts.agent_calls, metrics)
         else:
             operator = OperatorVerbs(parts.sessions, parts.calls)
-            attach = AttachServer(attach_listener, {"enter": operator.enter}, None, metrics)
+            verbs = {PING: pong, "enter": operator.enter}
+            attach = AttachServer(attach_listener, verbs, None, metrics)
         undo.push_async_callback(_bounded, f"the {role} gRPC server", server.stop)
         await server.start()
         undo.push_async_callback(_bounded, f"the {role} relay", relay.stop)
@@ -268,7 +273,7 @@ class Daemon:
         if not address:
             return
         try:
-            server = MetricsServer(address, metrics, heartbeat.wrong)
+            server = MetricsServer(address, metrics, heartbeat.wrong, heartbeat.unready)
         except OSError as error:
             why = os.strerror(error.errno or 0)
             message = f"server.metrics_address: {address!r} cannot be used: {why}"
@@ -307,8 +312,15 @@ class Running:
     """A daemon that has started: what it does again and again until it is told to stop."""
 
     def __init__(
-        self, parts: Parts, pool: Pool, observers: Observers, cpu: CpuScheduling, gpus: Gpus
+        self,
+        parts: Parts,
+        pool: Pool,
+        observers: Observers,
+        cpu: CpuScheduling,
+        gpus: Gpus,
+        server: ServerConfig,
     ) -> None:
+        self._run_dir, self._is_watched = server.run_dir, bool(server.metrics_address)
         self._parts = parts
         self._pool = pool
         self._observers = observers
@@ -334,6 +346,7 @@ class Running:
                 endless = (
                     group.create_task(self._sweep_forever()),
                     group.create_task(self._beat_forever()),
+                    group.create_task(self._ask_forever()),
                     group.create_task(self._parts.policy_files.compare_forever()),
                 )
                 await self._stop.wait()
@@ -362,12 +375,11 @@ class Running:
             self.sweep()
 
     async def _beat_forever(self) -> None:
-        """Keep gauges, the loop's lateness, and systemd's watchdog."""
+        """Keep gauges and the loop's lateness."""
         loop = asyncio.get_running_loop()
-        watchdog_s = watchdog_interval_s()
         due = loop.time()
         while True:
-            due += min(BEAT_INTERVAL_S, watchdog_s or BEAT_INTERVAL_S)
+            due += BEAT_INTERVAL_S
             await asyncio.sleep(max(0.0, due - loop.time()))
             self._metrics.loop_lag.observe(max(0.0, loop.time() - due))
             due = max(due, loop.time())
@@ -379,12 +391,25 @@ class Running:
                 )
             _note_alive(self._pool)
             self._cpu.check()
-            if watchdog_s:
-                notify("WATCHDOG=1")
             try:
                 self._set_gauges()
             except KnobError as error:
                 log.error("the pool cannot be read: %s", error)
+
+    async def _ask_forever(self) -> None:
+        """Ask the daemon itself; the answers feed systemd's watchdog and /readyz."""
+        watchdog_s = watchdog_interval_s()
+        if not watchdog_s and not self._is_watched:
+            return
+
+        def answered(role: str) -> None:
+            self.heartbeat.answered(role)
+            if role == "admin" and watchdog_s:
+                notify("WATCHDOG=1")
+
+        every_s = min(EVERY_S, watchdog_s / 2 or EVERY_S)
+        canary = Canary(self._run_dir, answered, self.heartbeat.unanswered, every_s)
+        await canary.forever()
 
     def _set_gauges(self) -> None:
         metrics = self._metrics

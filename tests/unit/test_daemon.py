@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from agentcgroupd import daemon
+from agentcgroupd.config import ServerConfig
 from agentcgroupd.daemon import PartFailed, Running
 
 
@@ -23,7 +24,7 @@ def running(compare_forever: Any) -> Running:
         notices=SimpleNamespace(metrics=nothing),
         policy_files=files,
     )
-    return Running(parts, nothing, nothing, nothing, nothing)
+    return Running(parts, nothing, nothing, nothing, nothing, ServerConfig(metrics_address=""))
 
 
 def test_a_part_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:

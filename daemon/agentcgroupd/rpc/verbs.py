@@ -18,8 +18,16 @@ from agentcgroupd.state.session import Call
 
 Answer = list[str] | Coroutine[Any, Any, list[str]]
 """The words of a reply, or the coroutine that has to be awaited for them."""
+PING = "ping"
+"""The verb that only asks for an answer."""
 Verb = Callable[[Peer, Request], Answer]
 """Does what is asked. Raises AgentcgroupdError, as does what is awaited."""
+
+
+def pong(peer: Peer, request: Request) -> list[str]:
+    """Answer whoever could connect."""
+    request.only()
+    return ["OK"]
 
 
 class AgentVerbs:

@@ -150,25 +150,32 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 class MetricsServer:
-    """/metrics and /healthz on a loopback port, in a thread of its own, so that a stuck daemon can
-    still be seen to be stuck."""
+    """/metrics, /healthz (it lives) and /readyz (agents are served) on a loopback port, in a thread
+    of its own, so that a stuck daemon can still be seen to be stuck."""
 
-    def __init__(self, address: str, metrics: Metrics, health: Callable[[], str]) -> None:
-        """`health` returns nothing when all is well, else what is wrong. OSError if the port is
-        taken."""
+    def __init__(
+        self,
+        address: str,
+        metrics: Metrics,
+        health: Callable[[], str],
+        readiness: Callable[[], str],
+    ) -> None:
+        """`health` and `readiness` return nothing when all is well, else what is wrong. OSError if
+        the port is taken."""
+        checks = {"/healthz": health, "/readyz": readiness}
         host, _, port = address.rpartition(":")
         scrape = make_wsgi_app(metrics.registry)
 
         def app(environ: dict[str, Any], start_response: Any) -> Any:
-            if environ["PATH_INFO"] == "/healthz":
-                wrong = health()
+            if (check := checks.get(environ["PATH_INFO"])) is not None:
+                wrong = check()
                 status = "503 Service Unavailable" if wrong else "200 OK"
                 start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
                 return [f"{wrong or 'ok'}\n".encode()]
             if environ["PATH_INFO"] == "/metrics":
                 return scrape(environ, start_response)
             start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
-            return [b"see /metrics and /healthz\n"]
+            return [b"see /metrics, /healthz and /readyz\n"]
 
         self._server = make_server(
             host.strip("[]"),
@@ -191,19 +198,46 @@ class MetricsServer:
 
 
 class Heartbeat:
-    """When the event loop last ran: written by the loop, read by /healthz from another thread."""
+    """When the event loop last ran, and when the daemon last answered itself: written by the loop,
+    read by /healthz and /readyz from another thread."""
 
-    def __init__(self, limit_s: float = 5.0) -> None:
-        self._limit_s = limit_s
-        self._last = time.monotonic()
+    def __init__(self, limit_s: float = 5.0, canary_limit_s: float = 15.0) -> None:
+        """`limit_s`: how long the loop may be silent; `canary_limit_s`: how long the operator's
+        sockets may."""
+        self._limit_s, self._canary_limit_s = limit_s, canary_limit_s
+        self._last = self._answered = time.monotonic()
+        self._unready = "no request has been answered yet"
+
+    def answered(self, role: str) -> None:
+        """Note that the sockets of a role have answered."""
+        if role == "admin":
+            self._answered = time.monotonic()
+        else:
+            self._unready = ""
+
+    def unanswered(self, role: str, why: str) -> None:
+        """Note that the sockets of a role have not answered, and why."""
+        if role == "agent":
+            self._unready = f"the agents' sockets do not answer: {why}"
+
+    def stopping(self) -> None:
+        """Note that nothing new is to be asked of this daemon."""
+        self._unready = "the daemon is stopping"
 
     def beat(self) -> None:
         """Note that the loop runs now."""
         self._last = time.monotonic()
 
     def wrong(self) -> str:
-        """How long the loop has not run, as a sentence; empty while all is well."""
-        silent_s = time.monotonic() - self._last
-        if silent_s <= self._limit_s:
-            return ""
-        return f"the event loop has not run for {silent_s:.1f} s"
+        """What is wrong with the daemon, as a sentence; empty while it lives and answers."""
+        now = time.monotonic()
+        silent_s, unanswered_s = now - self._last, now - self._answered
+        if silent_s > self._limit_s:
+            return f"the event loop has not run for {silent_s:.1f} s"
+        if unanswered_s > self._canary_limit_s:
+            return f"the operator's sockets have not answered for {unanswered_s:.1f} s"
+        return ""
+
+    def unready(self) -> str:
+        """Why agents should not be sent here now, as a sentence; empty while they may come."""
+        return self.wrong() or self._unready

@@ -43,7 +43,9 @@ class Notices:
         self.metrics.actions.labels(action).inc()
         session = call.session.id
         self.audit.write(action, session=session, call=call.id, why=why)
-        log.info("%s call %s (%s) of session %s: %s", action, call.id, call.name, session, why)
+        fields = {"session": session, "call": call.id}
+        words = (action, call.id, call.name, session, why)
+        log.info("%s call %s (%s) of session %s: %s", *words, extra=fields)
         if code is not None:
             self.tell(call.session, call.id, pb.Feedback(code=code, sentence=why))
 
@@ -53,7 +55,7 @@ class Notices:
         """An action on a session was carried out; its agent is told `code`."""
         self.metrics.actions.labels(action).inc()
         self.audit.write(action, session=session.id, why=why)
-        log.info("%s session %s: %s", action, session.id, why)
+        log.info("%s session %s: %s", action, session.id, why, extra={"session": session.id})
         self.tell(session, "", pb.Feedback(code=code, sentence=why))
 
     def dry_run(self, action: str, subject: str, ruleset: str, why: str) -> None:
@@ -84,6 +86,7 @@ class Notices:
             pid,
             session.id,
             f"call {call.id}" if call else "the agent itself",
+            extra={"session": session.id, "call": call_id},
         )
 
     def events_lost(self, counts: dict[str, int]) -> None:

@@ -1,0 +1,35 @@
+"""The daemon that goes deaf while a file is there: its loop turns, and nobody is answered.
+
+The file is named by the environment variable AGENTCG_TEST_DEAF; what is in it says on which
+sockets. With `loop` in it, whoever asks stops the loop for some seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+from agentcgroupd import __main__ as program
+from agentcgroupd.rpc.attach import AttachServer
+
+STUCK_S = 8.0
+
+
+def main() -> int:
+    """Run the daemon's own main()."""
+    deaf = Path(os.environ["AGENTCG_TEST_DEAF"])
+    readable = AttachServer._readable
+
+    def is_deaf(path: Path) -> bool:
+        return deaf.exists() and path.parent.name in deaf.read_text()
+
+    def hear(server: AttachServer, client: socket.socket) -> None:
+        if deaf.exists() and deaf.read_text() == "loop":
+            time.sleep(STUCK_S)
+        if not is_deaf(server._path):
+            readable(server, client)
+
+    setattr(AttachServer, "_readable", hear)  # noqa: B010
+    return program.main()
