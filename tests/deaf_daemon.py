@@ -7,12 +7,11 @@ sockets. With `loop` in it, whoever asks stops the loop for some seconds.
 from __future__ import annotations
 
 import os
-import socket
 import time
 from pathlib import Path
 
 from agentcgroupd import __main__ as program
-from agentcgroupd.rpc.attach import AttachServer
+from agentcgroupd.rpc.attach import AttachServer, Caller
 
 STUCK_S = 8.0
 
@@ -25,11 +24,11 @@ def main() -> int:
     def is_deaf(path: Path) -> bool:
         return deaf.exists() and path.parent.name in deaf.read_text()
 
-    def hear(server: AttachServer, client: socket.socket) -> None:
+    def hear(server: AttachServer, caller: Caller) -> None:
         if deaf.exists() and deaf.read_text() == "loop":
             time.sleep(STUCK_S)
         if not is_deaf(server._path):
-            readable(server, client)
+            readable(server, caller)
 
     setattr(AttachServer, "_readable", hear)  # noqa: B010
     return program.main()

@@ -150,6 +150,34 @@ class GuardConfig(Section):
     """Pages that come back after they were reclaimed, a second, of a session."""
 
 
+class LimitsConfig(Section):
+    """What one session may ask of the daemon, or one user outside of sessions (rpc/budgets.py)."""
+
+    connects_per_s: Annotated[int, Field(ge=1, le=100_000)] = 100
+    """New gRPC connections a second."""
+    packets_per_s: Annotated[int, Field(ge=1, le=1_000_000)] = 2000
+    """Connections of the attach socket a second, each of which carries one request."""
+    requests_per_s: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    """Requests a second over gRPC; more of them wait."""
+    requests_burst: Annotated[int, Field(ge=1, le=100_000)] = 32
+    bytes_per_s: Annotated[int, quantity(parse_bytes, "size"), Field(ge=65_536)] = 4 << 20
+    """Bytes a second that are read from gRPC connections; more of them wait."""
+    streams: Annotated[int, Field(ge=1, le=100_000)] = 512
+    """Requests over gRPC that are being answered at a time."""
+    watchers: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Of these, streams of events."""
+    attaching: Annotated[int, Field(ge=1, le=100_000)] = 512
+    """Open connections of the attach socket."""
+    answer_bytes: Annotated[int, quantity(parse_bytes, "size"), Field(ge=65_536)] = 4 << 20
+    """Size of the answers that have been given and not been read."""
+    answer_bytes_all: Annotated[int, quantity(parse_bytes, "size"), Field(ge=65_536)] = 64 << 20
+    """The same, of all together."""
+    connections_all: Annotated[int, Field(ge=1, le=100_000)] = 2048
+    """Open gRPC connections of all together."""
+    memory: Annotated[int, quantity(parse_bytes, "size"), Field(ge=64 << 20)] = 512 << 20
+    """Memory that the daemon itself may hold; above it, whoever has most open is disconnected."""
+
+
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
 
 
@@ -297,6 +325,7 @@ class Config(Section):
     gpu: GpuConfig = GpuConfig()
     cpu: CpuConfig = CpuConfig()
     server: ServerConfig = ServerConfig()
+    limits: LimitsConfig = LimitsConfig()
     audit: AuditConfig = AuditConfig()
 
 

@@ -43,10 +43,12 @@ from agentcgroupd.policy.learning import Peaks
 from agentcgroupd.restore import restore
 from agentcgroupd.rpc.agent_calls import AgentCalls
 from agentcgroupd.rpc.attach import AttachServer
+from agentcgroupd.rpc.budgets import Budgets
 from agentcgroupd.rpc.canary import EVERY_S, Canary
-from agentcgroupd.rpc.peers import Relay
+from agentcgroupd.rpc.gate import Gate
+from agentcgroupd.rpc.relay import Relay
 from agentcgroupd.rpc.services import AdminService, AgentService, GrpcServer, Parts
-from agentcgroupd.rpc.verbs import PING, AgentVerbs, OperatorVerbs, pong
+from agentcgroupd.rpc.verbs import PING, AgentVerbs, OperatorVerbs, Verb, pong
 from agentcgroupd.rpc.views import Views
 from agentcgroupd.sessions.cgroups import SessionCgroups
 from agentcgroupd.sessions.lifecycle import SessionLifecycle
@@ -58,6 +60,7 @@ from agentcgroupd.telemetry.audit import Audit, AuditLimits
 from agentcgroupd.telemetry.feed import Feed
 from agentcgroupd.telemetry.metrics import Heartbeat, Metrics, MetricsServer
 from agentcgroupd.telemetry.notices import Notices
+from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +106,7 @@ class Daemon:
         _raise_file_limit()
         place = Place(config, undo)
         notices = self._make_notices(undo)
+        turns = Turns()
         pool = place.claim.prepare()
         policy_files = PolicyFiles(config.policy, policy, notices, pool.memory_max_bytes)
         events = FileEvents()
@@ -179,10 +183,28 @@ class Daemon:
         restore(lifecycle, sessions, calls, notices.audit, peaks)
 
         # Who may ask, and what goes on from now on.
-        guard_loop = guard.loop if guard is not None else None
-        views = Views(pool, sessions, lifecycle, calls, queue, policy_files, gpus, guard_loop)
+        views = Views(
+            pool,
+            sessions,
+            lifecycle,
+            calls,
+            queue,
+            policy_files,
+            gpus,
+            guard.loop if guard is not None else None,
+        )
         agent_calls = AgentCalls(sessions, calls, queue, admission)
-        parts = Parts(sessions, lifecycle, calls, queue, agent_calls, views, policy_files, notices)
+        parts = Parts(
+            sessions,
+            lifecycle,
+            calls,
+            queue,
+            agent_calls,
+            views,
+            policy_files,
+            notices,
+            turns,
+        )
         running = Running(parts, pool, observers, cpu, gpus, config.server)
         running.sweep()
         await self._open_doors(undo, parts, admission, running.heartbeat, place.sockets)
@@ -238,27 +260,25 @@ class Daemon:
             run_dir / role / "attach.sock", packets, mode, f"{role}-attach", given
         )
         undo.callback(attach_listener.close)
+        find = parts.sessions.of_cgroup
+        budgets = Budgets(self._config.limits, self._config.sessions.connections_max, metrics)
         backend = run_dir / f"private/{role}.sock"
-        server = GrpcServer(backend, f"agentcgroup.v1.{role.capitalize()}")
-        relay = Relay(
-            listener,
-            backend,
-            metrics,
-            parts.sessions.of_cgroup,
-            self._config.sessions.connections_max,
-        )
+        gate = Gate(metrics, parts.turns)
+        server = GrpcServer(backend, f"agentcgroup.v1.{role.capitalize()}", gate)
+        relay = Relay(listener, backend, metrics, find, budgets)
+        gate.relay = relay
         if role == "agent":
             pb_grpc.add_AgentServicer_to_server(AgentService(parts, relay), server.server)
         else:
             pb_grpc.add_AdminServicer_to_server(AdminService(parts, relay), server.server)
         if role == "agent":
             agent = AgentVerbs(parts.sessions, parts.calls, admission)
-            verbs = {PING: pong, "attach": agent.attach, "begin": agent.begin}
-            attach = AttachServer(attach_listener, verbs, parts.agent_calls, metrics)
+            verbs: dict[str, Verb] = {PING: pong, "attach": agent.attach, "begin": agent.begin}
+            calls: AgentCalls | None = parts.agent_calls
         else:
             operator = OperatorVerbs(parts.sessions, parts.calls)
-            verbs = {PING: pong, "enter": operator.enter}
-            attach = AttachServer(attach_listener, verbs, None, metrics)
+            verbs, calls = {PING: pong, "enter": operator.enter}, None
+        attach = AttachServer(attach_listener, verbs, calls, metrics, find, budgets, parts.turns)
         undo.push_async_callback(_bounded, f"the {role} gRPC server", server.stop)
         await server.start()
         undo.push_async_callback(_bounded, f"the {role} relay", relay.stop)

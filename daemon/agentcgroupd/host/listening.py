@@ -16,7 +16,7 @@ from agentcgroupd.errors import ConfigError
 
 LISTEN_FDS_START = 3
 """Number of the first descriptor that systemd hands over."""
-BACKLOG = 512
+BACKLOG = 1024
 
 
 class Listener:

@@ -30,6 +30,9 @@ IN_Q_OVERFLOW = 0x4000
 SO_PEERPIDFD = 77
 """include/uapi/asm-generic/socket.h; Linux 6.5."""
 
+SO_PASSRIGHTS = 83
+"""include/uapi/asm-generic/socket.h; Linux 6.16."""
+
 _PIDFD_INFO = struct.Struct("=QQ11Ii")
 """The first 64 bytes of struct pidfd_info, include/uapi/linux/pidfd.h."""
 _PIDFD_INFO_EXIT = 1 << 3
@@ -104,6 +107,17 @@ def has_peer_pidfd() -> bool:
             os.close(left.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD))
         except OSError:
             return False
+    return True
+
+
+def refuse_descriptors(sock: socket.socket) -> bool:
+    """Have nobody send descriptors over a Unix socket or, where it listens, over what it accepts.
+    Returns whether the kernel does that; before Linux 6.16 the kernel drops them when the message
+    is received without room for them."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+    except OSError:
+        return False
     return True
 
 

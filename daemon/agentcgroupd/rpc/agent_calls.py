@@ -19,19 +19,37 @@ from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.wire import call_to_proto
 
+UNKNOWN_NAMED_BYTES = 4096
+"""Only in messages up to this size is an unknown field looked for to be named."""
+
 
 def refuse_unknown(request: message.Message) -> None:
     """Refuse a message with a field that this version does not know: it was meant to do something,
-    and dropping it in silence would hide that it is not done. Raises InvalidField."""
+    and dropping it in silence would hide that it is not done. Raises InvalidField.
+
+    Unknown fields are dropped and what is left is measured, which costs next to nothing however
+    many there are; to look at each of them would not.
+    """
+    before = request.ByteSize()
+    named = _unknown_of(request) if before <= UNKNOWN_NAMED_BYTES else ""
+    request.DiscardUnknownFields()
+    if named or request.ByteSize() != before:
+        name = named or request.DESCRIPTOR.name
+        allowed = "the fields of this version of agentcgroup.proto"
+        raise InvalidField(name, "", allowed, "it is unknown here")
+
+
+def _unknown_of(request: message.Message) -> str:
+    """Name an unknown field of a message or of one in it; empty: there is none."""
     # Typed as a sequence only: it has no __iter__.
     found = unknown_fields.UnknownFieldSet(request)
     if len(found):
-        name = f"{request.DESCRIPTOR.name} field {found[0].field_number}"
-        allowed = "the fields of this version of agentcgroup.proto"
-        raise InvalidField(name, "", allowed, "it is unknown here")
+        return f"{request.DESCRIPTOR.name} field {found[0].field_number}"
     for descriptor, value in request.ListFields():
         if descriptor.type == descriptor.TYPE_MESSAGE and isinstance(value, message.Message):
-            refuse_unknown(value)
+            if name := _unknown_of(value):
+                return name
+    return ""
 
 
 class AgentCalls:

@@ -9,31 +9,58 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import time
 from collections.abc import Awaitable, Coroutine, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from google.protobuf import message
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.errors import AgentcgroupdError, Internal, InvalidField, as_request_error
+from agentcgroupd.errors import (
+    AgentcgroupdError,
+    Internal,
+    InvalidField,
+    ResourceExhausted,
+    Unavailable,
+    as_request_error,
+)
 from agentcgroupd.host.listening import Listener
+from agentcgroupd.host.syscalls import peer_credentials
 from agentcgroupd.intents.parse import WAIT_MOST_USEC
 from agentcgroupd.rpc.agent_calls import AgentCalls
+from agentcgroupd.rpc.budgets import Budgets, Crowd
+from agentcgroupd.rpc.door import Door
 from agentcgroupd.rpc.packets import PACKET_BYTES_MAX, RPC_PREFIX, Request, packet, rpc_request
-from agentcgroupd.rpc.peers import Peer
+from agentcgroupd.rpc.peers import Peer, SessionFinder, crowd_of
 from agentcgroupd.rpc.verbs import Answer, Verb
 from agentcgroupd.telemetry.metrics import Metrics
+from agentcgroupd.telemetry.seldom import Seldom
 from agentcgroupd.telemetry.wire import error_to_proto
+from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
 
 SILENT_TIMEOUT_S = 5.0
-CONNECTIONS_MAX = 512
-"""Open at a time. A request is answered in one go, so what stays open is silent, or waits for a
-call to end."""
-ACCEPT_PAUSE_S = 0.1
+SILENT_MAX = 256
+"""Connections of one crowd that have not sent their request; of more, the oldest is closed."""
+
+LIMIT_KEYS = {"attaching": "attaching", "packets": "packets_per_s"}
+"""Keys of the configuration by what there is too much of."""
+
+
+@dataclass(slots=True, eq=False)
+class Caller:
+    """An open connection."""
+
+    socket: socket.socket
+    peer: Peer
+    crowd: Crowd
+    timer: asyncio.TimerHandle | None = None
+    """Closes the connection, as long as it is silent."""
 
 
 class AttachServer:
@@ -45,121 +72,187 @@ class AttachServer:
         verbs: Mapping[str, Verb],
         agent_calls: AgentCalls | None,
         metrics: Metrics,
+        find: SessionFinder,
+        budgets: Budgets,
+        turns: Turns,
     ) -> None:
         """Prepare to accept at `listener`. `verbs`: by name. `agent_calls` answers packets with a
-        message; None: there are none on this socket."""
-        self._listener, self._path = listener, listener.path
+        message; None: there are none on this socket. `find`: the session of a cgroup. `budgets`,
+        `turns`: what each peer may ask for, and when."""
+        self._path = listener.path
         self._verbs, self._agent_calls = verbs, agent_calls
-        self._metrics = metrics
+        self._metrics, self._find, self._budgets = metrics, find, budgets
+        self._turns = turns
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
-        self._socket: socket.socket | None = None
-        self._open: dict[int, tuple[socket.socket, asyncio.TimerHandle]] = {}
-        self._waiting: dict[int, asyncio.Task[None]] = {}
-        """By file number: callers whose answer is not there yet, and who may hang up meanwhile."""
+        self._door = Door(listener, self._accepted, metrics)
+        self._complaint = Seldom(log, logging.WARNING, str(listener.path))
+        self._silent: dict[Crowd, dict[Caller, None]] = {}
+        """Callers whose request has not come, oldest first."""
+        self._callers: set[Caller] = set()
 
     def start(self) -> None:
         """Accept whoever connects from now on."""
-        sock = self._listener.socket
-        self._socket = sock
-        self._loop.add_reader(sock.fileno(), self._accept)
+        self._door.open()
 
     def stop(self) -> None:
         """Stop listening; half-open connections are closed."""
-        if self._socket is not None:
-            self._loop.remove_reader(self._socket.fileno())
-            self._listener.close()
-            self._socket = None
+        self._door.close()
         for task in self._tasks:
             task.cancel()
-        for client, _ in list(self._open.values()):
-            self._close(client)
+        for caller in list(self._callers):
+            self._close(caller)
 
-    def _accept(self) -> None:
-        assert self._socket is not None
+    # Connections
+
+    def _accepted(self, client: socket.socket) -> None:
+        """Take in a connection: find out whose it is, and refuse it if there are too many."""
         try:
-            client, _ = self._socket.accept()
-        except BlockingIOError:
-            return  # the caller hung up
-        except OSError as error:
-            # EMFILE and friends: it stays in the backlog, and is not asked for again at once.
-            log.error("%s: accept: %s", self._path, error)
-            self._loop.remove_reader(self._socket.fileno())
-            self._loop.call_later(ACCEPT_PAUSE_S, self._listen_again)
+            pid = peer_credentials(client).pid
+            crowd = self._budgets.known(pid)
+            if crowd is not None and (what := self._too_many(crowd)):
+                self._turn_away(client, crowd, what)
+                return
+            peer = Peer(client)
+        except AgentcgroupdError as error:
+            self._send_refusal(client, error)
+            client.close()
             return
-        if len(self._open) >= CONNECTIONS_MAX:
-            # The oldest has been silent longest: a request is answered when it comes.
-            self._close(next(iter(self._open.values()))[0])
-        client.setblocking(False)
-        timer = self._loop.call_later(SILENT_TIMEOUT_S, self._close, client)
-        self._open[client.fileno()] = (client, timer)
-        self._loop.add_reader(client.fileno(), self._readable, client)
-        # Mostly the request came with the connection: no need to go round the loop for it.
-        self._readable(client)
+        except OSError as error:
+            self._complaint.say(f"who calls cannot be told: {error}")
+            client.close()
+            return
+        try:
+            crowd = self._budgets.crowd(crowd_of(peer, self._find))
+            self._budgets.remember(pid, crowd)
+        except Exception as error:
+            peer.close()
+            if not isinstance(error, AgentcgroupdError):
+                log.exception("%s: who calls cannot be told", self._path)
+            self._send_refusal(client, _known(error))
+            client.close()
+            return
+        if what := self._too_many(crowd):
+            peer.close()
+            self._turn_away(client, crowd, what)
+            return
+        crowd.packets.take(1)
+        crowd.attaching += 1
+        caller = Caller(client, peer, crowd)
+        self._callers.add(caller)
+        self._listen_to(caller)
 
-    def _listen_again(self) -> None:
-        if self._socket is not None:
-            self._loop.add_reader(self._socket.fileno(), self._accept)
+    def _too_many(self, crowd: Crowd) -> str:
+        """What a crowd has too much of to be let in once more; empty: nothing."""
+        if crowd.attaching >= self._budgets.limits.attaching:
+            return "attaching"
+        return "packets" if crowd.packets.left(self._loop.time()) < 1 else ""
 
-    def _close(self, client: socket.socket) -> None:
-        entry = self._open.pop(client.fileno(), None)
-        if entry is not None:
-            entry[1].cancel()
-            self._loop.remove_reader(client.fileno())
+    def _turn_away(self, client: socket.socket, crowd: Crowd, what: str) -> None:
+        self._budgets.refused(what)
+        self._complaint.say(f"refused: {crowd.key} has too many {what}")
+        sentence = f"{crowd.key} asks too much at a time (limits.{LIMIT_KEYS[what]})"
+        self._send_refusal(client, ResourceExhausted(sentence, what))
         client.close()
 
-    def _readable(self, client: socket.socket) -> None:
+    def _send_refusal(self, client: socket.socket, error: AgentcgroupdError) -> None:
+        """Answer a request that has not been read, in the form in which it was asked."""
         try:
-            data = client.recv(PACKET_BYTES_MAX + 1)
+            start = client.recv(len(RPC_PREFIX))
+        except OSError:
+            return  # it has not been sent yet: the caller sees the connection end
+        if start == RPC_PREFIX:
+            self._refuse(client, error)
+        elif start:
+            self._reply(client, packet(self._error_words(error)))
+
+    def _listen_to(self, caller: Caller) -> None:
+        """Wait for a caller's request, unless it is there already."""
+        silent = self._silent.setdefault(caller.crowd, {})
+        silent[caller] = None
+        caller.timer = self._loop.call_later(SILENT_TIMEOUT_S, self._close, caller)
+        self._loop.add_reader(caller.socket.fileno(), self._readable, caller)
+        # Mostly the request came with the connection: no need to go round the loop for it.
+        self._readable(caller)
+        if len(silent) > SILENT_MAX:
+            self._budgets.refused("silent")
+            self._close(next(iter(silent)))
+
+    def _heard(self, caller: Caller) -> None:
+        """Stop waiting for a caller's request."""
+        if caller.timer is not None:
+            caller.timer.cancel()
+            caller.timer = None
+            self._loop.remove_reader(caller.socket.fileno())
+            silent = self._silent[caller.crowd]
+            silent.pop(caller, None)
+            if not silent:
+                del self._silent[caller.crowd]
+
+    def _close(self, caller: Caller) -> None:
+        if caller not in self._callers:
+            return
+        self._heard(caller)
+        self._callers.discard(caller)
+        caller.crowd.attaching -= 1
+        caller.socket.close()
+        caller.peer.close()
+
+    # Requests
+
+    def _readable(self, caller: Caller) -> None:
+        try:
+            data = caller.socket.recv(PACKET_BYTES_MAX + 1)
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        if data.startswith(RPC_PREFIX) and self._agent_calls is not None:
-            self._rpc(client, data, self._agent_calls)
-            return
+        self._heard(caller)
         if data:
-            reply = self._answer(client, data)
-            if not isinstance(reply, list):
-                self._answer_in_time(client, self._send_words(client, reply))
-                return
-            self._reply(client, packet(reply))
-        self._close(client)
+            self._turns.submit(caller.crowd.key, partial(self._serve, caller, data))
+        else:
+            self._close(caller)
+
+    def _serve(self, caller: Caller, data: bytes) -> None:
+        if caller not in self._callers:
+            return  # the daemon is stopping
+        if data.startswith(RPC_PREFIX) and self._agent_calls is not None:
+            self._rpc(caller, data, self._agent_calls)
+            return
+        reply = self._answer(caller, data)
+        if not isinstance(reply, list):
+            self._answer_in_time(caller, self._send_words(caller.socket, reply))
+            return
+        self._reply(caller.socket, packet(reply))
+        self._close(caller)
 
     async def _send_words(
         self, client: socket.socket, answer: Coroutine[Any, Any, list[str]]
     ) -> None:
         try:
             words = await answer
-        except AgentcgroupdError as error:
-            words = self._error_words(error)
-        except Exception:
-            log.exception("%s: a request failed", self._path)
-            words = self._error_words(_failed())
+        except Exception as error:
+            if not isinstance(error, AgentcgroupdError):
+                log.exception("%s: a request failed", self._path)
+            words = self._error_words(_known(error))
         self._reply(client, packet(words))
 
-    def _answer_in_time(self, client: socket.socket, answer: Coroutine[Any, Any, None]) -> None:
+    def _answer_in_time(self, caller: Caller, answer: Coroutine[Any, Any, None]) -> None:
         """Send a reply once it is there; the caller is not disconnected for being silent meanwhile.
         One that hangs up wants no reply any more, and the work for it is cancelled."""
-        entry = self._open.pop(client.fileno(), None)
-        assert entry is not None
-        entry[1].cancel()
-        number = client.fileno()
+        number = caller.socket.fileno()
         task = self._loop.create_task(answer)
-        self._waiting[number] = task
         self._tasks.add(task)
 
         def done(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
-            self._waiting.pop(number, None)
             self._loop.remove_reader(number)
-            client.close()
+            self._close(caller)
             if not task.cancelled() and task.exception() is not None:
                 log.error("%s: a request failed", self._path, exc_info=task.exception())
 
         task.add_done_callback(done)
-        self._loop.remove_reader(number)
-        self._loop.add_reader(number, self._hung_up, client, task)
+        self._loop.add_reader(number, self._hung_up, caller.socket, task)
 
     def _hung_up(self, client: socket.socket, task: asyncio.Task[None]) -> None:
         """Give up a caller whose socket became readable while it waits: it is gone, or says what
@@ -179,48 +272,43 @@ class AttachServer:
         except OSError as error:
             log.debug("%s: the caller is gone before the answer: %s", self._path, error)
 
-    def _rpc(self, client: socket.socket, data: bytes, calls: AgentCalls) -> None:
+    def _rpc(self, caller: Caller, data: bytes, calls: AgentCalls) -> None:
         """Answer a message of agentcgroup.proto by another (docs/protocol.md). Only a call that has
         to wait, or whose processes must die first, is answered later."""
         started = time.perf_counter()
-        peer: Peer | None = None
+        client, peer = caller.socket, caller.peer
         method = "packet"
         try:
-            peer = Peer(client)
             method, request = rpc_request(data)
             answer: message.Message | Awaitable[message.Message]
             if isinstance(request, pb.BeginCallRequest):
                 answer = calls.begin(peer, request)
             else:
                 answer = calls.end(peer, request)
-        except AgentcgroupdError as error:
-            self._refuse(client, error)
-        except Exception:
-            log.exception("%s: %s failed", self._path, method)
-            self._refuse(client, _failed())
+        except Exception as error:
+            if not isinstance(error, AgentcgroupdError):
+                log.exception("%s: %s failed", self._path, method)
+            self._refuse(client, _known(error))
         else:
             if not isinstance(answer, message.Message):
                 if method == "BeginCall":
                     self._reply(client, packet(self._wait_words()))
-                self._answer_in_time(client, self._answer_later(client, answer))
+                self._answer_in_time(caller, self._answer_later(client, answer))
                 return
             self._reply(client, b"OK\0" + answer.SerializeToString())
         finally:
             self._metrics.rpc.labels(method).observe(time.perf_counter() - started)
-            if peer is not None:
-                peer.close()
-        self._close(client)
+        self._close(caller)
 
     async def _answer_later(
         self, client: socket.socket, answer: Awaitable[message.Message]
     ) -> None:
         try:
             self._reply(client, b"OK\0" + (await answer).SerializeToString())
-        except AgentcgroupdError as error:
-            self._refuse(client, error)
-        except Exception:
-            log.exception("%s: a request failed", self._path)
-            self._refuse(client, _failed())
+        except Exception as error:
+            if not isinstance(error, AgentcgroupdError):
+                log.exception("%s: a request failed", self._path)
+            self._refuse(client, _known(error))
 
     @staticmethod
     def _wait_words() -> list[str]:
@@ -232,26 +320,20 @@ class AttachServer:
         self._metrics.rpc_errors.labels("packet", refused.code).inc()
         self._reply(client, b"ERR\0" + error_to_proto(refused).SerializeToString())
 
-    def _answer(self, client: socket.socket, data: bytes) -> Answer:
-        peer: Peer | None = None
+    def _answer(self, caller: Caller, data: bytes) -> Answer:
         try:
             request = Request(data)
             verb = self._verbs.get(request.verb)
             if verb is None:
                 raise InvalidField("verb", request.verb, " or ".join(self._verbs))
-            peer = Peer(client)
-            answer = verb(peer, request)
+            answer = verb(caller.peer, request)
             if not isinstance(answer, list):
-                self._reply(client, packet(self._wait_words()))
+                self._reply(caller.socket, packet(self._wait_words()))
             return answer
-        except AgentcgroupdError as error:
-            return self._error_words(error)
-        except Exception:
-            log.exception("%s: a request failed", self._path)
-            return self._error_words(_failed())
-        finally:
-            if peer is not None:
-                peer.close()
+        except Exception as error:
+            if not isinstance(error, AgentcgroupdError):
+                log.exception("%s: a request failed", self._path)
+            return self._error_words(_known(error))
 
     def _error_words(self, error: AgentcgroupdError) -> list[str]:
         refused = as_request_error(error)
@@ -259,7 +341,11 @@ class AttachServer:
         return ["ERR", refused.code, " ".join(refused.sentence.replace("\0", " ").split())]
 
 
-def _failed() -> Internal:
-    """Make the error for a failure of the daemon's own; without an answer the launcher would run
-    the tool without limits."""
+def _known(error: Exception) -> AgentcgroupdError:
+    """An error as a caller may be told it. Without an answer the launcher would run the tool
+    without limits, so a failure of the daemon's own is one, too."""
+    if isinstance(error, AgentcgroupdError):
+        return error
+    if isinstance(error, OSError):
+        return Unavailable(f"the daemon lacks what it needs: {os.strerror(error.errno or 0)}")
     return Internal("the daemon failed; its log says how")

@@ -33,19 +33,25 @@ from agentcgroupd.guard.policy_files import PolicyFiles
 from agentcgroupd.host.listening import remove_stale
 from agentcgroupd.intents.request import intent_of_proto
 from agentcgroupd.rpc.agent_calls import AgentCalls, refuse_unknown
-from agentcgroupd.rpc.peers import Relay, check_operator
+from agentcgroupd.rpc.frames import FRAME_BYTES_MAX
+from agentcgroupd.rpc.gate import Gate, abort
+from agentcgroupd.rpc.peers import check_operator
+from agentcgroupd.rpc.relay import Relay
 from agentcgroupd.rpc.views import Views
 from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.notices import Notices
-from agentcgroupd.telemetry.wire import call_to_proto, error_to_proto
+from agentcgroupd.telemetry.wire import call_to_proto
+from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
 
-ERROR_TRAILER = "agentcg-error-bin"
 REPORTS_DEFAULT = 20
-MESSAGE_BYTES_MAX = 4 << 20
+MESSAGE_BYTES_MAX = 65_536
+"""The largest request."""
+METADATA_BYTES_MAX = 8192
+STREAMS_OF_CONNECTION = 256
 GRACE_S = 0.5
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -66,6 +72,7 @@ class Parts:
     views: Views
     policy_files: PolicyFiles
     notices: Notices
+    turns: Turns
 
 
 def answers(
@@ -98,12 +105,7 @@ class _Service:
         """Abort with the error's code and sentence."""
         refused = as_request_error(error)
         self.parts.notices.metrics.rpc_errors.labels(name, refused.code).inc()
-        detail = error_to_proto(refused)
-        await context.abort(
-            grpc.StatusCode[refused.code],
-            refused.sentence,
-            ((ERROR_TRAILER, detail.SerializeToString()),),
-        )
+        await abort(context, refused)
 
     def reports(self, sessions: list[Session], limit: int) -> pb.ListReportsResponse:
         """The newest reports of some sessions, newest first."""
@@ -358,15 +360,24 @@ class AdminService(_Service, pb_grpc.AdminServicer):
 class GrpcServer:
     """A gRPC server on a private socket, with health and reflection."""
 
-    def __init__(self, path: Path, service_name: str) -> None:
+    def __init__(self, path: Path, service_name: str, gate: Gate) -> None:
         self._path = path
         self._name = service_name
         self._is_bound = False
         self.server = grpc.aio.server(
+            interceptors=[gate],
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-                ("grpc.max_concurrent_streams", 1024),
-            ]
+                ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+                ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
+                ("grpc.max_concurrent_streams", STREAMS_OF_CONNECTION),
+                ("grpc.http2.max_frame_size", FRAME_BYTES_MAX),
+                # Windows stay as small as they begin: what is sent faster than it is read waits
+                # with the sender.
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.http2.lookahead_bytes", MESSAGE_BYTES_MAX),
+                ("grpc.http2.max_ping_strikes", 2),
+            ],
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)

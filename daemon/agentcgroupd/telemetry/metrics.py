@@ -82,6 +82,19 @@ class Metrics:
         self._add_scheduler(counter, gauge)
         self.oom_victims = counter("oom_victims", "Processes that the kernel's OOM killer chose")
         self.signals = counter("signals", "Signals from the kernel's programs", "signal")
+        self._add_gpu(counter, gauge)
+        self.rpc = histogram("rpc_seconds", "Time to answer a request", SECONDS_BUCKETS, "method")
+        self.rpc_errors = counter("rpc_errors", "Requests answered by an error", "method", "code")
+        self.peers_refused = counter("peers_refused", "Connections refused", "reason")
+        self.refused = counter("refused", "Refused because a limit was reached", "what")
+        self.leftovers = counter("leftovers_removed", "Cgroups found without an owner and removed")
+        self.audit_lost = gauge("audit_entries_lost", "Audit entries that could not be written")
+        self.audit_left_out = gauge(
+            "audit_entries_left_out", "Audit entries of sessions beyond their share or rate"
+        )
+        self.loop_lag = histogram("loop_lag_seconds", "Lateness of the event loop", SECONDS_BUCKETS)
+
+    def _add_gpu(self, counter: Callable[..., Counter], gauge: Callable[..., Gauge]) -> None:
         self.gpu_busy = gauge("gpu_busy_percent", "Busy time of a GPU (NaN: unknown)", "device")
         self.gpu_memory = gauge(
             "gpu_memory_bytes", "Memory of a GPU in use (NaN: unknown)", "device"
@@ -94,15 +107,6 @@ class Metrics:
         self.gpu_faults = counter("gpu_faults", "Errors that the driver reported", "xid")
         self.gpu_energy = counter("gpu_energy_joules", "Energy of ended calls")
         self.gpu_held_back = counter("gpu_held_back_seconds", "Time calls waited for their turn")
-        self.rpc = histogram("rpc_seconds", "Time to answer a request", SECONDS_BUCKETS, "method")
-        self.rpc_errors = counter("rpc_errors", "Requests answered by an error", "method", "code")
-        self.peers_refused = counter("peers_refused", "Connections refused", "reason")
-        self.leftovers = counter("leftovers_removed", "Cgroups found without an owner and removed")
-        self.audit_lost = gauge("audit_entries_lost", "Audit entries that could not be written")
-        self.audit_left_out = gauge(
-            "audit_entries_left_out", "Audit entries of sessions beyond their share or rate"
-        )
-        self.loop_lag = histogram("loop_lag_seconds", "Lateness of the event loop", SECONDS_BUCKETS)
 
     def _add_scheduler(self, counter: Callable[..., Counter], gauge: Callable[..., Gauge]) -> None:
         self.scheduler = gauge(

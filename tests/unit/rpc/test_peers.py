@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from agentcgroupd.config import LimitsConfig
 from agentcgroupd.errors import PermissionDenied
 from agentcgroupd.host.listening import listen
-from agentcgroupd.rpc.peers import Relay, SessionFinder
+from agentcgroupd.rpc.budgets import Budgets
+from agentcgroupd.rpc.peers import SessionFinder
+from agentcgroupd.rpc.relay import Relay
 from agentcgroupd.state.session import Session
 from agentcgroupd.telemetry.metrics import Metrics
 
@@ -30,7 +33,7 @@ async def connections(path: Path, find: SessionFinder, count: int, metrics: Metr
     backend = path.with_name("backend.sock")
     server = await asyncio.start_unix_server(lambda reader, writer: None, str(backend))
     listener = listen(path, socket.SOCK_STREAM, 0o600, "test", {})
-    relay = Relay(listener, backend, metrics, find, 1)
+    relay = Relay(listener, backend, metrics, find, Budgets(LimitsConfig(), 1, metrics))
     await relay.start()
     loop = asyncio.get_running_loop()
     before, closed = open_files(), 0

@@ -1,0 +1,140 @@
+"""Fair turns on the event loop: whoever asks for much waits for itself, not others for it.
+
+Work is queued by key (a session, or a user outside of all). The key that has had the least time on
+the loop is next, so that one with ten thousand things to do delays another by one thing at a time.
+After SLICE_S the loop goes round, whatever is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+log = logging.getLogger(__name__)
+
+SLICE_S = 0.003
+"""How long queued work may keep the loop before everything else on it has a turn."""
+LEAST_S = 20e-6
+"""What a turn counts at least, so that work too short to measure is not free."""
+KEYS_KEPT = 1024
+"""Keys whose time is remembered although they may have nothing to make up for."""
+WAITED_MOST_S = 0.005
+"""What work that was waited for counts at most: other work may have run in between."""
+
+_HANDED_OVER = object()
+
+
+class Turns:
+    """Queues of work, one for each key; used on one event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queues: dict[str, deque[Callable[[], object]]] = {}
+        self._next: list[tuple[float, int, str]] = []
+        """A heap of the keys that have work: the time they have had, order of arrival, key."""
+        self._had: dict[str, float] = {}
+        """Time that a key has had, as long as that is more than those who begin now start with."""
+        self._now = 0.0
+        """The time had by the key whose turn was last: what a newcomer starts with."""
+        self._order = 0
+        self._is_scheduled = False
+
+    def waiting(self, key: str) -> int:
+        """How much work of a key is queued."""
+        return len(self._queues.get(key, ()))
+
+    def submit(self, key: str, work: Callable[[], object]) -> None:
+        """Queue `work` for the next turn of `key`. What it raises is logged."""
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = deque()
+            self._enter(key)
+        queue.append(work)
+        self._schedule()
+
+    async def turn(self, key: str) -> None:
+        """Wait for a turn of `key`; the caller then works until it next awaits something, and tells
+        `spent` how long that took."""
+        future: asyncio.Future[None] = self._loop.create_future()
+
+        def hand_over() -> object:
+            if future.done():
+                return None  # the caller has been cancelled
+            future.set_result(None)
+            return _HANDED_OVER
+
+        self.submit(key, hand_over)
+        await future
+
+    def spent(self, key: str, seconds: float) -> None:
+        """Count time of the loop that a key has had outside the queue."""
+        had = max(self._had.get(key, 0.0), self._now)
+        self._had[key] = had + min(max(seconds, LEAST_S), WAITED_MOST_S)
+
+    def _enter(self, key: str) -> None:
+        had = max(self._had.get(key, 0.0), self._now)
+        self._order += 1
+        heapq.heappush(self._next, (had, self._order, key))
+
+    def _schedule(self) -> None:
+        if not self._is_scheduled and self._next:
+            self._is_scheduled = True
+            self._loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        self._is_scheduled = False
+        end = time.perf_counter() + SLICE_S
+        while self._next:
+            had, _, key = heapq.heappop(self._next)
+            self._now = max(self._now, had)
+            queue = self._queues[key]
+            work = queue.popleft()
+            started = time.perf_counter()
+            try:
+                result = work()
+            except Exception:
+                # One thing that fails must not take the turns of everybody else with it.
+                log.exception("queued work failed")
+                result = None
+            now = time.perf_counter()
+            self._had[key] = max(self._had.get(key, 0.0), had) + max(now - started, LEAST_S)
+            if queue:
+                self._enter(key)
+            else:
+                del self._queues[key]
+            # Who waited in `turn` works when this function has returned, so the others wait for it.
+            if result is _HANDED_OVER or now >= end:
+                break
+        if not self._next:
+            self._forget()
+        self._schedule()
+
+    def _forget(self) -> None:
+        """Drop what has been had by keys that start level with newcomers again."""
+        if len(self._had) > KEYS_KEPT:
+            self._had = {key: had for key, had in self._had.items() if had > self._now}
+
+
+class Slices:
+    """Keeps a long piece of work from holding the loop: await `breathe` between its steps."""
+
+    def __init__(self, slice_s: float = SLICE_S) -> None:
+        self._slice_s = slice_s
+        self._end = time.perf_counter() + slice_s
+
+    async def breathe(self) -> None:
+        """Let the loop go round once the slice is used up."""
+        if time.perf_counter() >= self._end:
+            await asyncio.sleep(0)
+            self._end = time.perf_counter() + self._slice_s
+
+
+async def in_slices(steps: Iterator[object]) -> None:
+    """Run through `steps` to their end, letting the loop go round between slices."""
+    slices = Slices()
+    for _ in steps:
+        await slices.breathe()
