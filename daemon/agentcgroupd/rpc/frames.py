@@ -62,12 +62,10 @@ class Reader:
 
     def head(self, data: bytes | bytearray, at: int) -> tuple[int, int, int, int] | None:
         """Length, type, flags and stream of the frame whose head is at `at`; None: it is not there
-        in full. Raises BadFrame."""
+        in full."""
         if len(data) - at < _HEAD_BYTES:
             return None
         length = data[at] << 16 | data[at + 1] << 8 | data[at + 2]
-        if length > FRAME_BYTES_MAX:
-            raise BadFrame(f"a frame of {length} bytes")
         stream = int.from_bytes(data[at + 5 : at + 9], "big") & 0x7FFF_FFFF
         return length, data[at + 3], data[at + 4], stream
 
@@ -81,6 +79,8 @@ class Reader:
 
     def from_client(self, length: int, kind: int, flags: int, stream: int, now: float) -> None:
         """Take note of a frame of the client's. Raises BadFrame."""
+        if length > FRAME_BYTES_MAX:
+            raise BadFrame(f"a frame of {length} bytes")
         streams = self._streams
         if kind in (_HEADERS, _CONTINUATION):
             self._block_bytes += length + 1
