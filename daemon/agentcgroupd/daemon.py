@@ -12,7 +12,8 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -60,13 +61,20 @@ from agentcgroupd.telemetry.audit import Audit, AuditLimits
 from agentcgroupd.telemetry.feed import Feed
 from agentcgroupd.telemetry.metrics import Heartbeat, Metrics, MetricsServer
 from agentcgroupd.telemetry.notices import Notices
-from agentcgroupd.turns import Turns
+from agentcgroupd.turns import Turns, in_slices
 
 log = logging.getLogger(__name__)
 
 SWEEP_INTERVAL_S = 10.0
 BEAT_INTERVAL_S = 0.5
 FILES_WANTED = 262_144
+CALL_STATES = {
+    "pending": pb.CALL_STATE_PENDING,
+    "running": pb.CALL_STATE_RUNNING,
+    "frozen": pb.CALL_STATE_FROZEN,
+    "ending": pb.CALL_STATE_ENDING,
+}
+"""States of calls by their names in metrics."""
 STOP_MOST_S = 1.5
 """How long one part may take to stop; then the daemon goes on stopping without it."""
 
@@ -109,7 +117,7 @@ class Daemon:
         turns = Turns()
         pool = place.claim.prepare()
         policy_files = PolicyFiles(config.policy, policy, notices, pool.memory_max_bytes)
-        events = FileEvents()
+        events = FileEvents(turns)
         undo.callback(events.close)
 
         # What acts on sessions and calls, and what follows them.
@@ -146,7 +154,15 @@ class Daemon:
         reports = Reports(pool.cgroup, notices, ceilings.of, cpu.numbers, peaks)
         queue = AdmissionQueue([gpus.resource], notices)
         calls = Calls(
-            config.calls, events, actions, notices, reports, observers, ceilings.of, queue.count
+            config.calls,
+            events,
+            actions,
+            notices,
+            reports,
+            observers,
+            ceilings.of,
+            queue.count,
+            turns,
         )
         undo.callback(calls.let_go)
         admission = Admission(calls, queue)
@@ -205,8 +221,9 @@ class Daemon:
             notices,
             turns,
         )
-        running = Running(parts, pool, observers, cpu, gpus, config.server)
-        running.sweep()
+        running = Running(parts, pool, observers, cpu, gpus, events, config.server)
+        for _ in running.sweep():
+            pass
         await self._open_doors(undo, parts, admission, running.heartbeat, place.sockets)
         # What is held is let go of first: no part that is slow to stop can keep it.
         undo.callback(calls.release)
@@ -338,10 +355,12 @@ class Running:
         observers: Observers,
         cpu: CpuScheduling,
         gpus: Gpus,
+        events: FileEvents,
         server: ServerConfig,
     ) -> None:
         self._run_dir, self._is_watched = server.run_dir, bool(server.metrics_address)
         self._parts = parts
+        self._events = events
         self._pool = pool
         self._observers = observers
         self._cpu = cpu
@@ -379,20 +398,24 @@ class Running:
             log.error("a part of the daemon failed", exc_info=cause)
             raise PartFailed("a part of the daemon failed") from cause
 
-    def sweep(self) -> None:
-        """Find what nobody has told of: calls whose end was missed, cgroups that nobody owns,
-        sessions whose cgroup is gone."""
-        for part in (self._calls.check_all, self._observers.sweep, self._parts.lifecycle.sweep):
+    def sweep(self) -> Iterator[None]:
+        """Find what nobody has told of, one thing a step: calls whose end was missed, cgroups that
+        nobody owns, sessions whose cgroup is gone."""
+        for part in (self._calls.check_all, self._sweep_observers, self._parts.lifecycle.sweep):
             try:
-                part()
+                yield from part()
             except (AgentcgroupdError, OSError, ValueError) as error:
                 # One thing that cannot be read must not end the daemon: the next sweep tries again.
                 log.error("housekeeping: %s", error)
 
+    def _sweep_observers(self) -> Iterator[None]:
+        self._observers.sweep()
+        yield
+
     async def _sweep_forever(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
-            self.sweep()
+            await in_slices(self.sweep())
 
     async def _beat_forever(self) -> None:
         """Keep gauges and the loop's lateness."""
@@ -438,11 +461,10 @@ class Running:
         most = self._pool.memory_max_bytes
         metrics.pool_memory_max.set(float("nan") if most is None else most)
         metrics.sessions_open.set(len(self._parts.sessions.open))
-        states = dict.fromkeys(("pending", "running", "frozen", "ending"), 0)
-        for call in self._calls.open.values():
-            states[pb.CallState.Name(call.state)[len("CALL_STATE_") :].lower()] += 1
-        for state, count in states.items():
-            metrics.calls_open.labels(state).set(count)
+        states = Counter(call.state for call in self._calls.open.values())
+        for name, state in CALL_STATES.items():
+            metrics.calls_open.labels(name).set(states[state])
+        metrics.cgroups_polled.set(self._events.polled)
         metrics.audit_lost.set(self._parts.notices.audit.lost)
         metrics.audit_left_out.set(self._parts.notices.audit.left_out)
         metrics.gpu_calls.set(len(self._gpus.tenants))

@@ -19,6 +19,7 @@ from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount, move_all
 from agentcgroupd.errors import CgroupGone, KnobError
 from agentcgroupd.host.syscalls import pidfd_ended, process_stat
+from agentcgroupd.turns import Turns
 from tests.harness import ROOT, wait_until
 
 
@@ -211,7 +212,7 @@ def test_events_tell_of_the_last_process_and_of_freezing(top: Cgroup) -> None:
     seen: list[dict[str, int]] = []
 
     async def watch() -> None:
-        events = FileEvents()
+        events = FileEvents(Turns())
         ended, frozen = asyncio.Event(), asyncio.Event()
 
         def changed() -> None:

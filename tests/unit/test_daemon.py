@@ -24,7 +24,8 @@ def running(compare_forever: Any) -> Running:
         notices=SimpleNamespace(metrics=nothing),
         policy_files=files,
     )
-    return Running(parts, nothing, nothing, nothing, nothing, ServerConfig(metrics_address=""))
+    server = ServerConfig(metrics_address="")
+    return Running(parts, nothing, nothing, nothing, nothing, nothing, server)
 
 
 def test_a_part_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from agentcgroupd.calls.queue import AdmissionQueue, Ticket
 from agentcgroupd.intents.request import CallRequest
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import Call, Session
+from agentcgroupd.turns import Slices
 
 
 class Admission:
@@ -61,6 +62,9 @@ class Admission:
         Raises RequestError."""
         self._queue.close_session(session)
         calls = list(session.calls.values())
-        endings = [self._calls.end(call, False, None, why) for call in calls]
+        endings, slices = [], Slices()
+        for call in calls:
+            endings.append(self._calls.end(call, False, None, why))
+            await slices.breathe()
         await asyncio.gather(*(end for end in endings if not isinstance(end, pb.Report)))
         return len(calls)

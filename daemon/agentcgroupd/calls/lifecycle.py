@@ -54,6 +54,7 @@ from agentcgroupd.state.records import plain
 from agentcgroupd.state.session import CALL_PREFIX, Call, Session, boottime_usec, unix_usec
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import call_to_proto, grant_to_proto
+from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +109,11 @@ class Calls:
         observer: CallObserver,
         ceiling: Callable[[Session], Ceiling],
         waiting: Callable[[Session], int],
+        turns: Turns,
     ) -> None:
         """`ceiling`: the limits above a new call of a session. `waiting`: how many calls of a
-        session wait to begin; they count towards its calls_max."""
+        session wait to begin; they count towards its calls_max. `turns`: when a session has its
+        turn on the loop."""
         self._config = config
         self._events = events
         self.actions = actions
@@ -120,8 +123,8 @@ class Calls:
         self._ceiling = ceiling
         self._waiting = waiting
         self._loop = asyncio.get_running_loop()
-        self._owners = Owners(self._owner_gone)
-        self._deadlines = Deadlines(config, self._populated, self._finish, self._kill)
+        self._owners = Owners(self._owner_gone, turns)
+        self._deadlines = Deadlines(config, self._populated, self._finish, self._kill, turns)
         self.open: dict[str, Call] = {}
         self._postponed: dict[str, Call] = {}
         self.begun = 0
@@ -237,7 +240,7 @@ class Calls:
     def _follow(self, call: Call) -> None:
         """Start to look after a call, new or found again. Raises BpfError, KnobError or OSError."""
         call.watch = self._events.watch(
-            call.cgroup, knobs.CGROUP_EVENTS, lambda: self._changed(call)
+            call.cgroup, knobs.CGROUP_EVENTS, lambda: self._changed(call), call.session.id
         )
         self.open[call.id] = call
         call.session.calls[call.id] = call
@@ -418,6 +421,8 @@ class Calls:
 
     def _owner_gone(self, call: Call) -> None:
         """Let go of a call: the process that held it open has ended."""
+        if call.id not in self.open:
+            return  # it has ended meanwhile
         call.held = False
         if not self._populated(call):
             self._finish(call)
@@ -522,19 +527,22 @@ class Calls:
     def check_postponed(self) -> None:
         """Check calls that seemed empty while events of processes had not been dealt with."""
         postponed, self._postponed = self._postponed, {}
-        self._check(postponed.values())
+        for _ in self._check(postponed.values()):
+            pass
 
-    def check_all(self) -> None:
-        """Check every call as if its events file had just changed; for the periodic sweep."""
-        self._check(list(self.open.values()))
+    def check_all(self) -> Iterator[None]:
+        """Check every call as if its events file had just changed, one a step; for the periodic
+        sweep."""
+        return self._check(list(self.open.values()))
 
-    def _check(self, calls: Iterable[Call]) -> None:
+    def _check(self, calls: Iterable[Call]) -> Iterator[None]:
         for call in calls:
             try:
                 self._changed(call)
             except (KnobError, OSError, ValueError) as error:
                 # One call that cannot be read must not take the others with it.
                 log.error("call %s: %s", call.id, error)
+            yield
 
     def release(self) -> None:
         """Undo what keeps open calls from going on without the daemon. They stay open."""

@@ -6,9 +6,11 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 
 from agentcgroupd.errors import KnobError
 from agentcgroupd.state.session import Call
+from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -16,10 +18,11 @@ log = logging.getLogger(__name__)
 class Owners:
     """Watches the processes that hold calls open, and tells of each call whose owner has ended."""
 
-    def __init__(self, gone: Callable[[Call], None]) -> None:
+    def __init__(self, gone: Callable[[Call], None], turns: Turns) -> None:
         """`gone`: called for each call of an owner that has ended, when `call.owner` is None
-        already."""
+        already, each in a turn of its own."""
         self._gone = gone
+        self._turns = turns
         self._loop = asyncio.get_running_loop()
         self._calls: dict[tuple[int, int], set[Call]] = {}
         self._fds: dict[tuple[int, int], int] = {}
@@ -57,7 +60,10 @@ class Owners:
         self._close(key)
         for call in calls:
             call.owner = None
-            try:
-                self._gone(call)
-            except (KnobError, OSError, ValueError) as error:
-                log.error("call %s: its owner ended: %s", call.id, error)
+            self._turns.submit(call.session.id, partial(self._let_go, call))
+
+    def _let_go(self, call: Call) -> None:
+        try:
+            self._gone(call)
+        except (KnobError, OSError, ValueError) as error:
+            log.error("call %s: its owner ended: %s", call.id, error)

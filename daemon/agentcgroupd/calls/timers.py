@@ -14,6 +14,7 @@ from agentcgroupd.config import CallDefaults
 from agentcgroupd.enforce.pause import paused_usec
 from agentcgroupd.errors import KnobError
 from agentcgroupd.state.session import Call, boottime_usec
+from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +31,15 @@ class Deadlines:
         populated: Callable[[Call], bool],
         finish: Callable[[Call], Any],
         kill: Callable[[Call, str, str], None],
+        turns: Turns,
     ) -> None:
-        """`finish` ends a call that is empty; `kill` (call, by, why) one that is not."""
+        """`finish` ends a call that is empty; `kill` (call, by, why) one that is not. `turns`: when
+        what a timer does has its turn, for many may pass at the same moment."""
         self._config = config
         self._populated = populated
         self._finish = finish
         self._kill = kill
+        self._turns = turns
         self._loop = asyncio.get_running_loop()
 
     def begun(self, call: Call) -> None:
@@ -68,7 +72,18 @@ class Deadlines:
 
     def _set(self, call: Call, name: str, usec: int, action: Callable[[Call], None]) -> None:
         self._cancel(call, name)
-        call.timers[name] = self._loop.call_later(max(0, usec) / 1e6, action, call)
+        due = self._loop.call_later(max(0, usec) / 1e6, self._due, call, name, action)
+        call.timers[name] = due
+
+    def _due(self, call: Call, name: str, action: Callable[[Call], None]) -> None:
+        timer = call.timers.get(name)
+
+        def act() -> None:
+            # It may have been stopped or set anew while it waited for its turn.
+            if call.timers.get(name) is timer:
+                action(call)
+
+        self._turns.submit(call.session.id, act)
 
     @staticmethod
     def _cancel(call: Call, name: str) -> None:

@@ -112,7 +112,10 @@ class SessionLifecycle:
         if session.adopted:
             # Its cgroup belongs to a runtime: when it is empty, the session is over.
             session.watch = self._events.watch(
-                session.cgroup, knobs.CGROUP_EVENTS, lambda: self._adopted_changed(session)
+                session.cgroup,
+                knobs.CGROUP_EVENTS,
+                lambda: self._adopted_changed(session),
+                session.id,
             )
 
     def _adopted_changed(self, session: Session) -> None:
@@ -172,14 +175,17 @@ class SessionLifecycle:
 
     # Housekeeping
 
-    def sweep(self) -> None:
-        """Remove cgroups that nobody owns, and close sessions whose cgroup was removed."""
+    def sweep(self) -> Iterator[None]:
+        """Remove cgroups that nobody owns, and close sessions whose cgroup was removed, one a
+        step."""
         for cgroup in list(self._sessions.unknown()):
             self._remove_leftover(cgroup)
+            yield
         for session in list(self._sessions.open.values()):
             if not session.closing and not session.cgroup.exists():
                 log.warning("session %s: its cgroup was removed by someone else", session.id)
                 self._close_soon(session)
+            yield
 
     @staticmethod
     def _foreign_version(cgroup: Cgroup) -> object:

@@ -86,7 +86,7 @@ class Metrics:
         self.rpc = histogram("rpc_seconds", "Time to answer a request", SECONDS_BUCKETS, "method")
         self.rpc_errors = counter("rpc_errors", "Requests answered by an error", "method", "code")
         self.peers_refused = counter("peers_refused", "Connections refused", "reason")
-        self.refused = counter("refused", "Refused because a limit was reached", "what")
+        self._add_exhaustion(counter, gauge)
         self.leftovers = counter("leftovers_removed", "Cgroups found without an owner and removed")
         self.audit_lost = gauge("audit_entries_lost", "Audit entries that could not be written")
         self.audit_left_out = gauge(
@@ -116,6 +116,13 @@ class Metrics:
         of_tasks = "Of the pool's tasks under our CPU scheduler"
         self.cpu_seconds = gauge("pool_cpu_seconds", of_tasks, "what")
         self.cpu_events = gauge("pool_cpu_events", of_tasks, "what")
+
+    def _add_exhaustion(self, counter: Callable[..., Counter], gauge: Callable[..., Gauge]) -> None:
+        self.peers_refused = counter("peers_refused", "Connections refused", "reason")
+        self.refused = counter("refused", "Refused because a limit was reached", "what")
+        self.cgroups_polled = gauge(
+            "cgroups_polled", "Cgroups that are read at intervals: no inotify watch is left"
+        )
 
     def count_end(self, report: pb.Report) -> None:
         """Count an ended call."""
