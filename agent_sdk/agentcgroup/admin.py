@@ -40,9 +40,7 @@ class Admin(Client[AdminStub]):
 
     def sessions(self) -> list[SessionInfo]:
         """Return all open sessions."""
-        request = pb.ListSessionsRequest()
-        read = SessionInfo.from_proto
-        return self._ask(Query("ListSessions", request, lambda r: [*map(read, r.sessions)]))
+        return self._ask(queries.sessions())
 
     def open_session(self, session_id: str, **limits: Quantity | None) -> SessionInfo:
         """Open a session.

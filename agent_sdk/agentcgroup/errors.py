@@ -60,9 +60,17 @@ def _rebuild(kind: type[AgentcgError], sentence: str, parts: Mapping[str, str]) 
 
 
 class Unavailable(AgentcgError):
-    """The daemon is away, or did not answer in time."""
+    """The daemon is away, did not answer in time, or cannot do now what was asked."""
 
     default_code = "UNAVAILABLE"
+
+
+class DaemonAway(Unavailable):
+    """Nobody listens on the daemon's socket: it does not run. No other error says that."""
+
+
+class ConnectionLost(Unavailable):
+    """The daemon ended the connection without an answer: it stops, or had no room for it."""
 
 
 class NotInSession(AgentcgError):
@@ -148,11 +156,13 @@ def from_rpc_error(error: grpc.RpcError) -> AgentcgError:
     if code == "CANCELLED":
         # gRPC says so where the daemon stops while it is being asked; we cancel nothing here.
         code, details = "UNAVAILABLE", "it has just stopped"
+    kind = CallNotFound if code == "NOT_FOUND" else _BY_CODE.get(code, AgentcgError)
     if code == "UNAVAILABLE":
+        # grpc's word for a connect(2) that failed.
+        kind = DaemonAway if "failed to connect" in details else ConnectionLost
         details = f"agentcgroupd cannot be reached: {details or 'no reason given'}"
     elif code == "DEADLINE_EXCEEDED":
         details = "agentcgroupd did not answer in time"
-    kind = CallNotFound if code == "NOT_FOUND" else _BY_CODE.get(code, AgentcgError)
     return kind(details or code, code=code)
 
 

@@ -13,7 +13,13 @@ from typing import Any, Literal, TypeVar
 
 from google.protobuf.message import Message
 
-from agentcgroup.errors import AgentcgError, CallNotFound, Unavailable
+from agentcgroup.errors import (
+    AgentcgError,
+    CallNotFound,
+    ConnectionLost,
+    DaemonAway,
+    Unavailable,
+)
 from agentcgroup.types import Report
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 
@@ -24,6 +30,8 @@ RPC_TIMEOUT_S = 5.0
 BEGIN_TIMEOUT_S = 60.0
 WAIT_MOST_S = 3600.0
 """How long a call may be in the daemon's queue before it begins."""
+BEGIN_ATTEMPTS = 5
+BEGIN_PAUSE_S = 0.2
 RETURN_TIMEOUT_S = 2.0
 """How long a begin waits for a daemon that was there before, e.g. while it is being restarted."""
 END_TIMEOUT_S = 10.0
@@ -65,26 +73,47 @@ def begin(
 ) -> Flow[pb.Call | Unavailable]:
     """Begin a call. The outcome is the call, or why it has to run without control.
 
+    Without control is only what finds nobody on the daemon's socket: every other error is raised.
+
     Args:
         request: what to begin.
-        on_unavailable: "refuse" raises Unavailable instead of returning it.
+        on_unavailable: "refuse" raises DaemonAway instead of returning it.
         seen: this client has reached the daemon before, so it may be about to return.
     """
-    rpc = Rpc("BeginCall", request, BEGIN_TIMEOUT_S, queued=WAIT_MOST_S)
     try:
-        try:
-            call: pb.Call = yield rpc
-        except Unavailable as away:
-            if not seen or away.code != "UNAVAILABLE":
-                raise
-            # A second BeginCall is safe: a call that the first one made is ended as abandoned.
-            yield Rpc("GetSession", pb.GetSessionRequest(), RETURN_TIMEOUT_S, wait=True)
-            call = yield rpc
-    except Unavailable as away:
+        return (yield from _begin(request, seen))
+    except DaemonAway as away:
         if on_unavailable == "refuse":
             raise
         return away
-    return call
+
+
+def _begin(request: pb.BeginCallRequest, seen: bool) -> Flow[pb.Call]:
+    """Begin a call, with a new attempt after a connection that ended without an answer. A second
+    BeginCall is safe: a call that the first one made is ended as abandoned."""
+    pause = 0.0
+    for left in reversed(range(BEGIN_ATTEMPTS)):
+        try:
+            rpc = Rpc("BeginCall", request, BEGIN_TIMEOUT_S, pause=pause, queued=WAIT_MOST_S)
+            call: pb.Call = yield rpc
+            return call
+        except DaemonAway:
+            if not seen or not left:
+                raise
+            yield from _return()
+        except ConnectionLost:
+            if not left:
+                raise
+        pause = BEGIN_PAUSE_S
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _return() -> Flow[None]:
+    """Wait for a daemon that is away to return. Raises DaemonAway."""
+    try:
+        yield Rpc("GetSession", pb.GetSessionRequest(), RETURN_TIMEOUT_S, wait=True)
+    except Unavailable as away:
+        raise DaemonAway(str(away)) from None
 
 
 def end(request: pb.EndCallRequest) -> Flow[Report | AgentcgError]:

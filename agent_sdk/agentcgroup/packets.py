@@ -12,7 +12,13 @@ from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
-from agentcgroup.errors import AgentcgError, Unavailable, from_message
+from agentcgroup.errors import (
+    AgentcgError,
+    ConnectionLost,
+    DaemonAway,
+    Unavailable,
+    from_message,
+)
 from agentcgroup.flow import Rpc
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 
@@ -90,7 +96,10 @@ def _socket() -> socket.socket:
 def _away(error: Exception) -> Unavailable:
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
         return Unavailable("agentcgroupd did not answer in time", code="DEADLINE_EXCEEDED")
-    return Unavailable(f"agentcgroupd cannot be reached: {error}")
+    # No socket, or nobody who listens on it (unix(7)).
+    is_away = isinstance(error, (FileNotFoundError, ConnectionRefusedError))
+    kind = DaemonAway if is_away else ConnectionLost
+    return kind(f"agentcgroupd cannot be reached: {error}")
 
 
 def _parse(method: str, reply: bytes) -> Any:
@@ -102,5 +111,4 @@ def _parse(method: str, reply: bytes) -> Any:
             raise from_message(pb.Error.FromString(raw))
     except DecodeError:
         raise AgentcgError(f"agentcgroupd answered {method} with something else") from None
-    # A daemon that closes the connection without an answer is stopping.
-    raise Unavailable("agentcgroupd cannot be reached: it has just stopped")
+    raise ConnectionLost("agentcgroupd cannot be reached: it ended the connection")

@@ -31,6 +31,30 @@ class Query(Generic[T]):
         return self.read((yield Rpc(self.method, self.request)))
 
 
+@dataclass(frozen=True, slots=True)
+class Pages(Query[list[T]]):
+    """A request for a list that comes in pages, and how the items of one are read.
+
+    most: items wanted at most, where the request has a `limit`; 0: all.
+    """
+
+    most: int = 0
+
+    def flow(self) -> Flow[list[T]]:
+        """Ask for one page after the other; the outcome is all items."""
+        request: Any = type(self.request)()
+        request.CopyFrom(self.request)
+        items: list[T] = []
+        while True:
+            reply = yield Rpc(self.method, request)
+            items += self.read(reply)
+            if not reply.next_page_token or 0 < self.most <= len(items):
+                return items
+            request.page_token = reply.next_page_token
+            if self.most:
+                request.limit = self.most - len(items)
+
+
 def session() -> Query[SessionInfo]:
     """Ask which session the caller is in."""
     return Query("GetSession", pb.GetSessionRequest(), SessionInfo.from_proto)
@@ -41,10 +65,10 @@ def budget() -> Query[Budget]:
     return Query("GetBudget", pb.GetBudgetRequest(), Budget.from_proto)
 
 
-def calls(session_id: str = "") -> Query[list[CallInfo]]:
+def calls(session_id: str = "") -> Pages[CallInfo]:
     """Ask for the open calls; only the operator may name a session."""
     request = pb.ListCallsRequest(session_id=session_id)
-    return Query("ListCalls", request, lambda reply: [*map(CallInfo.from_proto, reply.calls)])
+    return Pages("ListCalls", request, lambda reply: [*map(CallInfo.from_proto, reply.calls)])
 
 
 def report(call_id: str | None) -> Query[Report]:
@@ -52,10 +76,17 @@ def report(call_id: str | None) -> Query[Report]:
     return Query("GetReport", pb.GetReportRequest(call_id=call_id or ""), Report.from_proto)
 
 
-def reports(limit: int, session_id: str = "") -> Query[list[Report]]:
+def reports(limit: int, session_id: str = "") -> Pages[Report]:
     """Ask for the newest reports, newest first; only the operator may name a session."""
     request = pb.ListReportsRequest(session_id=session_id, limit=limit)
-    return Query("ListReports", request, lambda reply: [*map(Report.from_proto, reply.reports)])
+    read = Report.from_proto
+    return Pages("ListReports", request, lambda reply: [*map(read, reply.reports)], limit or 20)
+
+
+def sessions() -> Pages[SessionInfo]:
+    """Ask for the open sessions."""
+    read = SessionInfo.from_proto
+    return Pages("ListSessions", pb.ListSessionsRequest(), lambda r: [*map(read, r.sessions)])
 
 
 def end_call(call_id: str, detach: bool) -> Query[Report]:

@@ -122,15 +122,22 @@ class Turns:
 class Slices:
     """Keeps a long piece of work from holding the loop: await `breathe` between its steps."""
 
-    def __init__(self, slice_s: float = SLICE_S) -> None:
-        self._slice_s = slice_s
-        self._end = time.perf_counter() + slice_s
+    def __init__(self, turns: Turns | None = None, key: str = "") -> None:
+        """`turns`, `key`: whose turn each slice is; without them the loop goes round in between."""
+        self._turns, self._key = turns, key
+        self._began = time.perf_counter()
 
     async def breathe(self) -> None:
-        """Let the loop go round once the slice is used up."""
-        if time.perf_counter() >= self._end:
+        """Let others work once the slice is used up."""
+        spent = time.perf_counter() - self._began
+        if spent < SLICE_S:
+            return
+        if self._turns is None:
             await asyncio.sleep(0)
-            self._end = time.perf_counter() + self._slice_s
+        else:
+            self._turns.spent(self._key, spent)
+            await self._turns.turn(self._key)
+        self._began = time.perf_counter()
 
 
 async def in_slices(steps: Iterator[object]) -> None:

@@ -122,6 +122,9 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
         attempts: by method name, how often it was asked for.
     """
 
+    page_items = 3
+    """Items in a page of a list."""
+
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         for service in ("agent", "admin"):
@@ -189,6 +192,12 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
                 )
             )
             self._lock.notify_all()
+
+    def _page(self, items: list[Any], token: str) -> tuple[list[Any], str]:
+        """A page of a list, which begins where the page before ended, and the next one's token."""
+        begin = int(token or 0)
+        end = begin + self.page_items
+        return items[begin:end], str(end) if end < len(items) else ""
 
     def _hook(self, method: str, context: grpc.ServicerContext, request: Any = None) -> None:
         self.attempts[method] = self.attempts.get(method, 0) + 1
@@ -311,7 +320,8 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
 
     def ListCalls(self, request: Any, context: grpc.ServicerContext) -> pb.ListCallsResponse:
         self._hook("ListCalls", context)
-        return pb.ListCallsResponse(calls=self.calls.values())
+        calls, token = self._page(list(self.calls.values()), request.page_token)
+        return pb.ListCallsResponse(calls=calls, next_page_token=token)
 
     def GetReport(self, request: pb.GetReportRequest, context: grpc.ServicerContext) -> pb.Report:
         self._hook("GetReport", context)
@@ -331,7 +341,8 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
     def ListReports(self, request: Any, context: grpc.ServicerContext) -> pb.ListReportsResponse:
         self._hook("ListReports", context)
         newest = list(self.reports.values())[::-1]
-        return pb.ListReportsResponse(reports=newest[: request.limit or 20])
+        reports, token = self._page(newest, request.page_token)
+        return pb.ListReportsResponse(reports=reports[: request.limit or 20], next_page_token=token)
 
     def WatchFeedback(
         self, request: pb.WatchFeedbackRequest, context: grpc.ServicerContext
@@ -410,7 +421,8 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
 
     def ListSessions(self, request: Any, context: grpc.ServicerContext) -> pb.ListSessionsResponse:
         self._check_operator(context)
-        return pb.ListSessionsResponse(sessions=self.sessions.values())
+        sessions, token = self._page(list(self.sessions.values()), request.page_token)
+        return pb.ListSessionsResponse(sessions=sessions, next_page_token=token)
 
     def GetPolicy(self, request: Any, context: grpc.ServicerContext) -> pb.PolicyState:
         self._check_operator(context)

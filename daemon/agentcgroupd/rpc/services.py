@@ -23,7 +23,6 @@ from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.calls.queue import AdmissionQueue
 from agentcgroupd.errors import (
     AgentcgroupdError,
-    CgroupGone,
     ConfigError,
     FailedPrecondition,
     NotFound,
@@ -35,6 +34,7 @@ from agentcgroupd.intents.request import intent_of_proto
 from agentcgroupd.rpc.agent_calls import AgentCalls, refuse_unknown
 from agentcgroupd.rpc.frames import FRAME_BYTES_MAX
 from agentcgroupd.rpc.gate import Gate, abort
+from agentcgroupd.rpc.pages import list_reports
 from agentcgroupd.rpc.peers import check_operator
 from agentcgroupd.rpc.relay import Relay
 from agentcgroupd.rpc.views import Views
@@ -43,11 +43,10 @@ from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import call_to_proto
-from agentcgroupd.turns import Turns
+from agentcgroupd.turns import Slices, Turns
 
 log = logging.getLogger(__name__)
 
-REPORTS_DEFAULT = 20
 MESSAGE_BYTES_MAX = 65_536
 """The largest request."""
 METADATA_BYTES_MAX = 8192
@@ -101,17 +100,15 @@ class _Service:
         self.parts = parts
         self.relay = relay
 
+    def slices(self, context: Context) -> Slices:
+        """Slices of a long piece of work, each in a turn of the caller's session."""
+        return Slices(self.parts.turns, self.relay.connection(context.peer()).crowd.key)
+
     async def refuse(self, name: str, error: AgentcgroupdError, context: Context) -> None:
         """Abort with the error's code and sentence."""
         refused = as_request_error(error)
         self.parts.notices.metrics.rpc_errors.labels(name, refused.code).inc()
         await abort(context, refused)
-
-    def reports(self, sessions: list[Session], limit: int) -> pb.ListReportsResponse:
-        """The newest reports of some sessions, newest first."""
-        found = [report for session in sessions for report in session.reports]
-        found.sort(key=lambda r: r.began_unix_usec + r.wall_usec, reverse=True)
-        return pb.ListReportsResponse(reports=found[: limit or REPORTS_DEFAULT])
 
 
 class AgentService(_Service, pb_grpc.AgentServicer):
@@ -157,7 +154,7 @@ class AgentService(_Service, pb_grpc.AgentServicer):
         session = self._session(context)
         if request.session_id not in ("", session.id):
             raise NotFound("an agent sees its own session only", "session_id", request.session_id)
-        return self.parts.views.list_calls([session], admin=False)
+        return await self.parts.views.list_calls([session], request, False, self.slices(context))
 
     @answers
     async def GetBudget(self, request: pb.GetBudgetRequest, context: Context) -> pb.Budget:
@@ -174,7 +171,7 @@ class AgentService(_Service, pb_grpc.AgentServicer):
         self, request: pb.ListReportsRequest, context: Context
     ) -> pb.ListReportsResponse:
         """List the newest reports of the caller's session."""
-        return self.reports([self._session(context)], request.limit)
+        return await list_reports([self._session(context)], request, self.slices(context))
 
     async def WatchFeedback(
         self, request: pb.WatchFeedbackRequest, context: Context
@@ -187,14 +184,14 @@ class AgentService(_Service, pb_grpc.AgentServicer):
         except AgentcgroupdError as error:
             await self.refuse("WatchFeedback", error, context)
             return
-        listener = self.parts.notices.feed.join(session.id)
+        listener = self.parts.notices.feed.join(session.id, request.call_id)
         try:
             # Headers now: the caller knows from them that nothing after this is missed.
             await context.send_initial_metadata(())
             async for event in listener:
-                asked_for = ("", event.feedback.call_id)
-                if event.HasField("feedback") and request.call_id in asked_for:
-                    yield event.feedback
+                yield event.feedback
+        except AgentcgroupdError as error:
+            await self.refuse("WatchFeedback", error, context)
         finally:
             self.parts.notices.feed.leave(listener)
 
@@ -261,13 +258,7 @@ class AdminService(_Service, pb_grpc.AdminServicer):
     ) -> pb.ListSessionsResponse:
         """Describe all open sessions."""
         self._check(context)
-        found = []
-        for session in self._sessions(""):
-            try:
-                found.append(self._describe(session))
-            except CgroupGone:
-                continue  # the sweep closes it
-        return pb.ListSessionsResponse(sessions=found)
+        return await self.parts.views.list_sessions(request, self.slices(context))
 
     @answers
     async def ListCalls(
@@ -275,7 +266,8 @@ class AdminService(_Service, pb_grpc.AdminServicer):
     ) -> pb.ListCallsResponse:
         """List open and waiting calls, of one session or of all."""
         self._check(context)
-        return self.parts.views.list_calls(self._sessions(request.session_id), admin=True)
+        sessions = self._sessions(request.session_id)
+        return await self.parts.views.list_calls(sessions, request, True, self.slices(context))
 
     @answers
     async def EndCall(self, request: pb.EndCallRequest, context: Context) -> pb.Report:
@@ -294,9 +286,10 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         """Find the report of an ended call of any session; without an id, the newest."""
         self._check(context)
         if not request.call_id:
-            newest = self.reports(self._sessions(""), 1).reports
-            if newest:
-                return newest[0]
+            one = pb.ListReportsRequest(limit=1)
+            newest = await list_reports(self._sessions(""), one, self.slices(context))
+            if newest.reports:
+                return newest.reports[0]
             raise NotFound("there is no report yet: no call has ended", "call_id", "")
         for session in self._sessions(""):
             if session.report(request.call_id) or request.call_id in session.calls:
@@ -310,7 +303,8 @@ class AdminService(_Service, pb_grpc.AdminServicer):
     ) -> pb.ListReportsResponse:
         """List the newest reports of one session or of all."""
         self._check(context)
-        return self.reports(self._sessions(request.session_id), request.limit)
+        sessions = self._sessions(request.session_id)
+        return await list_reports(sessions, request, self.slices(context))
 
     @answers
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.PolicyState:
@@ -353,6 +347,8 @@ class AdminService(_Service, pb_grpc.AdminServicer):
             await context.send_initial_metadata(())
             async for event in listener:
                 yield event
+        except AgentcgroupdError as error:
+            await self.refuse("WatchEvents", error, context)
         finally:
             self.parts.notices.feed.leave(listener)
 

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 
 from agentcgroup import __version__
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.calls.queue import AdmissionQueue
 from agentcgroupd.cgroup import knobs
-from agentcgroupd.errors import CgroupGone, FailedPrecondition, NotFound
+from agentcgroupd.errors import FailedPrecondition, NotFound
 from agentcgroupd.gpu.service import Gpus
 from agentcgroupd.guard.loop import GuardLoop
 from agentcgroupd.guard.policy_files import PolicyFiles
 from agentcgroupd.policy.explain import explain, policy_state
+from agentcgroupd.rpc.pages import Key, page
 from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.session import Call, Session, unix_usec
 from agentcgroupd.telemetry.wire import call_to_proto
+from agentcgroupd.turns import Slices
 from agentcgroupd.units import show_bytes
+
+
+def _itself(call: pb.Call) -> pb.Call:
+    return call
 
 
 class Views:
@@ -47,17 +55,39 @@ class Views:
         self._guard = guard
         self._started_unix_usec = unix_usec()
 
-    def list_calls(self, sessions: list[Session], admin: bool) -> pb.ListCallsResponse:
-        """Open calls with what they use now."""
-        calls = []
-        for session in sessions:
-            calls += self._queue.waiting(session)
-            for call in session.calls.values():
-                try:
-                    calls.append(call_to_proto(call, admin, usage=True))
-                except CgroupGone:
-                    continue
-        return pb.ListCallsResponse(calls=calls)
+    async def list_calls(
+        self, sessions: list[Session], request: pb.ListCallsRequest, admin: bool, slices: Slices
+    ) -> pb.ListCallsResponse:
+        """A page of the calls that wait, then of the open calls with what they use now, oldest
+        first."""
+        waiting = [call for session in sessions for call in self._queue.waiting(session)]
+        items: list[tuple[Key, Callable[[], pb.Call]]] = [
+            ((number - len(waiting), call.id), partial(_itself, call))
+            for number, call in enumerate(waiting)
+        ]
+        calls = [call for session in sessions for call in session.calls.values()]
+        calls.sort(key=lambda call: (call.began_boot_usec, call.id))
+        items += (
+            ((call.began_boot_usec, call.id), partial(call_to_proto, call, admin, usage=True))
+            for call in calls
+        )
+        found, token = await page(items, request.page_size, request.page_token, slices)
+        return pb.ListCallsResponse(calls=found, next_page_token=token)
+
+    async def list_sessions(
+        self, request: pb.ListSessionsRequest, slices: Slices
+    ) -> pb.ListSessionsResponse:
+        """A page of the open sessions, oldest first."""
+        sessions = sorted(self._sessions.open.values(), key=lambda s: (s.opened_unix_usec, s.id))
+        items = (
+            (
+                (session.opened_unix_usec, session.id),
+                partial(self._lifecycle.describe, session, True),
+            )
+            for session in sessions
+        )
+        found, token = await page(items, request.page_size, request.page_token, slices)
+        return pb.ListSessionsResponse(sessions=found, next_page_token=token)
 
     def describe_pool(self) -> pb.Pool:
         """The pool as sent."""

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agentcgroup_lab.trace.format import (
     COMMAND_CHARS,
@@ -217,6 +217,16 @@ def _reader(cgroup: Cgroup) -> Callable[[], tuple[int, int]]:
     return read
 
 
+def _pages(ask: Callable[..., Any], request: Any) -> Iterator[Any]:
+    """Answers to a request for a list, page after page. Raises grpc.RpcError."""
+    while True:
+        page = ask(request, timeout=_RPC_S)
+        yield page
+        if not page.next_page_token:
+            return
+        request.page_token = page.next_page_token
+
+
 class _Watch:
     """The daemon's side of a recording: the session as it was found, and its calls as they come.
 
@@ -260,14 +270,16 @@ class _Watch:
         self._channel.close()
 
     def _find(self, pb: ModuleType) -> Cgroup:
-        sessions = self._admin.ListSessions(pb.ListSessionsRequest(), timeout=_RPC_S).sessions
+        listed = _pages(self._admin.ListSessions, pb.ListSessionsRequest())
+        sessions = [session for page in listed for session in page.sessions]
         found = [session for session in sessions if session.id == self._session_id]
         if not found:
             known = ", ".join(sorted(session.id for session in sessions)) or "none"
             raise RecordError(f"no session {self._session_id!r} is open; open now: {known}")
         request = pb.ListCallsRequest(session_id=self._session_id)
-        for call in self._admin.ListCalls(request, timeout=_RPC_S).calls:
-            self.log.begun(call)
+        for page in _pages(self._admin.ListCalls, request):
+            for call in page.calls:
+                self.log.begun(call)
         return Cgroup.open(cgroup2_mount() / found[0].cgroup_path.lstrip("/"))
 
     def _collect(self) -> None:
