@@ -31,7 +31,7 @@ from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import BoundariesConfig
 from agentcgroupd.errors import AgentcgroupdError
 from agentcgroupd.host.proc import command_line
-from agentcgroupd.intents.command import tool_name
+from agentcgroupd.intents.command import printable, tool_name
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.notices import Notices
 
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 SLICE_S = 0.005
 QUEUE_EVENTS_MAX = 4096
 CMDLINE_BYTES_MAX = 65_536
+VICTIMS_MOST = 1000
+"""How many processes of a call that the kernel's OOM killer chose are kept."""
 
 
 class Boundaries:
@@ -129,6 +131,8 @@ class Boundaries:
         for event in batch:
             if isinstance(event, abi.ExitEvent):
                 self._note_status(event)
+            elif isinstance(event, abi.OomEvent):
+                self._note_victim(event)
         self._queue.extend(batch)
         if not self._busy and self._work_later is None:
             self._work()
@@ -195,6 +199,13 @@ class Boundaries:
         if call is not None and call.main is not None:
             if (call.main.pid, call.main.start_ticks) == key_of(event.process):
                 call.exit_status = event.wait_status
+
+    def _note_victim(self, event: abi.OomEvent) -> None:
+        """Keep at once whom the kernel's OOM killer chose, for the same reason."""
+        call = self._call_of_cgroup.get(event.event.cgroup_id)
+        if call is not None and len(call.account.victims) < VICTIMS_MOST:
+            comm = event.process.comm.decode("utf-8", "replace")
+            call.account.victims[event.process.pid] = printable(comm)
 
     def _fork(self, event: abi.ForkEvent) -> None:
         session = self._agents.get(event.event.cgroup_id)

@@ -10,6 +10,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.calls.queue import AdmissionQueue, Ticket
 from agentcgroupd.intents.request import CallRequest
+from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.turns import Slices
@@ -57,14 +58,14 @@ class Admission:
         self._queue.began(call, ticket)
         return call
 
-    async def end_calls(self, session: Session, why: str) -> int:
+    async def end_calls(self, session: Session) -> int:
         """End all calls of a session that is closing, open or waiting; returns how many were open.
         Raises RequestError."""
         self._queue.close_session(session)
         calls = list(session.calls.values())
         endings, slices = [], Slices()
         for call in calls:
-            endings.append(self._calls.end(call, False, None, why))
+            endings.append(self._calls.end(call, False, None, Asker.SESSION))
             await slices.breathe()
         await asyncio.gather(*(end for end in endings if not isinstance(end, pb.Report)))
         return len(calls)

@@ -6,13 +6,22 @@ import logging
 from dataclasses import replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.calls.verdict import EndFacts
+from agentcgroupd.calls.counters import (
+    Counters,
+    ended_as_a_whole,
+    held_of,
+    memory_hits,
+    pids_hits,
+    swap_hit,
+)
+from agentcgroupd.calls.facts import EndFacts, OomFacts
+from agentcgroupd.calls.words import count_of, limit_words
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.enforce.pause import paused_usec
 from agentcgroupd.errors import CgroupGone, KnobError
 from agentcgroupd.host.syscalls import pidfd_ended, pidfd_exit_status, process_stat
-from agentcgroupd.state.session import Call, Session, boottime_usec
+from agentcgroupd.state.session import Call, boottime_usec, unix_usec
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +61,9 @@ def _unreaped_status(call: Call) -> int | None:
 
 
 def gather(call: Call, pool: Cgroup) -> EndFacts:
-    """Gather the facts that are known of an ended call."""
+    """Gather the facts that are known of an ended call, and add those of its end to its account."""
     status, evidence = main_status(call)
+    account = call.account
     base = EndFacts(
         grant=call.grant,
         wall_usec=max(0, boottime_usec() - call.began_boot_usec),
@@ -61,29 +71,61 @@ def gather(call: Call, pool: Cgroup) -> EndFacts:
         ever_entered=call.entered or status is not None,
         wait_status=status,
         evidence=evidence,
-        ended_by=call.ended_by,
-        ended_why=call.ended_why,
-        leftovers=call.leftovers,
-        session_max_bytes=call.session.limits.memory_max_bytes,
+        asked=tuple(account.asked),
+        main_killed=account.main_killed,
+        main_lives=call.main is not None and status is None and not pidfd_ended(call.main.pidfd),
+        removed=account.removed,
+        left=tuple(account.left),
+        commands=account.commands,
         frozen_usec=paused_usec(call),
         late_pauses=call.late_pauses,
     )
     try:
-        return _with_counters(base, call, pool)
+        found = _with_counters(base, call, pool)
     except CgroupGone:
-        return replace(base, ended_by=call.ended_by or "removed")
+        found = replace(base, removed=True)
     except KnobError as error:
         log.warning("call %s: its counters could not be read: %s", call.id, error)
-        return base
+        found = base
+    _add_facts(call, found)
+    return found
 
 
-def oom_counts(session: Session, pool: Cgroup) -> tuple[int, int]:
-    """Count OOM events at the session's and at the pool's own limit; 0 without a memory controller.
-    Raises KnobError."""
-    if knobs.MEMORY_EVENTS_LOCAL.file not in session.offered:
-        return 0, 0
-    local = knobs.MEMORY_EVENTS_LOCAL
-    return session.cgroup.read(local)["oom"], pool.read(local)["oom"]
+_SOURCES = {
+    pb.EVIDENCE_KERNEL: "the kernel's wait status",
+    pb.EVIDENCE_CLIENT: "EndCall",
+}
+
+
+def _add_facts(call: Call, facts: EndFacts) -> None:
+    account, now = call.account, unix_usec()
+    name = "the main process" if call.main is None else f"the main process ({call.main.pid})"
+    if facts.wait_status is not None:
+        source = _SOURCES[facts.evidence]
+        if facts.signal is not None:
+            account.add(f"{name} died of signal {facts.signal}", source, now)
+        else:
+            account.add(f"{name} ended with status {facts.exit_code}", source, now)
+    if facts.removed:
+        account.add("the call's cgroup was removed by someone else", "cgroup", now)
+    for pid, comm in account.victims.items():
+        account.add(f"the kernel's OOM killer chose {comm} ({pid})", "mark_victim", now)
+    oom = facts.oom
+    if oom.kills or oom.kills_before:
+        kills = oom.kills + oom.kills_before
+        text = f"the kernel's OOM killer ended {count_of(kills)} of the call"
+        account.add(text, "memory.events", now)
+    if oom.whole:
+        account.add("it ended the call as a whole", "memory.events.local", now)
+    for hit in oom.hits:
+        account.add(f"{limit_words(hit)} ({hit.times})", "memory.events.local", now, hit.level)
+    if oom.kills and not oom.hits:
+        text = "no limit of memory was reached from the call up to the root"
+        account.add(text, "memory.events.local", now, pb.LEVEL_HOST)
+    for hit in facts.pids_hits:
+        most = "unknown" if hit.limit is None else hit.limit
+        text = f"a process or thread was refused at a limit of {most} ({hit.times})"
+        account.add(text, "pids.events", now, hit.level)
 
 
 def _with_counters(facts: EndFacts, call: Call, pool: Cgroup) -> EndFacts:
@@ -94,24 +136,51 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup) -> EndFacts:
 
     events, pids_events = read(knobs.MEMORY_EVENTS), read(knobs.PIDS_EVENTS)
     pressure, io = call.cgroup.read_if(knobs.MEMORY_PRESSURE), read(knobs.IO_STAT)
-    cpu = call.cgroup.read(knobs.CPU_STAT)
-    oom_kills = events["oom_kill"] if events else None
-    # Limits above are read only after a kill, which is rare: each call that ends comes here.
-    session_ooms, pool_ooms = oom_counts(call.session, pool) if oom_kills else (0, 0)
+    cpu, pids_peak = call.cgroup.read(knobs.CPU_STAT), read(knobs.PIDS_PEAK)
+    counters = Counters.read(call, pool, events or {}, pids_events or {})
     return replace(
         facts,
-        oom_kills=oom_kills,
-        call_ooms=events["oom"] if events else 0,
-        session_ooms=session_ooms - call.session_ooms_before if oom_kills else 0,
-        pool_ooms=pool_ooms - call.pool_ooms_before if oom_kills else 0,
-        pool_max_bytes=pool.read_if(knobs.MEMORY_MAX) if oom_kills else None,
+        oom_kills=events["oom_kill"] if events else None,
+        oom=_oom_facts(call, pool, counters),
+        pids_hits=tuple(pids_hits(call, counters.since(call.account.began), pids_peak)),
         memory_peak_bytes=read(knobs.MEMORY_PEAK),
         memory_high_events=events["high"] if events else None,
         memory_throttled_usec=pressure["some"].total_usec if pressure else None,
         cpu=cpu,
         ever_entered=facts.ever_entered or cpu["usage_usec"] > 0,
-        pids_peak=read(knobs.PIDS_PEAK),
+        pids_peak=pids_peak,
         pids_max_events=pids_events["max"] if pids_events else None,
         io_read_bytes=sum(d.get("rbytes", 0) for d in io.values()) if io is not None else None,
         io_write_bytes=sum(d.get("wbytes", 0) for d in io.values()) if io is not None else None,
     )
+
+
+def _oom_facts(call: Call, pool: Cgroup, counters: Counters) -> OomFacts:
+    """What the kernel's OOM killer did to a call. Raises KnobError."""
+    account = call.account
+    counted = counters.since(account.baseline or account.began)
+    kills = counted.below.oom_kills
+    before = counters.now.below.oom_kills - kills
+    all_hits = memory_hits(call, counters.since(account.began)) if before else ()
+    if not kills:
+        return OomFacts(kills_before=before, hits_before=tuple(all_hits))
+    hits = tuple(memory_hits(call, counted))
+    at_session = bool(hits) and hits[0].level == pb.LEVEL_SESSION
+    return OomFacts(
+        kills=kills,
+        kills_before=before,
+        hits_before=tuple(all_hits),
+        whole=ended_as_a_whole(call, counted, hits),
+        main_chosen=_main_chosen(call, kills),
+        hits=hits,
+        swap=swap_hit(call, pool),
+        held=held_of(call) if at_session else None,
+    )
+
+
+def _main_chosen(call: Call, kills: int) -> bool | None:
+    """Whether the kernel's OOM killer chose the main process; None: not known."""
+    victims = call.account.victims
+    if call.main is not None and call.main.pid in victims:
+        return True
+    return False if len(victims) >= kills else None

@@ -17,7 +17,8 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.calls.evidence import main_status
+from agentcgroupd.calls.facts import CALLER_REASONS
+from agentcgroupd.calls.leaving import Leavers
 from agentcgroupd.calls.owners import Owners
 from agentcgroupd.calls.reports import Reports
 from agentcgroupd.calls.timers import Deadlines
@@ -26,7 +27,7 @@ from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import CallDefaults
 from agentcgroupd.enforce import memory_high
 from agentcgroupd.enforce.actions import Actions
-from agentcgroupd.enforce.kill import kill
+from agentcgroupd.enforce.kill import ask_end, kill, place_outside
 from agentcgroupd.enforce.limits import (
     oom_score_adj,
     rewrite_grant,
@@ -49,6 +50,7 @@ from agentcgroupd.intents.grant import Ceiling, Grant, grant_for, merge
 from agentcgroupd.intents.parse import NAME_CHARS_MAX, Intent
 from agentcgroupd.intents.request import CallRequest
 from agentcgroupd.state.candidate import Candidate
+from agentcgroupd.state.ending import Account, Asker
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.records import plain
 from agentcgroupd.state.session import CALL_PREFIX, Call, Session, boottime_usec, unix_usec
@@ -124,7 +126,10 @@ class Calls:
         self._waiting = waiting
         self._loop = asyncio.get_running_loop()
         self._owners = Owners(self._owner_gone, turns)
-        self._deadlines = Deadlines(config, self._populated, self._finish, self._kill, turns)
+        self._leavers = Leavers(notices, self.admit, self._main_ended)
+        self._deadlines = Deadlines(
+            config, self._populated, self._goes_on, self._finish, self._kill, turns
+        )
         self.open: dict[str, Call] = {}
         self._postponed: dict[str, Call] = {}
         self.begun = 0
@@ -214,7 +219,7 @@ class Calls:
         """Make a call's cgroup, without limits yet. Raises NotFound or Unavailable."""
         session, request = candidate.session, candidate.request
         try:
-            session_ooms, pool_ooms = self._reports.oom_counts(session)
+            began = self._reports.baseline_of_new(session)
             cgroup = session.cgroup.make_child(CALL_PREFIX + candidate.id)
         except CgroupGone:
             raise NotFound(f"the cgroup of session {session.id} is gone") from None
@@ -232,8 +237,7 @@ class Calls:
             held=owner is not None,
             owner=owner,
             observed=request.observed,
-            session_ooms_before=session_ooms,
-            pool_ooms_before=pool_ooms,
+            account=Account(began=began),
             likely_bytes=candidate.likely_bytes,
         )
 
@@ -278,22 +282,42 @@ class Calls:
             call.cgroup.attach(process.pid)
             if not pidfd_alive(process.pidfd):
                 raise FailedPrecondition(f"process {process.pid} ended before it could enter")
-        self._leave_observed(call, process)
+        self._leave_others(call, process)
+        self._begin_account(call)
         if call.main is not None:
+            self._leavers.drop(call)
             call.main.close()
         call.main = process.copy()
         call.client_status = call.exit_status = None
         self._entered(call, process)
 
-    def _leave_observed(self, call: Call, process: Process) -> None:
-        """End the observed call whose main process has just gone on to a call of its own: a shell
-        that ends in `exec agentcg-exec ...` is seen as a call before it asks for one."""
+    def _leave_others(self, call: Call, process: Process) -> None:
+        """Let go of the call whose main process has just gone on to another one: a shell that ends
+        in `exec agentcg-exec ...`."""
         for other in call.session.calls.values():
             main = other.main
-            if other is call or not other.observed or main is None:
+            if other is call or main is None:
                 continue
             if (main.pid, main.start_ticks) == (process.pid, process.start_ticks):
-                other.ended_by, other.ended_why = "declared", f"It went on as call {call.id}."
+                ask_end(other, Asker.WENT_ON, f"It went on as call {call.id}.")
+                self._leavers.drop(other)
+                main.close()
+                other.main = None
+
+    def _begin_account(self, call: Call) -> None:
+        """Judge a call from now on by what happens to the process that has entered it: what was
+        counted for those before it is set apart."""
+        if call.account.commands:
+            try:
+                call.account.baseline = self._reports.baseline_now(call)
+            except KnobError as error:
+                log.warning("call %s: its counters cannot be read: %s", call.id, error)
+        call.account.commands += 1
+        # One that is being ended takes nobody in: what was asked for is that the process before
+        # this one went on elsewhere.
+        call.account.asked.clear()
+        call.account.left.clear()
+        call.account.main_lost = False
 
     def admit(self, call: Call, process: Process) -> None:
         """Move one more process into a call; if the call is ending, the process is killed with it.
@@ -335,15 +359,23 @@ class Calls:
     # Ending
 
     def end(
-        self, call: Call, detach: bool, status: int | None, why: str
+        self,
+        call: Call,
+        detach: bool,
+        status: int | None,
+        asker: Asker,
+        reason: pb.EndReason.ValueType = pb.END_REASON_UNSPECIFIED,
     ) -> pb.Report | Coroutine[Any, Any, pb.Report]:
         """End a call and give its report; with `detach`, only let go of it. Where processes have
         to die first, the report is to be awaited. `status`: of the main process, by its parent;
-        `why`: for the report, if the call has to be killed."""
+        `reason`: what the asker says for the report."""
         if status is not None:
             call.client_status = status
         call.held = False
-        report = None if self._populated(call) else self._finish(call)
+        goes_on = self._goes_on(call)
+        if (goes_on and not detach) or reason in CALLER_REASONS:
+            ask_end(call, asker, reason=reason)
+        report = None if goes_on else self._finish(call)
         if report is not None:
             return report
         if detach:
@@ -357,7 +389,7 @@ class Calls:
             )
         if call.done is None:
             call.done = self._loop.create_future()
-        self._kill(call, "cancelled", why)
+        self._kill(call)
         return self._ended(call, call.done)
 
     async def _ended(self, call: Call, done: asyncio.Future[pb.Report]) -> pb.Report:
@@ -375,48 +407,58 @@ class Calls:
             found = call.cgroup.all_procs()
         except KnobError as error:
             return f"its processes cannot be read: {error}"
+        if call.main is not None and place_outside(call) is not None:
+            found.append(call.main.pid)
         waits = [f"process {pid} waits in the kernel at {wait_channel(pid)}" for pid in found[:3]]
         more = f", and {len(found) - 3} more" if len(found) > 3 else ""
         return ", ".join(waits) + more if waits else "its cgroup still counts as populated"
 
-    def _kill(self, call: Call, ended_by: str, why: str) -> None:
-        """Kill all processes of a call. If the main process has ended before, only leftovers die,
-        and the verdict follows from the main process. `ended_by`: as in EndFacts."""
+    def _kill(self, call: Call) -> None:
+        """Kill all processes of a call, whose end was asked for."""
         call.state = pb.CALL_STATE_ENDING
-        if main_status(call)[0] is not None:
-            self._count_leftovers(call)
-        elif not call.ended_by:
-            call.ended_by, call.ended_why = ended_by, why
         self.actions.hurry(call)
         try:
             kill(call)
         except CgroupGone:
             self._finish(call)
+        if self._leavers.outlives(call):
+            self._deadlines.killed(call, self._give_up)
 
-    def _count_leftovers(self, call: Call) -> None:
-        try:
-            call.leftovers = max(call.leftovers, len(call.cgroup.all_procs()))
-        except KnobError as error:
-            log.warning("call %s: what it left running could not be counted: %s", call.id, error)
+    def _give_up(self, call: Call) -> None:
+        """Wait no longer for a main process that is outside of its call and does not die."""
+        call.account.given_up = True
+        if not self._populated(call):
+            self._finish(call)
 
     def _populated(self, call: Call) -> bool:
         try:
             return call.cgroup.populated()
         except CgroupGone:
-            call.ended_by = call.ended_by or "removed"
+            call.account.removed = True
             return False
+
+    def _goes_on(self, call: Call) -> bool:
+        """Whether a process of a call is left, in its cgroup or, as its main process, elsewhere."""
+        return self._populated(call) or self._leavers.outlives(call)
+
+    def _main_ended(self, call: Call) -> None:
+        """Check a call that waited for its main process alone."""
+        try:
+            self._changed(call)
+        except (KnobError, OSError, ValueError) as error:
+            log.error("call %s: its main process ended: %s", call.id, error)
 
     def _changed(self, call: Call) -> None:
         """Check a call whose cgroup.events has changed: a process entered, the last one left, or
         the call was frozen or thawed."""
-        if call.id not in self.open or self._populated(call):
+        if call.id not in self.open or self._goes_on(call):
             return
         if call.observed and self._observer.behind():
             self._postponed[call.id] = call
             return
         if call.held and call.entered and call.state != pb.CALL_STATE_ENDING:
             self._deadlines.emptied(call)
-        elif call.entered or call.ended_by == "removed":
+        elif call.entered or call.account.removed:
             self._finish(call)
 
     def _owner_gone(self, call: Call) -> None:
@@ -424,7 +466,7 @@ class Calls:
         if call.id not in self.open:
             return  # it has ended meanwhile
         call.held = False
-        if not self._populated(call):
+        if not self._goes_on(call):
             self._finish(call)
         else:
             call.cgroup.set_xattr(call.record())
@@ -434,6 +476,8 @@ class Calls:
         call. None: a process has entered meanwhile, and the call goes on."""
         if call.id not in self.open:
             return call.session.report(call.id)
+        if self._leavers.outlives(call):
+            return None
         with self._metrics.time("finish"):
             self._observer.catch_up()
             self._observer.call_ending(call)
@@ -466,6 +510,7 @@ class Calls:
         if call.watch is not None:
             (self._events.forget if removed else self._events.unwatch)(call.watch)
         self._deadlines.drop(call)
+        self._leavers.drop(call)
         self._owners.drop(call)
         self._observer.call_closed(call)
         if call.main is not None:
@@ -512,7 +557,7 @@ class Calls:
             # Owners keeps a pidfd of its own.
             call.owner.close()
         self.actions.take_up(call)
-        if self._populated(call):
+        if self._goes_on(call):
             call.entered = True
             call.state = pb.CALL_STATE_RUNNING
             self._deadlines.entered(call)
@@ -521,7 +566,7 @@ class Calls:
 
     def end_if_empty(self, call: Call) -> None:
         """End a call that is known to be empty without waiting for its events file to say so."""
-        if call.id in self.open and not self._populated(call):
+        if call.id in self.open and not self._goes_on(call):
             self._finish(call)
 
     def check_postponed(self) -> None:
@@ -539,6 +584,7 @@ class Calls:
         for call in calls:
             try:
                 self._changed(call)
+                self._leavers.look(call)
             except (KnobError, OSError, ValueError) as error:
                 # One call that cannot be read must not take the others with it.
                 log.error("call %s: %s", call.id, error)

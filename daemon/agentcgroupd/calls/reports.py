@@ -8,13 +8,16 @@ from dataclasses import replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf.sched import CpuNumbers
-from agentcgroupd.calls.evidence import gather, oom_counts
-from agentcgroupd.calls.verdict import EndFacts, report_of
+from agentcgroupd.calls.counters import baseline_now, baseline_of_new
+from agentcgroupd.calls.evidence import gather
+from agentcgroupd.calls.facts import EndFacts
+from agentcgroupd.calls.verdict import report_of
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.intents.grant import Ceiling, Grant, grant_for
 from agentcgroupd.intents.parse import Intent, cut_argv
 from agentcgroupd.policy.command_shape import shape_of
 from agentcgroupd.policy.learning import Peaks, learn
+from agentcgroupd.state.ending import Baseline, Fact
 from agentcgroupd.state.session import Call, Session, unix_usec
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import cpu_to_proto, grant_to_proto
@@ -34,6 +37,12 @@ _TOLD_BEFORE = frozenset(
 """Feedback that an agent was sent when it happened, before the report has it again."""
 
 
+def _fact_to_proto(fact: Fact) -> pb.Fact:
+    return pb.Fact(
+        what=fact.what, source=fact.source, at_unix_usec=fact.at_unix_usec, level=fact.level
+    )
+
+
 class Reports:
     """Makes reports, keeps them, and learns from them what later calls will take."""
 
@@ -51,9 +60,15 @@ class Reports:
         self._notices = notices
         self._ceiling, self._cpu, self._peaks = ceiling, cpu, peaks
 
-    def oom_counts(self, session: Session) -> tuple[int, int]:
-        """Count OOM events so far at a session's limit and at the pool's. Raises KnobError."""
-        return oom_counts(session, self._pool)
+    # Counters that an end is judged against
+
+    def baseline_of_new(self, session: Session) -> Baseline:
+        """Read the counters above a call that is about to get its cgroup. Raises KnobError."""
+        return baseline_of_new(session, self._pool)
+
+    def baseline_now(self, call: Call) -> Baseline:
+        """Read the counters of an open call and above it. Raises KnobError."""
+        return baseline_now(call, self._pool)
 
     # What a call will take
 
@@ -86,6 +101,7 @@ class Reports:
             held = facts.cpu.get("throttled_usec", 0) + cpu.stalled_usec
             facts = replace(facts, cpu={**facts.cpu, "throttled_usec": held})
         report = report_of(facts)
+        report.facts.extend(_fact_to_proto(fact) for fact in call.account.facts)
         if cpu is not None:
             report.cpu.CopyFrom(cpu_to_proto(cpu))
         report.call_id, report.session_id, report.name = call.id, call.session.id, call.name

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import signal
 from collections.abc import Callable
 from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.calls.evidence import main_status
 from agentcgroupd.config import CallDefaults
+from agentcgroupd.enforce.kill import ask_end, terminate
 from agentcgroupd.enforce.pause import paused_usec
-from agentcgroupd.errors import KnobError
+from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import Call, boottime_usec
 from agentcgroupd.turns import Turns
 
-log = logging.getLogger(__name__)
-
 FROZEN_CHECK_USEC = 100_000
 """How long after its timeout a call that is paused then is checked again."""
+GIVE_UP_USEC = 5_000_000
+"""How long a main process outside of its call may take to die of SIGKILL."""
 
 
 class Deadlines:
@@ -29,14 +27,16 @@ class Deadlines:
         self,
         config: CallDefaults,
         populated: Callable[[Call], bool],
+        goes_on: Callable[[Call], bool],
         finish: Callable[[Call], Any],
-        kill: Callable[[Call, str, str], None],
+        kill: Callable[[Call], None],
         turns: Turns,
     ) -> None:
-        """`finish` ends a call that is empty; `kill` (call, by, why) one that is not. `turns`: when
-        what a timer does has its turn, for many may pass at the same moment."""
+        """`populated`: whether there are processes in a call; `goes_on`: or its main process lives
+        elsewhere. `finish` ends a call that is over; `kill` one that is not. `turns`: when what a
+        timer does has its turn, for many may pass at the same moment."""
         self._config = config
-        self._populated = populated
+        self._populated, self._goes_on = populated, goes_on
         self._finish = finish
         self._kill = kill
         self._turns = turns
@@ -63,6 +63,10 @@ class Deadlines:
         """Start to wait for the next process of a call that is empty and held open."""
         if "idle" not in call.timers:
             self._set(call, "idle", self._config.idle_timeout, self._idle)
+
+    def killed(self, call: Call, give_up: Callable[[Call], None]) -> None:
+        """Have a call given up whose main process, which has left it, does not die in time."""
+        self._set(call, "give_up", GIVE_UP_USEC, give_up)
 
     def drop(self, call: Call) -> None:
         """Stop all timers of a call."""
@@ -109,20 +113,10 @@ class Deadlines:
             self._set(call, "timeout", max(left, FROZEN_CHECK_USEC), self._timed_out)
             return
         call.held = False
-        if not self._populated(call):
+        if not self._goes_on(call):
             self._finish(call)
             return
         call.state = pb.CALL_STATE_ENDING
-        main_ended = main_status(call)[0] is not None
-        if not main_ended:
-            call.ended_by = call.ended_by or "timeout"
-        try:
-            signalled = call.cgroup.signal(signal.SIGTERM)
-            if main_ended:
-                call.leftovers = max(call.leftovers, signalled)
-        except KnobError:
-            log.debug("call %s ended at its timeout", call.id)
-        self._set(call, "kill", self._config.term_grace, self._kill_after_term)
-
-    def _kill_after_term(self, call: Call) -> None:
-        self._kill(call, "timeout", "")
+        ask_end(call, Asker.TIMEOUT)
+        terminate(call)
+        self._set(call, "kill", self._config.term_grace, self._kill)

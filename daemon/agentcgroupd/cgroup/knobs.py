@@ -169,6 +169,9 @@ MEMORY_RECLAIM = Knob("memory.reclaim", _write_only, format_reclaim)
 than was asked for; what it got stays reclaimed."""
 MEMORY_SWAP_CURRENT = Knob("memory.swap.current", int)
 MEMORY_SWAP_MAX = Knob("memory.swap.max", parse_limit, format_limit)
+MEMORY_SWAP_EVENTS = Knob("memory.swap.events", parse_flat_keyed)
+MEMORY_SWAP_PEAK = Knob("memory.swap.peak", int)
+"""Linux 6.5."""
 
 CPU_STAT = Knob("cpu.stat", parse_flat_keyed)
 CPU_WEIGHT = Knob("cpu.weight", int)
@@ -178,6 +181,9 @@ PIDS_CURRENT = Knob("pids.current", int)
 PIDS_PEAK = Knob("pids.peak", int)
 PIDS_MAX = Knob("pids.max", parse_limit, format_limit)
 PIDS_EVENTS = Knob("pids.events", parse_flat_keyed)
+PIDS_EVENTS_LOCAL = Knob("pids.events.local", parse_flat_keyed)
+"""Linux 6.11, which also changed what pids.events counts: refusals at the cgroup's own limit and at
+those below it; before, refusals of the cgroup's own processes at whatever limit."""
 
 IO_STAT = Knob("io.stat", parse_nested_keyed)
 IO_WEIGHT = Knob("io.weight", parse_default_weight, format_default_weight)

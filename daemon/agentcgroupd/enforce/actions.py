@@ -12,9 +12,10 @@ from agentcgroupd.bpf.memory import MemoryPrograms
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.enforce import memory_high, pause
-from agentcgroupd.enforce.kill import kill
+from agentcgroupd.enforce.kill import ask_end, kill
 from agentcgroupd.enforce.reclaimer import Reclaimer
 from agentcgroupd.errors import BpfError, KnobError
+from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import Call, Session, boottime_usec
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.units import show_bytes
@@ -145,7 +146,7 @@ class Actions:
 
     def kill(self, call: Call, why: str) -> None:
         """End a call by policy. Raises CgroupGone."""
-        call.ended_by, call.ended_why = "stopped", why
+        ask_end(call, Asker.POLICY, why)
         call.state = pb.CALL_STATE_ENDING
         call.held = False
         self.hurry(call)

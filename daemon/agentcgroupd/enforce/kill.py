@@ -1,4 +1,5 @@
-"""Kills of calls that last until nothing is left of the call."""
+"""Requests to end a call, taken down with what was there then; kills that last until nothing is
+left of the call."""
 
 from __future__ import annotations
 
@@ -6,8 +7,12 @@ import asyncio
 import logging
 import signal
 
+from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.errors import KnobError
-from agentcgroupd.state.session import Call
+from agentcgroupd.host.proc import CgroupUnknown, cgroup_of
+from agentcgroupd.host.syscalls import pidfd_ended, process_stat
+from agentcgroupd.state.ending import Asked, Asker
+from agentcgroupd.state.session import Call, unix_usec
 
 log = logging.getLogger(__name__)
 
@@ -19,12 +24,109 @@ TIMER = "kill"
 """Name of the timer in Call.timers, all of which are cancelled when the call is over."""
 
 
+_ASKED = {
+    Asker.TIMEOUT: ("its timeout passed", "timer"),
+    Asker.AGENT: ("its agent ended it", "EndCall"),
+    Asker.OPERATOR: ("the operator ended it", "EndCall"),
+    Asker.SESSION: ("its session was closed", "CloseSession"),
+    Asker.POLICY: ("the policy ended it", "policy"),
+    Asker.WENT_ON: ("its main process asked for another call", "attach"),
+}
+"""What each request is, as a clause, and where it comes from."""
+_REASONS = {
+    pb.END_REASON_DONE: " and says that the command has ended",
+    pb.END_REASON_TIMEOUT: " and says that a timeout of its own had passed",
+    pb.END_REASON_CANCELLED: " and says that it was cancelled or interrupted itself",
+}
+
+
+def main_ended(call: Call) -> bool:
+    """Whether the main process is known to have ended, with all of its threads."""
+    if call.main is not None:
+        return pidfd_ended(call.main.pidfd)
+    known = call.exit_status is not None or call.client_status is not None
+    return known or call.account.main_lost
+
+
+def ask_end(
+    call: Call,
+    by: Asker,
+    why: str = "",
+    reason: pb.EndReason.ValueType = pb.END_REASON_UNSPECIFIED,
+) -> None:
+    """Take down that the end of a call was asked for, and whether its main process ran then, before
+    anything is done about it. `why`: a sentence for the report, where `by` does not say it."""
+    ran = call.entered and not main_ended(call)
+    try:
+        count = len(call.cgroup.all_procs())
+    except KnobError as error:
+        log.debug("call %s: its processes cannot be counted: %s", call.id, error)
+        count = 0
+    what, source = _ASKED[by]
+    what += _REASONS.get(reason, "")
+    if call.entered:
+        state = "its main process ran" if ran else "its main process had ended"
+        what += f"; {state}, and there {'was' if count == 1 else 'were'} {count} in its cgroups"
+    asked = Asked(by, unix_usec(), ran, count, why, reason)
+    call.account.ask(asked, what, source)
+    if ran and call.main is not None and _has_ended_main_thread(call.main.pid):
+        text = f"the main thread of the main process ({call.main.pid}) had ended, others ran"
+        call.account.add(text, "/proc/<pid>/stat", asked.at_unix_usec)
+    try:
+        # A daemon that is started again before the end has to know why it came.
+        call.cgroup.set_xattr(call.record())
+    except KnobError as error:
+        log.debug("call %s: %s", call.id, error)
+
+
+def _has_ended_main_thread(pid: int) -> bool:
+    try:
+        return process_stat(pid).state == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def place_outside(call: Call) -> str | None:
+    """The cgroup of the main process, as /proc/<pid>/cgroup shows it, if that is not its call's or
+    one below it; None: it is there, or has ended, or its place cannot be told."""
+    main, session = call.main, call.session
+    if main is None or pidfd_ended(main.pidfd):
+        return None
+    try:
+        path = cgroup_of(main.pid)
+    except (FileNotFoundError, ProcessLookupError, CgroupUnknown):
+        return None
+    inside = call.cgroup.path.relative_to(session.cgroup.path)
+    own = f"{session.cgroup_path}/{inside}"
+    if path.startswith((f"{own}/", f"{own} (deleted)")) or path == own:
+        return None
+    return None if pidfd_ended(main.pidfd) else path
+
+
+def terminate(call: Call) -> None:
+    """Send SIGTERM to all processes of a call, and to its main process wherever that has gone; no
+    error if there are none any more."""
+    outside = place_outside(call)
+    try:
+        call.cgroup.signal(signal.SIGTERM)
+    except KnobError as error:
+        log.debug("call %s: %s", call.id, error)
+    if outside is not None:
+        _signal_main(call, signal.SIGTERM)
+
+
 def kill(call: Call) -> None:
     """Kill all processes of a call, and those that are left again and again, until the call is
-    over: cgroup.kill misses a process whose main thread has ended (seen on Linux 6.18). On the
-    event loop. Raises KnobError, or CgroupGone."""
+    over: cgroup.kill misses a process whose main thread has ended (seen on Linux 6.18). The main
+    process is killed wherever it has gone. On the event loop. Raises KnobError, or CgroupGone."""
+    main = call.main
+    if main is not None and not pidfd_ended(main.pidfd):
+        call.account.main_killed = True
     _again_later(call, AGAIN_S)
-    call.cgroup.kill()
+    try:
+        call.cgroup.kill()
+    finally:
+        _signal_main(call, signal.SIGKILL)
 
 
 def _again_later(call: Call, wait_s: float) -> None:
@@ -35,9 +137,18 @@ def _again_later(call: Call, wait_s: float) -> None:
     call.timers[TIMER] = loop.call_later(wait_s, _kill_again, call, wait_s)
 
 
+def _signal_main(call: Call, number: int) -> None:
+    if call.main is not None:
+        try:
+            signal.pidfd_send_signal(call.main.pidfd, number)
+        except ProcessLookupError:
+            return
+
+
 def _kill_again(call: Call, waited_s: float) -> None:
     try:
         call.cgroup.signal(signal.SIGKILL)
     except KnobError as error:
         log.debug("call %s: %s", call.id, error)
+    _signal_main(call, signal.SIGKILL)
     _again_later(call, min(2 * waited_s, AGAIN_MOST_S))

@@ -16,6 +16,7 @@ from agentcgroupd.errors import InvalidField, NotFound
 from agentcgroupd.intents.request import request_of_proto
 from agentcgroupd.rpc.peers import Peer, session_of
 from agentcgroupd.sessions.registry import Sessions
+from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.wire import call_to_proto
 
@@ -100,7 +101,7 @@ class AgentCalls:
         status = message.wait_status if message.HasField("wait_status") else None
         if status is not None and not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
             raise InvalidField("wait_status", str(status), "a wait status of an ended process")
-        return self._calls.end(call, message.detach, status, "its agent ended the call")
+        return self._calls.end(call, message.detach, status, Asker.AGENT, message.reason)
 
 
 async def _later(call: Coroutine[Any, Any, Call]) -> pb.Call:

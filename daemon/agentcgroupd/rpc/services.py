@@ -40,6 +40,7 @@ from agentcgroupd.rpc.relay import Relay
 from agentcgroupd.rpc.views import Views
 from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.registry import Sessions
+from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import call_to_proto
@@ -278,7 +279,7 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         if waited is not None:
             return waited
         call = self._open_call(request.call_id)
-        report = self.parts.calls.end(call, request.detach, None, why)
+        report = self.parts.calls.end(call, request.detach, None, Asker.OPERATOR)
         return report if isinstance(report, pb.Report) else await report
 
     @answers

@@ -41,7 +41,7 @@ class SessionObserver(Protocol):
 class SessionCalls(Protocol):
     """The calls of sessions, as far as the end of a session concerns them."""
 
-    async def end_calls(self, session: Session, why: str) -> int:
+    async def end_calls(self, session: Session) -> int:
         """End all calls of a session that is closing, open or waiting; returns how many were open.
         Raises RequestError."""
 
@@ -135,7 +135,7 @@ class SessionLifecycle:
             raise FailedPrecondition(f"session {session.id} is being closed already")
         session.closing = True
         try:
-            ended = await self._calls.end_calls(session, "its session was closed")
+            ended = await self._calls.end_calls(session)
             last = self.describe(session, admin=True) if session.cgroup.exists() else None
             # Only the kernel's part waits in a thread; the books are the loop's alone.
             loop = asyncio.get_running_loop()

@@ -13,6 +13,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.intents.grant import Grant
 from agentcgroupd.policy.learning import Learned
+from agentcgroupd.state.ending import Account
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.records import RECORD_VERSION, cut_argv_of_record, plain, sendable
 
@@ -61,9 +62,8 @@ class Call:
     """The process that entered last; its wait status is the call's."""
     entered: bool = False
     state: pb.CallState.ValueType = pb.CALL_STATE_PENDING
-    ended_by: str = ""
-    ended_why: str = ""
-    leftovers: int = 0
+    account: Account = field(default_factory=Account)
+    """What is known so far of how it ends."""
     observed: bool = False
     """Whether the daemon itself began the call, because it saw an exec in the agent leaf."""
     exit_status: int | None = None
@@ -106,8 +106,6 @@ class Call:
     """Use of its part of a GPU; made when the call ends, None where it had none."""
     gpu_feedback: tuple[pb.Feedback, ...] = ()
     """The feedback that its agent was given about its part of a GPU."""
-    session_ooms_before: int = 0
-    pool_ooms_before: int = 0
     watch: int | None = None
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     done: asyncio.Future[pb.Report] | None = None
@@ -133,8 +131,7 @@ class Call:
                 "entered": self.entered,
                 "frozen_usec": self.frozen_usec,
                 "waited_usec": self.waited_usec,
-                "session_ooms_before": self.session_ooms_before,
-                "pool_ooms_before": self.pool_ooms_before,
+                "account": self.account.plain(),
             },
             separators=(",", ":"),
         ).encode()
@@ -158,11 +155,11 @@ class Call:
             observed=bool(data.get("observed")),
             frozen_usec=int(data["frozen_usec"]),
             waited_usec=int(data.get("waited_usec", 0)),
-            session_ooms_before=int(data["session_ooms_before"]),
-            pool_ooms_before=int(data["pool_ooms_before"]),
+            account=Account.from_plain(data.get("account", {})),
         )
         call.owner = Process.find(*data["owner"]) if data["owner"] else None
         call.main = Process.find(*data["main"]) if data["main"] else None
+        call.account.main_lost = bool(data["main"]) and call.main is None
         return call
 
 

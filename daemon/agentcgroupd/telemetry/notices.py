@@ -72,6 +72,17 @@ class Notices:
         usec = since_exec_ns // 1000
         self.audit.write("call_moved", session=call.session.id, call=call.id, since_exec_usec=usec)
 
+    def left_call(self, call: Call, pid: int, path: str, moved_back: bool, sentence: str) -> None:
+        """The main process of a call left its cgroup for `path`, and may have been moved back."""
+        session = call.session.id
+        self.audit.write(
+            "left_call", session=session, call=call.id, pid=pid, to=path, moved_back=moved_back
+        )
+        log.warning("call %s of session %s: %s", call.id, session, sentence)
+        code = pb.FEEDBACK_CODE_LEFT_CALL
+        told = pb.Feedback(code=code, sentence=sentence, numbers={"pid": float(pid)})
+        self.tell(call.session, call.id, told)
+
     # Of what the kernel did
 
     def oom_victim(self, session: Session, call: Call | None, pid: int, comm: str) -> None:

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.calls.verdict import EndFacts, judge, report_of
+from agentcgroupd.calls.facts import EndFacts, Held, LimitHit, OomFacts
+from agentcgroupd.calls.verdict import RULES, judge, report_of, rule_of
 from agentcgroupd.intents.grant import Grant
+from agentcgroupd.state.ending import Asked, Asker, Left
 
 MIB = 1 << 20
 GRANT = Grant(
@@ -39,8 +41,6 @@ def facts(**changes: Any) -> EndFacts:
         "evidence": pb.EVIDENCE_KERNEL,
         "oom_kills": 0,
         "memory_peak_bytes": 100 * MIB,
-        "session_max_bytes": 1024 * MIB,
-        "pool_max_bytes": 4096 * MIB,
     }
     return EndFacts(**{**base, **changes})
 
@@ -57,39 +57,189 @@ def test_pauses_that_came_late_are_told_beside_the_time_paused() -> None:
         assert told.code == pb.FEEDBACK_CODE_FROZEN and set(told.numbers) == numbers
 
 
-OOM_AT_CALL = {"oom_kills": 1, "call_ooms": 1}
-BY_AGENT = {"ended_by": "cancelled", "ended_why": "its agent ended the call"}
-BY_POLICY = {"ended_by": "stopped", "ended_why": "Stopped: x"}
+def hit(level: pb.Level.ValueType, limit: int | None = 64 * MIB, name: str = "x") -> LimitHit:
+    """A limit that was reached once."""
+    return LimitHit(level, name, limit, 1)
+
+
+def oom(*levels: pb.Level.ValueType, whole: bool = True, **changes: Any) -> dict[str, Any]:
+    """Changes for a call of which the OOM killer ended one process, at limits of these levels."""
+    found = OomFacts(kills=1, whole=whole, hits=tuple(map(hit, levels)))
+    return {"oom_kills": 1, "oom": replace(found, **changes)}
+
+
+def asked(
+    by: Asker,
+    *,
+    main_ran: bool = True,
+    processes: int = 1,
+    why: str = "",
+    reason: pb.EndReason.ValueType = pb.END_REASON_UNSPECIFIED,
+) -> dict[str, Any]:
+    """Changes for a call whose end was asked for."""
+    return {"asked": (Asked(by, 1, main_ran, processes, why, reason),)}
+
+
+CALL, NESTED, OUTER = pb.LEVEL_CALL, pb.LEVEL_NESTED, pb.LEVEL_OUTER
+SESSION, POOL, HOST = pb.LEVEL_SESSION, pb.LEVEL_POOL, pb.LEVEL_HOST
+TIMED_OUT = asked(Asker.TIMEOUT)
+LEFT_BEHIND: dict[str, Any] = {"main_ran": False, "processes": 2}
+ELSEWHERE = (Left(12, "/system.slice/x.scope", 1),)
+MOVED_BACK = (Left(12, "/pool/alpha/agent", 1, moved_back=True),)
 
 
 @pytest.mark.parametrize(
     ("changes", "verdict", "words"),
     [
-        ({}, pb.VERDICT_OK, "well"),
-        ({"wait_status": 3 << 8}, pb.VERDICT_FAILED, "exit status 3"),
-        ({"wait_status": 137 << 8}, pb.VERDICT_FAILED, "counts no OOM kill"),
-        (killed(), pb.VERDICT_SIGNALED, "counts no OOM kill"),
-        (killed(oom_kills=None), pb.VERDICT_SIGNALED, "cannot be seen"),
-        ({"wait_status": int(signal.SIGSEGV)}, pb.VERDICT_SIGNALED, "SIGSEGV"),
-        (killed(**OOM_AT_CALL), pb.VERDICT_OOM_CALL, "512 MiB"),
-        (killed(oom_kills=2, session_ooms=1), pb.VERDICT_OOM_SESSION, "1 GiB"),
-        (killed(oom_kills=1, pool_ooms=1), pb.VERDICT_OOM_POOL, "4 GiB"),
-        (killed(oom_kills=1), pb.VERDICT_OOM_HOST, "host"),
-        # A shell that hides its child's end cannot hide the kernel's count.
-        ({"wait_status": 0, **OOM_AT_CALL}, pb.VERDICT_OOM_CALL, "limit"),
-        ({"wait_status": 15, "ended_by": "timeout"}, pb.VERDICT_TIMEOUT, "1 min"),
-        (killed(**BY_AGENT), pb.VERDICT_CANCELLED, "its agent"),
-        (killed(**BY_POLICY), pb.VERDICT_STOPPED, "Stopped: x"),
-        ({"ever_entered": False, "wait_status": None}, pb.VERDICT_ABANDONED, "agentcg-exec"),
-        ({"wait_status": None}, pb.VERDICT_UNKNOWN, "not known"),
-        ({"wait_status": None, "ended_by": "removed"}, pb.VERDICT_UNKNOWN, "someone else"),
-        (killed(**OOM_AT_CALL, ended_by="timeout"), pb.VERDICT_OOM_CALL, "limit"),
+        ({}, pb.VERDICT_OK, ["well"]),
+        ({"wait_status": 3 << 8}, pb.VERDICT_FAILED, ["exit status 3", "no limit"]),
+        ({"wait_status": 137 << 8}, pb.VERDICT_FAILED, ["counts no OOM kill"]),
+        ({"wait_status": int(signal.SIGSEGV)}, pb.VERDICT_SIGNALED, ["SIGSEGV"]),
+        # Who sent a SIGKILL is not known.
+        (killed(), pb.VERDICT_SIGNALED, ["by whom is not known", "counts no OOM kill"]),
+        (killed(oom_kills=None), pb.VERDICT_SIGNALED, ["cannot be seen"]),
+        # Out of memory, at each level.
+        (killed(**oom(CALL)), pb.VERDICT_OOM_CALL, ["its own limit of 64 MiB", "memory_max"]),
+        (killed(**oom(NESTED)), pb.VERDICT_OOM_CALL, ["the cgroup 'x'", "64 MiB"]),
+        (killed(**oom(OUTER)), pb.VERDICT_OOM_CALL, ["call x, which this one is in"]),
+        (killed(**oom(SESSION)), pb.VERDICT_OOM_SESSION, ["this session", "64 MiB"]),
+        (killed(**oom(POOL)), pb.VERDICT_OOM_POOL, ["the pool's limit of 64 MiB"]),
+        (killed(**oom(HOST)), pb.VERDICT_OOM_HOST, ["the cgroup 'x' above the pool"]),
+        (killed(**oom()), pb.VERDICT_OOM_HOST, ["the host itself"]),
+        # Two limits were reached; the call died as a whole, which the inner one does not ask for.
+        (killed(**oom(NESTED, SESSION)), pb.VERDICT_OOM_SESSION, ["this session"]),
+        (killed(**oom(NESTED, CALL, whole=False)), pb.VERDICT_OOM_CALL, ["the cgroup 'x'"]),
+        (killed(**oom(CALL, SESSION)), pb.VERDICT_OOM_CALL, ["its own limit"]),
+        ({"wait_status": None, **oom(CALL)}, pb.VERDICT_OOM_CALL, ["its own limit"]),
+        (
+            killed(**oom(CALL, swap=hit(SESSION, MIB))),
+            pb.VERDICT_OOM_CALL,
+            ["its session had all the swap that it may have (1 MiB)"],
+        ),
+        (
+            killed(**oom(SESSION, held=Held(900 * MIB, 0, 50 * MIB))),
+            pb.VERDICT_OOM_SESSION,
+            ["100 MiB at most", "the agent itself holds 900 MiB", "tmpfs or /dev/shm", "50 MiB"],
+        ),
+        # A child died, and the main process went on.
+        (oom(NESTED, whole=False), pb.VERDICT_OK, ["well", "1 process of the call, not its main"]),
+        (oom(CALL), pb.VERDICT_OK, ["well", "not its main process: the call reached its own"]),
+        (
+            {"wait_status": 2 << 8, **oom(NESTED, whole=False)},
+            pb.VERDICT_FAILED,
+            ["exit status 2.", "OOM killer ended 1 process"],
+        ),
+        ({"wait_status": 137 << 8, **oom(CALL)}, pb.VERDICT_FAILED, ["137.", "OOM killer ended"]),
+        (
+            {"wait_status": int(signal.SIGSEGV), **oom(CALL)},
+            pb.VERDICT_SIGNALED,
+            ["SIGSEGV", "OOM killer ended 1 process"],
+        ),
+        (
+            killed(**oom(NESTED, whole=False, main_chosen=False)),
+            pb.VERDICT_SIGNALED,
+            ["by whom is not known", "not its main process"],
+        ),
+        (killed(**oom(NESTED, whole=False, main_chosen=True)), pb.VERDICT_OOM_CALL, ["'x'"]),
+        (
+            {"wait_status": 15, **TIMED_OUT, **oom(NESTED, whole=False)},
+            pb.VERDICT_TIMEOUT,
+            ["1 min", "OOM killer ended 1 process of the call, not its main process"],
+        ),
+        # The daemon found the main process alive after a child had died, and killed it.
+        (
+            killed(**TIMED_OUT, main_killed=True, **oom(NESTED, whole=False)),
+            pb.VERDICT_TIMEOUT,
+            ["1 min", "not its main process"],
+        ),
+        # It ran out of memory in the time that SIGTERM gives it.
+        (killed(**TIMED_OUT, **oom(CALL)), pb.VERDICT_OOM_CALL, ["its own limit"]),
+        # An earlier command ran out of memory.
+        ({"oom_kills": 3, "oom": OomFacts(kills_before=3)}, pb.VERDICT_OK, ["well"]),
+        # Ended by somebody, while the main process ran.
+        ({"wait_status": 15, **TIMED_OUT}, pb.VERDICT_TIMEOUT, ["at its timeout of 1 min"]),
+        ({"wait_status": 0, **TIMED_OUT}, pb.VERDICT_TIMEOUT, ["at its timeout of 1 min"]),
+        (killed(**asked(Asker.AGENT)), pb.VERDICT_CANCELLED, ["its agent ended"]),
+        (killed(**asked(Asker.OPERATOR)), pb.VERDICT_CANCELLED, ["the operator ended"]),
+        (killed(**asked(Asker.SESSION)), pb.VERDICT_CANCELLED, ["its session was closed"]),
+        (killed(**asked(Asker.POLICY, why="Too big.")), pb.VERDICT_STOPPED, ["Too big."]),
+        (
+            killed(**asked(Asker.AGENT, reason=pb.END_REASON_TIMEOUT)),
+            pb.VERDICT_CANCELLED,
+            ["its caller says that a timeout of its own had passed"],
+        ),
+        (
+            killed(**asked(Asker.AGENT, reason=pb.END_REASON_CANCELLED)),
+            pb.VERDICT_CANCELLED,
+            ["its caller says that it was cancelled or interrupted"],
+        ),
+        # Killed by its caller, who then says why; a process that has ended by itself was not.
+        (
+            killed(**asked(Asker.AGENT, main_ran=False, reason=pb.END_REASON_TIMEOUT)),
+            pb.VERDICT_CANCELLED,
+            ["SIGKILL", "its caller says that a timeout"],
+        ),
+        (
+            asked(Asker.AGENT, main_ran=False, processes=0, reason=pb.END_REASON_TIMEOUT),
+            pb.VERDICT_OK,
+            ["It ended well."],
+        ),
+        (
+            killed(**asked(Asker.AGENT, main_ran=False, reason=pb.END_REASON_TIMEOUT), **oom(CALL)),
+            pb.VERDICT_OOM_CALL,
+            ["its own limit"],
+        ),
+        # Only what it had left running was ended.
+        (
+            asked(Asker.TIMEOUT, **LEFT_BEHIND),
+            pb.VERDICT_OK,
+            ["It ended well. At the call's timeout of 1 min, 2 processes that it had left running"],
+        ),
+        (
+            {"wait_status": 4 << 8, **asked(Asker.OPERATOR, **LEFT_BEHIND)},
+            pb.VERDICT_FAILED,
+            ["exit status 4", "2 processes that it had left running were ended by the operator"],
+        ),
+        (asked(Asker.SESSION, **LEFT_BEHIND), pb.VERDICT_OK, ["were ended with its session"]),
+        (asked(Asker.POLICY, why="Big.", **LEFT_BEHIND), pb.VERDICT_OK, ["by the policy: Big."]),
+        # It left its cgroup.
+        (
+            {"wait_status": 5 << 8, "left": ELSEWHERE},
+            pb.VERDICT_FAILED,
+            ["exit status 5", "(12) left the call's cgroup for /system.slice/x.scope", "until its"],
+        ),
+        (
+            {"wait_status": 15, "left": ELSEWHERE, **TIMED_OUT},
+            pb.VERDICT_TIMEOUT,
+            ["1 min", "left the call's cgroup"],
+        ),
+        ({"left": MOVED_BACK}, pb.VERDICT_OK, ["well", "and was moved back"]),
+        (
+            {"wait_status": None, "left": ELSEWHERE, "main_lives": True},
+            pb.VERDICT_UNKNOWN,
+            ["does not die of SIGKILL", "runs on"],
+        ),
+        # Nothing is known of its end, or it never began.
+        ({"ever_entered": False, "wait_status": None}, pb.VERDICT_ABANDONED, ["agentcg-exec"]),
+        ({"wait_status": None}, pb.VERDICT_UNKNOWN, ["the daemon was not there"]),
+        ({"wait_status": None, "removed": True}, pb.VERDICT_UNKNOWN, ["someone else"]),
+        (
+            {"wait_status": None, **asked(Asker.WENT_ON, why="It went on as call b.")},
+            pb.VERDICT_OK,
+            ["It went on as call b."],
+        ),
     ],
 )
-def test_verdicts(changes: dict[str, Any], verdict: pb.Verdict.ValueType, words: str) -> None:
+def test_verdicts(changes: dict[str, Any], verdict: pb.Verdict.ValueType, words: list[str]) -> None:
     found, sentence = judge(facts(**changes))
-    assert pb.Verdict.Name(found) == pb.Verdict.Name(verdict)
-    assert words in sentence
+    assert pb.Verdict.Name(found) == pb.Verdict.Name(verdict), sentence
+    for word in words:
+        assert word in sentence
+
+
+def refused(level: pb.Level.ValueType) -> dict[str, Any]:
+    """Changes for a call to which a limit of processes refused some."""
+    return {"pids_hits": (LimitHit(level, "x", 50, 7),)}
 
 
 CPU_THROTTLED = {"cpu": {"throttled_usec": 600_000}}
@@ -100,13 +250,19 @@ OOM_NUMBERS = {"memory_max_bytes": 512 * MIB, "oom_kills": 1}
 @pytest.mark.parametrize(
     ("changes", "code", "numbers"),
     [
-        (killed(**OOM_AT_CALL), pb.FEEDBACK_CODE_OOM, OOM_NUMBERS),
+        (killed(**oom(CALL)), pb.FEEDBACK_CODE_OOM, OOM_NUMBERS),
+        (oom(NESTED, whole=False), pb.FEEDBACK_CODE_OOM, {"oom_kills": 1}),
+        ({"oom": OomFacts(kills_before=2)}, pb.FEEDBACK_CODE_OOM, {"oom_kills": 2}),
+        ({"left": ELSEWHERE}, pb.FEEDBACK_CODE_LEFT_CALL, {"pid": 12}),
         (killed(), pb.FEEDBACK_CODE_KILLED, {"oom_kills": 0}),
-        ({"pids_max_events": 7}, pb.FEEDBACK_CODE_PIDS_LIMIT, {"pids_max": 50, "refused": 7}),
+        (refused(CALL), pb.FEEDBACK_CODE_PIDS_LIMIT, {"pids_max": 50, "refused": 7}),
+        (refused(SESSION), pb.FEEDBACK_CODE_PIDS_LIMIT, {"pids_max": 50, "refused": 7}),
+        (refused(NESTED), pb.FEEDBACK_CODE_PIDS_LIMIT, {"pids_max": 50, "refused": 7}),
         (CPU_THROTTLED, pb.FEEDBACK_CODE_CPU_THROTTLED, {"throttled_usec": 600_000}),
         (MEMORY_THROTTLED, pb.FEEDBACK_CODE_MEMORY_THROTTLED, {"stalled_usec": 400_000}),
         ({"frozen_usec": 2_000_000}, pb.FEEDBACK_CODE_FROZEN, {"frozen_usec": 2_000_000}),
-        ({"leftovers": 2}, pb.FEEDBACK_CODE_LEFTOVERS, {"processes": 2}),
+        (asked(Asker.AGENT, **LEFT_BEHIND), pb.FEEDBACK_CODE_LEFTOVERS, {"processes": 2}),
+        (asked(Asker.TIMEOUT, **LEFT_BEHIND), pb.FEEDBACK_CODE_LEFTOVERS, {"processes": 2}),
     ],
 )
 def test_feedback(
@@ -146,21 +302,86 @@ def test_what_is_not_known_is_absent_not_zero() -> None:
     assert not present & (status | counters | {"cpu_throttled_usec", "memory_high_events"})
 
 
-statuses = st.none() | st.integers(0, 255).map(lambda c: c << 8) | st.integers(1, 64)
-
-
-reasons = st.sampled_from(["", "timeout", "cancelled", "stopped", "removed"])
-ooms = st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(0, 1))
-
-
-@given(statuses, st.none() | st.integers(0, 3), ooms, st.booleans(), reasons)
-def test_out_of_memory_is_said_exactly_when_the_kernel_counted_it(
-    status: int | None, oom: int | None, ooms: tuple[int, int, int], entered: bool, by: str
+@pytest.mark.parametrize(
+    ("level", "words"),
+    [
+        (NESTED, "the cgroup 'x' that the tool made"),
+        (CALL, "the call may have 50"),
+        (OUTER, "in call x, which this one is in"),
+        (SESSION, "in this session"),
+        (POOL, "all sessions together may have 50"),
+        (HOST, "the cgroup 'x' above the pool"),
+    ],
+)
+def test_a_refused_process_names_the_level_of_the_limit(
+    level: pb.Level.ValueType, words: str
 ) -> None:
-    call, session, pool = ooms
-    counts = {"oom_kills": oom, "call_ooms": call, "session_ooms": session, "pool_ooms": pool}
-    ended = {"ever_entered": entered, "ended_by": by, "ended_why": "why"}
-    verdict, sentence = judge(facts(wait_status=status, **counts, **ended))
-    said = pb.Verdict.Name(verdict).startswith("VERDICT_OOM")
-    assert said == bool(entered and oom)
-    assert sentence
+    report = report_of(facts(**refused(level)))
+    assert words in report.feedback[0].sentence and "50" in report.feedback[0].sentence
+
+
+statuses = st.none() | st.integers(0, 255).map(lambda c: c << 8) | st.integers(1, 64)
+levels = st.lists(st.sampled_from([NESTED, CALL, OUTER, SESSION, POOL, HOST]), unique=True)
+ooms = st.builds(
+    lambda kills, before, whole, chosen, at: OomFacts(
+        kills, before, (), whole, chosen, tuple(map(hit, sorted(at)))
+    ),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.booleans(),
+    st.none() | st.booleans(),
+    levels,
+)
+requests = st.lists(
+    st.builds(
+        Asked,
+        st.sampled_from(Asker),
+        st.just(1),
+        st.booleans(),
+        st.integers(0, 3),
+        st.just("Why."),
+        st.sampled_from(pb.EndReason.values()),
+    ),
+    max_size=3,
+).map(tuple)
+places = st.sampled_from([(), ELSEWHERE, MOVED_BACK])
+ends = st.builds(
+    lambda **changes: facts(**changes),
+    wait_status=statuses,
+    oom=ooms,
+    asked=requests,
+    ever_entered=st.booleans(),
+    main_killed=st.booleans(),
+    removed=st.booleans(),
+    left=places,
+)
+
+
+@given(ends)
+def test_every_end_is_judged_by_the_first_rule_that_applies(end: EndFacts) -> None:
+    rule = rule_of(end)
+    assert not any(earlier.applies(end) for earlier in RULES[: RULES.index(rule)])
+    verdict, sentence = judge(end)
+    assert verdict == rule.verdict and sentence.startswith(rule.sentence(end))
+    assert report_of(end).sentence == sentence
+    # A process that asked for another call is none of this one's any more.
+    assert not (end.went_on and end.main_oom)
+
+
+@given(ends)
+def test_out_of_memory_is_said_of_a_main_process_only_if_it_died_of_that(end: EndFacts) -> None:
+    verdict, sentence = judge(end)
+    if pb.Verdict.Name(verdict).startswith("VERDICT_OOM"):
+        assert end.oom.kills and end.exit_code is None and end.signal in (None, signal.SIGKILL)
+        assert end.oom.main_chosen is not False
+    elif end.ever_entered and end.oom.kills:
+        codes = {f.code for f in report_of(end).feedback}
+        assert pb.FEEDBACK_CODE_OOM in codes and "OOM killer" in sentence
+
+
+def test_each_rule_is_reached() -> None:
+    cases: Any = next(
+        mark.args[1] for mark in test_verdicts.pytestmark if mark.name == "parametrize"
+    )
+    reached = {rule_of(facts(**changes)).name for changes, _, _ in cases}
+    assert reached == {rule.name for rule in RULES}

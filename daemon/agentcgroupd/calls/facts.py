@@ -1,0 +1,172 @@
+"""What a verdict is judged from: plain values, gathered when a call has ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, field
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.intents.grant import Grant
+from agentcgroupd.state.ending import Asked, Asker, Left
+
+CALLER_REASONS = (pb.END_REASON_TIMEOUT, pb.END_REASON_CANCELLED)
+"""Reasons for which a caller kills the main process itself and says so afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class LimitHit:
+    """A limit that was reached, and how often."""
+
+    level: pb.Level.ValueType
+    name: str
+    """The id of a call or session, or the path of a cgroup; empty: a cgroup that is gone."""
+    limit: int | None
+    """In bytes, or processes; None: not known."""
+    times: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What holds a session's memory after a call of it has run out."""
+
+    agent_bytes: int
+    calls_bytes: int
+    """In the session's other calls."""
+    files_bytes: int
+    """In files of tmpfs, /dev/shm among them, whose call has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class OomFacts:
+    """What the kernel's OOM killer did to a call while its last main process was in it."""
+
+    kills: int = 0
+    """Processes of the call that it ended."""
+    kills_before: int = 0
+    """The same, while earlier main processes were in it."""
+    hits_before: tuple[LimitHit, ...] = ()
+    """Limits of memory that were reached then."""
+    whole: bool = False
+    """Whether it ended the call as a whole (memory.oom.group)."""
+    main_chosen: bool | None = None
+    """Whether it chose the main process; None: the kernel's log or programs do not tell."""
+    hits: tuple[LimitHit, ...] = ()
+    """Limits of memory that were reached, the innermost first; none: the host itself ran out."""
+    swap: LimitHit | None = None
+    """The limit of swap that had been reached as well."""
+    held: Held | None = None
+    """What holds the session's memory, where that was the limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndFacts:
+    """Facts that are known when a call's cgroup has become empty; None where this kernel does not
+    say."""
+
+    grant: Grant
+    wall_usec: int
+    ever_entered: bool
+    wait_status: int | None = None
+    """Of the main process, as waitpid(2) gives it."""
+    evidence: pb.Evidence.ValueType = pb.EVIDENCE_NONE
+    asked: tuple[Asked, ...] = ()
+    """Who asked for the end, the first one first."""
+    main_killed: bool = False
+    """Whether the daemon sent SIGKILL while the main process ran."""
+    main_lives: bool = False
+    """Whether the main process goes on somewhere, although it was sent SIGKILL."""
+    removed: bool = False
+    """Whether somebody else removed the cgroup."""
+    left: tuple[Left, ...] = ()
+    """Where the main process was found outside of its call's cgroup."""
+    commands: int = 1
+    """How many processes have been the main process, one after the other."""
+    oom_kills: int | None = None
+    """All of the call; None: not known."""
+    oom: OomFacts = OomFacts()
+    pids_hits: tuple[LimitHit, ...] = ()
+    memory_peak_bytes: int | None = None
+    memory_high_events: int | None = None
+    memory_throttled_usec: int | None = None
+    cpu: dict[str, int] = field(default_factory=dict)
+    """Numbers by their keys in cpu.stat."""
+    pids_peak: int | None = None
+    pids_max_events: int | None = None
+    io_read_bytes: int | None = None
+    io_write_bytes: int | None = None
+    frozen_usec: int = 0
+    late_pauses: int = 0
+    """Pauses that did not stop all tasks at once (`Call.late_pauses`)."""
+
+    # Conclusions
+
+    @property
+    def ender(self) -> Asked | None:
+        """Who ended the main process: the first who asked while it ran."""
+        return next((a for a in self.asked if a.main_ran), None)
+
+    @property
+    def sweeper(self) -> Asked | None:
+        """Who ended what the main process had left running."""
+        if self.ender is not None:
+            return None
+        return next((a for a in self.asked if a.processes), None)
+
+    @property
+    def leftovers(self) -> int:
+        """How many processes were ended that had outlived the main process."""
+        if self.ender is not None:
+            return 0
+        return max((a.processes for a in self.asked), default=0)
+
+    @property
+    def killer(self) -> Asked | None:
+        """The caller that says why it killed the main process itself, where that died so."""
+        if self.signal not in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+            return None
+        return next((a for a in self.asked if a.reason in CALLER_REASONS), None)
+
+    @property
+    def went_on(self) -> Asked | None:
+        """The main process's own request for another call, as which it goes on."""
+        return next((a for a in self.asked if a.by is Asker.WENT_ON), None)
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that the main process died of."""
+        if self.wait_status is None or not os.WIFSIGNALED(self.wait_status):
+            return None
+        return os.WTERMSIG(self.wait_status)
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit status of the main process, if it exited."""
+        if self.wait_status is None or os.WIFSIGNALED(self.wait_status):
+            return None
+        return os.WEXITSTATUS(self.wait_status)
+
+    @property
+    def main_oom(self) -> bool:
+        """Whether the kernel's OOM killer ended the main process."""
+        oom = self.oom
+        if not oom.kills or self.exit_code is not None or self.went_on:
+            return False
+        if self.signal not in (None, signal.SIGKILL):
+            return False
+        if oom.main_chosen is not None:
+            return oom.main_chosen
+        if self.signal is None:
+            return oom.whole
+        # Processes of a call that dies as a whole are not told apart. A kill by the daemon, which
+        # found the main process alive, came after that of another process.
+        return oom.whole or not self.main_killed
+
+    @property
+    def oom_hit(self) -> LimitHit | None:
+        """The limit at which the kernel's OOM killer was called; None: the host's memory. A call
+        that was ended as a whole had reached its own limit, or one above."""
+        hits = self.oom.hits
+        if self.oom.whole:
+            hits = tuple(hit for hit in hits if hit.level != pb.LEVEL_NESTED) or hits
+        return hits[0] if hits else None

@@ -1,0 +1,174 @@
+"""Words for what happened at the end of a call, shared by verdicts and feedback. Pure."""
+
+from __future__ import annotations
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.calls.facts import EndFacts, Held, LimitHit
+from agentcgroupd.state.ending import Asker, Left
+from agentcgroupd.units import show_bytes, show_usec
+
+CALLER_SAYS = {
+    pb.END_REASON_TIMEOUT: "its caller says that a timeout of its own had passed",
+    pb.END_REASON_CANCELLED: "its caller says that it was cancelled or interrupted itself",
+}
+_MATTERS_BYTES = 1 << 20
+"""Less than this held by an agent or in files is not worth a word."""
+
+
+def count_of(number: int) -> str:
+    """A number of processes in words."""
+    return "1 process" if number == 1 else f"{number} processes"
+
+
+def _bytes_of(hit: LimitHit) -> str:
+    return "" if hit.limit is None else f" of {show_bytes(hit.limit)}"
+
+
+def limit_words(hit: LimitHit) -> str:
+    """A clause that says which limit of memory was reached."""
+    size = _bytes_of(hit)
+    match hit.level:
+        case pb.LEVEL_NESTED:
+            what = f"the cgroup {hit.name!r}" if hit.name else "a cgroup, gone since,"
+            return f"{what} that the tool made below its call reached its own limit{size}"
+        case pb.LEVEL_CALL:
+            return f"the call reached its own limit{size}"
+        case pb.LEVEL_OUTER:
+            return f"call {hit.name}, which this one is in, reached its limit{size}"
+        case pb.LEVEL_SESSION:
+            return f"all of this session together reached its limit{size}"
+        case pb.LEVEL_POOL:
+            return f"all sessions together reached the pool's limit{size}"
+        case _:
+            return f"the cgroup {hit.name!r} above the pool reached its limit{size}"
+
+
+def oom_advice(facts: EndFacts, hit: LimitHit) -> str:
+    """What holds the memory, where more than the call does, and what to do about it."""
+    said = []
+    swap = facts.oom.swap
+    if swap is not None:
+        said.append(f"Swapping it out was refused: {_swap_words(swap)}.")
+    match hit.level:
+        case pb.LEVEL_NESTED:
+            said.append("Raise the limit that the tool set, or work in smaller parts.")
+        case pb.LEVEL_CALL:
+            said.append("Ask for a larger memory_max, or work in smaller parts.")
+        case pb.LEVEL_OUTER:
+            said.append("Ask for a larger memory_max of that call, or do less in it at a time.")
+        case pb.LEVEL_SESSION:
+            said.append(_session_advice(facts))
+        case pb.LEVEL_POOL:
+            said.append("It may go through when tried again in a while.")
+        case _:
+            said.append("Trying again later may help.")
+    return " ".join(said)
+
+
+def _swap_words(swap: LimitHit) -> str:
+    whose = {
+        pb.LEVEL_CALL: "the call",
+        pb.LEVEL_OUTER: f"call {swap.name}, which it is in,",
+        pb.LEVEL_SESSION: "its session",
+        pb.LEVEL_POOL: "the pool",
+    }.get(swap.level, f"the cgroup {swap.name!r}")
+    if not swap.limit:
+        return f"{whose} may have no swap"
+    return f"{whose} had all the swap that it may have ({show_bytes(swap.limit)})"
+
+
+def _session_advice(facts: EndFacts) -> str:
+    fewer = "Run fewer calls at a time, or with a smaller memory_max."
+    held = facts.oom.held
+    if held is None:
+        return fewer
+    parts, advice = [], []
+    if facts.memory_peak_bytes is not None:
+        parts.append(f"this call had {show_bytes(facts.memory_peak_bytes)} at most")
+    if held.agent_bytes >= _MATTERS_BYTES:
+        parts.append(f"the agent itself holds {show_bytes(held.agent_bytes)}")
+    if held.files_bytes >= _MATTERS_BYTES:
+        size = show_bytes(held.files_bytes)
+        parts.append(f"files in tmpfs or /dev/shm whose call has ended hold {size}")
+        advice.append("remove such files")
+    if held.calls_bytes >= _MATTERS_BYTES:
+        parts.append(f"its other calls hold {show_bytes(held.calls_bytes)}")
+    if _mostly_agent(held, facts.memory_peak_bytes or 0):
+        advice.append("let the agent hold less")
+    told = f"Of that, {_listed(parts)}." if parts else ""
+    if not advice:
+        return f"{told} {fewer}".strip()
+    text = " or ".join(advice)
+    return f"{told} {text[0].upper()}{text[1:]}, or ask the operator for a larger session."
+
+
+def _listed(parts: list[str]) -> str:
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _mostly_agent(held: Held, call_bytes: int) -> bool:
+    return held.agent_bytes > max(held.calls_bytes + call_bytes, _MATTERS_BYTES)
+
+
+def child_oom(facts: EndFacts) -> str:
+    """What the kernel's OOM killer did to others of the call than its main process; empty:
+    nothing."""
+    oom = facts.oom
+    if not oom.kills or facts.main_oom:
+        return ""
+    hit = facts.oom_hit
+    where = "the host itself ran out of memory" if hit is None else limit_words(hit)
+    who = f"{count_of(oom.kills)} of the call, not its main process"
+    if facts.wait_status is None:
+        who = f"{count_of(oom.kills)} of the call"
+    return f"The kernel's OOM killer ended {who}: {where}."
+
+
+def earlier_oom(facts: EndFacts) -> str:
+    """What it did while earlier commands ran in the call; empty: nothing."""
+    kills = facts.oom.kills_before
+    if not kills:
+        return ""
+    before = "before its last command was started in it"
+    where = "".join(f": {limit_words(hit)}" for hit in facts.oom.hits_before[:1])
+    return f"The kernel's OOM killer ended {count_of(kills)} of this call {before}{where}."
+
+
+def left_words(facts: EndFacts) -> str:
+    """Where the main process went, if it left the call; empty: it did not."""
+    if not facts.left:
+        return ""
+    return left_words_of(facts.left[-1], still_there=facts.main_lives)
+
+
+def left_words_of(left: Left, still_there: bool) -> str:
+    """Where a main process went. `still_there`: whether it runs there now."""
+    text = f"Its main process ({left.pid}) left the call's cgroup for {left.path}"
+    if left.moved_back:
+        return f"{text}, where the call's limits do not hold, and was moved back."
+    if still_there:
+        return f"{text} and runs on without the call's limits; only its timeout holds there."
+    return f"{text} and ran on without the call's limits until its end."
+
+
+def swept_words(facts: EndFacts) -> str:
+    """What was ended of what the main process had left running; empty: nothing."""
+    sweeper, left = facts.sweeper, facts.leftovers
+    if sweeper is None:
+        return ""
+    what = f"{count_of(left)} that it had left running {'was' if left == 1 else 'were'} ended"
+    match sweeper.by:
+        case Asker.TIMEOUT:
+            limit = show_usec(facts.grant.timeout_usec or 0)
+            return f"At the call's timeout of {limit}, {what}."
+        case Asker.POLICY:
+            return f"Afterwards {what} by the policy: {sweeper.why}"
+        case Asker.OPERATOR:
+            return f"Afterwards {what} by the operator."
+        case Asker.SESSION:
+            return f"Afterwards {what} with its session."
+        case _ if sweeper.reason in CALLER_SAYS:
+            return f"Afterwards {what}: {CALLER_SAYS[sweeper.reason]}."
+        case _:
+            return ""

@@ -1,0 +1,197 @@
+"""The account of how a call comes to its end: who asked for it, what was seen, and the counters
+that an end is judged against.
+
+Gathered while the call lives, and kept in its record, so that a daemon that is started again goes
+on with it.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+
+FACTS_MOST = 64
+"""How many facts an account keeps. Processes that the kernel's OOM killer chooses are told one by
+one, and a tool can have any number of them."""
+
+
+class Asker(enum.StrEnum):
+    """Who can ask for the end of a call."""
+
+    TIMEOUT = "timeout"
+    AGENT = "agent"
+    OPERATOR = "operator"
+    SESSION = "session"
+    POLICY = "policy"
+    WENT_ON = "went_on"
+    """The main process itself: it asked for another call and went on as that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One thing that is known about an end. `what`: a clause; `source`: the file, system call or
+    message that tells it; `at_unix_usec`: when it was so or was seen."""
+
+    what: str
+    source: str
+    at_unix_usec: int
+    level: pb.Level.ValueType = pb.LEVEL_CALL
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request to end a call."""
+
+    by: Asker
+    at_unix_usec: int
+    main_ran: bool
+    """Whether the main process still ran then: if not, only what it had left running was ended."""
+    processes: int = 0
+    """How many processes the call had then, nested cgroups included."""
+    why: str = ""
+    """A sentence: why the policy did it, or what the process went on as."""
+    reason: pb.EndReason.ValueType = pb.END_REASON_UNSPECIFIED
+    """What the caller gives as its reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A main process that is no longer in its call's cgroup."""
+
+    pid: int
+    path: str
+    """The cgroup that it was found in, below the mount."""
+    at_unix_usec: int
+    moved_back: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Counters of one cgroup that only grow. 0 where this kernel or cgroup does not have one."""
+
+    ooms: int = 0
+    """Times its limit was reached with nothing left to reclaim (`oom`)."""
+    oom_kills: int = 0
+    """Processes in it that the kernel's OOM killer ended (`oom_kill`)."""
+    group_kills: int = 0
+    """Times that it was ended as a whole (`oom_group_kill`)."""
+    pids_refused: int = 0
+    """Times that a process or thread was refused (pids.events: `max`)."""
+
+    def __sub__(self, before: Counts) -> Counts:
+        """What was counted since `before`."""
+        return Counts(
+            self.ooms - before.ooms,
+            self.oom_kills - before.oom_kills,
+            self.group_kills - before.group_kills,
+            self.pids_refused - before.pids_refused,
+        )
+
+    def plain(self) -> list[int]:
+        """The counters for a record."""
+        return [self.ooms, self.oom_kills, self.group_kills, self.pids_refused]
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """Counters as they were when the main process entered its call."""
+
+    below: Counts = Counts()
+    """Of the call and of all below it."""
+    own: Counts = Counts()
+    """Of the call's own cgroup alone."""
+    above: tuple[Counts, ...] = ()
+    """Of each cgroup above the call, the nearest first."""
+
+    def plain(self) -> list[list[int]]:
+        """The counters for a record."""
+        return [counts.plain() for counts in (self.below, self.own, *self.above)]
+
+    @classmethod
+    def from_plain(cls, data: list[list[int]]) -> Baseline:
+        """The inverse of `plain`. Raises TypeError or ValueError."""
+        below, own, *above = (Counts(*map(int, counts)) for counts in data)
+        return cls(below, own, tuple(above))
+
+
+@dataclass(slots=True)
+class Account:
+    """What is known so far of how a call ends."""
+
+    facts: list[Fact] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
+    main_killed: bool = False
+    """Whether the daemon sent SIGKILL while the main process ran."""
+    main_lost: bool = False
+    """Whether the main process ended while no daemon was there."""
+    given_up: bool = False
+    """Whether the main process, outside of the call, did not die of SIGKILL in time."""
+    removed: bool = False
+    """Whether somebody else removed the call's cgroup."""
+    left: list[Left] = field(default_factory=list)
+    victims: dict[int, str] = field(default_factory=dict)
+    """Processes that the kernel's OOM killer chose, by pid with their names, as far as a program of
+    the kernel told."""
+    began: Baseline | None = None
+    """Counters when the call began. None: they are not known, and what was counted above the call
+    before cannot be told apart."""
+    baseline: Baseline | None = None
+    """Counters when the main process entered; None: as when the call began."""
+    commands: int = 0
+    """How many processes have been the main process."""
+
+    def add(
+        self,
+        what: str,
+        source: str,
+        at_unix_usec: int,
+        level: pb.Level.ValueType = pb.LEVEL_CALL,
+    ) -> None:
+        """Take a fact down; the first FACTS_MOST count."""
+        if len(self.facts) < FACTS_MOST:
+            self.facts.append(Fact(what, source, at_unix_usec, level))
+
+    def ask(self, asked: Asked, what: str, source: str) -> None:
+        """Take down that the end was asked for, which `what` says as a clause. Of several requests
+        by the same asker the first counts."""
+        if any(a.by is asked.by and a.main_ran == asked.main_ran for a in self.asked):
+            return
+        self.asked.append(asked)
+        self.add(what, source, asked.at_unix_usec)
+
+    def plain(self) -> dict[str, Any]:
+        """The account for a record; what is as at the beginning is left out."""
+        data: dict[str, Any] = {"commands": self.commands}
+        for name, counters in (("began", self.began), ("baseline", self.baseline)):
+            if counters is not None:
+                data[name] = counters.plain()
+        if self.asked:
+            data["asked"] = [
+                [a.by, a.at_unix_usec, a.main_ran, a.processes, a.why, a.reason] for a in self.asked
+            ]
+            data["main_killed"] = self.main_killed
+        if self.left:
+            data["left"] = [[m.pid, m.path, m.at_unix_usec, m.moved_back] for m in self.left]
+        if self.facts:
+            data["facts"] = [[f.what, f.source, f.at_unix_usec, f.level] for f in self.facts[:16]]
+        return data
+
+    @classmethod
+    def from_plain(cls, data: dict[str, Any]) -> Account:
+        """The inverse of `plain`. Raises TypeError or ValueError."""
+        began, before = (
+            Baseline.from_plain(data[name]) if name in data else None
+            for name in ("began", "baseline")
+        )
+        return cls(
+            facts=[Fact(*values) for values in data.get("facts", ())],
+            asked=[Asked(Asker(by), *values) for by, *values in data.get("asked", ())],
+            main_killed=bool(data.get("main_killed")),
+            left=[Left(*values) for values in data.get("left", ())],
+            began=began,
+            baseline=before,
+            commands=int(data.get("commands", 0)),
+        )
