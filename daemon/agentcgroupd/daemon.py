@@ -14,7 +14,7 @@ import signal
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from agentcgroupd.gpu.service import Gpus
 from agentcgroupd.guard.assembly import PoolGuard
 from agentcgroupd.guard.high_mark import HighMark, PoolMark
 from agentcgroupd.guard.policy_files import PolicyFiles, read_policy
+from agentcgroupd.host.kernel_log import OomLog
 from agentcgroupd.host.listening import handed_over, listen
 from agentcgroupd.host.run_dir import RunDir
 from agentcgroupd.host.systemd import notify, watchdog_interval_s
@@ -151,7 +152,14 @@ class Daemon:
         # Calls, what lets them in, and the sessions that they are in.
         ceilings = Ceilings(config.calls, pool, lambda: gpus.ceiling)
         peaks = Peaks()
-        reports = Reports(pool.cgroup, notices, ceilings.of, cpu.numbers, peaks)
+        reports = Reports(
+            pool.cgroup,
+            notices,
+            ceilings.of,
+            cpu.numbers,
+            peaks,
+            undo.enter_context(closing(OomLog.open())),
+        )
         queue = AdmissionQueue([gpus.resource], notices)
         calls = Calls(
             config.calls,

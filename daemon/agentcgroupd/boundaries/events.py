@@ -32,7 +32,7 @@ from agentcgroupd.config import BoundariesConfig
 from agentcgroupd.errors import AgentcgroupdError
 from agentcgroupd.host.proc import command_line
 from agentcgroupd.intents.command import printable, tool_name
-from agentcgroupd.state.session import Call, Session
+from agentcgroupd.state.session import Call, Session, unix_usec
 from agentcgroupd.telemetry.notices import Notices
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,6 @@ log = logging.getLogger(__name__)
 SLICE_S = 0.005
 QUEUE_EVENTS_MAX = 4096
 CMDLINE_BYTES_MAX = 65_536
-VICTIMS_MOST = 1000
-"""How many processes of a call that the kernel's OOM killer chose are kept."""
 
 
 class Boundaries:
@@ -203,9 +201,9 @@ class Boundaries:
     def _note_victim(self, event: abi.OomEvent) -> None:
         """Keep at once whom the kernel's OOM killer chose, for the same reason."""
         call = self._call_of_cgroup.get(event.event.cgroup_id)
-        if call is not None and len(call.account.victims) < VICTIMS_MOST:
-            comm = event.process.comm.decode("utf-8", "replace")
-            call.account.victims[event.process.pid] = printable(comm)
+        if call is not None:
+            comm = printable(event.process.comm.decode("utf-8", "replace"))
+            call.account.note_victim(event.process.pid, comm, "mark_victim", unix_usec())
 
     def _fork(self, event: abi.ForkEvent) -> None:
         session = self._agents.get(event.event.cgroup_id)

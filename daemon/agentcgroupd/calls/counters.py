@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.calls.facts import Held, LimitHit
+from agentcgroupd.calls.facts import LimitHit
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.knobs import Knob
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.errors import CgroupGone, KnobError
+from agentcgroupd.errors import KnobError
 from agentcgroupd.intents.command import printable
 from agentcgroupd.state.ending import Baseline, Counts
 from agentcgroupd.state.records import sendable
@@ -282,28 +282,3 @@ def ended_as_a_whole(call: Call, counted: Counted, hits: Sequence[LimitHit]) -> 
 
 def _group_kills_counted(call: Call) -> bool:
     return "oom_group_kill" in call.cgroup.read(knobs.MEMORY_EVENTS_LOCAL)
-
-
-# What holds the memory of a session
-
-
-def held_of(call: Call) -> Held:
-    """What holds the memory of a call's session, now that the call has ended. Files of a call that
-    has ended are charged to the session alone. Raises KnobError."""
-    session = call.session
-    stat = session.cgroup.read(knobs.MEMORY_STAT)
-    agent = session.agent.read(knobs.MEMORY_STAT)
-    files, calls = stat["shmem"] - agent["shmem"], 0
-    for other in session.calls.values():
-        if other is not call:
-            found = _stat_if_there(other)
-            files -= found.get("shmem", 0)
-            calls += found.get("anon", 0) + found.get("shmem", 0)
-    return Held(agent["anon"] + agent["shmem"] + agent.get("kernel", 0), calls, max(0, files))
-
-
-def _stat_if_there(call: Call) -> dict[str, int]:
-    try:
-        return call.cgroup.read(knobs.MEMORY_STAT)
-    except CgroupGone:
-        return {}

@@ -9,7 +9,6 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.counters import (
     Counters,
     ended_as_a_whole,
-    held_of,
     memory_hits,
     pids_hits,
     swap_hit,
@@ -20,7 +19,9 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.enforce.pause import paused_usec
 from agentcgroupd.errors import CgroupGone, KnobError
+from agentcgroupd.host.kernel_log import OomLog
 from agentcgroupd.host.syscalls import pidfd_ended, pidfd_exit_status, process_stat
+from agentcgroupd.sessions.holding import held_by
 from agentcgroupd.state.session import Call, boottime_usec, unix_usec
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def _unreaped_status(call: Call) -> int | None:
     return stat.exit_status if ended else None
 
 
-def gather(call: Call, pool: Cgroup) -> EndFacts:
+def gather(call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
     """Gather the facts that are known of an ended call, and add those of its end to its account."""
     status, evidence = main_status(call)
     account = call.account
@@ -81,7 +82,7 @@ def gather(call: Call, pool: Cgroup) -> EndFacts:
         late_pauses=call.late_pauses,
     )
     try:
-        found = _with_counters(base, call, pool)
+        found = _with_counters(base, call, pool, oom_log)
     except CgroupGone:
         found = replace(base, removed=True)
     except KnobError as error:
@@ -108,8 +109,6 @@ def _add_facts(call: Call, facts: EndFacts) -> None:
             account.add(f"{name} ended with status {facts.exit_code}", source, now)
     if facts.removed:
         account.add("the call's cgroup was removed by someone else", "cgroup", now)
-    for pid, comm in account.victims.items():
-        account.add(f"the kernel's OOM killer chose {comm} ({pid})", "mark_victim", now)
     oom = facts.oom
     if oom.kills or oom.kills_before:
         kills = oom.kills + oom.kills_before
@@ -128,7 +127,7 @@ def _add_facts(call: Call, facts: EndFacts) -> None:
         account.add(text, "pids.events", now, hit.level)
 
 
-def _with_counters(facts: EndFacts, call: Call, pool: Cgroup) -> EndFacts:
+def _with_counters(facts: EndFacts, call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
     offered = call.session.offered
 
     def read(knob: knobs.Knob[knobs.T]) -> knobs.T | None:
@@ -141,7 +140,7 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup) -> EndFacts:
     return replace(
         facts,
         oom_kills=events["oom_kill"] if events else None,
-        oom=_oom_facts(call, pool, counters),
+        oom=_oom_facts(call, pool, counters, oom_log),
         pids_hits=tuple(pids_hits(call, counters.since(call.account.began), pids_peak)),
         memory_peak_bytes=read(knobs.MEMORY_PEAK),
         memory_high_events=events["high"] if events else None,
@@ -155,7 +154,7 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup) -> EndFacts:
     )
 
 
-def _oom_facts(call: Call, pool: Cgroup, counters: Counters) -> OomFacts:
+def _oom_facts(call: Call, pool: Cgroup, counters: Counters, oom_log: OomLog) -> OomFacts:
     """What the kernel's OOM killer did to a call. Raises KnobError."""
     account = call.account
     counted = counters.since(account.baseline or account.began)
@@ -171,16 +170,21 @@ def _oom_facts(call: Call, pool: Cgroup, counters: Counters) -> OomFacts:
         kills_before=before,
         hits_before=tuple(all_hits),
         whole=ended_as_a_whole(call, counted, hits),
-        main_chosen=_main_chosen(call, kills),
+        main_chosen=_main_chosen(call, kills, oom_log),
         hits=hits,
         swap=swap_hit(call, pool),
-        held=held_of(call) if at_session else None,
+        held=held_by(call.session, call) if at_session else None,
     )
 
 
-def _main_chosen(call: Call, kills: int) -> bool | None:
+def _main_chosen(call: Call, kills: int, oom_log: OomLog) -> bool | None:
     """Whether the kernel's OOM killer chose the main process; None: not known."""
-    victims = call.account.victims
-    if call.main is not None and call.main.pid in victims:
-        return True
-    return False if len(victims) >= kills else None
+    victims, main = call.account.victims, call.main
+    if main is None or main.pid in victims:
+        return None if main is None else True
+    if len(victims) >= kills:
+        return False
+    chose = oom_log.chose(main.pid)
+    if chose:
+        call.account.note_victim(main.pid, "the main process", "/dev/kmsg", unix_usec())
+    return chose

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.intents.grant import Grant
-from agentcgroupd.state.ending import Asked, Asker, Left
+from agentcgroupd.state.ending import Asked, Asker, Held, Left
 
 CALLER_REASONS = (pb.END_REASON_TIMEOUT, pb.END_REASON_CANCELLED)
 """Reasons for which a caller kills the main process itself and says so afterwards."""
@@ -24,17 +24,6 @@ class LimitHit:
     limit: int | None
     """In bytes, or processes; None: not known."""
     times: int
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What holds a session's memory after a call of it has run out."""
-
-    agent_bytes: int
-    calls_bytes: int
-    """In the session's other calls."""
-    files_bytes: int
-    """In files of tmpfs, /dev/shm among them, whose call has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +143,14 @@ class EndFacts:
             return False
         if self.signal not in (None, signal.SIGKILL):
             return False
+        # Of a call that dies as a whole all processes are killed, but not all are told: one that
+        # shares its memory with another, as after vfork(2), dies with that.
+        if oom.whole or self.signal is None:
+            return oom.whole
         if oom.main_chosen is not None:
             return oom.main_chosen
-        if self.signal is None:
-            return oom.whole
-        # Processes of a call that dies as a whole are not told apart. A kill by the daemon, which
-        # found the main process alive, came after that of another process.
-        return oom.whole or not self.main_killed
+        # A kill by the daemon, which found the main process alive, came after the other's.
+        return not self.main_killed
 
     @property
     def oom_hit(self) -> LimitHit | None:

@@ -6,7 +6,14 @@ import signal
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.facts import EndFacts, LimitHit
-from agentcgroupd.calls.words import child_oom, count_of, earlier_oom, left_words, swept_words
+from agentcgroupd.calls.words import (
+    child_oom,
+    count_of,
+    earlier_oom,
+    left_words,
+    outside_words,
+    swept_words,
+)
 from agentcgroupd.units import show_bytes, show_usec
 
 STATED_SLACK_BYTES = 64 << 20
@@ -89,9 +96,14 @@ def _of_oom(facts: EndFacts) -> list[pb.Feedback]:
 
 
 def _of_leaving(facts: EndFacts) -> list[pb.Feedback]:
-    """Tell that the main process left its call."""
+    """Tell that the main process left its call, or children of it."""
     code = pb.FEEDBACK_CODE_LEFT_CALL
-    return [_feedback(code, left_words(facts), pid=facts.left[-1].pid)] if facts.left else []
+    told = []
+    if facts.left:
+        told.append(_feedback(code, left_words(facts), pid=facts.left[-1].pid))
+    if facts.ender is not None and facts.ender.outside:
+        told.append(_feedback(code, outside_words(facts), processes=facts.ender.outside))
+    return told
 
 
 def _of_leftovers(facts: EndFacts) -> list[pb.Feedback]:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.counters import shown
 from agentcgroupd.calls.words import left_words_of
-from agentcgroupd.enforce.kill import place_outside
-from agentcgroupd.errors import AgentcgroupdError
+from agentcgroupd.enforce.outside import place_outside
+from agentcgroupd.errors import AgentcgroupdError, KnobError
 from agentcgroupd.host.syscalls import pidfd_ended
 from agentcgroupd.state.ending import Left
 from agentcgroupd.state.process import Process
@@ -98,6 +98,10 @@ class Leavers:
             "/proc/<pid>/cgroup",
             left.at_unix_usec,
         )
+        try:
+            call.cgroup.set_xattr(call.record())
+        except KnobError as error:
+            log.debug("call %s: %s", call.id, error)
         self._notices.left_call(call, left.pid, left.path, left.moved_back, sentence)
 
     def _main_ended(self, call: Call) -> None:

@@ -27,7 +27,7 @@ from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import CallDefaults
 from agentcgroupd.enforce import memory_high
 from agentcgroupd.enforce.actions import Actions
-from agentcgroupd.enforce.kill import ask_end, kill, place_outside
+from agentcgroupd.enforce.kill import ask_end, kill, kill_outsiders
 from agentcgroupd.enforce.limits import (
     oom_score_adj,
     rewrite_grant,
@@ -35,6 +35,7 @@ from agentcgroupd.enforce.limits import (
     settle,
     write_grant,
 )
+from agentcgroupd.enforce.outside import place_outside
 from agentcgroupd.errors import (
     AgentcgroupdError,
     CgroupGone,
@@ -307,17 +308,13 @@ class Calls:
     def _begin_account(self, call: Call) -> None:
         """Judge a call from now on by what happens to the process that has entered it: what was
         counted for those before it is set apart."""
+        baseline = None
         if call.account.commands:
             try:
-                call.account.baseline = self._reports.baseline_now(call)
+                baseline = self._reports.baseline_now(call)
             except KnobError as error:
                 log.warning("call %s: its counters cannot be read: %s", call.id, error)
-        call.account.commands += 1
-        # One that is being ended takes nobody in: what was asked for is that the process before
-        # this one went on elsewhere.
-        call.account.asked.clear()
-        call.account.left.clear()
-        call.account.main_lost = False
+        call.account.command_begins(baseline)
 
     def admit(self, call: Call, process: Process) -> None:
         """Move one more process into a call; if the call is ending, the process is killed with it.
@@ -495,6 +492,7 @@ class Calls:
                     return None
                 log.error("call %s: its cgroup could not be removed: %s", call.id, error)
                 removed = False
+            kill_outsiders(call)
             self._forget(call, removed)
             self.ended += 1
             self._reports.keep(call.session, report)
@@ -513,9 +511,11 @@ class Calls:
         self._leavers.drop(call)
         self._owners.drop(call)
         self._observer.call_closed(call)
-        if call.main is not None:
-            call.main.close()
-            call.main = None
+        for process in (call.main, *call.outsiders):
+            if process is not None:
+                process.close()
+        call.main = None
+        call.outsiders.clear()
 
     def record_short(
         self,

@@ -13,6 +13,7 @@ from agentcgroupd.calls.evidence import gather
 from agentcgroupd.calls.facts import EndFacts
 from agentcgroupd.calls.verdict import report_of
 from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.host.kernel_log import OomLog
 from agentcgroupd.intents.grant import Ceiling, Grant, grant_for
 from agentcgroupd.intents.parse import Intent, cut_argv
 from agentcgroupd.policy.command_shape import shape_of
@@ -53,12 +54,15 @@ class Reports:
         ceiling: Callable[[Session], Ceiling],
         cpu: Callable[[CgroupId], CpuNumbers | None],
         peaks: Peaks,
+        oom_log: OomLog,
     ) -> None:
         """`ceiling`: the limits above a call of a session. `cpu`: what our scheduler counted of a
-        cgroup; None where it does not run. `peaks`: of all calls, which the policy judges by."""
+        cgroup; None where it does not run. `peaks`: of all calls, which the policy judges by.
+        `oom_log`: tells whom the kernel's OOM killer chose."""
         self._pool = pool
         self._notices = notices
         self._ceiling, self._cpu, self._peaks = ceiling, cpu, peaks
+        self._oom_log = oom_log
 
     # Counters that an end is judged against
 
@@ -95,7 +99,7 @@ class Reports:
 
     def of(self, call: Call) -> pb.Report:
         """Make the report of a call whose cgroup is empty and still there."""
-        facts, cpu = gather(call, self._pool), self._cpu(call.cgroup.id)
+        facts, cpu = gather(call, self._pool, self._oom_log), self._cpu(call.cgroup.id)
         if cpu is not None:
             # cpu.stat counts only what the fair class held back.
             held = facts.cpu.get("throttled_usec", 0) + cpu.stalled_usec

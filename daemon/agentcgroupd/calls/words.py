@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.calls.facts import EndFacts, Held, LimitHit
-from agentcgroupd.state.ending import Asker, Left
+from agentcgroupd.calls.facts import EndFacts, LimitHit
+from agentcgroupd.state.ending import Asker, Held, Left
 from agentcgroupd.units import show_bytes, show_usec
 
 CALLER_SAYS = {
@@ -140,6 +140,18 @@ def left_words(facts: EndFacts) -> str:
     if not facts.left:
         return ""
     return left_words_of(facts.left[-1], still_there=facts.main_lives)
+
+
+def outside_words(facts: EndFacts) -> str:
+    """What was ended outside of the call with it; empty: nothing."""
+    count = 0 if facts.ender is None else facts.ender.outside
+    if not count:
+        return ""
+    was = "was" if count == 1 else "were"
+    return (
+        f"{count_of(count)} that its main process had started and that had left the call's cgroup "
+        f"{was} ended with it."
+    )
 
 
 def left_words_of(left: Left, still_there: bool) -> str:

@@ -8,8 +8,8 @@ import logging
 import signal
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.enforce.outside import find_outsiders, place_outside
 from agentcgroupd.errors import KnobError
-from agentcgroupd.host.proc import CgroupUnknown, cgroup_of
 from agentcgroupd.host.syscalls import pidfd_ended, process_stat
 from agentcgroupd.state.ending import Asked, Asker
 from agentcgroupd.state.session import Call, unix_usec
@@ -62,12 +62,16 @@ def ask_end(
     except KnobError as error:
         log.debug("call %s: its processes cannot be counted: %s", call.id, error)
         count = 0
+    if ran and by is not Asker.WENT_ON:
+        find_outsiders(call)
     what, source = _ASKED[by]
     what += _REASONS.get(reason, "")
     if call.entered:
         state = "its main process ran" if ran else "its main process had ended"
         what += f"; {state}, and there {'was' if count == 1 else 'were'} {count} in its cgroups"
-    asked = Asked(by, unix_usec(), ran, count, why, reason)
+    if call.outsiders:
+        what += f", and {len(call.outsiders)} that the main process had started elsewhere"
+    asked = Asked(by, unix_usec(), ran, count, len(call.outsiders), why, reason)
     call.account.ask(asked, what, source)
     if ran and call.main is not None and _has_ended_main_thread(call.main.pid):
         text = f"the main thread of the main process ({call.main.pid}) had ended, others ran"
@@ -86,23 +90,6 @@ def _has_ended_main_thread(pid: int) -> bool:
         return False
 
 
-def place_outside(call: Call) -> str | None:
-    """The cgroup of the main process, as /proc/<pid>/cgroup shows it, if that is not its call's or
-    one below it; None: it is there, or has ended, or its place cannot be told."""
-    main, session = call.main, call.session
-    if main is None or pidfd_ended(main.pidfd):
-        return None
-    try:
-        path = cgroup_of(main.pid)
-    except (FileNotFoundError, ProcessLookupError, CgroupUnknown):
-        return None
-    inside = call.cgroup.path.relative_to(session.cgroup.path)
-    own = f"{session.cgroup_path}/{inside}"
-    if path.startswith((f"{own}/", f"{own} (deleted)")) or path == own:
-        return None
-    return None if pidfd_ended(main.pidfd) else path
-
-
 def terminate(call: Call) -> None:
     """Send SIGTERM to all processes of a call, and to its main process wherever that has gone; no
     error if there are none any more."""
@@ -111,8 +98,10 @@ def terminate(call: Call) -> None:
         call.cgroup.signal(signal.SIGTERM)
     except KnobError as error:
         log.debug("call %s: %s", call.id, error)
-    if outside is not None:
-        _signal_main(call, signal.SIGTERM)
+    if outside is not None and call.main is not None:
+        call.main.signal(signal.SIGTERM)
+    for process in call.outsiders:
+        process.signal(signal.SIGTERM)
 
 
 def kill(call: Call) -> None:
@@ -126,7 +115,7 @@ def kill(call: Call) -> None:
     try:
         call.cgroup.kill()
     finally:
-        _signal_main(call, signal.SIGKILL)
+        _kill_main_and_outsiders(call)
 
 
 def _again_later(call: Call, wait_s: float) -> None:
@@ -137,12 +126,16 @@ def _again_later(call: Call, wait_s: float) -> None:
     call.timers[TIMER] = loop.call_later(wait_s, _kill_again, call, wait_s)
 
 
-def _signal_main(call: Call, number: int) -> None:
+def _kill_main_and_outsiders(call: Call) -> None:
     if call.main is not None:
-        try:
-            signal.pidfd_send_signal(call.main.pidfd, number)
-        except ProcessLookupError:
-            return
+        call.main.signal(signal.SIGKILL)
+    kill_outsiders(call)
+
+
+def kill_outsiders(call: Call) -> None:
+    """Kill what the main process had started elsewhere when the end of the call was asked for."""
+    for process in call.outsiders:
+        process.signal(signal.SIGKILL)
 
 
 def _kill_again(call: Call, waited_s: float) -> None:
@@ -150,5 +143,5 @@ def _kill_again(call: Call, waited_s: float) -> None:
         call.cgroup.signal(signal.SIGKILL)
     except KnobError as error:
         log.debug("call %s: %s", call.id, error)
-    _signal_main(call, signal.SIGKILL)
+    _kill_main_and_outsiders(call)
     _again_later(call, min(2 * waited_s, AGAIN_MOST_S))

@@ -52,6 +52,18 @@ def read_proc(pid: int, file: str, most_bytes: int = -1) -> bytes:
         return content.read(most_bytes)
 
 
+def children_of(pid: int) -> list[int]:
+    """Pids of the children of a process, started by whichever of its threads; none where it has
+    ended, or where this kernel does not tell (CONFIG_PROC_CHILDREN)."""
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            found += map(int, read_proc(pid, f"task/{thread}/children").split())
+    except (FileNotFoundError, ProcessLookupError):
+        return found
+    return found
+
+
 def command_line(pid: int, most_bytes: int = -1) -> list[str]:
     """The arguments of a process, or those in the first `most_bytes`, with U+FFFD for what is not
     UTF-8; empty for a process that has ended."""

@@ -62,6 +62,8 @@ class Ceiling:
     """The tightest memory.max above the call."""
     agent_memory_bytes: int
     """What the session's agent leaf holds now; a call's limit leaves room for it."""
+    files_memory_bytes: int
+    """The same, held by files in memory whose call has ended."""
     cpu_millicores: int
     pids_max: int | None
     priority: int
@@ -112,14 +114,18 @@ def _memory(intent: Intent, above: Ceiling, advice: list[str]) -> tuple[int, int
         allowed = f"at most {show_bytes(roof)}"
         why = f"this session may use {allowed}, so the call would never fit"
         raise InvalidField("memory", show_bytes(expected), allowed, why)
-    beside_agent = max(CALL_MEMORY_LEAST, roof - above.agent_memory_bytes)
-    if most is not None and most > beside_agent:
+    held = above.agent_memory_bytes + above.files_memory_bytes
+    beside = max(CALL_MEMORY_LEAST, roof - held)
+    if most is not None and most > beside:
+        holders = f"its agent holds {show_bytes(above.agent_memory_bytes)}"
+        if above.files_memory_bytes:
+            size = show_bytes(above.files_memory_bytes)
+            holders += f", files in tmpfs or /dev/shm whose call has ended {size}"
         advice.append(
             f"memory_max: you asked for {show_bytes(most)}; this session may use "
-            f"{show_bytes(roof)} and its agent holds {show_bytes(above.agent_memory_bytes)}, "
-            f"so the call got {show_bytes(beside_agent)}."
+            f"{show_bytes(roof)} and {holders}, so the call got {show_bytes(beside)}."
         )
-    return expected or 0, min(most or beside_agent, beside_agent)
+    return expected or 0, min(most or beside, beside)
 
 
 def _memory_high(on_pressure: str, most: int | None) -> int | None:

@@ -17,6 +17,7 @@ from agentcgroupd.guard.loop import GuardLoop
 from agentcgroupd.guard.policy_files import PolicyFiles
 from agentcgroupd.policy.explain import explain, policy_state
 from agentcgroupd.rpc.pages import Key, page
+from agentcgroupd.sessions.holding import held_beside_calls, used_for_good
 from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.sessions.registry import Sessions
@@ -24,6 +25,24 @@ from agentcgroupd.state.session import Call, Session, unix_usec
 from agentcgroupd.telemetry.wire import call_to_proto
 from agentcgroupd.turns import Slices
 from agentcgroupd.units import show_bytes
+
+HELD_MATTERS_BYTES = 16 << 20
+"""Less than this is not worth a word."""
+_FILES = "files in tmpfs or /dev/shm whose call has ended hold"
+
+
+def _holders(session: Session) -> str:
+    """Name what holds much of a session's memory besides its calls."""
+    held = held_beside_calls(session)
+    parts = [
+        f"{name} {show_bytes(size)}"
+        for name, size in (
+            ("your own processes hold", held.agent_bytes),
+            (_FILES, held.files_bytes),
+        )
+        if size >= HELD_MATTERS_BYTES
+    ]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _itself(call: pb.Call) -> pb.Call:
@@ -112,8 +131,10 @@ class Views:
         """What is left for a session: the tightest of its own limit and the pool's."""
         limits, pool = session.limits, self._pool
         used = session.cgroup.read_if(knobs.MEMORY_CURRENT)
-        pool_used = pool.cgroup.read_if(knobs.MEMORY_CURRENT)
-        sides = ((limits.memory_max_bytes, used), (pool.memory_max_bytes, pool_used))
+        sides = (
+            (limits.memory_max_bytes, used_for_good(session.cgroup)),
+            (pool.memory_max_bytes, used_for_good(pool.cgroup)),
+        )
         left = [top - now for top, now in sides if top is not None and now is not None]
         tops = [top for top, _ in sides if top]
         available = max(0, min(left)) if left else None
@@ -124,7 +145,7 @@ class Views:
         idle = max(0, round((len(os.sched_getaffinity(0)) - os.getloadavg()[0]) * 1000))
         memory = "memory without a limit"
         if available is not None:
-            memory = f"{show_bytes(available)} of memory"
+            memory = f"{show_bytes(available)} of memory{_holders(session)}"
         calls = f"{len(session.calls)} of {limits.calls_max} calls open"
         return pb.Budget(
             memory_limit_bytes=min(tops) if tops else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ from agentcgroupd.config import CallDefaults, SessionDefaults
 from agentcgroupd.errors import InvalidField
 from agentcgroupd.intents.gpu import GpuCeiling
 from agentcgroupd.intents.grant import Ceiling, weight_of_priority
+from agentcgroupd.sessions.holding import held_beside_calls
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.state.session import Session, SessionLimits
 from agentcgroupd.units import (
@@ -24,7 +24,6 @@ from agentcgroupd.units import (
     show_bytes,
 )
 
-AGENT_MEMORY_INTERVAL_S = 1.0
 PIDS_MOST = 4_194_304
 """PID_MAX_LIMIT on 64 bits (include/linux/threads.h)."""
 CALLS_MOST = 100_000
@@ -39,12 +38,13 @@ class Ceilings:
 
     def of(self, session: Session) -> Ceiling:
         """The limits above a new call of this session."""
-        limits, defaults = session.limits, self._defaults
+        limits, defaults, held = session.limits, self._defaults, held_beside_calls(session)
         tops = [top for top in (limits.memory_max_bytes, self._pool.memory_max_bytes) if top]
         cpus = self._pool.cpu_millicores
         return Ceiling(
             memory_max_bytes=min(tops) if tops else None,
-            agent_memory_bytes=_agent_memory(session) if tops else 0,
+            agent_memory_bytes=held.agent_bytes if tops else 0,
+            files_memory_bytes=held.files_bytes if tops else 0,
             cpu_millicores=min(limits.cpu_max_millicores or cpus, cpus),
             pids_max=limits.pids_max,
             priority=limits.priority,
@@ -53,18 +53,6 @@ class Ceilings:
             timeout_max_usec=defaults.timeout_max,
             gpu=self._gpus(),
         )
-
-
-def _agent_memory(session: Session) -> int:
-    """Bytes that the agent leaf holds and cannot give back: page cache does not count, because the
-    kernel drops it before it kills. Read at most once a second: memory.stat makes the kernel gather
-    its per-CPU counters, and every call that begins asks for this."""
-    now = time.monotonic()
-    if now - session.agent_memory_at >= AGENT_MEMORY_INTERVAL_S:
-        stat = session.agent.read_if(knobs.MEMORY_STAT)
-        session.agent_memory_at = now
-        session.agent_memory_bytes = stat["anon"] + stat.get("kernel", 0) if stat else 0
-    return session.agent_memory_bytes
 
 
 def parse_limits(

@@ -13,6 +13,8 @@ from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 
+VICTIMS_MOST = 1000
+"""How many processes that the kernel's OOM killer chose are known by their pids."""
 FACTS_MOST = 64
 """How many facts an account keeps. Processes that the kernel's OOM killer chooses are told one by
 one, and a tool can have any number of them."""
@@ -51,6 +53,8 @@ class Asked:
     """Whether the main process still ran then: if not, only what it had left running was ended."""
     processes: int = 0
     """How many processes the call had then, nested cgroups included."""
+    outside: int = 0
+    """How many the main process had started that were elsewhere then."""
     why: str = ""
     """A sentence: why the policy did it, or what the process went on as."""
     reason: pb.EndReason.ValueType = pb.END_REASON_UNSPECIFIED
@@ -66,6 +70,20 @@ class Left:
     """The cgroup that it was found in, below the mount."""
     at_unix_usec: int
     moved_back: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What holds a session's memory, page cache aside."""
+
+    agent_bytes: int
+    calls_bytes: int
+    """In the session's other calls."""
+    files_bytes: int
+    """In files of tmpfs, /dev/shm among them, whose call has ended."""
+
+
+NOTHING_HELD = Held(0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +150,9 @@ class Account:
     removed: bool = False
     """Whether somebody else removed the call's cgroup."""
     left: list[Left] = field(default_factory=list)
-    victims: dict[int, str] = field(default_factory=dict)
-    """Processes that the kernel's OOM killer chose, by pid with their names, as far as a program of
-    the kernel told."""
+    victims: set[int] = field(default_factory=set)
+    """Pids of processes that the kernel's OOM killer chose since the main process entered, as far
+    as the kernel told."""
     began: Baseline | None = None
     """Counters when the call began. None: they are not known, and what was counted above the call
     before cannot be told apart."""
@@ -162,6 +180,25 @@ class Account:
         self.asked.append(asked)
         self.add(what, source, asked.at_unix_usec)
 
+    def note_victim(self, pid: int, name: str, source: str, at_unix_usec: int) -> None:
+        """Take down that the kernel's OOM killer chose a process; the first VICTIMS_MOST count."""
+        if len(self.victims) < VICTIMS_MOST:
+            self.victims.add(pid)
+            self.add(f"the kernel's OOM killer chose {name} ({pid})", source, at_unix_usec)
+
+    def command_begins(self, baseline: Baseline | None) -> None:
+        """Begin anew with another main process. `baseline`: the counters as they are now; None:
+        they are as they were."""
+        if baseline is not None:
+            self.baseline = baseline
+        self.commands += 1
+        # A call that is being ended takes nobody in: what was asked for is that the process before
+        # this one went on elsewhere.
+        self.asked.clear()
+        self.left.clear()
+        self.victims.clear()
+        self.main_lost = self.main_killed = False
+
     def plain(self) -> dict[str, Any]:
         """The account for a record; what is as at the beginning is left out."""
         data: dict[str, Any] = {"commands": self.commands}
@@ -170,7 +207,8 @@ class Account:
                 data[name] = counters.plain()
         if self.asked:
             data["asked"] = [
-                [a.by, a.at_unix_usec, a.main_ran, a.processes, a.why, a.reason] for a in self.asked
+                [a.by, a.at_unix_usec, a.main_ran, a.processes, a.outside, a.why, a.reason]
+                for a in self.asked
             ]
             data["main_killed"] = self.main_killed
         if self.left:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 
 from agentcgroupd.host.syscalls import pidfd_alive, process_stat
@@ -43,6 +44,13 @@ class Process:
     def copy(self) -> Process:
         """The same process with a pidfd of its own."""
         return Process(self.pid, self.start_ticks, os.dup(self.pidfd))
+
+    def signal(self, number: int) -> None:
+        """Send a signal; no error if the process has ended. Raises PermissionError."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, number)
+        except ProcessLookupError:
+            return
 
     def close(self) -> None:
         """Give up the pidfd."""

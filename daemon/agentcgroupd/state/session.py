@@ -13,7 +13,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.intents.grant import Grant
 from agentcgroupd.policy.learning import Learned
-from agentcgroupd.state.ending import Account
+from agentcgroupd.state.ending import NOTHING_HELD, Account, Held
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.records import RECORD_VERSION, cut_argv_of_record, plain, sendable
 
@@ -60,6 +60,8 @@ class Call:
     owner: Process | None = None
     main: Process | None = None
     """The process that entered last; its wait status is the call's."""
+    outsiders: list[Process] = field(default_factory=list)
+    """Processes that the main process had started elsewhere when the end was asked for."""
     entered: bool = False
     state: pb.CallState.ValueType = pb.CALL_STATE_PENDING
     account: Account = field(default_factory=Account)
@@ -221,9 +223,9 @@ class Session:
     reclaimed_at_usec: int | None = None
     """When memory was last reclaimed from it, since boot."""
     watch: int | None = None
-    agent_memory_bytes: int = 0
-    """Memory that its agent leaf could not give back at `agent_memory_at` (time.monotonic)."""
-    agent_memory_at: float = float("-inf")
+    held: Held = NOTHING_HELD
+    """What its agent and files without a call held at `held_at` (time.monotonic)."""
+    held_at: float = float("-inf")
 
     def record(self) -> bytes:
         """What is kept of the session on its cgroup."""

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.calls.facts import EndFacts, Held, LimitHit, OomFacts
+from agentcgroupd.calls.facts import EndFacts, LimitHit, OomFacts
 from agentcgroupd.calls.verdict import RULES, judge, report_of, rule_of
 from agentcgroupd.intents.grant import Grant
-from agentcgroupd.state.ending import Asked, Asker, Left
+from agentcgroupd.state.ending import Asked, Asker, Held, Left
 
 MIB = 1 << 20
 GRANT = Grant(
@@ -77,7 +77,7 @@ def asked(
     reason: pb.EndReason.ValueType = pb.END_REASON_UNSPECIFIED,
 ) -> dict[str, Any]:
     """Changes for a call whose end was asked for."""
-    return {"asked": (Asked(by, 1, main_ran, processes, why, reason),)}
+    return {"asked": (Asked(by, 1, main_ran, processes, 0, why, reason),)}
 
 
 CALL, NESTED, OUTER = pb.LEVEL_CALL, pb.LEVEL_NESTED, pb.LEVEL_OUTER
@@ -339,6 +339,7 @@ requests = st.lists(
         st.just(1),
         st.booleans(),
         st.integers(0, 3),
+        st.integers(0, 3),
         st.just("Why."),
         st.sampled_from(pb.EndReason.values()),
     ),
@@ -373,7 +374,7 @@ def test_out_of_memory_is_said_of_a_main_process_only_if_it_died_of_that(end: En
     verdict, sentence = judge(end)
     if pb.Verdict.Name(verdict).startswith("VERDICT_OOM"):
         assert end.oom.kills and end.exit_code is None and end.signal in (None, signal.SIGKILL)
-        assert end.oom.main_chosen is not False
+        assert end.oom.main_chosen is not False or end.oom.whole
     elif end.ever_entered and end.oom.kills:
         codes = {f.code for f in report_of(end).feedback}
         assert pb.FEEDBACK_CODE_OOM in codes and "OOM killer" in sentence

@@ -23,6 +23,7 @@ GIB, MIB = 1 << 30, 1 << 20
 ABOVE = Ceiling(
     memory_max_bytes=2 * GIB,
     agent_memory_bytes=200 * MIB,
+    files_memory_bytes=0,
     cpu_millicores=4000,
     pids_max=1000,
     priority=50,

@@ -97,6 +97,7 @@ def test_a_name_that_cannot_be_used_is_refused_in_both(name: str) -> None:
 ABOVE = Ceiling(
     memory_max_bytes=None,
     agent_memory_bytes=0,
+    files_memory_bytes=0,
     cpu_millicores=4000,
     pids_max=None,
     priority=50,

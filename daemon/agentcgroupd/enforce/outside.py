@@ -1,0 +1,86 @@
+"""Processes of a call that are no longer in its cgroup: its main process, and what that started.
+
+A process that may write to cgroup.procs can move itself or its children. What has left and is no
+descendant of the main process any more, as a daemon is none, cannot be told from others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from agentcgroupd.host.proc import CgroupUnknown, cgroup_of, children_of
+from agentcgroupd.host.syscalls import pidfd_ended, process_stat
+from agentcgroupd.state.process import Process
+from agentcgroupd.state.session import CALL_PREFIX, Call
+
+DESCENDANTS_MOST = 2000
+"""How many descendants of a main process are looked at."""
+OUTSIDERS_MOST = 256
+"""How many processes outside of a call are kept; each takes a descriptor."""
+
+
+def place_outside(call: Call) -> str | None:
+    """The cgroup of the main process, as /proc/<pid>/cgroup shows it, if that is not its call's or
+    one below it; None: it is there, or has ended, or its place cannot be told."""
+    main = call.main
+    if main is None or pidfd_ended(main.pidfd):
+        return None
+    try:
+        path = cgroup_of(main.pid)
+    except (FileNotFoundError, ProcessLookupError, CgroupUnknown):
+        return None
+    return None if _is_inside(call, path) or pidfd_ended(main.pidfd) else path
+
+
+def _is_inside(call: Call, path: str) -> bool:
+    inside = call.cgroup.path.relative_to(call.session.cgroup.path)
+    own = f"{call.session.cgroup_path}/{inside}"
+    return path == own or path.startswith((f"{own}/", f"{own} (deleted)"))
+
+
+def find_outsiders(call: Call) -> None:
+    """Keep the descendants of the main process that are neither in the call nor in another one, so
+    that they can be ended with it even when the main process has ended."""
+    if call.main is None or call.outsiders:
+        return
+    others = f"{call.session.cgroup_path}/{CALL_PREFIX}"
+    for parent, pid in _descendants(call.main.pid):
+        try:
+            path = cgroup_of(pid)
+        except (FileNotFoundError, ProcessLookupError, CgroupUnknown):
+            continue
+        if not _is_inside(call, path) and not path.startswith(others):
+            process = _child(parent, pid)
+            if process is not None:
+                call.outsiders.append(process)
+            if len(call.outsiders) >= OUTSIDERS_MOST:
+                return
+
+
+def _descendants(pid: int) -> Iterator[tuple[int, int]]:
+    """Each descendant of a process with its parent before it, those that are nearer first."""
+    waiting, found = [pid], 0
+    for parent in waiting:
+        for child in children_of(parent):
+            if found >= DESCENDANTS_MOST:
+                return
+            found += 1
+            waiting.append(child)
+            yield parent, child
+
+
+def _child(parent: int, pid: int) -> Process | None:
+    """The process `pid` if it still is a child of `parent`; None: it has ended, or is another."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    try:
+        stat = process_stat(pid)
+        if stat.parent_pid == parent:
+            return Process(pid, stat.start_ticks, pidfd)
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # it has been reaped since: there is no such process any more
+    os.close(pidfd)
+    return None
