@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
 from agentcgroup import flow, packets, queries
-from agentcgroup.call import AgentSettings, CallBase, RunArguments, split_run_arguments
+from agentcgroup.call import (
+    AgentSettings,
+    CallBase,
+    RunArguments,
+    reason_of_error,
+    split_run_arguments,
+)
 from agentcgroup.errors import AgentcgError, from_rpc_error
 from agentcgroup.intent import Intent, command, name_of
-from agentcgroup.process import communicate
+from agentcgroup.process import CallProcess, communicate, start
 from agentcgroup.queries import Query
 from agentcgroup.results import Result, raise_if_not_started
 from agentcgroup.streams import AsyncStream
@@ -36,8 +42,9 @@ class AsyncCall(CallBase):
         super().__init__(agent.settings, name, intent, argv)
         self._agent = agent
         self._returncode: int | None = None
-        self._last: asyncio.subprocess.Process | None = None
-        self._popened: list[asyncio.subprocess.Process] = []
+        self._last: CallProcess | None = None
+        self._popened: list[CallProcess] = []
+        self._single = False  # whether the call is for one command: `AsyncAgent.run`
 
     async def begin(self) -> Self:
         """Begin the call, as `async with` does. Raises what `Call.begin` raises."""
@@ -47,11 +54,17 @@ class AsyncCall(CallBase):
 
     async def end(self) -> Report | None:
         """End the call, as leaving `async with` does. Returns its report."""
+        return await self._end(None)
+
+    async def _end(
+        self, error: BaseException | None, when_away: Callable[[], None] | None = None
+    ) -> Report | None:
         if self._state == "open":
             outcome = None
             if self.confined:
                 returncode = self._last.returncode if self._last is not None else self._returncode
-                outcome = await self._agent.carry(flow.end(self._end_request(returncode)))
+                request = self._end_request(returncode, error)
+                outcome = await self._agent.carry(flow.end(request, when_away))
             else:
                 for process in self._popened:
                     if process.returncode is None:
@@ -72,7 +85,7 @@ class AsyncCall(CallBase):
             await self.end()
         else:
             # A second cancellation must not leave the call open.
-            await asyncio.shield(asyncio.ensure_future(self.end()))
+            await asyncio.shield(asyncio.ensure_future(self._end(error)))
 
     async def run(
         self,
@@ -90,12 +103,9 @@ class AsyncCall(CallBase):
         """
         arguments = RunArguments(args, input, capture_output, kwargs)
         self._last, self._returncode = None, None
+        self._reason = pb.END_REASON_UNSPECIFIED
         argv = self._argv(arguments.argv)
-        try:
-            done = await communicate(argv, args, input, timeout, arguments.popen)
-        except (subprocess.TimeoutExpired, asyncio.CancelledError):
-            self._returncode = -signal.SIGKILL
-            raise
+        done = await communicate(argv, args, input, timeout, arguments.popen, self._give_up)
         self._returncode = done.returncode
         if self.confined:
             raise_if_not_started(
@@ -106,6 +116,16 @@ class AsyncCall(CallBase):
             result.check_returncode()
         return result
 
+    async def _give_up(self, error: BaseException, kill: Callable[[], None]) -> None:
+        """End a process that is not waited for any more. The daemon does it where the call is for
+        this process alone: it knows then who ended it, and why."""
+        self._reason = reason_of_error(error)
+        if self._single and self.confined:
+            await asyncio.shield(asyncio.ensure_future(self._end(error, kill)))
+        else:
+            kill()
+            self._returncode = -signal.SIGKILL
+
     async def popen(self, args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
         """Start a command in the call without waiting.
 
@@ -113,7 +133,8 @@ class AsyncCall(CallBase):
         The process is ended with the call, if it has not ended before.
         """
         argv = command(args, kwargs.pop("shell", False), kwargs.pop("executable", None))
-        process = await asyncio.create_subprocess_exec(*self._argv(argv), **kwargs)
+        process = await start(self._argv(argv), kwargs)
+        self._reason = pb.END_REASON_UNSPECIFIED
         self._last = process
         self._popened.append(process)
         return process
@@ -216,7 +237,9 @@ class AsyncAgent:
         """Run a command as a call of its own. Arguments and result are those of `Agent.run`."""
         intent, rest = split_run_arguments(kwargs, call_timeout)
         argv = command(args, rest.get("shell", False), rest.get("executable"))
-        async with self.tool_call(name or name_of(argv), argv=argv, **intent) as call:
+        call = self.tool_call(name or name_of(argv), argv=argv, **intent)
+        call._single = True
+        async with call:
             result = await call.run(args, **rest)
         if check:
             result.check_returncode()

@@ -59,6 +59,13 @@ def choose_on_unavailable(value: str | None) -> OnUnavailable:
     )
 
 
+def reason_of_error(error: BaseException) -> pb.EndReason.ValueType:
+    """Return why a call is ended that is given up because of this error."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return pb.END_REASON_TIMEOUT
+    return pb.END_REASON_CANCELLED
+
+
 class AgentSettings:
     """Settings of an agent's client.
 
@@ -106,6 +113,8 @@ class CallBase:
         self._launch: list[str] = []
         self._state = "new"
         self._report: Report | None = None
+        # Why the process that was started last did not come to its end; see `_reason_of`.
+        self._reason: pb.EndReason.ValueType = pb.END_REASON_UNSPECIFIED
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} id={self.id!r} {self._state}>"
@@ -158,11 +167,26 @@ class CallBase:
             raise RuntimeError(f"{self!r} is not open; use 'with agent.tool_call(...) as call:'")
         return self._launch + command
 
-    def _end_request(self, returncode: int | None) -> pb.EndCallRequest:
-        request = pb.EndCallRequest(call_id=self.id)
+    def _end_request(
+        self, returncode: int | None, error: BaseException | None
+    ) -> pb.EndCallRequest:
+        """Make the request that ends the call. `returncode`: of the process that was started last;
+        None: it runs. `error`: what its block raised."""
+        reason = self._reason or self._reason_of(returncode, error)
+        request = pb.EndCallRequest(call_id=self.id, reason=reason)
         if returncode is not None:
             request.wait_status = wait_status(returncode)
         return request
+
+    def _reason_of(
+        self, returncode: int | None, error: BaseException | None
+    ) -> pb.EndReason.ValueType:
+        # A command that failed has ended all the same.
+        if error is not None and not isinstance(error, subprocess.CalledProcessError):
+            return reason_of_error(error)
+        if returncode is not None or self._request.intent.leftovers == "keep":
+            return pb.END_REASON_DONE
+        return pb.END_REASON_UNSPECIFIED
 
     def _ended(self, outcome: Report | AgentcgError | None) -> None:
         self._state = "ended"

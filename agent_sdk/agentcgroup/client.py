@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentcgroup import flow, queries
-from agentcgroup.call import AgentSettings, CallBase, RunArguments, split_run_arguments
+from agentcgroup.call import (
+    AgentSettings,
+    CallBase,
+    RunArguments,
+    reason_of_error,
+    split_run_arguments,
+)
 from agentcgroup.channel import Client, Connection
 from agentcgroup.intent import Intent, command, name_of
 from agentcgroup.queries import Query
@@ -33,6 +38,7 @@ class Call(CallBase):
         super().__init__(agent.settings, name, intent, argv)
         self._connection = agent.connection
         self._process: CallPopen | None = None
+        self._single = False  # whether the call is for one command: `Agent.run`
         self._popened: list[CallPopen] = []
 
     def begin(self) -> Self:
@@ -49,11 +55,18 @@ class Call(CallBase):
 
     def end(self) -> Report | None:
         """End the call, as leaving `with` does. Returns its report; a second time, the same."""
+        return self._end(None)
+
+    def _end(self, error: BaseException | None) -> Report | None:
         if self._state == "open":
-            returncode = self._process.poll() if self._process is not None else None
+            process = self._process
+            returncode = process.poll() if process is not None else None
             outcome = None
             if self.confined:
-                outcome = self._connection.carry(flow.end(self._end_request(returncode)))
+                # The process of a call for one command must not outlive a daemon that is away.
+                kill = process.kill if process is not None and self._single else None
+                request = self._end_request(returncode, error)
+                outcome = self._connection.carry(flow.end(request, kill))
             else:
                 for process in self._popened:
                     process.kill()
@@ -69,7 +82,7 @@ class Call(CallBase):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.end()
+        self._end(error)
 
     def run(
         self,
@@ -96,13 +109,8 @@ class Call(CallBase):
         with self._spawn(arguments.argv, args, arguments.popen) as process:
             try:
                 stdout, stderr = process.communicate(input, timeout=timeout)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                # communicate() would wait for the pipes, which the tool's children may hold open.
-                process.wait()
-                raise
-            except BaseException:
-                process.kill()
+            except BaseException as error:
+                self._give_up(process, error)
                 raise
         if self.confined:
             raise_if_not_started(
@@ -112,6 +120,15 @@ class Call(CallBase):
         if check:
             result.check_returncode()
         return result
+
+    def _give_up(self, process: CallPopen, error: BaseException) -> None:
+        """End a process that is not waited for any more. The daemon does it where the call is for
+        this process alone: it knows then who ended it, and why."""
+        if process.poll() is None:
+            self._reason = reason_of_error(error)
+            if self._single and self.confined:
+                self._end(error)
+        process.kill()
 
     def popen(self, args: Any, **kwargs: Any) -> CallPopen:
         """Start a command in the call without waiting; the arguments are `subprocess.Popen`'s.
@@ -124,6 +141,7 @@ class Call(CallBase):
         return process
 
     def _spawn(self, argv: list[str], args: Any, kwargs: dict[str, Any]) -> CallPopen:
+        self._reason = pb.END_REASON_UNSPECIFIED
         self._process = CallPopen(self._argv(argv), args, **kwargs)
         return self._process
 
@@ -188,7 +206,9 @@ class Agent(Client[AgentStub]):
         """
         intent, rest = split_run_arguments(kwargs, call_timeout)
         argv = command(args, rest.get("shell", False), rest.get("executable"))
-        with self.tool_call(name or name_of(argv), argv=argv, **intent) as call:
+        call = self.tool_call(name or name_of(argv), argv=argv, **intent)
+        call._single = True
+        with call:
             result = call.run(args, **rest)
         if check:
             result.check_returncode()

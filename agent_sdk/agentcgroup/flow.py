@@ -7,7 +7,7 @@ what it returns is the outcome. None does I/O, so both clients only carry the me
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -116,11 +116,14 @@ def _return() -> Flow[None]:
         raise DaemonAway(str(away)) from None
 
 
-def end(request: pb.EndCallRequest) -> Flow[Report | AgentcgError]:
+def end(
+    request: pb.EndCallRequest, when_away: Callable[[], None] | None = None
+) -> Flow[Report | AgentcgError]:
     """End a call, over a restart of the daemon if need be.
 
     The outcome is the report, or why there is none: an error here must not cost the caller the
-    tool's own result.
+    tool's own result. `when_away`: called when the daemon does not answer at once, so that somebody
+    ends the process.
     """
     deadline = time.monotonic() + END_TIMEOUT_S
     message: Message = request
@@ -130,6 +133,8 @@ def end(request: pb.EndCallRequest) -> Flow[Report | AgentcgError]:
             reply = yield Rpc(method, message, left, wait, pause)
             return Report.from_proto(reply)
         except Unavailable as away:
+            if when_away is not None:
+                when_away()
             left, wait, pause = deadline - time.monotonic() - END_PAUSE_S, True, END_PAUSE_S
             if left <= 0 or away.code != "UNAVAILABLE":
                 return away

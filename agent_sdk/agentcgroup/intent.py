@@ -24,8 +24,9 @@ class Intent(TypedDict, total=False):
     priority: 0..100, or "batch", "normal", "important". on_pressure: "freeze", "deny", "throttle"
     or "kill". hint: the older form, "memory:high", "memory:2g". wait: seconds, or text such as
     "30s": how long it may wait for room before it is refused; 0: not at all. cpuset: CPUs, such as
-    "0-3,8". gpu: percent of each device, or text such as "10%"; gpu_memory: bytes on each device.
-    gpu_priority: as priority. gpu_device: "any", "any:2", an index, a UUID, or several with commas.
+    "0-3,8". leftovers: "end" (the default) or "keep" what the command leaves running. gpu: percent
+    of each device, or text such as "10%"; gpu_memory: bytes on each device. gpu_priority: as
+    priority. gpu_device: "any", "any:2", an index, a UUID, or several with commas.
     """
 
     memory: Quantity | None
@@ -39,6 +40,7 @@ class Intent(TypedDict, total=False):
     hint: str | None
     wait: Quantity | None
     cpuset: str | None
+    leftovers: str | None
     gpu: Quantity | None
     gpu_memory: Quantity | None
     gpu_priority: Quantity | None

@@ -5,8 +5,15 @@ from __future__ import annotations
 import asyncio
 import io
 import locale
+import os
 import subprocess
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, cast
+
+from agentcgroup.pipes import LINGER_S, read_away, read_rest
+
+_LIMIT_BYTES = 1 << 16
+"""Size of the buffers of a stream, as asyncio has it."""
 
 
 class Finished(NamedTuple):
@@ -74,8 +81,113 @@ class _Text:
         return reader.read()
 
 
+class CallProcess(asyncio.subprocess.Process):
+    """An asyncio process in a call: the end of the process is what is waited for, not that of the
+    children that hold its pipes."""
+
+    def __init__(
+        self,
+        transport: asyncio.SubprocessTransport,
+        protocol: _Streams,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        super().__init__(transport, protocol, loop)
+        self._pipes, self._exited = transport, protocol.exited
+
+    async def wait(self) -> int:
+        """Wait for the process alone and return its return code."""
+        await asyncio.wait([self._exited])
+        return cast(int, self.returncode)
+
+    async def communicate(
+        self, input: bytes | bytearray | memoryview | None = None
+    ) -> tuple[Any, Any]:
+        """Do what asyncio's does, and return at most LINGER_S after the process has ended."""
+        sending = asyncio.ensure_future(self._send(input))
+        chunks: list[list[bytes]] = [[], []]
+        readers = [
+            asyncio.ensure_future(_read(stream, into))
+            for stream, into in zip((self.stdout, self.stderr), chunks, strict=True)
+            if stream is not None
+        ]
+        try:
+            await asyncio.wait([self._exited])
+            if readers:
+                await asyncio.wait(readers, timeout=LINGER_S)
+        finally:
+            for task in (sending, *readers):
+                task.cancel()
+        out, err = (b"".join(into) for into in chunks)
+        out += _drain(self._pipes, 1)
+        err += _drain(self._pipes, 2)
+        self._pipes.close()
+        return (out if self.stdout is not None else None, err if self.stderr is not None else None)
+
+    async def _send(self, input: bytes | bytearray | memoryview | None) -> None:
+        if self.stdin is None:
+            return
+        try:
+            if input:
+                self.stdin.write(input)
+                await self.stdin.drain()
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # as asyncio's: a process need not read what it is sent
+        finally:
+            self.stdin.close()
+
+
+class _Streams(asyncio.subprocess.SubprocessStreamProtocol):
+    """asyncio's own, which also says when the process has ended."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
+        super().__init__(limit=limit, loop=loop)
+        self.exited: asyncio.Future[None] = loop.create_future()
+
+    def process_exited(self) -> None:
+        if not self.exited.done():
+            self.exited.set_result(None)
+        super().process_exited()
+
+
+async def start(argv: list[str], kwargs: dict[str, Any]) -> CallProcess:
+    """Start a process as asyncio.create_subprocess_exec does, with the same arguments."""
+    loop = asyncio.get_running_loop()
+    options = {"stdin": None, "stdout": None, "stderr": None, **kwargs}
+    limit = options.pop("limit", _LIMIT_BYTES)
+    transport, protocol = await loop.subprocess_exec(
+        lambda: _Streams(loop, limit), *argv, **options
+    )
+    return CallProcess(transport, protocol, loop)
+
+
+async def _read(stream: asyncio.StreamReader, into: list[bytes]) -> None:
+    while chunk := await stream.read(_LIMIT_BYTES):
+        into.append(chunk)
+
+
+def _drain(transport: asyncio.SubprocessTransport, fd: int) -> bytes:
+    """Read what stands in a pipe that a child holds open, and leave what comes later to a thread;
+    empty where the pipe has ended."""
+    pipe = transport.get_pipe_transport(fd)
+    if pipe is None or pipe.is_closing():
+        return b""
+    reader = cast(asyncio.ReadTransport, pipe)
+    reader.pause_reading()
+    file = reader.get_extra_info("pipe")
+    if file is None:
+        return b""  # a loop of another kind, which has read all that a pipe holds by now
+    rest = read_rest(file.fileno())
+    read_away([os.dup(file.fileno())])
+    return rest
+
+
 async def communicate(
-    argv: list[str], args: Any, input: Any, timeout: float | None, kwargs: dict[str, Any]
+    argv: list[str],
+    args: Any,
+    input: Any,
+    timeout: float | None,
+    kwargs: dict[str, Any],
+    give_up: Callable[[BaseException, Callable[[], None]], Awaitable[None]],
 ) -> Finished:
     """Start `argv`, feed it `input`, collect its pipes, wait for its end.
 
@@ -85,6 +197,7 @@ async def communicate(
         input: for its stdin, or None.
         timeout: seconds, or None.
         kwargs: arguments of subprocess.Popen.
+        give_up: called with the error, and with what kills the process, where it still runs.
 
     Raises:
         subprocess.TimeoutExpired: the process has been killed.
@@ -99,17 +212,23 @@ async def communicate(
         lambda: _Collector(loop, piped), *argv, **options
     )
     try:
-        if input is not None:
-            stdin = cast(asyncio.WriteTransport, transport.get_pipe_transport(0))
-            stdin.write(text.encode(input))
-            stdin.close()
-        await asyncio.wait([collector.done], timeout=timeout)
-        if not collector.done.done():
-            _kill(transport)
-            await collector.exited
-            raise subprocess.TimeoutExpired(
-                args, cast(float, timeout), collector.collected(1), collector.collected(2)
-            )
+        try:
+            if input is not None:
+                stdin = cast(asyncio.WriteTransport, transport.get_pipe_transport(0))
+                stdin.write(text.encode(input))
+                stdin.close()
+            await asyncio.wait([collector.exited], timeout=timeout)
+            if not collector.exited.done():
+                raise subprocess.TimeoutExpired(
+                    args, cast(float, timeout), collector.collected(1), collector.collected(2)
+                )
+            await asyncio.wait([collector.done], timeout=LINGER_S)
+        except BaseException as error:
+            if not collector.exited.done():
+                await give_up(error, lambda: _kill(transport))
+            raise
+        for fd in piped:
+            collector.chunks[fd].append(_drain(transport, fd))
         return Finished(
             cast(int, transport.get_returncode()),
             text.decode(collector.collected(1)),
@@ -118,8 +237,7 @@ async def communicate(
     finally:
         if not collector.exited.done():
             _kill(transport)
-            await collector.exited
-        # Another process may still hold the other ends of the pipes; nobody reads them any more.
+            await asyncio.wait([collector.exited])
         transport.close()
 
 

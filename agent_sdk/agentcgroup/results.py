@@ -8,13 +8,12 @@ import shutil
 import subprocess
 from typing import TYPE_CHECKING, Any, Protocol
 
+from agentcgroup.pipes import Conversation, PopenAny
 from agentcgroup.types import Feedback, Report
 
 if TYPE_CHECKING:
-    PopenAny = subprocess.Popen[Any]
     Completed = subprocess.CompletedProcess[Any]
 else:
-    PopenAny = subprocess.Popen
     Completed = subprocess.CompletedProcess
 
 
@@ -77,9 +76,22 @@ class CheckFailed(subprocess.CalledProcessError):
 class CallPopen(PopenAny):
     """A `subprocess.Popen` of a process in a call; `args` is the tool's command line."""
 
+    _conversation: Conversation | None = None
+
     def __init__(self, argv: list[str], args: Any, **kwargs: Any) -> None:
         super().__init__(argv, **kwargs)
         self.args = args
+
+    def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
+        """Do what `Popen.communicate` does, without waiting for children that hold the pipes.
+
+        Returns at most LINGER_S after the process has ended, with all that it wrote.
+        """
+        if self._conversation is None:
+            self._conversation = Conversation(self, input)
+        elif input:
+            raise ValueError("Cannot send input after starting communication")
+        return self._conversation.hold(timeout)
 
 
 def wait_status(returncode: int) -> int:

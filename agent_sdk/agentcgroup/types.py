@@ -150,6 +150,8 @@ class Grant(_Answer):
     on_pressure: str
     advice: tuple[str, ...]
     not_enforced: tuple[str, ...]
+    leftovers: str = "end"
+    """What becomes of processes that live on after the command: "end" or "keep"."""
     gpu_percent: int | None = None
     """Share of each of `gpu_devices` (UUIDs); gpu_memory_bytes is meant for each of them too."""
     gpu_memory_bytes: int | None = None

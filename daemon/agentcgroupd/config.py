@@ -123,7 +123,10 @@ class CallDefaults(Section):
     idle_timeout: Duration = 600_000_000
     """A call that is held open by its owner with no process in it is ended after this time."""
     term_grace: Duration = 2_000_000
-    """Between SIGTERM and SIGKILL when the timeout passes."""
+    """Between SIGTERM and SIGKILL when the timeout passes, and for what a command left running."""
+    leftovers_grace: Duration = 250_000
+    """Between the end of a command and the SIGTERM to what it left running: the last lines of
+    `cmd > >(tee log)` are still on their way then."""
 
 
 class GuardConfig(Section):

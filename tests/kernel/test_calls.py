@@ -164,7 +164,8 @@ def test_leftovers_are_ended_with_the_call_and_told(agent: AgentProcess) -> None
 
 def test_a_call_goes_on_while_its_children_do(daemon: DaemonProcess, agent: AgentProcess) -> None:
     script = "setsid sleep 0.5 >/dev/null 2>&1 & exit 0"
-    assert tool(agent, ["--name", "server"], "sh", "-c", script)[0] == 0
+    options = ["--name", "server", "--leftovers", "keep"]
+    assert tool(agent, options, "sh", "-c", script)[0] == 0
     assert len(daemon.call_dirs()) == 1
     wait_until("the child has ended", lambda: not daemon.call_dirs())
     assert report_of_last(daemon).verdict == pb.VERDICT_OK

@@ -114,7 +114,7 @@ def _of_leftovers(facts: EndFacts) -> list[pb.Feedback]:
     swept = swept_words(facts)
     was = "was" if left == 1 else "were"
     said = swept or f"{count_of(left)} that the tool left running {was} ended with the call."
-    sentence = f"{said} To keep a server running, end the call with detach."
+    sentence = f"{said} To keep a server running, ask for leftovers = keep."
     return [_feedback(pb.FEEDBACK_CODE_LEFTOVERS, sentence, processes=left)]
 
 

@@ -17,8 +17,10 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.calls.evidence import main_status
 from agentcgroupd.calls.facts import CALLER_REASONS
 from agentcgroupd.calls.leaving import Leavers
+from agentcgroupd.calls.leftovers import Leftovers, kept_feedback
 from agentcgroupd.calls.owners import Owners
 from agentcgroupd.calls.reports import Reports
 from agentcgroupd.calls.timers import Deadlines
@@ -120,6 +122,7 @@ class Calls:
         self._config = config
         self._events = events
         self.actions = actions
+        self._notices = notices
         self._audit, self._metrics, self._feed = notices.audit, notices.metrics, notices.feed
         self._reports = reports
         self._observer = observer
@@ -131,6 +134,7 @@ class Calls:
         self._deadlines = Deadlines(
             config, self._populated, self._goes_on, self._finish, self._kill, turns
         )
+        self._leftovers = Leftovers(config, notices, self._populated, self._kill)
         self.open: dict[str, Call] = {}
         self._postponed: dict[str, Call] = {}
         self.begun = 0
@@ -290,6 +294,7 @@ class Calls:
             call.main.close()
         call.main = process.copy()
         call.client_status = call.exit_status = None
+        self._leftovers.watch(call)
         self._entered(call, process)
 
     def _leave_others(self, call: Call, process: Process) -> None:
@@ -343,8 +348,11 @@ class Calls:
         grant = self._observer.regrant(call, grant)
         # What the policy did is undone first: its next decision is made under the new grant.
         self.actions.unthrottle(call, "Its grant was changed.")
+        leftovers = call.grant.leftovers
         call.grant = rewrite_grant(call.session, call.cgroup, call.grant, grant)
         memory_high.write(call)
+        if call.grant.leftovers != leftovers:
+            self._leftovers.watch(call)
         call.likely_bytes, _ = self._reports.expect(call.session, call.name, call.argv, call.grant)
         call.cgroup.set_xattr(call.record())
         self._deadlines.granted(call)
@@ -365,29 +373,44 @@ class Calls:
     ) -> pb.Report | Coroutine[Any, Any, pb.Report]:
         """End a call and give its report; with `detach`, only let go of it. Where processes have
         to die first, the report is to be awaited. `status`: of the main process, by its parent;
-        `reason`: what the asker says for the report."""
+        `reason`: what the asker says for the report. One that says that its command has ended lets
+        what is left go on if the call's leftovers are to be kept."""
         if status is not None:
             call.client_status = status
         call.held = False
         goes_on = self._goes_on(call)
-        if (goes_on and not detach) or reason in CALLER_REASONS:
+        keep = reason == pb.END_REASON_DONE and call.grant.leftovers == "keep"
+        if (goes_on and not detach and not keep) or reason in CALLER_REASONS:
             ask_end(call, asker, reason=reason)
         report = None if goes_on else self._finish(call)
         if report is not None:
             return report
-        if detach:
+        if detach or keep:
+            call.grant = replace(call.grant, leftovers="keep")
             call.cgroup.set_xattr(call.record())
-            return pb.Report(
-                call_id=call.id,
-                session_id=call.session.id,
-                name=call.name,
-                grant=grant_to_proto(call.grant),
-                sentence="The call goes on until its last process ends.",
-            )
+            return self._so_far(call, keep)
         if call.done is None:
             call.done = self._loop.create_future()
         self._kill(call)
         return self._ended(call, call.done)
+
+    def _so_far(self, call: Call, keep: bool) -> pb.Report:
+        """Give what can be said of a call that its owner has let go of. With `keep`, and if its
+        main process has ended, that is how this one ended; else only that the call goes on."""
+        if keep and main_status(call)[0] is not None:
+            self._observer.catch_up()
+            report = self._reports.of(call)
+            kept = kept_feedback(call)
+            self._notices.tell(call.session, call.id, kept)
+            report.feedback.append(kept)
+            return report
+        return pb.Report(
+            call_id=call.id,
+            session_id=call.session.id,
+            name=call.name,
+            grant=grant_to_proto(call.grant),
+            sentence="The call goes on until its last process ends.",
+        )
 
     async def _ended(self, call: Call, done: asyncio.Future[pb.Report]) -> pb.Report:
         try:
@@ -466,6 +489,7 @@ class Calls:
         if not self._goes_on(call):
             self._finish(call)
         else:
+            self._leftovers.watch(call)
             call.cgroup.set_xattr(call.record())
 
     def _finish(self, call: Call) -> pb.Report | None:
@@ -509,6 +533,7 @@ class Calls:
             (self._events.forget if removed else self._events.unwatch)(call.watch)
         self._deadlines.drop(call)
         self._leavers.drop(call)
+        self._leftovers.drop(call)
         self._owners.drop(call)
         self._observer.call_closed(call)
         for process in (call.main, *call.outsiders):
@@ -561,6 +586,7 @@ class Calls:
             call.entered = True
             call.state = pb.CALL_STATE_RUNNING
             self._deadlines.entered(call)
+            self._leftovers.watch(call)
         elif not call.held:
             self._finish(call)
 

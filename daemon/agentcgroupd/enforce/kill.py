@@ -30,6 +30,7 @@ _ASKED = {
     Asker.OPERATOR: ("the operator ended it", "EndCall"),
     Asker.SESSION: ("its session was closed", "CloseSession"),
     Asker.POLICY: ("the policy ended it", "policy"),
+    Asker.LEFTOVERS: ("its command had ended", "pidfd"),
     Asker.WENT_ON: ("its main process asked for another call", "attach"),
 }
 """What each request is, as a clause, and where it comes from."""

@@ -38,6 +38,9 @@ class Grant:
     on_pressure: str
     io_weight: int | None = None
     """Weight that is set beside cpu.weight; None: it is not set."""
+    leftovers: str = "keep"
+    """What becomes of processes that live on after the main process: `end` or `keep`. The default
+    is for records of a daemon that ended none."""
     wait_usec: int | None = None
     """How long it may wait to begin, after which it is refused; None: as the policy says."""
     advice: tuple[str, ...] = ()
@@ -203,6 +206,7 @@ def grant_for(intent: Intent, above: Ceiling) -> Grant:
         timeout_usec=timeout,
         priority=priority,
         on_pressure=on_pressure,
+        leftovers=intent.leftovers or "end",
         wait_usec=intent.wait,
         advice=tuple(advice),
         gpu_percent=gpu.percent if gpu else None,
@@ -218,6 +222,7 @@ _FOLLOWS_FROM = {
     "timeout_usec": "timeout",
     "priority": "priority",
     "on_pressure": "on_pressure",
+    "leftovers": "leftovers",
     "gpu_percent": "gpu",
     "gpu_memory_bytes": "gpu_memory",
     "gpu_priority": "gpu_priority",

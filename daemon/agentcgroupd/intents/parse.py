@@ -29,6 +29,7 @@ from agentcgroupd.units import (
 NAME_CHARS_MAX = 128
 ARGV_BYTES_MAX = 4096
 ON_PRESSURE = ("freeze", "deny", "throttle", "kill")
+LEFTOVERS = ("end", "keep")
 HINT_ALLOWED = "memory:high, memory:low or memory:<size>, such as memory:2g"
 WAIT_MOST_USEC = 3_600_000_000
 PIDS_MOST = 4_194_304
@@ -45,6 +46,10 @@ def _parse_pids(field: str, text: str) -> int:
 
 def _parse_on_pressure(field: str, text: str) -> str:
     return parse_word(field, text, ON_PRESSURE)
+
+
+def _parse_leftovers(field: str, text: str) -> str:
+    return parse_word(field, text, LEFTOVERS)
 
 
 def _parse_hint(field: str, text: str) -> str | int:
@@ -142,6 +147,7 @@ class Intent:
     wait: Annotated[int | None, _parse_wait] = None
     """Microseconds; 0: not at all."""
     cpuset: Annotated[CpuList | None, _parse_cpus, SETTING] = None
+    leftovers: Annotated[str | None, _parse_leftovers] = None
     gpu: Annotated[int | None, parse_percent] = None
     gpu_memory: Annotated[int | None, parse_bytes] = None
     gpu_priority: Annotated[int | None, parse_priority] = None

@@ -25,8 +25,12 @@ class CallRequest:
 
 
 def observed_request(name: str, argv: Sequence[str]) -> CallRequest:
-    """Make the request for a call that nobody asked for. Raises InvalidField for its name."""
-    return CallRequest(check_name(name), cut_argv(argv), Intent(), observed=True)
+    """Make the request for a call that nobody asked for. Raises InvalidField for its name.
+
+    A server that such a tool starts lives on, as it would without the daemon: whoever started it
+    has never heard of calls.
+    """
+    return CallRequest(check_name(name), cut_argv(argv), Intent(leftovers="keep"), observed=True)
 
 
 def intent_of_proto(message: pb.Intent) -> Intent:

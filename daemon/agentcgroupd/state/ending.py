@@ -28,6 +28,8 @@ class Asker(enum.StrEnum):
     OPERATOR = "operator"
     SESSION = "session"
     POLICY = "policy"
+    LEFTOVERS = "leftovers"
+    """The daemon, when the command had ended and its leftovers are not to be kept."""
     WENT_ON = "went_on"
     """The main process itself: it asked for another call and went on as that."""
 

@@ -85,7 +85,6 @@ class Metrics:
         self._add_gpu(counter, gauge)
         self.rpc = histogram("rpc_seconds", "Time to answer a request", SECONDS_BUCKETS, "method")
         self.rpc_errors = counter("rpc_errors", "Requests answered by an error", "method", "code")
-        self.peers_refused = counter("peers_refused", "Connections refused", "reason")
         self._add_exhaustion(counter, gauge)
         self.leftovers = counter("leftovers_removed", "Cgroups found without an owner and removed")
         self.audit_lost = gauge("audit_entries_lost", "Audit entries that could not be written")

@@ -25,6 +25,7 @@ def grant_to_proto(grant: Grant) -> pb.Grant:
         timeout_usec=grant.timeout_usec,
         priority=grant.priority,
         on_pressure=grant.on_pressure,
+        leftovers=grant.leftovers,
         advice=grant.advice,
         not_enforced=grant.not_enforced,
         gpu_percent=grant.gpu_percent,

@@ -40,6 +40,7 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "hint": ("memory:2g", 2 << 30),
     "wait": ("0", 0),
     "cpuset": ("8, 0-2,1-3", CpuList(frozenset({0, 1, 2, 3, 8}))),
+    "leftovers": ("keep", "keep"),
     "gpu": ("10%", 10),
     "gpu_memory": ("4G", 4 << 30),
     "gpu_priority": ("important", 80),
@@ -76,7 +77,7 @@ def test_both_encodings_give_the_same_request() -> None:
 
 def test_silence_says_nothing() -> None:
     assert intent_of_proto(pb.Intent()) == parse_intent({"memory": "", "gpu": ""}) == Intent()
-    assert observed_request("sh", ["sh"]).intent == Intent()
+    assert observed_request("sh", ["sh"]).intent == Intent(leftovers="keep")
 
 
 def test_a_request_keeps_no_more_of_a_command_line_than_its_report_shows() -> None:

@@ -22,6 +22,7 @@ from agentcgroup import (
     Verdict,
 )
 from agentcgroup import flow as flow_module
+from agentcgroup.v1 import agentcgroup_pb2 as pb
 from tests.unit.fake_daemon import MIB, FakeDaemon, later, running
 
 
@@ -113,7 +114,7 @@ def test_timeout_check_and_missing(daemon: FakeDaemon) -> None:
                 await agent.run(["true"], memory_max="lots")
 
     asyncio.run(main())
-    assert daemon.ended[0].wait_status == signal.SIGKILL
+    assert daemon.ended[0].reason == pb.END_REASON_TIMEOUT
 
 
 def test_cancelling_kills_and_ends(daemon: FakeDaemon) -> None:
@@ -128,7 +129,7 @@ def test_cancelling_kills_and_ends(daemon: FakeDaemon) -> None:
 
     asyncio.run(main())
     assert not daemon.calls
-    assert daemon.ended[0].wait_status == signal.SIGKILL
+    assert daemon.ended[0].reason == pb.END_REASON_CANCELLED
     with pytest.raises(ProcessLookupError):
         os.kill(daemon.entered("c1")[0], 0)
 

@@ -32,6 +32,7 @@ from agentcgroup import (
     Verdict,
 )
 from agentcgroup import flow as flow_module
+from agentcgroup.v1 import agentcgroup_pb2 as pb
 from tests.unit.fake_daemon import MIB, FakeDaemon, later, running
 
 
@@ -209,7 +210,7 @@ def test_timeout_kills_and_raises(daemon: FakeDaemon, agent: Agent) -> None:
     assert time.monotonic() - began < 10
     assert caught.value.cmd[0] == "sh"
     assert caught.value.stdout == b"early\n"
-    assert daemon.ended[0].wait_status == signal.SIGKILL
+    assert daemon.ended[0].reason == pb.END_REASON_TIMEOUT
     assert not daemon.begun[0].intent.timeout
 
 

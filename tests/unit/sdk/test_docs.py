@@ -50,8 +50,8 @@ def test_sdk_examples_run(daemon: FakeDaemon, capfd: pytest.CaptureFixture[str])
     assert "memory_max lots bytes, e.g. 512M memory_max: 'lots' cannot be used" in out
     assert not daemon.calls
     names = [request.name for request in daemon.begun]
-    assert names[:3] == ["pytest", "build", "run_tests"]
-    assert sorted(names[3:]) == ["make", "pytest"]
+    assert names[:4] == ["pytest", "build", "sh", "run_tests"]
+    assert sorted(names[4:]) == ["make", "pytest"]
 
 
 def test_sdk_names_are_complete() -> None:

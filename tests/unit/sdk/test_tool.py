@@ -181,7 +181,7 @@ def test_errors_without_or_with_a_broken_trailer() -> None:
     late = errors.from_rpc_error(FakeRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, "x"))
     assert str(late) == "agentcgroupd did not answer in time"
     stopped = errors.from_rpc_error(FakeRpcError(grpc.StatusCode.CANCELLED, "CANCELLED"))
-    assert (type(stopped), stopped.code) == (errors.Unavailable, "UNAVAILABLE")
+    assert (type(stopped), stopped.code) == (errors.ConnectionLost, "UNAVAILABLE")
     broken = FakeRpcError(grpc.StatusCode.INTERNAL, "boom", ((errors.ERROR_TRAILER, b"\xff"),))
     assert str(errors.from_rpc_error(broken)) == "boom"
 
