@@ -23,7 +23,7 @@ from agentcgroup.errors import AgentcgError, from_rpc_error
 from agentcgroup.intent import Intent, command, name_of
 from agentcgroup.process import CallProcess, communicate, start
 from agentcgroup.queries import Query
-from agentcgroup.results import Result, raise_if_not_started
+from agentcgroup.results import Result
 from agentcgroup.streams import AsyncStream
 from agentcgroup.types import Budget, CallInfo, Feedback, Grant, Report, SessionInfo
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -103,14 +103,10 @@ class AsyncCall(CallBase):
         """
         arguments = RunArguments(args, input, capture_output, kwargs)
         self._last, self._returncode = None, None
-        self._reason = pb.END_REASON_UNSPECIFIED
-        argv = self._argv(arguments.argv)
-        done = await communicate(argv, args, input, timeout, arguments.popen, self._give_up)
-        self._returncode = done.returncode
-        if self.confined:
-            raise_if_not_started(
-                arguments.argv, done.returncode, kwargs.get("cwd"), kwargs.get("env")
-            )
+        with self._launched(arguments.argv, arguments.popen) as launch:
+            done = await communicate(launch, args, input, timeout, self._give_up)
+            self._returncode = done.returncode
+            launch.check(done.returncode)
         result = Result(self, args, done.returncode, done.stdout, done.stderr)
         if check:
             result.check_returncode()
@@ -133,8 +129,8 @@ class AsyncCall(CallBase):
         The process is ended with the call, if it has not ended before.
         """
         argv = command(args, kwargs.pop("shell", False), kwargs.pop("executable", None))
-        process = await start(self._argv(argv), kwargs)
-        self._reason = pb.END_REASON_UNSPECIFIED
+        with self._launched(argv, kwargs, piped=False) as launch:
+            process = await start(launch)
         self._last = process
         self._popened.append(process)
         return process

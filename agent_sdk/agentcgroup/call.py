@@ -26,6 +26,7 @@ from agentcgroup.intent import (
     cut_name,
     intent_message,
 )
+from agentcgroup.launch import CANNOT_EXEC, Launch
 from agentcgroup.results import wait_status
 from agentcgroup.types import Grant, Report
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -115,6 +116,7 @@ class CallBase:
         self._report: Report | None = None
         # Why the process that was started last did not come to its end; see `_reason_of`.
         self._reason: pb.EndReason.ValueType = pb.END_REASON_UNSPECIFIED
+        self._last_launch: Launch | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} id={self.id!r} {self._state}>"
@@ -161,17 +163,21 @@ class CallBase:
             "--",
         ]
 
-    def _argv(self, command: list[str]) -> list[str]:
-        """Return the command line that starts `command` in this call."""
+    def _launched(self, command: list[str], options: dict[str, Any], piped: bool = True) -> Launch:
+        """Prepare the start of `command` in this call; the arguments are those of `Launch`."""
         if self._state != "open":
             raise RuntimeError(f"{self!r} is not open; use 'with agent.tool_call(...) as call:'")
-        return self._launch + command
+        self._reason = pb.END_REASON_UNSPECIFIED
+        self._last_launch = Launch(self._launch, command, options, piped)
+        return self._last_launch
 
     def _end_request(
         self, returncode: int | None, error: BaseException | None
     ) -> pb.EndCallRequest:
         """Make the request that ends the call. `returncode`: of the process that was started last;
         None: it runs. `error`: what its block raised."""
+        if self._last_launch is not None and self._last_launch.failed:
+            returncode, error = returncode or CANNOT_EXEC, None
         reason = self._reason or self._reason_of(returncode, error)
         request = pb.EndCallRequest(call_id=self.id, reason=reason)
         if returncode is not None:

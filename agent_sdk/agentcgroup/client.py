@@ -15,8 +15,9 @@ from agentcgroup.call import (
 )
 from agentcgroup.channel import Client, Connection
 from agentcgroup.intent import Intent, command, name_of
+from agentcgroup.launch import Launch
 from agentcgroup.queries import Query
-from agentcgroup.results import CallPopen, Result, raise_if_not_started
+from agentcgroup.results import CallPopen, Result
 from agentcgroup.streams import Stream
 from agentcgroup.types import Budget, CallInfo, Feedback, Grant, Report, SessionInfo
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -103,19 +104,17 @@ class Call(CallBase):
             subprocess.TimeoutExpired: after `timeout` seconds; the process is killed, whatever it
                 started is ended with the call.
             CheckFailed: with `check`, for an exit status other than 0 (a CalledProcessError).
-            FileNotFoundError, PermissionError: the command cannot be run.
+            OSError: the command cannot be run; the class, errno and filename are subprocess's.
         """
         arguments = RunArguments(args, input, capture_output, kwargs)
-        with self._spawn(arguments.argv, args, arguments.popen) as process:
-            try:
-                stdout, stderr = process.communicate(input, timeout=timeout)
-            except BaseException as error:
-                self._give_up(process, error)
-                raise
-        if self.confined:
-            raise_if_not_started(
-                arguments.argv, process.returncode, kwargs.get("cwd"), kwargs.get("env")
-            )
+        with self._launched(arguments.argv, arguments.popen) as launch:
+            with self._spawn(launch, args) as process:
+                try:
+                    stdout, stderr = process.communicate(input, timeout=timeout)
+                except BaseException as error:
+                    self._give_up(process, error)
+                    raise
+            launch.check(process.returncode)
         result = Result(self, args, process.returncode, stdout, stderr)
         if check:
             result.check_returncode()
@@ -136,13 +135,14 @@ class Call(CallBase):
         The process is ended with the call, if it has not ended before.
         """
         argv = command(args, kwargs.pop("shell", False), kwargs.pop("executable", None))
-        process = self._spawn(argv, args, kwargs)
+        with self._launched(argv, kwargs, piped=False) as launch:
+            process = self._spawn(launch, args)
         self._popened.append(process)
         return process
 
-    def _spawn(self, argv: list[str], args: Any, kwargs: dict[str, Any]) -> CallPopen:
-        self._reason = pb.END_REASON_UNSPECIFIED
-        self._process = CallPopen(self._argv(argv), args, **kwargs)
+    def _spawn(self, launch: Launch, args: Any) -> CallPopen:
+        with launch.starting():
+            self._process = CallPopen(launch.argv, args, **launch.options)
         return self._process
 
     def update(self, **intent: Unpack[Intent]) -> Grant | None:

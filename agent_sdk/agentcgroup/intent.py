@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
 from agentcgroup.errors import InvalidIntent
+from agentcgroup.text import printable
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 
 Quantity = str | int | float
@@ -141,8 +142,8 @@ def command(args: object, shell: bool = False, executable: object = None) -> lis
 
 
 def name_of(argv: Sequence[str]) -> str:
-    """Return the name of a call that was given none: the program's file name."""
-    return cut_name(os.path.basename(argv[0]) or argv[0])
+    """Return the name of a call that was given none: the program's file name, made printable."""
+    return printable(cut_name(os.path.basename(argv[0]) or argv[0])) or "tool"
 
 
 def cut_name(name: str) -> str:

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, cast
 
+from agentcgroup.launch import Launch
 from agentcgroup.pipes import LINGER_S, read_away, read_rest
 
 _LIMIT_BYTES = 1 << 16
@@ -149,14 +150,15 @@ class _Streams(asyncio.subprocess.SubprocessStreamProtocol):
         super().process_exited()
 
 
-async def start(argv: list[str], kwargs: dict[str, Any]) -> CallProcess:
-    """Start a process as asyncio.create_subprocess_exec does, with the same arguments."""
+async def start(launch: Launch) -> CallProcess:
+    """Start a process as asyncio.create_subprocess_exec does, with the same options."""
     loop = asyncio.get_running_loop()
-    options = {"stdin": None, "stdout": None, "stderr": None, **kwargs}
+    options = {"stdin": None, "stdout": None, "stderr": None, **launch.options}
     limit = options.pop("limit", _LIMIT_BYTES)
-    transport, protocol = await loop.subprocess_exec(
-        lambda: _Streams(loop, limit), *argv, **options
-    )
+    with launch.starting():
+        transport, protocol = await loop.subprocess_exec(
+            lambda: _Streams(loop, limit), *launch.argv, **options
+        )
     return CallProcess(transport, protocol, loop)
 
 
@@ -182,21 +184,19 @@ def _drain(transport: asyncio.SubprocessTransport, fd: int) -> bytes:
 
 
 async def communicate(
-    argv: list[str],
+    launch: Launch,
     args: Any,
     input: Any,
     timeout: float | None,
-    kwargs: dict[str, Any],
     give_up: Callable[[BaseException, Callable[[], None]], Awaitable[None]],
 ) -> Finished:
-    """Start `argv`, feed it `input`, collect its pipes, wait for its end.
+    """Start a process, feed it `input`, collect its pipes, wait for its end.
 
     Args:
-        argv: the command line.
+        launch: the command line, with arguments of subprocess.Popen.
         args: what TimeoutExpired shall name as the command.
         input: for its stdin, or None.
         timeout: seconds, or None.
-        kwargs: arguments of subprocess.Popen.
         give_up: called with the error, and with what kills the process, where it still runs.
 
     Raises:
@@ -204,13 +204,14 @@ async def communicate(
         asyncio.CancelledError: the task was cancelled; the process has been killed.
     """
     loop = asyncio.get_running_loop()
-    options = {"stdin": None, "stdout": None, "stderr": None, **kwargs}
+    options = {"stdin": None, "stdout": None, "stderr": None, **launch.options}
     options.pop("bufsize", None)
     text = _Text(options)
     piped = {fd for fd, name in ((1, "stdout"), (2, "stderr")) if options[name] == subprocess.PIPE}
-    transport, collector = await loop.subprocess_exec(
-        lambda: _Collector(loop, piped), *argv, **options
-    )
+    with launch.starting():
+        transport, collector = await loop.subprocess_exec(
+            lambda: _Collector(loop, piped), *launch.argv, **options
+        )
     try:
         try:
             if input is not None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
 import subprocess
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -97,31 +94,3 @@ class CallPopen(PopenAny):
 def wait_status(returncode: int) -> int:
     """Return the waitpid(2) status for subprocess's return code (negative: a signal)."""
     return -returncode if returncode < 0 else returncode << 8
-
-
-CANNOT_EXEC, NOT_FOUND = 126, 127
-
-
-def raise_if_not_started(argv: list[str], returncode: int, cwd: Any, env: Any) -> None:
-    """Raise what subprocess raises for a program that is not there or cannot be run.
-
-    The launcher says so by exit status 126 or 127. A tool may use these for itself, so the program
-    is looked for too.
-
-    Raises:
-        FileNotFoundError, PermissionError: as subprocess.
-    """
-    if returncode not in (CANNOT_EXEC, NOT_FOUND):
-        return
-    program = argv[0]
-    if os.path.dirname(program):
-        path = os.path.join(os.fsdecode(cwd), program) if cwd is not None else program
-        exists, runs = os.path.exists(path), os.access(path, os.X_OK) and os.path.isfile(path)
-    else:
-        search = os.pathsep.join(os.get_exec_path(env))
-        runs = shutil.which(program, path=search) is not None
-        exists = shutil.which(program, mode=os.F_OK, path=search) is not None
-    if not exists:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
-    if not runs:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), program)

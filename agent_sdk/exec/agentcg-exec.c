@@ -5,6 +5,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <getopt.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -18,18 +19,19 @@
 #include "intent_fields.h" /* INTENT_FIELDS and INTENT_HELP, made from the message Intent */
 
 enum { REFUSED = 125, CANNOT_EXEC = 126, NOT_FOUND = 127 }; /* as env(1) has them */
-enum { PACKET_MAX = 16384, ARGS_MAX = 4096, CALL_NAME_MAX = 128, TIMEOUT_S = 10 };
+enum { PACKET_MAX = 16384, ARGS_MAX = 4096, TIMEOUT_S = 10 };
 
 /* Options before KEYS are keys of the request; those from NAME on are for `begin` alone. */
 #define FIELD(field, option) FIELD_##field,
 enum { CALL, SESSION, NAME, INTENT_FIELDS(FIELD) KEYS };
-enum { SOCKET = KEYS, AWAY, HELP, VERSION, OPTIONS };
+enum { SOCKET = KEYS, AWAY, ERROR_FD, HELP, VERSION, OPTIONS };
 static const char *const verbs[] = { [CALL] = "attach", [SESSION] = "enter", [NAME] = "begin" };
 #define OPTION(field, option) [FIELD_##field] = option,
 static const char *const names[OPTIONS] = { [CALL] = "call",	       [SESSION] = "session",
 					    [NAME] = "name",	       [SOCKET] = "socket",
 					    [HELP] = "help",	       [VERSION] = "version",
-					    [AWAY] = "on-unavailable", INTENT_FIELDS(OPTION) };
+					    [AWAY] = "on-unavailable", [ERROR_FD] = "error-fd",
+					    INTENT_FIELDS(OPTION) };
 static char *values[OPTIONS];
 static const char version[] = "agentcg-exec " AGENTCG_VERSION "\n"; /* from pyproject.toml */
 static const char help[] =
@@ -95,7 +97,6 @@ static size_t add(const char *key, const char *value, size_t max)
 
 static void make_request(int what, int argc, char **argv)
 {
-	const char *base = strrchr(argv[0], '/');
 	ssize_t left = ARGS_MAX, room, len;
 	char count[16];
 
@@ -107,8 +108,6 @@ static void make_request(int what, int argc, char **argv)
 			add(names[o], values[o], -1);
 	if (what != NAME)
 		return;
-	if (!values[NAME])
-		add("name", base && base[1] ? base + 1 : argv[0], CALL_NAME_MAX);
 	sprintf(count, "%d", argc);
 	add("argc", count, -1);
 	/* The rest of the packet holds as many of the arguments as fit. */
@@ -170,6 +169,26 @@ static const char *enter_cgroup(int what)
 	die(REFUSED, "%s", *second ? second : "refused without a reason");
 }
 
+/* Executes the tool as Python's subprocess does: no file is handed to a shell. Returns errno. */
+static int execute(char **argv)
+{
+	const char *path = strchr(argv[0], '/') ? "" : getenv("PATH"), *end;
+	int found = 0;
+	char *file;
+
+	for (path = path ?: "/bin:/usr/bin";; path = end + 1) {
+		end = strchrnul(path, ':');
+		if (asprintf(&file, "%.*s%s%s", (int)(end - path), path, end > path ? "/" : "",
+			     argv[0]) < 0)
+			return ENOMEM;
+		execv(file, argv);
+		if (errno != ENOENT && errno != ENOTDIR && !found)
+			found = errno;
+		if (!*end)
+			return found ?: errno;
+	}
+}
+
 int main(int argc, char **argv)
 {
 	int i = parse_options(argc, argv);
@@ -203,6 +222,11 @@ int main(int argc, char **argv)
 	if (away)
 		say("agentcg-exec: warning: daemon at '%s' is away: %s; running without limits\n",
 		    server.sun_path, away);
+	if (values[ERROR_FD] && !fcntl(atoi(values[ERROR_FD]), F_SETFD, FD_CLOEXEC)) {
+		errno = execute(argv + i);
+		dprintf(atoi(values[ERROR_FD]), "%d", errno);
+		exit(errno == ENOENT ? NOT_FOUND : CANNOT_EXEC);
+	}
 	execvp(argv[i], argv + i);
 	die(errno == ENOENT ? NOT_FOUND : CANNOT_EXEC, "%s: %s", argv[i], strerror(errno));
 }

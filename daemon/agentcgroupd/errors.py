@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import os
 
+from agentcgroup.text import printable_lines
+
 VALUE_SHOWN_CHARS = 200
 """How much of a caller's own value is repeated back to it."""
 
@@ -59,6 +61,8 @@ class RequestError(AgentcgroupdError):
     code = "UNKNOWN"
 
     def __init__(self, sentence: str, field: str = "", value: str = "", allowed: str = "") -> None:
+        # It may quote what the caller sent, and is printed by others.
+        sentence = printable_lines(sentence)
         super().__init__(sentence)
         self.sentence = sentence
         self.field = field

@@ -35,12 +35,19 @@ for option; do
     --call=*) call=${option#--call=} ;;
     --session=*) call=${option#--session=} ;;
     --socket=*) socket=${option#--socket=} ;;
+    --error-fd=*) error=${option#--error-fd=} ;;
     --) break ;;
     esac
 done
 printf '%s\\n' "$$" >> "${socket%/*}/entered-$call"
 while [ "$1" != -- ]; do shift; done
 shift
+if ! command -v -- "$1" > /dev/null || case $1 in */*) [ ! -x "$1" ] ;; *) false ;; esac; then
+    number=2
+    [ -e "$1" ] && number=13
+    [ -z "$error" ] || printf %s $number > "/dev/fd/$error"
+    exit 127
+fi
 exec "$@"
 """
 

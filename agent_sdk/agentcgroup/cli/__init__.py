@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from agentcgroup import errors, extras, paths
 
 from . import audit, calls, common, policy, session, status, streams, trace
-from .output import print_json
+from .output import print_json, say
 
 GROUPS = (status, calls, session, streams, audit)
 
@@ -101,6 +101,6 @@ def _exec(arguments: list[str]) -> int:
     try:
         launcher = paths.find_launcher()
     except errors.LauncherNotFound as error:
-        print(f"agentcg: {error}", file=sys.stderr)
+        say(f"agentcg: {error}", file=sys.stderr)
         return 127
     os.execv(launcher, ["agentcg-exec", *arguments])

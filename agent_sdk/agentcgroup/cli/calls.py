@@ -9,7 +9,7 @@ from agentcgroup.admin import Admin
 from agentcgroup.types import CpuNumbers, GpuUsage, Report, Verdict
 
 from . import common
-from .output import duration, number, paint, print_fields, print_json, print_table, size
+from .output import duration, number, paint, print_fields, print_json, print_table, say, size
 from .status import print_calls
 
 
@@ -54,7 +54,7 @@ def run_calls(args: argparse.Namespace) -> int:
     elif calls:
         print_calls(calls)
     else:
-        print("no call is open")
+        say("no call is open")
     return common.OK
 
 
@@ -65,7 +65,7 @@ def run_end(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report.to_dict())
     elif args.detach:
-        print(f"call {args.call} ends when its last process has")
+        say(f"call {args.call} ends when its last process has")
     else:
         print_report(report)
     return common.OK
@@ -123,7 +123,7 @@ def print_report(report: Report) -> None:
         fields += _gpu_fields(report.gpu)
     print_fields([(name, value) for name, value in fields if value not in ("", "-")])
     for item in report.feedback:
-        print(f"{paint('feedback', 'yellow')}: {item.code}: {item.sentence}")
+        say(f"{paint('feedback', 'yellow')}: {item.code}: {item.sentence}")
 
 
 def _gpu_fields(gpu: GpuUsage) -> list[tuple[str, str]]:

@@ -12,6 +12,8 @@ from agentcgroup import errors, paths
 from agentcgroup.admin import Admin
 from agentcgroup.client import Agent
 
+from .output import say
+
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -99,11 +101,11 @@ def explain(error: errors.AgentcgError) -> int:
     """Say on stderr what went wrong and what to try. Returns the exit code."""
     matching = (row for row in _ADVICE if isinstance(error, row[0]))
     _, code, advice = next(matching, (type(error), BAD, ""))
-    print(f"agentcg: {error.sentence}", file=sys.stderr)
+    say(f"agentcg: {error.sentence}", file=sys.stderr)
     if error.allowed and error.allowed not in error.sentence:
-        print(f"  allowed: {error.allowed}", file=sys.stderr)
+        say(f"  allowed: {error.allowed}", file=sys.stderr)
     if advice:
-        print(f"  try: {advice.format(run_dir=paths.run_dir())}", file=sys.stderr)
+        say(f"  try: {advice.format(run_dir=paths.run_dir())}", file=sys.stderr)
     return code
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
 from agentcgroup.tables import table
+from agentcgroup.text import escaped_json, printable, printable_lines
 
 NONE = "-"
 
+_SEAL = f"\0{secrets.token_hex(8)}"
+"""Stands for the beginning of a colour until the text is printed; nobody else can write it."""
 _CODES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
 
 
@@ -22,33 +26,47 @@ def wants_color(stream: TextIO) -> bool:
 
 
 def paint(text: str, color: str) -> str:
-    """Return `text` in a colour ("bold", "red", ...), if stdout shows colours."""
-    return f"\033[{_CODES[color]}m{text}\033[0m" if wants_color(sys.stdout) else text
+    """Return `text` in a colour ("bold", "red", ...), if stdout shows colours. Only `say` can print
+    it."""
+    return f"{_SEAL}{_CODES[color]}m{text}{_SEAL}0m" if wants_color(sys.stdout) else text
+
+
+def say(
+    text: object = "", *, file: TextIO | None = None, end: str = "\n", flush: bool = False
+) -> None:
+    """Print text, of which nothing can reach the terminal but characters, line breaks, and the
+    colours of `paint`: parts of it are names and command lines of programs that nobody trusts.
+
+    All commands print through this function or as JSON. `file`: stdout where None.
+    """
+    shown = "\033[".join(map(printable_lines, str(text).split(_SEAL)))
+    print(shown, file=file, end=end, flush=flush)
 
 
 def print_json(value: Any) -> None:
     """Print a JSON document, indented."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(escaped_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def print_json_line(value: Any) -> None:
     """Print a JSON document in one line of a stream, and flush it."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    print(escaped_json(json.dumps(value, ensure_ascii=False)), flush=True)
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print an aligned table; a column whose header starts with ">" is aligned to the right."""
-    head, *lines = table(headers, rows)
-    print(paint(head, "bold"))
+    head, *lines = table(headers, [[*map(printable, row)] for row in rows])
+    say(paint(head, "bold"))
     for line in lines:
-        print(line)
+        say(line)
 
 
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:
-    """Print lines of name and value, the values aligned."""
+    """Print lines of name and value, the values aligned, their further lines too."""
     width = max(len(name) for name, _ in fields)
     for name, value in fields:
-        print(f"{paint(name.ljust(width), 'bold')}  {value}")
+        value = value.replace("\n", "\n" + " " * (width + 2))
+        say(f"{paint(name.ljust(width), 'bold')}  {value}")
 
 
 def size(count: int | None) -> str:

@@ -25,6 +25,7 @@ from .output import (
     print_fields,
     print_json,
     print_table,
+    say,
     since,
 )
 from .trace import load
@@ -75,13 +76,13 @@ def _reading(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
 
     def wrapper(args: argparse.Namespace) -> int:
         if getattr(args, "drop_in", None) and not Path(args.drop_in).is_dir():
-            print(f"agentcg: {args.drop_in}: there is no such directory", file=sys.stderr)
+            say(f"agentcg: {args.drop_in}: there is no such directory", file=sys.stderr)
             return common.USAGE
         errors = load("agentcgroupd.errors")
         try:
             return run(args)
         except errors.InvalidField as error:
-            print(f"agentcg: {error}", file=sys.stderr)
+            say(f"agentcg: {error}", file=sys.stderr)
             return common.USAGE
         except errors.ConfigError as error:
             if args.json:
@@ -91,7 +92,7 @@ def _reading(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
                 ]
                 found = AgentcgError(str(error)).to_dict()
                 print_json({"ok": False, "error": found, "mistakes": details})
-            print(error, file=sys.stderr)
+            say(error, file=sys.stderr)
             return common.BAD
 
     return wrapper
@@ -116,9 +117,9 @@ def run_check(args: argparse.Namespace) -> int:
         print_json({**found, "warnings": list(loaded.warnings)})
         return common.OK
     ok, count = paint("ok", "green"), len(loaded.policy.rulesets)
-    print(f"policy {loaded.policy.name}: {ok}, {count} rulesets, from {' '.join(sources)}")
+    say(f"policy {loaded.policy.name}: {ok}, {count} rulesets, from {' '.join(sources)}")
     for warning in loaded.warnings:
-        print(f"{paint('warning', 'yellow')}: {warning}")
+        say(f"{paint('warning', 'yellow')}: {warning}")
     return common.OK
 
 
@@ -132,7 +133,7 @@ def run_show(args: argparse.Namespace) -> int:
     if args.json:
         print_json(state.to_dict())
     elif args.toml:
-        print(state.document, end="")
+        say(state.document, end="")
     else:
         print_policy(state)
     return common.OK
@@ -151,17 +152,17 @@ def print_policy(state: PolicyState) -> None:
         ("from", " ".join(state.sources)),
         ("loaded", loaded),
         ("dry run", "nothing is done, only said" if state.dry_run else ""),
-        ("wrong", paint(state.error.replace("\n", "\n       "), "red") if state.error else ""),
+        ("wrong", paint(state.error, "red") if state.error else ""),
     ]
     print_fields([field for field in fields if field[1]])
     if not state.rulesets:
         return
-    print()
+    say()
     if in_force:
         _print_standing(state)
     for ruleset in state.rulesets:
         for detector in ruleset.detectors:
-            print(f"{paint(ruleset.name, 'bold')} ({ruleset.action}): {detector}")
+            say(f"{paint(ruleset.name, 'bold')} ({ruleset.action}): {detector}")
 
 
 def _print_standing(state: PolicyState) -> None:
@@ -174,7 +175,7 @@ def _print_standing(state: PolicyState) -> None:
         last = NONE if ago is None else f"{duration(ago)} ago"
         rows.append([ruleset.name, ruleset.action, stands, number(ruleset.decisions), last])
     print_table(["RULESET", "ACTION", "STANDS", ">DECISIONS", ">LAST"], rows)
-    print()
+    say()
 
 
 def run_diff(args: argparse.Namespace) -> int:
@@ -190,11 +191,11 @@ def run_diff(args: argparse.Namespace) -> int:
     if args.json:
         print_json([{"key": c.key, "before": c.before, "after": c.after} for c in changes])
         return common.OK
-    print(f"from {args.before} to {args.after or IN_FORCE}:")
+    say(f"from {args.before} to {args.after or IN_FORCE}:")
     for change in changes:
-        print(f"  {change}")
+        say(f"  {change}")
     if not changes:
-        print("  no difference")
+        say("  no difference")
     return common.OK
 
 
@@ -211,15 +212,15 @@ def run_explain(args: argparse.Namespace) -> int:
 
 def print_explanation(explanation: Explanation) -> None:
     """Print for people the sentence, what was done, and what would come next."""
-    print(explanation.sentence)
+    say(explanation.sentence)
     if explanation.history:
-        print(paint("so far", "bold"))
+        say(paint("so far", "bold"))
         for item in explanation.history:
-            print(f"  {clock(item.at_unix_usec)}  {item.code}: {item.sentence}")
+            say(f"  {clock(item.at_unix_usec)}  {item.code}: {item.sentence}")
     if explanation.outlook:
-        print(paint("next", "bold"))
+        say(paint("next", "bold"))
         for sentence in explanation.outlook:
-            print(f"  {sentence}")
+            say(f"  {sentence}")
 
 
 def run_simulate(args: argparse.Namespace) -> int:
@@ -234,5 +235,5 @@ def run_reload(args: argparse.Namespace) -> int:
     if args.json:
         print_json(state.to_dict())
     else:
-        print(f"policy {state.name} in force, from {' '.join(state.sources)}")
+        say(f"policy {state.name} in force, from {' '.join(state.sources)}")
     return common.OK

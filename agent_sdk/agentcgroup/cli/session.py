@@ -15,7 +15,7 @@ from agentcgroup.admin import Admin
 from agentcgroup.types import SessionInfo
 
 from . import common
-from .output import print_json
+from .output import print_json, say
 from .status import print_sessions
 
 if TYPE_CHECKING:
@@ -104,14 +104,14 @@ def run_close(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"session_id": args.name, "calls_ended": ended})
     else:
-        print(f"session {args.name} is closed; calls ended with it: {ended}")
+        say(f"session {args.name} is closed; calls ended with it: {ended}")
     return common.OK
 
 
 def run_run(args: argparse.Namespace) -> int:
     """Run a command in a session of its own."""
     if not args.command:
-        print(
+        say(
             "agentcg: no command given; usage: agentcg session run NAME [options] -- COMMAND",
             file=sys.stderr,
         )
@@ -152,7 +152,7 @@ def _close(client: Admin, name: str) -> int:
         return 0  # closed by somebody else
     except errors.AgentcgError as error:
         # The command's exit status matters more than this failure.
-        print(f"agentcg: session {name} is not closed: {error}", file=sys.stderr)
+        say(f"agentcg: session {name} is not closed: {error}", file=sys.stderr)
         return 0
 
 

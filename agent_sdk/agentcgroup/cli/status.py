@@ -15,7 +15,7 @@ from agentcgroup.client import Agent
 from agentcgroup.types import Budget, CallInfo, GpuBudget, PoolInfo, SessionInfo
 
 from . import common
-from .output import cores, number, print_fields, print_json, print_table, since, size
+from .output import cores, number, print_fields, print_json, print_table, say, since, size
 
 
 def add_commands(subparsers: common.Subparsers) -> None:
@@ -50,10 +50,10 @@ def _pool_status(client: Admin, as_json: bool) -> None:
         return
     print_fields(_pool_fields(pool))
     if sessions:
-        print()
+        say()
         print_sessions(sessions)
     if calls:
-        print()
+        say()
         print_calls(calls)
 
 
@@ -83,10 +83,10 @@ def _session_status(client: Agent, as_json: bool) -> None:
         print_json(found)
         return
     print_sessions([session])
-    print()
+    say()
     print_fields(_budget_fields(budget))
     if calls:
-        print()
+        say()
         print_calls(calls)
 
 
@@ -143,7 +143,7 @@ def run_sessions(args: argparse.Namespace) -> int:
     elif sessions:
         print_sessions(sessions)
     else:
-        print("no session is open; 'agentcg session run NAME -- COMMAND' opens one")
+        say("no session is open; 'agentcg session run NAME -- COMMAND' opens one")
     return common.OK
 
 

@@ -13,7 +13,7 @@ from agentcgroup.types import Event, Feedback
 
 from . import common
 from .calls import verdict_text
-from .output import clock, duration, paint, print_json_line
+from .output import clock, duration, paint, print_json_line, say
 
 
 def add_commands(subparsers: common.Subparsers) -> None:
@@ -45,7 +45,7 @@ def run_feedback(args: argparse.Namespace) -> int:
             if args.json:
                 print_json_line(item.to_dict())
             else:
-                print(feedback_line(item), flush=True)
+                say(feedback_line(item), flush=True)
     return common.OK
 
 
@@ -67,7 +67,7 @@ def run_events(args: argparse.Namespace) -> int:
             if args.json:
                 print_json_line(event.to_dict())
             else:
-                print(event_line(event), flush=True)
+                say(event_line(event), flush=True)
     return common.OK
 
 

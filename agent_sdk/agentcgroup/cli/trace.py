@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from typing import Any
 
 from agentcgroup.extras import missing
 
 from . import common
-from .output import print_json, wants_color
+from .output import paint, print_json, say
 
 
 def load(name: str) -> Any:
@@ -60,5 +59,5 @@ def run_doctor(args: argparse.Namespace) -> int:
     if args.json:
         print_json(diagnosis.to_dict())
     else:
-        print(diagnosis.render(wants_color(sys.stdout)))
+        say(diagnosis.render(paint))
     return common.OK if diagnosis.ok else common.BAD

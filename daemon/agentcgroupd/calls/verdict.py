@@ -135,6 +135,12 @@ def _sigkill(facts: EndFacts) -> str:
     )
 
 
+_NOT_RUN = {
+    126: ", by which a shell or a launcher says that a program could not be run",
+    127: ", by which a shell or a launcher says that a program is not there",
+}
+
+
 def _failed(facts: EndFacts) -> str:
     code = facts.exit_code
     if facts.oom.kills:
@@ -144,7 +150,8 @@ def _failed(facts: EndFacts) -> str:
             "It ended with exit status 137, which a shell gives for a child that was killed; "
             "memory.events counts no OOM kill."
         )
-    return f"It ended with exit status {code}; no limit of agentcgroup ended it."
+    meaning = _NOT_RUN.get(code or 0, "")
+    return f"It ended with exit status {code}{meaning}; no limit of agentcgroup ended it."
 
 
 def _unknown(facts: EndFacts) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,8 +24,7 @@ class State(enum.Enum):
 
 
 _MARKS = {State.WORKS: "ok", State.MISSING: "--", State.UNKNOWN: "??"}
-_COLORS = {State.WORKS: 32, State.MISSING: 31, State.UNKNOWN: 33}
-"""SGR codes of ECMA-48: green, red, yellow."""
+_COLORS = {State.WORKS: "green", State.MISSING: "red", State.UNKNOWN: "yellow"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +91,18 @@ class Diagnosis:
             "features": [{**asdict(f), "state": f.state.value} for f in self.features],
         }
 
-    def render(self, color: bool = False) -> str:
-        """Make the table for people."""
+    def render(self, paint: Callable[[str, str], str] | None = None) -> str:
+        """Make the table for people. `paint`: gives a text a colour by its name."""
         rows = [row for feature in self.features for row in feature.rows()]
         lines = aligned(rows)
-        if color:
-            lines = [_painted(line) for line in lines]
+        if paint is not None:
+            lines = [_painted(line, paint) for line in lines]
         head = f"kernel {self.kernel}, cgroup2 at {self.cgroup_mount or 'nowhere'}"
         return "\n".join([head, "", *lines])
 
 
-def _painted(line: str) -> str:
+def _painted(line: str, paint: Callable[[str, str], str]) -> str:
     for state, mark in _MARKS.items():
         if line.startswith(mark):
-            return f"\x1b[{_COLORS[state]}m{mark}\x1b[0m{line.removeprefix(mark)}"
+            return paint(mark, _COLORS[state]) + line.removeprefix(mark)
     return line

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 
+from agentcgroup.text import printable
 from agentcgroupd.intents.parse import NAME_CHARS_MAX
-
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-
-
-def printable(text: str) -> str:
-    """Replace control characters in text of an agent's, for names and logs."""
-    return _CONTROLS.sub("?", text)
 
 
 def tool_name(comm: str, argv: list[str]) -> str:

@@ -7,11 +7,13 @@ sentence wherever it came from.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
+from agentcgroup.text import printable
 from agentcgroupd.errors import InvalidField
 from agentcgroupd.intents.gpu import DeviceSelection, parse_device
 from agentcgroupd.units import (
@@ -187,15 +189,21 @@ def parse_intent(texts: Mapping[str, str]) -> Intent:
     return intent
 
 
-_NAME = re.compile(r"[^\x00-\x1f\x7f]+")
-
-
 def check_name(name: str) -> str:
     """Return a call's name if it is 1 to 128 printable characters. Raises InvalidField."""
-    text = name.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent or stored
-    if not 1 <= len(name) <= NAME_CHARS_MAX or not _NAME.fullmatch(name) or text != name:
-        raise InvalidField("name", name, f"1 to {NAME_CHARS_MAX} characters, none of them control")
+    if not 1 <= len(name) <= NAME_CHARS_MAX or printable(name) != name:
+        allowed = (
+            f"1 to {NAME_CHARS_MAX} characters, none of them a control, invisible, or one that "
+            "changes the direction of text"
+        )
+        raise InvalidField("name", name, allowed)
     return name
+
+
+def name_of_program(argv: Sequence[str]) -> str:
+    """Name a call by the file name of its program, whatever characters that has."""
+    program = argv[0] if argv else ""
+    return printable(os.path.basename(program) or program)[:NAME_CHARS_MAX] or "tool"
 
 
 def cut_argv(argv: Sequence[str]) -> tuple[str, ...]:

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.intents.parse import PARSERS, Intent, check_name, cut_argv, parse_intent
+from agentcgroupd.intents.parse import (
+    PARSERS,
+    Intent,
+    check_name,
+    cut_argv,
+    name_of_program,
+    parse_intent,
+)
 
 WORDS = ("name", "argc", "arg", *PARSERS)
 """Keys of a `begin` packet of the attach protocol."""
@@ -45,8 +52,8 @@ def request_of_proto(message: pb.BeginCallRequest) -> CallRequest:
 
 
 def request_of_words(values: Mapping[str, str], args: Sequence[str]) -> CallRequest:
-    """Read the words of a `begin` packet: `values` by key, and its `arg` words in order. Raises
-    InvalidField."""
+    """Read the words of a `begin` packet: `values` by key, and its `arg` words in order. Without a
+    name the call is named by its program. Raises InvalidField."""
     texts = {key: text for key, text in values.items() if key in PARSERS}
-    name = check_name(values.get("name", ""))
+    name = check_name(values["name"]) if "name" in values else name_of_program(args)
     return CallRequest(name, cut_argv(args), parse_intent(texts))

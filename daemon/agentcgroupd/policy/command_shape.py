@@ -14,7 +14,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from agentcgroupd.intents.command import printable, shell_command
+from agentcgroup.text import printable
+from agentcgroupd.intents.command import shell_command
 
 SHAPE_CHARS_MAX = 120
 SCRIPT_CHARS_MAX = 4096

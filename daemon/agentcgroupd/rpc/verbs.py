@@ -9,6 +9,7 @@ from agentcgroupd.calls.admission import Admission
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.enforce.limits import AGENT_OOM_SCORE_ADJ, set_oom_score_adj
 from agentcgroupd.errors import AgentcgroupdError, NotFound, PermissionDenied
+from agentcgroupd.intents.parse import name_of_program
 from agentcgroupd.intents.request import WORDS, request_of_words
 from agentcgroupd.rpc.packets import Request
 from agentcgroupd.rpc.peers import Peer, check_operator, session_of
@@ -50,7 +51,7 @@ class AgentVerbs:
         """Begin a call, which may have to wait, and move the peer into it."""
         request.only(*WORDS)
         session = session_of(peer, self._sessions.of_cgroup)
-        name = request.value("name")
+        name = request.values.get("name") or name_of_program(request.args)
         with self._calls.refusing(session, name):
             asked = request_of_words(request.values, request.args)
         call = self._admission.begin(session, asked, None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from agentcgroup.text import printable
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.intents.command import printable
 from agentcgroupd.state.session import HISTORY_KEPT, Call, Session, unix_usec
 from agentcgroupd.telemetry.audit import Audit
 from agentcgroupd.telemetry.feed import Feed

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from agentcgroup.cli.output import print_json_line, say
 from agentcgroup.paths import run_dir
 from agentcgroup_lab import arguments
 from agentcgroup_lab.replay.backends import STRATEGIES
@@ -21,8 +21,8 @@ from agentcgroup_lab.replay.backends import STRATEGIES
 EXIT_OK, EXIT_FAILED = 0, 1
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _tell(line: str) -> None:
+    say(line, file=sys.stderr, flush=True)
 
 
 def add_record_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,10 +64,10 @@ def run_record(args: argparse.Namespace) -> int:
             run_dir=run_dir(),
             period_s=args.period,
             duration_s=args.duration,
-            say=_say,
+            say=_tell,
         )
     except (RecordError, OSError) as error:
-        _say(f"agentcg record: {error}")
+        _tell(f"agentcg record: {error}")
         return EXIT_FAILED
     missed = trace.extra["missed_samples"]
     if args.json:
@@ -80,9 +80,9 @@ def run_record(args: argparse.Namespace) -> int:
             "calls": len(trace.calls),
             "peak_mb": trace.peak_mb,
         }
-        print(json.dumps(summary))
+        print_json_line(summary)
     else:
-        print(
+        say(
             f"{args.output}: {trace.duration_s:.1f} s, {len(trace.samples)} samples "
             f"({missed} missed), {len(trace.calls)} calls, peak {trace.peak_mb:.0f} MB"
         )
@@ -165,11 +165,11 @@ def run_replay(args: argparse.Namespace) -> int:
         ]
         how = engine.EngineOptions(memory_scale=args.scale)
         strategies = [
-            engine.run_strategy(strategy, specs, args.pool, how, say=_say)
+            engine.run_strategy(strategy, specs, args.pool, how, say=_tell)
             for strategy in args.strategy or ["ours"]
         ]
     except (ReplayError, AgentcgroupdError, ValueError, OSError) as error:
-        _say(f"agentcg replay: {error}")
+        _tell(f"agentcg replay: {error}")
         return EXIT_FAILED
     kernel = os.uname().release
     replayed = result.ReplayResult(kernel, "here", args.scale, args.speed, tuple(strategies))
@@ -177,5 +177,8 @@ def run_replay(args: argparse.Namespace) -> int:
         from agentcgroup_lab.replay.plot import save
 
         save(replayed, args.plot)
-    print(json.dumps(replayed.to_json()) if args.json else result.table(strategies))
+    if args.json:
+        print_json_line(replayed.to_json())
+    else:
+        say(result.table(strategies))
     return EXIT_FAILED if any(strategy.leaks for strategy in strategies) else EXIT_OK

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 import time
@@ -16,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentcgroup.cli.output import print_json_line, say
+from agentcgroup.text import printable
 from agentcgroup_lab import arguments
 from agentcgroup_lab.simulate.types import STRATEGIES
 
@@ -148,12 +149,12 @@ def run_simulate(args: argparse.Namespace) -> int:
 
             save(results, profiles, args.out)
     except (AgentcgroupdError, TraceError, ValueError, OSError) as error:
-        print(f"agentcg policy simulate: {error}", file=sys.stderr)
+        say(f"agentcg policy simulate: {error}", file=sys.stderr)
         return EXIT_FAILED
     if args.json:
-        print(json.dumps([result.to_json() for result in results]))
+        print_json_line([result.to_json() for result in results])
     else:
-        print(table(results, profiles))
+        say(table(results, profiles))
     return EXIT_OK
 
 
@@ -213,7 +214,7 @@ class _Progress:
             self._next = now + _PROGRESS_S
             self._shown = True
             print(
-                f"\r{self._name}: {at_s:.0f} of {self._duration_s:.0f} s ",
+                f"\r{printable(self._name)}: {at_s:.0f} of {self._duration_s:.0f} s ",
                 end="",
                 file=sys.stderr,
                 flush=True,

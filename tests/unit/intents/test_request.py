@@ -75,6 +75,32 @@ def test_both_encodings_give_the_same_request() -> None:
     assert request.intent == Intent(**{name: value for name, (_, value) in EXAMPLES.items()})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["", "a\nb", "a\x9b31m", "a\u202eb", "a\u2066b", "a\u200bb", "\u2028", "x" * 129, "\ud800"],
+)
+def test_a_name_that_was_given_is_refused_if_it_cannot_be_shown(name: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        request_of_words({"name": name}, ["true"])
+    assert refused.value.field == "name"
+    assert refused.value.sentence.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["/usr/bin/make", "all"], "make"),
+        (["/tmp/we\nird\ttool"], "we?ird?tool"),
+        (["a\x9b31m\u202e"], "a?31m?"),
+        (["x" * 200], "x" * 128),
+        (["/"], "/"),
+        ([], "tool"),
+    ],
+)
+def test_a_call_without_a_name_is_named_by_its_program(argv: list[str], name: str) -> None:
+    assert request_of_words({}, argv).name == name
+
+
 def test_silence_says_nothing() -> None:
     assert intent_of_proto(pb.Intent()) == parse_intent({"memory": "", "gpu": ""}) == Intent()
     assert observed_request("sh", ["sh"]).intent == Intent(leftovers="keep")

@@ -7,11 +7,12 @@ import importlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -274,13 +275,13 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         return {"ok": self.ok}
 
-    def render(self, color: bool) -> str:
-        return f"color={color}"
+    def render(self, paint: Callable[[str, str], str]) -> str:
+        return paint("ok", "green") + " \x9b31m"
 
 
 def test_doctor(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_module(monkeypatch, "agentcgroupd.doctor.report", run=Diagnosis)
-    assert run("doctor", code=1) == "color=False\n"
+    assert run("doctor", code=1) == "ok ?31m\n"
     assert run.json("doctor", code=1) == {"ok": False}
     monkeypatch.setattr(Diagnosis, "ok", True)
     run("doctor")
@@ -414,6 +415,28 @@ def test_colors_only_where_welcome(daemon: FakeDaemon) -> None:
 
     assert b"\033[1m" in shown(TERM="xterm")
     assert b"\033" not in shown(TERM="xterm", NO_COLOR="1")
+
+
+def test_nothing_raw_reaches_the_terminal(run: Cli, daemon: FakeDaemon) -> None:
+    hostile = "a\x1b[31m\x9b32m\u202e\u2066\u200b\U000e0041\rb"
+    with Agent() as agent, agent.tool_call(hostile, argv=[hostile, "two\nlines"]) as call:
+        for command in (["calls"], ["status"]):
+            shown = run(*command)
+            assert not set(hostile) - {*"ab[312m"} & set(shown), command
+            assert "a?[31m?32m" in shown
+        document = run("calls", "--json")
+        assert "\\u202e" in document and "\\udb40\\udc41" in document
+        assert json.loads(document)[0]["name"] == hostile
+    shown = run("report", call.id)
+    assert "\nlines" not in shown  # a further line of a value is indented
+    assert not set(hostile) - {*"ab[312m"} & set(shown)
+
+
+def test_every_command_prints_through_one_function() -> None:
+    for module in Path(cli.__file__).parent.glob("*.py"):
+        if module.name != "output.py":
+            text = module.read_text()
+            assert not re.search(r"(?<![\w.])print\(|stdout\.write|stderr\.write", text), module
 
 
 def test_reader_that_goes_away(daemon: FakeDaemon) -> None:

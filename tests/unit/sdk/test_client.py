@@ -298,7 +298,9 @@ def test_policy_reaches_the_launcher(daemon: FakeDaemon) -> None:
     daemon.launcher.write_text('#!/bin/sh\necho "$@"\n')
     with Agent(on_unavailable="refuse") as agent:
         result = agent.run(["tool", "--call=x"], capture_output=True, text=True)
-    assert result.stdout.split() == [
+    words = result.stdout.split()
+    assert words.pop(3).startswith("--error-fd=")
+    assert words == [
         "--call=c1",
         f"--socket={daemon.run_dir}/agent/attach.sock",
         "--on-unavailable=refuse",

@@ -153,7 +153,7 @@ def launcher(programs: Path, tmp_path: Path) -> Launcher:
 
 
 def test_source_is_short() -> None:
-    assert len((ROOT / "agent_sdk/exec/agentcg-exec.c").read_text().splitlines()) < 210
+    assert len((ROOT / "agent_sdk/exec/agentcg-exec.c").read_text().splitlines()) < 240
 
 
 def test_version_is_that_of_the_distribution(launcher: Launcher) -> None:
@@ -179,7 +179,7 @@ def test_begin_sends_name_and_arguments(launcher: Launcher) -> None:
         result = launcher("/bin/echo", "--memory", "", "x y")
     assert (result.returncode, result.stdout, result.stderr) == (0, "--memory  x y\n", "")
     assert it.requests[0][:2] == [b"ACG1", b"begin"]
-    assert it.keys == {b"name": b"echo", b"argc": b"4"}
+    assert it.keys == {b"argc": b"4"}  # the daemon names it by its program
     assert it.args == [b"/bin/echo", b"--memory", b"", b"x y"]
 
 
@@ -249,9 +249,6 @@ def test_cut_between_characters(launcher: Launcher, shift: int) -> None:
         launcher("true", text)
         assert text.startswith(it.args[1].decode())
         assert 4096 - 4 - 3 < len(it.args[1]) <= 4096 - 4
-        launcher("./" + text[:80], text)
-        name = it.keys[b"name"]
-        assert text.startswith(name.decode()) and 125 < len(name) <= 128
 
 
 @pytest.mark.parametrize("length", [16_300, 16_384, 100_000])
@@ -325,6 +322,28 @@ def test_exit_status(launcher: Launcher, status: int) -> None:
 def test_death_by_signal(launcher: Launcher, number: signal.Signals) -> None:
     with daemon(launcher.agent, reply(OK)):
         assert launcher("sh", "-c", f"kill -{int(number)} $$").returncode == -number
+
+
+def test_exec_failures_are_told_by_number_where_a_descriptor_is_given(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/no/such/interpreter\n")
+    script.chmod(0o755)
+    read, write = os.pipe()
+    os.set_inheritable(write, True)
+    with daemon(launcher.agent, reply(OK)):
+        option = f"--error-fd={write}"
+        argv = [str(launcher.programs / "agentcg-exec"), option, "--", str(script)]
+        env = launcher.env()
+        failed = subprocess.run(argv, env=env, pass_fds=[write], capture_output=True)
+        assert (failed.returncode, failed.stderr) == (127, b"")
+        assert os.read(read, 16) == b"2"  # ENOENT
+        # The tool does not inherit it.
+        argv[-1:] = ["sh", "-c", f"ls /proc/self/fd | grep -qx {write}"]
+        assert subprocess.run(argv, env=env, pass_fds=[write]).returncode == 1
+    os.close(read)
+    os.close(write)
 
 
 def test_exec_failures(launcher: Launcher, tmp_path: Path) -> None:
