@@ -71,6 +71,18 @@ def test_a_shell_command_gets_a_call_of_its_own(daemon: DaemonProcess, agent: Ag
     assert report.wall_usec >= 300_000
 
 
+def test_a_call_is_named_by_what_its_long_script_is_run_for(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    # Longer than what the program in the kernel sends of the arguments.
+    setting = " && ".join(f"export SETTING_{number}={'x' * 20}" for number in range(20))
+    code, _ = shell(agent, f"{setting} && eval 'timeout 60 sleep 0.3' && pwd > /dev/null")
+    assert code == 0
+    report = reports(daemon)[0]
+    assert report.name == "sleep"
+    assert "timeout 60 sleep" in report.argv[2]
+
+
 def test_a_program_that_no_rule_names_stays_with_the_agent(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:

@@ -23,7 +23,12 @@ from collections.abc import Callable, Iterable
 from agentcgroupd.boundaries.placement import Placement
 from agentcgroupd.boundaries.processes import TICK_NS, Forked, KnownProcesses, ObservedCall, key_of
 from agentcgroupd.boundaries.resync import Resync
-from agentcgroupd.boundaries.rules import argv_of, begins_call, may_begin_call
+from agentcgroupd.boundaries.rules import (
+    CMDLINE_BYTES_MAX,
+    argv_of,
+    begins_call,
+    may_begin_call,
+)
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.lifecycle import Lifecycle
@@ -39,7 +44,6 @@ log = logging.getLogger(__name__)
 
 SLICE_S = 0.005
 QUEUE_EVENTS_MAX = 4096
-CMDLINE_BYTES_MAX = 65_536
 
 
 class Boundaries:
@@ -230,10 +234,11 @@ class Boundaries:
         comm = event.process.comm.decode("utf-8", "replace")
         argv = argv_of(event)
         begins = begins_call(self._config, comm, argv)
-        if not begins and (event.argv_cut or not argv):
-            # The head did not say it, or its page could not be read: /proc has all of it.
+        if event.argv_cut or not argv:
+            # The head may not say it, or its page could not be read: /proc has all of it. Where the
+            # head did say it, the command that an agent wraps in a script of its own comes later.
             argv = command_line(key[0], CMDLINE_BYTES_MAX) or argv
-            begins = begins_call(self._config, comm, argv)
+            begins = begins or begins_call(self._config, comm, argv)
         if begins:
             name = tool_name(comm, argv)
             self._placement.begin(ObservedCall(session, name, argv, key, event.event.at_ns))

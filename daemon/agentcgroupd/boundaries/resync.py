@@ -21,8 +21,7 @@ from agentcgroupd.boundaries.processes import (
     ObservedCall,
     lives,
 )
-from agentcgroupd.boundaries.rules import begins_call
-from agentcgroupd.bpf import abi
+from agentcgroupd.boundaries.rules import CMDLINE_BYTES_MAX, begins_call
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.config import BoundariesConfig
 from agentcgroupd.errors import AgentcgroupdError, BpfError
@@ -179,7 +178,7 @@ class Resync:
             forked = Forked(session, "", time.monotonic_ns())
             self._known.fork(key, forked)
         comm = program_name(pid)
-        argv = command_line(pid, abi.ABI_ARGV_BYTES)
+        argv = command_line(pid, CMDLINE_BYTES_MAX)
         forked.executed = forked.executed or comm != forked.comm
         if begins_call(self._config, comm, argv):
             name = tool_name(comm, argv)

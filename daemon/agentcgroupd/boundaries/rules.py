@@ -6,8 +6,10 @@ import fnmatch
 
 from agentcgroupd.bpf import abi
 from agentcgroupd.config import BoundariesConfig, BoundaryRule
-from agentcgroupd.intents.command import shell_command
+from agentcgroupd.intents.script import shell_command
 
+CMDLINE_BYTES_MAX = 65_536
+"""Most that is read of a command line."""
 OWN_LAUNCHERS = ("agentcg", "agentcg-exec")
 """Launchers ask for a call themselves."""
 

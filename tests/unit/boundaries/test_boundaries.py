@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +18,7 @@ from agentcgroupd.intents.parse import NAME_CHARS_MAX, check_name
 
 DEFAULT = BoundariesConfig()
 ARGUMENTS = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
-PLAIN_TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"]))
+PLAIN_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 # --- Arguments ------------------------------------------------------------------------------------
 
@@ -86,16 +89,37 @@ def test_arguments_that_could_not_be_read_are_none() -> None:
         ("LANG=C LC_ALL=C sort file", "sort"),
         ("2=3 x", "2=3"),  # no assignment: no name begins with a digit
         ("a==b", "bash"),  # assigns, and runs nothing
-        ("(cd /x && ls)", "cd"),
-        ("ls;true", "ls;true"),
+        ("(cd /x && ls)", "ls"),
+        ("ls;true", "ls"),
         ("sleep& wait", "sleep"),
+        ("cd x && pytest -q", "pytest"),
+        ("cd /tmp; pwd", "pwd"),
+        ("cd /tmp && timeout 10 sleep 0.3", "sleep"),
+        ("cd /tmp", "cd"),
+        ("source venv/bin/activate && exec python3 -m app", "python3"),
+        ("FOO=1 env -u HOME BAR=2 make", "make"),
+        ("sudo -u bob -E nice -n 5 timeout -k 1s 10 make", "make"),
+        ("time -f %e nohup setsid stdbuf -oL make &", "make"),
+        ("exec -a other make", "make"),
+        ("nohup sleep 3 >/dev/null 2>&1 & echo started", "sleep"),
+        ("timeout 5 bash -c 'cd x && make'", "make"),
+        ("xargs -n 1 -I {} gcc {}", "gcc"),
+        ("taskset 0x3 make", "make"),
+        ("if [ -f x ]; then make; fi", "make"),
+        ("while read -r x; do gcc $x; done", "gcc"),
+        ("echo $(make -s)", "make"),
+        ("eval 'cd x; make'", "make"),
+        ('eval "$(ssh-agent -s)"; make', "make"),
+        ('eval ""', "bash"),
+        ("/usr/bin/env bash -c make", "make"),
+        ("cat <<'X' | sh\nsleep 1\nX", "sh"),
         ("# a comment\nls", "ls"),
         ("'/opt/my tools/run me' now", "run me"),
         ("echo 'it is not closed", "echo"),
         ("", "bash"),
         ("   \n\t", "bash"),
         ("/", "bash"),
-        ("{ ls; }", "bash"),
+        ("{ ls; }", "ls"),
         ("x" * 1000, "x" * NAME_CHARS_MAX),
     ],
 )
@@ -137,6 +161,49 @@ def test_no_name_holds_control_characters(script: str) -> None:
 def test_options_after_c_are_not_the_script() -> None:
     """Some agents start a login shell in this way."""
     assert tool_name("zsh", ["zsh", "-c", "-l", "make all"]) == "make"
+
+
+def _claude(command: str) -> str:
+    return (
+        "source /home/u/.claude/shell-snapshots/snapshot-bash-17-ab.sh 2>/dev/null || true && "
+        "\\builtin shopt -u extglob 2>/dev/null || true && { \\builtin unalias -- 'which'; "
+        "\\builtin unset -f -- 'which'; } >/dev/null 2>&1 || true && "
+        f"eval {shlex.quote(command)} < /dev/null && pwd -P >| /tmp/claude-1eb4-cwd"
+    )
+
+
+def _codex(command: str) -> str:
+    saved = "".join(
+        f'__CODEX_SNAPSHOT_OVERRIDE_SET_{n}="${{VARIABLE_{n}+x}}"\n'
+        f'__CODEX_SNAPSHOT_OVERRIDE_{n}="${{VARIABLE_{n}-}}"\n'
+        for n in range(6)
+    )
+    return (
+        f"{saved}\nif . '/home/u/.codex/snapshot' >/dev/null 2>&1; then :; fi\n"
+        f'if [ -n "$__CODEX_SNAPSHOT_OVERRIDE_SET_0" ]; then export VARIABLE_0="x"; '
+        f"else unset VARIABLE_0; fi\n\nexec '/bin/bash' -c {shlex.quote(command)}"
+    )
+
+
+@pytest.mark.parametrize("wrap", [_claude, _codex])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("pytest -q tests | tail -5", "pytest"),
+        ("cd sub && FOO='a b' python3 -c \"import time; print('x')\"", "python3"),
+        ("pwd", "pwd"),
+        ("echo it\\'s; make all", "make"),
+    ],
+)
+def test_what_agents_wrap_a_command_in_is_not_its_name(
+    wrap: Callable[[str], str], command: str, name: str
+) -> None:
+    assert tool_name("bash", ["/bin/bash", "-c", "-l", wrap(command)]) == name
+    assert tool_name("bash", ["bash", "-lc", wrap(command)]) == name
+
+
+def test_only_a_shell_has_a_script() -> None:
+    assert tool_name("python3", ["python3", "-c", "import time"]) == "python3"
 
 
 # --- Rules ----------------------------------------------------------------------------------------
