@@ -34,6 +34,8 @@ class Launch:
         """Prepare to start `command`. `launcher`: the command line that ends in "--"; empty: the
         command is started directly. `options`: arguments for Popen. `piped`: there is a pipe, and
         `check` will be called; else the launcher says on stderr what is wrong."""
+        if launcher and options.get("process_group") is None:
+            launcher = [*launcher[:-1], "--own-group", *launcher[-1:]]
         self.argv, self.options, self.failed = [*launcher, *command], options, False
         self._program, self._launcher = command[0], launcher[0] if launcher else None
         self._fds: list[int] = []

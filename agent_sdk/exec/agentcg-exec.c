@@ -24,14 +24,14 @@ enum { PACKET_MAX = 16384, ARGS_MAX = 4096, TIMEOUT_S = 10 };
 /* Options before KEYS are keys of the request; those from NAME on are for `begin` alone. */
 #define FIELD(field, option) FIELD_##field,
 enum { CALL, SESSION, NAME, INTENT_FIELDS(FIELD) KEYS };
-enum { SOCKET = KEYS, AWAY, ERROR_FD, HELP, VERSION, OPTIONS };
+enum { SOCKET = KEYS, AWAY, ERROR_FD, HELP, VERSION, OWN_GROUP, OPTIONS };
 static const char *const verbs[] = { [CALL] = "attach", [SESSION] = "enter", [NAME] = "begin" };
 #define OPTION(field, option) [FIELD_##field] = option,
 static const char *const names[OPTIONS] = { [CALL] = "call",	       [SESSION] = "session",
 					    [NAME] = "name",	       [SOCKET] = "socket",
 					    [HELP] = "help",	       [VERSION] = "version",
 					    [AWAY] = "on-unavailable", [ERROR_FD] = "error-fd",
-					    INTENT_FIELDS(OPTION) };
+					    [OWN_GROUP] = "own-group", INTENT_FIELDS(OPTION) };
 static char *values[OPTIONS];
 static const char version[] = "agentcg-exec " AGENTCG_VERSION "\n"; /* from pyproject.toml */
 static const char help[] =
@@ -41,6 +41,7 @@ static const char help[] =
 	"or in an open call: --call ID; or in the agent leaf of a session, as root: --session ID.\n"
 	"Daemon: --socket PATH (default: below $AGENTCG_RUN_DIR or /run/agentcgroup)\n"
 	"  --on-unavailable run|refuse (default: $AGENTCG_ON_UNAVAILABLE, or run for a new call)\n"
+	"  --own-group: cmd gets a process group of its own, unless there is a terminal\n"
 	"Exit status: of cmd; 125 refused or bad usage, 126 cmd cannot run, 127 cmd not found\n";
 
 static struct sockaddr_un server = { .sun_family = AF_UNIX };
@@ -74,7 +75,7 @@ static int parse_options(int argc, char **argv)
 			exit(REFUSED);
 		if (o == HELP || o == VERSION)
 			exit(fputs(o == HELP ? help : version, stdout) < 0);
-		values[o] = optarg;
+		values[o] = optarg ?: "";
 	}
 	return optind;
 }
@@ -189,6 +190,20 @@ static int execute(char **argv)
 	}
 }
 
+/*
+ * A tool that signals its process group must not take along who started it. In a terminal it stays:
+ * ^C is sent to the group there, and only the foreground group may read.
+ */
+static void leave_group(void)
+{
+	int tty = open("/dev/tty", O_RDONLY | O_NOCTTY | O_CLOEXEC);
+
+	if (tty >= 0)
+		close(tty);
+	else if (errno == ENXIO && getpgrp() == getpgid(getppid()))
+		setpgid(0, 0);
+}
+
 int main(int argc, char **argv)
 {
 	int i = parse_options(argc, argv);
@@ -222,6 +237,8 @@ int main(int argc, char **argv)
 	if (away)
 		say("agentcg-exec: warning: daemon at '%s' is away: %s; running without limits\n",
 		    server.sun_path, away);
+	if (values[OWN_GROUP])
+		leave_group();
 	if (values[ERROR_FD] && !fcntl(atoi(values[ERROR_FD]), F_SETFD, FD_CLOEXEC)) {
 		errno = execute(argv + i);
 		dprintf(atoi(values[ERROR_FD]), "%d", errno);

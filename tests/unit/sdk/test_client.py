@@ -299,11 +299,12 @@ def test_policy_reaches_the_launcher(daemon: FakeDaemon) -> None:
     with Agent(on_unavailable="refuse") as agent:
         result = agent.run(["tool", "--call=x"], capture_output=True, text=True)
     words = result.stdout.split()
-    assert words.pop(3).startswith("--error-fd=")
+    assert words.pop(4).startswith("--error-fd=")
     assert words == [
         "--call=c1",
         f"--socket={daemon.run_dir}/agent/attach.sock",
         "--on-unavailable=refuse",
+        "--own-group",
         "--",
         "tool",
         "--call=x",

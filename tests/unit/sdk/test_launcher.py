@@ -153,7 +153,7 @@ def launcher(programs: Path, tmp_path: Path) -> Launcher:
 
 
 def test_source_is_short() -> None:
-    assert len((ROOT / "agent_sdk/exec/agentcg-exec.c").read_text().splitlines()) < 240
+    assert len((ROOT / "agent_sdk/exec/agentcg-exec.c").read_text().splitlines()) < 260
 
 
 def test_version_is_that_of_the_distribution(launcher: Launcher) -> None:
@@ -322,6 +322,36 @@ def test_exit_status(launcher: Launcher, status: int) -> None:
 def test_death_by_signal(launcher: Launcher, number: signal.Signals) -> None:
     with daemon(launcher.agent, reply(OK)):
         assert launcher("sh", "-c", f"kill -{int(number)} $$").returncode == -number
+
+
+def test_own_group(launcher: Launcher) -> None:
+    """Each child here starts in a session without a terminal, in its parent's group."""
+    code = (
+        "import os, subprocess, sys; print(os.getpgrp(), flush=True); subprocess.run(sys.argv[1:])"
+    )
+    look = ["sh", "-c", "echo $$ $(ps -o pgid= -p $$)"]
+    program = str(launcher.programs / "agentcg-exec")
+
+    def groups(*options: str, code: str = code) -> tuple[str, str, str]:
+        argv = [sys.executable, "-c", code, program, *options, "--", *look]
+        run = subprocess.run(
+            argv, env=launcher.env(), capture_output=True, text=True, start_new_session=True
+        )
+        theirs, pid, group = run.stdout.split()
+        return theirs, pid, group
+
+    with daemon(launcher.agent, reply(OK)):
+        theirs, pid, group = groups("--own-group")
+        assert group == pid != theirs
+        theirs, pid, group = groups()
+        assert group == theirs != pid  # who ends a group ends what it runs
+        # In a terminal ^C has to reach the tool.
+        in_terminal = (
+            "import fcntl, os, pty, termios\nmaster, slave = pty.openpty()\n"
+            f"fcntl.ioctl(slave, termios.TIOCSCTTY, 0)\n{code}"
+        )
+        theirs, pid, group = groups("--own-group", code=in_terminal)
+        assert group == theirs != pid
 
 
 def test_exec_failures_are_told_by_number_where_a_descriptor_is_given(
