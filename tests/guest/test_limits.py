@@ -290,7 +290,20 @@ def test_cpu_max_is_kept_and_told(daemon: DaemonProcess, agent: AgentProcess) ->
     share = report.cpu_usage_usec / report.wall_usec
     assert 0.2 < share < 0.4
     assert report.cpu_throttled_usec > 0
-    assert pb.FEEDBACK_CODE_CPU_THROTTLED in {f.code for f in report.feedback}
+    told = {f.code: f for f in report.feedback}
+    assert pb.FEEDBACK_CODE_CPU_THROTTLED in told
+    # nproc knows nothing of cpu.max.
+    seen = agent.run("import os; result = len(os.sched_getaffinity(0))")
+    numbers = told[pb.FEEDBACK_CODE_FEWER_CPUS].numbers
+    assert numbers == {"cpus_seen": seen, "cpu_max_millicores": 300}
+
+
+def test_cpu_max_that_was_not_felt_is_not_talked_about(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    code = "import subprocess\nsubprocess.run([EXEC, '--cpu-max=300m', *argv], check=True)"
+    agent.run(code, argv=["--", "sleep", str(2 * SLOW)])
+    assert pb.FEEDBACK_CODE_FEWER_CPUS not in {f.code for f in last(daemon).feedback}
 
 
 def test_more_than_the_session_has_is_given_as_less_with_advice(agent: AgentProcess) -> None:

@@ -20,6 +20,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from agentcgroup.text import printable
 from agentcgroupd.boundaries.placement import Placement
 from agentcgroupd.boundaries.processes import TICK_NS, Forked, KnownProcesses, ObservedCall, key_of
 from agentcgroupd.boundaries.resync import Resync
@@ -36,7 +37,7 @@ from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import BoundariesConfig
 from agentcgroupd.errors import AgentcgroupdError
 from agentcgroupd.host.proc import command_line
-from agentcgroupd.intents.command import printable, tool_name
+from agentcgroupd.intents.command import tool_name
 from agentcgroupd.state.session import Call, Session, unix_usec
 from agentcgroupd.telemetry.notices import Notices
 

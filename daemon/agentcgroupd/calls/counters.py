@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from agentcgroup.text import printable
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.facts import LimitHit
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.knobs import Knob
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import KnobError
-from agentcgroupd.intents.command import printable
 from agentcgroupd.state.ending import Baseline, Counts
 from agentcgroupd.state.records import sendable
 from agentcgroupd.state.session import Call, Session

@@ -78,6 +78,8 @@ def gather(call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
         removed=account.removed,
         left=tuple(account.left),
         commands=account.commands,
+        cpus_seen=call.cpus_seen,
+        session_cpu_millicores=call.session.limits.cpu_max_millicores,
         frozen_usec=paused_usec(call),
         late_pauses=call.late_pauses,
     )

@@ -80,6 +80,9 @@ class EndFacts:
     memory_throttled_usec: int | None = None
     cpu: dict[str, int] = field(default_factory=dict)
     """Numbers by their keys in cpu.stat."""
+    cpus_seen: int | None = None
+    """CPUs that a program in the call counts."""
+    session_cpu_millicores: int | None = None
     pids_peak: int | None = None
     pids_max_events: int | None = None
     io_read_bytes: int | None = None

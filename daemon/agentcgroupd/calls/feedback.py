@@ -20,6 +20,8 @@ STATED_SLACK_BYTES = 64 << 20
 """A call that takes at most this much more than it expected hurts nobody."""
 OVERSTATED_LEAST_BYTES = 64 << 20
 """Below this an overstated intent keeps nobody out."""
+FEWER_CPUS_RATIO = 1.5
+"""CPUs seen, for each that may be used, from which on workers by their count are too many."""
 THROTTLED_LEAST_USEC = 100_000
 """Shorter stalls are noise that an agent can do nothing about."""
 
@@ -156,6 +158,24 @@ def _pids_words(hit: LimitHit) -> str:
             )
 
 
+def _of_fewer_cpus(facts: EndFacts) -> list[pb.Feedback]:
+    """Tell a call that was throttled where the CPUs that it counted were more than it may use: it
+    may have started a worker for each."""
+    limits = [facts.grant.cpu_max_millicores, facts.session_cpu_millicores]
+    least = min((limit for limit in limits if limit), default=None)
+    seen = facts.cpus_seen
+    if least is None or seen is None or seen * 1000 < least * FEWER_CPUS_RATIO:
+        return []
+    workers = max(1, least // 1000)
+    sentence = (
+        f"Programs that count CPUs (nproc, os.cpu_count) saw {seen} and could use "
+        f"{least / 1000:g}. "
+        f"Say how many workers to start: make -j{workers}, OMP_NUM_THREADS={workers}."
+    )
+    code = pb.FEEDBACK_CODE_FEWER_CPUS
+    return [_feedback(code, sentence, cpus_seen=seen, cpu_max_millicores=least)]
+
+
 def _of_slowing(facts: EndFacts) -> list[pb.Feedback]:
     """Tell what kept the call waiting: its CPU limit, its memory limit, a pause."""
     told = []
@@ -169,6 +189,7 @@ def _of_slowing(facts: EndFacts) -> list[pb.Feedback]:
         )
         code = pb.FEEDBACK_CODE_CPU_THROTTLED
         told.append(_feedback(code, sentence, throttled_usec=throttled, wall_usec=wall))
+        told.extend(_of_fewer_cpus(facts))
     stalled, peak = facts.memory_throttled_usec or 0, facts.memory_peak_bytes
     if facts.memory_high_events and stalled >= THROTTLED_LEAST_USEC:
         sentence = (

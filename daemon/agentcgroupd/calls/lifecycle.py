@@ -48,7 +48,7 @@ from agentcgroupd.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from agentcgroupd.host.syscalls import pidfd_alive, wait_channel
+from agentcgroupd.host.syscalls import cpus_of, pidfd_alive, wait_channel
 from agentcgroupd.intents.grant import Ceiling, Grant, grant_for, merge
 from agentcgroupd.intents.parse import NAME_CHARS_MAX, Intent
 from agentcgroupd.intents.request import CallRequest
@@ -293,6 +293,7 @@ class Calls:
             self._leavers.drop(call)
             call.main.close()
         call.main = process.copy()
+        call.cpus_seen = cpus_of(process.pid)
         call.client_status = call.exit_status = None
         self._leftovers.watch(call)
         self._entered(call, process)

@@ -130,6 +130,14 @@ def pidfd_alive(fd: int) -> bool:
     return True
 
 
+def cpus_of(pid: int) -> int | None:
+    """Count the CPUs on which a process may run; None: it has ended."""
+    try:
+        return len(os.sched_getaffinity(pid))
+    except ProcessLookupError:
+        return None
+
+
 def pidfd_ended(fd: int) -> bool:
     """Whether all threads of a pidfd's process have ended, reaped or not; a zombie main thread
     alone does not say so."""

@@ -62,6 +62,8 @@ class Call:
     """The process that entered last; its wait status is the call's."""
     outsiders: list[Process] = field(default_factory=list)
     """Processes that the main process had started elsewhere when the end was asked for."""
+    cpus_seen: int | None = None
+    """CPUs on which its main process may run, which is what nproc and its like say there."""
     entered: bool = False
     state: pb.CallState.ValueType = pb.CALL_STATE_PENDING
     account: Account = field(default_factory=Account)
@@ -130,6 +132,7 @@ class Call:
                 "observed": self.observed,
                 "owner": [self.owner.pid, self.owner.start_ticks] if self.owner else None,
                 "main": [self.main.pid, self.main.start_ticks] if self.main else None,
+                "cpus_seen": self.cpus_seen,
                 "entered": self.entered,
                 "frozen_usec": self.frozen_usec,
                 "waited_usec": self.waited_usec,
@@ -155,6 +158,7 @@ class Call:
             held=bool(data["held"]),
             entered=bool(data["entered"]),
             observed=bool(data.get("observed")),
+            cpus_seen=data.get("cpus_seen"),
             frozen_usec=int(data["frozen_usec"]),
             waited_usec=int(data.get("waited_usec", 0)),
             account=Account.from_plain(data.get("account", {})),

@@ -275,6 +275,36 @@ def test_feedback(
 
 
 @pytest.mark.parametrize(
+    ("call", "session", "seen", "workers"),
+    [
+        (300, None, 2, 1),
+        (1500, None, 64, 1),
+        (4000, None, 64, 4),
+        (None, 2000, 64, 2),
+        (4000, 2000, 64, 2),
+        (2000, None, 2, None),
+        (1500, None, 2, None),
+        (None, None, 64, None),
+        (300, None, None, None),
+    ],
+)
+def test_fewer_cpus_than_were_seen_are_told_where_it_mattered(
+    call: int | None, session: int | None, seen: int | None, workers: int | None
+) -> None:
+    changes = {
+        "grant": replace(GRANT, cpu_max_millicores=call),
+        "session_cpu_millicores": session,
+        "cpus_seen": seen,
+    }
+    told = {f.code: f for f in report_of(facts(**changes, **CPU_THROTTLED)).feedback}
+    assert (pb.FEEDBACK_CODE_FEWER_CPUS in told) is (workers is not None)
+    if workers is not None:
+        sentence = told[pb.FEEDBACK_CODE_FEWER_CPUS].sentence
+        assert f"saw {seen} " in sentence and f"-j{workers}," in sentence
+    assert not report_of(facts(**changes)).feedback  # it was not throttled
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {},
