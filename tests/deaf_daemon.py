@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from agentcgroupd import __main__ as program
-from agentcgroupd.rpc.attach import AttachServer, Caller
+from agentcgroupd.rpc.attach import AttachServer, Client
 
 STUCK_S = 8.0
 
@@ -24,7 +24,7 @@ def main() -> int:
     def is_deaf(path: Path) -> bool:
         return deaf.exists() and path.parent.name in deaf.read_text()
 
-    def hear(server: AttachServer, caller: Caller) -> None:
+    def hear(server: AttachServer, caller: Client) -> None:
         if deaf.exists() and deaf.read_text() == "loop":
             time.sleep(STUCK_S)
         if not is_deaf(server._path):

@@ -127,6 +127,9 @@ class CallDefaults(Section):
     leftovers_grace: Duration = 250_000
     """Between the end of a command and the SIGTERM to what it left running: the last lines of
     `cmd > >(tee log)` are still on their way then."""
+    tools_may: Literal["nest", "manage"] = "nest"
+    """What a process inside a declared call may do to calls of its session (rpc/callers.py): begin
+    and end calls inside its own, or all that the agent may."""
 
 
 class GuardConfig(Section):

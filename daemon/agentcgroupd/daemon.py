@@ -46,6 +46,7 @@ from agentcgroupd.restore import restore
 from agentcgroupd.rpc.agent_calls import AgentCalls
 from agentcgroupd.rpc.attach import AttachServer
 from agentcgroupd.rpc.budgets import Budgets
+from agentcgroupd.rpc.callers import Callers
 from agentcgroupd.rpc.canary import EVERY_S, Canary
 from agentcgroupd.rpc.gate import Gate
 from agentcgroupd.rpc.relay import Relay
@@ -217,7 +218,7 @@ class Daemon:
             gpus,
             guard.loop if guard is not None else None,
         )
-        agent_calls = AgentCalls(sessions, calls, queue, admission)
+        agent_calls = AgentCalls(Callers(sessions, config.calls.tools_may), calls, queue, admission)
         parts = Parts(
             sessions,
             lifecycle,
@@ -297,7 +298,8 @@ class Daemon:
         else:
             pb_grpc.add_AdminServicer_to_server(AdminService(parts, relay), server.server)
         if role == "agent":
-            agent = AgentVerbs(parts.sessions, parts.calls, admission)
+            callers = Callers(parts.sessions, self._config.calls.tools_may)
+            agent = AgentVerbs(callers, parts.calls, admission)
             verbs: dict[str, Verb] = {PING: pong, "attach": agent.attach, "begin": agent.begin}
             calls: AgentCalls | None = parts.agent_calls
         else:

@@ -23,16 +23,16 @@ class Admission:
         self._calls, self._queue = calls, queue
 
     def begin(
-        self, session: Session, request: CallRequest, owner: Process | None
+        self, session: Session, request: CallRequest, owner: Process | None, begun_in: str = ""
     ) -> Call | Coroutine[Any, Any, Call]:
         """Begin a call, which has its cgroup then and no process yet; where it has to wait, the
         result is to be awaited.
 
-        `owner` holds the call open; None: the call ends when it is empty. Raises RequestError, and
-        then nothing is left behind.
+        `owner` holds the call open; None: the call ends when it is empty. `begun_in`: the id of
+        the call that its caller is in. Raises RequestError, and then nothing is left behind.
         """
         with self._calls.refusing(session, request.name):
-            candidate = self._calls.grant(session, request)
+            candidate = self._calls.grant(session, request, begun_in=begun_in)
             ticket = self._queue.enter(candidate)
             if ticket.wait is not None:
                 return self._begin_later(ticket, None if owner is None else owner.copy())
@@ -49,7 +49,8 @@ class Admission:
                 await self._queue.wait(ticket)
                 # Granted anew: while it waited, the agent may have come to hold more memory, its
                 # session may have been closed, and a device may have been lost.
-                candidate = self._calls.grant(session, request, ticket.candidate.id)
+                asked = ticket.candidate
+                candidate = self._calls.grant(session, request, asked.id, asked.begun_in)
                 call = self._calls.open_call(candidate, ticket.apply(candidate.grant), owner)
         finally:
             ticket.release()

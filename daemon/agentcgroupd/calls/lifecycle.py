@@ -50,6 +50,7 @@ from agentcgroupd.errors import (
 )
 from agentcgroupd.host.syscalls import cpus_of, pidfd_alive, wait_channel
 from agentcgroupd.intents.grant import Ceiling, Grant, grant_for, merge
+from agentcgroupd.intents.lowering import lowered, refuse_raise
 from agentcgroupd.intents.parse import NAME_CHARS_MAX, Intent
 from agentcgroupd.intents.request import CallRequest
 from agentcgroupd.state.candidate import Candidate
@@ -170,15 +171,19 @@ class Calls:
             )
             raise
 
-    def grant(self, session: Session, request: CallRequest, call_id: str = "") -> Candidate:
+    def grant(
+        self, session: Session, request: CallRequest, call_id: str = "", begun_in: str = ""
+    ) -> Candidate:
         """Decide what a call gets, if one more may be there at all. `call_id`: the one that it has
-        had since it was first granted; empty: it gets one. Raises RequestError."""
+        had since it was first granted; empty: it gets one. `begun_in`: the id of the call that its
+        caller is in. Raises RequestError."""
         self._check_count(session)
         grant = grant_for(request.intent, self._ceiling(session))
         likely_bytes, advice = self._reports.expect(session, request.name, request.argv, grant)
         if advice:
             grant = replace(grant, advice=(*grant.advice, advice))
-        return Candidate(call_id or secrets.token_hex(6), session, request, grant, likely_bytes)
+        call_id = call_id or secrets.token_hex(6)
+        return Candidate(call_id, session, request, grant, likely_bytes, begun_in)
 
     def _check_count(self, session: Session) -> None:
         """Refuse a call beyond calls_max. Raises FailedPrecondition or ResourceExhausted."""
@@ -244,6 +249,7 @@ class Calls:
             observed=request.observed,
             account=Account(began=began),
             likely_bytes=candidate.likely_bytes,
+            begun_in=candidate.begun_in,
         )
 
     def _follow(self, call: Call) -> None:
@@ -339,13 +345,18 @@ class Calls:
         self._deadlines.entered(call)
         call.cgroup.set_xattr(call.record())
 
-    def update(self, call: Call, intent: Intent) -> Call:
-        """Change an open call's grant. Raises RequestError, with nothing changed."""
+    def update(self, call: Call, intent: Intent, only_lower: bool = False) -> Call:
+        """Change an open call's grant. `only_lower`: refuse what would raise anything that the call
+        has. Raises RequestError, with nothing changed."""
         if call.state == pb.CALL_STATE_ENDING:
             raise FailedPrecondition(f"call {call.id} is ending")
+        if only_lower:
+            refuse_raise(call.id, call.grant, intent)
         current = call.cgroup.read_if(knobs.MEMORY_CURRENT)
         grant = merge(call.grant, intent, self._ceiling(call.session), current)
         grant = settle(call.session, grant, call.grant.settings)
+        if only_lower:
+            grant = lowered(call.grant, grant)
         grant = self._observer.regrant(call, grant)
         # What the policy did is undone first: its next decision is made under the new grant.
         self.actions.unthrottle(call, "Its grant was changed.")

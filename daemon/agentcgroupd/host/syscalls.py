@@ -32,6 +32,8 @@ SO_PEERPIDFD = 77
 
 SO_PASSRIGHTS = 83
 """include/uapi/asm-generic/socket.h; Linux 6.16."""
+_CREDENTIALS = struct.Struct("iII")
+"""struct ucred: pid, uid, gid (unix(7))."""
 
 _PIDFD_INFO = struct.Struct("=QQ11Ii")
 """The first 64 bytes of struct pidfd_info, include/uapi/linux/pidfd.h."""
@@ -83,7 +85,7 @@ class PeerCredentials:
 def peer_credentials(sock: socket.socket) -> PeerCredentials:
     """Read SO_PEERCRED. `pid` is 0 if the peer's pid namespace is not below this process's."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return PeerCredentials(*struct.unpack("iII", raw))
+    return PeerCredentials(*_CREDENTIALS.unpack(raw))
 
 
 def peer_pidfd(sock: socket.socket) -> int:
@@ -97,6 +99,19 @@ def peer_pidfd(sock: socket.socket) -> int:
         return os.pidfd_open(peer_credentials(sock).pid)
     os.set_inheritable(fd, False)
     return fd
+
+
+def receive_from(sock: socket.socket, most_bytes: int) -> tuple[bytes, int | None]:
+    """Receive from a Unix socket whose listener has SO_PASSCRED; returns the data and the pid of
+    the process that sent it, None where the kernel told none. A process can have inherited the
+    socket of the one that connected; the kernel fills in the sender unless a process with
+    CAP_SYS_ADMIN names another."""
+    # There is room for the credentials alone, so that descriptors that come along are dropped.
+    data, ancillary, _, _ = sock.recvmsg(most_bytes, socket.CMSG_SPACE(_CREDENTIALS.size))
+    for level, kind, raw in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+            return data, int(_CREDENTIALS.unpack(raw)[0])
+    return data, None
 
 
 def has_peer_pidfd() -> bool:

@@ -12,12 +12,12 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.admission import Admission
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.calls.queue import AdmissionQueue
-from agentcgroupd.errors import InvalidField, NotFound
-from agentcgroupd.intents.request import request_of_proto
-from agentcgroupd.rpc.peers import Peer, session_of
-from agentcgroupd.sessions.registry import Sessions
+from agentcgroupd.errors import InvalidField
+from agentcgroupd.intents.request import intent_of_proto, request_of_proto
+from agentcgroupd.rpc.callers import Caller, Callers
+from agentcgroupd.rpc.peers import Peer
 from agentcgroupd.state.ending import Asker
-from agentcgroupd.state.session import Call, Session
+from agentcgroupd.state.session import Call
 from agentcgroupd.telemetry.wire import call_to_proto
 
 UNKNOWN_NAMED_BYTES = 4096
@@ -57,32 +57,24 @@ class AgentCalls:
     """Calls of an agent's own session, begun and ended, however it asks."""
 
     def __init__(
-        self, sessions: Sessions, calls: Calls, queue: AdmissionQueue, admission: Admission
+        self, callers: Callers, calls: Calls, queue: AdmissionQueue, admission: Admission
     ) -> None:
-        self._sessions, self._calls = sessions, calls
+        self._callers, self._calls = callers, calls
         self._queue, self._admission = queue, admission
 
-    def session(self, peer: Peer) -> Session:
-        """Find the peer's session. Raises PermissionDenied."""
-        return session_of(peer, self._sessions.of_cgroup)
-
-    def call(self, peer: Peer, call_id: str) -> Call:
-        """Find an open call of the peer's session. Raises NotFound, the same for one of another
-        session."""
-        call = self.session(peer).calls.get(call_id)
-        if call is None:
-            raise NotFound(f"no call {call_id[:64]!r} is open in this session", "call_id", call_id)
-        return call
+    def caller(self, peer: Peer) -> Caller:
+        """Find where the peer stands now. Raises PermissionDenied."""
+        return self._callers.of(peer)
 
     def begin(
         self, peer: Peer, message: pb.BeginCallRequest
     ) -> pb.Call | Coroutine[Any, Any, pb.Call]:
         """Answer BeginCall; the peer's process holds the call open. Where the call has to wait,
         the answer is to be awaited. Raises RequestError."""
-        session = self.session(peer)
-        with self._calls.refusing(session, message.name):
+        caller = self.caller(peer)
+        with self._calls.refusing(caller.session, message.name):
             request = request_of_proto(message)
-        call = self._admission.begin(session, request, peer.process)
+        call = self._admission.begin(caller.session, request, peer.process, caller.begun_in)
         return call_to_proto(call, admin=False) if isinstance(call, Call) else _later(call)
 
     def end(
@@ -90,18 +82,26 @@ class AgentCalls:
     ) -> pb.Report | Coroutine[Any, Any, pb.Report]:
         """Answer EndCall; for a call that has ended by itself, with its report. Where processes
         have to die first, the answer is to be awaited. Raises RequestError."""
-        session = self.session(peer)
+        caller = self.caller(peer)
+        session = caller.session
         ended = session.report(message.call_id) if message.call_id else None
-        if ended is not None:
+        if ended is not None and caller.sees_report(ended):
             return ended
+        caller.check_queue(message.call_id)
         left = self._queue.leave(message.call_id, "it was ended by its agent", session)
         if left is not None:
             return left
-        call = self.call(peer, message.call_id)
+        call = caller.find_to_end(message.call_id)
         status = message.wait_status if message.HasField("wait_status") else None
         if status is not None and not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
             raise InvalidField("wait_status", str(status), "a wait status of an ended process")
         return self._calls.end(call, message.detach, status, Asker.AGENT, message.reason)
+
+    def update(self, peer: Peer, message: pb.UpdateIntentRequest) -> pb.Call:
+        """Answer UpdateIntent. Raises RequestError, with nothing changed."""
+        call, only_lower = self.caller(peer).find_to_change(message.call_id)
+        updated = self._calls.update(call, intent_of_proto(message.intent), only_lower)
+        return call_to_proto(updated, admin=False)
 
 
 async def _later(call: Coroutine[Any, Any, Call]) -> pb.Call:

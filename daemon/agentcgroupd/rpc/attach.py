@@ -29,7 +29,7 @@ from agentcgroupd.errors import (
     as_request_error,
 )
 from agentcgroupd.host.listening import Listener
-from agentcgroupd.host.syscalls import peer_credentials
+from agentcgroupd.host.syscalls import peer_credentials, receive_from
 from agentcgroupd.intents.parse import WAIT_MOST_USEC
 from agentcgroupd.rpc.agent_calls import AgentCalls
 from agentcgroupd.rpc.budgets import Budgets, Crowd
@@ -53,7 +53,7 @@ LIMIT_KEYS = {"attaching": "attaching", "packets": "packets_per_s"}
 
 
 @dataclass(slots=True, eq=False)
-class Caller:
+class Client:
     """An open connection."""
 
     socket: socket.socket
@@ -80,6 +80,8 @@ class AttachServer:
         message; None: there are none on this socket. `find`: the session of a cgroup. `budgets`,
         `turns`: what each peer may ask for, and when."""
         self._path = listener.path
+        # What it accepts inherits that: each packet names its sender.
+        listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._verbs, self._agent_calls = verbs, agent_calls
         self._metrics, self._find, self._budgets = metrics, find, budgets
         self._turns = turns
@@ -87,9 +89,9 @@ class AttachServer:
         self._loop = asyncio.get_running_loop()
         self._door = Door(listener, self._accepted, metrics)
         self._complaint = Seldom(log, logging.WARNING, str(listener.path))
-        self._silent: dict[Crowd, dict[Caller, None]] = {}
+        self._silent: dict[Crowd, dict[Client, None]] = {}
         """Callers whose request has not come, oldest first."""
-        self._callers: set[Caller] = set()
+        self._callers: set[Client] = set()
 
     def start(self) -> None:
         """Accept whoever connects from now on."""
@@ -138,7 +140,7 @@ class AttachServer:
             return
         crowd.packets.take(1)
         crowd.attaching += 1
-        caller = Caller(client, peer, crowd)
+        caller = Client(client, peer, crowd)
         self._callers.add(caller)
         self._listen_to(caller)
 
@@ -166,7 +168,7 @@ class AttachServer:
         elif start:
             self._reply(client, packet(self._error_words(error)))
 
-    def _listen_to(self, caller: Caller) -> None:
+    def _listen_to(self, caller: Client) -> None:
         """Wait for a caller's request, unless it is there already."""
         silent = self._silent.setdefault(caller.crowd, {})
         silent[caller] = None
@@ -178,7 +180,7 @@ class AttachServer:
             self._budgets.refused("silent")
             self._close(next(iter(silent)))
 
-    def _heard(self, caller: Caller) -> None:
+    def _heard(self, caller: Client) -> None:
         """Stop waiting for a caller's request."""
         if caller.timer is not None:
             caller.timer.cancel()
@@ -189,7 +191,7 @@ class AttachServer:
             if not silent:
                 del self._silent[caller.crowd]
 
-    def _close(self, caller: Caller) -> None:
+    def _close(self, caller: Client) -> None:
         if caller not in self._callers:
             return
         self._heard(caller)
@@ -200,26 +202,26 @@ class AttachServer:
 
     # Requests
 
-    def _readable(self, caller: Caller) -> None:
+    def _readable(self, caller: Client) -> None:
         try:
-            data = caller.socket.recv(PACKET_BYTES_MAX + 1)
+            data, sender = receive_from(caller.socket, PACKET_BYTES_MAX + 1)
         except BlockingIOError:
             return
         except OSError:
-            data = b""
+            data, sender = b"", None
         self._heard(caller)
         if data:
-            self._turns.submit(caller.crowd.key, partial(self._serve, caller, data))
+            self._turns.submit(caller.crowd.key, partial(self._serve, caller, data, sender))
         else:
             self._close(caller)
 
-    def _serve(self, caller: Caller, data: bytes) -> None:
+    def _serve(self, caller: Client, data: bytes, sender: int | None) -> None:
         if caller not in self._callers:
             return  # the daemon is stopping
         if data.startswith(RPC_PREFIX) and self._agent_calls is not None:
-            self._rpc(caller, data, self._agent_calls)
+            self._rpc(caller, data, sender, self._agent_calls)
             return
-        reply = self._answer(caller, data)
+        reply = self._answer(caller, data, sender)
         if not isinstance(reply, list):
             self._answer_in_time(caller, self._send_words(caller.socket, reply))
             return
@@ -237,7 +239,7 @@ class AttachServer:
             words = self._error_words(_known(error))
         self._reply(client, packet(words))
 
-    def _answer_in_time(self, caller: Caller, answer: Coroutine[Any, Any, None]) -> None:
+    def _answer_in_time(self, caller: Client, answer: Coroutine[Any, Any, None]) -> None:
         """Send a reply once it is there; the caller is not disconnected for being silent meanwhile.
         One that hangs up wants no reply any more, and the work for it is cancelled."""
         number = caller.socket.fileno()
@@ -272,13 +274,14 @@ class AttachServer:
         except OSError as error:
             log.debug("%s: the caller is gone before the answer: %s", self._path, error)
 
-    def _rpc(self, caller: Caller, data: bytes, calls: AgentCalls) -> None:
+    def _rpc(self, caller: Client, data: bytes, sender: int | None, calls: AgentCalls) -> None:
         """Answer a message of agentcgroup.proto by another (docs/protocol.md). Only a call that has
         to wait, or whose processes must die first, is answered later."""
         started = time.perf_counter()
         client, peer = caller.socket, caller.peer
         method = "packet"
         try:
+            peer.check_sender(sender)
             method, request = rpc_request(data)
             answer: message.Message | Awaitable[message.Message]
             if isinstance(request, pb.BeginCallRequest):
@@ -320,12 +323,13 @@ class AttachServer:
         self._metrics.rpc_errors.labels("packet", refused.code).inc()
         self._reply(client, b"ERR\0" + error_to_proto(refused).SerializeToString())
 
-    def _answer(self, caller: Caller, data: bytes) -> Answer:
+    def _answer(self, caller: Client, data: bytes, sender: int | None) -> Answer:
         try:
             request = Request(data)
             verb = self._verbs.get(request.verb)
             if verb is None:
                 raise InvalidField("verb", request.verb, " or ".join(self._verbs))
+            caller.peer.check_sender(sender)
             answer = verb(caller.peer, request)
             if not isinstance(answer, list):
                 self._reply(caller.socket, packet(self._wait_words()))

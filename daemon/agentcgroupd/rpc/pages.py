@@ -79,10 +79,15 @@ def _place(report: pb.Report) -> Key:
 
 
 async def list_reports(
-    sessions: list[Session], request: pb.ListReportsRequest, slices: Slices
+    sessions: list[Session],
+    request: pb.ListReportsRequest,
+    slices: Slices,
+    sees: Callable[[pb.Report], bool] = lambda _: True,
 ) -> pb.ListReportsResponse:
-    """The newest reports of some sessions, newest first."""
-    newest = [sorted(session.reports, key=_place, reverse=True) for session in sessions]
+    """The newest reports of some sessions that the caller `sees`, newest first."""
+    newest = [
+        sorted(filter(sees, session.reports), key=_place, reverse=True) for session in sessions
+    ]
     merged = heapq.merge(*newest, key=_place, reverse=True)
     items = ((_place(report), lambda report=report: report) for report in merged)
     most = request.limit or REPORTS_DEFAULT

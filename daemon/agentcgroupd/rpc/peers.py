@@ -71,6 +71,15 @@ class Peer:
             raise PermissionDenied(f"the calling process is in no usable cgroup ({path!r})")
         return path
 
+    def check_sender(self, pid: int | None) -> None:
+        """Refuse what another process has sent over the connection, which it inherited. Raises
+        PermissionDenied. None: the kernel did not tell who."""
+        if pid is not None and pid != self.process.pid:
+            raise PermissionDenied(
+                f"process {pid} sent this over a connection of process {self.process.pid}; each "
+                "process has to open its own"
+            )
+
     def close(self) -> None:
         """Give up the pidfd."""
         self.process.close()
@@ -79,9 +88,9 @@ class Peer:
 SessionFinder = Callable[[str], Session | None]
 
 
-def session_of(peer: Peer, find: SessionFinder) -> Session:
-    """The session a peer belongs to. Raises PermissionDenied if it is in none."""
-    session = find(peer.cgroup_path())
+def session_of(path: str, find: SessionFinder) -> Session:
+    """The session that a cgroup belongs to. Raises PermissionDenied if that is none."""
+    session = find(path)
     if session is None:
         raise PermissionDenied(NOT_IN_SESSION, "session", "", "a process of an open session")
     return session

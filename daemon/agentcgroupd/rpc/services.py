@@ -30,8 +30,8 @@ from agentcgroupd.errors import (
 )
 from agentcgroupd.guard.policy_files import PolicyFiles
 from agentcgroupd.host.listening import remove_stale
-from agentcgroupd.intents.request import intent_of_proto
 from agentcgroupd.rpc.agent_calls import AgentCalls, refuse_unknown
+from agentcgroupd.rpc.callers import Caller
 from agentcgroupd.rpc.frames import FRAME_BYTES_MAX
 from agentcgroupd.rpc.gate import Gate, abort
 from agentcgroupd.rpc.pages import list_reports
@@ -43,7 +43,6 @@ from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.notices import Notices
-from agentcgroupd.telemetry.wire import call_to_proto
 from agentcgroupd.turns import Slices, Turns
 
 log = logging.getLogger(__name__)
@@ -119,8 +118,11 @@ class AgentService(_Service, pb_grpc.AgentServicer):
         super().__init__(parts, relay)
         self._calls = parts.agent_calls
 
+    def _caller(self, context: Context) -> Caller:
+        return self._calls.caller(self.relay.peer(context.peer()))
+
     def _session(self, context: Context) -> Session:
-        return self._calls.session(self.relay.peer(context.peer()))
+        return self._caller(context).session
 
     @answers
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.Session:
@@ -143,19 +145,25 @@ class AgentService(_Service, pb_grpc.AgentServicer):
     @answers
     async def UpdateIntent(self, request: pb.UpdateIntentRequest, context: Context) -> pb.Call:
         """Change the grant of an open call of the caller's session; returns the call."""
-        call = self._calls.call(self.relay.peer(context.peer()), request.call_id)
-        updated = self.parts.calls.update(call, intent_of_proto(request.intent))
-        return call_to_proto(updated, admin=False)
+        return self._calls.update(self.relay.peer(context.peer()), request)
 
     @answers
     async def ListCalls(
         self, request: pb.ListCallsRequest, context: Context
     ) -> pb.ListCallsResponse:
-        """List the open and waiting calls of the caller's session."""
-        session = self._session(context)
-        if request.session_id not in ("", session.id):
+        """List the open and waiting calls of the caller's session; for a tool, those that it is
+        in and those inside."""
+        caller = self._caller(context)
+        if request.session_id not in ("", caller.session.id):
             raise NotFound("an agent sees its own session only", "session_id", request.session_id)
-        return await self.parts.views.list_calls([session], request, False, self.slices(context))
+        slices = self.slices(context)
+        return await self.parts.views.list_calls(
+            [caller.session],
+            request,
+            False,
+            slices,
+            caller.sees if caller.is_tool else None,
+        )
 
     @answers
     async def GetBudget(self, request: pb.GetBudgetRequest, context: Context) -> pb.Budget:
@@ -165,14 +173,17 @@ class AgentService(_Service, pb_grpc.AgentServicer):
     @answers
     async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:
         """Find the report of an ended call of the caller's session; without an id, the newest."""
-        return _report(self._session(context), request.call_id)
+        caller = self._caller(context)
+        return _report(caller.session, request.call_id, caller.sees_report)
 
     @answers
     async def ListReports(
         self, request: pb.ListReportsRequest, context: Context
     ) -> pb.ListReportsResponse:
         """List the newest reports of the caller's session."""
-        return await list_reports([self._session(context)], request, self.slices(context))
+        caller = self._caller(context)
+        slices = self.slices(context)
+        return await list_reports([caller.session], request, slices, caller.sees_report)
 
     async def WatchFeedback(
         self, request: pb.WatchFeedbackRequest, context: Context
@@ -181,26 +192,30 @@ class AgentService(_Service, pb_grpc.AgentServicer):
         session is closed."""
         try:
             refuse_unknown(request)
-            session = self._session(context)
+            caller = self._caller(context)
         except AgentcgroupdError as error:
             await self.refuse("WatchFeedback", error, context)
             return
-        listener = self.parts.notices.feed.join(session.id, request.call_id)
+        listener = self.parts.notices.feed.join(caller.session.id, request.call_id)
         try:
             # Headers now: the caller knows from them that nothing after this is missed.
             await context.send_initial_metadata(())
             async for event in listener:
-                yield event.feedback
+                if caller.sees_feedback(event.feedback.call_id):
+                    yield event.feedback
         except AgentcgroupdError as error:
             await self.refuse("WatchFeedback", error, context)
         finally:
             self.parts.notices.feed.leave(listener)
 
 
-def _report(session: Session, call_id: str) -> pb.Report:
-    report = session.report(call_id)
-    if report is not None:
-        return report
+def _report(
+    session: Session, call_id: str, sees: Callable[[pb.Report], bool] = lambda _: True
+) -> pb.Report:
+    named = call_id or None
+    for report in reversed(session.reports):
+        if named in (None, report.call_id) and sees(report):
+            return report
     if call_id in session.calls:
         raise FailedPrecondition(f"call {call_id} has not ended; its report is made when it does")
     what = f"of a call {call_id[:64]!r}" if call_id else "yet: no call of this session has ended"

@@ -8,11 +8,12 @@ from typing import Any
 from agentcgroupd.calls.admission import Admission
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.enforce.limits import AGENT_OOM_SCORE_ADJ, set_oom_score_adj
-from agentcgroupd.errors import AgentcgroupdError, NotFound, PermissionDenied
+from agentcgroupd.errors import AgentcgroupdError, PermissionDenied
 from agentcgroupd.intents.parse import name_of_program
 from agentcgroupd.intents.request import WORDS, request_of_words
+from agentcgroupd.rpc.callers import Callers
 from agentcgroupd.rpc.packets import Request
-from agentcgroupd.rpc.peers import Peer, check_operator, session_of
+from agentcgroupd.rpc.peers import Peer, check_operator
 from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import Call
@@ -34,27 +35,24 @@ def pong(peer: Peer, request: Request) -> list[str]:
 class AgentVerbs:
     """Verbs for agents: a process enters a call of its own session."""
 
-    def __init__(self, sessions: Sessions, calls: Calls, admission: Admission) -> None:
-        self._sessions, self._calls, self._admission = sessions, calls, admission
+    def __init__(self, callers: Callers, calls: Calls, admission: Admission) -> None:
+        self._callers, self._calls, self._admission = callers, calls, admission
 
     def attach(self, peer: Peer, request: Request) -> list[str]:
         """Move the peer into an open call."""
         request.only("call")
-        session = session_of(peer, self._sessions.of_cgroup)
-        call = session.calls.get(request.value("call"))
-        if call is None:
-            raise NotFound(f"no call {request.value('call')[:64]!r} is open in this session")
+        call = self._callers.of(peer).find_to_enter(request.value("call"))
         self._calls.attach(call, peer.process)
         return _entered(call)
 
     def begin(self, peer: Peer, request: Request) -> Answer:
         """Begin a call, which may have to wait, and move the peer into it."""
         request.only(*WORDS)
-        session = session_of(peer, self._sessions.of_cgroup)
+        caller = self._callers.of(peer)
         name = request.values.get("name") or name_of_program(request.args)
-        with self._calls.refusing(session, name):
+        with self._calls.refusing(caller.session, name):
             asked = request_of_words(request.values, request.args)
-        call = self._admission.begin(session, asked, None)
+        call = self._admission.begin(caller.session, asked, None, caller.begun_in)
         if isinstance(call, Call):
             return self._enter(call, peer.process)
         return self._enter_later(call, peer.process.copy())

@@ -75,16 +75,26 @@ class Views:
         self._started_unix_usec = unix_usec()
 
     async def list_calls(
-        self, sessions: list[Session], request: pb.ListCallsRequest, admin: bool, slices: Slices
+        self,
+        sessions: list[Session],
+        request: pb.ListCallsRequest,
+        admin: bool,
+        slices: Slices,
+        sees: Callable[[Call], bool] | None = None,
     ) -> pb.ListCallsResponse:
         """A page of the calls that wait, then of the open calls with what they use now, oldest
-        first."""
+        first. `sees`: of open calls, those that the caller is shown, and none that waits; None:
+        all."""
         waiting = [call for session in sessions for call in self._queue.waiting(session)]
+        if sees is not None:
+            waiting = []
         items: list[tuple[Key, Callable[[], pb.Call]]] = [
             ((number - len(waiting), call.id), partial(_itself, call))
             for number, call in enumerate(waiting)
         ]
         calls = [call for session in sessions for call in session.calls.values()]
+        if sees is not None:
+            calls = [call for call in calls if sees(call)]
         calls.sort(key=lambda call: (call.began_boot_usec, call.id))
         items += (
             ((call.began_boot_usec, call.id), partial(call_to_proto, call, admin, usage=True))

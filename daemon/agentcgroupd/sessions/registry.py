@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.errors import CgroupGone, NotFound
+from agentcgroupd.errors import CgroupGone, NotFound, PermissionDenied
 from agentcgroupd.host.proc import CgroupUnknown, cgroup_of
 from agentcgroupd.sessions.pool import Pool
-from agentcgroupd.state.session import CALL_PREFIX, Session
+from agentcgroupd.state.session import CALL_PREFIX, Call, Session
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,22 @@ class Sessions:
         if session is None:
             return None
         return session, path[len(session.cgroup_path) :].strip("/").partition("/")[0]
+
+    def call_of(self, session: Session, path: str) -> Call | None:
+        """Find the innermost open call that a process of a session is in, from its cgroup `path`;
+        None: the process is the agent's own. Raises PermissionDenied in what is left of a call that
+        has ended."""
+        found: Call | None = None
+        for name in path[len(session.cgroup_path) :].strip("/").split("/"):
+            call = session.calls.get(name.removeprefix(CALL_PREFIX))
+            # A tool may give a cgroup of its own any name, also that of another call.
+            if name.startswith(CALL_PREFIX) and call is not None and call.parent is found:
+                found = call
+                continue
+            if name.startswith(CALL_PREFIX) and found is None:
+                raise PermissionDenied(f"this process is in {name}, a call that has ended")
+            break
+        return found
 
     # What is there besides
 

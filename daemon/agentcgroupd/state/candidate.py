@@ -20,6 +20,8 @@ class Candidate:
     likely_bytes: int
     """What it will take: as its intent says, corrected by the last ones of its shape; 0: nothing
     is known."""
+    begun_in: str = ""
+    """The id of the call that its caller is in; empty: it is in none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,12 @@ class Call:
     like it took; 0: nothing is known."""
     waited_usec: int = 0
     """Time in queues before it began."""
+    begun_in: str = ""
+    """The id of the call that its caller was in; empty: the agent itself began it."""
+    parent: Call | None = None
+    """The call whose cgroup this one's lies in, and whose limits hold for it as well."""
+    inner: dict[str, Call] = field(default_factory=dict)
+    """Open calls that were begun in this one and end with it, by id."""
     grew_usec: int = -(1 << 62)
     """When a sample last saw it grow, since boot."""
     bounds: HighBounds = field(default_factory=HighBounds)
@@ -137,6 +143,7 @@ class Call:
                 "frozen_usec": self.frozen_usec,
                 "waited_usec": self.waited_usec,
                 "account": self.account.plain(),
+                "begun_in": self.begun_in,
             },
             separators=(",", ":"),
         ).encode()
@@ -162,6 +169,7 @@ class Call:
             frozen_usec=int(data["frozen_usec"]),
             waited_usec=int(data.get("waited_usec", 0)),
             account=Account.from_plain(data.get("account", {})),
+            begun_in=str(data.get("begun_in", "")),
         )
         call.owner = Process.find(*data["owner"]) if data["owner"] else None
         call.main = Process.find(*data["main"]) if data["main"] else None
@@ -177,6 +185,14 @@ def _grant_of_record(data: dict[str, Any]) -> Grant:
         if isinstance(value, list):
             values[name] = tuple(value)
     return Grant(**values)
+
+
+def lies_in(call: Call, outer: Call) -> bool:
+    """Tell whether a call was begun in another one, at whatever depth."""
+    above = call.parent
+    while above is not None and above is not outer:
+        above = above.parent
+    return above is not None
 
 
 @dataclass(frozen=True, slots=True)
