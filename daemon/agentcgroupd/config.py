@@ -122,6 +122,8 @@ class CallDefaults(Section):
     """A call that no process has entered after this time is ended as abandoned."""
     idle_timeout: Duration = 600_000_000
     """A call that is held open by its owner with no process in it is ended after this time."""
+    keep_room: Duration = 1_000_000
+    """How long memory that it expects is kept for a call with no process in it."""
     term_grace: Duration = 2_000_000
     """Between SIGTERM and SIGKILL when the timeout passes, and for what a command left running."""
     leftovers_grace: Duration = 250_000

@@ -158,6 +158,11 @@ class Observers:
         if self._guard is not None:
             self._guard.call_ended(call, held_bytes)
 
+    def room_given_up(self, call: Call) -> None:
+        """Tell the guard that calls that wait may have the room that was kept for an empty one."""
+        if self._guard is not None:
+            self._guard.room_freed(call)
+
     def call_closed(self, call: Call) -> None:
         """Forget a call whose cgroup is gone or given up."""
         for observer in self._programs():

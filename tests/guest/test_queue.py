@@ -178,3 +178,60 @@ def test_a_guarantee_is_not_queued_for_and_not_given_twice(daemon: DaemonProcess
     with pytest.raises(Exception, match="more than the whole pool"):
         daemon.open("greedier", memory_low="700M")
     holder.run("tools['first'].kill(); tools['first'].wait()")
+
+
+BEGIN_MANY = """
+import threading
+def begin(number):
+    request = pb.BeginCallRequest(name=f"held{number}", intent=pb.Intent(memory=memory))
+    try:
+        pb_grpc.AgentStub(channel).BeginCall(request, timeout=600)
+    except grpc.RpcError as error:
+        refused.append(error.code().name)
+channel = grpc.insecure_channel(f"unix:{RUN_DIR}/agent/grpc.sock")
+refused = []
+threads = [threading.Thread(target=begin, args=(i,), daemon=True) for i in range(count)]
+for thread in threads:
+    thread.start()
+"""
+
+
+@pytest.mark.parametrize("sessions", [1, 4])
+def test_calls_that_are_held_empty_keep_no_room(daemon: DaemonProcess, sessions: int) -> None:
+    """Each expects the whole pool, and they fill the places that their sessions may have."""
+    for i in range(sessions):
+        greedy = daemon.open(f"greedy{i}")
+        greedy.run(BEGIN_MANY, memory="500M", count=30)
+    wait_until("the greedy wait", lambda: len(waiting(daemon)) >= 20 * sessions)
+    victim = daemon.open("victim")
+    for _ in range(3):
+        took = victim.run(
+            "t = time.monotonic(); agent.run(['true'], memory='200M');result = time.monotonic() - t"
+        )
+        # One second of kept room for each greedy session that came first, at most.
+        assert took < (1.5 + 1.2 * sessions) * SLOW
+    assert len(waiting(daemon)) >= 10 * sessions
+
+
+def test_room_counts_again_when_a_process_enters(daemon: DaemonProcess) -> None:
+    agent = daemon.open("a")
+    code = (
+        "result = stub.BeginCall(pb.BeginCallRequest(name='held', intent=pb.Intent(memory=m))).id"
+    )
+    call_id = agent.run(code, m="500M")
+    start(agent, "second", MIB, 10, "--memory", "300M", "--wait", "20s")
+    report = report_of(daemon, "second")
+    assert report.verdict == pb.VERDICT_OK and report.waited_usec < 5e6 * SLOW
+    agent.run(
+        "held = subprocess.Popen([EXEC, '--call', call_id, '--', 'sleep', '1000'])",
+        call_id=call_id,
+    )
+    procs = daemon.cgroup_dir / f"a/call-{call_id}" / "cgroup.procs"
+    wait_until("it is in its call", lambda: procs.read_text() != "")
+    start(agent, "third", MIB, 10, "--memory", "300M", "--wait", "1s")
+    wait_until(
+        "it is refused", lambda: any(e["name"] == "third" for e in audit(daemon, "call_refused"))
+    )
+    agent.run("held.kill(); held.wait()")
+    start(agent, "fourth", MIB, 10, "--memory", "300M", "--wait", "20s")
+    assert report_of(daemon, "fourth").verdict == pb.VERDICT_OK

@@ -98,6 +98,9 @@ class CallObserver(Protocol):
     def call_closed(self, call: Call) -> None:
         """Take note that a call's cgroup is gone or given up."""
 
+    def room_given_up(self, call: Call) -> None:
+        """Take note that what an open call expects is not kept for it while it stands empty."""
+
     def call_ended(self, call: Call, held_bytes: int) -> None:
         """Take note that a call is over, and what it has held at most."""
 
@@ -133,7 +136,13 @@ class Calls:
         self._owners = Owners(self._owner_gone, turns)
         self._leavers = Leavers(notices, self.admit, self._main_ended)
         self._deadlines = Deadlines(
-            config, self._populated, self._goes_on, self._finish, self._kill, turns
+            config,
+            self._populated,
+            self._goes_on,
+            self._finish,
+            self._kill,
+            observer.room_given_up,
+            turns,
         )
         self._leftovers = Leftovers(config, notices, self._populated, self._kill)
         self.open: dict[str, Call] = {}

@@ -50,6 +50,9 @@ class MemoryResource:
         self._latest: Snapshot | None = None
         self._freed: deque[tuple[int, int]] = deque()
         """(usec, bytes) of calls that ended."""
+        self._turns: dict[str, int] = {}
+        """By session: when a call of it that had waited was last let in, or it was last seen to
+        hold a call that it does not use."""
 
     def on_freed(self, retry: Callable[[], None]) -> None:
         """Take what is to be called after each snapshot."""
@@ -59,6 +62,12 @@ class MemoryResource:
         """Take a snapshot of the guard's: whoever fits now starts."""
         self._latest = now
         self._starting.clear()
+        sessions = {session.id for session in now.sessions}
+        for gone in self._turns.keys() - sessions:
+            del self._turns[gone]
+        for call in now.calls:
+            if call.is_unused and call.expected_bytes:
+                self._turns[call.session_id] = now.now_usec
         self._retry()
 
     def call_ended(self, held_bytes: int) -> None:
@@ -114,6 +123,10 @@ class MemoryResource:
         """How many calls may wait at a time, by the policy."""
         return self._policy().admission.waiting_max
 
+    def waiting_share(self) -> float:
+        """What part of the places that others leave one session may have, by the policy."""
+        return self._policy().admission.waiting_share
+
     def let_in(self, waiting: Sequence[Wait]) -> dict[str, None]:
         """Choose the calls that may start now. Until the next snapshot shows them, what they
         expect counts as taken; beyond that nothing is kept for them."""
@@ -122,15 +135,19 @@ class MemoryResource:
             return {}
         by_id = {wait.id: wait.candidate for wait in waiting}
         order = [_as_waiting(wait) for wait in waiting]
-        started = admit(self._policy(), self._with_starting(now), order)
+        waited = {wait.id for wait in waiting if wait.since_usec < now.now_usec}
+        started = admit(self._policy(), self._with_starting(now), order, self._turns)
         for call_id in started:
+            if call_id in waited:
+                self._turns[by_id[call_id].session.id] = now.now_usec
             self._starting[call_id] = _as_view(by_id[call_id], now.now_usec)
         return dict.fromkeys(started)
 
     def in_order(self, waiting: Iterable[Wait]) -> list[Wait]:
         """Sort calls by priority and age, the next to start first."""
         by_id = {wait.id: wait for wait in waiting}
-        order = in_order(self._policy(), boottime_usec(), list(map(_as_waiting, by_id.values())))
+        asking = list(map(_as_waiting, by_id.values()))
+        order = in_order(self._policy(), boottime_usec(), asking, self._turns)
         return [by_id[w.id] for w in order]
 
     def outlook(self, ahead: Sequence[Wait]) -> dict[str, int]:

@@ -51,6 +51,9 @@ class Resource(Protocol):
     def waiting_max(self) -> int:
         """How many calls may wait at a time."""
 
+    def waiting_share(self) -> float:
+        """What part of the places that others leave the calls of one session may have, 0 to 1."""
+
     def let_in(self, waiting: Sequence[Wait]) -> Mapping[str, Reservation | None]:
         """Choose the calls that may start now, by id, each with what is kept for it."""
 
@@ -199,13 +202,21 @@ class AdmissionQueue:
         return True
 
     def _check_length(self, resource: Resource, candidate: Candidate) -> None:
-        waiting = len(self._waiting(resource))
-        if waiting < resource.waiting_max():
+        waiting, most = self._waiting(resource), resource.waiting_max()
+        mine = sum(wait.candidate.session is candidate.session for wait in waiting)
+        left = most - (len(waiting) - mine)
+        if len(waiting) >= most:
+            who = f"{len(waiting)} calls wait for {resource.name} already, which is all that may"
+        elif mine >= max(1, int(left * resource.waiting_share())):
+            who = (
+                f"{mine} calls of this session wait for {resource.name} already, which is its "
+                f"share of the {left} places that other sessions leave"
+            )
+        else:
             return
         refusal = resource.refusal(candidate)
         raise ResourceExhausted(
-            f"calls: {waiting} calls wait for {resource.name} already, which is all that may; "
-            "try again later, or ask for less",
+            f"calls: {who}; try again later, or ask for less",
             refusal.field,
             refusal.value,
             refusal.allowed,

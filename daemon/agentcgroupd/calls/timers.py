@@ -30,22 +30,26 @@ class Deadlines:
         goes_on: Callable[[Call], bool],
         finish: Callable[[Call], Any],
         kill: Callable[[Call], None],
+        room_given_up: Callable[[Call], None],
         turns: Turns,
     ) -> None:
         """`populated`: whether there are processes in a call; `goes_on`: or its main process lives
-        elsewhere. `finish` ends a call that is over; `kill` one that is not. `turns`: when what a
+        elsewhere. `finish` ends a call that is over; `kill` one that is not. `room_given_up`:
+        called when no room is kept any more for a call with no process in it. `turns`: when what a
         timer does has its turn, for many may pass at the same moment."""
         self._config = config
         self._populated, self._goes_on = populated, goes_on
         self._finish = finish
         self._kill = kill
         self._turns = turns
+        self._room_given_up = room_given_up
         self._loop = asyncio.get_running_loop()
 
     def begun(self, call: Call) -> None:
         """Start the timers of a call that is new or was found again."""
         if not call.entered:
             self._set(call, "attach", self._config.attach_timeout, self._not_entered)
+            self._set(call, "room", self._config.keep_room, self._give_up_room)
         self.granted(call)
 
     def granted(self, call: Call) -> None:
@@ -58,11 +62,14 @@ class Deadlines:
         """Stop waiting for a process to enter a call."""
         self._cancel(call, "attach")
         self._cancel(call, "idle")
+        self._cancel(call, "room")
+        call.keeps_room = True
 
     def emptied(self, call: Call) -> None:
         """Start to wait for the next process of a call that is empty and held open."""
         if "idle" not in call.timers:
             self._set(call, "idle", self._config.idle_timeout, self._idle)
+            self._set(call, "room", self._config.keep_room, self._give_up_room)
 
     def killed(self, call: Call, give_up: Callable[[Call], None]) -> None:
         """Have a call given up whose main process, which has left it, does not die in time."""
@@ -94,6 +101,11 @@ class Deadlines:
         timer = call.timers.pop(name, None)
         if timer is not None:
             timer.cancel()
+
+    def _give_up_room(self, call: Call) -> None:
+        if not self._populated(call):
+            call.keeps_room = False
+            self._room_given_up(call)
 
     def _not_entered(self, call: Call) -> None:
         if self._populated(call):

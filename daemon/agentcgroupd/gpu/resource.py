@@ -19,6 +19,7 @@ from agentcgroupd.state.session import boottime_usec
 from agentcgroupd.units import show_bytes, show_usec
 
 WAITING_MOST = 1024
+WAITING_SHARE = 0.25
 
 
 class Environment(Protocol):
@@ -118,6 +119,10 @@ class GpuResource:
     def waiting_max(self) -> int:
         """How many calls may wait at a time."""
         return WAITING_MOST
+
+    def waiting_share(self) -> float:
+        """What part of the places that others leave one session may have."""
+        return WAITING_SHARE
 
     def let_in(self, waiting: Sequence[Wait]) -> dict[str, GpuReservation]:
         """Choose the calls that may start now, and keep their parts for them."""

@@ -163,6 +163,11 @@ class PoolGuard:
     def call_ended(self, call: Call, held_bytes: int) -> None:
         """Let calls that wait or are paused have what a call has given back, a moment later."""
         self._memory.call_ended(held_bytes)
+        self.room_freed(call)
+
+    def room_freed(self, call: Call) -> None:
+        """Let calls that wait or are paused have what is not kept for a call any more, a moment
+        later."""
         if self._nudge is None and (self._waits() or self.loop.holds_back):
             loop = asyncio.get_running_loop()
             self._nudge = loop.call_later(NUDGE_S, self._decide, call.id)

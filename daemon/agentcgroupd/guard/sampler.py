@@ -125,6 +125,7 @@ class Sampler:
         if growth > GROWING_BYTES_PER_S:
             call.grew_usec = now
         grant, since = call.grant, call.frozen_since_usec
+        expected = call.likely_bytes or grant.memory_expected_bytes
         paused = None if since is None else now - since
         return CallView(
             id=call.id,
@@ -142,7 +143,8 @@ class Sampler:
             paused_ago_usec=_ago(now, call.paused_at_usec),
             resumed_ago_usec=_ago(now, call.resumed_at_usec),
             on_pressure=grant.on_pressure,
-            expected_bytes=call.likely_bytes or grant.memory_expected_bytes,
+            expected_bytes=expected if call.keeps_room else min(expected, memory),
+            is_unused=not call.entered,
             memory_max_bytes=grant.memory_max_bytes,
             denied_growth_bytes=_since(memory, call.denied_at_bytes),
             refused_requests=self._refused(call),

@@ -5,11 +5,16 @@ calls are still expected to take counts as taken. A small call never waits, and 
 that says nothing: it can be paused when it turns out large. No call waits for ever: age outweighs
 priority in time, and once the first in the queue has waited for half of its time, no large call
 passes it.
+
+Sessions take turns: of each only the first call ages, from when its session last had its turn. So
+a session that has many calls in the queue delays another one by a single call. A session that holds
+calls without using them has had its turn just now.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from agentcgroupd.policy.engine import resume_free_bytes
@@ -47,18 +52,45 @@ def free_for_admission_bytes(policy: Policy, now: Snapshot) -> int:
     return int(free - promised / policy.admission.overcommit)
 
 
-def in_order(policy: Policy, now_usec: int, waiting: Sequence[Waiting]) -> list[Waiting]:
+Turns = Mapping[str, int]
+"""By session: when a call of it that had waited was last let in, on the snapshot's clock."""
+
+
+def in_order(
+    policy: Policy, now_usec: int, waiting: Sequence[Waiting], turns: Turns | None = None
+) -> list[Waiting]:
     """Return the waiting calls, the next to start first. `now_usec`: on the snapshot's clock."""
 
-    def key(call: Waiting) -> tuple[float, int, str]:
-        waited_usec = max(0, now_usec - call.since_usec)
+    def key(call: Waiting, since_usec: int) -> tuple[float, int, str]:
+        waited_usec = max(0, now_usec - since_usec)
         aged = AGE_PRIORITY * waited_usec / policy.admission.age_step
         return -(call.priority + aged), call.since_usec, call.id
 
-    return sorted(waiting, key=key)
+    lines: dict[str, list[Waiting]] = {}
+    for call in sorted(waiting, key=lambda call: key(call, call.since_usec), reverse=True):
+        lines.setdefault(call.session_id, []).append(call)
+    turns = turns or {}
+    heads = []
+    for session_id, line in lines.items():
+        first = line.pop()
+        since_usec = max(first.since_usec, turns.get(session_id, 0))
+        heads.append((key(first, since_usec), first, line))
+    heapq.heapify(heads)
+    order = []
+    while heads:
+        _, first, line = heads[0]
+        order.append(first)
+        if not line:
+            heapq.heappop(heads)
+            continue
+        following = line.pop()
+        heapq.heapreplace(heads, (key(following, now_usec), following, line))
+    return order
 
 
-def admit(policy: Policy, now: Snapshot, waiting: Sequence[Waiting]) -> list[str]:
+def admit(
+    policy: Policy, now: Snapshot, waiting: Sequence[Waiting], turns: Turns | None = None
+) -> list[str]:
     """Return the ids of the calls that may start now, in this order."""
     free = free_for_admission_bytes(policy, now)
     guaranteed = {s.id: s.guarantee_bytes - s.memory_bytes for s in now.sessions}
@@ -66,7 +98,7 @@ def admit(policy: Policy, now: Snapshot, waiting: Sequence[Waiting]) -> list[str
     idle = not now.calls
     blocked = False
     started: list[str] = []
-    for call in in_order(policy, now.now_usec, waiting):
+    for call in in_order(policy, now.now_usec, waiting, turns):
         expected, left = call.expected_bytes, guaranteed.get(call.session_id, 0)
         fits = expected <= free and not blocked
         if expected <= left:
@@ -76,7 +108,8 @@ def admit(policy: Policy, now: Snapshot, waiting: Sequence[Waiting]) -> list[str
         elif fits or (idle and not started):
             free -= expected
         else:
-            half_usec = call.since_usec + (call.deadline_usec - call.since_usec) // 2
+            since_usec = max(call.since_usec, (turns or {}).get(call.session_id, 0))
+            half_usec = since_usec + (call.deadline_usec - call.since_usec) // 2
             blocked = blocked or now.now_usec >= half_usec
             continue
         started.append(call.id)

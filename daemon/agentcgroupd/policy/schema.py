@@ -275,6 +275,8 @@ class Admission(Section):
     paused."""
     waiting_max: Annotated[int, Field(ge=0, le=100_000)] = 1000
     """Most calls that may wait; more are refused."""
+    waiting_share: Share = 0.25
+    """Part of the places that calls of other sessions leave, which one session may have."""
     age_step: Duration = 5_000_000
     """Time of waiting that counts as much as 10 of the 100 steps of priority."""
     overcommit: Annotated[float, Field(ge=1, le=100)] = 1.0

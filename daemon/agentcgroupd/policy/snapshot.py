@@ -77,6 +77,8 @@ class CallView:
     0: not known."""
     memory_max_bytes: int | None = None
     """The call's own limit; None: it has none."""
+    is_unused: bool = False
+    """Whether no process has entered the call yet."""
 
 
 @dataclass(frozen=True, slots=True)

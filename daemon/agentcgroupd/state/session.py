@@ -86,6 +86,9 @@ class Call:
     likely_bytes: int = 0
     """Memory that it is likely to take: what its intent says, corrected by what the last calls
     like it took; 0: nothing is known."""
+    keeps_room: bool = True
+    """Whether memory that it is expected to take is kept for it: while a process is in it, and for
+    a moment when none is (calls.keep_room)."""
     waited_usec: int = 0
     """Time in queues before it began."""
     begun_in: str = ""

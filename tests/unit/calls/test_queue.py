@@ -40,7 +40,7 @@ class Places:
         self.name, self.free = name, free
         self._patience_usec, self._refused_late = int(patience_s * 1e6), refused_late
         self.retry: Callable[[], None] = lambda: None
-        self.most = 1000
+        self.most, self.share = 1000, 1.0
 
     def on_freed(self, retry: Callable[[], None]) -> None:
         self.retry = retry
@@ -53,6 +53,9 @@ class Places:
 
     def waiting_max(self) -> int:
         return self.most
+
+    def waiting_share(self) -> float:
+        return self.share
 
     def let_in(self, waiting: Sequence[Wait]) -> Mapping[str, Place]:
         found = {}
@@ -122,12 +125,14 @@ class World:
         self.session = cast(Session, SimpleNamespace(id="s"))
         self.asked = 0
 
-    def enter(self, *needs: str, priority: int = 50) -> Ticket:
-        """A call that needs these resources."""
+    def enter(self, *needs: str, priority: int = 50, session: Session | None = None) -> Ticket:
+        """A call that needs these resources, of the one session or of another."""
         self.asked += 1
         request = CallRequest(f"call {self.asked}", needs, Intent())
         grant = replace(GRANT, priority=priority)
-        return self.queue.enter(Candidate(str(self.asked), self.session, request, grant, 0))
+        return self.queue.enter(
+            Candidate(str(self.asked), session or self.session, request, grant, 0)
+        )
 
     def waiting(self) -> list[str]:
         """Ids of the calls that wait."""
@@ -260,6 +265,30 @@ def test_too_many() -> None:
             world.enter("gpu")
         assert (error.value.field, error.value.allowed) == ("gpu", "0")
         assert len(world.queue) == world.queue.count(world.session) == len(tickets)
+
+    run(scenario)
+
+
+def test_no_number_of_sessions_fills_the_queue() -> None:
+    """Each may have its share of the places that the others leave, and one at least."""
+
+    async def scenario() -> None:
+        gpu = Places("gpu", 0)
+        gpu.most, gpu.share = 100, 0.25
+        world = World(gpu)
+        sessions = [cast(Session, SimpleNamespace(id=f"s{i}")) for i in range(12)]
+        tickets = []
+        for session in sessions:
+            with pytest.raises(ResourceExhausted, match="its share of the") as error:
+                for _ in range(100):
+                    tickets.append(world.enter("gpu", session=session))
+            assert error.value.field == "gpu"
+            assert world.queue.count(session) >= 1
+        assert world.queue.count(sessions[0]) == 25
+        assert len(world.queue) < 100
+        others = [cast(Session, SimpleNamespace(id="late")) for _ in range(3)]
+        for session in others:
+            world.enter("gpu", session=session)
 
     run(scenario)
 

@@ -133,3 +133,34 @@ def test_hundreds_in_one_tick() -> None:
     order = [w.id for w in in_order(POLICY, NOW, crowd)]
     assert started == order[: len(started)], "the first in the queue"
     assert 20 <= len(started) <= 25
+
+
+def names(rows: list[Waiting], turns: dict[str, int] | None = None) -> list[str]:
+    """The order in which calls are to start, by name."""
+    return [w.id for w in in_order(POLICY, NOW, rows, turns)]
+
+
+@given(waiting, st.integers(1, 5))
+def test_the_order_has_every_call_once(rows: list[Waiting], sessions: int) -> None:
+    spread = [replace(w, session_id=str(i % sessions)) for i, w in enumerate(rows)]
+    assert sorted(names(spread)) == sorted(w.id for w in rows)
+    for session in range(sessions):
+        mine = [w for w in spread if w.session_id == str(session)]
+        in_all = [name for name in names(spread) if name in {w.id for w in mine}]
+        assert in_all == names(mine)
+
+
+def test_a_session_with_many_calls_delays_another_by_one() -> None:
+    crowd = [waits(f"c{i:03}", 500, age_s=50, session="greedy") for i in range(200)]
+    victim = waits("victim", 500, age_s=1, session="victim")
+    assert names([*crowd, victim])[:3] == ["c000", "victim", "c001"]
+    # After its turn it ages anew: who came before that turn is first.
+    assert names([*crowd, victim], {"greedy": NOW})[:2] == ["victim", "c000"]
+
+
+def test_who_holds_calls_unused_keeps_no_large_call_back() -> None:
+    huge = waits("huge", 3900, age_s=40, session="greedy")
+    victim = waits("victim", 500, age_s=1, session="victim")
+    now = snapshot(2000, running(100))
+    assert admit(POLICY, now, [huge, victim]) == []
+    assert admit(POLICY, now, [huge, victim], {"greedy": NOW}) == ["victim"]
