@@ -129,6 +129,8 @@ class CallDefaults(Section):
     leftovers_grace: Duration = 250_000
     """Between the end of a command and the SIGTERM to what it left running: the last lines of
     `cmd > >(tee log)` are still on their way then."""
+    depth_max: Annotated[int, Field(ge=1, le=8)] = 3
+    """Most calls in one another, the outermost counted."""
     tools_may: Literal["nest", "manage"] = "nest"
     """What a process inside a declared call may do to calls of its session (rpc/callers.py): begin
     and end calls inside its own, or all that the agent may."""

@@ -154,8 +154,8 @@ class Observers:
 
     def call_ended(self, call: Call, held_bytes: int) -> None:
         """Tell the guard that a call has ended and how much it held at its peak, so that calls that
-        wait can start."""
-        if self._guard is not None:
+        wait can start. One inside another call is a part of that."""
+        if self._guard is not None and call.parent is None:
             self._guard.call_ended(call, held_bytes)
 
     def room_given_up(self, call: Call) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.lifecycle import Calls
+from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import KnobError
 from agentcgroupd.policy.learning import Peaks, learn
 from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.records import read_record
-from agentcgroupd.state.session import Call
+from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.audit import Audit
 
 log = logging.getLogger(__name__)
@@ -22,15 +24,11 @@ def restore(
 ) -> None:
     """Take up what the cgroups and the audit log tell; each session before its calls."""
     for session in lifecycle.restore():
-        for name in session.cgroup.children():
-            cgroup = session.cgroup.child(name)
-            data = read_record(cgroup.get_xattr(), "call")
-            if data is None:
-                continue
+        for call in _found_in(session, session.cgroup, None):
             try:
-                calls.restore(session, Call.from_record(session, cgroup, data))
-            except (KeyError, TypeError, ValueError, KnobError, OSError) as error:
-                log.error("%s cannot be taken up: %s", cgroup.path, error)
+                calls.restore(session, call)
+            except (KnobError, OSError, ValueError) as error:
+                log.error("%s cannot be taken up: %s", call.cgroup.path, error)
     if not sessions.open:
         return
     for session_id, reports in _reports(sessions, calls, audit).items():
@@ -41,6 +39,27 @@ def restore(
         for report in mine:
             learn(session.learned, peaks, report)
     log.info("took up %d sessions and %d calls", len(sessions.open), len(calls.open))
+
+
+def _found_in(session: Session, above: Cgroup, outer: Call | None) -> Iterator[Call]:
+    """Find calls by the records on their cgroups, directly below another cgroup and inside each
+    other, the innermost first: a call ends only after those inside it."""
+    for name in list(above.children()):
+        try:
+            cgroup = above.child(name)
+            data = read_record(cgroup.get_xattr(), "call")
+            if data is None:
+                continue
+            call = Call.from_record(session, cgroup, data)
+        except (KeyError, TypeError, ValueError, KnobError, OSError) as error:
+            log.error("%s/%s cannot be taken up: %s", above.path, name, error)
+            continue
+        call.parent = outer
+        if outer is not None:
+            outer.inner[call.id] = call
+        if call.main_leaf is not None:
+            yield from _found_in(session, cgroup, call)
+        yield call
 
 
 def _reports(sessions: Sessions, calls: Calls, audit: Audit) -> dict[str, dict[str, pb.Report]]:

@@ -133,6 +133,44 @@ def test_the_gate(machine: Machine, agent: AgentProcess) -> None:
     assert agent.run(code, path=str(machine.nodes / "nvidia0")) == 1
 
 
+INSIDE = """
+import os, subprocess, sys
+inside = [EXEC, "--name", "inside", *options, "--", sys.executable, "-c", script]
+print(subprocess.run(inside, capture_output=True, text=True))
+"""
+
+
+def inside(agent: AgentProcess, script: str, *options: str, **intent: str) -> str:
+    """Run a script as a call inside a call with this intent; returns what became of it."""
+    code = f"EXEC = {EXEC!r}\noptions = {options!r}\nscript = {script!r}\n{INSIDE}"
+    return run_script(agent, code, **intent)[0]
+
+
+@pytest.mark.programs
+def test_a_call_inside_shares_the_part_of_the_outer_one(
+    machine: Machine, agent: AgentProcess
+) -> None:
+    paths = [str(machine.nodes / name) for name in NODES]
+    show = f"paths = {paths!r}\n{OPEN}\nprint(os.environ['CUDA_VISIBLE_DEVICES'])"
+    out = inside(agent, show, gpu="10%", gpu_device="0")
+    assert f"ENXIO EPERM ENXIO ENXIO\\n{uuid_of(0)}" in out
+    # Another call beside it has none.
+    assert opens(machine, agent)[0] == "EPERM"
+    asked = inside(agent, "print('ran')", "--gpu", "5%", gpu="10%", gpu_device="0")
+    assert "returncode=0" in asked and "ran" in asked
+    # The part is counted once: what is left can be had beside both.
+    assert "returncode=0" in inside(agent, "", "--gpu", "60%", gpu="60%", gpu_device="0")
+
+
+def test_a_call_inside_has_no_more_of_a_gpu_than_the_outer_one(
+    machine: Machine, agent: AgentProcess
+) -> None:
+    more = inside(agent, "print('ran')", "--gpu", "20%", gpu="10%", gpu_device="0")
+    assert "returncode=125" in more and "at most 10%" in more and "stdout=''" in more
+    none = inside(agent, "print('ran')", "--gpu", "5%")
+    assert "returncode=125" in none and "has no part of a GPU" in none and "stdout=''" in none
+
+
 @pytest.mark.full_speed
 def test_who_is_refused_is_told_what_to_ask_for(machine: Machine, agent: AgentProcess) -> None:
     code = """

@@ -199,9 +199,12 @@ class Boundaries:
         """Keep the status of a call's main process at once: the end of the call may be dealt with
         before this event is."""
         call = self._call_of_cgroup.get(event.event.cgroup_id)
-        if call is not None and call.main is not None:
-            if (call.main.pid, call.main.start_ticks) == key_of(event.process):
+        while call is not None:
+            # It may have gone on from the call around this one.
+            main = call.main
+            if main is not None and (main.pid, main.start_ticks) == key_of(event.process):
                 call.exit_status = event.wait_status
+            call = call.parent
 
     def _note_victim(self, event: abi.OomEvent) -> None:
         """Keep at once whom the kernel's OOM killer chose, for the same reason."""

@@ -23,16 +23,23 @@ class Admission:
         self._calls, self._queue = calls, queue
 
     def begin(
-        self, session: Session, request: CallRequest, owner: Process | None, begun_in: str = ""
+        self,
+        session: Session,
+        request: CallRequest,
+        owner: Process | None,
+        outer: Call | None = None,
     ) -> Call | Coroutine[Any, Any, Call]:
         """Begin a call, which has its cgroup then and no process yet; where it has to wait, the
         result is to be awaited.
 
-        `owner` holds the call open; None: the call ends when it is empty. `begun_in`: the id of
-        the call that its caller is in. Raises RequestError, and then nothing is left behind.
+        `owner` holds the call open; None: the call ends when it is empty. `outer`: the call that
+        it is to begin in, whose room it shares, so that it never waits. Raises RequestError, and
+        then nothing is left behind.
         """
         with self._calls.refusing(session, request.name):
-            candidate = self._calls.grant(session, request, begun_in=begun_in)
+            candidate = self._calls.grant(session, request, outer=outer)
+            if outer is not None:
+                return self._calls.open_call(candidate, candidate.grant, owner)
             ticket = self._queue.enter(candidate)
             if ticket.wait is not None:
                 return self._begin_later(ticket, None if owner is None else owner.copy())
@@ -49,8 +56,7 @@ class Admission:
                 await self._queue.wait(ticket)
                 # Granted anew: while it waited, the agent may have come to hold more memory, its
                 # session may have been closed, and a device may have been lost.
-                asked = ticket.candidate
-                candidate = self._calls.grant(session, request, asked.id, asked.begun_in)
+                candidate = self._calls.grant(session, request, ticket.candidate.id)
                 call = self._calls.open_call(candidate, ticket.apply(candidate.grant), owner)
         finally:
             ticket.release()
@@ -66,6 +72,8 @@ class Admission:
         calls = list(session.calls.values())
         endings, slices = [], Slices()
         for call in calls:
+            if call.parent is not None:
+                continue  # it ends with the one that it is in
             endings.append(self._calls.end(call, False, None, Asker.SESSION))
             await slices.breathe()
         await asyncio.gather(*(end for end in endings if not isinstance(end, pb.Report)))

@@ -102,9 +102,13 @@ def counts_above(places: list[Place], offered: frozenset[str]) -> tuple[Counts, 
     return tuple(_local(place.cgroup, offered) for place in places)
 
 
-def baseline_of_new(session: Session, pool: Cgroup) -> Baseline:
-    """The baseline of a call whose cgroup is new. Raises KnobError."""
-    return Baseline(above=counts_above(places_above(session, pool), session.offered))
+def baseline_of_new(session: Session, pool: Cgroup, outer: Call | None = None) -> Baseline:
+    """The baseline of a call whose cgroup is new, in its session or in another call. Raises
+    KnobError."""
+    places = places_above(session, pool, None if outer is None else outer.cgroup)
+    if outer is not None:
+        places.insert(0, Place(pb.LEVEL_OUTER, outer.cgroup, outer.id))
+    return Baseline(above=counts_above(places, session.offered))
 
 
 def baseline_now(call: Call, pool: Cgroup) -> Baseline:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.calls import nesting
 from agentcgroupd.calls.evidence import main_status
 from agentcgroupd.calls.facts import CALLER_REASONS
 from agentcgroupd.calls.leaving import Leavers
@@ -29,7 +30,7 @@ from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import CallDefaults
 from agentcgroupd.enforce import memory_high
 from agentcgroupd.enforce.actions import Actions
-from agentcgroupd.enforce.kill import ask_end, kill, kill_outsiders
+from agentcgroupd.enforce.kill import ask_end, end_with, kill, kill_outsiders
 from agentcgroupd.enforce.limits import (
     oom_score_adj,
     rewrite_grant,
@@ -50,6 +51,7 @@ from agentcgroupd.errors import (
 )
 from agentcgroupd.host.syscalls import cpus_of, pidfd_alive, wait_channel
 from agentcgroupd.intents.grant import Ceiling, Grant, grant_for, merge
+from agentcgroupd.intents.inner import check_gpu, cut, inner_grant, without_gpu
 from agentcgroupd.intents.lowering import lowered, refuse_raise
 from agentcgroupd.intents.parse import NAME_CHARS_MAX, Intent
 from agentcgroupd.intents.request import CallRequest
@@ -57,7 +59,15 @@ from agentcgroupd.state.candidate import Candidate
 from agentcgroupd.state.ending import Account, Asker
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.records import plain
-from agentcgroupd.state.session import CALL_PREFIX, Call, Session, boottime_usec, unix_usec
+from agentcgroupd.state.session import (
+    CALL_PREFIX,
+    INNER_IDS_MOST,
+    Call,
+    Session,
+    boottime_usec,
+    lies_in,
+    unix_usec,
+)
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import call_to_proto, grant_to_proto
 from agentcgroupd.turns import Turns
@@ -181,18 +191,36 @@ class Calls:
             raise
 
     def grant(
-        self, session: Session, request: CallRequest, call_id: str = "", begun_in: str = ""
+        self,
+        session: Session,
+        request: CallRequest,
+        call_id: str = "",
+        outer: Call | None = None,
     ) -> Candidate:
         """Decide what a call gets, if one more may be there at all. `call_id`: the one that it has
-        had since it was first granted; empty: it gets one. `begun_in`: the id of the call that its
-        caller is in. Raises RequestError."""
+        had since it was first granted; empty: it gets one. `outer`: the call that it is to begin
+        in; None: in none. Raises RequestError."""
         self._check_count(session)
+        if outer is not None:
+            return self._grant_inside(outer, request)
         grant = grant_for(request.intent, self._ceiling(session))
         likely_bytes, advice = self._reports.expect(session, request.name, request.argv, grant)
         if advice:
             grant = replace(grant, advice=(*grant.advice, advice))
         call_id = call_id or secrets.token_hex(6)
-        return Candidate(call_id, session, request, grant, likely_bytes, begun_in)
+        return Candidate(call_id, session, request, grant, likely_bytes)
+
+    def _grant_inside(self, outer: Call, request: CallRequest) -> Candidate:
+        """Decide what a call gets that begins inside another one. Raises RequestError."""
+        nesting.check(outer, self._config.depth_max)
+        try:
+            room = nesting.room_in(outer)
+        except KnobError as error:
+            raise Unavailable(f"what is left of call {outer.id} cannot be read: {error}") from None
+        session = outer.session
+        grant, cut = inner_grant(request.intent, self._ceiling(session), room)
+        # It counts as a part of the outer call wherever memory is shared out.
+        return Candidate(secrets.token_hex(6), session, request, grant, 0, outer, cut)
 
     def _check_count(self, session: Session) -> None:
         """Refuse a call beyond calls_max. Raises FailedPrecondition or ResourceExhausted."""
@@ -218,7 +246,8 @@ class Calls:
         with self._metrics.time("begin"):
             call = self._with_cgroup(candidate, grant, owner, age_usec)
             try:
-                call.grant = write_grant(call.session, call.cgroup, grant)
+                outer = nesting.above(call.parent)
+                call.grant = write_grant(call.session, call.cgroup, grant, outer)
                 call.bounds.written = (call.grant.memory_high_bytes,)
                 call.cgroup.set_xattr(call.record())
                 self._follow(call)
@@ -238,8 +267,12 @@ class Calls:
         """Make a call's cgroup, without limits yet. Raises NotFound or Unavailable."""
         session, request = candidate.session, candidate.request
         try:
-            began = self._reports.baseline_of_new(session)
-            cgroup = session.cgroup.make_child(CALL_PREFIX + candidate.id)
+            outer = candidate.outer
+            if outer is not None:
+                nesting.split(outer)
+            began = self._reports.baseline_of_new(session, outer)
+            above = session.cgroup if outer is None else outer.cgroup
+            cgroup = above.make_child(CALL_PREFIX + candidate.id)
         except CgroupGone:
             raise NotFound(f"the cgroup of session {session.id} is gone") from None
         except KnobError as error:
@@ -258,7 +291,9 @@ class Calls:
             observed=request.observed,
             account=Account(began=began),
             likely_bytes=candidate.likely_bytes,
-            begun_in=candidate.begun_in,
+            parent=outer,
+            cut=candidate.cut,
+            frozen_since_usec=outer.frozen_since_usec if outer is not None else None,
         )
 
     def _follow(self, call: Call) -> None:
@@ -268,6 +303,8 @@ class Calls:
         )
         self.open[call.id] = call
         call.session.calls[call.id] = call
+        if call.parent is not None:
+            call.parent.inner[call.id] = call
         self._observer.call_opened(call)
         if call.owner is not None:
             self._owners.add(call)
@@ -287,7 +324,11 @@ class Calls:
             name=call.name,
             argv=list(call.argv),
             grant=plain(call.grant),
+            parent=call.parent.id if call.parent is not None else None,
         )
+        if call.parent is not None and len(call.parent.inner_ids) < INNER_IDS_MOST:
+            call.parent.inner_ids.append(call.id)
+            call.parent.cgroup.set_xattr(call.parent.record())
         if self._feed.listening:
             self._feed.publish(call.session.id, pb.Event(begun=call_to_proto(call, admin=True)))
 
@@ -299,7 +340,7 @@ class Calls:
         if call.state == pb.CALL_STATE_ENDING:
             raise FailedPrecondition(f"call {call.id} is ending")
         with self._metrics.time("attach"):
-            call.cgroup.attach(process.pid)
+            call.leaf.attach(process.pid)
             if not pidfd_alive(process.pidfd):
                 raise FailedPrecondition(f"process {process.pid} ended before it could enter")
         self._leave_others(call, process)
@@ -320,7 +361,13 @@ class Calls:
             main = other.main
             if other is call or main is None:
                 continue
-            if (main.pid, main.start_ticks) == (process.pid, process.start_ticks):
+            if (main.pid, main.start_ticks) != (process.pid, process.start_ticks):
+                continue
+            other.went_on_as = other.went_on_as or call.id
+            if lies_in(call, other):
+                # It stays open around the other one, whose end is its own.
+                other.cgroup.set_xattr(other.record())
+            else:
                 ask_end(other, Asker.WENT_ON, f"It went on as call {call.id}.")
                 self._leavers.drop(other)
                 main.close()
@@ -340,7 +387,7 @@ class Calls:
     def admit(self, call: Call, process: Process) -> None:
         """Move one more process into a call; if the call is ending, the process is killed with it.
         Raises KnobError."""
-        call.cgroup.attach(process.pid)
+        call.leaf.attach(process.pid)
         self._entered(call, process)
         if call.state == pb.CALL_STATE_ENDING:
             kill(call)
@@ -362,8 +409,8 @@ class Calls:
         if only_lower:
             refuse_raise(call.id, call.grant, intent)
         current = call.cgroup.read_if(knobs.MEMORY_CURRENT)
-        grant = merge(call.grant, intent, self._ceiling(call.session), current)
-        grant = settle(call.session, grant, call.grant.settings)
+        grant = self._merge(call, intent, current)
+        grant = settle(call.session, grant, call.grant.settings, nesting.above(call.parent))
         if only_lower:
             grant = lowered(call.grant, grant)
         grant = self._observer.regrant(call, grant)
@@ -381,6 +428,18 @@ class Calls:
             "call_updated", session=call.session.id, call=call.id, grant=plain(call.grant)
         )
         return call
+
+    def _merge(self, call: Call, intent: Intent, current: int | None) -> Grant:
+        """Decide what an open call gets for a change of its intent; inside another one, at most
+        what is left of that. Raises InvalidField or KnobError."""
+        ceiling = self._ceiling(call.session)
+        if call.parent is None:
+            return merge(call.grant, intent, ceiling, current)
+        room = nesting.room_in(call.parent, call)
+        check_gpu(intent, room)
+        grant, cut_now = cut(merge(call.grant, without_gpu(intent), ceiling, current), intent, room)
+        call.cut = (*call.cut, *cut_now)
+        return grant
 
     # Ending
 
@@ -520,8 +579,14 @@ class Calls:
             return call.session.report(call.id)
         if self._leavers.outlives(call):
             return None
+        for inner in list(call.inner.values()):
+            # Its cgroup is in this one, so it is empty too.
+            if inner.held or not inner.entered:
+                end_with(inner, call)
+            self._finish(inner)
         with self._metrics.time("finish"):
             self._observer.catch_up()
+            nesting.went_on(call)
             self._observer.call_ending(call)
             report = self._reports.of(call)
             # Before the cgroup goes: a daemon killed in between would lose the report. One killed
@@ -538,6 +603,7 @@ class Calls:
                 log.error("call %s: its cgroup could not be removed: %s", call.id, error)
                 removed = False
             kill_outsiders(call)
+            nesting.inner_ended(call)
             self._forget(call, removed)
             self.ended += 1
             self._reports.keep(call.session, report)
@@ -550,6 +616,8 @@ class Calls:
     def _forget(self, call: Call, removed: bool = False) -> None:
         self.open.pop(call.id, None)
         call.session.calls.pop(call.id, None)
+        if call.parent is not None:
+            call.parent.inner.pop(call.id, None)
         if call.watch is not None:
             (self._events.forget if removed else self._events.unwatch)(call.watch)
         self._deadlines.drop(call)

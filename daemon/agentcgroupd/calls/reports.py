@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf.sched import CpuNumbers
+from agentcgroupd.calls import nesting
 from agentcgroupd.calls.counters import baseline_now, baseline_of_new
 from agentcgroupd.calls.evidence import gather
 from agentcgroupd.calls.facts import EndFacts
@@ -66,9 +67,10 @@ class Reports:
 
     # Counters that an end is judged against
 
-    def baseline_of_new(self, session: Session) -> Baseline:
-        """Read the counters above a call that is about to get its cgroup. Raises KnobError."""
-        return baseline_of_new(session, self._pool)
+    def baseline_of_new(self, session: Session, outer: Call | None) -> Baseline:
+        """Read the counters above a call that is about to get its cgroup, in another call or in
+        none. Raises KnobError."""
+        return baseline_of_new(session, self._pool, outer)
 
     def baseline_now(self, call: Call) -> Baseline:
         """Read the counters of an open call and above it. Raises KnobError."""
@@ -92,8 +94,10 @@ class Reports:
         return learned.expect(shape, asked).expected_bytes, learned.advice(shape, asked)
 
     def learn(self, call: Call, report: pb.Report) -> None:
-        """Learn from an ended call what the next ones of its shape will take."""
-        learn(call.session.learned, self._peaks, report, denied=call.was_denied)
+        """Learn from an ended call what the next ones of its shape will take; one inside another
+        call has its part in what is learned from that."""
+        if call.parent is None:
+            learn(call.session.learned, self._peaks, report, denied=call.was_denied)
 
     # Making
 
@@ -116,6 +120,7 @@ class Reports:
         if call.gpu_usage is not None:
             report.gpu.CopyFrom(call.gpu_usage)
             report.feedback.extend(call.gpu_feedback)
+        nesting.tell(report, call)
         for feedback in report.feedback:
             feedback.call_id, feedback.session_id = call.id, call.session.id
             feedback.at_unix_usec = unix_usec()

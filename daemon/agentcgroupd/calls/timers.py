@@ -11,7 +11,7 @@ from agentcgroupd.config import CallDefaults
 from agentcgroupd.enforce.kill import ask_end, terminate
 from agentcgroupd.enforce.pause import paused_usec
 from agentcgroupd.state.ending import Asker
-from agentcgroupd.state.session import Call, boottime_usec
+from agentcgroupd.state.session import Call, all_inside, boottime_usec, frozen_usec
 from agentcgroupd.turns import Turns
 
 FROZEN_CHECK_USEC = 100_000
@@ -53,10 +53,14 @@ class Deadlines:
         self.granted(call)
 
     def granted(self, call: Call) -> None:
-        """Set a call's timeout as its grant says now."""
-        if call.grant.timeout_usec is not None:
-            used = boottime_usec() - call.began_boot_usec
-            self._set(call, "timeout", call.grant.timeout_usec - used, self._timed_out)
+        """Set a call's timeout as its grant says now, and those of the calls inside. One that would
+        pass no sooner than that of the call around it is left to that."""
+        for each in (call, *all_inside(call)):
+            left, around = _left_usec(each), _left_around(each)
+            if left is None or (around is not None and around <= left):
+                self._cancel(each, "timeout")
+            else:
+                self._set(each, "timeout", left, self._timed_out)
 
     def entered(self, call: Call) -> None:
         """Stop waiting for a process to enter a call."""
@@ -132,3 +136,22 @@ class Deadlines:
         ask_end(call, Asker.TIMEOUT)
         terminate(call)
         self._set(call, "kill", self._config.term_grace, self._kill)
+
+
+def _left_usec(call: Call) -> int | None:
+    """What is left of a call's timeout; None: it has none."""
+    if call.grant.timeout_usec is None:
+        return None
+    now = boottime_usec()
+    return call.grant.timeout_usec - (now - call.began_boot_usec - frozen_usec(call, now))
+
+
+def _left_around(call: Call) -> int | None:
+    """The least that is left of the timeouts of the calls that a call is in; None: they have
+    none."""
+    found, outer = list[int](), call.parent
+    while outer is not None:
+        left = _left_usec(outer)
+        found += [] if left is None else [left]
+        outer = outer.parent
+    return min(found, default=None)

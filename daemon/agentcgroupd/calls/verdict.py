@@ -98,6 +98,8 @@ def _cancelled(facts: EndFacts) -> str:
 def _who(asked: Asked) -> str:
     if asked.by is Asker.OPERATOR:
         return "the operator ended the call"
+    if asked.by is Asker.OUTER:
+        return asked.why
     if asked.by is Asker.SESSION:
         return "its session was closed"
     return CALLER_SAYS.get(asked.reason, "its agent ended the call")
@@ -208,7 +210,7 @@ RULES: tuple[Rule, ...] = (
     Rule("its timeout passed", _by(Asker.TIMEOUT), pb.VERDICT_TIMEOUT, _timeout),
     Rule("ended by policy", _by(Asker.POLICY), pb.VERDICT_STOPPED, _policy),
     Rule(
-        "ended by its agent, the operator or the end of its session",
+        "ended by its agent, the operator, or the end of its session or of the call it is in",
         lambda f: f.ender is not None,
         pb.VERDICT_CANCELLED,
         _cancelled,

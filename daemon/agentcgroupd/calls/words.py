@@ -28,6 +28,9 @@ def limit_words(hit: LimitHit) -> str:
     """A clause that says which limit of memory was reached."""
     size = _bytes_of(hit)
     match hit.level:
+        case pb.LEVEL_NESTED if hit.name.startswith("call-"):
+            name = hit.name.rpartition("/")[2].removeprefix("call-")
+            return f"call {name}, which was begun in this one, reached its limit{size}"
         case pb.LEVEL_NESTED:
             what = f"the cgroup {hit.name!r}" if hit.name else "a cgroup, gone since,"
             return f"{what} that the tool made below its call reached its own limit{size}"
@@ -180,6 +183,8 @@ def swept_words(facts: EndFacts) -> str:
             return f"Afterwards {what} by the operator."
         case Asker.SESSION:
             return f"Afterwards {what} with its session."
+        case Asker.OUTER:
+            return f"Afterwards {what}: {sweeper.why}."
         case _ if sweeper.reason in CALLER_SAYS:
             return f"Afterwards {what}: {CALLER_SAYS[sweeper.reason]}."
         case _:

@@ -28,7 +28,7 @@ from agentcgroupd.config import CpuConfig
 from agentcgroupd.errors import BpfError, CgroupGone, KnobError
 from agentcgroupd.intents.cpu_class import CpuClasses
 from agentcgroupd.sessions.pool import Pool
-from agentcgroupd.state.session import Call, Session
+from agentcgroupd.state.session import Call, Session, all_inside
 from agentcgroupd.telemetry.metrics import Metrics
 from agentcgroupd.units import CgroupId
 
@@ -333,10 +333,11 @@ class CpuScheduling:
         kernel's. Never raises BpfError."""
         if self._scheduler is None:
             return
-        try:
-            self._scheduler.hurry(call.cgroup.id, HURRY_USEC)
-        except BpfError as error:
-            log.debug("call %s: %s", call.id, error)
+        for each in (call, *all_inside(call)):
+            try:
+                self._scheduler.hurry(each.leaf.id, HURRY_USEC)
+            except BpfError as error:
+                log.debug("call %s: %s", each.id, error)
 
     # What it tells
 

@@ -16,7 +16,7 @@ from agentcgroupd.enforce.kill import ask_end, kill
 from agentcgroupd.enforce.reclaimer import Reclaimer
 from agentcgroupd.errors import BpfError, KnobError
 from agentcgroupd.state.ending import Asker
-from agentcgroupd.state.session import Call, Session, boottime_usec
+from agentcgroupd.state.session import Call, Session, all_inside, boottime_usec
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.units import show_bytes
 
@@ -46,7 +46,8 @@ class Actions:
         self.hurry(call)
         holds = memory_high.can_hold(call)
         pause.stop(call, call.cgroup.read(knobs.MEMORY_CURRENT) if holds else None)
-        call.state = pb.CALL_STATE_FROZEN
+        for each in (call, *all_inside(call)):
+            _note_frozen(each)
         self.notices.acted_on_call("freeze", call, why, pb.FEEDBACK_CODE_FROZEN)
 
     def thaw(self, call: Call, why: str) -> None:
@@ -54,8 +55,8 @@ class Actions:
         if call.frozen_since_usec is None:
             return
         pause.release(call)
-        if call.state == pb.CALL_STATE_FROZEN:
-            call.state = pb.CALL_STATE_RUNNING
+        for each in (call, *all_inside(call)):
+            _note_thawed(each)
         self.notices.acted_on_call("thaw", call, why, pb.FEEDBACK_CODE_THAWED)
         call.cgroup.set_xattr(call.record())
 
@@ -244,3 +245,20 @@ class Actions:
         session.cgroup.write(knobs.CPU_WEIGHT, session.limits.cpu_weight)
         session.slowed = False
         self.notices.acted_on_session("restore", session, why, pb.FEEDBACK_CODE_CPU_RESTORED)
+
+
+def _note_frozen(call: Call) -> None:
+    """Take down that a call is paused, if only with the call that it is in."""
+    if call.frozen_since_usec is None:
+        call.frozen_since_usec = boottime_usec()
+    if call.state != pb.CALL_STATE_ENDING:
+        call.state = pb.CALL_STATE_FROZEN
+
+
+def _note_thawed(call: Call) -> None:
+    """Take down that a call goes on, if only with the call that it is in."""
+    if call.frozen_since_usec is not None:
+        call.frozen_usec += boottime_usec() - call.frozen_since_usec
+        call.frozen_since_usec = None
+    if call.state == pb.CALL_STATE_FROZEN:
+        call.state = pb.CALL_STATE_RUNNING

@@ -12,7 +12,7 @@ from agentcgroupd.enforce.outside import find_outsiders, place_outside
 from agentcgroupd.errors import KnobError
 from agentcgroupd.host.syscalls import pidfd_ended, process_stat
 from agentcgroupd.state.ending import Asked, Asker
-from agentcgroupd.state.session import Call, unix_usec
+from agentcgroupd.state.session import Call, all_inside, unix_usec
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ _ASKED = {
     Asker.SESSION: ("its session was closed", "CloseSession"),
     Asker.POLICY: ("the policy ended it", "policy"),
     Asker.LEFTOVERS: ("its command had ended", "pidfd"),
+    Asker.OUTER: ("the call that it was begun in was ended", "its outer call"),
     Asker.WENT_ON: ("its main process asked for another call", "attach"),
 }
 """What each request is, as a clause, and where it comes from."""
@@ -91,9 +92,31 @@ def _has_ended_main_thread(pid: int) -> bool:
         return False
 
 
+def end_inside(call: Call) -> None:
+    """Take down for the calls inside a call that they end with it."""
+    for inner in all_inside(call):
+        end_with(inner, call)
+
+
+def end_with(inner: Call, outer: Call) -> None:
+    """Take down for a call inside another one that it ends with that, unless it is over by
+    itself."""
+    if inner.state == pb.CALL_STATE_ENDING:
+        return
+    try:
+        goes_on = inner.held or not inner.entered or inner.cgroup.populated()
+    except KnobError as error:
+        log.debug("call %s: %s", inner.id, error)
+        goes_on = False
+    if goes_on:
+        ask_end(inner, Asker.OUTER, f"it ended with call {outer.id} that it was begun in")
+    inner.state, inner.held = pb.CALL_STATE_ENDING, False
+
+
 def terminate(call: Call) -> None:
     """Send SIGTERM to all processes of a call, and to its main process wherever that has gone; no
     error if there are none any more."""
+    end_inside(call)
     outside = place_outside(call)
     try:
         call.cgroup.signal(signal.SIGTERM)
@@ -109,9 +132,10 @@ def kill(call: Call) -> None:
     """Kill all processes of a call, and those that are left again and again, until the call is
     over: cgroup.kill misses a process whose main thread has ended (seen on Linux 6.18). The main
     process is killed wherever it has gone. On the event loop. Raises KnobError, or CgroupGone."""
-    main = call.main
-    if main is not None and not pidfd_ended(main.pidfd):
-        call.account.main_killed = True
+    end_inside(call)
+    for each in (call, *all_inside(call)):
+        if each.main is not None and not pidfd_ended(each.main.pidfd):
+            each.account.main_killed = True
     _again_later(call, AGAIN_S)
     try:
         call.cgroup.kill()

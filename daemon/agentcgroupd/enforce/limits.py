@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from agentcgroupd.cgroup import knobs
@@ -24,20 +24,20 @@ class Setting:
     file: str
     controller: str
     """The controller that has the file. Sessions give it to their calls when one asks for it."""
-    within: Callable[[Session, str], tuple[str, str]]
-    """From a session and the text to what of it the session can give, and a sentence where that is
-    less. Raises InvalidField where it is nothing, KnobError."""
+    within: Callable[[Cgroup, str, str], tuple[str, str]]
+    """From the cgroup above a call, its name in sentences and the text to what of it that can give,
+    and a sentence where that is less. Raises InvalidField where it is nothing, KnobError."""
 
 
-def _cpus_within(session: Session, text: str) -> tuple[str, str]:
-    """Take from the CPUs that are asked for those that the session may use."""
-    may_use = session.cgroup.read(CPUSET_EFFECTIVE)
+def _cpus_within(above: Cgroup, name: str, text: str) -> tuple[str, str]:
+    """Take from the CPUs that are asked for those that may be used above the call."""
+    may_use = above.read(CPUSET_EFFECTIVE)
     given = str(CpuList(CpuList.parse(text).cpus & CpuList.parse(may_use).cpus))
     if not given:
-        raise InvalidField("cpuset", text, f"some of the CPUs of this session: {may_use}")
+        raise InvalidField("cpuset", text, f"some of the CPUs of {name}: {may_use}")
     if given == text:
         return given, ""
-    why = f"this session may use {may_use}, so the call got {given}."
+    why = f"{name} may use {may_use}, so the call got {given}."
     return given, f"cpuset: you asked for {text}; {why}"
 
 
@@ -46,15 +46,17 @@ SETTINGS: Mapping[str, Setting] = {"cpuset": Setting("cpuset.cpus", "cpuset", _c
 """By the name of the field."""
 
 
-def _gives(session: Session, setting: Setting) -> bool:
-    """Have a session give a setting's controller to its calls; False where it has none itself."""
-    if setting.file in session.offered:
-        return True
-    if setting.controller not in session.cgroup.read(knobs.CGROUP_CONTROLLERS):
+def _gives(session: Session, setting: Setting, outer: Sequence[Cgroup]) -> bool:
+    """Have a session give a setting's controller to its calls, and those in `outer` to the calls
+    inside them; False where it has none itself."""
+    if setting.file not in session.offered:
+        if setting.controller not in session.cgroup.read(knobs.CGROUP_CONTROLLERS):
+            return False
+        if session.cgroup.enable((setting.controller,)):
+            return False
+        session.offered = session.agent.files()
+    if any(cgroup.enable((setting.controller,)) for cgroup in outer):
         return False
-    if session.cgroup.enable((setting.controller,)):
-        return False
-    session.offered = session.agent.files()
     return setting.file in session.offered
 
 
@@ -89,23 +91,33 @@ class _Writer:
                 self.missing.append(file)
 
 
-def settle(session: Session, grant: Grant, before: Mapping[str, str] | None = None) -> Grant:
-    """Cut the settings of a grant to what the session can give; those that are as `before` stay.
-    Nothing is written to the call. Raises InvalidField or KnobError."""
+def settle(
+    session: Session,
+    grant: Grant,
+    before: Mapping[str, str] | None = None,
+    outer: Sequence[Cgroup] = (),
+) -> Grant:
+    """Cut the settings of a grant to what can be had above it; those that are as `before` stay.
+    `outer`: the cgroups of the calls that it is in, the outermost first. Nothing is written to the
+    call. Raises InvalidField or KnobError."""
+    above, whose = (outer[-1], "the call around it") if outer else (session.cgroup, "this session")
     settled, advice = dict(grant.settings), list(grant.advice)
     for name, text in grant.settings.items():
         setting = SETTINGS[name]
         is_new = before is None or before.get(name) != text
-        if is_new and _gives(session, setting):
-            settled[name], sentence = setting.within(session, text)
+        if is_new and _gives(session, setting, outer):
+            settled[name], sentence = setting.within(above, whose, text)
             advice += [sentence] if sentence else []
     return replace(grant, settings=settled, advice=tuple(advice))
 
 
-def write_grant(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
+def write_grant(
+    session: Session, cgroup: Cgroup, grant: Grant, outer: Sequence[Cgroup] = ()
+) -> Grant:
     """Settle a new call's grant, set its interface files, and return the grant as it is in force:
-    files that this kernel does not offer are named in it. Raises InvalidField or KnobError."""
-    granted = _write(session, cgroup, settle(session, grant))
+    files that this kernel does not offer are named in it. `outer`: as for `settle`. Raises
+    InvalidField or KnobError."""
+    granted = _write(session, cgroup, settle(session, grant, outer=outer))
     if granted.memory_high_bytes is not None and knobs.MEMORY_HIGH.file in session.offered:
         cgroup.write(knobs.MEMORY_HIGH, granted.memory_high_bytes)
     return granted

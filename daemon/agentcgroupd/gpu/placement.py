@@ -47,6 +47,8 @@ class Grants:
         """Change the part of an open call to that of its new grant, and give the grant with its
         environment. Raises RequestError, with nothing changed."""
         old = call.grant
+        if call.parent is not None:
+            return grant  # the part is that of the call around it
         part = grant.gpu_percent, grant.gpu_memory_bytes, grant.gpu_priority
         if part == (old.gpu_percent, old.gpu_memory_bytes, old.gpu_priority):
             return grant

@@ -216,9 +216,10 @@ class Gpus:
 
     def call_opened(self, call: Call) -> None:
         """Give a call the part that it was granted; its cgroup is empty or, after a restart of the
-        daemon, has processes. Raises BpfError."""
+        daemon, has processes. A call inside another one uses that one's part: gate, quota and time
+        slices hold for all that is below its cgroup. Raises BpfError."""
         grant = call.grant
-        if grant.gpu_percent is None or call.id in self.tenants:
+        if grant.gpu_percent is None or call.id in self.tenants or call.parent is not None:
             return
         tenant = GpuTenant(
             id=call.id,

@@ -109,7 +109,8 @@ class Sampler:
         )
 
     def _call(self, call: Call, now: int, tight: bool) -> CallView | None:
-        if call.state == pb.CALL_STATE_ENDING:
+        # What a call inside another one uses is in the outer one's use, and is acted on with it.
+        if call.state == pb.CALL_STATE_ENDING or call.parent is not None:
             return None
         try:
             memory = call.cgroup.read(knobs.MEMORY_CURRENT)

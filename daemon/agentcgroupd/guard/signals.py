@@ -100,13 +100,18 @@ class Signals:
         self._protect()
 
     def call_opened(self, call: Call) -> None:
-        """Make a call's leaf known to the programs. Raises BpfError."""
+        """Make a call's leaf known to the programs, which take what is below for a part of it, as
+        calls inside it are. Raises BpfError."""
+        if call.parent is not None:
+            return
         above = call.session.cgroup.id
         self._memory.watch(call.cgroup.id, abi.CgroupKind.CALL, above, call.grant.priority)
         self._of_cgroup[call.cgroup.id] = call
 
     def call_closed(self, call: Call) -> None:
         """Have the programs forget a call. Raises BpfError."""
+        if call.parent is not None:
+            return
         self._of_cgroup.pop(call.cgroup.id, None)
         self._memory.forget(call.cgroup.id)
 

@@ -131,7 +131,7 @@ def _memory(intent: Intent, above: Ceiling, advice: list[str]) -> tuple[int, int
     return expected or 0, min(most or beside, beside)
 
 
-def _memory_high(on_pressure: str, most: int | None) -> int | None:
+def memory_high(on_pressure: str, most: int | None) -> int | None:
     """Brake a call that would rather be slowed than killed shortly below its limit."""
     if on_pressure != "throttle" or most is None:
         return None
@@ -197,7 +197,7 @@ def grant_for(intent: Intent, above: Ceiling) -> Grant:
     gpu = gpu_part(intent, above.gpu, priority, above.priority, advice)
     return Grant(
         memory_expected_bytes=expected,
-        memory_high_bytes=_memory_high(on_pressure, memory_max),
+        memory_high_bytes=memory_high(on_pressure, memory_max),
         memory_max_bytes=memory_max,
         cpu_weight=weight,
         io_weight=weight if above.cpu.io_weight else None,
@@ -259,7 +259,7 @@ def merge(old: Grant, update: Intent, above: Ceiling, current_bytes: int | None)
         **changed,
         memory_expected_bytes=fresh.memory_expected_bytes or old.memory_expected_bytes,
         memory_max_bytes=most,
-        memory_high_bytes=_memory_high(changed.get("on_pressure", old.on_pressure), most),
+        memory_high_bytes=memory_high(changed.get("on_pressure", old.on_pressure), most),
         cpu_weight=weight,
         io_weight=weight if above.cpu.io_weight else None,
         advice=fresh.advice,

@@ -74,7 +74,7 @@ class AgentCalls:
         caller = self.caller(peer)
         with self._calls.refusing(caller.session, message.name):
             request = request_of_proto(message)
-        call = self._admission.begin(caller.session, request, peer.process, caller.begun_in)
+        call = self._admission.begin(caller.session, request, peer.process, caller.outer)
         return call_to_proto(call, admin=False) if isinstance(call, Call) else _later(call)
 
     def end(

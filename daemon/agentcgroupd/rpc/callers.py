@@ -22,6 +22,8 @@ from agentcgroupd.rpc.peers import Peer, session_of
 from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.session import Call, Session, lies_in
 
+DEPTH_MOST = 16
+"""More calls are never in one another."""
 ToolsMay = Literal["nest", "manage"]
 
 
@@ -41,9 +43,9 @@ class Caller:
         return self.call is not None and not self.call.observed and not self.trusted
 
     @property
-    def begun_in(self) -> str:
-        """The id of the call that it is in; empty: it is in none."""
-        return "" if self.call is None else self.call.id
+    def outer(self) -> Call | None:
+        """The call that what it begins is to be in; None: in none."""
+        return self.call if self.is_tool else None
 
     def find(self, call_id: str) -> Call:
         """Find an open call of the caller's session. Raises NotFound, the same for one of another
@@ -61,17 +63,18 @@ class Caller:
 
     def sees_report(self, report: pb.Report) -> bool:
         """Tell whether it is shown the report of an ended call."""
-        if not self.is_tool:
+        if self.outer is None:
             return True
-        outer, ends = report.parent_call_id, 0
-        while outer and outer != self.begun_in and ends < len(self.session.reports):
-            above = self.session.calls.get(outer) or self.session.report(outer)
-            ends += 1
-            if isinstance(above, Call):
-                outer = above.parent.id if above.parent is not None else ""
-            else:
-                outer = above.parent_call_id if above is not None else ""
-        return bool(outer) and outer == self.begun_in
+        outer_id = report.parent_call_id
+        for _ in range(DEPTH_MOST):
+            if not outer_id or outer_id == self.outer.id:
+                break
+            outer = self.session.calls.get(outer_id)
+            if outer is not None:
+                return outer is self.outer or lies_in(outer, self.outer)
+            above = self.session.report(outer_id)
+            outer_id = above.parent_call_id if above is not None else ""
+        return outer_id == self.outer.id
 
     def sees_feedback(self, call_id: str) -> bool:
         """Tell whether it is shown feedback about a call of its session that is open, waits or has
@@ -113,16 +116,12 @@ class Caller:
 
     def _began(self, call: Call) -> bool:
         """Whether the call was begun inside the caller's own, at whatever depth."""
-        each: Call | None = call
-        while self.call is not None and each is not None:
-            if each.begun_in == self.call.id:
-                return True
-            each = each.parent
-        return False
+        return self.call is not None and lies_in(call, self.call)
 
     def _refusal(self, what: str, call: Call) -> PermissionDenied:
-        allowed = f"a call that was begun in call {self.begun_in}"
-        own = f"this process is in call {self.begun_in}"
+        mine = "" if self.call is None else self.call.id
+        allowed = f"a call that was begun in call {mine}"
+        own = f"this process is in call {mine}"
         if call is self.call:
             own, why = f"this process is in call {call.id} itself", "its agent decides on that"
         elif self.call is not None and lies_in(self.call, call):

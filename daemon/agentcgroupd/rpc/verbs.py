@@ -52,7 +52,7 @@ class AgentVerbs:
         name = request.values.get("name") or name_of_program(request.args)
         with self._calls.refusing(caller.session, name):
             asked = request_of_words(request.values, request.args)
-        call = self._admission.begin(caller.session, asked, None, caller.begun_in)
+        call = self._admission.begin(caller.session, asked, None, caller.outer)
         if isinstance(call, Call):
             return self._enter(call, peer.process)
         return self._enter_later(call, peer.process.copy())

@@ -187,6 +187,11 @@ class Views:
                 "the guard does not run here, so no policy acts on calls: it is disabled "
                 "(guard.enabled), or the pool has no limit"
             )
+        if call.parent is not None:
+            raise FailedPrecondition(
+                f"call {call.id} is inside call {call.parent.id}: the policy acts on the outermost "
+                "call as a whole, so ask about that"
+            )
         snapshot = self._guard.snapshot()
         if all(seen.id != call.id for seen in snapshot.calls):
             raise NotFound(f"call {call.id} is ending", "call_id", call.id)

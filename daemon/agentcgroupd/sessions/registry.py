@@ -87,7 +87,7 @@ class Sessions:
             if name not in self.open:
                 yield from _child_if_there(self._pool.cgroup, name)
         for session in list(self.open.values()):
-            known = {call.cgroup.path.name for call in session.calls.values()}
+            known = {c.cgroup.path.name for c in session.calls.values() if c.parent is None}
             try:
                 names = [] if session.closing else list(session.cgroup.children())
             except CgroupGone:
@@ -95,6 +95,22 @@ class Sessions:
             for name in names:
                 if name.startswith(CALL_PREFIX) and name not in known:
                     yield from _child_if_there(session.cgroup, name)
+            for call in list(session.calls.values()):
+                yield from _unknown_inside(call)
+
+
+def _unknown_inside(call: Call) -> Iterator[Cgroup]:
+    """Cgroups in a split call that are named as calls and are none."""
+    if call.main_leaf is None:
+        return
+    known = {inner.cgroup.path.name for inner in call.inner.values()}
+    try:
+        names = list(call.cgroup.children())
+    except CgroupGone:
+        return
+    for name in names:
+        if name.startswith(CALL_PREFIX) and name not in known:
+            yield from _child_if_there(call.cgroup, name)
 
 
 def _child_if_there(parent: Cgroup, name: str) -> Iterator[Cgroup]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from agentcgroupd.intents.grant import Grant
 from agentcgroupd.intents.request import CallRequest
-from agentcgroupd.state.session import Session
+from agentcgroupd.state.session import Call, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,10 @@ class Candidate:
     likely_bytes: int
     """What it will take: as its intent says, corrected by the last ones of its shape; 0: nothing
     is known."""
-    begun_in: str = ""
-    """The id of the call that its caller is in; empty: it is in none."""
+    outer: Call | None = None
+    """The call that it is to begin in; None: in none, beside the agent."""
+    cut: tuple[str, ...] = ()
+    """What it gets less of than it asked for, because of `outer`; a sentence each."""
 
 
 @dataclass(frozen=True, slots=True)

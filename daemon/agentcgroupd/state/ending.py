@@ -30,6 +30,8 @@ class Asker(enum.StrEnum):
     POLICY = "policy"
     LEFTOVERS = "leftovers"
     """The daemon, when the command had ended and its leftovers are not to be kept."""
+    OUTER = "outer"
+    """The end of the call that it was begun in."""
     WENT_ON = "went_on"
     """The main process itself: it asked for another call and went on as that."""
 

@@ -19,7 +19,10 @@ from agentcgroupd.state.records import RECORD_VERSION, cut_argv_of_record, plain
 
 AGENT_LEAF = "agent"
 CALL_PREFIX = "call-"
+MAIN_LEAF = "main"
+"""The cgroup of a call's own processes, below the call's, where that is split."""
 HISTORY_KEPT = 16
+INNER_IDS_MOST = 64
 
 
 def boottime_usec() -> int:
@@ -91,12 +94,21 @@ class Call:
     a moment when none is (calls.keep_room)."""
     waited_usec: int = 0
     """Time in queues before it began."""
-    begun_in: str = ""
-    """The id of the call that its caller was in; empty: the agent itself began it."""
     parent: Call | None = None
-    """The call whose cgroup this one's lies in, and whose limits hold for it as well."""
+    """The call that it was begun in, whose limits hold for it as well."""
     inner: dict[str, Call] = field(default_factory=dict)
     """Open calls that were begun in this one and end with it, by id."""
+    inner_ids: list[str] = field(default_factory=list)
+    """Calls that were begun in this one, the first INNER_IDS_MOST."""
+    ended_inside: list[str] = field(default_factory=list)
+    """Calls that were begun in this one and were ended because it was."""
+    main_leaf: Cgroup | None = None
+    """The cgroup of its own processes, where its cgroup is split for calls inside; None: it is
+    not."""
+    went_on_as: str = ""
+    """The call that its main process has entered, and goes on as."""
+    cut: tuple[str, ...] = ()
+    """What it got less of than it asked for, because of the call that it is in; a sentence each."""
     grew_usec: int = -(1 << 62)
     """When a sample last saw it grow, since boot."""
     bounds: HighBounds = field(default_factory=HighBounds)
@@ -125,6 +137,21 @@ class Call:
     """The future of its report, made by the first who waits for it: a call that nobody waits for
     costs none."""
 
+    @property
+    def leaf(self) -> Cgroup:
+        """The cgroup that its own processes are in."""
+        return self.cgroup if self.main_leaf is None else self.main_leaf
+
+    @property
+    def cgroup_above(self) -> Cgroup:
+        """The cgroup that its own lies in: that of the call that it is in, or of its session."""
+        return self.session.cgroup if self.parent is None else self.parent.cgroup
+
+    @property
+    def depth(self) -> int:
+        """How many calls there are in one another down to this one; 1: it is in no other."""
+        return 1 if self.parent is None else self.parent.depth + 1
+
     def record(self) -> bytes:
         """What is kept of the call on its cgroup."""
         return json.dumps(
@@ -145,8 +172,12 @@ class Call:
                 "entered": self.entered,
                 "frozen_usec": self.frozen_usec,
                 "waited_usec": self.waited_usec,
+                "split": self.main_leaf is not None,
+                "inner_ids": self.inner_ids,
+                "ended_inside": self.ended_inside,
+                "went_on_as": self.went_on_as,
+                "cut": self.cut,
                 "account": self.account.plain(),
-                "begun_in": self.begun_in,
             },
             separators=(",", ":"),
         ).encode()
@@ -154,7 +185,7 @@ class Call:
     @classmethod
     def from_record(cls, session: Session, cgroup: Cgroup, data: dict[str, Any]) -> Call:
         """Make a call that was found again from its record. Raises KeyError, TypeError or
-        ValueError if the record is not ours."""
+        ValueError if the record is not ours, CgroupGone if its cgroup has gone."""
         grant = _grant_of_record(data["grant"])
         call = cls(
             id=str(data["id"]),
@@ -171,9 +202,14 @@ class Call:
             cpus_seen=data.get("cpus_seen"),
             frozen_usec=int(data["frozen_usec"]),
             waited_usec=int(data.get("waited_usec", 0)),
+            inner_ids=list(map(str, data.get("inner_ids", ()))),
+            ended_inside=list(map(str, data.get("ended_inside", ()))),
+            went_on_as=str(data.get("went_on_as", "")),
+            cut=tuple(map(str, data.get("cut", ()))),
             account=Account.from_plain(data.get("account", {})),
-            begun_in=str(data.get("begun_in", "")),
         )
+        if data.get("split"):
+            call.main_leaf = cgroup.child(MAIN_LEAF)
         call.owner = Process.find(*data["owner"]) if data["owner"] else None
         call.main = Process.find(*data["main"]) if data["main"] else None
         call.account.main_lost = bool(data["main"]) and call.main is None
@@ -196,6 +232,26 @@ def lies_in(call: Call, outer: Call) -> bool:
     while above is not None and above is not outer:
         above = above.parent
     return above is not None
+
+
+def frozen_usec(call: Call, now_usec: int) -> int:
+    """Time for which a call has been paused so far, by itself or with a call that it is in."""
+    since = call.frozen_since_usec
+    return call.frozen_usec + (0 if since is None else now_usec - since)
+
+
+def all_inside(call: Call) -> list[Call]:
+    """List the open calls inside a call, at whatever depth, each after the one that it is in."""
+    found = list(call.inner.values())
+    for each in found:
+        found += each.inner.values()
+    return found
+
+
+def path_of(call: Call) -> str:
+    """The call's cgroup below the cgroup2 mount, as /proc/<pid>/cgroup shows it."""
+    above = call.session.cgroup_path if call.parent is None else path_of(call.parent)
+    return f"{above}/{call.cgroup.path.name}"
 
 
 @dataclass(frozen=True, slots=True)

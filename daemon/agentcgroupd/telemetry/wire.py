@@ -10,7 +10,7 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import RequestError
 from agentcgroupd.intents.grant import Grant
-from agentcgroupd.state.session import Call, Session
+from agentcgroupd.state.session import Call, Session, path_of
 
 
 def grant_to_proto(grant: Grant) -> pb.Grant:
@@ -73,10 +73,11 @@ def call_to_proto(call: Call, admin: bool, usage: bool = False) -> pb.Call:
         state=call.state,
         grant=grant_to_proto(call.grant),
         cgroup_id=call.cgroup.id,
-        cgroup_path=f"{call.session.cgroup_path}/{call.cgroup.path.name}" if admin else "",
+        cgroup_path=path_of(call) if admin else "",
         began_unix_usec=call.began_unix_usec,
         observed=call.observed,
         waited_usec=call.waited_usec,
+        parent_call_id=call.parent.id if call.parent is not None else "",
         usage=usage_of(call.cgroup) if usage else None,
     )
 
