@@ -77,7 +77,7 @@ def test_a_timeout_that_ended_only_what_was_left_is_told(
 ) -> None:
     trap = "trap '' TERM; " if deaf else ""
     script = f"for i in 1 2; do ({trap}exec sleep 1000) >/dev/null 2>&1 & done; exit 3"
-    assert run(agent, "sh", "-c", script, timeout=SECOND) == 3
+    assert run(agent, "sh", "-c", script, timeout=SECOND, leftovers="keep") == 3
     report = last(daemon)
     assert (report.verdict, report.exit_code) == (pb.VERDICT_FAILED, 3)
     assert "At the call's timeout of" in report.sentence

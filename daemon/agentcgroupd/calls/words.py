@@ -183,6 +183,8 @@ def swept_words(facts: EndFacts) -> str:
             return f"Afterwards {what} by the operator."
         case Asker.SESSION:
             return f"Afterwards {what} with its session."
+        case Asker.LEFTOVERS:
+            return f"Afterwards {what}."
         case Asker.OUTER:
             return f"Afterwards {what}: {sweeper.why}."
         case _ if sweeper.reason in CALLER_SAYS:
