@@ -9,6 +9,7 @@
 #include <getopt.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -48,19 +49,43 @@ static struct sockaddr_un server = { .sun_family = AF_UNIX };
 static char request[PACKET_MAX], reply[PACKET_MAX + 3]; /* bytes not received read as "" */
 static size_t request_len;
 
+/*
+ * Replaces what a terminal takes for commands (C0 and C1 controls) or turns text around with, or
+ * does not show: U+061C, U+200B to 200F, 2028 to 202E, 2060 to 206F, FEFF.
+ */
+static void make_printable(unsigned char *c)
+{
+	for (; *c; c++) {
+		bool two =
+			(*c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0) || (*c == 0xd8 && c[1] == 0x9c);
+		bool three = (*c == 0xe2 && c[1] == 0x80 && c[2] >= 0x8b && c[2] <= 0x8f) ||
+			     (*c == 0xe2 && c[1] == 0x80 && c[2] >= 0xa8 && c[2] <= 0xae) ||
+			     (*c == 0xe2 && c[1] == 0x81 && c[2] >= 0xa0 && c[2] <= 0xaf) ||
+			     (*c == 0xef && c[1] == 0xbb && c[2] == 0xbf);
+
+		if (two || three || *c < ' ' || *c == 0x7f)
+			memset(c, '?', three ? 3 : two ? 2 : 1);
+	}
+}
+
 /* One line on stderr. A stderr that nobody reads must not kill what is to become the tool. */
 __attribute__((format(printf, 1, 2))) static void say(const char *format, ...)
 {
 	sighandler_t before = signal(SIGPIPE, SIG_IGN);
+	char *line = NULL;
 	va_list args;
 
 	va_start(args, format);
-	vdprintf(STDERR_FILENO, format, args);
+	if (vasprintf(&line, format, args) >= 0) {
+		make_printable((unsigned char *)line);
+		dprintf(STDERR_FILENO, "%s\n", line);
+		free(line);
+	}
 	va_end(args);
 	signal(SIGPIPE, before);
 }
 
-#define die(status, format, ...) exit((say("agentcg-exec: " format "\n", ##__VA_ARGS__), status))
+#define die(status, format, ...) exit((say("agentcg-exec: " format, ##__VA_ARGS__), status))
 
 /* Returns the index of the command. */
 static int parse_options(int argc, char **argv)
@@ -162,11 +187,7 @@ static const char *enter_cgroup(int what)
 	}
 	if (strcmp(reply, "ERR"))
 		die(REFUSED, "'%s' does not speak the attach protocol", server.sun_path);
-	/* A terminal must not take the sentence for commands (C0 and C1 controls). */
 	second += strlen(second) + 1;
-	for (unsigned char *c = (unsigned char *)second; *c; c++)
-		if (*c < ' ' || *c == 0x7f || (*c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0))
-			*c = *c == 0xc2 ? (c[1] = '?') : '?';
 	die(REFUSED, "%s", *second ? second : "refused without a reason");
 }
 
@@ -235,7 +256,7 @@ int main(int argc, char **argv)
 	if (away && !strcmp(policy, "refuse"))
 		die(REFUSED, "daemon at '%s' is away: %s; command not run", server.sun_path, away);
 	if (away)
-		say("agentcg-exec: warning: daemon at '%s' is away: %s; running without limits\n",
+		say("agentcg-exec: warning: daemon at '%s' is away: %s; running without limits",
 		    server.sun_path, away);
 	if (values[OWN_GROUP])
 		leave_group();

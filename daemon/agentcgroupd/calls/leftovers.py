@@ -30,8 +30,8 @@ def kept_feedback(call: Call) -> pb.Feedback:
     """Tell the agent that processes of a call go on, and how to end them. Raises KnobError."""
     count = len(call.cgroup.all_procs())
     sentence = (
-        f"{count} processes that the command left running go on in call {call.id}, within its "
-        f"limits, as leftovers = keep asks. End them with `agentcg end {call.id}`."
+        f"What the command left running (processes: {count}) goes on in call {call.id}, within "
+        f"its limits, as leftovers = keep asks. `agentcg end {call.id}` ends it."
     )
     code = pb.FEEDBACK_CODE_LEFTOVERS_KEPT
     return pb.Feedback(code=code, sentence=sentence, numbers={"processes": count})
@@ -65,7 +65,7 @@ class Leftovers:
             # A pidfd is readable when the last thread has ended, not when the first one has.
             fd = self._fds[call] = os.dup(call.main.pidfd)
             self._loop.add_reader(fd, self._main_ended, call)
-        elif call.account.main_lost:
+        elif call.account.main_lost and call.grant.leftovers == "end":
             self._later(call, _GRACE, self._config.leftovers_grace, self._due)
 
     def drop(self, call: Call) -> None:
