@@ -146,6 +146,38 @@ def test_leftovers_are_swept_and_what_is_not_ours_is_left_alone(fresh: DaemonPro
     session.close()
 
 
+@pytest.mark.parametrize("leftovers", ["end", "keep"])
+def test_what_a_command_left_running_is_known_after_a_restart(
+    fresh: DaemonProcess, tmp_path: Path, leftovers: str
+) -> None:
+    agent = fresh.open("alpha")
+    go = tmp_path / "go"
+    script = f"sleep 1000 > /dev/null 2>&1 & until [ -e {go} ]; do sleep 0.01; done"
+    agent.run(
+        """
+argv = [EXEC, f"--leftovers={leftovers}", "--", "sh", "-c", script]
+tool = subprocess.Popen(argv)
+""",
+        leftovers=leftovers,
+        script=script,
+    )
+    wait_until("the tool runs", lambda: entered(fresh) >= 1)
+    fresh.kill()
+    go.touch()
+    assert agent.run("result = tool.wait()") == 0
+    fresh.start()
+    if leftovers == "end":
+        wait_until("the call has ended", lambda: not fresh.call_dirs())
+        request = pb.ListReportsRequest(session_id="alpha", limit=1)
+        report = fresh.admin.ListReports(request).reports[0]
+        assert pb.FEEDBACK_CODE_LEFTOVERS in [f.code for f in report.feedback]
+        return
+    with pytest.raises(AssertionError):
+        wait_until("the call ends", lambda: not fresh.call_dirs(), 1.5, promised=True)
+    fresh.admin.CloseSession(pb.CloseSessionRequest(session_id="alpha"))
+    assert not fresh.call_dirs()
+
+
 def test_two_daemons_do_not_share_a_run_directory(fresh: DaemonProcess) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "agentcgroupd", "--config", str(fresh.config)],

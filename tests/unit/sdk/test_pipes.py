@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -179,6 +180,22 @@ def test_the_daemon_is_told_why_a_call_ends(
         with agent.tool_call("x") as call:
             exec(leave, {"call": call})
     assert [end.reason for end in daemon.ended] == [reason]
+
+
+def test_an_interrupted_run_is_ended_by_the_daemon(daemon: FakeDaemon) -> None:
+    def interrupt() -> None:
+        while not daemon.entered("c1"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    with Agent() as agent, pytest.raises(KeyboardInterrupt):
+        thread.start()
+        agent.run(["sleep", "60"], capture_output=True)
+    thread.join()
+    assert [end.reason for end in daemon.ended] == [pb.END_REASON_CANCELLED]
+    with pytest.raises(ProcessLookupError):
+        os.kill(daemon.entered("c1")[0], 0)
 
 
 def test_a_call_that_keeps_its_servers_ends_as_done(daemon: FakeDaemon) -> None:
