@@ -46,6 +46,19 @@ def read_rest(fd: int) -> bytes:
     return b"".join(chunks)
 
 
+def buffered(pipe: IO[Any]) -> Any:
+    """Take what a caller's own `readline` has read ahead of a pipe, without reading from it."""
+    fd = pipe.fileno()
+    ours, empty = os.dup(fd), os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.dup2(empty, fd, inheritable=False)
+        return pipe.read()
+    finally:
+        os.dup2(ours, fd, inheritable=False)
+        os.close(empty)
+        os.close(ours)
+
+
 def read_away(fds: list[int]) -> None:
     """Read and drop what still comes through these pipes, in a thread, and close them at their end:
     a child that lives on must neither block on a full pipe nor die of a closed one."""
@@ -82,6 +95,7 @@ class Conversation:
         self._chunks: dict[IO[Any], list[bytes]] = {
             pipe: [] for pipe in (process.stdout, process.stderr) if pipe is not None
         }
+        self._before = {pipe: buffered(pipe) for pipe in self._chunks if not pipe.closed}
 
     def _encoded(self, input: Any) -> bytes:
         stdin: Any = self._process.stdin
@@ -207,10 +221,13 @@ class Conversation:
 
     def _collected(self, pipe: Any) -> Any:
         raw = self._raw(pipe)
-        if raw is None or not isinstance(pipe, io.TextIOBase):
-            return raw
+        if raw is None:
+            return None
+        before = self._before.get(pipe)
+        if not isinstance(pipe, io.TextIOBase):
+            return (before or b"") + raw
         text = raw.decode(pipe.encoding, pipe.errors or "strict")
-        return text.replace("\r\n", "\n").replace("\r", "\n")
+        return (before or "") + text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _close_quietly(stdin: IO[Any]) -> None:

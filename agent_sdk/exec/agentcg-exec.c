@@ -26,6 +26,7 @@ enum { PACKET_MAX = 16384, ARGS_MAX = 4096, TIMEOUT_S = 10 };
 #define FIELD(field, option) FIELD_##field,
 enum { CALL, SESSION, NAME, INTENT_FIELDS(FIELD) KEYS };
 enum { SOCKET = KEYS, AWAY, ERROR_FD, HELP, VERSION, OWN_GROUP, OPTIONS };
+/* ERROR_FD is for the SDK, which gets errno there when the tool cannot be executed. */
 static const char *const verbs[] = { [CALL] = "attach", [SESSION] = "enter", [NAME] = "begin" };
 #define OPTION(field, option) [FIELD_##field] = option,
 static const char *const names[OPTIONS] = { [CALL] = "call",	       [SESSION] = "session",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from agentcgroup import Agent, AsyncAgent
+from agentcgroup import Agent, AgentcgWarning, AsyncAgent
 from agentcgroup.pipes import LINGER_S, read_away
 from agentcgroup.results import CallPopen
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -111,6 +111,18 @@ def test_large_input_and_output_at_once() -> None:
         assert process.communicate(data) == (data, b"")
     with CallPopen(["true"], "x", stdin=subprocess.PIPE) as process:
         assert process.communicate(data) == (None, None)  # nobody reads it
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_what_a_readline_has_read_ahead_is_not_lost(text: bool) -> None:
+    script = "printf 'ready\\nonë\\n'; read x; echo two"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    options = {"text": True, "encoding": "utf-8"} if text else {}
+    with CallPopen(["sh", "-c", script], "x", **pipes, **options) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == ("ready\n" if text else b"ready\n")
+        rest = process.communicate("go\n" if text else b"go\n")[0]
+    assert rest == ("onë\ntwo\n" if text else "onë\ntwo\n".encode())
 
 
 def test_universal_newlines() -> None:
@@ -230,10 +242,10 @@ def test_a_command_does_not_outlive_its_timeout_where_the_daemon_is_away(
     daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agentcgroup.flow.END_TIMEOUT_S", 3.0)
-    with Agent() as agent:
-        with agent.tool_call("x") as call:
-            call._single = True  # as Agent.run has it
-            daemon.stop()
-            process = call.popen(["sleep", "60"])
+    with Agent() as agent, agent.tool_call("x") as call:
+        call._single = True  # as Agent.run has it
+        daemon.stop()
+        process = call.popen(["sleep", "60"])
+        with pytest.warns(AgentcgWarning, match="report of call c1"):
             call._give_up(process, subprocess.TimeoutExpired("x", 1))
-            assert process.wait() == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL
