@@ -306,11 +306,14 @@ class Daemon:
             operator = OperatorVerbs(parts.sessions, parts.calls)
             verbs, calls = {PING: pong, "enter": operator.enter}, None
         attach = AttachServer(attach_listener, verbs, calls, metrics, find, budgets, parts.turns)
-        undo.push_async_callback(_bounded, f"the {role} gRPC server", server.stop)
-        await server.start()
+        # Undone from the last: nobody new is let in, requests under way get a moment to end, and
+        # then connections are closed.
         undo.push_async_callback(_bounded, f"the {role} relay", relay.stop)
-        await relay.start()
+        undo.push_async_callback(_bounded, f"the {role} gRPC server", server.stop)
+        undo.callback(relay.close_door)
         undo.callback(attach.stop)
+        await server.start()
+        await relay.start()
         attach.start()
 
     async def _serve_metrics(

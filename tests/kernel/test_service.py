@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
 from agentcgroupd.rpc import canary
 from tests.conftest import StartDaemon
 from tests.harness import PATIENCE, SLOW, DaemonProcess, wait_until
 
 STOP_MOST_S = 10.0
+RESTARTS = 20
+KILLS = RESTARTS // 4
 
 
 class Systemd:
@@ -211,3 +221,104 @@ def test_a_part_that_blocks_for_ever_does_not_keep_the_process(tmp_path: Path) -
     finally:
         daemon.close()
     assert os.path.exists(daemon.run_dir)
+
+
+class Activated(DaemonProcess):
+    """A daemon that gets its sockets as systemd hands them over, and keeps them when it ends."""
+
+    KINDS = ((socket.SOCK_STREAM, "grpc.sock"), (socket.SOCK_SEQPACKET, "attach.sock"))
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.sockets: list[socket.socket] = []
+        for role in ("agent", "admin"):
+            (self.run_dir / role).mkdir(parents=True)
+            for kind, name in self.KINDS:
+                sock = socket.socket(socket.AF_UNIX, kind)
+                sock.bind(str(self.run_dir / role / name))
+                sock.listen(4096)
+                self.sockets.append(sock)
+
+    def start_activated(self) -> subprocess.Popen[bytes]:
+        """Start the daemon; returns without waiting for it."""
+        fds = [sock.fileno() for sock in self.sockets]
+        # As systemd leaves them: from descriptor 3 on, with the number of the new process.
+        moved = " ".join(f"{number}<&{fd}" for number, fd in enumerate(fds, 3))
+        script = f'exec {moved}; LISTEN_PID=$$ exec "$@"'
+        names = "agent:agent:admin:admin"
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [
+                    "bash",
+                    "-c",
+                    script,
+                    "-",
+                    sys.executable,
+                    "-m",
+                    "agentcgroupd",
+                    "--config",
+                    str(self.config),
+                ],
+                env={**os.environ, "LISTEN_FDS": "4", "LISTEN_FDNAMES": names},
+                pass_fds=fds,
+                stdout=log,
+                stderr=log,
+            )
+
+    def close(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+        super().close()
+
+
+@pytest.mark.timeout(600)
+def test_twenty_restarts_refuse_nobody(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Who connects while no daemon is there waits, and is answered by the next one."""
+    daemon = Activated(tmp_path_factory.mktemp("d"))
+    process = daemon.start_activated()
+    stop = threading.Event()
+    came: Counter[str] = Counter()
+
+    def connect(kind: int, name: str) -> None:
+        while not stop.is_set():
+            with socket.socket(socket.AF_UNIX, kind) as sock:
+                try:
+                    sock.connect(str(daemon.run_dir / name))
+                    came["connected"] += 1
+                except OSError as error:
+                    came[f"{name}: {error}"] += 1
+            time.sleep(0.01)
+
+    def ask() -> None:
+        while not stop.is_set():
+            with grpc.insecure_channel(f"unix:{daemon.run_dir}/admin/grpc.sock") as channel:
+                stub = pb_grpc.AdminStub(channel)
+                try:
+                    stub.GetPool(pb.GetPoolRequest(), wait_for_ready=True, timeout=20 * PATIENCE)
+                    came["answered"] += 1
+                except grpc.RpcError as error:
+                    # Under way when the daemon was killed: what became of it cannot be known.
+                    came[f"cut short: {error.code().name}"] += 1
+
+    kinds = [(kind, f"agent/{name}") for kind, name in Activated.KINDS]
+    threads = [threading.Thread(target=connect, args=kind) for kind in kinds]
+    threads.append(threading.Thread(target=ask))
+    try:
+        for thread in threads:
+            thread.start()
+        for number in range(RESTARTS):
+            before = came["answered"]
+            wait_until(f"start {number}", lambda: came["answered"] > before + 1)  # noqa: B023
+            process.send_signal(signal.SIGKILL if number % 4 == 3 else signal.SIGTERM)
+            process.wait(20 * PATIENCE)
+            process = daemon.start_activated()
+        wait_until("the last one answers", lambda: came["answered"] > before + 3)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        process.terminate()
+        process.wait(20 * PATIENCE)
+        daemon.close()
+    assert came.pop("cut short: UNAVAILABLE", 0) <= KILLS, "only kill -9 cuts a request short"
+    assert set(came) == {"connected", "answered"} and came["connected"] > 10 * RESTARTS, came

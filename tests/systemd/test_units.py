@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +28,16 @@ pytestmark = pytest.mark.skipif(
     reason="systemd is not PID 1 here, or this is not root",
 )
 
-UNITS = ("agentcg.slice", "agentcg-pool.service", "agentcgroupd.service")
+UNITS = (
+    "agentcg.slice",
+    "agentcg-pool.service",
+    "agentcgroupd.service",
+    "agentcgroupd-agent.socket",
+    "agentcgroupd-admin.socket",
+)
+EXPOSURE_MOST = 4.0
+RESTARTS = int(os.environ.get("AGENTCG_RESTARTS") or (3 if SLOW != 1.0 else 20))
+"""An emulated CPU takes half a minute for each; tests/kernel/test_service.py has twenty as well."""
 ETC = Path("/etc/systemd/system")
 RUN = Path("/run/agentcgroup")
 POOL = Path("/sys/fs/cgroup/agentcg.slice/agentcg-pool.service")
@@ -51,6 +67,8 @@ def installed() -> Iterator[None]:
     """The units and the configuration as they are shipped, the programs from this checkout."""
     for unit in UNITS:
         (ETC / unit).write_text((ROOT / "systemd" / unit).read_text())
+    shutil.copy(ROOT / "systemd/agentcgroup.tmpfiles.conf", "/etc/tmpfiles.d/agentcgroup.conf")
+    subprocess.run(["systemd-tmpfiles", "--create", "agentcgroup.conf"], check=True)
     Path("/etc/agentcgroup").mkdir(exist_ok=True)
     shipped = (ROOT / "systemd/agentcgroupd.toml").read_text()
     Path("/etc/agentcgroup/agentcgroupd.toml").write_text(shipped)
@@ -63,7 +81,7 @@ def installed() -> Iterator[None]:
     systemctl("daemon-reload")
     systemctl("start", "agentcgroupd.service")
     yield
-    systemctl("stop", "agentcgroupd.service", "agentcg-pool.service")
+    systemctl("stop", *(unit for unit in UNITS if not unit.endswith(".slice")))
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +222,119 @@ def test_an_unusable_configuration_is_said_once_and_not_tried_again(
         path.write_text(good)
         systemctl("reset-failed", "agentcgroupd.service")
         systemctl("start", "agentcgroupd.service")
+
+
+@pytest.mark.parametrize("unit", ["agentcgroupd.service", "agentcg-pool.service"])
+def test_what_it_may_do_is_little(unit: str) -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", str(ETC / unit)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.search(r"Overall exposure level for .*: (\d+\.\d+)", done.stdout)
+    assert found is not None and float(found[1]) <= EXPOSURE_MOST, done.stdout
+
+
+def test_nothing_of_the_host_can_be_written(admin: pb_grpc.AdminStub) -> None:
+    """As the daemon sees the files: the tree of cgroups, its sockets and its log alone."""
+    main = show("agentcgroupd.service", "MainPID")
+    script = """
+for path in /etc /usr /var /var/lib /home /root /boot /opt /sys/kernel /proc/sys/kernel; do
+    if [ -e $path ] && touch $path/agentcg-test 2>/dev/null; then echo $path; fi
+done
+touch /run/agentcgroup/private/test /var/log/agentcgroup/test
+mkdir /sys/fs/cgroup/agentcg.slice/agentcg-pool.service/pool/test
+rmdir /sys/fs/cgroup/agentcg.slice/agentcg-pool.service/pool/test
+"""
+    done = subprocess.run(
+        ["nsenter", f"--target={main}", "--mount", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    status = Path(f"/proc/{main}/status").read_text()
+    assert "NoNewPrivs:\t1" in status and "Seccomp:\t2" in status
+
+
+def test_a_restart_refuses_nobody(admin: pb_grpc.AdminStub, agent: AgentProcess) -> None:
+    """systemd keeps the sockets: who connects meanwhile waits, and is answered."""
+    stop = threading.Event()
+    came: Counter[str] = Counter()
+
+    def connect(kind: int, name: str) -> None:
+        while not stop.is_set():
+            with socket.socket(socket.AF_UNIX, kind) as sock:
+                sock.settimeout(60 * SLOW)
+                try:
+                    sock.connect(str(RUN / name))
+                    came["connected"] += 1
+                except OSError as error:
+                    came[f"{name}: {error}"] += 1
+            time.sleep(0.05)
+
+    threads = [
+        threading.Thread(target=connect, args=(socket.SOCK_STREAM, "agent/grpc.sock")),
+        threading.Thread(target=connect, args=(socket.SOCK_SEQPACKET, "agent/attach.sock")),
+        threading.Thread(target=connect, args=(socket.SOCK_STREAM, "admin/grpc.sock")),
+    ]
+    for thread in threads:
+        thread.start()
+    pids = set()
+    try:
+        for _ in range(RESTARTS):
+            systemctl("reset-failed", "agentcgroupd.service")
+            systemctl("restart", "agentcgroupd.service")
+            pids.add(show("agentcgroupd.service", "MainPID"))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert len(pids) == RESTARTS
+    assert set(came) == {"connected"} and came["connected"] > 10 * RESTARTS, came
+    assert agent.run("result = tool.poll()") is None
+
+
+def test_a_killed_daemon_that_cannot_start_leaves_nothing_frozen(
+    admin: pb_grpc.AdminStub, agent: AgentProcess
+) -> None:
+    (call_id,) = calls(admin)
+    freeze = POOL / f"pool/alpha/call-{call_id}/cgroup.freeze"
+    path = Path("/etc/agentcgroup/agentcgroupd.toml")
+    good = path.read_text()
+    path.write_text(good.replace("cgroup =", "cgruop ="))
+    try:
+        freeze.write_text("1")
+        os.kill(int(show("agentcgroupd.service", "MainPID")), signal.SIGKILL)
+        wait_until("it goes on", lambda: freeze.read_text() == "0\n", every_s=POLL_S)
+        wait_until(
+            "systemd gives up",
+            lambda: show("agentcgroupd.service", "ActiveState") == "failed",
+            every_s=POLL_S,
+        )
+    finally:
+        path.write_text(good)
+        systemctl("reset-failed", "agentcgroupd.service")
+        systemctl("start", "agentcgroupd.service")
+    assert calls(admin) == [call_id]
+
+
+def test_entries_of_the_journal_name_the_session(
+    admin: pb_grpc.AdminStub, agent: AgentProcess
+) -> None:
+    (call_id,) = calls(admin)
+    systemctl("stop", "agentcgroupd.service")
+    (POOL / f"pool/alpha/call-{call_id}/cgroup.freeze").write_text("1")
+    systemctl("start", "agentcgroupd.service")
+    done = subprocess.run(
+        ["journalctl", "--no-pager", "-o", "json", "AGENTCG_SESSION=alpha"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    thawed = [entry for entry in found if entry["MESSAGE"].startswith("thaw call")]
+    assert thawed and thawed[-1]["AGENTCG_CALL"] == call_id and thawed[-1]["PRIORITY"] == "6"
 
 
 def systemctl_log() -> str:

@@ -1,7 +1,8 @@
 """Listening Unix sockets: made here, or handed over by systemd (sd_listen_fds(3)).
 
 systemd keeps the sockets that it handed over while no daemon is there, so who connects meanwhile
-waits instead of being refused. They are known by name (FileDescriptorName= of the socket's unit).
+waits instead of being refused. They are known by the name of their unit (FileDescriptorName=),
+which is a role, and by their kind: `agent-grpc` is the stream of the unit named `agent`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from agentcgroupd.errors import ConfigError
 LISTEN_FDS_START = 3
 """Number of the first descriptor that systemd hands over."""
 BACKLOG = 1024
+PROTOCOLS = {socket.SOCK_STREAM: "grpc", socket.SOCK_SEQPACKET: "attach"}
+"""What is spoken on each kind of socket."""
 
 
 class Listener:
@@ -35,8 +38,9 @@ class Listener:
 
 
 def handed_over(environment: MutableMapping[str, str] = os.environ) -> dict[str, socket.socket]:
-    """Take the sockets that systemd handed over to this process, by name. The variables are
-    removed, so that no child takes them for its own. Raises ConfigError."""
+    """Take the sockets that systemd handed over to this process, by role and protocol, such as
+    `agent-grpc`. The variables are removed, so that no child takes them for its own. Raises
+    ConfigError."""
     pid, count, names = (
         environment.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     )
@@ -46,9 +50,13 @@ def handed_over(environment: MutableMapping[str, str] = os.environ) -> dict[str,
     for number, name in enumerate(names.split(":")[: int(count or 0)]):
         fd = LISTEN_FDS_START + number
         os.set_inheritable(fd, False)
-        if name in taken or not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            raise ConfigError(f"systemd: descriptor {fd} ({name}) is not one socket of that name")
-        taken[name] = socket.socket(fileno=fd)
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise ConfigError(f"systemd: descriptor {fd} ({name}) is no socket")
+        sock = socket.socket(fileno=fd)
+        kind = PROTOCOLS.get(socket.SocketKind(sock.type), "?")
+        if (key := f"{name}-{kind}") in taken:
+            raise ConfigError(f"systemd: there are two sockets {name!r} for {kind}")
+        taken[key] = sock
     return taken
 
 

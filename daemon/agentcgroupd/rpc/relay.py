@@ -324,11 +324,15 @@ class Relay:
         self._door.open()
         self._timer = self.loop.call_later(CHECK_S, self._check)
 
+    def close_door(self) -> None:
+        """Let nobody new in. Who connects to a socket of systemd's waits for the next daemon."""
+        self._door.close()
+
     async def stop(self) -> None:
-        """Stop listening and close every connection."""
+        """Close every connection."""
+        self.close_door()
         if self._timer is not None:
             self._timer.cancel()
-        self._door.close()
         for connection in list(self._connections.values()):
             connection.close()
 

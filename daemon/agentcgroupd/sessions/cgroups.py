@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup import knobs
-from agentcgroupd.cgroup.tree import Cgroup, move_all
+from agentcgroupd.cgroup.tree import XATTR_NAME, Cgroup, move_all
 from agentcgroupd.config import SessionDefaults
 from agentcgroupd.errors import (
     AlreadyExists,
@@ -29,7 +30,7 @@ from agentcgroupd.intents.parse import parse_intent
 from agentcgroupd.sessions.limits import parse_limits, read_limits, tighten, write_limits
 from agentcgroupd.sessions.pool import Pool, offered_controllers
 from agentcgroupd.sessions.registry import Sessions
-from agentcgroupd.state.records import read_record
+from agentcgroupd.state.records import RECORD_VERSION, read_record
 from agentcgroupd.state.session import AGENT_LEAF, Session, SessionLimits, unix_usec
 from agentcgroupd.units import show_bytes
 
@@ -184,14 +185,20 @@ class SessionCgroups:
                 "only a cgroup whose processes are all its own can be adopted"
             )
         found = read_limits(cgroup)
+        adopted = f"{ADOPTED_XATTR}{cgroup.id}"
         try:
+            # Before anything is changed: a daemon that is killed meanwhile has its successor undo
+            # what was done.
+            self._pool.cgroup.set_xattr(path.encode(), adopted)
+            cgroup.set_xattr(_split_record(found))
             agent = cgroup.make_child(AGENT_LEAF)
         except KnobError as error:
+            for marked, name in ((cgroup, XATTR_NAME), (self._pool.cgroup, adopted)):
+                marked.remove_xattr(name)
             cgroup.close()
             raise FailedPrecondition(f"cgroup {path} cannot be split: {error}") from None
         try:
             move_all(cgroup, agent)
-            self._pool.cgroup.set_xattr(path.encode(), f"{ADOPTED_XATTR}{cgroup.id}")
             return self._set_up(cgroup, path, spec.id, tighten(cgroup, limits), found)
         except (KnobError, OSError) as error:
             again = Cgroup.open(self._pool.mount / path.strip("/"))
@@ -221,6 +228,10 @@ class SessionCgroups:
                 session.cgroup.kill_and_remove()
         except CgroupGone:
             log.info("session %s: its cgroup is gone already", session.id)
+        except KnobError:
+            if session.adopted:
+                session.cgroup.set_xattr(session.record())
+            raise
 
     def forget(self, session: Session) -> None:
         """Drop a session from the books and give up its directory; its cgroup is not touched."""
@@ -230,7 +241,10 @@ class SessionCgroups:
         session.cgroup.close()
 
     def _give_back(self, cgroup: Cgroup, found: dict[str, str]) -> None:
-        """Undo a split: controllers off, processes back, agent leaf gone, limits as they were."""
+        """Undo a split: controllers off, processes back, agent leaf gone, limits as they were. It
+        may have been undone in part. Raises KnobError."""
+        # Killed from here on, the daemon has its successor do the rest.
+        cgroup.set_xattr(_split_record(found))
         for name in cgroup.read(knobs.CGROUP_SUBTREE_CONTROL):
             cgroup.write_text(knobs.CGROUP_SUBTREE_CONTROL.file, f"-{name}")
         if AGENT_LEAF in set(cgroup.children()):
@@ -260,7 +274,28 @@ class SessionCgroups:
             if session is not None and f"{ADOPTED_XATTR}{session.cgroup.id}" == xattr:
                 yield session
             else:
+                self._undo_split(self._pool.mount / path.strip("/"), xattr)
+
+    def _undo_split(self, directory: Path, xattr: str) -> None:
+        """Give back a cgroup that was being adopted or given back when an earlier daemon was
+        killed, and forget what is gone or was made by others since. `xattr`: its mark on the
+        pool."""
+        try:
+            cgroup = Cgroup.open(directory)
+        except OSError:
+            self._pool.cgroup.remove_xattr(xattr)
+            return
+        try:
+            data = read_record(cgroup.get_xattr(), "split")
+            if data is None or f"{ADOPTED_XATTR}{cgroup.id}" != xattr:
                 self._pool.cgroup.remove_xattr(xattr)
+                return
+            self._give_back(cgroup, dict(data["found"]))
+            log.info("%s was half adopted or given back; it is as it was found", directory)
+        except (KeyError, TypeError, ValueError, KnobError) as error:
+            log.error("%s cannot be given back: %s", directory, error)
+        finally:
+            cgroup.close()
 
     def _restore_one(self, directory: Path, path: str) -> Session | None:
         try:
@@ -292,6 +327,12 @@ class SessionCgroups:
             return None
         self._add(session)
         return session
+
+
+def _split_record(found: dict[str, str]) -> bytes:
+    """What is kept on a cgroup while it is being adopted or given back: what its interface files
+    held before."""
+    return json.dumps({"v": RECORD_VERSION, "kind": "split", "found": found}).encode()
 
 
 def _limits_of_record(data: dict[str, Any]) -> SessionLimits:

@@ -76,25 +76,27 @@ import os, socket
 from agentcgroupd.host.listening import handed_over
 os.environ["LISTEN_PID"] = str(os.getpid())
 taken = handed_over()
-assert list(taken) == ["one", "two"], taken
-assert [s.type for s in taken.values()] == [socket.SOCK_STREAM, socket.SOCK_SEQPACKET]
+assert list(taken) == ["one-grpc", "one-attach", "two-grpc"], taken
+stream, packets = socket.SOCK_STREAM, socket.SOCK_SEQPACKET
+assert [s.type for s in taken.values()] == [stream, packets, stream]
 assert not any(os.get_inheritable(s.fileno()) for s in taken.values())
 assert not [name for name in os.environ if name.startswith("LISTEN_")]
 assert handed_over() == {}
 """
-    one, two = (socket.socket(socket.AF_UNIX, kind) for kind in (STREAM, PACKETS))
-    with one, two:
-        for number, sock in enumerate((one, two)):
+    one, two, three = (socket.socket(socket.AF_UNIX, kind) for kind in (STREAM, PACKETS, STREAM))
+    with one, two, three:
+        for number, sock in enumerate((one, two, three)):
             sock.bind(str(tmp_path / str(number)))
             sock.listen()
         # As systemd leaves them: from descriptor 3 on.
-        shell = f'exec {LISTEN_FDS_START}<&$A {LISTEN_FDS_START + 1}<&$B "$0" -c "$1"'
-        env = {**os.environ, "LISTEN_FDS": "2", "LISTEN_FDNAMES": "one:two"}
-        env |= {"A": str(one.fileno()), "B": str(two.fileno())}
+        numbers = range(LISTEN_FDS_START, LISTEN_FDS_START + 3)
+        shell = "exec {}<&$A {}<&$B {}<&$C".format(*numbers) + ' "$0" -c "$1"'
+        env = {**os.environ, "LISTEN_FDS": "3", "LISTEN_FDNAMES": "one:one:two"}
+        env |= {"A": str(one.fileno()), "B": str(two.fileno()), "C": str(three.fileno())}
         done = subprocess.run(
             ["bash", "-c", shell, sys.executable, script],
             env=env,
-            pass_fds=(one.fileno(), two.fileno()),
+            pass_fds=(one.fileno(), two.fileno(), three.fileno()),
             capture_output=True,
             text=True,
         )
