@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.guest.where import decide
 
 ANYWHERE = frozenset(
-    {"calls", "boundaries", "overhead", "learning", "density", "isolation", "gpu", "cpu"}
+    {"calls", "boundaries", "overhead", "learning", "density", "isolation", "gpu", "cpu", "soak"}
 )
 """Benchmarks that any cgroup2 mount will do for, or that start the guest for a part themselves."""
 GUEST_OPTIONS = ("--memory", "2048", "--timeout", "1800")

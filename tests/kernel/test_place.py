@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -187,3 +189,45 @@ def test_a_session_of_another_version_is_left_alone(running: DaemonProcess) -> N
     assert cgroup.get_xattr() == record
     assert call.exists()
     assert running.admin.GetPool(pb.GetPoolRequest()).leftovers_removed == 0
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few pages, all of them used."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=64,mode=755", "tmpfs", str(disk)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"nothing can be mounted here: {done.stderr}")
+    try:
+        with contextlib.suppress(OSError), (disk / "full").open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_below_the_run_directory(tmp_path: Path, full_disk: Path) -> None:
+    """A start is refused in words and leaves nothing; a running daemon does not need the room."""
+    daemon = DaemonProcess(tmp_path)
+    daemon.config = another_config(daemon, full_disk / "run")
+    daemon.run_dir = full_disk / "run"
+    status, said = try_to_start(daemon.config)
+    assert status in (1, 78)
+    assert "No space left on device" in said and said.count("\n") == 1
+    assert not daemon.cgroup_dir.exists() and contents(full_disk) == [full_disk / "full"]
+    (full_disk / "full").unlink()
+    try:
+        daemon.start()
+        with contextlib.suppress(OSError), (full_disk / "full").open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+        assert (
+            daemon.open("alpha").run("result = agent.run(['sh', '-c', 'exit 4']).returncode") == 4
+        )
+        daemon.stop()
+        assert daemon.process is not None and daemon.process.wait() == 0
+    finally:
+        daemon.close()

@@ -287,7 +287,7 @@ def test_twenty_restarts_refuse_nobody(tmp_path_factory: pytest.TempPathFactory)
                     came["connected"] += 1
                 except OSError as error:
                     came[f"{name}: {error}"] += 1
-            time.sleep(0.01)
+            time.sleep(0.2)  # fewer at a time than one process may have open
 
     def ask() -> None:
         while not stop.is_set():
@@ -308,11 +308,11 @@ def test_twenty_restarts_refuse_nobody(tmp_path_factory: pytest.TempPathFactory)
             thread.start()
         for number in range(RESTARTS):
             before = came["answered"]
-            wait_until(f"start {number}", lambda: came["answered"] > before + 1)  # noqa: B023
+            wait_until(f"start {number}", lambda: came["answered"] > before + 1, 60)  # noqa: B023
             process.send_signal(signal.SIGKILL if number % 4 == 3 else signal.SIGTERM)
             process.wait(20 * PATIENCE)
             process = daemon.start_activated()
-        wait_until("the last one answers", lambda: came["answered"] > before + 3)
+        wait_until("the last one answers", lambda: came["answered"] > before + 3, 60)
     finally:
         stop.set()
         for thread in threads:
@@ -321,4 +321,4 @@ def test_twenty_restarts_refuse_nobody(tmp_path_factory: pytest.TempPathFactory)
         process.wait(20 * PATIENCE)
         daemon.close()
     assert came.pop("cut short: UNAVAILABLE", 0) <= KILLS, "only kill -9 cuts a request short"
-    assert set(came) == {"connected", "answered"} and came["connected"] > 10 * RESTARTS, came
+    assert set(came) == {"connected", "answered"} and came["connected"] > 2 * RESTARTS, came

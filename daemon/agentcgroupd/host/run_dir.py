@@ -98,8 +98,12 @@ class RunDir:
         """Leave word of where the pool is, for agentcg-release, which reads no configuration:
         the cgroup2 mount, and the path below it, a line each. Raises OSError."""
         new = self.path / "private/pool.new"
-        new.write_bytes(os.fsencode(f"{mount}\n{path}\n"))
-        new.replace(self.path / "private/pool")
+        try:
+            new.write_bytes(os.fsencode(f"{mount}\n{path}\n"))
+            new.replace(self.path / "private/pool")
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(new)) from None
 
     def keep(self) -> None:
         """Let the directories stay from now on, whatever comes: the daemon has started."""
