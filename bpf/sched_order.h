@@ -11,7 +11,11 @@
 #ifndef AGENTCG_SCHED_ORDER_H
 #define AGENTCG_SCHED_ORDER_H
 
-#include "compat.h"
+#ifdef SCHED_MACHINE_H
+#include SCHED_MACHINE_H
+#else
+#include "sched_machine.h"
+#endif
 
 #define SLOTS	   ABI_SCHED_CGROUPS
 #define SLOT_BITS  14
@@ -73,39 +77,6 @@ _Static_assert(SLOTS == 1 << SLOT_BITS, "a slot in a place");
  * anew for each value that the loop's variable can have.
  */
 static u32 top_level = LEVELS - 1;
-
-/*
- * can_loop in the condition of a loop lets the verifier accept it: the kernel ends the loop if it
- * does not end by itself (the instruction may_goto, Linux 6.9). It is written as bytes because some
- * compilers that are supported are older than the instruction.
- */
-#define can_loop                                                                         \
-	({                                                                               \
-		__label__ l_break, l_continue;                                           \
-		bool going = true;                                                       \
-		asm volatile goto("1:.byte 0xe5;.byte 0;"                                \
-				  ".long ((%l[l_break] - 1b - 8) / 8) & 0xffff;.short 0" \
-				  :                                                      \
-				  :                                                      \
-				  :                                                      \
-				  : l_break);                                            \
-		goto l_continue;                                                         \
-	l_break:                                                                         \
-		going = false;                                                           \
-	l_continue:                                                                      \
-		going;                                                                   \
-	})
-
-/*
- * A value AND a mask, in assembly: the compiler would drop an AND that it finds superfluous, but
- * the verifier needs it as proof that an index is in range.
- */
-#define MASKED(value, mask)                                          \
-	({                                                           \
-		u64 masked = (value);                                \
-		asm volatile("%0 &= %1" : "+r"(masked) : "i"(mask)); \
-		masked;                                              \
-	})
 
 static __always_inline u64 within(u32 slot)
 {
