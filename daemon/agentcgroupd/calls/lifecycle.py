@@ -149,6 +149,7 @@ class Calls:
             config,
             self._populated,
             self._goes_on,
+            self._leavers.look,
             self._finish,
             self._kill,
             observer.room_given_up,
@@ -461,6 +462,7 @@ class Calls:
         goes_on = self._goes_on(call)
         keep = reason == pb.END_REASON_DONE and call.grant.leftovers == "keep"
         if (goes_on and not detach and not keep) or reason in CALLER_REASONS:
+            self._leavers.look(call)
             ask_end(call, asker, reason=reason)
         report = None if goes_on else self._finish(call)
         if report is not None:

@@ -28,17 +28,20 @@ class Deadlines:
         config: CallDefaults,
         populated: Callable[[Call], bool],
         goes_on: Callable[[Call], bool],
+        look: Callable[[Call], None],
         finish: Callable[[Call], Any],
         kill: Callable[[Call], None],
         room_given_up: Callable[[Call], None],
         turns: Turns,
     ) -> None:
         """`populated`: whether there are processes in a call; `goes_on`: or its main process lives
-        elsewhere. `finish` ends a call that is over; `kill` one that is not. `room_given_up`:
-        called when no room is kept any more for a call with no process in it. `turns`: when what a
-        timer does has its turn, for many may pass at the same moment."""
+        elsewhere. `look` finds out where that is. `finish` ends a call that is over; `kill` one
+        that is not. `room_given_up`: called when no room is kept any more for a call with no
+        process in it. `turns`: when what a timer does has its turn, for many may pass at the same
+        moment."""
         self._config = config
         self._populated, self._goes_on = populated, goes_on
+        self._look = look
         self._finish = finish
         self._kill = kill
         self._turns = turns
@@ -132,6 +135,7 @@ class Deadlines:
         if not self._goes_on(call):
             self._finish(call)
             return
+        self._look(call)
         call.state = pb.CALL_STATE_ENDING
         ask_end(call, Asker.TIMEOUT)
         terminate(call)

@@ -187,6 +187,8 @@ def swept_words(facts: EndFacts) -> str:
             return f"Afterwards {what}."
         case Asker.OUTER:
             return f"Afterwards {what}: {sweeper.why}."
+        case _ if facts.killer is sweeper:
+            return f"Afterwards {what}."
         case _ if sweeper.reason in CALLER_SAYS:
             return f"Afterwards {what}: {CALLER_SAYS[sweeper.reason]}."
         case _:
