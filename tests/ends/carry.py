@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 from google.protobuf import json_format
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -176,9 +177,7 @@ class Carrier:
             self._agent = None
             return self._of_audit(name)
         if plan.ender == "operator":
-            open_call = self._open_call(name)
-            if open_call:
-                admin.EndCall(pb.EndCallRequest(call_id=open_call))
+            self._end_by_operator(name)
         if plan.ender == "caller" and plan.end == "never":
             seen.status = agent.run(KILL)
         if plan.ender in ("agent", "caller"):
@@ -193,6 +192,16 @@ class Carrier:
         if plan.oom == "session":
             agent.run("held_here = None")
         return pb.Report.FromString(report)
+
+    def _end_by_operator(self, name: str) -> None:
+        open_call = self._open_call(name)
+        try:
+            if open_call:
+                self._daemon.admin.EndCall(pb.EndCallRequest(call_id=open_call))
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
+            # It has ended by itself at this moment.
 
     def _open_call(self, name: str) -> str:
         listed = self._daemon.admin.ListCalls(pb.ListCallsRequest(session_id=self._session)).calls

@@ -83,7 +83,6 @@ def _of_end(plan: Plan, seen: Seen, ended: bool) -> Iterator[str]:
     report = seen.report
     codes = {f.code for f in report.feedback} & JUDGED
     verdict, words, expected = _verdict(plan, seen, ended)
-    optional = set[Code]()
     if report.verdict != verdict:
         yield f"verdict {pb.Verdict.Name(report.verdict)}, not {pb.Verdict.Name(verdict)}"
     if left := _left(plan, ended):
@@ -96,9 +95,8 @@ def _of_end(plan: Plan, seen: Seen, ended: bool) -> Iterator[str]:
         expected.add(pb.FEEDBACK_CODE_OOM)
         words.append("not its main process: the cgroup 'job' that the tool made")
     if seen.noted("left"):
-        # While others are in the call it is looked for only when somebody ends the call.
-        (optional if plan.children and not ended else expected).add(pb.FEEDBACK_CODE_LEFT_CALL)
-    if codes - optional != expected - optional:
+        expected.add(pb.FEEDBACK_CODE_LEFT_CALL)
+    if codes != expected:
         yield f"feedback {_names(codes)}, not {_names(expected)}"
     for text in words:
         if text not in report.sentence:

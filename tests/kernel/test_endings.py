@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
+from agentcgroupd.host.syscalls import pidfd_info
 from tests.harness import SLOW, AgentProcess, DaemonProcess, wait_until
 
 SPAWN = """
@@ -238,6 +240,34 @@ def test_a_tool_that_left_is_told_and_waited_for(
             e for e in entries if e["event"] == "left_call" and e["call"] == report.call_id
         )
         assert (entry["to"], entry["moved_back"]) == (f"/{elsewhere.name}", False)
+
+
+def test_a_tool_that_left_while_others_stayed_or_at_the_last_moment_is_told(
+    daemon: DaemonProcess, agent: AgentProcess, elsewhere: Path
+) -> None:
+    if not tells_where_processes_end():
+        pytest.skip("this kernel does not tell in which cgroup a process has ended")
+    assert run(agent, *leave(elsewhere, "exit 3")) == 3
+    report = last(daemon)
+    assert (report.verdict, report.exit_code) == (pb.VERDICT_FAILED, 3)
+    assert codes(report) == ["LEFT_CALL"], report.sentence
+    stayed = ["sh", "-c", f"sleep 0.4 & echo $$ > {elsewhere}/cgroup.procs; exit 4"]
+    assert run(agent, *stayed) == 4
+    report = last(daemon)
+    assert (report.verdict, report.exit_code) == (pb.VERDICT_FAILED, 4)
+    assert codes(report) == ["LEFT_CALL"]
+    assert f"left the call's cgroup for /{elsewhere.name}" in report.sentence
+
+
+def tells_where_processes_end() -> bool:
+    """Whether this kernel keeps the cgroup of a process that was reaped (Linux 6.15)."""
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    fd = os.pidfd_open(pid)
+    try:
+        os.waitpid(pid, 0)
+        return pidfd_info(fd).cgroup_id is not None
+    finally:
+        os.close(fd)
 
 
 @pytest.mark.parametrize("deaf", [False, True])

@@ -25,6 +25,7 @@ from tests.harness import DaemonProcess
 COUNT = int(os.environ.get("AGENTCG_ENDS", "60"))
 FIRST = int(os.environ.get("AGENTCG_ENDS_SEED", "1"))
 AT_A_TIME = 4
+LIMIT_S = 120 + 5 * COUNT
 
 
 def run(daemon: DaemonProcess, directory: Path, limits: bool) -> None:
@@ -60,11 +61,13 @@ def run(daemon: DaemonProcess, directory: Path, limits: bool) -> None:
     assert done == COUNT
 
 
+@pytest.mark.timeout(LIMIT_S)
 def test_ends_at_random(start_daemon: StartDaemon, tmp_path: Path) -> None:
     run(start_daemon(""), tmp_path, limits=False)
 
 
 @pytest.mark.controllers
+@pytest.mark.timeout(LIMIT_S)
 def test_ends_at_random_with_limits(start_daemon: StartDaemon, tmp_path: Path) -> None:
     config = '[pool]\nmemory_max = "1G"\n[guard]\nenabled = false\n'
     daemon = start_daemon(config)

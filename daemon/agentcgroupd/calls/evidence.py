@@ -11,17 +11,25 @@ from agentcgroupd.calls.counters import (
     ended_as_a_whole,
     memory_hits,
     pids_hits,
+    shown,
     swap_hit,
 )
 from agentcgroupd.calls.facts import EndFacts, OomFacts
 from agentcgroupd.calls.words import count_of, limit_words
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.enforce.outside import outside_path
 from agentcgroupd.enforce.pause import paused_usec
 from agentcgroupd.errors import CgroupGone, KnobError
 from agentcgroupd.host.kernel_log import OomLog
-from agentcgroupd.host.syscalls import pidfd_ended, pidfd_exit_status, process_stat
+from agentcgroupd.host.syscalls import (
+    pidfd_ended,
+    pidfd_exit_status,
+    pidfd_info,
+    process_stat,
+)
 from agentcgroupd.sessions.holding import held_by
+from agentcgroupd.state.ending import Left
 from agentcgroupd.state.session import Call, boottime_usec, unix_usec
 
 log = logging.getLogger(__name__)
@@ -64,6 +72,7 @@ def _unreaped_status(call: Call) -> int | None:
 def gather(call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
     """Gather the facts that are known of an ended call, and add those of its end to its account."""
     status, evidence = main_status(call)
+    _note_place_of_end(call, pool)
     account = call.account
     base = EndFacts(
         grant=call.grant,
@@ -92,6 +101,22 @@ def gather(call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
         found = base
     _add_facts(call, found)
     return found
+
+
+def _note_place_of_end(call: Call, pool: Cgroup) -> None:
+    """Take down where the main process ended, if that was outside of its call: it may have left
+    while others stayed, or a moment before its end, when nobody looked for it."""
+    if call.main is None or call.account.left:
+        return
+    found = pidfd_info(call.main.pidfd).cgroup_id
+    if found is None or found == call.cgroup.id:
+        return
+    path = outside_path(call, pool, found)
+    if path is not None:
+        left = Left(call.main.pid, shown(path), unix_usec())
+        call.account.left.append(left)
+        text = f"the main process ({left.pid}) ended in {left.path}"
+        call.account.add(text, "PIDFD_GET_INFO", left.at_unix_usec)
 
 
 _SOURCES = {

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.host.proc import CgroupUnknown, cgroup_of, children_of
-from agentcgroupd.host.syscalls import pidfd_ended, process_stat
+from agentcgroupd.host.syscalls import open_cgroup, pidfd_ended, process_stat
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import CALL_PREFIX, Call
 
@@ -37,6 +39,26 @@ def _is_inside(call: Call, path: str) -> bool:
     inside = call.cgroup.path.relative_to(call.session.cgroup.path)
     own = f"{call.session.cgroup_path}/{inside}"
     return path == own or path.startswith((f"{own}/", f"{own} (deleted)"))
+
+
+def outside_path(call: Call, pool: Cgroup, cgroup_id: int) -> str | None:
+    """The path of a cgroup below the mount, by its id, if it is not in the call; None: it is, or it
+    was removed."""
+    try:
+        directory = open_cgroup(pool.dir_fd, cgroup_id)
+    except OSError:
+        return None
+    try:
+        path = os.readlink(f"/proc/self/fd/{directory}")
+    except OSError:
+        return None
+    finally:
+        os.close(directory)
+    if Path(path).is_relative_to(call.cgroup.path):
+        return None
+    # The session's path is known both ways: below the mount, and in this process's own view.
+    mount = str(call.session.cgroup.path).removesuffix(call.session.cgroup_path)
+    return path.removeprefix(mount)
 
 
 def find_outsiders(call: Call) -> None:

@@ -22,6 +22,8 @@ _libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
 _libc.inotify_add_watch.restype = ctypes.c_int
 _libc.inotify_rm_watch.argtypes = [ctypes.c_int, ctypes.c_int]
 _libc.inotify_rm_watch.restype = ctypes.c_int
+_libc.open_by_handle_at.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
+_libc.open_by_handle_at.restype = ctypes.c_int
 
 IN_MODIFY = 0x2
 IN_IGNORED = 0x8000
@@ -37,6 +39,7 @@ _CREDENTIALS = struct.Struct("iII")
 
 _PIDFD_INFO = struct.Struct("=QQ11Ii")
 """The first 64 bytes of struct pidfd_info, include/uapi/linux/pidfd.h."""
+_PIDFD_INFO_CGROUPID = 1 << 2
 _PIDFD_INFO_EXIT = 1 << 3
 _PIDFD_GET_INFO = (3 << 30) | (_PIDFD_INFO.size << 16) | (0xFF << 8) | 11
 
@@ -172,22 +175,59 @@ def wait_channel(pid: int) -> str:
     return "nothing" if name in ("", "0") else name
 
 
-def pidfd_exit_status(fd: int) -> int | None:
-    """Wait status of a process that has ended and was reaped, from the kernel (Linux 6.15).
+@dataclass(frozen=True, slots=True)
+class PidfdInfo:
+    """What the kernel tells of the process of a pidfd."""
 
-    None while it has not been reaped, or on kernels that do not keep it.
-    """
-    buffer = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, 0, *([0] * 11), 0))
+    wait_status: int | None
+    """Of a process that has ended and was reaped (Linux 6.15); None: it has not been, or the kernel
+    does not keep it."""
+    cgroup_id: int | None
+    """The cgroup that it is in, or was in when it ended (Linux 6.13); None: the kernel does not
+    tell."""
+
+
+def pidfd_info(fd: int) -> PidfdInfo:
+    """Ask the kernel about a process, whether it lives or was reaped."""
+    wanted = _PIDFD_INFO_EXIT | _PIDFD_INFO_CGROUPID
+    buffer = bytearray(_PIDFD_INFO.pack(wanted, 0, *([0] * 11), 0))
     try:
         fcntl.ioctl(fd, _PIDFD_GET_INFO, buffer)
     except OSError as error:
         # ESRCH: reaped, on a kernel without PIDFD_INFO_EXIT. ENOTTY, EINVAL: no PIDFD_GET_INFO.
         if error.errno in (errno.ESRCH, errno.ENOTTY, errno.EINVAL):
-            return None
+            return PidfdInfo(None, None)
         raise
     fields = _PIDFD_INFO.unpack(buffer)
-    mask, exit_code = int(fields[0]), int(fields[-1])
-    return exit_code if mask & _PIDFD_INFO_EXIT else None
+    mask, cgroup, exit_code = int(fields[0]), int(fields[1]), int(fields[-1])
+    return PidfdInfo(
+        exit_code if mask & _PIDFD_INFO_EXIT else None,
+        cgroup if mask & _PIDFD_INFO_CGROUPID else None,
+    )
+
+
+def pidfd_exit_status(fd: int) -> int | None:
+    """Wait status of a process that has ended and was reaped, from the kernel (Linux 6.15).
+
+    None while it has not been reaped, or on kernels that do not keep it.
+    """
+    return pidfd_info(fd).wait_status
+
+
+_CGROUP_HANDLE = struct.Struct("=IiQ")
+"""struct file_handle of a cgroup: 8 bytes of type FILEID_KERNFS, which are its id
+(include/linux/exportfs.h)."""
+_FILEID_KERNFS = 0xFE
+
+
+def open_cgroup(mount: int, cgroup_id: int) -> int:
+    """Open the directory of a cgroup by its id. `mount`: a descriptor of the mount. Raises OSError;
+    ESTALE: it was removed."""
+    handle = ctypes.create_string_buffer(_CGROUP_HANDLE.pack(8, _FILEID_KERNFS, cgroup_id), 16)
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+    return _check(
+        _libc.open_by_handle_at(mount, handle, flags), "open_by_handle_at", str(cgroup_id)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,148 +88,153 @@ ELSEWHERE = (Left(12, "/system.slice/x.scope", 1),)
 MOVED_BACK = (Left(12, "/pool/alpha/agent", 1, moved_back=True),)
 
 
-@pytest.mark.parametrize(
-    ("changes", "verdict", "words"),
-    [
-        ({}, pb.VERDICT_OK, ["well"]),
-        ({"wait_status": 3 << 8}, pb.VERDICT_FAILED, ["exit status 3", "no limit"]),
-        ({"wait_status": 137 << 8}, pb.VERDICT_FAILED, ["counts no OOM kill"]),
-        ({"wait_status": int(signal.SIGSEGV)}, pb.VERDICT_SIGNALED, ["SIGSEGV"]),
-        # Who sent a SIGKILL is not known.
-        (killed(), pb.VERDICT_SIGNALED, ["by whom is not known", "counts no OOM kill"]),
-        (killed(oom_kills=None), pb.VERDICT_SIGNALED, ["cannot be seen"]),
-        # Out of memory, at each level.
-        (killed(**oom(CALL)), pb.VERDICT_OOM_CALL, ["its own limit of 64 MiB", "memory_max"]),
-        (killed(**oom(NESTED)), pb.VERDICT_OOM_CALL, ["the cgroup 'x'", "64 MiB"]),
-        (killed(**oom(OUTER)), pb.VERDICT_OOM_CALL, ["call x, which this one is in"]),
-        (killed(**oom(SESSION)), pb.VERDICT_OOM_SESSION, ["this session", "64 MiB"]),
-        (killed(**oom(POOL)), pb.VERDICT_OOM_POOL, ["the pool's limit of 64 MiB"]),
-        (killed(**oom(HOST)), pb.VERDICT_OOM_HOST, ["the cgroup 'x' above the pool"]),
-        (killed(**oom()), pb.VERDICT_OOM_HOST, ["the host itself"]),
-        # Two limits were reached; the call died as a whole, which the inner one does not ask for.
-        (killed(**oom(NESTED, SESSION)), pb.VERDICT_OOM_SESSION, ["this session"]),
-        (killed(**oom(NESTED, CALL, whole=False)), pb.VERDICT_OOM_CALL, ["the cgroup 'x'"]),
-        (killed(**oom(CALL, SESSION)), pb.VERDICT_OOM_CALL, ["its own limit"]),
-        ({"wait_status": None, **oom(CALL)}, pb.VERDICT_OOM_CALL, ["its own limit"]),
-        (
-            killed(**oom(CALL, swap=hit(SESSION, MIB))),
-            pb.VERDICT_OOM_CALL,
-            ["its session had all the swap that it may have (1 MiB)"],
-        ),
-        (
-            killed(**oom(SESSION, held=Held(900 * MIB, 0, 50 * MIB))),
-            pb.VERDICT_OOM_SESSION,
-            ["100 MiB at most", "the agent itself holds 900 MiB", "tmpfs or /dev/shm", "50 MiB"],
-        ),
-        # A child died, and the main process went on.
-        (oom(NESTED, whole=False), pb.VERDICT_OK, ["well", "1 process of the call, not its main"]),
-        (oom(CALL), pb.VERDICT_OK, ["well", "not its main process: the call reached its own"]),
-        (
-            {"wait_status": 2 << 8, **oom(NESTED, whole=False)},
-            pb.VERDICT_FAILED,
-            ["exit status 2.", "OOM killer ended 1 process"],
-        ),
-        ({"wait_status": 137 << 8, **oom(CALL)}, pb.VERDICT_FAILED, ["137.", "OOM killer ended"]),
-        (
-            {"wait_status": int(signal.SIGSEGV), **oom(CALL)},
-            pb.VERDICT_SIGNALED,
-            ["SIGSEGV", "OOM killer ended 1 process"],
-        ),
-        (
-            killed(**oom(NESTED, whole=False, main_chosen=False)),
-            pb.VERDICT_SIGNALED,
-            ["by whom is not known", "not its main process"],
-        ),
-        (killed(**oom(NESTED, whole=False, main_chosen=True)), pb.VERDICT_OOM_CALL, ["'x'"]),
-        (
-            {"wait_status": 15, **TIMED_OUT, **oom(NESTED, whole=False)},
-            pb.VERDICT_TIMEOUT,
-            ["1 min", "OOM killer ended 1 process of the call, not its main process"],
-        ),
-        # The daemon found the main process alive after a child had died, and killed it.
-        (
-            killed(**TIMED_OUT, main_killed=True, **oom(NESTED, whole=False)),
-            pb.VERDICT_TIMEOUT,
-            ["1 min", "not its main process"],
-        ),
-        # It ran out of memory in the time that SIGTERM gives it.
-        (killed(**TIMED_OUT, **oom(CALL)), pb.VERDICT_OOM_CALL, ["its own limit"]),
-        # An earlier command ran out of memory.
-        ({"oom_kills": 3, "oom": OomFacts(kills_before=3)}, pb.VERDICT_OK, ["well"]),
-        # Ended by somebody, while the main process ran.
-        ({"wait_status": 15, **TIMED_OUT}, pb.VERDICT_TIMEOUT, ["at its timeout of 1 min"]),
-        ({"wait_status": 0, **TIMED_OUT}, pb.VERDICT_TIMEOUT, ["at its timeout of 1 min"]),
-        (killed(**asked(Asker.AGENT)), pb.VERDICT_CANCELLED, ["its agent ended"]),
-        (killed(**asked(Asker.OPERATOR)), pb.VERDICT_CANCELLED, ["the operator ended"]),
-        (killed(**asked(Asker.SESSION)), pb.VERDICT_CANCELLED, ["its session was closed"]),
-        (killed(**asked(Asker.POLICY, why="Too big.")), pb.VERDICT_STOPPED, ["Too big."]),
-        (
-            killed(**asked(Asker.AGENT, reason=pb.END_REASON_TIMEOUT)),
-            pb.VERDICT_CANCELLED,
-            ["its caller says that a timeout of its own had passed"],
-        ),
-        (
-            killed(**asked(Asker.AGENT, reason=pb.END_REASON_CANCELLED)),
-            pb.VERDICT_CANCELLED,
-            ["its caller says that it was cancelled or interrupted"],
-        ),
-        # Killed by its caller, who then says why; a process that has ended by itself was not.
-        (
-            killed(**asked(Asker.AGENT, main_ran=False, reason=pb.END_REASON_TIMEOUT)),
-            pb.VERDICT_CANCELLED,
-            ["SIGKILL", "its caller says that a timeout"],
-        ),
-        (
-            asked(Asker.AGENT, main_ran=False, processes=0, reason=pb.END_REASON_TIMEOUT),
-            pb.VERDICT_OK,
-            ["It ended well."],
-        ),
-        (
-            killed(**asked(Asker.AGENT, main_ran=False, reason=pb.END_REASON_TIMEOUT), **oom(CALL)),
-            pb.VERDICT_OOM_CALL,
-            ["its own limit"],
-        ),
-        # Only what it had left running was ended.
-        (
-            asked(Asker.TIMEOUT, **LEFT_BEHIND),
-            pb.VERDICT_OK,
-            ["It ended well. At the call's timeout of 1 min, 2 processes that it had left running"],
-        ),
-        (
-            {"wait_status": 4 << 8, **asked(Asker.OPERATOR, **LEFT_BEHIND)},
-            pb.VERDICT_FAILED,
-            ["exit status 4", "2 processes that it had left running were ended by the operator"],
-        ),
-        (asked(Asker.SESSION, **LEFT_BEHIND), pb.VERDICT_OK, ["were ended with its session"]),
-        (asked(Asker.POLICY, why="Big.", **LEFT_BEHIND), pb.VERDICT_OK, ["by the policy: Big."]),
-        # It left its cgroup.
-        (
-            {"wait_status": 5 << 8, "left": ELSEWHERE},
-            pb.VERDICT_FAILED,
-            ["exit status 5", "(12) left the call's cgroup for /system.slice/x.scope", "until its"],
-        ),
-        (
-            {"wait_status": 15, "left": ELSEWHERE, **TIMED_OUT},
-            pb.VERDICT_TIMEOUT,
-            ["1 min", "left the call's cgroup"],
-        ),
-        ({"left": MOVED_BACK}, pb.VERDICT_OK, ["well", "and was moved back"]),
-        (
-            {"wait_status": None, "left": ELSEWHERE, "main_lives": True},
-            pb.VERDICT_UNKNOWN,
-            ["does not die of SIGKILL", "runs on"],
-        ),
-        # Nothing is known of its end, or it never began.
-        ({"ever_entered": False, "wait_status": None}, pb.VERDICT_ABANDONED, ["agentcg-exec"]),
-        ({"wait_status": None}, pb.VERDICT_UNKNOWN, ["the daemon was not there"]),
-        ({"wait_status": None, "removed": True}, pb.VERDICT_UNKNOWN, ["someone else"]),
-        (
-            {"wait_status": None, **asked(Asker.WENT_ON, why="It went on as call b.")},
-            pb.VERDICT_OK,
-            ["It went on as call b."],
-        ),
-    ],
-)
+VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
+    ({}, pb.VERDICT_OK, ["well"]),
+    ({"wait_status": 3 << 8}, pb.VERDICT_FAILED, ["exit status 3", "no limit"]),
+    ({"wait_status": 137 << 8}, pb.VERDICT_FAILED, ["counts no OOM kill"]),
+    ({"wait_status": int(signal.SIGSEGV)}, pb.VERDICT_SIGNALED, ["SIGSEGV"]),
+    # Who sent a SIGKILL is not known.
+    (killed(), pb.VERDICT_SIGNALED, ["by whom is not known", "counts no OOM kill"]),
+    (killed(oom_kills=None), pb.VERDICT_SIGNALED, ["cannot be seen"]),
+    # Out of memory, at each level.
+    (killed(**oom(CALL)), pb.VERDICT_OOM_CALL, ["its own limit of 64 MiB", "memory_max"]),
+    (killed(**oom(NESTED)), pb.VERDICT_OOM_CALL, ["the cgroup 'x'", "64 MiB"]),
+    (killed(**oom(OUTER)), pb.VERDICT_OOM_CALL, ["call x, which this one is in"]),
+    (killed(**oom(SESSION)), pb.VERDICT_OOM_SESSION, ["this session", "64 MiB"]),
+    (killed(**oom(POOL)), pb.VERDICT_OOM_POOL, ["the pool's limit of 64 MiB"]),
+    (killed(**oom(HOST)), pb.VERDICT_OOM_HOST, ["the cgroup 'x' above the pool"]),
+    (killed(**oom()), pb.VERDICT_OOM_HOST, ["the host itself"]),
+    # Two limits were reached; the call died as a whole, which the inner one does not ask for.
+    (killed(**oom(NESTED, SESSION)), pb.VERDICT_OOM_SESSION, ["this session"]),
+    (killed(**oom(NESTED, CALL, whole=False)), pb.VERDICT_OOM_CALL, ["the cgroup 'x'"]),
+    (killed(**oom(CALL, SESSION)), pb.VERDICT_OOM_CALL, ["its own limit"]),
+    ({"wait_status": None, **oom(CALL)}, pb.VERDICT_OOM_CALL, ["its own limit"]),
+    (
+        killed(**oom(CALL, swap=hit(SESSION, MIB))),
+        pb.VERDICT_OOM_CALL,
+        ["its session had all the swap that it may have (1 MiB)"],
+    ),
+    (
+        killed(**oom(SESSION, held=Held(900 * MIB, 0, 50 * MIB))),
+        pb.VERDICT_OOM_SESSION,
+        ["100 MiB at most", "the agent itself holds 900 MiB", "tmpfs or /dev/shm", "50 MiB"],
+    ),
+    # A child died, and the main process went on.
+    (oom(NESTED, whole=False), pb.VERDICT_OK, ["well", "1 process of the call, not its main"]),
+    (oom(CALL), pb.VERDICT_OK, ["well", "not its main process: the call reached its own"]),
+    (
+        {"wait_status": 2 << 8, **oom(NESTED, whole=False)},
+        pb.VERDICT_FAILED,
+        ["exit status 2.", "OOM killer ended 1 process"],
+    ),
+    ({"wait_status": 137 << 8, **oom(CALL)}, pb.VERDICT_FAILED, ["137.", "OOM killer ended"]),
+    (
+        {"wait_status": int(signal.SIGSEGV), **oom(CALL)},
+        pb.VERDICT_SIGNALED,
+        ["SIGSEGV", "OOM killer ended 1 process"],
+    ),
+    (
+        killed(**oom(NESTED, whole=False, main_chosen=False)),
+        pb.VERDICT_SIGNALED,
+        ["by whom is not known", "not its main process"],
+    ),
+    (killed(**oom(NESTED, whole=False, main_chosen=True)), pb.VERDICT_OOM_CALL, ["'x'"]),
+    (
+        {"wait_status": 15, **TIMED_OUT, **oom(NESTED, whole=False)},
+        pb.VERDICT_TIMEOUT,
+        ["1 min", "OOM killer ended 1 process of the call, not its main process"],
+    ),
+    # The daemon found the main process alive after a child had died, and killed it.
+    (
+        killed(**TIMED_OUT, main_killed=True, **oom(NESTED, whole=False)),
+        pb.VERDICT_TIMEOUT,
+        ["1 min", "not its main process"],
+    ),
+    # It ran out of memory in the time that SIGTERM gives it.
+    (killed(**TIMED_OUT, **oom(CALL)), pb.VERDICT_OOM_CALL, ["its own limit"]),
+    # An earlier command ran out of memory.
+    (
+        {"oom_kills": 3, "oom": OomFacts(kills_before=3, hits_before=(hit(CALL),))},
+        pb.VERDICT_OK,
+        ["well"],
+    ),
+    # Ended by somebody, while the main process ran.
+    ({"wait_status": 15, **TIMED_OUT}, pb.VERDICT_TIMEOUT, ["at its timeout of 1 min"]),
+    ({"wait_status": 0, **TIMED_OUT}, pb.VERDICT_TIMEOUT, ["at its timeout of 1 min"]),
+    (killed(**asked(Asker.AGENT)), pb.VERDICT_CANCELLED, ["its agent ended"]),
+    (killed(**asked(Asker.OPERATOR)), pb.VERDICT_CANCELLED, ["the operator ended"]),
+    (killed(**asked(Asker.SESSION)), pb.VERDICT_CANCELLED, ["its session was closed"]),
+    (killed(**asked(Asker.POLICY, why="Too big.")), pb.VERDICT_STOPPED, ["Too big."]),
+    (
+        killed(**asked(Asker.AGENT, reason=pb.END_REASON_TIMEOUT)),
+        pb.VERDICT_CANCELLED,
+        ["its caller says that a timeout of its own had passed"],
+    ),
+    (
+        killed(**asked(Asker.AGENT, reason=pb.END_REASON_CANCELLED)),
+        pb.VERDICT_CANCELLED,
+        ["its caller says that it was cancelled or interrupted"],
+    ),
+    # Killed by its caller, who then says why; a process that has ended by itself was not.
+    (
+        killed(**asked(Asker.AGENT, main_ran=False, reason=pb.END_REASON_TIMEOUT)),
+        pb.VERDICT_CANCELLED,
+        ["SIGKILL", "its caller says that a timeout"],
+    ),
+    (
+        asked(Asker.AGENT, main_ran=False, processes=0, reason=pb.END_REASON_TIMEOUT),
+        pb.VERDICT_OK,
+        ["It ended well."],
+    ),
+    (
+        killed(**asked(Asker.AGENT, main_ran=False, reason=pb.END_REASON_TIMEOUT), **oom(CALL)),
+        pb.VERDICT_OOM_CALL,
+        ["its own limit"],
+    ),
+    # Only what it had left running was ended.
+    (
+        asked(Asker.TIMEOUT, **LEFT_BEHIND),
+        pb.VERDICT_OK,
+        ["It ended well. At the call's timeout of 1 min, 2 processes that it had left running"],
+    ),
+    (
+        {"wait_status": 4 << 8, **asked(Asker.OPERATOR, **LEFT_BEHIND)},
+        pb.VERDICT_FAILED,
+        ["exit status 4", "2 processes that it had left running were ended by the operator"],
+    ),
+    (asked(Asker.SESSION, **LEFT_BEHIND), pb.VERDICT_OK, ["were ended with its session"]),
+    (asked(Asker.POLICY, why="Big.", **LEFT_BEHIND), pb.VERDICT_OK, ["by the policy: Big."]),
+    # It left its cgroup.
+    (
+        {"wait_status": 5 << 8, "left": ELSEWHERE},
+        pb.VERDICT_FAILED,
+        ["exit status 5", "(12) left the call's cgroup for /system.slice/x.scope", "until its"],
+    ),
+    (
+        {"wait_status": 15, "left": ELSEWHERE, **TIMED_OUT},
+        pb.VERDICT_TIMEOUT,
+        ["1 min", "left the call's cgroup"],
+    ),
+    ({"left": MOVED_BACK}, pb.VERDICT_OK, ["well", "and was moved back"]),
+    (
+        {"wait_status": None, "left": ELSEWHERE, "main_lives": True},
+        pb.VERDICT_UNKNOWN,
+        ["does not die of SIGKILL", "runs on"],
+    ),
+    # Nothing is known of its end, or it never began.
+    ({"ever_entered": False, "wait_status": None}, pb.VERDICT_ABANDONED, ["agentcg-exec"]),
+    ({"wait_status": None}, pb.VERDICT_UNKNOWN, ["the daemon was not there"]),
+    ({"wait_status": None, "removed": True}, pb.VERDICT_UNKNOWN, ["someone else"]),
+    (
+        {"wait_status": None, **asked(Asker.WENT_ON, why="It went on as call b.")},
+        pb.VERDICT_OK,
+        ["It went on as call b."],
+    ),
+]
+"""Facts of an end, the verdict, and words of the sentence."""
+
+
+@pytest.mark.parametrize(("changes", "verdict", "words"), VERDICTS)
 def test_verdicts(changes: dict[str, Any], verdict: pb.Verdict.ValueType, words: list[str]) -> None:
     found, sentence = judge(facts(**changes))
     assert pb.Verdict.Name(found) == pb.Verdict.Name(verdict), sentence
@@ -411,8 +416,5 @@ def test_out_of_memory_is_said_of_a_main_process_only_if_it_died_of_that(end: En
 
 
 def test_each_rule_is_reached() -> None:
-    cases: Any = next(
-        mark.args[1] for mark in test_verdicts.pytestmark if mark.name == "parametrize"
-    )
-    reached = {rule_of(facts(**changes)).name for changes, _, _ in cases}
+    reached = {rule_of(facts(**changes)).name for changes, _, _ in VERDICTS}
     assert reached == {rule.name for rule in RULES}
