@@ -222,6 +222,28 @@ def test_calls_inside_begin_while_the_outer_one_forks(
     agent.run("storm.wait()")
 
 
+def test_calls_inside_leave_some_to_the_agent(daemon: DaemonProcess) -> None:
+    agent = daemon.open("few", calls_max="5")
+    call = begin(agent, "outer")
+    tool = tool_in(daemon, call)
+    inner = [begin(tool, f"inner{i}") for i in range(3)]
+    with pytest.raises(RemoteRpcError, match="open inside others") as caught:
+        begin(tool, "one more")
+    assert caught.value.code == "RESOURCE_EXHAUSTED"
+    end(agent, begin(agent, "of the agent"))
+    end(tool, inner[0])
+    end(tool, begin(tool, "again"))
+    end(agent, call)
+
+
+def test_the_budget_of_a_tool_is_that_of_its_call(daemon: DaemonProcess, outer: pb.Call) -> None:
+    tool = tool_in(daemon, outer)
+    code = "result = stub.GetBudget(pb.GetBudgetRequest()).SerializeToString()"
+    budget = pb.Budget.FromString(tool.run(code))
+    assert budget.cpu_limit_millicores == 500
+    assert budget.memory_limit_bytes == 64 << 20
+
+
 def test_cgroups_of_the_tools_own_keep_calls_out(daemon: DaemonProcess, outer: pb.Call) -> None:
     tool = tool_in(daemon, outer)
     own = daemon.cgroup_dir / f"alpha/call-{outer.id}" / "of-the-tool"
@@ -380,6 +402,17 @@ result = r.returncode, str(r.report.verdict), r.report.sentence
 """
     returncode, verdict, sentence = agent.run(code)
     assert (returncode, verdict) == (4, "ok") and sentence.startswith("It went on as call")
+
+
+def test_a_later_command_of_a_held_call_is_judged_by_itself(agent: AgentProcess) -> None:
+    code = """
+with agent.tool_call("held") as call:
+    call.run(["sh", "-c", f"exec {EXEC} --name inside -- sh -c 'exit 4'"])
+    call.run(["sh", "-c", "exit 5"])
+result = str(call.report.verdict), call.report.exit_code, call.report.to_dict().get("went_on_as")
+"""
+    verdict, exit_code, went_on_as = agent.run(code)
+    assert (verdict, exit_code) == ("failed", 5) and not went_on_as
 
 
 @pytest.mark.programs

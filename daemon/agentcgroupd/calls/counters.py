@@ -174,7 +174,7 @@ def memory_hits(call: Call, counted: Counted) -> list[LimitHit]:
     hits = []
     if counted.below.ooms > counted.own.ooms:
         times = counted.below.ooms - counted.own.ooms
-        hits.append(_nested(call.cgroup, knobs.MEMORY_EVENTS_LOCAL, "oom", times))
+        hits.append(_nested_memory(call, times))
     if counted.own.ooms:
         limit = call.grant.memory_max_bytes
         hits.append(LimitHit(pb.LEVEL_CALL, call.id, limit, counted.own.ooms))
@@ -215,6 +215,16 @@ def _pids_hits_before_6_11(call: Call, refused: int, peak: int | None) -> list[L
         return [LimitHit(pb.LEVEL_CALL, call.id, most, refused)]
     session = call.session
     return [LimitHit(pb.LEVEL_SESSION, session.id, session.limits.pids_max, refused)]
+
+
+def _nested_memory(call: Call, times: int) -> LimitHit:
+    """Find the limit of memory below a call that was reached: of a call inside that has ended, or
+    of a cgroup that is still there."""
+    inner = call.inner_oom
+    if inner is None:
+        return _nested(call.cgroup, knobs.MEMORY_EVENTS_LOCAL, "oom", times)
+    name = inner.cgroup.path.name
+    return LimitHit(pb.LEVEL_NESTED, name, inner.grant.memory_max_bytes, times)
 
 
 def _nested(top: Cgroup, knob: Knob[dict[str, int]], key: str, times: int) -> LimitHit:

@@ -61,7 +61,6 @@ from agentcgroupd.state.process import Process
 from agentcgroupd.state.records import plain
 from agentcgroupd.state.session import (
     CALL_PREFIX,
-    INNER_IDS_MOST,
     Call,
     Session,
     boottime_usec,
@@ -252,6 +251,7 @@ class Calls:
                 call.bounds.written = (call.grant.memory_high_bytes,)
                 call.cgroup.set_xattr(call.record())
                 self._follow(call)
+                nesting.begun(call)
             except (AgentcgroupdError, OSError) as error:
                 self._forget(call)
                 call.cgroup.remove()
@@ -327,9 +327,6 @@ class Calls:
             grant=plain(call.grant),
             parent=call.parent.id if call.parent is not None else None,
         )
-        if call.parent is not None and len(call.parent.inner_ids) < INNER_IDS_MOST:
-            call.parent.inner_ids.append(call.id)
-            call.parent.cgroup.set_xattr(call.parent.record())
         if self._feed.listening:
             self._feed.publish(call.session.id, pb.Event(begun=call_to_proto(call, admin=True)))
 
@@ -353,6 +350,7 @@ class Calls:
         call.cpus_seen = cpus_of(process.pid)
         call.client_status = call.exit_status = None
         self._leftovers.watch(call)
+        call.went_on_as = ""
         self._entered(call, process)
 
     def _leave_others(self, call: Call, process: Process) -> None:
@@ -595,6 +593,7 @@ class Calls:
             # after this finds the empty cgroup and writes the entry again; the later one counts.
             self._reports.write(report)
             removed = True
+            nesting.inner_ends(call)
             try:
                 call.cgroup.remove()
             except KnobError as error:
@@ -605,7 +604,6 @@ class Calls:
                 log.error("call %s: its cgroup could not be removed: %s", call.id, error)
                 removed = False
             kill_outsiders(call)
-            nesting.inner_ended(call)
             self._forget(call, removed)
             self.ended += 1
             self._reports.keep(call.session, report)

@@ -18,17 +18,26 @@ from agentcgroupd.enforce.kill import ask_end
 from agentcgroupd.errors import FailedPrecondition, KnobError, ResourceExhausted
 from agentcgroupd.intents.inner import Room
 from agentcgroupd.state.ending import Asker
-from agentcgroupd.state.session import MAIN_LEAF, Call, boottime_usec, frozen_usec
+from agentcgroupd.state.session import (
+    INNER_IDS_MOST,
+    MAIN_LEAF,
+    Call,
+    boottime_usec,
+    frozen_usec,
+)
 
 log = logging.getLogger(__name__)
 
 SPLIT_TRIES = 8
 """How often the processes of a call are moved and its controllers enabled, while it forks."""
 IDS_SHOWN = 5
+INSIDE_SHARE = 0.75
+"""Part of a session's calls_max for calls inside others: the rest is its agent's."""
 
 
 def check(outer: Call, depth_max: int) -> None:
-    """Refuse a call inside one that is ending, or too deep. Raises FailedPrecondition or
+    """Refuse a call inside one that is ending, too deep, or where so many calls of the session are
+    inside others that few are left for its agent. Raises FailedPrecondition or
     ResourceExhausted."""
     if outer.state == pb.CALL_STATE_ENDING:
         raise FailedPrecondition(f"call {outer.id}, in which it would begin, is ending")
@@ -39,6 +48,15 @@ def check(outer: Call, depth_max: int) -> None:
         )
         allowed = f"at most {depth_max} calls in one another"
         raise ResourceExhausted(sentence, "depth", str(outer.depth + 1), allowed)
+    session = outer.session
+    inside = sum(call.parent is not None for call in session.calls.values())
+    most = int(session.limits.calls_max * INSIDE_SHARE)
+    if inside >= max(1, most):
+        sentence = (
+            f"calls: {inside} calls of this session are open inside others, which is all that may "
+            "be; end one first"
+        )
+        raise ResourceExhausted(sentence, "calls_max", str(inside + 1), f"at most {most}")
 
 
 def room_in(outer: Call, inner: Call | None = None) -> Room:
@@ -91,22 +109,24 @@ def split(outer: Call) -> None:
     """Make room for calls below a call's cgroup: its processes move to `main`, and what its session
     gives to calls is given to those inside. Raises FailedPrecondition, with the cgroup as it
     was."""
-    if outer.main_leaf is not None:
-        return
     try:
+        if outer.main_leaf is not None:
+            # An earlier daemon may have been killed half-way.
+            _move_and_enable(outer, outer.main_leaf)
+            return
         made = list(outer.cgroup.children())
         if made:
             raise FailedPrecondition(
                 f"call {outer.id} has cgroups that its tool made, {made[0][:64]!r} among them, so "
                 "no call can begin in it; run the command without a call of its own"
             )
-        main = outer.cgroup.make_child(MAIN_LEAF)
+        main = outer.main_leaf = outer.cgroup.make_child(MAIN_LEAF)
     except KnobError as error:
         raise _unsplit(outer, error) from None
     try:
-        _move_and_enable(outer, main)
-        outer.main_leaf = main
+        # Before anything is moved: a daemon that is started again has to know where processes are.
         outer.cgroup.set_xattr(outer.record())
+        _move_and_enable(outer, main)
     except KnobError as error:
         outer.main_leaf = None
         _join(outer, main)
@@ -137,11 +157,20 @@ def _join(outer: Call, main: Cgroup) -> None:
             outer.cgroup.write_text(knobs.CGROUP_SUBTREE_CONTROL.file, f"-{name}")
         move_all(main, outer.cgroup)
         main.remove()
+        outer.cgroup.set_xattr(outer.record())
     except KnobError as error:
         log.error("call %s: its cgroup stays split: %s", outer.id, error)
 
 
 # Going on, and ending
+
+
+def begun(inner: Call) -> None:
+    """Take down for a call that another one has begun in it. Raises KnobError."""
+    outer = inner.parent
+    if outer is not None and len(outer.inner_ids) < INNER_IDS_MOST:
+        outer.inner_ids.append(inner.id)
+        outer.cgroup.set_xattr(outer.record())
 
 
 def went_on(call: Call) -> None:
@@ -154,17 +183,28 @@ def went_on(call: Call) -> None:
     ask_end(call, Asker.WENT_ON, f"It went on as call {call.went_on_as}.{how}")
 
 
-def inner_ended(inner: Call) -> None:
-    """Tell a call that one inside it has ended."""
+def inner_ends(inner: Call) -> None:
+    """Tell a call that one inside it ends, whose cgroup is still there."""
     outer = inner.parent
     if outer is None:
         return
+    if _reached_own_limit(inner) or inner.inner_oom:
+        outer.inner_oom = inner.inner_oom or inner
     if any(asked.by is Asker.OUTER for asked in inner.account.asked):
         outer.ended_inside.append(inner.id)
     if outer.went_on_as == inner.id and outer.exit_status is None:
         status, evidence = main_status(inner)
         if evidence == pb.EVIDENCE_KERNEL:
             outer.exit_status = status
+
+
+def _reached_own_limit(call: Call) -> bool:
+    try:
+        local = knobs.MEMORY_EVENTS_LOCAL
+        return _offers(call, local.file) and call.cgroup.read(local)["oom"] > 0
+    except KnobError as error:
+        log.debug("call %s: %s", call.id, error)
+        return False
 
 
 def tell(report: pb.Report, call: Call) -> None:

@@ -167,8 +167,9 @@ class AgentService(_Service, pb_grpc.AgentServicer):
 
     @answers
     async def GetBudget(self, request: pb.GetBudgetRequest, context: Context) -> pb.Budget:
-        """Say what is left for the session of the caller."""
-        return self.parts.views.budget(self._session(context))
+        """Say what is left for the session of the caller, or for the call that it is in."""
+        caller = self._caller(context)
+        return self.parts.views.budget(caller.session, caller.outer)
 
     @answers
     async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:

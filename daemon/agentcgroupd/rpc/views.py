@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from agentcgroup import __version__
@@ -137,21 +137,30 @@ class Views:
             started_unix_usec=self._started_unix_usec,
         )
 
-    def budget(self, session: Session) -> pb.Budget:
-        """What is left for a session: the tightest of its own limit and the pool's."""
+    def budget(self, session: Session, call: Call | None = None) -> pb.Budget:
+        """What is left for a session: the tightest of its own limit and the pool's. `call`: the one
+        that a tool asks from, whose limits hold for it as well."""
         limits, pool = session.limits, self._pool
         used = session.cgroup.read_if(knobs.MEMORY_CURRENT)
-        sides = (
+        sides = [
             (limits.memory_max_bytes, used_for_good(session.cgroup)),
             (pool.memory_max_bytes, used_for_good(pool.cgroup)),
-        )
+        ]
+        sides += [_limit_and_use(each) for each in _with_outer(call)]
         left = [top - now for top, now in sides if top is not None and now is not None]
         tops = [top for top, _ in sides if top]
         available = max(0, min(left)) if left else None
         pids = session.cgroup.read_if(knobs.PIDS_CURRENT)
         pids_limit = limits.pids_max if pids is not None else None
         pids_left = limits.pids_max - pids if pids is not None and limits.pids_max else None
+        for each in _with_outer(call):
+            used_pids, most = each.cgroup.read_if(knobs.PIDS_CURRENT), each.grant.pids_max
+            if used_pids is not None and most is not None:
+                pids_left = min(most - used_pids, most if pids_left is None else pids_left)
+                pids_limit = min(most, pids_limit or most)
         millicores = min(limits.cpu_max_millicores or pool.cpu_millicores, pool.cpu_millicores)
+        cores = [each.grant.cpu_max_millicores for each in _with_outer(call)]
+        millicores = min([millicores, *filter(None, cores)])
         idle = max(0, round((len(os.sched_getaffinity(0)) - os.getloadavg()[0]) * 1000))
         memory = "memory without a limit"
         if available is not None:
@@ -196,3 +205,14 @@ class Views:
         if all(seen.id != call.id for seen in snapshot.calls):
             raise NotFound(f"call {call.id} is ending", "call_id", call.id)
         return explain(self._guard.policy, snapshot, self._guard.state, call.id, call.history)
+
+
+def _with_outer(call: Call | None) -> Iterator[Call]:
+    """A call and those that it is in."""
+    while call is not None:
+        yield call
+        call = call.parent
+
+
+def _limit_and_use(call: Call) -> tuple[int | None, int | None]:
+    return call.grant.memory_max_bytes, used_for_good(call.cgroup)

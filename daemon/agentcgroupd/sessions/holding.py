@@ -31,11 +31,16 @@ def _stat(cgroup: Cgroup) -> dict[str, int]:
         return {"anon": 0, "shmem": 0}
 
 
+def _outermost(session: Session) -> list[Call]:
+    """The calls of a session that are in no other: what those inside hold is in theirs."""
+    return [call for call in session.calls.values() if call.parent is None]
+
+
 def held_by(session: Session, besides: Call | None = None) -> Held:
     """What holds the memory of a session that has a memory controller now. `besides`: a call that
     has ended, whose files have outlived it. Raises KnobError."""
     whole, agent = session.cgroup.read(knobs.MEMORY_STAT), _stat(session.agent)
-    calls = [_stat(call.cgroup) for call in session.calls.values() if call is not besides]
+    calls = [_stat(call.cgroup) for call in _outermost(session) if call is not besides]
     files = whole["shmem"] - agent["shmem"] - sum(stat["shmem"] for stat in calls)
     return Held(_held(agent), sum(map(_held, calls)), max(0, files))
 
@@ -50,7 +55,7 @@ def held_beside_calls(session: Session) -> Held:
         agent, whole = _stat(session.agent), session.cgroup.read(knobs.MEMORY_STAT)
         files = whole["shmem"] - agent["shmem"]
         if files >= _MATTERS_BYTES:
-            calls = [call.cgroup for call in session.calls.values()]
+            calls = [call.cgroup for call in _outermost(session)]
             files -= sum(_stat(cgroup)["shmem"] for cgroup in calls)
         session.held = Held(_held(agent), 0, max(0, files))
     return session.held

@@ -102,6 +102,8 @@ class Call:
     """Calls that were begun in this one, the first INNER_IDS_MOST."""
     ended_inside: list[str] = field(default_factory=list)
     """Calls that were begun in this one and were ended because it was."""
+    inner_oom: Call | None = None
+    """The call inside that reached its own limit of memory last; it has ended."""
     main_leaf: Cgroup | None = None
     """The cgroup of its own processes, where its cgroup is split for calls inside; None: it is
     not."""
