@@ -304,7 +304,8 @@ def test_the_end_of_a_call_is_that_of_those_inside(
 def test_the_timeout_of_a_call_holds_for_those_inside(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
-    inside = f"{EXEC} --name inside --timeout 1h -- sleep 1000; echo after"
+    # The shell may see its child end before its own SIGTERM comes: it has something to wait for.
+    inside = f"{EXEC} --name inside --timeout 1h -- sleep 1000; sleep 30; echo after"
     code = """
 done = subprocess.run([EXEC, "--name", "around", "--timeout", "1", "--", "sh", "-c", inside],
                       capture_output=True, text=True)
