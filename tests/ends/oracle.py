@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -44,7 +45,7 @@ def mistakes(plan: Plan, seen: Seen) -> list[str]:
     """What is wrong with a report; empty: it says what happened."""
     wrong = list(_of_status(seen))
     wrong += [f"process {pid} lives on" for pid in seen.alive]
-    found = min((list(_of_end(plan, seen, by)) for by in _enders(plan, seen)), key=len)
+    found = min((list(_of_end(plan, seen, way)) for way in _ways(plan, seen)), key=len)
     return wrong + found
 
 
@@ -66,26 +67,46 @@ def _of_status(seen: Seen) -> Iterator[str]:
         yield f"the status is told as {told}, and was {status}"
 
 
-def _enders(plan: Plan, seen: Seen) -> list[bool]:
-    """Whether the main process was ended by the plan's ender; both, where that was too close."""
+@dataclass(frozen=True)
+class Way:
+    """One way in which it can have been."""
+
+    ended: bool
+    """Whether the plan's ender ended the main process."""
+    together: bool
+    """Whether what the main process had started was ended with it."""
+
+
+BY_ENDER, BY_ITSELF = Way(True, True), Way(False, False)
+IN_GRACE = Way(False, True)
+"""It ran out of memory between SIGTERM and SIGKILL, which were meant for all."""
+
+
+def _ways(plan: Plan, seen: Seen) -> list[Way]:
+    """The ways that what was seen leaves open: more than one where the timeout was close."""
     if plan.end == "never":
-        return [True]
+        return [BY_ENDER if plan.ender != "caller" else Way(True, False)]
     if plan.ender != "timeout":
-        return [False]
+        return [BY_ITSELF if plan.oom not in WHOLE else Way(False, True)]
+    ways = [BY_ITSELF if plan.oom not in WHOLE else Way(False, True)]
     left = seen.ended_before_s
+    if left is not None and left > CLOSE_S:
+        return ways
+    ways.append(BY_ENDER)
     if left is None and not seen.noted("ending") and plan.end != "oom":
-        return [True]
-    return [False] if left is not None and left > CLOSE_S else [True, False]
+        return [BY_ENDER]
+    return [*ways, IN_GRACE] if plan.end == "oom" else ways
 
 
-def _of_end(plan: Plan, seen: Seen, ended: bool) -> Iterator[str]:
-    """Compare a report with what had to come. `ended`: the ender ended the main process."""
+def _of_end(plan: Plan, seen: Seen, way: Way) -> Iterator[str]:
+    """Compare a report with what had to come if it was this way."""
     report = seen.report
     codes = {f.code for f in report.feedback} & JUDGED
-    verdict, words, expected = _verdict(plan, seen, ended)
+    verdict, words, expected = _verdict(plan, way.ended)
     if report.verdict != verdict:
         yield f"verdict {pb.Verdict.Name(report.verdict)}, not {pb.Verdict.Name(verdict)}"
-    if left := _left(plan, ended):
+    left = 0 if way.together else len(plan.children)
+    if left:
         expected.add(pb.FEEDBACK_CODE_LEFTOVERS)
         told = [f for f in report.feedback if f.code == pb.FEEDBACK_CODE_LEFTOVERS]
         if told and told[0].numbers["processes"] != left:
@@ -96,6 +117,8 @@ def _of_end(plan: Plan, seen: Seen, ended: bool) -> Iterator[str]:
         words.append("not its main process: the cgroup 'job' that the tool made")
     if seen.noted("left"):
         expected.add(pb.FEEDBACK_CODE_LEFT_CALL)
+    elif seen.noted("leaving"):
+        codes.discard(pb.FEEDBACK_CODE_LEFT_CALL)  # it was ended at that very moment
     if codes != expected:
         yield f"feedback {_names(codes)}, not {_names(expected)}"
     for text in words:
@@ -103,18 +126,11 @@ def _of_end(plan: Plan, seen: Seen, ended: bool) -> Iterator[str]:
             yield f"the sentence lacks {text!r}"
 
 
-def _left(plan: Plan, ended: bool) -> int:
-    """How many processes outlived the main process and were ended later."""
-    if (plan.oom in WHOLE and not ended) or (ended and plan.ender != "caller"):
-        return 0
-    return len(plan.children)
-
-
 def _names(codes: set[Code]) -> list[str]:
     return sorted(pb.FeedbackCode.Name(code) for code in codes)
 
 
-def _verdict(plan: Plan, seen: Seen, ended: bool) -> tuple[Verdict, list[str], set[Code]]:
+def _verdict(plan: Plan, ended: bool) -> tuple[Verdict, list[str], set[Code]]:
     """The verdict, words of the sentence, and the feedback that comes with it."""
     if plan.end == "oom" and not ended:
         verdict, text = OOM_VERDICTS[plan.oom]

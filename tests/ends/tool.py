@@ -102,6 +102,7 @@ class Tool:
 
     def leave(self) -> None:
         """Move out of the call, and stay there long enough to be seen."""
+        self.note("leaving")
         way, pid = self.ways[self.plan["leaves"]], str(os.getpid())
         if self.plan["leaver"] == "child":
             child = os.fork()

@@ -13,7 +13,7 @@ from agentcgroupd.cgroup.tree import cgroup2_mount
 from tests.conftest import StartDaemon
 from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, wait_until
 
-pytestmark = [pytest.mark.controllers, pytest.mark.with_programs]
+pytestmark = pytest.mark.controllers
 
 LOAD = str(Path(EXEC).with_name("agentcg-load"))
 MIB = 1 << 20
@@ -126,6 +126,7 @@ def test_a_cgroup_that_is_gone_is_not_taken_for_the_call(
     assert "a cgroup, gone since, that the tool made" in report.sentence
 
 
+@pytest.mark.with_programs
 def test_a_process_that_kills_itself_after_a_child_ran_out_of_memory(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
@@ -181,6 +182,7 @@ result = (first, second, str(call.report.verdict), call.report.sentence,
 """
 
 
+@pytest.mark.with_programs
 def test_each_command_of_a_held_call_is_judged_by_itself(agent: AgentProcess) -> None:
     first, second, verdict, sentence, told = agent.run(HELD, grow=GROW, then="exit 0")
     assert (first, second, verdict, sentence) == (-9, 0, "ok", "It ended well.")

@@ -20,9 +20,9 @@ from tests.conftest import StartDaemon
 from tests.ends.carry import Carrier, describe
 from tests.ends.oracle import mistakes
 from tests.ends.plans import draw
-from tests.harness import DaemonProcess
+from tests.harness import IN_GUEST, DaemonProcess
 
-COUNT = int(os.environ.get("AGENTCG_ENDS", "60"))
+COUNT = int(os.environ.get("AGENTCG_ENDS", "30" if IN_GUEST else "60"))
 FIRST = int(os.environ.get("AGENTCG_ENDS_SEED", "1"))
 AT_A_TIME = 4
 LIMIT_S = 120 + 5 * COUNT

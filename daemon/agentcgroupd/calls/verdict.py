@@ -64,7 +64,11 @@ def _oom(facts: EndFacts) -> str:
             "Out of memory: the host itself ran out and the kernel chose this call; no limit of "
             "this call, its session or the pool was reached. Trying again later may help."
         )
-    return f"Out of memory: {limit_words(hit)}, and {_chosen(hit)}. {oom_advice(facts, hit)}"
+    text = f"Out of memory: {limit_words(hit)}, and {_chosen(hit)}. {oom_advice(facts, hit)}"
+    if facts.ender is not None and facts.ender.by is Asker.TIMEOUT:
+        limit = show_usec(facts.grant.timeout_usec or 0)
+        text += f" Its timeout of {limit} had passed before that."
+    return text
 
 
 def _chosen(hit: LimitHit) -> str:

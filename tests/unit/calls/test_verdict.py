@@ -151,7 +151,11 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
         ["1 min", "not its main process"],
     ),
     # It ran out of memory in the time that SIGTERM gives it.
-    (killed(**TIMED_OUT, **oom(CALL)), pb.VERDICT_OOM_CALL, ["its own limit"]),
+    (
+        killed(**TIMED_OUT, **oom(CALL)),
+        pb.VERDICT_OOM_CALL,
+        ["its own limit", "Its timeout of 1 min had passed before"],
+    ),
     # An earlier command ran out of memory.
     (
         {"oom_kills": 3, "oom": OomFacts(kills_before=3, hits_before=(hit(CALL),))},
