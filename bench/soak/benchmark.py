@@ -159,7 +159,7 @@ class Soak:
         self.counts: dict[str, int] = {}
         self.restarts = 0
         self.stop = threading.Event()
-        self._lock = threading.Lock()
+        self._lock, self._forking = threading.Lock(), threading.Lock()
         self._up = threading.Event()
 
     def now_s(self) -> float:
@@ -178,7 +178,8 @@ class Soak:
                 self._daemon.admin.OpenSession(
                     pb.OpenSessionRequest(spec=spec), wait_for_ready=True, timeout=60
                 )
-                agent = AgentProcess(self._daemon.run_dir, name)
+                with self._forking:  # the harness forks for one thread at a time
+                    agent = AgentProcess(self._daemon.run_dir, name)
                 try:
                     may_oom = "memory" in controllers()
                     done = agent.run(WORK, seconds=10.0, may_oom=may_oom)
@@ -214,7 +215,8 @@ class Soak:
             self._daemon.kill()
         else:
             self._daemon.stop()
-        self._daemon.start()
+        with self._forking:
+            self._daemon.start()
         self.restarts += 1
         self._up.set()
 
