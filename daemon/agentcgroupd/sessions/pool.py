@@ -129,13 +129,15 @@ class PoolClaim:
         if self._made:
             self._make(directory)
         self.cgroup = Cgroup.open(directory)
+        self._lock = -1
         try:
             self._lock = self.cgroup.open_file(knobs.CGROUP_KILL, os.O_WRONLY)
             lock(self._lock)
-        except (Locked, OSError, KnobError) as error:
-            self.cgroup.close()
-            if isinstance(error, Locked):
-                raise self._taken(error) from None
+        except Locked as error:
+            self.release()
+            raise self._taken(error) from None
+        except (OSError, KnobError):
+            self.release()
             raise
 
     def _make(self, directory: Path) -> None:
@@ -195,7 +197,8 @@ class PoolClaim:
 
     def release(self) -> None:
         """Give the lock up; the pool stays, for the next daemon."""
-        os.close(self._lock)
+        if self._lock >= 0:
+            os.close(self._lock)
         self.cgroup.close()
 
     def keep(self) -> None:
