@@ -140,6 +140,8 @@ class GuardConfig(Section):
     """How the pool's memory is guarded (guard/loop.py); what is done about it is the policy's."""
 
     enabled: bool = True
+    credit: bool = True
+    """Whether each call has to ask before it grows far (guard/credit.py)."""
     tick: Duration = 20_000
     """Between samples of the pool while it is short."""
     deny_allowance: Annotated[int, quantity(parse_bytes, "size")] = 16 << 20

@@ -187,6 +187,7 @@ class Daemon:
                 sessions.open,
                 observers.abilities,
                 _marks(config, pool, events, observers),
+                events,
             )
         lifecycle = SessionLifecycle(
             SessionCgroups(

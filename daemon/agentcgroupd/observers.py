@@ -137,6 +137,8 @@ class Observers:
         for observer in self._programs():
             self._plane.attempt("a call cannot be watched", observer.call_opened, call)
         self._gpus.call_opened(call)
+        if self._guard is not None:
+            self._guard.call_opened(call)
 
     def call_begun(self, call: Call) -> None:
         """Have the guard sample the pool soon."""
@@ -168,6 +170,8 @@ class Observers:
         for observer in self._programs():
             self._plane.attempt("a call cannot be let go", observer.call_closed, call)
         self._gpus.call_closed(call)
+        if self._guard is not None:
+            self._guard.call_closed(call)
 
     def entered(self, pid: int) -> None:
         """Have our CPU scheduler run a process that is in a call or an agent leaf now."""

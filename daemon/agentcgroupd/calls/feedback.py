@@ -22,6 +22,8 @@ OVERSTATED_LEAST_BYTES = 64 << 20
 """Below this an overstated intent keeps nobody out."""
 FEWER_CPUS_RATIO = 1.5
 """CPUs seen, for each that may be used, from which on workers by their count are too many."""
+NEAR_LIMIT_SHARE = 0.9
+"""A call that has come to this part of its own limit was slowed by that; else by its credit."""
 THROTTLED_LEAST_USEC = 100_000
 """Shorter stalls are noise that an agent can do nothing about."""
 
@@ -192,10 +194,17 @@ def _of_slowing(facts: EndFacts) -> list[pb.Feedback]:
         told.extend(_of_fewer_cpus(facts))
     stalled, peak = facts.memory_throttled_usec or 0, facts.memory_peak_bytes
     if facts.memory_high_events and stalled >= THROTTLED_LEAST_USEC:
-        sentence = (
-            f"The call was slowed for {show_usec(stalled)} because it neared its memory limit. "
-            "Ask for more memory_max, or do the work in smaller parts."
-        )
+        near = facts.grant.memory_high_bytes or facts.grant.memory_max_bytes
+        if near is not None and peak is not None and peak >= near * NEAR_LIMIT_SHARE:
+            sentence = (
+                f"The call was slowed for {show_usec(stalled)} because it neared its memory limit. "
+                "Ask for more memory_max, or do the work in smaller parts."
+            )
+        else:
+            sentence = (
+                f"The call waited {show_usec(stalled)} for memory of the pool, which others needed "
+                "as well. Say how much it expects (memory), and room is kept for it."
+            )
         code = pb.FEEDBACK_CODE_MEMORY_THROTTLED
         told.append(_feedback(code, sentence, stalled_usec=stalled, memory_peak_bytes=peak))
     frozen = facts.frozen_usec

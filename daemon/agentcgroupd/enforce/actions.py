@@ -136,9 +136,7 @@ class Actions:
     def take_up(self, call: Call) -> None:
         """Let a call that was found again go on as granted: an earlier daemon may have been killed
         while it had slowed or paused the call. Raises KnobError."""
-        if memory_high.take_up(call):
-            why = "The daemon was restarted."
-            self.notices.acted_on_call("unthrottle", call, why, None)
+        memory_high.take_up(call)
         # cgroup.freeze says what was asked for: a process that sleeps in the kernel may not have
         # stopped yet.
         if call.cgroup.read(knobs.CGROUP_FREEZE):
@@ -156,7 +154,9 @@ class Actions:
 
     def let_go(self, call: Call, why: str) -> None:
         """Undo what keeps a call, or its session, from going on without the daemon."""
+        call.bounds.credit_bytes = None
         undo: tuple[Callable[[], None], ...] = (
+            lambda: memory_high.write(call),
             lambda: self.thaw(call, why),
             lambda: self.unthrottle(call, why),
             lambda: self.restore(call.session, why),

@@ -1,9 +1,9 @@
 """memory.high of a call: one place that composes it and writes it.
 
-Several parts of the daemon hold a call's growth back by the same file: its grant, a throttle, and
-the brake of a pause. Each sets its own bound in `Call.bounds`; what is written is the least of
-them, so none can undo another's. The grant is in the call's record, which therefore always says
-what the file has to hold once no daemon holds the call back.
+Several parts of the daemon hold a call's growth back by the same file: its grant, a throttle, its
+credit, and the brake of a pause. Each sets its own bound in `Call.bounds`; what is written is the
+least of them, so none can undo another's. The grant is in the call's record, which therefore always
+says what the file has to hold once no daemon holds the call back.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ def can_hold(call: Call) -> bool:
 def composed(call: Call) -> int | None:
     """Return the least bound in bytes of all that hold a call back; None: there is none."""
     bounds = call.bounds
-    wanted = (call.grant.memory_high_bytes, bounds.throttle_bytes, bounds.brake_bytes)
+    wanted = (
+        call.grant.memory_high_bytes,
+        bounds.throttle_bytes,
+        bounds.credit_bytes,
+        bounds.brake_bytes,
+    )
     return min((b for b in wanted if b is not None), default=None)
 
 
@@ -39,13 +44,8 @@ def write(call: Call) -> None:
     call.bounds.written = (wanted,)
 
 
-def take_up(call: Call) -> bool:
+def take_up(call: Call) -> None:
     """Put memory.high of a call that was found again back to its grant: the daemon before may have
-    been killed while it held the call back. Returns whether it had. Raises KnobError, or
-    CgroupGone."""
-    if not can_hold(call):
-        return False
-    found, granted = call.cgroup.read(knobs.MEMORY_HIGH), call.grant.memory_high_bytes
-    call.bounds.written = (granted,) if found == granted else None
+    been killed while it held the call back. Raises KnobError, or CgroupGone."""
+    call.bounds.written = None
     write(call)
-    return found != granted

@@ -56,6 +56,14 @@ def release(call: Call) -> None:
     call.stopped = call.counted_late = False
 
 
+def wake(call: Call) -> None:
+    """End the sleep of tasks that wait at a memory.high that has been raised since: raising it does
+    not, but thawing wakes every task. Raises KnobError, or CgroupGone."""
+    if call.frozen_since_usec is None and not call.held_for_slice:
+        call.cgroup.write(knobs.CGROUP_FREEZE, True)
+        call.cgroup.write(knobs.CGROUP_FREEZE, False)
+
+
 def is_late(call: Call) -> bool:
     """Look whether all tasks of a paused call have stopped; `call.stopped` says so from then on.
     Returns whether it is late, once for each pause. Raises KnobError, or CgroupGone."""

@@ -6,13 +6,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.calls.memory_resource import MemoryResource
 from agentcgroupd.calls.queue import AdmissionQueue
+from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.cgroup.psi import PressureTrigger
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import KnobError
+from agentcgroupd.guard.credit import CreditKeeper
 from agentcgroupd.guard.high_mark import PoolMark
 from agentcgroupd.guard.host_capacity import read_host, zram_used_bytes
 from agentcgroupd.guard.loop import GuardLoop
@@ -73,27 +76,40 @@ class PoolGuard:
         sessions: Mapping[str, Session],
         programs: Callable[[], Host],
         marks: Sequence[PoolMark],
+        events: FileEvents,
     ) -> None:
         """On a running loop. From now on calls that `queue` lets in may have to wait for memory;
         nothing is done to calls before `start`. `peaks`: what ended calls took; `programs`: what
         the programs in the kernel can do; `marks`: what tells that use of the pool has passed its
-        mark."""
+        mark; `events` tells when calls have used up their credit."""
         self._actions = calls.actions
         self._sessions = sessions
         self._pool = pool
         self._nudge: asyncio.TimerHandle | None = None
         self._trigger: PressureTrigger | None = None
-        host = HostReader(pool, programs)
+        host = HostReader(pool, self._abilities)
+        self._programs = programs
+        self.credit: CreditKeeper | None = None
         session_sampler = SessionSampler(sessions.values)
         sampler = Sampler(
             pool,
             calls,
             session_sampler.views,
             host,
-            lambda: peaks.sorted_bytes,
+            lambda: peaks.sorted_bytes if self.credit is None else self.credit.peaks(),
             lambda: [s for s in sessions.values() if s.adopted],
         )
         self._memory = MemoryResource(lambda: policy_files.policy, sampler.snapshot)
+        if config.credit:
+            self.credit = CreditKeeper(
+                lambda: policy_files.policy,
+                sampler,
+                calls,
+                events,
+                lambda: peaks.sorted_bytes,
+                lambda: programs().can_deny,
+            )
+            sampler.credit_bytes = lambda: self._held_credit()
         self._queue = queue
         queue.add(self._memory)
         self.loop = GuardLoop(
@@ -112,6 +128,8 @@ class PoolGuard:
     def start(self) -> None:
         """Guard from now on. Where the kernel tells no stalls of the pool, the loop's own samples
         have to do. Raises KnobError, BpfError or OSError where the pool's mark cannot be set."""
+        if self.credit is not None:
+            self.credit.start()
         self.loop.start()
         try:
             self._trigger = PressureTrigger(
@@ -129,6 +147,8 @@ class PoolGuard:
     def stop(self) -> None:
         """Decide no more, and give sessions that were slowed their CPU weight again."""
         self.loop.stop()
+        if self.credit is not None:
+            self.credit.stop()
         for session in self._sessions.values():
             try:
                 self._actions.restore(session, "The daemon is stopping.")
@@ -138,6 +158,23 @@ class PoolGuard:
             self._trigger.stop()
         if self._nudge is not None:
             self._nudge.cancel()
+
+    def _abilities(self) -> Host:
+        """What the programs can do here, and credit."""
+        return replace(self._programs(), can_hold=self.credit is not None)
+
+    def _held_credit(self) -> int | None:
+        return None if self.credit is None else self.credit.unused_bytes
+
+    def call_opened(self, call: Call) -> None:
+        """Hold a call to its credit from now on."""
+        if self.credit is not None:
+            self.credit.call_opened(call)
+
+    def call_closed(self, call: Call) -> None:
+        """Forget a call whose cgroup is gone or given up."""
+        if self.credit is not None:
+            self.credit.call_closed(call)
 
     def session_opened(self, session: Session) -> None:
         """Let a session learn as the policy says."""

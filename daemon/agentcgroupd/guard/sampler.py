@@ -65,6 +65,8 @@ class Sampler:
         self._stall: tuple[int, int] | None = None
         self._stalled_share = 0.0
         self.limit_bytes = pool.memory_max_bytes
+        self.credit_bytes: Callable[[], int | None] = lambda: None
+        """What all calls may take without asking; None: they have no credit."""
 
     def usage(self) -> int:
         """Bytes that the pool uses, file cache and what zram holds of it included. Adopted sessions
@@ -76,6 +78,14 @@ class Sampler:
             except KnobError:
                 continue  # its runtime has just removed it
         return used
+
+    def free_bytes(self, matters_share: float) -> int:
+        """Bytes that are free of the pool; while that is less than `matters_share` of it, cold file
+        cache counts as free. Raises KnobError."""
+        free = self.limit_bytes - self.usage()
+        if free < self.limit_bytes * matters_share:
+            free += _cold_cache(self._pool.cgroup)
+        return free
 
     def snapshot(self) -> Snapshot:
         """What the policy sees now. Raises KnobError when the pool cannot be read."""
@@ -104,6 +114,7 @@ class Sampler:
             sessions=self._sessions(now),
             host=self._host(now),
             stalled_share=self._stalled(now),
+            credit_bytes=self.credit_bytes(),
             cache_bytes=cache,
             peaks_bytes=self._peaks(),
         )
@@ -139,6 +150,9 @@ class Sampler:
             cpu_usec=cpu,
             grew_usec=call.grew_usec,
             frozen_for_usec=paused,
+            asks=call.asks,
+            starved=call.starved,
+            awaits_credit=call.awaits_credit,
             stopped=paused is None or call.stopped,
             paused_usec=call.frozen_usec + (paused or 0),
             paused_ago_usec=_ago(now, call.paused_at_usec),

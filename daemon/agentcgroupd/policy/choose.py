@@ -74,6 +74,8 @@ def _may_be_held(headroom: Headroom, ruleset: Ruleset, taken: Set[str]) -> list[
     only_reserve_short = now.free_bytes >= hold_below_free_bytes(ruleset, now.limit_bytes) > 0
     exempt = [headroom.leader, headroom.next_to_finish] if only_reserve_short else [headroom.leader]
     exempt_ids = {c.id for c in exempt if c is not None}
+    if only_reserve_short and now.credit_bytes is not None:
+        return []  # What calls may take without asking leaves the reserve free as it is.
     least_bytes = headroom.small_bytes if only_reserve_short else 0
     found = [
         c
@@ -324,7 +326,8 @@ def kill(headroom: Headroom, ruleset: Ruleset, do: Kill, taken: Set[str]) -> lis
 def _more_is_needed(headroom: Headroom) -> bool:
     """Tell whether the pool still grows or stalls; a pool that is only full harms nobody."""
     stalled = (headroom.now.stalled_share or 0.0) > KILL_STALLED
-    return stalled or headroom.growth_bytes_per_s > GROWING_BYTES_PER_S
+    grows = headroom.starves or headroom.growth_bytes_per_s > GROWING_BYTES_PER_S
+    return stalled or grows
 
 
 def victim_of(

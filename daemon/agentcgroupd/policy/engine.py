@@ -122,10 +122,11 @@ def detector_holds(headroom: Headroom, detector: Detector, held: bool) -> bool:
             edge = (detector.until if held else detector.below).of(now.limit_bytes)
             return now.free_bytes < edge + (headroom.reserve_bytes if detector.keep_room else 0)
         case PoolFills():
-            growth, until = headroom.growth_bytes_per_s, detector.until
+            until = detector.until
             if held and until is not None and now.free_bytes < until.of(now.limit_bytes):
                 return True
-            return growth > 0 and now.free_bytes < growth * detector.within / 1e6
+            taken = headroom.taken_within_bytes(detector.within)
+            return headroom.starves or (taken > 0 and now.free_bytes < taken)
         case Stalled():
             share = stalled_share(headroom, detector.scope)
             return share is not None and share > (detector.until if held else detector.above)
@@ -155,7 +156,7 @@ def _ways_back(
     """
     now = headroom.now
     wanted = {r.do.action for r in _acting(headroom.policy) if holds[r.name]}
-    denied = [c for c in now.calls if c.denied_growth_bytes is not None]
+    denied = [c for c in now.calls if c.denied_growth_bytes is not None and not c.awaits_credit]
     throttled = [c for c in now.calls if c.throttled_growth_bytes is not None]
     slowed = [] if "slow" in wanted else [s for s in now.sessions if s.slowed]
     thawed = _thaw(headroom, "freeze" in wanted, signal, state)
@@ -195,11 +196,12 @@ def _thaw(headroom: Headroom, short: bool, signal: Signal, state: State) -> list
     finish if what it needs is free, else one whose lease is over if there is any room at all. None
     changes more often than `headroom.settle` allows.
     """
-    if not headroom.frozen:
+    frozen = [c for c in headroom.frozen if not c.awaits_credit]
+    if not frozen:
         return []
     now, settings, leader = headroom.now, headroom.settings, headroom.leader
     free = show_bytes(max(0, now.free_bytes))
-    if leader is not None and leader.frozen_for_usec is not None:
+    if leader is not None and leader.frozen_for_usec is not None and not leader.awaits_credit:
         if not headroom.may_go_on(leader):
             return []
         why = "it leads now" if headroom.running else "nothing else is running"
@@ -208,22 +210,22 @@ def _thaw(headroom: Headroom, short: bool, signal: Signal, state: State) -> list
     if 0 <= since < settings.thaw_every and signal.kind is not SignalKind.ENDED:
         return []
     if not short:
-        return _as_many_as_fit(headroom, f"{free} of the pool are free")
+        return _as_many_as_fit(headroom, frozen, f"{free} of the pool are free")
     first = headroom.next_to_finish
-    if first is not None and first.frozen_for_usec is not None and headroom.may_go_on(first):
+    if first in frozen and headroom.may_go_on(first):
         resume = resume_free_bytes(headroom.policy, now.limit_bytes)
         if now.free_bytes >= max(headroom.need_bytes(first), resume):
             return [_go_on(first, f"it is nearest to its end, and {free} of the pool are free")]
     expired = next(
-        (c for c in headroom.frozen if _paused_usec(c) >= settings.lease and headroom.may_go_on(c)),
+        (c for c in frozen if _paused_usec(c) >= settings.lease and headroom.may_go_on(c)),
         None,
     )
-    if expired is not None and now.free_bytes > _hold_free_bytes(headroom.policy, now.limit_bytes):
+    if expired is not None and now.free_bytes > hold_free_bytes(headroom.policy, now.limit_bytes):
         return [_go_on(expired, f"{free} of the pool are free")]
     return []
 
 
-def _as_many_as_fit(headroom: Headroom, why: str) -> list[Decision]:
+def _as_many_as_fit(headroom: Headroom, frozen: Iterable[CallView], why: str) -> list[Decision]:
     """Let paused calls go on in order of importance while what they may still take is left beside
     the amount that is to be free and the reserve, but at least one. Room is kept for those that
     may not go on yet."""
@@ -231,7 +233,7 @@ def _as_many_as_fit(headroom: Headroom, why: str) -> list[Decision]:
     to_be_free = resume_free_bytes(headroom.policy, now.limit_bytes)
     left = now.free_bytes - to_be_free - headroom.reserve_bytes
     decisions: list[Decision] = []
-    for call in headroom.frozen:
+    for call in frozen:
         left -= still_needs(now, call, THAW_SHARE)
         if decisions and left < 0:
             break
@@ -263,7 +265,7 @@ def _hold_detectors(policy: Policy) -> list[PoolFree]:
     return [d for r in holding for d in r.when if isinstance(d, PoolFree)]
 
 
-def _hold_free_bytes(policy: Policy, limit_bytes: int) -> int:
+def hold_free_bytes(policy: Policy, limit_bytes: int) -> int:
     """Return the free bytes below which growth is held back; 0 if no ruleset does so."""
     return max((d.below.of(limit_bytes) for d in _hold_detectors(policy)), default=0)
 
@@ -276,7 +278,7 @@ def resume_free_bytes(policy: Policy, limit_bytes: int) -> int:
 def marks(policy: Policy, limit_bytes: int) -> tuple[int, int]:
     """Return the use of the pool in bytes at which to sample at once, and the use below which that
     is over. The mark of a policy that holds no call back is the limit."""
-    hold_free = _hold_free_bytes(policy, limit_bytes)
+    hold_free = hold_free_bytes(policy, limit_bytes)
     resume_free = resume_free_bytes(policy, limit_bytes)
     return limit_bytes - hold_free, limit_bytes - max(hold_free, resume_free)
 

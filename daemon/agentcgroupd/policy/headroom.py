@@ -26,7 +26,7 @@ before but not touched yet. Where a call grows by more, denying was not enough."
 
 def is_growing(call: CallView) -> bool:
     """Tell whether a call takes memory fast enough to matter."""
-    return call.growth_bytes_per_s > GROWING_BYTES_PER_S
+    return call.asks or call.growth_bytes_per_s > GROWING_BYTES_PER_S
 
 
 def rank(call: CallView) -> tuple[int, int, str]:
@@ -99,6 +99,17 @@ class Headroom:
         """The growth of the pool, or of its calls together if that is faster."""
         calls = sum(c.growth_bytes_per_s for c in self.moving)
         return max(self.now.growth_bytes_per_s, calls)
+
+    def taken_within_bytes(self, usec: int) -> float:
+        """Return what is taken of the pool within this time at its present growth: where calls have
+        credit, no more than that."""
+        taken, credit = self.growth_bytes_per_s * usec / 1e6, self.now.credit_bytes
+        return taken if credit is None else min(taken, credit)
+
+    @property
+    def starves(self) -> bool:
+        """Whether even the call that is the first to get more is held at its credit."""
+        return any(c.starved for c in self.now.calls)
 
     # Changes of direction
 

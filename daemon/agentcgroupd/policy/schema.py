@@ -250,6 +250,14 @@ class HeadroomSettings(Section):
     prior: PoolAmount = Amount(size_bytes=2 << 30)
     """Size that a growing call is taken to reach as long as too few calls have got as far to tell:
     recorded tool calls rose by up to 1.9 GB (arXiv 2602.09345)."""
+    typical: PoolAmount = Amount(percent=10.0, size_bytes=2 << 30)
+    """Size that a growing call that does not go first is taken to reach, as long as too few calls
+    have got as far to tell: what those before it are likely to need is there before it gets more.
+    In a tenth of the pool several can grow at once, and so show how far calls like them go."""
+    credit: PoolAmount = Amount(size_bytes=64 << 20)
+    """Most that a call that begins, and least that one that grows, may take without asking."""
+    credit_resting: PoolAmount = Amount(size_bytes=8 << 20)
+    """Most that a call that has not grown for a while may take without asking."""
     leader_most: PoolAmount = Amount(percent=60.0)
     """Most that a call is taken to reach: all others would wait for its end."""
     steady: Duration = 1_000_000

@@ -8,8 +8,12 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-CALLS_LEAST = 20
+CALLS_LEAST = 3
 """Least number of calls that got as far as a call, to tell how far that call may go."""
+CALLS_ENOUGH = 20
+"""Number of calls that tell any share of them."""
+UNSURE = 2
+"""Times the largest of a few calls, which their share says too little of."""
 
 
 class SignalKind(enum.Enum):
@@ -56,6 +60,12 @@ class CallView:
     """Time of the last growth that was fast enough to matter, on the snapshot's clock."""
     frozen_for_usec: int | None = None
     """Time since the call was paused; None: it runs."""
+    asks: bool = False
+    """Whether the call is held at its credit and there is no more for it now."""
+    starved: bool = False
+    """Whether it asks, although it is the first to get more: for it the pool is full."""
+    awaits_credit: bool = False
+    """Whether it is paused, or denied growth, until there is credit for it."""
     stopped: bool = True
     """Of a paused call: whether all its tasks have stopped. One that is inside a system call may
     still take memory."""
@@ -138,10 +148,13 @@ class Snapshot:
     stalled_share: float | None = 0.0
     """Part of the last moment in which some task in the pool stalled on memory, 0 to 1 (PSI some);
     None: this kernel does not tell."""
+    credit_bytes: int | None = None
+    """What calls may take without asking; None: as much as they like."""
     cache_bytes: int = 0
     """Cold file cache in the pool, which is not counted in `usage_bytes`."""
     peaks_bytes: tuple[int, ...] = ()
-    """Peaks of the pool's ended calls, ascending."""
+    """Peaks of the pool's ended calls, and what those hold that grew and do so no more,
+    ascending."""
 
     @property
     def free_bytes(self) -> int:
@@ -155,6 +168,10 @@ class Snapshot:
         count = len(self.peaks_bytes) - beyond
         if count < CALLS_LEAST:
             return None
+        # With one more call that went further than all, so many leave that one out of the share.
+        odds = share / (1.0 - share) if share < 1.0 else CALLS_ENOUGH
+        if count < min(CALLS_ENOUGH, round(odds)):
+            return UNSURE * self.peaks_bytes[-1]
         return self.peaks_bytes[beyond + min(count - 1, int(share * count))]
 
 

@@ -41,6 +41,8 @@ class HighBounds:
     None: it does not."""
 
     throttle_bytes: int | None = None
+    credit_bytes: int | None = None
+    """What it may reach without asking for more (guard.credit)."""
     brake_bytes: int | None = None
     written: tuple[int | None] | None = None
     """What was written last, `(None,)` for no limit; None: not known."""
@@ -116,6 +118,12 @@ class Call:
     bounds: HighBounds = field(default_factory=HighBounds)
     frozen_since_usec: int | None = None
     frozen_usec: int = 0
+    asks: bool = False
+    """Whether it is held at its credit and there is no more for it now."""
+    starved: bool = False
+    """Whether it asks, although it is the first to get more."""
+    awaits_credit: bool = False
+    """Whether it is paused, or denied growth, until there is credit for it."""
     paused_at_usec: int | None = None
     """When it was last frozen, since boot; None: it never was."""
     resumed_at_usec: int | None = None

@@ -50,6 +50,15 @@ def killed(**changes: Any) -> dict[str, Any]:
     return {"wait_status": KILLED, **changes}
 
 
+@pytest.mark.parametrize(("peak_mib", "words"), [(500, "its memory limit"), (100, "of the pool")])
+def test_what_slowed_a_call_is_its_own_limit_or_the_pool(peak_mib: int, words: str) -> None:
+    slowed = facts(
+        memory_high_events=5, memory_throttled_usec=500_000, memory_peak_bytes=peak_mib * MIB
+    )
+    (told,) = report_of(slowed).feedback
+    assert told.code == pb.FEEDBACK_CODE_MEMORY_THROTTLED and words in told.sentence
+
+
 def test_pauses_that_came_late_are_told_beside_the_time_paused() -> None:
     for late, numbers in ((0, {"frozen_usec"}), (2, {"frozen_usec", "late_pauses"})):
         report = report_of(facts(frozen_usec=500_000, late_pauses=late))

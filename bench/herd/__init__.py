@@ -1,0 +1,1 @@
+"""Benchmark `herd`: calls that begin to grow at the same moment in a pool too small for all."""

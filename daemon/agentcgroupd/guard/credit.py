@@ -1,0 +1,450 @@
+"""Credit of calls: how far each may grow before it has to ask (policy/credit.py says how far).
+
+A call that passes its memory.high changes its memory.events, which wakes the daemon. From then on
+it is looked at until it has not grown for a while, and gets more before it has used up what it has.
+Calls that stay below their first credit, as most do, never wake anybody, and calls that rest are
+not looked at. What a call may still take without asking is known without looking: its bound less
+what it was last seen to hold, which is never too little.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ParamSpec
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.calls.lifecycle import Calls
+from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.events import FileEvents
+from agentcgroupd.enforce import memory_high, pause
+from agentcgroupd.errors import BpfError, KnobError
+from agentcgroupd.guard.sampler import Sampler
+from agentcgroupd.policy import credit
+from agentcgroupd.policy.schema import Policy
+from agentcgroupd.policy.snapshot import CallView, Snapshot
+from agentcgroupd.state.session import Call, boottime_usec
+from agentcgroupd.units import show_bytes
+
+P = ParamSpec("P")
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.01
+"""Between two looks at the calls that grow. One core takes 20 MiB in it, a third of the credit."""
+REST_USEC = 200_000
+"""A call that has not grown for this long is not looked at any more."""
+FIRST_USEC = 1_000_000
+"""After this time a call that has not asked rests, and keeps a small credit."""
+HOLD_USEC = 100_000
+"""A call that has waited this long for credit is paused: its tasks only sleep in the kernel."""
+GREW_BYTES = 1 << 20
+NO_SLEEP_SHARE = 1.0125
+"""Below this part of memory.high nobody sleeps (mm/memcontrol.c leaves waits under 10 ms out)."""
+CACHE_MATTERS_SHARE = 0.5
+"""While more of the pool than this is free, nobody asks how much of its use is file cache."""
+TAKE_BACK_MOST = 100
+"""Calls that credit is taken back from at a time."""
+
+
+@dataclass(slots=True, eq=False)
+class _Ledger:
+    """What is known of one call."""
+
+    call: Call
+    bound: int
+    seen: int = 0
+    """Bytes that it was last seen to hold."""
+    grew_usec: int = 0
+    grew_to: int = 0
+    """Bytes that it held when it was last seen to grow."""
+    started: bool = False
+    """Whether it got more since it is looked at."""
+    since_usec: int | None = None
+    """Since when it has asked for more than it got; None: it has not."""
+    file: int | None = None
+    """Descriptor of memory.current while it is looked at."""
+    watch: int | None = None
+
+    @property
+    def unused(self) -> int:
+        return max(0, self.bound - self.seen)
+
+
+class CreditKeeper:
+    """Keeps the credit of all open calls. `start` and `stop` on a running loop."""
+
+    def __init__(
+        self,
+        policy: Callable[[], Policy],
+        sampler: Sampler,
+        calls: Calls,
+        events: FileEvents,
+        peaks: Callable[[], tuple[int, ...]],
+        can_deny: Callable[[], bool],
+    ) -> None:
+        self._policy, self._sampler, self._calls = policy, sampler, calls
+        self._events, self._peaks, self._can_deny = events, peaks, can_deny
+        self._loop = asyncio.get_running_loop()
+        self._ledgers: dict[str, _Ledger] = {}
+        self._looked_at: dict[str, _Ledger] = {}
+        """Those that grow or ask, by id."""
+        self._young: deque[tuple[int, str]] = deque()
+        """Calls that began lately, with the time at which they are taken to rest."""
+        self._rested: dict[str, int] = {}
+        """What calls hold that grew and do so no more, by id: as good as their peaks."""
+        self._samples: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        """Peaks of ended calls, and the same with what is in `_rested`, ascending."""
+        self._free: tuple[int, int] | None = None
+        """(usec, bytes): what was free of the pool when it was last read."""
+        self.unused_bytes = 0
+        """What all calls may take without asking."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._soon: asyncio.Handle | None = None
+        self._running = False
+
+    def start(self) -> None:
+        """Give every open call its credit, and each that begins from now on."""
+        self._running = True
+        for call in list(self._calls.open.values()):
+            self.call_opened(call)
+
+    def stop(self) -> None:
+        """Hold no call at its credit any more."""
+        self._running = False
+        for handle in (self._timer, self._soon):
+            if handle is not None:
+                handle.cancel()
+        for ledger in list(self._ledgers.values()):
+            call = ledger.call
+            self.call_closed(call)
+            call.asks = call.awaits_credit = False
+            call.bounds.credit_bytes = None
+            self._attempt(call, self._write_and_wake, call)
+
+    def peaks(self) -> tuple[int, ...]:
+        """Peaks of ended calls, and what those hold that grew and do so no more, ascending."""
+        ended = self._peaks()
+        if self._samples is None or self._samples[0] is not ended:
+            self._samples = ended, tuple(sorted((*ended, *self._rested.values())))
+        return self._samples[1]
+
+    # Calls that come and go
+
+    def call_opened(self, call: Call) -> None:
+        """Give a call its first credit, before anything runs in it or, found again, while it
+        does."""
+        if call.parent is not None:
+            return  # it takes from the credit of the call that it is in
+        if not self._running or not memory_high.can_hold(call) or call.id in self._ledgers:
+            return
+        ledger = _Ledger(call, 0)
+        self._ledgers[call.id] = ledger
+        if not self._attempt(call, self._begin, ledger):
+            self._forget(ledger)
+
+    def _begin(self, ledger: _Ledger) -> None:
+        call = ledger.call
+        if call.entered:
+            ledger.seen = call.cgroup.read(knobs.MEMORY_CURRENT)
+        first = credit.first_bytes(self._policy(), self._budget(), self._sampler.limit_bytes)
+        self._bind(ledger, ledger.seen + first)
+        try:
+            ledger.watch = self._events.watch(
+                call.cgroup, knobs.MEMORY_EVENTS_LOCAL, lambda: self._passed(ledger)
+            )
+        except OSError as error:
+            log.warning("call %s is looked at all the time: %s", call.id, error)
+            self._look_at(ledger)
+        self._young.append((boottime_usec() + FIRST_USEC, call.id))
+        self._look_later()
+
+    def call_closed(self, call: Call) -> None:
+        """Forget a call, whose cgroup is gone or given up."""
+        ledger = self._ledgers.get(call.id)
+        if ledger is not None:
+            self._forget(ledger)
+            self.look_soon()
+
+    def _forget(self, ledger: _Ledger) -> None:
+        self.unused_bytes -= ledger.unused
+        self._leave(ledger)
+        self._grows(ledger)
+        del self._ledgers[ledger.call.id]
+        if ledger.watch is not None:
+            # A watch on what was removed has ended; to end it again would take a grace period.
+            gone = not ledger.call.cgroup.exists()
+            (self._events.forget if gone else self._events.unwatch)(ledger.watch)
+
+    # Looking
+
+    def look_soon(self) -> None:
+        """Serve those that ask as soon as what is being done now is done."""
+        if self._running and self._looked_at and self._soon is None:
+            self._soon = self._loop.call_soon(self._look)
+
+    def _look_later(self) -> None:
+        if self._timer is None and self._running and (self._looked_at or self._young):
+            pause_s = LOOK_S if self._looked_at else FIRST_USEC / 2e6
+            self._timer = self._loop.call_later(pause_s, self._timed)
+        elif self._timer is not None and self._looked_at:
+            due = self._loop.time() + LOOK_S
+            if self._timer.when() > due + LOOK_S:
+                self._timer.cancel()
+                self._timer = self._loop.call_at(due, self._timed)
+
+    def _timed(self) -> None:
+        self._timer = None
+        self._look()
+
+    def _passed(self, ledger: _Ledger) -> None:
+        """Look at a call that may have passed its memory.high."""
+        if ledger.call.id in self._ledgers:
+            self._look_at(ledger)
+            self.look_soon()
+
+    def _look_at(self, ledger: _Ledger) -> None:
+        ledger.grew_usec, ledger.grew_to = boottime_usec(), ledger.seen
+        self._grows(ledger)
+        self._looked_at[ledger.call.id] = ledger
+        self._look_later()
+
+    def _grows(self, ledger: _Ledger) -> None:
+        """Take what a call held when it rested for its peak no longer."""
+        if self._rested.pop(ledger.call.id, None) is not None:
+            self._samples = None
+
+    def _leave(self, ledger: _Ledger) -> None:
+        self._looked_at.pop(ledger.call.id, None)
+        if ledger.file is not None:
+            os.close(ledger.file)
+            ledger.file = None
+
+    def _look(self) -> None:
+        self._soon = None
+        now = boottime_usec()
+        try:
+            if self._looked_at:
+                for ledger in list(self._looked_at.values()):
+                    if not ledger.call.awaits_credit:
+                        self._attempt(ledger.call, self._read, ledger, now)
+                self._serve(now)
+            self._settle_young(now)
+        except KnobError as error:
+            log.error("the pool cannot be read: %s", error)
+        self._look_later()
+
+    def _read(self, ledger: _Ledger, now: int) -> None:
+        """Read what a call holds. Raises KnobError."""
+        if ledger.file is None:
+            ledger.file = ledger.call.cgroup.open_file(knobs.MEMORY_CURRENT, os.O_RDONLY)
+        try:
+            seen = int(os.pread(ledger.file, 32, 0))
+        except OSError as error:
+            path, file = str(ledger.call.cgroup.path), knobs.MEMORY_CURRENT.file
+            raise KnobError(error, path, file, None) from None
+        self._saw(ledger, seen, now)
+
+    def _saw(self, ledger: _Ledger, seen: int, now: int) -> None:
+        if seen > ledger.grew_to + GREW_BYTES:
+            ledger.grew_usec, ledger.grew_to = now, seen
+        self._see(ledger, seen)
+
+    def _see(self, ledger: _Ledger, seen: int) -> None:
+        self.unused_bytes -= ledger.unused
+        ledger.seen = seen
+        self.unused_bytes += ledger.unused
+
+    def _bind(self, ledger: _Ledger, bound: int) -> None:
+        """Set what a call may reach. Raises KnobError."""
+        self.unused_bytes -= ledger.unused
+        ledger.bound = ledger.call.bounds.credit_bytes = bound
+        self.unused_bytes += ledger.unused
+        memory_high.write(ledger.call)
+
+    @staticmethod
+    def _write_and_wake(call: Call) -> None:
+        memory_high.write(call)
+        pause.wake(call)
+
+    # Giving
+
+    def _budget(self) -> credit.Budget:
+        """What there is to give. What is free is read after what calls hold, never before: growth
+        in between then counts twice, and not for nothing. Raises KnobError."""
+        now = boottime_usec()
+        if self._free is None or now - self._free[0] > LOOK_S * 1e6:
+            self._free = now, self._sampler.free_bytes(CACHE_MATTERS_SHARE)
+        return credit.Budget(self._free[1], self.unused_bytes, len(self._ledgers))
+
+    def _serve(self, now: int) -> None:
+        """Give those that ask what there is for them, and let those rest that do not grow."""
+        policy, limit = self._policy(), self._sampler.limit_bytes
+        accounts, ledgers = [], {}
+        for ledger in list(self._looked_at.values()):
+            if self._takes_no_part(ledger):
+                continue
+            step = credit.step_bytes(policy, ledger.seen, limit)
+            asks = ledger.unused < step // 2
+            waits = ledger.call.asks or ledger.call.awaits_credit
+            if not waits and now - ledger.grew_usec > REST_USEC:
+                self._attempt(ledger.call, self._rest, ledger)
+                continue
+            ledgers[ledger.call.id] = ledger
+            awaits_credit = ledger.call.awaits_credit
+            may_go_on = not awaits_credit or self._may_go_on(ledger.call, now)
+            view = _view(ledger)
+            accounts.append(
+                credit.Account(view, ledger.bound, asks, ledger.started, awaits_credit, may_go_on)
+            )
+        if not accounts:
+            return
+        self._free = None
+        budget = self._budget()
+        seen = Snapshot(
+            now_usec=now,
+            limit_bytes=limit,
+            usage_bytes=limit - budget.free_bytes,
+            growth_bytes_per_s=0.0,
+            calls=(),
+            peaks_bytes=self.peaks(),
+        )
+        given = credit.serve(policy, seen, budget, accounts)
+        first = credit.in_order(accounts)[0].view.id
+        for account in accounts:
+            ledger = ledgers[account.view.id]
+            bound = given.get(account.view.id)
+            is_first = ledger.call.id == first
+            self._attempt(ledger.call, self._answer, ledger, bound, account.asks, is_first, now)
+        if any(a.asks and a.view.id not in given for a in accounts):
+            self._take_back(policy, budget, limit)
+
+    def _takes_no_part(self, ledger: _Ledger) -> bool:
+        """Tell whether a call is ending, or paused by the policy: it may have nothing in hand."""
+        call = ledger.call
+        if call.state == pb.CALL_STATE_ENDING:
+            return True
+        if call.frozen_since_usec is None or call.awaits_credit:
+            return False
+        if ledger.unused:
+            self._attempt(call, self._bind, ledger, ledger.seen)
+        return True
+
+    def _rest(self, ledger: _Ledger) -> None:
+        """Look at a call no more, and leave it a small credit. Raises KnobError."""
+        ledger.call.asks = ledger.call.starved = False
+        ledger.since_usec, ledger.started = None, False
+        if ledger.call.id in self._looked_at:
+            self._rested[ledger.call.id] = ledger.seen
+            self._samples = None
+        if ledger.watch is not None:
+            self._leave(ledger)
+        policy, limit = self._policy(), self._sampler.limit_bytes
+        resting = credit.resting_bytes(policy, self._budget(), limit)
+        if ledger.unused > resting:
+            self._bind(ledger, ledger.seen + resting)
+
+    def _answer(
+        self, ledger: _Ledger, bound: int | None, asks: bool, is_first: bool, now: int
+    ) -> None:
+        """Give a call its new bound, or have it wait. Raises KnobError or BpfError."""
+        call = ledger.call
+        if bound is None and not (is_first and call.awaits_credit):
+            call.asks = asks and ledger.seen >= ledger.bound - GREW_BYTES
+            call.starved = call.asks and is_first
+            if not call.asks:
+                ledger.since_usec = None
+            elif ledger.since_usec is None:
+                ledger.since_usec = now
+            elif not is_first and now - ledger.since_usec > HOLD_USEC:
+                self._hold(call, now)
+            return
+        if call.awaits_credit and not self._may_go_on(call, now):
+            return
+        slept = ledger.seen > ledger.bound * NO_SLEEP_SHARE
+        call.asks = call.starved = False
+        ledger.since_usec, ledger.grew_usec = None, now
+        if bound is not None:
+            ledger.started = True
+            self._bind(ledger, bound)
+        if call.awaits_credit:
+            self._let_go_on(call)
+        elif slept:
+            pause.wake(call)
+
+    def _hold(self, call: Call, now: int) -> None:
+        """Pause a call that waits for credit, or refuse it more where it would rather have that.
+        Raises KnobError or BpfError."""
+        if call.awaits_credit:
+            return
+        kept = "what is free is kept for calls that go first"
+        if call.grant.on_pressure == "deny" and self._can_deny():
+            self._calls.actions.deny(call, f"No more memory for now: {kept}.")
+            call.awaits_credit = call.denied_at_bytes is not None
+            return
+        settle = self._policy().headroom.settle
+        if call.paused_at_usec is not None and now - call.paused_at_usec < settle:
+            return
+        self._calls.actions.freeze(call, f"Paused: {kept}. It goes on by itself; nothing is lost.")
+        call.awaits_credit = call.frozen_since_usec is not None
+
+    def _may_go_on(self, call: Call, now: int) -> bool:
+        settle, resumed = self._policy().headroom.settle, call.resumed_at_usec
+        return resumed is None or now - resumed >= settle
+
+    def _let_go_on(self, call: Call) -> None:
+        """Let a call go on that waited for credit. Raises KnobError or BpfError."""
+        free = show_bytes(max(0, self._budget().free_bytes))
+        why = f"Going on: {free} of the pool are free, and it is its turn."
+        call.awaits_credit = False
+        self._calls.actions.thaw(call, why)
+        self._calls.actions.allow(call, why)
+
+    # Taking back
+
+    def _settle_young(self, now: int) -> None:
+        """Leave calls that began a while ago, and have not asked, a small credit."""
+        while self._young and self._young[0][0] <= now:
+            ledger = self._ledgers.get(self._young.popleft()[1])
+            if ledger is not None and ledger.call.id not in self._looked_at:
+                self._attempt(ledger.call, self._reread_and_rest, ledger)
+
+    def _reread_and_rest(self, ledger: _Ledger) -> None:
+        self._see(ledger, ledger.call.cgroup.read(knobs.MEMORY_CURRENT))
+        self._rest(ledger)
+
+    def _take_back(self, policy: Policy, budget: credit.Budget, limit: int) -> None:
+        """Take credit that is not used from calls that rest, those with most of it first."""
+        resting = credit.resting_bytes(policy, budget, limit)
+        found = [x for x in self._ledgers.values() if x.call.id not in self._looked_at]
+        found = [x for x in found if x.unused > 2 * resting]
+        for ledger in sorted(found, key=lambda x: -x.unused)[:TAKE_BACK_MOST]:
+            self._attempt(ledger.call, self._reread_and_rest, ledger)
+
+    def _attempt(self, call: Call, step: Callable[P, None], *args: P.args, **kw: P.kwargs) -> bool:
+        """Do something for one call; what goes wrong is logged, and ends no look."""
+        try:
+            step(*args, **kw)
+        except (KnobError, BpfError) as error:
+            log.debug("credit of call %s: %s", call.id, error)
+            return False
+        return True
+
+
+def _view(ledger: _Ledger) -> CallView:
+    call = ledger.call
+    return CallView(
+        id=call.id,
+        name=call.name,
+        session_id=call.session.id,
+        priority=call.grant.priority,
+        began_usec=call.began_boot_usec,
+        memory_bytes=ledger.seen,
+        growth_bytes_per_s=0.0,
+        cpu_usec=0,
+        expected_bytes=call.likely_bytes or call.grant.memory_expected_bytes,
+        memory_max_bytes=call.grant.memory_max_bytes,
+    )

@@ -1,0 +1,139 @@
+"""Credit: what all may take without asking is never more than what is free."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentcgroupd.policy import credit
+from agentcgroupd.policy.credit import Account, Budget
+from agentcgroupd.policy.engine import hold_free_bytes
+from agentcgroupd.policy.load import load_policy
+from agentcgroupd.policy.snapshot import CallView, Snapshot
+
+MIB, GIB = 1 << 20, 1 << 30
+POLICY = load_policy(None, None).policy
+LIMIT = 8 * GIB
+HOLD = hold_free_bytes(POLICY, LIMIT)
+
+
+def account(name: str, held_mib: int, unused_mib: int = 0, *, priority: int = 50,
+            asks: bool = True, held: bool = False) -> Account:  # fmt: skip
+    """A call that grows, with so much more to take without asking."""
+    view = CallView(
+        id=name, name=name, session_id="s", priority=priority, began_usec=0,
+        memory_bytes=held_mib * MIB, growth_bytes_per_s=0.0, cpu_usec=0,
+    )  # fmt: skip
+    return Account(view, (held_mib + unused_mib) * MIB, asks, held=held)
+
+
+def seen(*peaks_mib: int) -> Snapshot:
+    peaks = tuple(sorted(p * MIB for p in peaks_mib))
+    return Snapshot(
+        now_usec=0, limit_bytes=LIMIT, usage_bytes=0, growth_bytes_per_s=0.0, calls=(),
+        peaks_bytes=peaks,
+    )  # fmt: skip
+
+
+def served(free_mib: int, *accounts: Account, peaks: tuple[int, ...] = ()) -> dict[str, int]:
+    """Who gets how many MiB more, in a pool of 8 GiB in which nobody else has credit."""
+    unused = sum(a.unused_bytes for a in accounts)
+    budget = Budget(free_mib * MIB, unused, len(accounts))
+    given = credit.serve(POLICY, seen(*peaks), budget, accounts)
+    bounds = {a.view.id: a.bound_bytes for a in accounts}
+    return {name: (bound - bounds[name]) // MIB for name, bound in given.items()}
+
+
+def test_who_grows_gets_64_mib_or_a_quarter_of_what_it_holds() -> None:
+    assert served(8000, account("small", 10)) == {"small": 64}
+    assert served(7000, account("large", 800)) == {"large": 200}
+    assert served(6000, account("huge", 2000)) == {"huge": 256}
+
+
+def test_of_many_of_which_nothing_is_known_a_few_grow_first() -> None:
+    herd = [account(f"g{i:03}", 20) for i in range(100)]
+    first = served(6000, *herd)
+    assert 2 <= len(first) <= 6
+    known = served(6000, *herd, peaks=(200, 200, 200))
+    assert 25 <= len(known) <= 32
+
+
+def test_the_more_important_goes_first_then_who_is_further_on() -> None:
+    near, far = account("near", 100), account("far", 300)
+    assert list(served(700, near, far)) == ["far"]
+    vip = account("vip", 50, priority=80)
+    assert list(served(700, near, far, vip)) == ["vip"]
+
+
+def test_the_first_gets_what_is_there_and_the_others_leave_it_what_it_may_need() -> None:
+    first, other = account("first", 400), account("other", 100)
+    assert served(150, first, other) == {"first": 100}
+    assert served(60, first, other)["first"] < 60
+    assert served(5, first, other) == {}
+    # 2 GiB less what it holds are kept for the first, and its overshoot is not its neighbours'.
+    assert "other" not in served(2400, first, other)
+    assert "other" in served(2900, first, other)
+
+
+def test_a_call_that_may_not_go_on_yet_takes_nobody_s_room() -> None:
+    first = account("first", 400, 64, asks=False)
+    waits = replace(account("waits", 300, held=True), may_go_on=False)
+    other = account("other", 100)
+    assert served(2900, first, waits, other).keys() == {"other"}
+
+
+accounts = st.builds(
+    lambda name, held, unused, priority, asks, awaits_credit: account(
+        name, held, unused, priority=priority, asks=asks, held=awaits_credit
+    ),
+    name=st.text("abcdef", min_size=1, max_size=4),
+    held=st.integers(0, 3000),
+    unused=st.integers(0, 100),
+    priority=st.sampled_from([20, 50, 80]),
+    asks=st.booleans(),
+    awaits_credit=st.booleans(),
+)
+
+
+@given(
+    st.lists(accounts, max_size=30, unique_by=lambda a: a.view.id),
+    st.integers(-100, 8192),
+    st.integers(0, 1000),
+    st.lists(st.integers(5, 3000), max_size=40),
+)
+def test_what_all_may_take_is_never_more_than_what_is_free(
+    found: list[Account], free_mib: int, others_mib: int, peaks: list[int]
+) -> None:
+    free, before = free_mib * MIB, sum(a.unused_bytes for a in found) + others_mib * MIB
+    budget = Budget(free, before, len(found))
+    given = credit.serve(POLICY, seen(*peaks), budget, found)
+    by_id = {a.view.id: a for a in found}
+    more = {name: bound - by_id[name].bound_bytes for name, bound in given.items()}
+    assert all(size > 0 and by_id[name].asks for name, size in more.items())
+    if not more:
+        return
+    first = credit.in_order(found)[0].view.id
+    others = sum(size for name, size in more.items() if name != first)
+    if others:
+        assert before + sum(more.values()) <= free - HOLD
+    assert before + more.get(first, 0) <= free
+
+
+@given(st.integers(-100, 8192), st.integers(0, 8192), st.integers(1, 20_000))
+def test_first_and_resting_credit_fit_or_are_the_least(
+    free_mib: int, unused_mib: int, calls: int
+) -> None:
+    budget = Budget(free_mib * MIB, unused_mib * MIB, calls)
+    for size in (
+        credit.first_bytes(POLICY, budget, LIMIT),
+        credit.resting_bytes(POLICY, budget, LIMIT),
+    ):
+        fits = size * (calls + 1) * credit.SPREAD <= free_mib * MIB - HOLD
+        assert size == credit.LEAST_BYTES or fits
+
+
+def test_credit_grows_with_the_room() -> None:
+    sizes = [credit.first_bytes(POLICY, Budget(f * GIB, 0, 20), LIMIT) for f in (1, 4, 8)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == 64 * MIB
