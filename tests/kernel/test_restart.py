@@ -152,7 +152,8 @@ def test_what_a_command_left_running_is_known_after_a_restart(
 ) -> None:
     agent = fresh.open("alpha")
     go = tmp_path / "go"
-    script = f"sleep 1000 > /dev/null 2>&1 & until [ -e {go} ]; do sleep 0.01; done"
+    os.mkfifo(go)
+    script = f"sleep 1000 > /dev/null 2>&1 & read line < {go}"
     agent.run(
         """
 argv = [EXEC, f"--leftovers={leftovers}", "--", "sh", "-c", script]
@@ -163,7 +164,7 @@ tool = subprocess.Popen(argv)
     )
     wait_until("the tool runs", lambda: entered(fresh) >= 1)
     fresh.kill()
-    go.touch()
+    go.write_text("go\n")
     assert agent.run("result = tool.wait()") == 0
     fresh.start()
     if leftovers == "end":
