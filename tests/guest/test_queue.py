@@ -208,8 +208,9 @@ def test_calls_that_are_held_empty_keep_no_room(daemon: DaemonProcess, sessions:
         took = victim.run(
             "t = time.monotonic(); agent.run(['true'], memory='200M');result = time.monotonic() - t"
         )
-        # One second of kept room for each greedy session that came first, at most.
-        assert took < (1.5 + 1.2 * sessions) * SLOW
+        # One second of kept room for each greedy session that came first, on a machine that has
+        # other work; without turns and with room kept it would be a minute.
+        assert took < (3 + 1.5 * sessions) * SLOW
     assert len(waiting(daemon)) >= 10 * sessions
 
 
