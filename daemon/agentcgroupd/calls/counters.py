@@ -19,23 +19,14 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.knobs import Knob
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import KnobError
-from agentcgroupd.state.ending import Baseline, Counts
+from agentcgroupd.state.ending import Baseline, Counts, Place
 from agentcgroupd.state.records import sendable
 from agentcgroupd.state.session import Call, Session
 
+_LOCAL = {knobs.MEMORY_EVENTS_LOCAL.file, knobs.PIDS_EVENTS_LOCAL.file}
 NESTED_MOST = 1000
 """How many cgroups that a tool made below its call are looked at: it can make any number."""
 _SHOWN_CHARS = 96
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A cgroup above a call, at which a limit can stand."""
-
-    level: pb.Level.ValueType
-    cgroup: Cgroup
-    name: str
-    """The call's id where it is another call; else its path."""
 
 
 def shown(path: str | Path) -> str:
@@ -47,14 +38,16 @@ def shown(path: str | Path) -> str:
 def places_above(session: Session, pool: Cgroup, call: Cgroup | None = None) -> list[Place]:
     """The cgroups above a call, or above a new call of a session, the nearest first: calls that it
     is in, the session, the pool, and those above. The root has no limits and is left out."""
-    places = [] if call is None else list(_outer_calls(session, call))
-    places.append(Place(pb.LEVEL_SESSION, session.cgroup, session.id))
-    top = session.cgroup
-    if session.cgroup.path.parent == pool.path:
-        places.append(Place(pb.LEVEL_POOL, pool, "the pool"))
-        top = pool
-    places += _ancestors(top)
-    return places
+    if not _LOCAL & session.offered:
+        return []  # nothing is counted there
+    if session.places is None:
+        places, top = [Place(pb.LEVEL_SESSION, session.cgroup, session.id)], session.cgroup
+        if session.cgroup.path.parent == pool.path:
+            places.append(Place(pb.LEVEL_POOL, pool, "the pool"))
+            top = pool
+        session.places = (*places, *_ancestors(top))
+    outer = () if call is None else _outer_calls(session, call)
+    return [*outer, *session.places]
 
 
 def _outer_calls(session: Session, call: Cgroup) -> Iterator[Place]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.cgroup.tree import Cgroup
 
 VICTIMS_MOST = 1000
 """How many processes that the kernel's OOM killer chose are known by their pids."""
@@ -88,6 +89,16 @@ class Held:
 
 
 NOTHING_HELD = Held(0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A cgroup above a call, at which a limit can stand."""
+
+    level: pb.Level.ValueType
+    cgroup: Cgroup
+    name: str
+    """The call's id where it is another call; else its path."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.intents.grant import Grant
 from agentcgroupd.policy.learning import Learned
-from agentcgroupd.state.ending import NOTHING_HELD, Account, Held
+from agentcgroupd.state.ending import NOTHING_HELD, Account, Held, Place
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.records import RECORD_VERSION, cut_argv_of_record, plain, sendable
 
@@ -312,6 +312,8 @@ class Session:
     reclaimed_at_usec: int | None = None
     """When memory was last reclaimed from it, since boot."""
     watch: int | None = None
+    places: tuple[Place, ...] | None = None
+    """The session's cgroup and those above it, the nearest first; None: not found out yet."""
     held: Held = NOTHING_HELD
     """What its agent and files without a call held at `held_at` (time.monotonic)."""
     held_at: float = float("-inf")
