@@ -368,7 +368,8 @@ def test_the_budget_is_what_is_left(daemon: DaemonProcess, agent: AgentProcess) 
     assert budget.memory_limit_bytes == 300 * MIB
     used = _memory(daemon, "alpha")
     assert abs(budget.memory_used_bytes - used) < 8 * MIB
-    assert budget.memory_available_bytes <= 300 * MIB - budget.memory_used_bytes
+    # Page cache is used, and can be had.
+    assert 300 * MIB - used - 8 * MIB <= budget.memory_available_bytes < 300 * MIB
     assert budget.pids_limit == 200 and 0 < budget.pids_available < 200
     assert "MiB" in budget.sentence
 
