@@ -60,7 +60,8 @@ tool = subprocess.Popen([EXEC, "--call", result, "--", "sleep", "100000"])
 
 @pytest.fixture
 def daemon(start_daemon: StartDaemon) -> DaemonProcess:
-    return start_daemon("")
+    """A daemon whose guard sets no mark on the pool, which would be one more brake to lift."""
+    return start_daemon("[guard]\nenabled = false\n")
 
 
 @pytest.fixture
