@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
@@ -53,8 +56,8 @@ def ask(path: str, method: str, data: bytes, timeout: float) -> Any:
     """
     try:
         with _socket() as sock:
+            _connect(sock, path, timeout)
             sock.settimeout(timeout)
-            sock.connect(path)
             sock.send(data)
             reply = sock.recv(_REPLY_BYTES_MAX)
             while (more := _asks_to_wait(reply)) is not None:
@@ -71,7 +74,13 @@ async def ask_async(path: str, method: str, data: bytes, timeout: float) -> Any:
     try:
         with _socket() as sock:
             sock.setblocking(False)
-            await asyncio.wait_for(loop.sock_connect(sock, path), timeout)
+            for pause in _attempts(timeout):
+                try:
+                    # asyncio's own would take a full queue for a connection on its way.
+                    sock.connect(path)
+                    break
+                except BlockingIOError:
+                    await asyncio.sleep(pause)
             await loop.sock_sendall(sock, data)
             reply = await asyncio.wait_for(loop.sock_recv(sock, _REPLY_BYTES_MAX), timeout)
             while (more := _asks_to_wait(reply)) is not None:
@@ -80,6 +89,36 @@ async def ask_async(path: str, method: str, data: bytes, timeout: float) -> Any:
     except (OSError, asyncio.TimeoutError) as error:
         raise _away(error) from None
     return _parse(method, reply)
+
+
+def _connect(sock: socket.socket, path: str, timeout: float) -> None:
+    """Connect within `timeout` seconds, waiting in the kernel where the listener's queue is full.
+
+    Raises:
+        OSError: among them TimeoutError.
+    """
+    # Python's own timeout makes the socket non-blocking, and connect(2) then fails at once.
+    seconds = int(timeout)
+    limit = struct.pack("@ll", seconds, int((timeout - seconds) * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    try:
+        sock.connect(path)
+    except BlockingIOError:
+        raise TimeoutError("the queue of connections stays full") from None
+
+
+def _attempts(timeout: float) -> Iterator[float]:
+    """Yield pauses between attempts to connect, in seconds. Without blocking, connect(2) fails at
+    once where the listener's queue is full, as when others flood it.
+
+    Raises:
+        TimeoutError: `timeout` seconds have passed.
+    """
+    end, pause = time.monotonic() + timeout, 0.0005
+    while time.monotonic() < end:
+        yield pause
+        pause = min(2 * pause, 0.002)
+    raise TimeoutError("the queue of connections stays full")
 
 
 def _asks_to_wait(reply: bytes) -> int | None:

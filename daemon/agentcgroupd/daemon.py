@@ -292,7 +292,7 @@ class Daemon:
         backend = run_dir / f"private/{role}.sock"
         gate = Gate(metrics, parts.turns)
         server = GrpcServer(backend, f"agentcgroup.v1.{role.capitalize()}", gate)
-        relay = Relay(listener, backend, metrics, find, budgets)
+        relay = Relay(listener, backend, metrics, find, budgets, parts.turns)
         gate.relay = relay
         if role == "agent":
             pb_grpc.add_AgentServicer_to_server(AgentService(parts, relay), server.server)

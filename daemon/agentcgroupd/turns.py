@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 log = logging.getLogger(__name__)
 
-SLICE_S = 0.003
+SLICE_S = 0.002
 """How long queued work may keep the loop before everything else on it has a turn."""
 LEAST_S = 20e-6
 """What a turn counts at least, so that work too short to measure is not free."""

@@ -17,7 +17,8 @@ from agentcgroupd.errors import ConfigError
 
 LISTEN_FDS_START = 3
 """Number of the first descriptor that systemd hands over."""
-BACKLOG = 1024
+BACKLOG = 64
+"""Connections that wait to be accepted: a flood keeps that many before everybody's own."""
 PROTOCOLS = {socket.SOCK_STREAM: "grpc", socket.SOCK_SEQPACKET: "attach"}
 """What is spoken on each kind of socket."""
 
@@ -32,6 +33,9 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening. A file that was made here is removed."""
+        if self.handed_over:
+            # Who connects until the next daemon is there has to find room.
+            self.socket.listen(socket.SOMAXCONN)
         self.socket.close()
         if not self.handed_over:
             self.path.unlink(missing_ok=True)

@@ -45,6 +45,10 @@ from agentcgroupd.turns import Turns
 log = logging.getLogger(__name__)
 
 SILENT_TIMEOUT_S = 5.0
+PENALTY = 0.25
+"""What a refused request counts of one that is let in."""
+UNSEEN_MAX = 64
+"""Connections of one crowd that wait until it is found out whose they are."""
 SILENT_MAX = 256
 """Connections of one crowd that have not sent their request; of more, the oldest is closed."""
 
@@ -88,7 +92,9 @@ class AttachServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._door = Door(listener, self._accepted, metrics)
+        self._debt = budgets.limits.packets_per_s / 5
         self._complaint = Seldom(log, logging.WARNING, str(listener.path))
+        self._refused = {what: metrics.refused.labels(what) for what in LIMIT_KEYS}
         self._silent: dict[Crowd, dict[Client, None]] = {}
         """Callers whose request has not come, oldest first."""
         self._callers: set[Client] = set()
@@ -108,32 +114,38 @@ class AttachServer:
     # Connections
 
     def _accepted(self, client: socket.socket) -> None:
-        """Take in a connection: find out whose it is, and refuse it if there are too many."""
+        """Take in a connection, or refuse it at once where its crowd is known to ask too much. Who
+        it is exactly is found out in a turn of whoever that seems to be."""
         try:
             pid = peer_credentials(client).pid
-            crowd = self._budgets.known(pid)
-            if crowd is not None and (what := self._too_many(crowd)):
-                self._turn_away(client, crowd, what)
-                return
-            peer = Peer(client)
-        except AgentcgroupdError as error:
-            self._send_refusal(client, error)
+        except OSError:
             client.close()
             return
-        except OSError as error:
-            self._complaint.say(f"who calls cannot be told: {error}")
-            client.close()
+        crowd = self._budgets.known(pid)
+        what = self._too_many(crowd) if crowd is not None else ""
+        key = crowd.key if crowd is not None else f"process {pid}"
+        if not what and self._turns.waiting(key) >= UNSEEN_MAX:
+            what = "packets"
+        if what:
+            self._turn_away(client, crowd or self._budgets.crowd(key), what)
             return
+        self._turns.submit(key, partial(self._identify, client, pid))
+
+    def _identify(self, client: socket.socket, pid: int) -> None:
+        """Find out whose a connection is, and wait for its request."""
+        peer: Peer | None = None
         try:
+            peer = Peer(client)
             crowd = self._budgets.crowd(crowd_of(peer, self._find))
-            self._budgets.remember(pid, crowd)
         except Exception as error:
-            peer.close()
+            if peer is not None:
+                peer.close()
             if not isinstance(error, AgentcgroupdError):
                 log.exception("%s: who calls cannot be told", self._path)
-            self._send_refusal(client, _known(error))
+            self._send_refusal(client, _refusal(_known(error)))
             client.close()
             return
+        self._budgets.remember(pid, crowd)
         if what := self._too_many(crowd):
             peer.close()
             self._turn_away(client, crowd, what)
@@ -151,22 +163,29 @@ class AttachServer:
         return "packets" if crowd.packets.left(self._loop.time()) < 1 else ""
 
     def _turn_away(self, client: socket.socket, crowd: Crowd, what: str) -> None:
-        self._budgets.refused(what)
-        self._complaint.say(f"refused: {crowd.key} has too many {what}")
-        sentence = f"{crowd.key} asks too much at a time (limits.{LIMIT_KEYS[what]})"
-        self._send_refusal(client, ResourceExhausted(sentence, what))
+        """Refuse a request of a crowd that asks too much, at the least cost: the answer is made
+        once for each crowd and reason."""
+        answers = crowd.refusals.get(what)
+        if answers is None:
+            sentence = f"{crowd.key} asks too much at a time (limits.{LIMIT_KEYS[what]})"
+            answers = crowd.refusals[what] = _refusal(ResourceExhausted(sentence, what))
+            self._complaint.say(f"refused: {crowd.key} has too many {what}")
+        self._refused[what].inc()
+        # Who goes on asking is not let in until it asks less, and in the end not answered either:
+        # a connection that is closed at once costs the others least.
+        if crowd.packets.left(self._loop.time()) > -self._debt:
+            crowd.packets.take(PENALTY)
+            self._send_refusal(client, answers)
         client.close()
 
-    def _send_refusal(self, client: socket.socket, error: AgentcgroupdError) -> None:
-        """Answer a request that has not been read, in the form in which it was asked."""
+    def _send_refusal(self, client: socket.socket, answers: tuple[bytes, bytes]) -> None:
+        """Answer a request that is not read, in the form in which it was asked."""
         try:
             start = client.recv(len(RPC_PREFIX))
+            if start:
+                client.send(answers[start == RPC_PREFIX], socket.MSG_NOSIGNAL)
         except OSError:
-            return  # it has not been sent yet: the caller sees the connection end
-        if start == RPC_PREFIX:
-            self._refuse(client, error)
-        elif start:
-            self._reply(client, packet(self._error_words(error)))
+            return  # it has not been sent yet, or its sender is gone
 
     def _listen_to(self, caller: Client) -> None:
         """Wait for a caller's request, unless it is there already."""
@@ -174,8 +193,8 @@ class AttachServer:
         silent[caller] = None
         caller.timer = self._loop.call_later(SILENT_TIMEOUT_S, self._close, caller)
         self._loop.add_reader(caller.socket.fileno(), self._readable, caller)
-        # Mostly the request came with the connection: no need to go round the loop for it.
-        self._readable(caller)
+        # Mostly the request came with the connection, and this is a turn of its sender's already.
+        self._readable(caller, has_turn=True)
         if len(silent) > SILENT_MAX:
             self._budgets.refused("silent")
             self._close(next(iter(silent)))
@@ -202,7 +221,7 @@ class AttachServer:
 
     # Requests
 
-    def _readable(self, caller: Client) -> None:
+    def _readable(self, caller: Client, has_turn: bool = False) -> None:
         try:
             data, sender = receive_from(caller.socket, PACKET_BYTES_MAX + 1)
         except BlockingIOError:
@@ -210,10 +229,12 @@ class AttachServer:
         except OSError:
             data, sender = b"", None
         self._heard(caller)
-        if data:
-            self._turns.submit(caller.crowd.key, partial(self._serve, caller, data, sender))
-        else:
+        if not data:
             self._close(caller)
+        elif has_turn:
+            self._serve(caller, data, sender)
+        else:
+            self._turns.submit(caller.crowd.key, partial(self._serve, caller, data, sender))
 
     def _serve(self, caller: Client, data: bytes, sender: int | None) -> None:
         if caller not in self._callers:
@@ -343,6 +364,14 @@ class AttachServer:
         refused = as_request_error(error)
         self._metrics.rpc_errors.labels("attach", refused.code).inc()
         return ["ERR", refused.code, " ".join(refused.sentence.replace("\0", " ").split())]
+
+
+def _refusal(error: AgentcgroupdError) -> tuple[bytes, bytes]:
+    """The answer to a request that was refused unread: to one of words, and to one with a
+    message."""
+    refused = as_request_error(error)
+    words = packet(["ERR", refused.code, " ".join(refused.sentence.replace("\0", " ").split())])
+    return words, b"ERR\0" + error_to_proto(refused).SerializeToString()
 
 
 def _known(error: Exception) -> AgentcgroupdError:

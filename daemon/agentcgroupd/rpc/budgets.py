@@ -65,7 +65,7 @@ class Crowd:
     key: str
     """What people are told: `session x` or `user 1000`."""
     requests: Bucket
-    bytes: Bucket
+    octets: Bucket
     connects: Bucket
     packets: Bucket
     connections: dict[int, Callable[[], None]] = field(default_factory=dict)
@@ -76,6 +76,8 @@ class Crowd:
     watchers: int = 0
     answer_bytes: int = 0
     """Size of the answers that were given and have not been taken."""
+    refusals: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
+    """Answers to requests that are refused unread, by reason: in words, and as a message."""
     paused: deque[Paused] = field(default_factory=deque)
     timer: asyncio.TimerHandle | None = None
 
@@ -180,7 +182,7 @@ class Budgets:
     def may_send(self, crowd: Crowd) -> bool:
         """Whether bytes of a crowd may be passed on now."""
         now = self._loop.time()
-        return crowd.bytes.left(now) > 0 and self._bytes.left(now) > 0
+        return crowd.octets.left(now) > 0 and self._bytes.left(now) > 0
 
     def asked(self, crowd: Crowd) -> None:
         """Count a request that was passed on."""
@@ -189,7 +191,7 @@ class Budgets:
 
     def sent(self, crowd: Crowd, cost_bytes: int) -> None:
         """Count bytes that were passed on."""
-        crowd.bytes.take(cost_bytes)
+        crowd.octets.take(cost_bytes)
         self._bytes.take(cost_bytes)
 
     def pause(self, crowd: Crowd, connection: Paused) -> None:
@@ -202,7 +204,7 @@ class Budgets:
         now = self._loop.time()
         wait_s = max(
             crowd.requests.wait_s(now),
-            crowd.bytes.wait_s(now),
+            crowd.octets.wait_s(now),
             self._requests.wait_s(now),
             self._bytes.wait_s(now),
             0.001,

@@ -1,8 +1,8 @@
 """A listening socket that no flood of connections can turn against the others.
 
-A few connections are accepted each time the event loop goes round. Where no descriptor is left, one
-that is kept for this moment is given up, so that callers are turned away instead of waiting for an
-answer that never comes.
+The queue of connections is emptied each time the event loop goes round. Where no descriptor is
+left, one that is kept for this moment is given up, so that callers are turned away instead of
+waiting for an answer that never comes.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import socket
 import time
 from collections.abc import Callable
 
-from agentcgroupd.host.listening import Listener
+from agentcgroupd.host.listening import BACKLOG, Listener
 from agentcgroupd.host.syscalls import refuse_descriptors
 from agentcgroupd.telemetry.metrics import Metrics
 from agentcgroupd.telemetry.seldom import Seldom
 
 log = logging.getLogger(__name__)
 
-ACCEPTS_A_TURN = 64
-ACCEPT_SLICE_S = 0.002
+ACCEPTS_A_TURN = 2 * BACKLOG
+ACCEPT_SLICE_S = 0.008
+"""Long enough to empty the queue, so that whoever finds it full finds room soon after."""
 PAUSE_S = 0.05
 """How long nobody is accepted after the kernel had neither descriptor nor memory for one."""
 NONE_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -48,6 +49,7 @@ class Door:
         """Accept whoever connects from now on."""
         self._socket = self._listener.socket
         refuse_descriptors(self._socket)
+        self._socket.listen(BACKLOG)
         self._spare = _spare_descriptor()
         self._loop.add_reader(self._socket.fileno(), self._readable)
 

@@ -14,9 +14,10 @@ import asyncio
 import logging
 import secrets
 import socket
+from functools import partial
 from pathlib import Path
 
-from agentcgroupd.errors import PermissionDenied
+from agentcgroupd.errors import AgentcgroupdError, PermissionDenied
 from agentcgroupd.host.listening import Listener
 from agentcgroupd.host.syscalls import peer_credentials
 from agentcgroupd.rpc.budgets import Budgets, Crowd
@@ -25,6 +26,7 @@ from agentcgroupd.rpc.frames import FRAME_COST_BYTES, PREFACE, BadFrame, Reader,
 from agentcgroupd.rpc.peers import Peer, SessionFinder, crowd_of
 from agentcgroupd.telemetry.metrics import Metrics
 from agentcgroupd.telemetry.seldom import Seldom
+from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ REQUEST_S = 10.0
 STUCK_S = 10.0
 """How long a peer may leave what was sent to it unread, where more waits for it."""
 CHECK_S = 1.0
+UNSEEN_MAX = 64
+"""Connections of one crowd that wait until it is found out whose they are."""
 BACKEND_AGAIN_S = 0.01
 """When the server is asked again whose queue of connections was full."""
 
@@ -308,8 +312,11 @@ class Relay:
         metrics: Metrics,
         find: SessionFinder,
         budgets: Budgets,
+        turns: Turns,
     ) -> None:
-        """`find`: the session of a cgroup. `budgets`: what each peer may ask for."""
+        """`find`: the session of a cgroup. `budgets`, `turns`: what each peer may ask for, and
+        when."""
+        self._turns = turns
         self.backend, self.budgets = backend, budgets
         self.loop = asyncio.get_running_loop()
         self._find = find
@@ -355,43 +362,48 @@ class Relay:
         connection.peer.close()
 
     def _accepted(self, front: socket.socket) -> None:
-        """Take in a new connection: ask the kernel who is there. Whoever cannot be told, or has too
-        many already, is not let in."""
+        """Take in a connection, or close it at once where its crowd is known to have too many. Who
+        it is exactly is found out in a turn of whoever that seems to be."""
         try:
-            peer, crowd = self._identify(front)
+            pid = peer_credentials(front).pid
+        except OSError:
+            front.close()
+            return
+        crowd = self.budgets.known(pid)
+        key = crowd.key if crowd is not None else f"process {pid}"
+        if crowd is not None and self._is_refused(crowd):
+            front.close()
+        elif self._turns.waiting(key) >= UNSEEN_MAX:
+            self.budgets.refused("connects")
+            front.close()
+        else:
+            self._turns.submit(key, partial(self._let_in, front, pid))
+
+    def _let_in(self, front: socket.socket, pid: int) -> None:
+        """Ask the kernel who is there. Whoever cannot be told, or has too many connections, is not
+        let in."""
+        peer: Peer | None = None
+        try:
+            peer = Peer(front)
+            crowd = self.budgets.crowd(crowd_of(peer, self._find))
         except Exception as error:
+            if peer is not None:
+                peer.close()
             front.close()
             self._metrics.peers_refused.labels("identity").inc()
-            if isinstance(error, PermissionDenied):
+            if isinstance(error, AgentcgroupdError):
                 self.complaint.say(f"connection refused: {error}")
             else:
                 log.exception("who opened a connection cannot be told")
             return
-        if peer is None:
+        self.budgets.remember(pid, crowd)
+        if self._is_refused(crowd):
+            peer.close()
             front.close()
             return
         connection = Connection(self, front, peer, crowd)
         self._connections[connection.name] = connection
         connection.number = self.budgets.connected(crowd, connection.close)
-
-    def _identify(self, front: socket.socket) -> tuple[Peer | None, Crowd]:
-        """The peer of a connection and the crowd whose budget it uses; no peer where that crowd may
-        have no further connection. Raises PermissionDenied."""
-        pid = peer_credentials(front).pid
-        crowd = self.budgets.known(pid)
-        if crowd is not None and self._is_refused(crowd):
-            return None, crowd
-        peer = Peer(front)
-        try:
-            crowd = self.budgets.crowd(crowd_of(peer, self._find))
-        except BaseException:
-            peer.close()
-            raise
-        self.budgets.remember(pid, crowd)
-        if self._is_refused(crowd):
-            peer.close()
-            return None, crowd
-        return peer, crowd
 
     def _is_refused(self, crowd: Crowd) -> bool:
         what = self.budgets.may_connect(crowd)

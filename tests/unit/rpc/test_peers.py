@@ -17,6 +17,7 @@ from agentcgroupd.rpc.peers import SessionFinder
 from agentcgroupd.rpc.relay import Relay
 from agentcgroupd.state.session import Session
 from agentcgroupd.telemetry.metrics import Metrics
+from agentcgroupd.turns import Turns
 
 
 def open_files() -> int:
@@ -33,7 +34,8 @@ async def connections(path: Path, find: SessionFinder, count: int, metrics: Metr
     backend = path.with_name("backend.sock")
     server = await asyncio.start_unix_server(lambda reader, writer: None, str(backend))
     listener = listen(path, socket.SOCK_STREAM, 0o600, "test", {})
-    relay = Relay(listener, backend, metrics, find, Budgets(LimitsConfig(), 1, metrics))
+    budgets = Budgets(LimitsConfig(), 1, metrics)
+    relay = Relay(listener, backend, metrics, find, budgets, Turns())
     await relay.start()
     loop = asyncio.get_running_loop()
     before, closed = open_files(), 0
