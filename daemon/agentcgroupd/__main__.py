@@ -18,13 +18,17 @@ EXIT_CONFIG = 78
 
 STOP_ALL_S = 9.0
 """How long a stop may take; the process then ends itself, with status 1, and says where it was."""
+# grpc writes to standard error what peers say when they hang up, byte for byte. Of what it says
+# nothing is needed: errors come as exceptions. It reads this when it is loaded.
+os.environ["GRPC_VERBOSITY"] = "NONE"
 
 try:
     from agentcgroupd.config import load_config
     from agentcgroupd.daemon import Daemon, PartFailed
     from agentcgroupd.errors import AgentcgroupdError
-    from agentcgroupd.host import journal
+    from agentcgroupd.host.namespace import enter_host_cgroup_namespace
     from agentcgroupd.policy.load import load_policy
+    from agentcgroupd.telemetry.logs import set_up
 except ImportError as error:
     extra = missing(error)
     if extra is None:
@@ -58,12 +62,7 @@ def _stop_in_time() -> None:
 def main() -> int:
     """Parse, run, and turn what is known to go wrong into one line and an exit status."""
     arguments = _arguments()
-    in_journal = journal.is_stderr()
-    logging.basicConfig(
-        level=logging.DEBUG if arguments.verbose else logging.INFO,
-        format="%(message)s" if in_journal else "%(asctime)s %(levelname)s %(message)s",
-        handlers=[journal.JournalHandler() if in_journal else logging.StreamHandler()],
-    )
+    set_up(arguments.verbose)
     try:
         config = load_config(arguments.config)
         if arguments.check:
@@ -73,6 +72,7 @@ def main() -> int:
         if os.geteuid() != 0:
             log.error("agentcgroupd must run as root: it makes cgroups and moves processes")
             return 1
+        enter_host_cgroup_namespace()
         asyncio.run(Daemon(config, _stop_in_time).run())
         return 0
     except PartFailed as error:

@@ -6,6 +6,8 @@ it and the nearest known one.
 
 from __future__ import annotations
 
+import os
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +110,11 @@ class SessionDefaults(Section):
     priority: Priority = 50
     pids_max: Pids = 16_384
     calls_max: Annotated[int, Field(ge=1, le=100_000)] = 256
+    cgroups_max: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
+    """Cgroups in a session, of its calls and of what they make themselves; at least two for each
+    of its calls."""
+    cgroup_depth_max: Annotated[int, Field(ge=2, le=1000)] = 16
+    """How deep they may lie in one another."""
     reports_kept: Annotated[int, Field(ge=1, le=100_000)] = 256
     connections_max: Annotated[int, Field(ge=1, le=10_000)] = 256
 
@@ -388,12 +395,45 @@ def parse_config(data: dict[str, Any], source: str = "configuration") -> Config:
     return config
 
 
+TOML_BYTES_MAX = 1 << 20
+TOML_DEPTH_MAX = 20
+"""How deep arrays and tables may lie in one another; no key of ours lies deeper than five."""
+_BRACKETS = re.compile(r"[\[\]{}]")
+_DOTTED = re.compile(rf"(?:[\w\"'-]+[ \t]*\.[ \t]*){{{TOML_DEPTH_MAX}}}")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file of a size and depth that a person may have written. The reader of
+    the standard library calls itself for each level, and takes quadratic time for a dotted key.
+    Raises OSError, or ConfigError for what is no such file."""
+    data = path.read_bytes()
+    if len(data) > TOML_BYTES_MAX:
+        raise ConfigError(f"{path}: it has {len(data)} bytes; allowed are {TOML_BYTES_MAX}")
+    try:
+        text = data.decode("utf-8")
+        if too_deep(text):
+            raise ConfigError(f"{path}: keys or values lie more than {TOML_DEPTH_MAX} levels deep")
+        return tomllib.loads(text)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def too_deep(text: str) -> bool:
+    """Whether keys, tables or arrays of a TOML document lie too deep in one another. Brackets and
+    dots in texts and comments count, too."""
+    depth = 0
+    for bracket in _BRACKETS.findall(text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        if depth > TOML_DEPTH_MAX:
+            return True
+    return _DOTTED.search(text) is not None
+
+
 def load_config(path: Path | None) -> Config:
     """The file's Config, or the defaults for None. Raises ConfigError."""
     if path is None:
         return Config()
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return parse_config(data, str(path))
+        return parse_config(read_toml(path), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {os.strerror(error.errno or 0)}") from None

@@ -12,8 +12,10 @@ import os
 import resource
 import signal
 import socket
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -49,6 +51,7 @@ from agentcgroupd.rpc.budgets import Budgets
 from agentcgroupd.rpc.callers import Callers
 from agentcgroupd.rpc.canary import EVERY_S, Canary
 from agentcgroupd.rpc.gate import Gate
+from agentcgroupd.rpc.memory import MemoryWatch
 from agentcgroupd.rpc.relay import Relay
 from agentcgroupd.rpc.services import AdminService, AgentService, GrpcServer, Parts
 from agentcgroupd.rpc.verbs import PING, AgentVerbs, OperatorVerbs, Verb, pong
@@ -61,7 +64,8 @@ from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.session import boottime_usec
 from agentcgroupd.telemetry.audit import Audit, AuditLimits
 from agentcgroupd.telemetry.feed import Feed
-from agentcgroupd.telemetry.metrics import Heartbeat, Metrics, MetricsServer
+from agentcgroupd.telemetry.metrics import Heartbeat, Metrics
+from agentcgroupd.telemetry.metrics_server import MetricsServer
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.turns import Turns, in_slices
 
@@ -70,6 +74,8 @@ log = logging.getLogger(__name__)
 SWEEP_INTERVAL_S = 10.0
 BEAT_INTERVAL_S = 0.5
 FILES_WANTED = 262_144
+THREADS = 8
+"""In which what blocks is done."""
 CALL_STATES = {
     "pending": pb.CALL_STATE_PENDING,
     "running": pb.CALL_STATE_RUNNING,
@@ -114,6 +120,7 @@ class Daemon:
         config, run_dir = self._config, self._config.server.run_dir
         policy = read_policy(config.policy)
         _raise_file_limit()
+        await _start_threads()
         place = Place(config, undo)
         notices = self._make_notices(undo)
         turns = Turns()
@@ -231,10 +238,18 @@ class Daemon:
             notices,
             turns,
         )
-        running = Running(parts, pool, observers, cpu, gpus, events, config.server)
-        for _ in running.sweep():
-            pass
-        await self._open_doors(undo, parts, admission, running.heartbeat, place.sockets)
+        running = Running(
+            parts,
+            pool,
+            observers,
+            cpu,
+            gpus,
+            events,
+            MemoryWatch(config.limits.memory),
+            config.server,
+        )
+        running.sweep_at_once()
+        await self._open_doors(undo, parts, admission, running, place.sockets)
         # What is held is let go of first: no part that is slow to stop can keep it.
         undo.callback(calls.release)
         undo.callback(gpus.let_go)
@@ -260,14 +275,15 @@ class Daemon:
         undo: AsyncExitStack,
         parts: Parts,
         admission: Admission,
-        heartbeat: Heartbeat,
+        running: Running,
         given: Mapping[str, socket.socket],
     ) -> None:
         """Let agents, the operator and the metrics' reader in. `given`: the sockets that systemd
         handed over. Raises OSError or ConfigError."""
         for role in ("agent", "admin"):
-            await self._open_sockets(undo, parts, admission, role, given)
-        await self._serve_metrics(undo, parts.notices.metrics, heartbeat)
+            budgets = await self._open_sockets(undo, parts, admission, role, given)
+            running.memory.add(budgets)
+        await self._serve_metrics(undo, parts.notices.metrics, running.heartbeat)
         undo.callback(parts.notices.feed.end)
 
     async def _open_sockets(
@@ -277,7 +293,7 @@ class Daemon:
         admission: Admission,
         role: str,
         given: Mapping[str, socket.socket],
-    ) -> None:
+    ) -> Budgets:
         run_dir, metrics = self._config.server.run_dir, parts.notices.metrics
         mode = 0o666 if role == "agent" else 0o600
         stream, packets = socket.SOCK_STREAM, socket.SOCK_SEQPACKET
@@ -316,6 +332,7 @@ class Daemon:
         await server.start()
         await relay.start()
         attach.start()
+        return budgets
 
     async def _serve_metrics(
         self, undo: AsyncExitStack, metrics: Metrics, heartbeat: Heartbeat
@@ -370,10 +387,12 @@ class Running:
         cpu: CpuScheduling,
         gpus: Gpus,
         events: FileEvents,
+        memory: MemoryWatch,
         server: ServerConfig,
     ) -> None:
         self._run_dir, self._is_watched = server.run_dir, bool(server.metrics_address)
         self._parts = parts
+        self.memory = memory
         self._events = events
         self._pool = pool
         self._observers = observers
@@ -426,6 +445,11 @@ class Running:
         self._observers.sweep()
         yield
 
+    def sweep_at_once(self) -> None:
+        """Do all of `sweep`, before anybody waits for the loop."""
+        for _ in self.sweep():
+            pass
+
     async def _sweep_forever(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
@@ -448,6 +472,7 @@ class Running:
                 )
             _note_alive(self._pool)
             self._cpu.check()
+            self.memory.check()
             try:
                 self._set_gauges()
             except KnobError as error:
@@ -488,8 +513,25 @@ def _raise_file_limit() -> None:
     """Allow more open files: each open call may keep a descriptor, and the usual soft limit of
     1,024 is for programs that use select(2)."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(FILES_WANTED, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if hard == resource.RLIM_INFINITY or hard >= FILES_WANTED:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (FILES_WANTED, hard))
+        return
+    try:
+        # Needs CAP_SYS_RESOURCE (getrlimit(2)).
+        resource.setrlimit(resource.RLIMIT_NOFILE, (FILES_WANTED, FILES_WANTED))
+    except (OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        log.warning("at most %d files may be open (LimitNOFILE=%d is wanted)", hard, FILES_WANTED)
+
+
+async def _start_threads() -> None:
+    """Start the threads in which blocking work is done, all of them now: where processes and
+    threads are used up later, none could be started."""
+    loop = asyncio.get_running_loop()
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="blocking")
+    loop.set_default_executor(pool)
+    together = threading.Barrier(THREADS)
+    await asyncio.gather(*(loop.run_in_executor(None, together.wait) for _ in range(THREADS)))
 
 
 def _marks(config: Config, pool: Pool, events: FileEvents, observers: Observers) -> list[PoolMark]:

@@ -25,7 +25,7 @@ def running(compare_forever: Any) -> Running:
         policy_files=files,
     )
     server = ServerConfig(metrics_address="")
-    return Running(parts, nothing, nothing, nothing, nothing, nothing, server)
+    return Running(parts, nothing, nothing, nothing, nothing, nothing, nothing, server)
 
 
 def test_a_part_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:

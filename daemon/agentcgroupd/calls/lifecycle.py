@@ -277,6 +277,10 @@ class Calls:
         except CgroupGone:
             raise NotFound(f"the cgroup of session {session.id} is gone") from None
         except KnobError as error:
+            if error.errno == errno.EAGAIN:
+                # kernel/cgroup/cgroup.c: cgroup_check_hierarchy_limits
+                sentence = "the session has as many cgroups as it may (cgroup.max.descendants)"
+                raise ResourceExhausted(sentence, "cgroups_max") from None
             raise Unavailable(f"the call's cgroup could not be made: {error}") from None
         return Call(
             id=candidate.id,

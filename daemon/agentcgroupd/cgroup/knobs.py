@@ -152,6 +152,8 @@ CGROUP_PROCS = Knob("cgroup.procs", parse_pids)
 CGROUP_FREEZE = Knob("cgroup.freeze", parse_flag, format_flag)
 CGROUP_STAT_LOCAL = Knob("cgroup.stat.local", parse_flat_keyed)
 """`frozen_usec`: the time between freezing and thawing, by the cgroup itself or one above it."""
+CGROUP_MAX_DEPTH = Knob("cgroup.max.depth", parse_limit, format_limit)
+CGROUP_MAX_DESCENDANTS = Knob("cgroup.max.descendants", parse_limit, format_limit)
 CGROUP_KILL = Knob("cgroup.kill", parse_flag, format_flag)
 
 MEMORY_CURRENT = Knob("memory.current", int)

@@ -25,6 +25,13 @@ _libc.inotify_rm_watch.restype = ctypes.c_int
 _libc.open_by_handle_at.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
 _libc.open_by_handle_at.restype = ctypes.c_int
 
+_libc.setns.argtypes = [ctypes.c_int, ctypes.c_int]
+_libc.setns.restype = ctypes.c_int
+
+CLONE_NEWCGROUP = 0x0200_0000
+"""include/uapi/linux/sched.h."""
+_M_ARENA_MAX = -8
+"""malloc.h of glibc."""
 IN_MODIFY = 0x2
 IN_IGNORED = 0x8000
 IN_Q_OVERFLOW = 0x4000
@@ -126,6 +133,24 @@ def has_peer_pidfd() -> bool:
         except OSError:
             return False
     return True
+
+
+def setns(fd: int, kind: int) -> None:
+    """Enter the namespace that `fd` stands for, with the calling thread alone (setns(2))."""
+    _check(_libc.setns(fd, kind), "setns", f"descriptor {fd}")
+
+
+def use_few_arenas(count: int) -> None:
+    """Have malloc keep at most `count` arenas, so that memory freed by one thread serves another
+    (mallopt(3))."""
+    if hasattr(_libc, "mallopt"):  # glibc alone has it
+        _libc.mallopt(ctypes.c_int(_M_ARENA_MAX), ctypes.c_int(count))
+
+
+def give_memory_back() -> None:
+    """Give free memory of malloc back to the kernel (malloc_trim(3))."""
+    if hasattr(_libc, "malloc_trim"):  # glibc alone has it
+        _libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def refuse_descriptors(sock: socket.socket) -> bool:

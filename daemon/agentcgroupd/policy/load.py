@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from agentcgroupd.config import TOML_BYTES_MAX, too_deep
 from agentcgroupd.policy.errors import ErrorDetail, PolicyError, details_of
 from agentcgroupd.policy.lint import lint
 from agentcgroupd.policy.locations import Location, scan
@@ -137,6 +138,10 @@ def _read(path: Path) -> _Document:
 
 
 def _parse(text: str, name: str) -> _Document:
+    if len(text) > TOML_BYTES_MAX:
+        raise _error(name, 0, f"it has more than {TOML_BYTES_MAX} characters")
+    if too_deep(text):
+        raise _error(name, 0, "it is nested too deeply")
     try:
         return _Document(tomllib.loads(text), scan(text, name))
     except tomllib.TOMLDecodeError as error:
@@ -144,8 +149,6 @@ def _parse(text: str, name: str) -> _Document:
         line = int(place[1]) if place and place[1] else text.count("\n") + 1
         what = str(error)[: place.start()] if place else str(error)
         raise _error(name, line, f"it is not TOML: {what}") from None
-    except RecursionError:
-        raise _error(name, 0, "it is nested too deeply") from None
 
 
 def _validate(document: _Document) -> Policy:

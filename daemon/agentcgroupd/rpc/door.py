@@ -23,7 +23,7 @@ from agentcgroupd.telemetry.seldom import Seldom
 log = logging.getLogger(__name__)
 
 ACCEPTS_A_TURN = 2 * BACKLOG
-ACCEPT_SLICE_S = 0.008
+ACCEPT_SLICE_S = 0.003
 """Long enough to empty the queue, so that whoever finds it full finds room soon after."""
 PAUSE_S = 0.05
 """How long nobody is accepted after the kernel had neither descriptor nor memory for one."""

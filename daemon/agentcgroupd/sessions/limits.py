@@ -27,6 +27,8 @@ from agentcgroupd.units import (
 PIDS_MOST = 4_194_304
 """PID_MAX_LIMIT on 64 bits (include/linux/threads.h)."""
 CALLS_MOST = 100_000
+CGROUPS_BESIDE_CALLS = 64
+"""Room for cgroups that are not of calls, however many calls a session may have."""
 
 
 class Ceilings:
@@ -73,6 +75,7 @@ def parse_limits(
     pids_max = defaults.pids_max
     if spec.pids_max:
         pids_max = parse_count("pids_max", spec.pids_max, 1, PIDS_MOST)
+    calls_max = count("calls_max", CALLS_MOST, defaults.calls_max)
     limits = SessionLimits(
         memory_low_bytes=size("memory_low"),
         memory_high_bytes=size("memory_high"),
@@ -81,7 +84,9 @@ def parse_limits(
         cpu_max_millicores=parse_cores("cpu_max", spec.cpu_max) if spec.cpu_max else None,
         pids_max=pids_max,
         priority=priority,
-        calls_max=count("calls_max", CALLS_MOST, defaults.calls_max),
+        calls_max=calls_max,
+        cgroups_max=max(defaults.cgroups_max, 2 * calls_max + CGROUPS_BESIDE_CALLS),
+        cgroup_depth_max=defaults.cgroup_depth_max,
     )
     _check_sizes(spec, limits, pool_bytes)
     return limits
@@ -117,6 +122,8 @@ def write_limits(cgroup: Cgroup, limits: SessionLimits) -> None:
     quota = limits.cpu_max_millicores
     put(knobs.CPU_MAX, knobs.CpuMax(quota * 100 if quota is not None else None))
     put(knobs.PIDS_MAX, limits.pids_max)
+    put(knobs.CGROUP_MAX_DESCENDANTS, limits.cgroups_max)
+    put(knobs.CGROUP_MAX_DEPTH, limits.cgroup_depth_max)
 
 
 WRITTEN_KNOBS = (
@@ -126,6 +133,8 @@ WRITTEN_KNOBS = (
     knobs.CPU_WEIGHT.file,
     knobs.CPU_MAX.file,
     knobs.PIDS_MAX.file,
+    knobs.CGROUP_MAX_DESCENDANTS.file,
+    knobs.CGROUP_MAX_DEPTH.file,
 )
 """What `write_limits` sets."""
 
@@ -158,4 +167,6 @@ def tighten(cgroup: Cgroup, ours: SessionLimits) -> SessionLimits:
         memory_max_bytes=least(ours.memory_max_bytes, cgroup.read_if(knobs.MEMORY_MAX)),
         cpu_max_millicores=least(ours.cpu_max_millicores, theirs),
         pids_max=least(ours.pids_max, cgroup.read_if(knobs.PIDS_MAX)),
+        cgroups_max=least(ours.cgroups_max, cgroup.read_if(knobs.CGROUP_MAX_DESCENDANTS)),
+        cgroup_depth_max=least(ours.cgroup_depth_max, cgroup.read_if(knobs.CGROUP_MAX_DEPTH)),
     )

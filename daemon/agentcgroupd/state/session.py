@@ -281,6 +281,9 @@ class SessionLimits:
     gpu_memory_bytes: int | None = None
     gpu_priority: int | None = None
     gpu_devices: tuple[str, ...] = ()
+    cgroups_max: int | None = None
+    """Cgroups below its own, those of its calls among them."""
+    cgroup_depth_max: int | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable
-from socketserver import ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
@@ -148,63 +145,6 @@ class Metrics:
 
 def _word(name: str, prefix: str) -> str:
     return name.removeprefix(prefix).lower()
-
-
-class _ThreadingServer(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-
-class _QuietHandler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are not logged."""
-
-
-class MetricsServer:
-    """/metrics, /healthz (it lives) and /readyz (agents are served) on a loopback port, in a thread
-    of its own, so that a stuck daemon can still be seen to be stuck."""
-
-    def __init__(
-        self,
-        address: str,
-        metrics: Metrics,
-        health: Callable[[], str],
-        readiness: Callable[[], str],
-    ) -> None:
-        """`health` and `readiness` return nothing when all is well, else what is wrong. OSError if
-        the port is taken."""
-        checks = {"/healthz": health, "/readyz": readiness}
-        host, _, port = address.rpartition(":")
-        scrape = make_wsgi_app(metrics.registry)
-
-        def app(environ: dict[str, Any], start_response: Any) -> Any:
-            if (check := checks.get(environ["PATH_INFO"])) is not None:
-                wrong = check()
-                status = "503 Service Unavailable" if wrong else "200 OK"
-                start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-                return [f"{wrong or 'ok'}\n".encode()]
-            if environ["PATH_INFO"] == "/metrics":
-                return scrape(environ, start_response)
-            start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
-            return [b"see /metrics, /healthz and /readyz\n"]
-
-        self._server = make_server(
-            host.strip("[]"),
-            int(port),
-            app,
-            server_class=_ThreadingServer,
-            handler_class=_QuietHandler,
-        )
-        self.port = self._server.server_port
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, name="metrics", daemon=True
-        )
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop serving."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 class Heartbeat:

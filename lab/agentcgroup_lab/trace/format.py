@@ -15,6 +15,7 @@ import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,7 @@ class _Line:
         self.file, self.number = file, number
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise self.error("line", text, "one JSON object") from None
         if not isinstance(value, dict):
             raise self.error("line", value, "one JSON object")
@@ -131,9 +132,13 @@ class _Line:
         allowed = f"a number >= {minimum_name or f'{minimum:g}'}"
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(name, value, allowed)
-        if not math.isfinite(value) or value < minimum:
-            raise self.error(name, value, allowed)
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number beyond what a float can be
+            number = math.inf
+        if not math.isfinite(number) or number < minimum:
+            raise self.error(name, str(value)[:40], allowed)
+        return number
 
     def count_of(self, name: str, actual: int) -> None:
         if self.values.get(name) != actual:
@@ -155,8 +160,11 @@ def _lines(path: Path) -> Iterator[_Line]:
                 number += 1
                 if text.strip():
                     yield _Line(str(path), number, text)
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise TraceError(str(path), number + 1, "file", str(error), "whole UTF-8 text") from error
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise TraceError(str(path), 0, "file", why, "a file that can be read") from error
 
 
 def _sample(line: _Line, after_s: float) -> TraceSample:
@@ -187,7 +195,7 @@ def _call(line: _Line) -> TraceCall:
 
 
 def read(path: str | os.PathLike[str]) -> Trace:
-    """Read one recording. Raises TraceError where it is not of the schema, OSError as open does."""
+    """Read one recording. Raises TraceError where it cannot be read or is not of the schema."""
     lines = _lines(Path(path))
     header = next(lines, None)
     if header is None:
