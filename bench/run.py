@@ -14,7 +14,18 @@ from pathlib import Path
 from tests.guest.where import decide
 
 ANYWHERE = frozenset(
-    {"calls", "boundaries", "overhead", "learning", "density", "isolation", "gpu", "cpu", "soak"}
+    {
+        "calls",
+        "boundaries",
+        "overhead",
+        "learning",
+        "density",
+        "isolation",
+        "gpu",
+        "cpu",
+        "hostile",
+        "soak",
+    }
 )
 """Benchmarks that any cgroup2 mount will do for, or that start the guest for a part themselves."""
 GUEST_OPTIONS = ("--memory", "2048", "--timeout", "1800")

@@ -123,7 +123,7 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[Suite], list[str]]:
     if where == "guest":
         host = Suite(
             "host",
-            ("tests/unit", "tests/kernel"),
+            ("tests/unit", "tests/fuzz", "tests/kernel"),
             "native",
             limit_sec=1800,
             test_limit_sec=300,
@@ -165,7 +165,9 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[Suite], list[str]]:
         )
         # The longest first, so that the last to begin is a short one.
         return [programs, host, uml, sched, systemd], []
-    suites = [Suite("host", ("tests/unit", "tests/kernel", "tests/guest"), "native", 1100)]
+    suites = [
+        Suite("host", ("tests/unit", "tests/fuzz", "tests/kernel", "tests/guest"), "native", 1100)
+    ]
     if systemd_here:
         return [*suites, Suite("systemd", ("tests/systemd",), "native", 280)], []
     return suites, ["systemd: not PID 1 here (AGENTCG_WHERE=guest runs everything in the guest)"]

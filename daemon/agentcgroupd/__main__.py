@@ -10,6 +10,10 @@ import os
 import sys
 from pathlib import Path
 
+# grpc writes to standard error what peers say when they hang up, byte for byte. Of what it says
+# nothing is needed: errors come as exceptions. It reads this when it is loaded, which is below.
+os.environ["GRPC_VERBOSITY"] = "NONE"
+
 from agentcgroup import __version__
 from agentcgroup.extras import missing
 
@@ -18,9 +22,6 @@ EXIT_CONFIG = 78
 
 STOP_ALL_S = 9.0
 """How long a stop may take; the process then ends itself, with status 1, and says where it was."""
-# grpc writes to standard error what peers say when they hang up, byte for byte. Of what it says
-# nothing is needed: errors come as exceptions. It reads this when it is loaded.
-os.environ["GRPC_VERBOSITY"] = "NONE"
 
 try:
     from agentcgroupd.config import load_config

@@ -414,8 +414,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         if too_deep(text):
             raise ConfigError(f"{path}: keys or values lie more than {TOML_DEPTH_MAX} levels deep")
         return tomllib.loads(text)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+    except ValueError as error:  # not UTF-8, not TOML, or a number of thousands of digits
+        raise ConfigError(f"{path}: {str(error)[:200]}") from None
 
 
 def too_deep(text: str) -> bool:

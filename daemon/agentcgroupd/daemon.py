@@ -258,8 +258,7 @@ class Daemon:
             guard.start()
         observers.start(guard)
         place.keep()
-        _say_ready(running, pool, sessions, run_dir)
-        return running
+        return _ready(running, pool, sessions, run_dir)
 
     def _make_notices(self, undo: AsyncExitStack) -> Notices:
         config = self._config.audit
@@ -561,7 +560,7 @@ def _note_alive(pool: Pool) -> None:
         log.error("the pool: %s", error)
 
 
-def _say_ready(running: Running, pool: Pool, sessions: Sessions, run_dir: Path) -> None:
+def _ready(running: Running, pool: Pool, sessions: Sessions, run_dir: Path) -> Running:
     for name in pool.missing:
         log.warning(
             "controller %s is not available below %s: its limits are not enforced; "
@@ -576,6 +575,7 @@ def _say_ready(running: Running, pool: Pool, sessions: Sessions, run_dir: Path) 
     log.info(
         "ready: pool %s, controllers %s, sockets in %s", pool.cgroup.path, controllers, run_dir
     )
+    return running
 
 
 async def _bounded(what: str, stop: Callable[[], Awaitable[None]]) -> None:

@@ -35,7 +35,10 @@ class KnobError(AgentcgroupdError):
         self.value = value
         name = errno.errorcode.get(self.errno, str(self.errno))
         verb = f"writing {value!r} to" if value is not None else "reading"
-        super().__init__(f"{verb} {cgroup}/{file}: {name} ({os.strerror(self.errno)})")
+        cause = ""
+        if self.errno == errno.EROFS:
+            cause = "; the cgroup2 file system is mounted read-only here, see `agentcg doctor`"
+        super().__init__(f"{verb} {cgroup}/{file}: {name} ({os.strerror(self.errno)}){cause}")
 
 
 class CgroupGone(KnobError):

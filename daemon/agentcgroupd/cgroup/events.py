@@ -79,6 +79,8 @@ class FileEvents:
         """Files that are read, the one whose turn is next first."""
         self._timer: asyncio.TimerHandle | None = None
         self._retry_at = 0.0
+        self._is_short = False
+        """Whether some file has been read because it could not be watched."""
         self.overflows = 0
         self._open()
 
@@ -162,7 +164,14 @@ class FileEvents:
                 raise
             return False
         self._by_number[watch.number] = watch
+        if not self._polled:
+            self._note_enough()
         return True
+
+    def _note_enough(self) -> None:
+        if self._is_short:
+            self._is_short = False
+            log.info("all cgroups are watched by inotify again")
 
     def _drain(self) -> None:
         assert self._fd is not None
@@ -199,7 +208,8 @@ class FileEvents:
 
     def _poll(self, watch: _Watch) -> None:
         """Read a file at intervals. Raises KnobError."""
-        if not self._polled:
+        if not self._is_short:
+            self._is_short = True
             log.warning(
                 "no inotify watch is left (fs.inotify.max_user_watches, max_user_instances): "
                 "cgroups are read every %g s instead, until there is one; see `agentcg doctor`",
@@ -248,7 +258,7 @@ class FileEvents:
         if self._polled:
             self._retry_at = 0.0
         else:
-            log.info("all cgroups are watched by inotify again")
+            self._note_enough()
 
 
 def _nothing() -> None:

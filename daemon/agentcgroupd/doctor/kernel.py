@@ -107,6 +107,11 @@ def cgroup_features(mount: Path) -> Iterator[Feature]:
     except (KnobError, OSError) as error:
         reason = f"a trial cgroup could not be made: {error}"
         remedy = "give the daemon a delegated cgroup (systemd: Delegate=yes)"
+        if error.errno == errno.EROFS:
+            remedy = (
+                f"{mount} is mounted read-only: mount it writable for the daemon "
+                "(Docker: --privileged, or -v /sys/fs/cgroup:/sys/fs/cgroup:rw)"
+            )
         yield Feature(CALL_CGROUPS, State.MISSING, reason, remedy)
 
 

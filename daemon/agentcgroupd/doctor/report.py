@@ -8,6 +8,7 @@ from agentcgroupd.cgroup.tree import cgroup2_mount
 from agentcgroupd.doctor import kernel
 from agentcgroupd.doctor.diagnosis import Diagnosis
 from agentcgroupd.doctor.gpu import gpu_features
+from agentcgroupd.doctor.limits import limit_features
 
 
 def run() -> Diagnosis:
@@ -21,6 +22,7 @@ def run() -> Diagnosis:
     features = (
         *cgroups,
         *kernel.process_features(),
+        *limit_features(),
         *kernel.memory_features(),
         *kernel.bpf_features(),
         *gpu_features(),

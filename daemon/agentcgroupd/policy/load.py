@@ -149,6 +149,8 @@ def _parse(text: str, name: str) -> _Document:
         line = int(place[1]) if place and place[1] else text.count("\n") + 1
         what = str(error)[: place.start()] if place else str(error)
         raise _error(name, line, f"it is not TOML: {what}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise _error(name, 0, f"it cannot be read: {str(error)[:200]}") from None
 
 
 def _validate(document: _Document) -> Policy:
