@@ -1,8 +1,8 @@
 """Benchmark `hostile`: a victim's calls beside each flood of another session.
 
-A victim begins and ends calls while a process of another session sends what it can. What that costs
-is compared with a process of that session that only computes, since a flood takes a CPU as well. The
-most memory that the daemon held is read meanwhile.
+A victim begins and ends calls while a process of another session sends what it can. What that
+costs is compared with a process of that session that only computes, since a flood takes a CPU as
+well. The most memory that the daemon held is read meanwhile.
 
 Needs no controllers: it runs natively wherever there is a cgroup2 mount.
 """
@@ -94,7 +94,7 @@ def main() -> int:
     limit = f"<= {MEMORY_MIB}"
     targets.append(Target("memory of the daemon", peak, "MiB", limit, peak <= MEMORY_MIB))
     report = BenchReport("hostile", "host", chosen.rounds, targets, {"cases": cases})
-    print(report.render())
+    report.show()
     print(f"  written: {report.write()}")
     return 0 if all(target.met for target in targets) else 1
 
