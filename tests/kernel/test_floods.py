@@ -210,12 +210,12 @@ for number in range(60):
     socks.append(sock)
 """
     )
-    assert open_files(daemon) > before + 60
+    wait_until("they are taken in", lambda: open_files(daemon) > before + 60, 4)
     wait_until("they are closed", lambda: open_files(daemon) <= before + 5, 20)
 
 
 def test_lists_come_in_pages(start_daemon: StartDaemon) -> None:
-    daemon = start_daemon("[sessions]\ncalls_max = 1500\n")
+    daemon = start_daemon("[sessions]\ncalls_max = 1500\n[calls]\nattach_timeout = '1h'\n")
     agent = daemon.open("alpha")
     agent.run("held = [agent.tool_call('x').begin() for _ in range(1200)]")
     first = daemon.admin.ListCalls(pb.ListCallsRequest())
@@ -231,15 +231,18 @@ def test_lists_come_in_pages(start_daemon: StartDaemon) -> None:
     with pytest.raises(Exception, match="page_token"):
         daemon.admin.ListCalls(pb.ListCallsRequest(page_token="\u0661.x"))
     victim = daemon.open("victim")
-    _, alone = call_ms(victim, 1.0)
+    alone, _ = call_ms(victim, 2.0)
     agent.run("t = threading.Thread(target=lambda: [agent.calls() for _ in range(3)]); t.start()")
-    _, beside = call_ms(victim, 1.5)
-    assert beside <= 2 * alone + DELAY_MS + NOISE_MS
+    listing, _ = call_ms(victim, 2.0)
+    assert listing <= 2 * alone + DELAY_MS + NOISE_MS
     agent.run("t.join()")
     # All of them are given up at once.
     with contextlib.suppress(Exception):
         agent.run("os._exit(0)")
-    _, beside = call_ms(victim, 2.0)
-    print(f"alone {alone:.1f} ms, while 1,200 calls are given up {beside:.1f} ms")
-    assert beside <= 2 * alone + DELAY_MS + NOISE_MS
+    given_up, _ = call_ms(victim, 2.0)
+    print(
+        f"p50: alone {alone:.1f} ms, beside lists {listing:.1f} ms, "
+        f"while 1,200 calls are given up {given_up:.1f} ms"
+    )
+    assert given_up <= 2 * alone + DELAY_MS + NOISE_MS
     wait_until("they are gone", lambda: not list(daemon.cgroup_dir.glob("alpha/call-*")), 20)

@@ -3,6 +3,7 @@ its budget allows the request, and its session has its turn on the loop."""
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -94,6 +95,14 @@ class Gate(grpc.aio.ServerInterceptor):
         return gated
 
     def _stream(self, method: Any) -> Any:
+        if not inspect.isasyncgenfunction(method):
+            # One that writes to its context instead, as Watch of the health service.
+            async def writing(request: Any, context: Context) -> None:
+                await self._enter(context, watches=True)
+                await method(request, context)
+
+            return writing
+
         async def gated(request: Any, context: Context) -> AsyncIterator[Any]:
             connection = await self._enter(context, watches=True)
             async for answer in self._counted(connection, method(request, context)):

@@ -40,6 +40,13 @@ class LineFormatter(logging.Formatter):
         return "\n    ".join(escaped(line) for line in lines)
 
 
+def _is_of_note(record: logging.LogRecord) -> bool:
+    """Whether what grpc's server says is of note. That a caller hung up before it had its answer
+    is not: it writes a traceback of an error of its own each time, as often as callers like."""
+    error = record.exc_info[1] if record.exc_info else None
+    return type(error).__name__ != "ExecuteBatchError"
+
+
 def set_up(verbose: bool) -> None:
     """Log to standard error or, where that is the journal's, to the journal, which adds time and
     level itself. `verbose`: every step."""
@@ -49,4 +56,5 @@ def set_up(verbose: bool) -> None:
     else:
         handler, words = logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s"
     handler.setFormatter(LineFormatter(words))
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_of_note)
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
