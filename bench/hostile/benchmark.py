@@ -52,8 +52,9 @@ def _measure(directory: Path, names: list[str], rounds: int) -> dict[str, Any]:
     """Milliseconds and MiB by attack; of each number the median round is kept."""
     cases: dict[str, Any] = {}
     for name in names:
-        daemon = DaemonProcess(directory / name.replace(" ", "-")[:8])
-        daemon.directory.mkdir(parents=True)
+        own = directory / str(len(cases))
+        own.mkdir()
+        daemon = DaemonProcess(own)
         daemon.start()
         try:
             hostile, victim = daemon.open("hostile"), daemon.open("victim")
