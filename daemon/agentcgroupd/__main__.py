@@ -25,10 +25,11 @@ STOP_ALL_S = 9.0
 
 try:
     from agentcgroupd.config import load_config
-    from agentcgroupd.daemon import Daemon, PartFailed
+    from agentcgroupd.daemon import Daemon
     from agentcgroupd.errors import AgentcgroupdError
     from agentcgroupd.host.namespace import enter_host_cgroup_namespace
     from agentcgroupd.policy.load import load_policy
+    from agentcgroupd.running import PartFailed
     from agentcgroupd.telemetry.logs import set_up
 except ImportError as error:
     extra = missing(error)

@@ -10,29 +10,25 @@ import asyncio
 import logging
 import os
 import resource
-import signal
 import socket
 import threading
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing
 from functools import partial
 from pathlib import Path
 
-from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
 from agentcgroupd.bpf.plane import DataPlane
 from agentcgroupd.calls.admission import Admission
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.calls.queue import AdmissionQueue
 from agentcgroupd.calls.reports import Reports
-from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
-from agentcgroupd.config import Config, ServerConfig
+from agentcgroupd.config import Config
 from agentcgroupd.cpu.scheduling import CpuScheduling
 from agentcgroupd.enforce.actions import Actions
-from agentcgroupd.errors import AgentcgroupdError, ConfigError, KnobError
+from agentcgroupd.errors import ConfigError
 from agentcgroupd.gpu.enforcement import GpuSources
 from agentcgroupd.gpu.service import Gpus
 from agentcgroupd.guard.assembly import PoolGuard
@@ -41,7 +37,7 @@ from agentcgroupd.guard.policy_files import PolicyFiles, read_policy
 from agentcgroupd.host.kernel_log import OomLog
 from agentcgroupd.host.listening import handed_over, listen
 from agentcgroupd.host.run_dir import RunDir
-from agentcgroupd.host.systemd import notify, watchdog_interval_s
+from agentcgroupd.host.systemd import notify
 from agentcgroupd.observers import Observers
 from agentcgroupd.policy.learning import Peaks
 from agentcgroupd.restore import restore
@@ -49,46 +45,32 @@ from agentcgroupd.rpc.agent_calls import AgentCalls
 from agentcgroupd.rpc.attach import AttachServer
 from agentcgroupd.rpc.budgets import Budgets
 from agentcgroupd.rpc.callers import Callers
-from agentcgroupd.rpc.canary import EVERY_S, Canary
 from agentcgroupd.rpc.gate import Gate
 from agentcgroupd.rpc.memory import MemoryWatch
 from agentcgroupd.rpc.relay import Relay
 from agentcgroupd.rpc.services import AdminService, AgentService, GrpcServer, Parts
 from agentcgroupd.rpc.verbs import PING, AgentVerbs, OperatorVerbs, Verb, pong
 from agentcgroupd.rpc.views import Views
+from agentcgroupd.running import Running, note_alive
 from agentcgroupd.sessions.cgroups import SessionCgroups
 from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.limits import Ceilings
 from agentcgroupd.sessions.pool import ALIVE_XATTR, Pool, PoolClaim
 from agentcgroupd.sessions.registry import Sessions
-from agentcgroupd.state.session import boottime_usec
 from agentcgroupd.telemetry.audit import Audit, AuditLimits
 from agentcgroupd.telemetry.feed import Feed
 from agentcgroupd.telemetry.metrics import Heartbeat, Metrics
 from agentcgroupd.telemetry.metrics_server import MetricsServer
 from agentcgroupd.telemetry.notices import Notices
-from agentcgroupd.turns import Turns, in_slices
+from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
 
-SWEEP_INTERVAL_S = 10.0
-BEAT_INTERVAL_S = 0.5
 FILES_WANTED = 262_144
 THREADS = 8
 """In which what blocks is done."""
-CALL_STATES = {
-    "pending": pb.CALL_STATE_PENDING,
-    "running": pb.CALL_STATE_RUNNING,
-    "frozen": pb.CALL_STATE_FROZEN,
-    "ending": pb.CALL_STATE_ENDING,
-}
-"""States of calls by their names in metrics."""
 STOP_MOST_S = 1.5
 """How long one part may take to stop; then the daemon goes on stopping without it."""
-
-
-class PartFailed(AgentcgroupdError):
-    """The daemon cannot go on; systemd is to start it again."""
 
 
 class Daemon:
@@ -375,139 +357,6 @@ class Place:
         self._directory.keep()
 
 
-class Running:
-    """A daemon that has started: what it does again and again until it is told to stop."""
-
-    def __init__(
-        self,
-        parts: Parts,
-        pool: Pool,
-        observers: Observers,
-        cpu: CpuScheduling,
-        gpus: Gpus,
-        events: FileEvents,
-        memory: MemoryWatch,
-        server: ServerConfig,
-    ) -> None:
-        self._run_dir, self._is_watched = server.run_dir, bool(server.metrics_address)
-        self._parts = parts
-        self.memory = memory
-        self._events = events
-        self._pool = pool
-        self._observers = observers
-        self._cpu = cpu
-        self._gpus = gpus
-        self._calls = parts.calls
-        self._metrics = parts.notices.metrics
-        self.heartbeat = Heartbeat()
-        self._stop = asyncio.Event()
-
-    def listen_to_signals(self) -> None:
-        """Stop on SIGTERM or SIGINT, and read the policy anew on SIGHUP, from now on."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, self._parts.policy_files.reload_quietly)
-
-    async def until_stopped(self) -> None:
-        """Serve until a signal says to stop. Raises PartFailed if a part of the daemon ends by
-        itself."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                endless = (
-                    group.create_task(self._sweep_forever()),
-                    group.create_task(self._beat_forever()),
-                    group.create_task(self._ask_forever()),
-                    group.create_task(self._parts.policy_files.compare_forever()),
-                )
-                await self._stop.wait()
-                for task in endless:
-                    task.cancel()
-        except BaseExceptionGroup as failed:
-            cause = failed.exceptions[0]
-            if isinstance(cause, PartFailed):
-                raise cause from None
-            log.error("a part of the daemon failed", exc_info=cause)
-            raise PartFailed("a part of the daemon failed") from cause
-
-    def sweep(self) -> Iterator[None]:
-        """Find what nobody has told of, one thing a step: calls whose end was missed, cgroups that
-        nobody owns, sessions whose cgroup is gone."""
-        for part in (self._calls.check_all, self._sweep_observers, self._parts.lifecycle.sweep):
-            try:
-                yield from part()
-            except (AgentcgroupdError, OSError, ValueError) as error:
-                # One thing that cannot be read must not end the daemon: the next sweep tries again.
-                log.error("housekeeping: %s", error)
-
-    def _sweep_observers(self) -> Iterator[None]:
-        self._observers.sweep()
-        yield
-
-    def sweep_at_once(self) -> None:
-        """Do all of `sweep`, before anybody waits for the loop."""
-        for _ in self.sweep():
-            pass
-
-    async def _sweep_forever(self) -> None:
-        while True:
-            await asyncio.sleep(SWEEP_INTERVAL_S)
-            await in_slices(self.sweep())
-
-    async def _beat_forever(self) -> None:
-        """Keep gauges and the loop's lateness."""
-        loop = asyncio.get_running_loop()
-        due = loop.time()
-        while True:
-            due += BEAT_INTERVAL_S
-            await asyncio.sleep(max(0.0, due - loop.time()))
-            self._metrics.loop_lag.observe(max(0.0, loop.time() - due))
-            due = max(due, loop.time())
-            self.heartbeat.beat()
-            if not self._pool.cgroup.exists():
-                raise PartFailed(
-                    f"the pool's cgroup {self._pool.path} was removed, and with it all sessions; "
-                    "the daemon ends, and makes it anew when it is started again"
-                )
-            _note_alive(self._pool)
-            self._cpu.check()
-            self.memory.check()
-            try:
-                self._set_gauges()
-            except KnobError as error:
-                log.error("the pool cannot be read: %s", error)
-
-    async def _ask_forever(self) -> None:
-        """Ask the daemon itself; the answers feed systemd's watchdog and /readyz."""
-        watchdog_s = watchdog_interval_s()
-        if not watchdog_s and not self._is_watched:
-            return
-
-        def answered(role: str) -> None:
-            self.heartbeat.answered(role)
-            if role == "admin" and watchdog_s:
-                notify("WATCHDOG=1")
-
-        every_s = min(EVERY_S, watchdog_s / 2 or EVERY_S)
-        canary = Canary(self._run_dir, answered, self.heartbeat.unanswered, every_s)
-        await canary.forever()
-
-    def _set_gauges(self) -> None:
-        metrics = self._metrics
-        current = self._pool.cgroup.read_if(knobs.MEMORY_CURRENT)
-        metrics.pool_memory_current.set(float("nan") if current is None else current)
-        most = self._pool.memory_max_bytes
-        metrics.pool_memory_max.set(float("nan") if most is None else most)
-        metrics.sessions_open.set(len(self._parts.sessions.open))
-        states = Counter(call.state for call in self._calls.open.values())
-        for name, state in CALL_STATES.items():
-            metrics.calls_open.labels(name).set(states[state])
-        metrics.cgroups_polled.set(self._events.polled)
-        metrics.audit_lost.set(self._parts.notices.audit.lost)
-        metrics.audit_left_out.set(self._parts.notices.audit.left_out)
-        metrics.gpu_calls.set(len(self._gpus.tenants))
-
-
 def _raise_file_limit() -> None:
     """Allow more open files: each open call may keep a descriptor, and the usual soft limit of
     1,024 is for programs that use select(2)."""
@@ -548,16 +397,8 @@ def _marks(config: Config, pool: Pool, events: FileEvents, observers: Observers)
 def _last_alive_ticks(pool: Pool) -> int:
     """When a daemon was last alive here, in clock ticks since boot; now, if this is the first."""
     before = pool.cgroup.get_xattr(ALIVE_XATTR)
-    _note_alive(pool)
+    note_alive(pool)
     return int(before or pool.cgroup.get_xattr(ALIVE_XATTR) or 0)
-
-
-def _note_alive(pool: Pool) -> None:
-    ticks = boottime_usec() * os.sysconf("SC_CLK_TCK") // 1_000_000
-    try:
-        pool.cgroup.set_xattr(str(ticks).encode(), ALIVE_XATTR)
-    except KnobError as error:
-        log.error("the pool: %s", error)
 
 
 def _ready(running: Running, pool: Pool, sessions: Sessions, run_dir: Path) -> Running:

@@ -12,7 +12,7 @@ import pytest
 
 from agentcgroupd import daemon
 from agentcgroupd.config import ServerConfig
-from agentcgroupd.daemon import PartFailed, Running
+from agentcgroupd.running import PartFailed, Running
 
 
 def running(compare_forever: Any) -> Running:
