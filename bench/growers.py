@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+from agentcgroupd.policy.load import load_policy
+from agentcgroupd.policy.scale import scaled
+from agentcgroupd.policy.schema import Policy
+from agentcgroupd.policy.toml import to_toml
+from tests.harness import DaemonProcess
+
+GIB = 1 << 30
+SMALL_BYTES, LARGE_BYTES = 4 * GIB, 8 * GIB
+"""The policy's own sizes are for pools of this size."""
 WAYS = ("touch", "populate", "mlock", "tmpfs")
 """Touching page by page; and three ways that take all inside one system call."""
 CODE = """
@@ -40,3 +50,20 @@ def grower(way: str, size_bytes: int, hold_s: float) -> list[str]:
     """Return the command line of a grower."""
     assert way in WAYS, way
     return [sys.executable, "-S", "-c", CODE, way, str(size_bytes), str(hold_s)]
+
+
+def policy_for(pool_bytes: int) -> Policy:
+    """Return the default policy. In a pool that is smaller than its sizes are meant for, they are
+    smaller in proportion."""
+    policy = load_policy(None, None).policy
+    if pool_bytes >= SMALL_BYTES:
+        return policy
+    return scaled(policy, pool_bytes / LARGE_BYTES)
+
+
+def daemon_with_pool(directory: Path, pool_bytes: int, config: str = "") -> DaemonProcess:
+    """Make a daemon, not started yet, with a pool of this size and the policy for it."""
+    path = directory / "policy.toml"
+    path.write_text(to_toml(policy_for(pool_bytes)))
+    pool = f'[pool]\nmemory_max = "{pool_bytes}"\n[policy]\npath = "{path}"\n'
+    return DaemonProcess(directory, pool + config)

@@ -22,16 +22,11 @@ from shutil import copyfile
 from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.policy.load import load_policy
-from agentcgroupd.policy.scale import scaled
-from agentcgroupd.policy.toml import to_toml
-from bench.growers import grower
+from bench.growers import daemon_with_pool, grower
 from bench.report import BenchReport, Target
 from tests.harness import SLOW, AgentProcess, DaemonProcess, wait_until
 
 MIB, GIB = 1 << 20, 1 << 30
-SMALL_BYTES, LARGE_BYTES = 4 * GIB, 8 * GIB
-"""The policy's own sizes are for pools of this size."""
 HOLD_S = 1.5
 STOPPED_S = 5.0
 TIME_MOST = 1.5
@@ -95,18 +90,6 @@ def _begin(agent: AgentProcess, count: int, way: str, size_bytes: int) -> None:
     agent.run(START, argv=grower(way, size_bytes, HOLD_S), count=count)
 
 
-def _daemon(directory: Path, config: str, case: Case) -> DaemonProcess:
-    """A daemon with a pool for a herd. In a pool that is smaller than the herds are meant for, the
-    policy's sizes are smaller in proportion."""
-    pool = f'[pool]\nmemory_max = "{case.pool_bytes}"\n'
-    if case.pool_bytes < SMALL_BYTES:
-        policy = scaled(load_policy(None, None).policy, case.pool_bytes / LARGE_BYTES)
-        path = directory / "policy.toml"
-        path.write_text(to_toml(policy))
-        config += f'[policy]\npath = "{path}"\n'
-    return DaemonProcess(directory, pool + config)
-
-
 def _used(daemon: DaemonProcess) -> int:
     return int((daemon.cgroup_dir / "memory.current").read_text())
 
@@ -118,7 +101,7 @@ def _events(daemon: DaemonProcess) -> dict[str, int]:
 
 def alone(directory: Path, config: str, case: Case) -> float:
     """Seconds that one call of a herd takes with the pool to itself."""
-    daemon = _daemon(directory, config, case)
+    daemon = daemon_with_pool(directory, case.pool_bytes, config)
     try:
         daemon.start()
         agent = daemon.open("alone")
@@ -133,7 +116,7 @@ def alone(directory: Path, config: str, case: Case) -> float:
 
 def run(directory: Path, config: str, case: Case, alone_s: float) -> Outcome:
     """Run a herd beside an important call of a sixteenth of the pool."""
-    daemon = _daemon(directory, config, case)
+    daemon = daemon_with_pool(directory, case.pool_bytes, config)
     peak = peak_stopped = 0
     try:
         daemon.start()

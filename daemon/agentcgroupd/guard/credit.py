@@ -251,6 +251,7 @@ class CreditKeeper:
     def _saw(self, ledger: _Ledger, seen: int, now: int) -> None:
         if seen > ledger.grew_to + GREW_BYTES:
             ledger.grew_usec, ledger.grew_to = now, seen
+        ledger.grew_to = min(ledger.grew_to, seen + GREW_BYTES)
         self._see(ledger, seen)
 
     def _see(self, ledger: _Ledger, seen: int) -> None:
@@ -329,6 +330,7 @@ class CreditKeeper:
             return True
         if call.frozen_since_usec is None or call.awaits_credit:
             return False
+        call.asks = call.starved = False
         if ledger.unused:
             self._attempt(call, self._bind, ledger, ledger.seen)
         return True

@@ -74,7 +74,7 @@ def _may_be_held(headroom: Headroom, ruleset: Ruleset, taken: Set[str]) -> list[
     only_reserve_short = now.free_bytes >= hold_below_free_bytes(ruleset, now.limit_bytes) > 0
     exempt = [headroom.leader, headroom.next_to_finish] if only_reserve_short else [headroom.leader]
     exempt_ids = {c.id for c in exempt if c is not None}
-    if only_reserve_short and now.credit_bytes is not None:
+    if now.credit_bytes is not None and now.free_bytes >= _hold_bytes(headroom):
         return []  # What calls may take without asking leaves the reserve free as it is.
     least_bytes = headroom.small_bytes if only_reserve_short else 0
     found = [
@@ -86,6 +86,12 @@ def _may_be_held(headroom: Headroom, ruleset: Ruleset, taken: Set[str]) -> list[
         and not _spared(c, ruleset, taken)
     ]
     return sorted(found, key=lambda c: (c.priority, -c.growth_bytes_per_s, -c.began_usec, c.id))
+
+
+def _hold_bytes(headroom: Headroom) -> int:
+    """Return the free bytes below which any ruleset pauses calls or denies them growth."""
+    rules = (r for r in headroom.policy.rulesets if r.enabled and r.do.action in ("freeze", "deny"))
+    return max((hold_below_free_bytes(r, headroom.now.limit_bytes) for r in rules), default=0)
 
 
 def _until_it_fits(headroom: Headroom, ruleset: Ruleset, calls: list[CallView]) -> list[CallView]:

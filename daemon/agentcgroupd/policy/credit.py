@@ -159,7 +159,9 @@ def serve(
     )
     first = order[0]
     if first.asks and first.may_go_on:
-        room = budget.free_bytes - last_bytes(policy, now.limit_bytes) - budget.unused_bytes
+        # Where even the first can get no more, it passes its bound a little, and not the pool's.
+        last = max(last_bytes(policy, now.limit_bytes), overshoot_bytes(first.view.memory_bytes))
+        room = budget.free_bytes - last - budget.unused_bytes
         unused += _give(policy, now, first, room, given)
     kept = kept_for_first_bytes(policy, now, first.view) - _unused_now(first, given)
     room = budget.free_bytes - hold_free_bytes(policy, now.limit_bytes) - unused - max(0, kept)

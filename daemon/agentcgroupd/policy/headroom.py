@@ -109,7 +109,7 @@ class Headroom:
     @property
     def starves(self) -> bool:
         """Whether even the call that is the first to get more is held at its credit."""
-        return any(c.starved for c in self.now.calls)
+        return any(c.starved for c in self.running)
 
     # Changes of direction
 

@@ -193,24 +193,45 @@ class Machine:
         cgroup.on_high = tell
         return 1
 
-    def begin(self, name: str, goal_bytes: int, hold_s: float, *, in_kernel: bool = False,
-              priority: int = 50) -> Call:  # fmt: skip
+    def begin(
+        self,
+        name: str,
+        goal_bytes: int,
+        hold_s: float,
+        *,
+        in_kernel: bool = False,
+        priority: int = 50,
+    ) -> Call:
         """Begin a call that does not grow yet."""
         grant = Grant(
-            memory_expected_bytes=0, memory_high_bytes=None, memory_max_bytes=None,
-            cpu_weight=100, cpu_max_millicores=None, pids_max=None, timeout_usec=None,
-            priority=priority, on_pressure="freeze",
-        )  # fmt: skip
+            memory_expected_bytes=0,
+            memory_high_bytes=None,
+            memory_max_bytes=None,
+            cpu_weight=100,
+            cpu_max_millicores=None,
+            pids_max=None,
+            timeout_usec=None,
+            priority=priority,
+            on_pressure="freeze",
+        )
         cgroup: Any = ModelCgroup(Path(name), goal_bytes, hold_s, in_kernel)
         session: Any = SimpleNamespace(
             id="s", offered=frozenset({knobs.MEMORY_HIGH.file}), calls=self.calls
         )
         now = int(self.loop.time() * 1e6)
         call = Call(
-            id=name, session=session, name=name, argv=(), grant=grant, cgroup=cgroup,
-            began_unix_usec=now, began_boot_usec=now, held=False, entered=True,
+            id=name,
+            session=session,
+            name=name,
+            argv=(),
+            grant=grant,
+            cgroup=cgroup,
+            began_unix_usec=now,
+            began_boot_usec=now,
+            held=False,
+            entered=True,
             state=pb.CALL_STATE_RUNNING,
-        )  # fmt: skip
+        )
         self.calls[name] = call
         if self.credit is not None:
             self.credit.call_opened(call)

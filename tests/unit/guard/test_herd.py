@@ -26,9 +26,16 @@ def made_up_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def herd(
-    tmp_path: Path, count: int, each_mib: int, pool_gib: int, *, in_kernel: bool = False,
-    stopped_s: float = 0.0, policy: Policy | None = None, has_credit: bool = True,
-) -> tuple[Machine, float]:  # fmt: skip
+    tmp_path: Path,
+    count: int,
+    each_mib: int,
+    pool_gib: int,
+    *,
+    in_kernel: bool = False,
+    stopped_s: float = 0.0,
+    policy: Policy | None = None,
+    has_credit: bool = True,
+) -> tuple[Machine, float]:
     """So many calls that begin to grow after a while, beside an important one; returns the machine
     when all have ended, and the seconds that took."""
 

@@ -19,22 +19,39 @@ LIMIT = 8 * GIB
 HOLD = hold_free_bytes(POLICY, LIMIT)
 
 
-def account(name: str, held_mib: int, unused_mib: int = 0, *, priority: int = 50,
-            asks: bool = True, held: bool = False) -> Account:  # fmt: skip
+def account(
+    name: str,
+    held_mib: int,
+    unused_mib: int = 0,
+    *,
+    priority: int = 50,
+    asks: bool = True,
+    held: bool = False,
+) -> Account:
     """A call that grows, with so much more to take without asking."""
     view = CallView(
-        id=name, name=name, session_id="s", priority=priority, began_usec=0,
-        memory_bytes=held_mib * MIB, growth_bytes_per_s=0.0, cpu_usec=0,
-    )  # fmt: skip
+        id=name,
+        name=name,
+        session_id="s",
+        priority=priority,
+        began_usec=0,
+        memory_bytes=held_mib * MIB,
+        growth_bytes_per_s=0.0,
+        cpu_usec=0,
+    )
     return Account(view, (held_mib + unused_mib) * MIB, asks, held=held)
 
 
 def seen(*peaks_mib: int) -> Snapshot:
     peaks = tuple(sorted(p * MIB for p in peaks_mib))
     return Snapshot(
-        now_usec=0, limit_bytes=LIMIT, usage_bytes=0, growth_bytes_per_s=0.0, calls=(),
+        now_usec=0,
+        limit_bytes=LIMIT,
+        usage_bytes=0,
+        growth_bytes_per_s=0.0,
+        calls=(),
         peaks_bytes=peaks,
-    )  # fmt: skip
+    )
 
 
 def served(free_mib: int, *accounts: Account, peaks: tuple[int, ...] = ()) -> dict[str, int]:
