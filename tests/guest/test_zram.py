@@ -5,6 +5,7 @@ other."""
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -262,14 +263,43 @@ def test_a_frozen_call_is_swapped_out_and_goes_on_as_it_was(place: Place, swap: 
     assert answer(holder) == before
 
 
-def test_the_pool_can_be_reclaimed_from(place: Place, swap: Zram) -> None:
+def test_what_is_reclaimed_from_the_pool_is_file_cache_and_nobody_is_swapped_out(
+    place: Place, swap: Zram
+) -> None:
     holder = place.start(place.session.agent, HOLDER, HELD_PAGES)
     assert answer(holder) == "holding"
+    cached = large_file()
+    drop_cache(cached)
+    reader = place.start(place.session.agent, READER.replace("PATH", str(cached)), 0)
+    assert answer(reader) == "read"
 
     async def run() -> int:
         return await place.actions.reclaim_pool(16 * MIB, "it is short")
 
-    assert asyncio.run(run()) > 12 * MIB
+    took = asyncio.run(run())
+    swapped = place.session.cgroup.read(knobs.MEMORY_SWAP_CURRENT)
+    print(f"{took / MIB:.1f} MiB of file cache, {swapped / MIB:.1f} MiB swapped out")
+    assert took > 8 * MIB and swapped == 0
+
+
+READER = """
+open("PATH", "rb").read(24 << 20)
+print("read", flush=True)
+sys.stdin.readline()
+"""
+
+
+def large_file() -> Path:
+    """A file of 20 MB or more on a disk."""
+    libraries = Path("/usr/lib/x86_64-linux-gnu").glob("*.so*")
+    found = (p for p in libraries if p.is_file() and p.stat().st_size > 20_000_000)
+    return next(found)
+
+
+def drop_cache(path: Path) -> None:
+    """Have the kernel forget the pages of a file, so that its next reader is charged for them."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 # What is slowed

@@ -32,9 +32,8 @@ from agentcgroupd.enforce import memory_high
 from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.enforce.kill import ask_end, end_with, kill, kill_outsiders
 from agentcgroupd.enforce.limits import (
-    oom_score_adj,
+    put_call_before_agent,
     rewrite_grant,
-    set_oom_score_adj,
     settle,
     write_grant,
 )
@@ -397,7 +396,7 @@ class Calls:
 
     def _entered(self, call: Call, process: Process) -> None:
         self._observer.entered(process.pid)
-        set_oom_score_adj(process.pid, oom_score_adj(call.grant.priority))
+        put_call_before_agent(call.session, call.cgroup, process.pid, call.grant.priority)
         call.entered = True
         if call.state == pb.CALL_STATE_PENDING:
             call.state = pb.CALL_STATE_RUNNING

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -117,14 +117,16 @@ def parse_pressure(text: str) -> dict[str, Pressure]:
 @dataclass(frozen=True, slots=True)
 class Reclaim:
     """Value of memory.reclaim: how much is to leave memory, and to what degree anonymous memory is
-    taken before file memory (swappiness, 0 to 200; None: the host's setting)."""
+    taken before file memory (swappiness, 0 to 200; None: the host's setting; "max": nothing but
+    anonymous memory)."""
 
     size_bytes: int
-    swappiness: int | None = None
+    swappiness: int | Literal["max"] | None = None
 
 
 def format_reclaim(value: Reclaim) -> str:
-    """Text of memory.reclaim: `16777216`, or `16777216 swappiness=200` (since Linux 6.9)."""
+    """Text of memory.reclaim: `16777216`, or `16777216 swappiness=200` (since Linux 6.9), or
+    `16777216 swappiness=max` (since Linux 6.16)."""
     if value.swappiness is None:
         return str(value.size_bytes)
     return f"{value.size_bytes} swappiness={value.swappiness}"

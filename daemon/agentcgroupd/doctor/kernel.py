@@ -28,6 +28,7 @@ from agentcgroupd.doctor.diagnosis import (
 )
 from agentcgroupd.errors import KnobError
 from agentcgroupd.host import zram
+from agentcgroupd.host.mounts import mounts
 from agentcgroupd.host.syscalls import has_peer_pidfd, pidfd_exit_status
 from agentcgroupd.units import show_bytes
 
@@ -72,6 +73,24 @@ FILES: dict[knobs.Knob[Any], Check] = {
 }
 """Interface files that a trial cgroup should have."""
 
+OPTIONS = {
+    b"memory_recursiveprot": Check(
+        name="protection of whole sessions",
+        yes="cgroup2 is mounted with memory_recursiveprot",
+        no="cgroup2 is mounted without memory_recursiveprot",
+        remedy="mount -o remount,memory_recursiveprot on cgroup2 (systemd does by itself)",
+        fallback="memory.low of a session protects none of its calls",
+    ),
+    b"favordynmods": Check(
+        name="quick moves into calls",
+        yes="cgroup2 is mounted with favordynmods",
+        no="cgroup2 is mounted without favordynmods",
+        remedy="mount -o remount,favordynmods on cgroup2: forks and exits get slower by a little",
+        fallback="moving a process into its call waits for a grace period",
+    ),
+}
+"""Options of the cgroup2 mount, and what each means."""
+
 XATTR = Check(
     name="state on the cgroup",
     yes=f"{XATTR_NAME} is kept",
@@ -95,6 +114,9 @@ def cgroup_features(mount: Path) -> Iterator[Feature]:
     if os.geteuid() != 0:
         yield Feature(CALL_CGROUPS, State.UNKNOWN, ONLY_ROOT, AS_ROOT)
         return
+    given = {option for m in mounts() if m.point == mount for option in m.options}
+    for option, check in OPTIONS.items():
+        yield check.answered(option in given)
     offered = knobs.CGROUP_CONTROLLERS.parse((mount / "cgroup.controllers").read_text())
     for controller in CONTROLLERS:
         yield _controller(controller, controller in offered)

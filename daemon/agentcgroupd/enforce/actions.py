@@ -13,7 +13,7 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.enforce import memory_high, pause
 from agentcgroupd.enforce.kill import ask_end, kill
-from agentcgroupd.enforce.reclaimer import Reclaimer
+from agentcgroupd.enforce.reclaimer import ANON_FIRST, CACHE_ONLY, Reclaimer, Swappiness
 from agentcgroupd.errors import BpfError, KnobError
 from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import Call, Session, all_inside, boottime_usec
@@ -189,12 +189,13 @@ class Actions:
         ids = [call.id for call in paused.values()]
         cgroups = tuple(paused) or (session.agent,)
         session.reclaimed_at_usec = boottime_usec()
-        work = self._reclaim(session.id, ids, cgroups, size_bytes, go_on, why)
+        work = self._reclaim(session.id, ids, cgroups, size_bytes, go_on, why, ANON_FIRST)
         return self.reclaimer.start(session.id, work)
 
     def reclaim_pool(self, size_bytes: int, why: str) -> asyncio.Task[int]:
-        """Take memory back from whatever of the pool is coldest; returns as `reclaim` does."""
-        work = self._reclaim("", [], (self.pool,), size_bytes, lambda _: True, why)
+        """Take the pool's coldest file cache back, and swap nobody's memory out; returns as
+        `reclaim` does."""
+        work = self._reclaim("", [], (self.pool,), size_bytes, lambda _: True, why, CACHE_ONLY)
         return self.reclaimer.start("", work)
 
     async def _reclaim(
@@ -205,10 +206,11 @@ class Actions:
         size_bytes: int,
         go_on: Callable[[Cgroup], bool],
         why: str,
+        swappiness: tuple[Swappiness, ...],
     ) -> int:
         began_usec = boottime_usec()
         try:
-            got = await self.reclaimer.reclaim(cgroups, size_bytes, go_on)
+            got = await self.reclaimer.reclaim(cgroups, size_bytes, go_on, swappiness)
         except KnobError as error:
             log.warning("memory of %s cannot be reclaimed: %s", session or "the pool", error)
             return 0

@@ -165,6 +165,41 @@ def oom_score_adj(priority: int) -> int:
     return 1000 - 5 * priority
 
 
+OOM_SCORE_ADJ_MOST = 1000
+OOM_STEP = 100
+"""Distance between an agent and its calls where its runtime gave it a high value: a tenth of the
+limit that is reached."""
+
+
+def put_call_before_agent(session: Session, cgroup: Cgroup, pid: int, priority: int) -> None:
+    """Have the kernel choose the processes of a call before those of its agent, and by priority:
+    with the value for the priority, or one above that of the agent, which the process `pid` that
+    has just entered was forked with. A runtime may have given an agent as much as 1000 (Kubernetes
+    does to pods without requests); it is lowered then. Raises KnobError."""
+    inherited = _oom_score_adj_of(pid)
+    if inherited is None:
+        return
+    wanted = min(OOM_SCORE_ADJ_MOST, max(oom_score_adj(priority), inherited + OOM_STEP))
+    if inherited + OOM_STEP > OOM_SCORE_ADJ_MOST:
+        for agent in session.agent.procs():
+            if (_oom_score_adj_of(agent) or 0) > OOM_SCORE_ADJ_MOST - OOM_STEP:
+                set_oom_score_adj(agent, OOM_SCORE_ADJ_MOST - OOM_STEP)
+    set_oom_score_adj(pid, wanted)
+    # A child that was forked while its parent was moved has the value from before.
+    for other in cgroup.procs():
+        if other != pid and _oom_score_adj_of(other) == inherited:
+            set_oom_score_adj(other, wanted)
+
+
+def _oom_score_adj_of(pid: int) -> int | None:
+    """The value of a process; None where it has gone."""
+    try:
+        with open(f"/proc/{pid}/oom_score_adj", encoding="ascii") as file:
+            return int(file.read())
+    except OSError:
+        return None
+
+
 def set_oom_score_adj(pid: int, value: int) -> None:
     """Tell the kernel whom to choose when a limit above the calls is reached: a call, and the least
     important one, rather than the agent."""

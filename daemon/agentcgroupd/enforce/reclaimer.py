@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.knobs import Reclaim
@@ -20,6 +20,13 @@ AT_ONCE = 2
 STEP_BYTES = 8 << 20
 """How much is asked for at a time. The kernel does not let a cgroup go while it is being written
 to, so a step has to be short: this is some 10 ms of compressing by one core."""
+Swappiness = int | Literal["max"] | None
+CACHE_ONLY: tuple[Swappiness, ...] = (0, None)
+"""Values that take file cache and leave anonymous memory, the best first: a kernel that does not
+know one refuses it. None leaves it to the kernel."""
+ANON_FIRST: tuple[Swappiness, ...] = ("max", 200, None)
+"""Values that take anonymous memory, which goes to swap, before the files that an agent works
+on."""
 _SPENT = (errno.EAGAIN, errno.ENODEV, errno.ENOENT)
 
 
@@ -45,22 +52,33 @@ class Reclaimer:
         return task
 
     async def reclaim(
-        self, cgroups: Iterable[Cgroup], size_bytes: int, go_on: Callable[[Cgroup], bool]
+        self,
+        cgroups: Iterable[Cgroup],
+        size_bytes: int,
+        go_on: Callable[[Cgroup], bool],
+        swappiness: tuple[Swappiness, ...] = (None,),
     ) -> int:
         """Take up to `size_bytes` from these cgroups, one after the other; returns by how many
-        bytes their use fell. `go_on` is asked before each step, in a thread. Cgroups that have gone
-        are passed over. Raises KnobError."""
+        bytes their use fell. `swappiness`: the first of these that the kernel knows. `go_on` is
+        asked before each step, in a thread. Cgroups that have gone are passed over. Raises
+        KnobError."""
         got = 0
         for cgroup in cgroups:
             if got >= size_bytes:
                 break
             try:
-                got += await self._one(cgroup, size_bytes - got, go_on)
+                got += await self._one(cgroup, size_bytes - got, go_on, swappiness)
             except CgroupGone:
                 continue
         return got
 
-    async def _one(self, cgroup: Cgroup, size_bytes: int, go_on: Callable[[Cgroup], bool]) -> int:
+    async def _one(
+        self,
+        cgroup: Cgroup,
+        size_bytes: int,
+        go_on: Callable[[Cgroup], bool],
+        swappiness: tuple[Swappiness, ...],
+    ) -> int:
         before = cgroup.read(knobs.MEMORY_CURRENT)
         # Opened here: a directory that is closed meanwhile would be another one in the thread.
         fd = cgroup.open_file(knobs.MEMORY_RECLAIM, os.O_WRONLY)
@@ -68,7 +86,7 @@ class Reclaimer:
 
         def steps() -> None:
             try:
-                _write_steps(fd, size_bytes, lambda: not cancelled and go_on(cgroup))
+                _write_steps(fd, size_bytes, lambda: not cancelled and go_on(cgroup), swappiness)
             finally:
                 os.close(fd)
 
@@ -86,13 +104,18 @@ class Reclaimer:
         return max(0, before - cgroup.read(knobs.MEMORY_CURRENT))
 
 
-def _write_steps(fd: int, size_bytes: int, go_on: Callable[[], bool]) -> None:
-    left = size_bytes
+def _write_steps(
+    fd: int, size_bytes: int, go_on: Callable[[], bool], swappiness: tuple[Swappiness, ...]
+) -> None:
+    left, choices = size_bytes, list(swappiness)
     while left > 0 and go_on():
         step = min(left, STEP_BYTES)
         try:
-            os.write(fd, knobs.MEMORY_RECLAIM.format(Reclaim(step)).encode())
+            os.write(fd, knobs.MEMORY_RECLAIM.format(Reclaim(step, choices[0])).encode())
         except OSError as error:
+            if error.errno == errno.EINVAL and len(choices) > 1:
+                del choices[0]
+                continue
             if error.errno in _SPENT:
                 return
             raise
