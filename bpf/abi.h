@@ -128,6 +128,8 @@ struct memory_limits {
 	__u32 deny_round; /* raised with each new denial, which is told once */
 
 	__u64 throttle_mark_bytes; /* growth beyond it is slowed; 0: beyond memory.high */
+	__u32 willing;		   /* 1: it would rather be refused memory than wait */
+	__u32 reserved;
 };
 
 /* memory.bpf.c: what the program has seen, by cgroup id. */
@@ -208,7 +210,8 @@ struct protected_session {
 
 /* One for the whole object, in mapped memory. */
 struct memory_control {
-	__u64 allowance_bytes; /* sum of the small requests that a denied call may still make */
+	__u64 allowance_bytes; /* sum of the small requests that all denied calls may still make */
+	__u64 allowed_bytes;   /* of that, what has been used since calls are denied */
 	__u64 stall_threshold_ns;
 	__u64 stall_window_ns;
 	__u64 urgent_lease_ns;

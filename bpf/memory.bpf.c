@@ -386,7 +386,7 @@ int BPF_PROG(on_over_high)
 }
 
 /**
- * become_urgent - deny growth from now on to every call less important than a stalled session
+ * become_urgent - deny growth from now on to willing calls less important than a stalled session
  * @slot: the protected session
  * @stalled_ns: how long it has stalled, for the event
  * @now: in ns
@@ -409,6 +409,8 @@ static __always_inline void become_urgent(struct protected_session *slot, u64 st
 	if (!pool || !pool->above_mark)
 		return;
 	control.urgent_priority = slot->priority;
+	if (!control.denying)
+		control.allowed_bytes = 0;
 	control.urgent_until_ns = now + control.urgent_lease_ns;
 	__sync_fetch_and_add(&control.urgent_count, 1);
 	event = reserve(EVENT_URGENT, sizeof(*event), slot->cgroup_id);
@@ -597,6 +599,9 @@ static __always_inline void tell_denied(struct memory_state *state, u64 id, u64 
 	bpf_ringbuf_submit(event, 0);
 }
 
+/* No more than a loader maps for one library's data. */
+#define TINY_REQUEST_BYTES (128 << 10)
+
 /*
  * Runs before the kernel promises memory: in mmap, brk, mremap, mprotect, and for stacks. It does
  * not run for MAP_NORESERVE, nor when promised memory is touched. The -ENOMEM that it returns
@@ -634,6 +639,8 @@ int BPF_PROG(on_enough_memory, struct mm_struct *mm, long pages, int ret)
 		check_stalling(now);
 		urgent = now < control.urgent_until_ns && limit->priority < control.urgent_priority;
 	}
+	/* The unwilling would abort: most programs do when memory is refused. */
+	urgent = urgent && limit->willing;
 	if (limit->deny_mode == DENY_OVER_MARK)
 		over = usage + request > mark;
 	if ((!urgent && !over) || must_not_fail(task))
@@ -643,11 +650,21 @@ int BPF_PROG(on_enough_memory, struct mm_struct *mm, long pages, int ret)
 		state->allowed_round = round;
 		state->allowed_bytes = 0;
 	}
-	/* A promise may be used much later, so it is the sum of promises that is limited. */
-	if (request <= ABI_SMALL_REQUEST_BYTES &&
-	    state->allowed_bytes + request <= control.allowance_bytes) {
-		__sync_fetch_and_add(&state->allowed_bytes, request);
-		return 0;
+	/*
+	 * A promise may be used much later, so it is the sum of promises that is limited: of all
+	 * calls together, and beyond that of the tiny ones of each, which a program needs to
+	 * start, and to say what happened.
+	 */
+	if (request <= ABI_SMALL_REQUEST_BYTES) {
+		if (request <= TINY_REQUEST_BYTES &&
+		    state->allowed_bytes + request <= ABI_SMALL_REQUEST_BYTES) {
+			__sync_fetch_and_add(&state->allowed_bytes, request);
+			return 0;
+		}
+		if (control.allowed_bytes + request <= control.allowance_bytes) {
+			__sync_fetch_and_add(&control.allowed_bytes, request);
+			return 0;
+		}
 	}
 	tell_denied(state, id, usage, mark, request, round);
 	return -ENOMEM;

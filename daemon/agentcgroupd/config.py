@@ -152,7 +152,7 @@ class GuardConfig(Section):
     tick: Duration = 20_000
     """Between samples of the pool while it is short."""
     deny_allowance: Annotated[int, quantity(parse_bytes, "size")] = 16 << 20
-    """Small requests that a call may still make after its growth was denied."""
+    """Small requests that all calls whose growth is denied may still make together."""
     protect_priority: Priority = IMPORTANT_PRIORITY
     """Sessions of at least this priority are protected by the program in the kernel: when they
     stall on memory, it denies growth to less important calls by itself. Only that program goes by

@@ -148,7 +148,10 @@ class Observers:
     def regrant(self, call: Call, grant: Grant) -> Grant:
         """Change an open call's part of GPUs; returns the grant with what follows from it. Raises
         RequestError, with nothing changed."""
-        return self._gpus.grants.regrant(call, grant)
+        granted = self._gpus.grants.regrant(call, grant)
+        if self._signals is not None:
+            self._plane.attempt("a call cannot be watched", self._signals.regrant, call, granted)
+        return granted
 
     def call_ending(self, call: Call) -> None:
         """Keep what a call did with its part of GPUs for its report."""

@@ -271,6 +271,7 @@ def test_faults_and_refaults_pass_their_rate(tree: Tree) -> None:
 
 def test_a_protected_session_that_stalls_stops_the_others_growth_at_once(tree: Tree) -> None:
     vip, batch = tree.child(tree.calls["vip"]), tree.child(tree.calls["batch"])
+    tree.memory.set_willing(tree.calls["batch"].id, True)
     # A pool that is short: above its mark at the next charge.
     tree.memory.set_mark(tree.pool.id, 1, 0)
     fitted = tree.memory.protect([(tree.sessions["vip"].id, 80)], tree.pool.id)
@@ -290,6 +291,13 @@ def test_a_protected_session_that_stalls_stops_the_others_growth_at_once(tree: T
     assert urgent[0].event.cgroup_id == tree.sessions["vip"].id
     assert urgent[0].stalled_ns >= 2_000_000
     assert denied[0].urgent and denied[0].event.at_ns >= urgent[0].event.at_ns
+    # The unwilling get what they ask for, however urgent it is.
+    tree.memory.confirm_urgent(3_600_000_000)
+    tree.memory.set_willing(tree.calls["batch"].id, False)
+    assert batch.run(f"alloc({8 * MIB})") == "ok"
+    tree.memory.set_willing(tree.calls["batch"].id, True)
+    assert batch.run(f"alloc({8 * MIB})") == "MemoryError"
+    tree.memory.confirm_urgent(400_000)
     assert vip.answer() == "None"
     assert vip.run(f"alloc({2 * MIB})") == "ok", "the protected one may grow"
     # Nobody confirms it: it ends by itself.
@@ -320,7 +328,28 @@ def test_promises_are_added_up_and_what_would_kill_is_not_refused(tree: Tree) ->
     assert tool.run(f"len({script})") != "64"
     assert tool.run("subprocess.call(['true'])") == "0"
     state = tree.memory.state(call.id)
-    assert state is not None and state.allowed_bytes <= 8 * MIB
+    assert state is not None and state.allowed_bytes <= abi.ABI_SMALL_REQUEST_BYTES
+    assert tree.memory.control.allowed_bytes <= 8 * MIB
+
+
+def test_all_denied_calls_share_one_allowance(tree: Tree) -> None:
+    """Each may make tiny requests beside it, to say what happened."""
+    promised = []
+    script = "len([m for m in (__import__('mmap').mmap(-1, 1 << 18) for _ in range(64))])"
+    for name in ("batch", "vip"):
+        call = tree.calls[name]
+        tool = tree.child(call)
+        tree.memory.deny_above(call.id, call.read(knobs.MEMORY_CURRENT))
+        tool.run(script)
+        state = tree.memory.state(call.id)
+        assert state is not None
+        promised.append(state.allowed_bytes)
+    assert all(size <= abi.ABI_SMALL_REQUEST_BYTES for size in promised)
+    assert 7 * MIB < tree.memory.control.allowed_bytes <= 8 * MIB
+    for call in tree.calls.values():
+        tree.memory.allow(call.id)
+    tree.memory.deny_above(tree.calls["vip"].id, 0)
+    assert tree.memory.control.allowed_bytes == 0
 
 
 def test_each_denial_is_told_again(tree: Tree) -> None:

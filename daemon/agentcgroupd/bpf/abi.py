@@ -218,7 +218,7 @@ class LifecycleCounters(ctypes.Structure):
 
 
 class MemoryLimits(ctypes.Structure):
-    """struct memory_limits, 72 bytes"""
+    """struct memory_limits, 80 bytes"""
 
     _fields_ = (
         ("parent_id", ctypes.c_uint64),
@@ -232,6 +232,8 @@ class MemoryLimits(ctypes.Structure):
         ("priority", ctypes.c_uint32),
         ("deny_round", ctypes.c_uint32),
         ("throttle_mark_bytes", ctypes.c_uint64),
+        ("willing", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
     )
     parent_id: int
     soft_mark_bytes: int
@@ -244,6 +246,8 @@ class MemoryLimits(ctypes.Structure):
     priority: int
     deny_round: int
     throttle_mark_bytes: int
+    willing: int
+    reserved: int
 
 
 class MemoryState(ctypes.Structure):
@@ -398,10 +402,11 @@ class ProtectedSession(ctypes.Structure):
 
 
 class MemoryControl(ctypes.Structure):
-    """struct memory_control, 2656 bytes"""
+    """struct memory_control, 2664 bytes"""
 
     _fields_ = (
         ("allowance_bytes", ctypes.c_uint64),
+        ("allowed_bytes", ctypes.c_uint64),
         ("stall_threshold_ns", ctypes.c_uint64),
         ("stall_window_ns", ctypes.c_uint64),
         ("urgent_lease_ns", ctypes.c_uint64),
@@ -417,6 +422,7 @@ class MemoryControl(ctypes.Structure):
         ("protected_sessions", ProtectedSession * 64),
     )
     allowance_bytes: int
+    allowed_bytes: int
     stall_threshold_ns: int
     stall_window_ns: int
     urgent_lease_ns: int

@@ -75,6 +75,11 @@ class MemoryPrograms:
             raise BpfError(f"cgroup {cgroup} is not watched", errno.ENOENT)
         self._change(cgroup, throttle_mark_bytes=mark_bytes)
 
+    def set_willing(self, cgroup: CgroupId, willing: bool) -> None:
+        """Say whether a call would rather be refused memory than wait: only such calls are denied
+        growth by the urgent reaction. Raises BpfError."""
+        self._change(cgroup, willing=int(willing))
+
     def set_rates(self, cgroup: CgroupId, faults_per_s: int, refaults_per_s: int) -> None:
         """Have an event sent when page faults or refaults come faster than this, and another when
         they have fallen to half of it; 0: not watched. Raises BpfError."""
@@ -82,8 +87,8 @@ class MemoryPrograms:
 
     def deny_above(self, cgroup: CgroupId, mark_bytes: int) -> None:
         """Refuse memory (ENOMEM) that would take a call above the mark. Small requests still pass,
-        up to the allowance, so that a program can report what happened. Raises BpfError, also for a
-        call that is not watched."""
+        up to an allowance that all denied calls share, so that a program can report what happened.
+        Raises BpfError, also for a call that is not watched."""
         entry = self._entries.get(cgroup)
         if entry is None:
             raise BpfError(f"cgroup {cgroup} is not watched", errno.ENOENT)
@@ -104,7 +109,10 @@ class MemoryPrograms:
         """Tell the programs how many calls are denied memory: with none, the one that runs at every
         mmap() returns at once."""
         entries = self._entries.values()
-        self.control.denying = sum(e.deny_mode != abi.DenyMode.NEVER for e in entries)
+        denying = sum(e.deny_mode != abi.DenyMode.NEVER for e in entries)
+        if denying and not self.control.denying:
+            self.control.allowed_bytes = 0
+        self.control.denying = denying
 
     def _change(self, cgroup: CgroupId, **values: int) -> None:
         entry = self._entries.get(cgroup)

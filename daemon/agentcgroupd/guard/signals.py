@@ -19,6 +19,8 @@ from agentcgroupd.bpf.plane import DataPlane
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import KnobError
 from agentcgroupd.guard.loop import GuardLoop
+from agentcgroupd.intents.grant import Grant
+from agentcgroupd.policy.schema import Deny
 from agentcgroupd.policy.snapshot import Signal, SignalKind
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.state.session import Call, Session
@@ -106,7 +108,21 @@ class Signals:
             return
         above = call.session.cgroup.id
         self._memory.watch(call.cgroup.id, abi.CgroupKind.CALL, above, call.grant.priority)
+        self._memory.set_willing(call.cgroup.id, self._is_willing(call.grant))
         self._of_cgroup[call.cgroup.id] = call
+
+    def regrant(self, call: Call, grant: Grant) -> None:
+        """Tell the programs what a call would rather suffer by its new grant. Raises BpfError."""
+        self._memory.set_willing(call.cgroup.id, self._is_willing(grant))
+
+    def _is_willing(self, grant: Grant) -> bool:
+        """Tell whether a call may be refused memory: its intent says so, or the policy denies
+        growth to all."""
+        if grant.on_pressure == "deny":
+            return True
+        rulesets = () if self._guard is None else self._guard.policy.rulesets
+        rules = (r.do for r in rulesets if r.enabled and isinstance(r.do, Deny))
+        return any(rule.whom == "all" for rule in rules)
 
     def call_closed(self, call: Call) -> None:
         """Have the programs forget a call. Raises BpfError."""
