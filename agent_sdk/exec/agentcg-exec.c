@@ -145,7 +145,12 @@ static void make_request(int what, int argc, char **argv)
 	}
 }
 
-/* Returns NULL when this process is in its cgroup, or why the daemon is taken to be away. */
+static const char hung_up[] = "it hung up";
+
+/*
+ * Returns NULL when this process is in its cgroup, `hung_up` when there was no answer, or why the
+ * daemon is taken to be away: it is only where nobody listens.
+ */
 static const char *enter_cgroup(int what)
 {
 	const char *done = what == SESSION ? "session=" : "call=", *second = reply;
@@ -174,11 +179,14 @@ static const char *enter_cgroup(int what)
 			break;
 		timeout.tv_sec = TIMEOUT_S + (len > 0 ? seconds : 0);
 	}
-	if (len < 0 && errno != ENOENT && errno != ECONNREFUSED && errno != EAGAIN)
-		die(REFUSED, "cannot ask the daemon at '%s': %s", server.sun_path, strerror(errno));
 	close(fd);
-	if (len <= 0)
-		return !len ? "it hung up" : errno == EAGAIN ? "no reply in time" : strerror(errno);
+	if (!len || (len < 0 && (errno == EPIPE || errno == ECONNRESET)))
+		return hung_up;
+	if (len < 0 && errno != ENOENT && errno != ECONNREFUSED)
+		die(REFUSED, "cannot ask the daemon at '%s': %s", server.sun_path,
+		    errno == EAGAIN ? "no reply in time" : strerror(errno));
+	if (len < 0)
+		return strerror(errno);
 	if (!strcmp(reply, "OK") && !strncmp(second, done, strlen(done))) {
 		/* putenv() points into the buffer, which stays. An empty word ends the list. */
 		for (char *word = (char *)second; *word; word += strlen(word) + 1)
@@ -254,6 +262,13 @@ int main(int argc, char **argv)
 
 	make_request(what, argc - i, argv + i);
 	away = enter_cgroup(what);
+	/* It is being started anew, or turns away those who ask too much at a time. */
+	for (unsigned int wait_ms = 25; away == hung_up && wait_ms < 3000; wait_ms *= 2) {
+		usleep(wait_ms * 1000);
+		away = enter_cgroup(what);
+	}
+	if (away == hung_up)
+		die(REFUSED, "daemon at '%s' hangs up; command not run", server.sun_path);
 	if (away && !strcmp(policy, "refuse"))
 		die(REFUSED, "daemon at '%s' is away: %s; command not run", server.sun_path, away);
 	if (away)

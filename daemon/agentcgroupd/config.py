@@ -174,7 +174,7 @@ class LimitsConfig(Section):
 
     connects_per_s: Annotated[int, Field(ge=1, le=100_000)] = 100
     """New gRPC connections a second."""
-    packets_per_s: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    packets_per_s: Annotated[int, Field(ge=1, le=1_000_000)] = 2000
     """Connections of the attach socket a second, each of which carries one request."""
     requests_per_s: Annotated[int, Field(ge=1, le=1_000_000)] = 500
     """Requests a second over gRPC; more of them wait."""
