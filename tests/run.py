@@ -39,6 +39,7 @@ PROGRAMS = (
     *(
         f"tests/guest/test_{name}.py"
         for name in (
+            "endings",
             "guard",
             "guest_self",
             "limits",

@@ -15,7 +15,7 @@ from typing import Any
 from agentcgroup import audit
 
 from . import common
-from .output import print_fields, print_json, print_json_line
+from .output import print_fields, print_json, print_json_line, say
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SHOWN_FIRST = ("at_unix_usec", "event", "session", "call")
@@ -72,7 +72,7 @@ def run_audit(args: argparse.Namespace) -> int:
     try:
         return _verify(paths, args.json) if args.what == "verify" else _show(paths, args)
     except OSError as error:
-        print(f"agentcg: {error.filename}: {error.strerror}", file=sys.stderr)
+        say(f"agentcg: {error.filename}: {error.strerror}", file=sys.stderr)
         return common.NOT_FOUND if isinstance(error, FileNotFoundError) else common.REFUSED
 
 
@@ -84,7 +84,7 @@ def _show(paths: list[Path], args: argparse.Namespace) -> int:
         if args.json:
             print_json_line(entry)
         else:
-            print(line_of(entry))
+            say(line_of(entry))
     return common.OK
 
 
@@ -140,7 +140,7 @@ def _verify(paths: list[Path], as_json: bool) -> int:
         ]
     )
     for problem in found.problems[:PROBLEMS_SHOWN]:
-        print(f"  {problem}")
+        say(f"  {problem}")
     if len(found.problems) > PROBLEMS_SHOWN:
-        print(f"  and {len(found.problems) - PROBLEMS_SHOWN} more")
+        say(f"  and {len(found.problems) - PROBLEMS_SHOWN} more")
     return common.OK if found.good else common.BAD

@@ -534,10 +534,6 @@ def test_longest_sentence(launcher: Launcher) -> None:
 # ---- the daemon is away
 
 
-def closed(conn: socket.socket, request: bytes) -> None:
-    """Hang up without a reply."""
-
-
 @contextmanager
 def away(path: Path, how: str) -> Iterator[None]:
     """Prepare a daemon that is away in one of the possible ways."""
