@@ -42,9 +42,10 @@ tool.stdin.close()
     wait_until("all have ended", lambda: not daemon.call_dirs())
     reports = {r.session_id: r for r in daemon.admin.ListReports(pb.ListReportsRequest()).reports}
     assert {r.verdict for r in reports.values()} == {pb.VERDICT_OK}
-    assert reports["vip"].frozen_usec == 0
-    assert reports["b1"].frozen_usec + reports["b2"].frozen_usec > 0
-    paused = next(r for r in (reports["b1"], reports["b2"]) if r.frozen_usec)
+    # Waking a call that has got more credit freezes and thaws it at once.
+    assert reports["vip"].frozen_usec < 100_000
+    paused = max((reports["b1"], reports["b2"]), key=lambda r: r.frozen_usec)
+    assert paused.frozen_usec > 100_000
     assert pb.FEEDBACK_CODE_FROZEN in {f.code for f in paused.feedback}
     events = (daemon.cgroup_dir / "memory.events").read_text()
     assert "oom_kill 0" in events
