@@ -101,9 +101,9 @@ class Daemon:
     async def _start(self, undo: AsyncExitStack) -> Running:
         config, run_dir = self._config, self._config.server.run_dir
         policy = read_policy(config.policy)
-        _raise_file_limit()
         await _start_threads()
         place = Place(config, undo)
+        _raise_file_limit()
         notices = self._make_notices(undo)
         turns = Turns()
         pool = place.claim.prepare()
