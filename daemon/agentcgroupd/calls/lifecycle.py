@@ -303,7 +303,7 @@ class Calls:
     def _follow(self, call: Call) -> None:
         """Start to look after a call, new or found again. Raises BpfError, KnobError or OSError."""
         call.watch = self._events.watch(
-            call.cgroup, knobs.CGROUP_EVENTS, lambda: self._changed(call), call.session.id
+            call.cgroup, knobs.CGROUP_EVENTS, lambda: self._changed(call), call.session.turns_key
         )
         self.open[call.id] = call
         call.session.calls[call.id] = call

@@ -60,7 +60,7 @@ class Owners:
         self._close(key)
         for call in calls:
             call.owner = None
-            self._turns.submit(call.session.id, partial(self._let_go, call))
+            self._turns.submit(call.session.turns_key, partial(self._let_go, call))
 
     def _let_go(self, call: Call) -> None:
         try:

@@ -101,7 +101,7 @@ class Deadlines:
             if call.timers.get(name) is timer:
                 action(call)
 
-        self._turns.submit(call.session.id, act)
+        self._turns.submit(call.session.turns_key, act)
 
     @staticmethod
     def _cancel(call: Call, name: str) -> None:

@@ -154,7 +154,10 @@ class CreditKeeper:
         self._bind(ledger, ledger.seen + first)
         try:
             ledger.watch = self._events.watch(
-                call.cgroup, knobs.MEMORY_EVENTS_LOCAL, lambda: self._passed(ledger)
+                call.cgroup,
+                knobs.MEMORY_EVENTS_LOCAL,
+                lambda: self._passed(ledger),
+                call.session.turns_key,
             )
         except OSError as error:
             log.warning("call %s is looked at all the time: %s", call.id, error)

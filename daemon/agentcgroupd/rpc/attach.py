@@ -193,8 +193,8 @@ class AttachServer:
         silent[caller] = None
         caller.timer = self._loop.call_later(SILENT_TIMEOUT_S, self._close, caller)
         self._loop.add_reader(caller.socket.fileno(), self._readable, caller)
-        # Mostly the request came with the connection, and this is a turn of its sender's already.
-        self._readable(caller, has_turn=True)
+        # Mostly the request came with the connection: no need to go round the loop for it.
+        self._readable(caller)
         if len(silent) > SILENT_MAX:
             self._budgets.refused("silent")
             self._close(next(iter(silent)))
@@ -221,7 +221,7 @@ class AttachServer:
 
     # Requests
 
-    def _readable(self, caller: Client, has_turn: bool = False) -> None:
+    def _readable(self, caller: Client) -> None:
         try:
             data, sender = receive_from(caller.socket, PACKET_BYTES_MAX + 1)
         except BlockingIOError:
@@ -231,9 +231,9 @@ class AttachServer:
         self._heard(caller)
         if not data:
             self._close(caller)
-        elif has_turn:
-            self._serve(caller, data, sender)
         else:
+            # Its crowd's turn, not that of a process that has had none yet: who starts many
+            # processes would have a turn for each.
             self._turns.submit(caller.crowd.key, partial(self._serve, caller, data, sender))
 
     def _serve(self, caller: Client, data: bytes, sender: int | None) -> None:

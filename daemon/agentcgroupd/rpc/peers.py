@@ -112,4 +112,4 @@ def crowd_of(peer: Peer, find: SessionFinder) -> str:
     if peer.process.pid == os.getpid():
         return "the daemon"
     session = find(peer.cgroup_path())
-    return f"session {session.id}" if session is not None else f"user {peer.uid}"
+    return session.turns_key if session is not None else f"user {peer.uid}"

@@ -115,7 +115,7 @@ class SessionLifecycle:
                 session.cgroup,
                 knobs.CGROUP_EVENTS,
                 lambda: self._adopted_changed(session),
-                session.id,
+                session.turns_key,
             )
 
     def _adopted_changed(self, session: Session) -> None:

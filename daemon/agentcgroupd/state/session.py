@@ -321,6 +321,11 @@ class Session:
     """What its agent and files without a call held at `held_at` (time.monotonic)."""
     held_at: float = float("-inf")
 
+    @property
+    def turns_key(self) -> str:
+        """Whose turn on the loop it is when something is done for this session (turns.Turns)."""
+        return f"session {self.id}"
+
     def record(self) -> bytes:
         """What is kept of the session on its cgroup."""
         return json.dumps(
