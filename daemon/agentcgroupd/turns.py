@@ -14,6 +14,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from agentcgroupd.errors import AgentcgroupdError
+
 log = logging.getLogger(__name__)
 
 SLICE_S = 0.002
@@ -96,9 +98,12 @@ class Turns:
             started = time.perf_counter()
             try:
                 result = work()
+            # One thing that fails must not take the turns of everybody else with it.
+            except (AgentcgroupdError, OSError) as error:
+                log.error("what was queued for %s failed: %s", key, error)
+                result = None
             except Exception:
-                # One thing that fails must not take the turns of everybody else with it.
-                log.exception("queued work failed")
+                log.exception("what was queued for %s failed", key)
                 result = None
             now = time.perf_counter()
             self._had[key] = max(self._had.get(key, 0.0), had) + max(now - started, LEAST_S)

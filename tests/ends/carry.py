@@ -119,6 +119,8 @@ class Carrier:
             "agent": str(self._daemon.cgroup_dir / self._session / "agent"),
         }
         intent = {"timeout": f"{TIMEOUT_S}"} if plan.ender == "timeout" else {}
+        if intent and not plan.held:
+            intent["leftovers"] = "keep"  # else they are ended soon after the main process
         if plan.oom == "call":
             intent["memory_max"] = CALL_MAX
         argv = [sys.executable, "-S", "-E", str(TOOL), json.dumps(asdict(plan)), str(notes)]

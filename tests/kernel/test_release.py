@@ -162,6 +162,8 @@ def test_depth_and_number_do_not_hold_others_back(daemon: DaemonProcess) -> None
     victim = held_call(daemon, "zulu")
     flooded = held_call(daemon, "alpha")
     daemon.kill()
+    for knob in ("cgroup.max.depth", "cgroup.max.descendants"):
+        (flooded.parent / knob).write_text("max")  # as a daemon of before that had no such limits
     fd = os.open(flooded, os.O_DIRECTORY)
     for _ in range(1000):
         os.mkdir("call-x", dir_fd=fd)

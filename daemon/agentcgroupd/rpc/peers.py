@@ -109,7 +109,7 @@ def check_operator(peer: Peer, find: SessionFinder) -> None:
 def crowd_of(peer: Peer, find: SessionFinder) -> str:
     """Whose budget a peer uses: its session's, or its user's where it is in none. The daemon, which
     asks itself whether it answers, has its own. Raises PermissionDenied."""
-    if peer.process.pid == os.getpid():
-        return "the daemon"
     session = find(peer.cgroup_path())
+    if session is None and peer.process.pid == os.getpid():
+        return "the daemon"
     return session.turns_key if session is not None else f"user {peer.uid}"
