@@ -261,7 +261,8 @@ def test_without_swap_the_policy_throttles_by_cpu(
         pytest.skip("this machine has swap")
     (tmp_path / "throttle.toml").write_text(THROTTLE)
     daemon = start_daemon(
-        f'[pool]\nmemory_max = "300M"\n[policy]\npath = "{tmp_path}/throttle.toml"\n[cpu]\n'
+        f'[pool]\nmemory_max = "300M"\n[policy]\npath = "{tmp_path}/throttle.toml"\n'
+        "[guard]\ncredit = false\n[cpu]\n"
     )
     vip, batch = daemon.open("vip", priority="important"), daemon.open("b", priority="batch")
     vip.run(GROW, name="vip", script=f"SIZE, PAUSE = 60, 0.1\n{SCRIPT}")
