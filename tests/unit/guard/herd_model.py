@@ -183,7 +183,9 @@ class Machine:
         assert isinstance(cgroup, ModelCgroup)
         return cgroup
 
-    def _watch(self, cgroup: ModelCgroup, knob: Knob[Any], callback: Callable[[], None]) -> int:
+    def _watch(
+        self, cgroup: ModelCgroup, knob: Knob[Any], callback: Callable[[], None], key: str
+    ) -> int:
         def tell() -> None:
             if self.stopped:
                 self.heard_late.append(callback)
@@ -216,7 +218,10 @@ class Machine:
         )
         cgroup: Any = ModelCgroup(Path(name), goal_bytes, hold_s, in_kernel)
         session: Any = SimpleNamespace(
-            id="s", offered=frozenset({knobs.MEMORY_HIGH.file}), calls=self.calls
+            turns_key="session x",
+            id="s",
+            offered=frozenset({knobs.MEMORY_HIGH.file}),
+            calls=self.calls,
         )
         now = int(self.loop.time() * 1e6)
         call = Call(
