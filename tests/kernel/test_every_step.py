@@ -21,6 +21,8 @@ from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from tests.harness import PATIENCE, AgentProcess, DaemonProcess, RemoteRpcError, wait_until
 from tests.kernel.test_release import RELEASE
 
+pytestmark = pytest.mark.full_speed
+
 STEPS_MOST = 400
 RPC_S = 10 * PATIENCE
 LOST = (grpc.RpcError, RemoteRpcError, EOFError, OSError, AssertionError)

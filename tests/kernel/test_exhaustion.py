@@ -20,6 +20,8 @@ from tests import http2
 from tests.conftest import StartDaemon
 from tests.harness import PATIENCE, AgentProcess, DaemonProcess, RemoteRpcError, wait_until
 
+pytestmark = pytest.mark.full_speed
+
 WATCHES = Path("/proc/sys/fs/inotify/max_user_watches")
 RUN = "result = subprocess.run([EXEC, '--name', 't', '--', 'sh', '-c', 'exit 3']).returncode"
 
@@ -94,13 +96,13 @@ except agentcgroup.AgentcgWarning as warning:
     result = f"without control: {warning}"
 """
     )
-    assert answer in ("it ran", "Unavailable", "ConnectionLost", "Refused", "AgentcgError")
-    wait_until("it is said", lambda: "no connection can be accepted" in daemon.log.read_text(), 5)
+    assert not answer.startswith("without control"), answer
+    wait_until("it is said", lambda: "no connection can be accepted" in daemon.log.read_text(), 20)
     time.sleep(12 / PATIENCE)  # past a sweep or not, it must be there
     assert daemon.process is not None and daemon.process.poll() is None
     limit_files(daemon, 4096)
     agent.run("[sock.close() for sock in socks]")
-    wait_until("it serves again", lambda: served(agent), 15)
+    wait_until("it serves again", lambda: served(agent), 60)
     assert len(daemon.log.read_text()) < 50_000
 
 

@@ -19,6 +19,8 @@ from agentcgroupd.state.records import RECORD_VERSION
 from tests.conftest import StartDaemon
 from tests.harness import SLOW, DaemonProcess, wait_until
 
+pytestmark = pytest.mark.full_speed
+
 
 def try_to_start(config: Path) -> tuple[int, str]:
     """Start a daemon that is expected to refuse: its exit status and what it said."""

