@@ -18,7 +18,7 @@ CANNOT_EXEC, NOT_FOUND = 126, 127
 
 
 class Launch:
-    """One start of a program through the launcher; `with` closes its pipe.
+    """A start of a program through the launcher; `with` closes its pipe.
 
     The launcher writes errno to a pipe when it cannot execute the tool, as the child of subprocess
     does. The pipe is closed when it can.

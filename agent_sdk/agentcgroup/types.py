@@ -266,7 +266,7 @@ class CpuNumbers(_Answer):
 
 @dataclass(frozen=True, slots=True)
 class Fact(_Answer):
-    """One fact about the end of a call, as a plain clause, and the source that tells it."""
+    """A fact about the end of a call, as a plain clause, and the source that tells it."""
 
     what: str
     source: str

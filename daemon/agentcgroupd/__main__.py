@@ -56,7 +56,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _stop_in_time() -> None:
-    """See to it that the process is gone in time whatever does not end: first everything that is
+    """Make sure that the process is gone in time whatever does not end: first everything that is
     held back is let go of, and then there is little worth waiting for."""
     faulthandler.dump_traceback_later(STOP_ALL_S, exit=True)
 

@@ -57,10 +57,10 @@ class EndFacts:
     wall_usec: int
     ever_entered: bool
     wait_status: int | None = None
-    """Of the main process, as waitpid(2) gives it."""
+    """The main process's, as waitpid(2) gives it."""
     evidence: pb.Evidence.ValueType = pb.EVIDENCE_NONE
     asked: tuple[Asked, ...] = ()
-    """Who asked for the end, the first one first."""
+    """Requests to end it, the first one first."""
     main_killed: bool = False
     """Whether the daemon sent SIGKILL while the main process ran."""
     main_lives: bool = False
@@ -95,12 +95,12 @@ class EndFacts:
 
     @property
     def ender(self) -> Asked | None:
-        """Who ended the main process: the first who asked while it ran."""
+        """Give the request that ended the main process: the first that came while it ran."""
         return next((a for a in self.asked if a.main_ran), None)
 
     @property
     def sweeper(self) -> Asked | None:
-        """Who ended what the main process had left running."""
+        """Give the request that ended what the main process had left running."""
         if self.ender is not None:
             return None
         return next((a for a in self.asked if a.processes), None)
