@@ -44,6 +44,10 @@ class Turns:
         """The time had by the key whose turn was last: what a newcomer starts with."""
         self._order = 0
         self._is_scheduled = False
+        self._is_at_once = False
+        """Work runs that was never queued."""
+        self._at_once_after = 0.0
+        """When work may be done so again (perf_counter)."""
 
     def waiting(self, key: str) -> int:
         """How much work of a key is queued."""
@@ -57,6 +61,23 @@ class Turns:
             self._enter(key)
         queue.append(work)
         self._schedule()
+
+    def submit_or_do(self, key: str, work: Callable[[], object]) -> None:
+        """Do `work` at once where that keeps nobody waiting, else queue it.
+
+        At once: nobody waits for a turn, and as much time has passed since work was last done at
+        once as that took. What such work submits in the same way is part of it. For callers that
+        do not mind whether the work is done when this returns.
+        """
+        started = time.perf_counter()
+        if self._next or not (self._is_at_once or started >= self._at_once_after):
+            self.submit(key, work)
+            return
+        outermost, self._is_at_once = not self._is_at_once, True
+        now, _ = self._do(key, max(self._had.get(key, 0.0), self._now), work)
+        if outermost:
+            self._is_at_once = False
+            self._at_once_after = now + (now - started)
 
     async def turn(self, key: str) -> None:
         """Wait for a turn of `key`; the caller then works until it next awaits something, and tells
@@ -95,18 +116,7 @@ class Turns:
             self._now = max(self._now, had)
             queue = self._queues[key]
             work = queue.popleft()
-            started = time.perf_counter()
-            try:
-                result = work()
-            # One thing that fails must not take the turns of everybody else with it.
-            except (AgentcgroupdError, OSError) as error:
-                log.error("what was queued for %s failed: %s", key, error)
-                result = None
-            except Exception:
-                log.exception("what was queued for %s failed", key)
-                result = None
-            now = time.perf_counter()
-            self._had[key] = max(self._had.get(key, 0.0), had) + max(now - started, LEAST_S)
+            now, result = self._do(key, had, work)
             if queue:
                 self._enter(key)
             else:
@@ -117,6 +127,23 @@ class Turns:
         if not self._next:
             self._forget()
         self._schedule()
+
+    def _do(self, key: str, had: float, work: Callable[[], object]) -> tuple[float, object]:
+        """Give `key`, which has had so much, its turn; returns the time then (perf_counter) and
+        what the work returned."""
+        started = time.perf_counter()
+        try:
+            result = work()
+        # One thing that fails must not take the turns of everybody else with it.
+        except (AgentcgroupdError, OSError) as error:
+            log.error("what was queued for %s failed: %s", key, error)
+            result = None
+        except Exception:
+            log.exception("what was queued for %s failed", key)
+            result = None
+        now = time.perf_counter()
+        self._had[key] = max(self._had.get(key, 0.0), had) + max(now - started, LEAST_S)
+        return now, result
 
     def _forget(self) -> None:
         """Drop what has been had by keys that start level with newcomers again."""

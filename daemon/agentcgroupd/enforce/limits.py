@@ -194,7 +194,8 @@ def put_call_before_agent(session: Session, cgroup: Cgroup, pid: int, priority: 
 def _oom_score_adj_of(pid: int) -> int | None:
     """The value of a process; None where it has gone."""
     try:
-        with open(f"/proc/{pid}/oom_score_adj", encoding="ascii") as file:
+        # Unbuffered, because a call cannot begin before this is done.
+        with open(f"/proc/{pid}/oom_score_adj", "rb", buffering=0) as file:
             return int(file.read())
     except OSError:
         return None
@@ -204,8 +205,8 @@ def set_oom_score_adj(pid: int, value: int) -> None:
     """Tell the kernel whom to choose when a limit above the calls is reached: a call, and the least
     important one, rather than the agent."""
     try:
-        with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
-            file.write(str(value))
+        with open(f"/proc/{pid}/oom_score_adj", "wb", buffering=0) as file:
+            file.write(b"%d" % value)
     except PermissionError:
         # Lowering the value needs CAP_SYS_RESOURCE, which a container's root may lack.
         log.warning(

@@ -129,7 +129,7 @@ class AttachServer:
         if what:
             self._turn_away(client, crowd or self._budgets.crowd(key), what)
             return
-        self._turns.submit(key, partial(self._identify, client, pid))
+        self._turns.submit_or_do(key, partial(self._identify, client, pid))
 
     def _identify(self, client: socket.socket, pid: int) -> None:
         """Find out whose a connection is, and wait for its request."""
@@ -234,7 +234,7 @@ class AttachServer:
         else:
             # Its crowd's turn, not that of a process that has had none yet: who starts many
             # processes would have a turn for each.
-            self._turns.submit(caller.crowd.key, partial(self._serve, caller, data, sender))
+            self._turns.submit_or_do(caller.crowd.key, partial(self._serve, caller, data, sender))
 
     def _serve(self, caller: Client, data: bytes, sender: int | None) -> None:
         if caller not in self._callers:
