@@ -34,6 +34,22 @@ def try_to_start(config: Path) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def test_without_a_cgroup2_mount_one_sentence(daemon: DaemonProcess) -> None:
+    """In a mount namespace from which it is gone."""
+    hide = "umount -a -l -t cgroup2 && exec \"$@\""
+    argv = [sys.executable, "-m", "agentcgroupd", "--config", str(daemon.config)]
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", hide, "sh", *argv],
+        capture_output=True,
+        text=True,
+        timeout=60 * SLOW,
+        check=False,
+    )
+    assert done.returncode == 78
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith("no cgroup2 file system is mounted; see `agentcg doctor`\n")
+
+
 def another_config(daemon: DaemonProcess, run_dir: Path) -> Path:
     """The configuration of a daemon with another run directory."""
     path = daemon.directory / "other.toml"

@@ -105,6 +105,14 @@ def _clear_processes(parent: Cgroup) -> None:
     log.info("moved %d processes of %s into %s/", moved, parent.path, SUPERVISOR_LEAF)
 
 
+def _mount() -> Path:
+    """The directory where cgroup v2 is mounted. Raises ConfigError where it cannot be used."""
+    try:
+        return cgroup2_mount()
+    except OSError as error:
+        raise ConfigError(f"{error.strerror}; see `agentcg doctor`") from None
+
+
 class PoolClaim:
     """The pool's cgroup, found or made, and held for this daemon alone.
 
@@ -115,7 +123,7 @@ class PoolClaim:
     def __init__(self, config: PoolConfig) -> None:
         """Claim the pool. Where it is there and another daemon has it, nothing is written. Raises
         ConfigError when the path cannot be a pool, KnobError; then nothing of ours is left."""
-        self.mount = cgroup2_mount()
+        self.mount = _mount()
         self._config = config
         name = config.cgroup.strip("/")
         if not name or ".." in name.split("/"):
