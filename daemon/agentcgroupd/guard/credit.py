@@ -323,7 +323,7 @@ class CreditKeeper:
             bound = given.get(account.view.id)
             is_first = ledger.call.id == first
             self._attempt(ledger.call, self._answer, ledger, bound, account.asks, is_first, now)
-        if any(a.asks and a.view.id not in given for a in accounts):
+        if any(a.asks and given.get(a.view.id, 0) <= a.bound_bytes for a in accounts):
             self._take_back(policy, budget, limit)
 
     def _takes_no_part(self, ledger: _Ledger) -> bool:
@@ -366,6 +366,9 @@ class CreditKeeper:
                 ledger.since_usec = now
             elif not is_first and now - ledger.since_usec > HOLD_USEC:
                 self._hold(call, now)
+            return
+        if bound is not None and bound < ledger.bound:
+            self._bind(ledger, bound)
             return
         if call.awaits_credit and not self._may_go_on(call, now):
             return

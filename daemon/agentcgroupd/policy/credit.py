@@ -8,7 +8,10 @@ the kernel and asks for more.
 Who asks is served in order: the most important first, among equals the one that is furthest on,
 because its end gives most back soonest. What the first one may need to its end is kept for it, as
 the reserve is. The others get more as long as what all those before them are likely to need is
-there as well: calls that grow side by side until nothing is left would all be half done.
+there as well: calls that grow side by side until nothing is left would all be half done. For the
+same reason, what they have not used yet is taken back where it is missing for the first one, such
+as one that is more important and began to grow later. Where even that is not enough for the first
+one to end, another that can end with what is free goes before it, and gives back what it holds.
 """
 
 from __future__ import annotations
@@ -108,7 +111,8 @@ def in_order(accounts: Iterable[Account]) -> list[Account]:
 
     def key(account: Account) -> tuple[int, int, int, str]:
         view = account.view
-        return -view.priority, -view.memory_bytes, view.began_usec, view.id
+        # By what it may reach: of two that grow side by side, one stays ahead.
+        return -view.priority, -max(view.memory_bytes, account.bound_bytes), view.began_usec, view.id
 
     return sorted(accounts, key=key)
 
@@ -145,7 +149,8 @@ def last_bytes(policy: Policy, limit_bytes: int) -> int:
 def serve(
     policy: Policy, now: Snapshot, budget: Budget, accounts: Sequence[Account]
 ) -> dict[str, int]:
-    """Return new bounds in bytes, by the ids of the calls that get more.
+    """Return new bounds in bytes, by the ids of the calls that get more, or lose what they have not
+    used.
 
     `now` tells the limit and what calls took before; `accounts`: all calls that grow or ask. Who is
     not in the result and asks has to wait.
@@ -153,6 +158,7 @@ def serve(
     order = in_order(accounts)
     if not order:
         return {}
+    _put_first_who_can_end(policy, now, budget, order)
     given: dict[str, int] = {}
     unused = budget.unused_bytes + sum(
         overshoot_bytes(a.bound_bytes) for a in order[1:] if not a.held
@@ -165,6 +171,9 @@ def serve(
         unused += _give(policy, now, first, room, given)
     kept = kept_for_first_bytes(policy, now, first.view) - _unused_now(first, given)
     room = budget.free_bytes - hold_free_bytes(policy, now.limit_bytes) - unused - max(0, kept)
+    if room < 0:
+        _take_back(order[1:], -room, given)
+        return given
     for account in order[1:]:
         likely = max(0, likely_need_bytes(policy, now, account.view) - account.unused_bytes)
         if not account.asks:
@@ -179,6 +188,39 @@ def serve(
         _give(policy, now, account, room, given)
         room -= max(cost, given.get(account.view.id, 0) - account.bound_bytes)
     return given
+
+
+def _put_first_who_can_end(
+    policy: Policy, now: Snapshot, budget: Budget, order: list[Account]
+) -> None:
+    """Move to the front who holds most of those that are likely to end with what is free, if the
+    first of all may need more than that. None is moved if none can."""
+    free = budget.free_bytes - hold_free_bytes(policy, now.limit_bytes)
+    if kept_for_first_bytes(policy, now, order[0].view) <= free:
+        return
+    most = policy.headroom.leader_most.of(now.limit_bytes)
+
+    def can_end(account: Account) -> bool:
+        held = account.view.memory_bytes
+        return held < most and min(likely_need_bytes(policy, now, account.view), most - held) <= free
+
+    able = [account for account in order if can_end(account)]
+    if able:
+        found = max(able, key=lambda account: account.view.memory_bytes)
+        order.remove(found)
+        order.insert(0, found)
+
+
+def _take_back(others: Sequence[Account], missing_bytes: int, given: dict[str, int]) -> None:
+    """Note new bounds by which `missing_bytes`, or as much as there is, become free again: of those
+    who are served last first."""
+    for account in reversed(others):
+        if missing_bytes <= 0:
+            break
+        if account.unused_bytes >= STEP_LEAST_BYTES:
+            taken = min(account.unused_bytes, max(missing_bytes, STEP_LEAST_BYTES))
+            given[account.view.id] = account.bound_bytes - taken
+            missing_bytes -= taken
 
 
 def _unused_now(account: Account, given: dict[str, int]) -> int:

@@ -67,6 +67,8 @@ class ModelCgroup:
     on_high: Callable[[], None] | None = None
     now_s: float = 0.0
     id: int = 0
+    bytes_per_s: float = CORE_BYTES_PER_S
+    """How fast it grows where nothing holds it back."""
 
     def read(self, knob: Knob[Any]) -> Any:
         values: dict[str, Any] = {
@@ -93,6 +95,16 @@ class ModelCgroup:
     def exists(self) -> bool:
         return True
 
+    def all_procs(self) -> list[int]:
+        """Tell of no process by its number."""
+        return []
+
+    def kill(self) -> None:
+        """Leave it to the machine to end the call."""
+
+    def signal(self, number: int) -> None:
+        """Leave it to the machine to end the call."""
+
     @property
     def grows(self) -> bool:
         stopped = self.frozen and not self.in_kernel
@@ -102,6 +114,7 @@ class ModelCgroup:
         """Take `room` bytes, unless it sleeps or is held."""
         if not self.grows or now_s < self.asleep_until_s:
             return
+        room = min(room, self.bytes_per_s * STEP_S)
         before, self.used = self.used, min(self.used + room, float(self.goal_bytes))
         if self.used >= self.goal_bytes:
             self.full_s = now_s

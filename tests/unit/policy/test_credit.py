@@ -128,14 +128,32 @@ def test_what_all_may_take_is_never_more_than_what_is_free(
     given = credit.serve(POLICY, seen(*peaks), budget, found)
     by_id = {a.view.id: a for a in found}
     more = {name: bound - by_id[name].bound_bytes for name, bound in given.items()}
-    assert all(size > 0 and by_id[name].asks for name, size in more.items())
-    if not more:
-        return
-    first = credit.in_order(found)[0].view.id
-    others = sum(size for name, size in more.items() if name != first)
-    if others:
-        assert before + sum(more.values()) <= free - HOLD
-    assert before + more.get(first, 0) <= free
+    assert all(size < 0 or by_id[name].asks for name, size in more.items())
+    assert all(given[name] >= by_id[name].view.memory_bytes for name in more), "used is used"
+    got = {name: size for name, size in more.items() if size > 0}
+    if any(size < 0 for size in more.values()):
+        assert len(got) <= 1, "what is taken back is for the first one"
+    elif len(got) > 1:
+        assert before + sum(got.values()) <= free - HOLD
+    if got:
+        assert before + sum(got.values()) <= free
+
+
+def test_what_is_not_used_is_taken_back_for_a_more_important_call() -> None:
+    batch = account("batch", 1000, 1000, priority=20, asks=False)
+    important = account("important", 200, priority=80)
+    assert served(2200, batch, important) == {"important": 64, "batch": -1000}
+    assert "batch" not in served(6000, batch, important)
+
+
+def test_who_can_end_goes_first_where_the_first_cannot() -> None:
+    """The important call may need 1,800 MiB more and the other one, as those before, a little."""
+    peaks = (200, *[1000] * 20)
+    important = account("important", 201, priority=80)
+    near = account("near", 950, priority=50)
+    assert served(6000, near, important, peaks=peaks)["important"] == 64
+    given = served(600, near, important, peaks=peaks)
+    assert given["near"] > 0
 
 
 @given(st.integers(-100, 8192), st.integers(0, 8192), st.integers(1, 20_000))
