@@ -120,7 +120,8 @@ def test_a_call_inside_gets_at_most_what_is_left(daemon: DaemonProcess, outer: p
 def test_who_asks_for_nothing_gets_what_is_left(daemon: DaemonProcess, outer: pb.Call) -> None:
     tool = tool_in(daemon, outer)
     inner = begin(tool, "inner")
-    assert (inner.grant.memory_max_bytes, inner.grant.priority) == (64 << 20, 40)
+    # What the outer call's processes hold is counted where the kernel does so.
+    assert 60 << 20 < inner.grant.memory_max_bytes <= 64 << 20 and inner.grant.priority == 40
     assert inner.grant.cpu_max_millicores == 500 and inner.grant.timeout_usec <= 3_600_000_000
     assert not nested_feedback(end(tool, inner))
 
@@ -266,7 +267,7 @@ def test_what_the_agent_changes_of_a_call_inside_stays_within_the_outer_one(
     )
     more = {"pids_max": "5000", "memory_max": "8G", "priority": "50", "timeout": "1d"}
     raised = pb.Call.FromString(agent.run(code, call_id=inner.id, intent=more)).grant
-    assert 5 < raised.pids_max <= 20 and raised.memory_max_bytes == 64 << 20
+    assert 5 < raised.pids_max <= 20 and 60 << 20 < raised.memory_max_bytes <= 64 << 20
     assert raised.priority == 40 and raised.timeout_usec <= 3_600_000_000
     with pytest.raises(RemoteRpcError) as caught:
         tool.run(code, call_id=inner.id, intent={"pids_max": "5000"})

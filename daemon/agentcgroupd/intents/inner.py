@@ -65,8 +65,8 @@ def cut(grant: Grant, intent: Intent, room: Room) -> tuple[Grant, tuple[str, ...
     cpu_max, pids_max = grant.cpu_max_millicores, grant.pids_max
     cores = outer.cpu_max_millicores
     if cores is not None and (cpu_max is None or cpu_max > cores):
-        if cpu_max is not None:
-            asked = f"{cpu_max / 1000:g} cores"
+        if intent.cpu_max is not None:
+            asked = f"{intent.cpu_max / 1000:g} cores"
             said.append(_got("cpu_max", asked, f"has {cores / 1000:g}", room))
         cpu_max = cores
     if room.pids is not None and (pids_max is None or pids_max > room.pids):

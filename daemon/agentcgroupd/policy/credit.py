@@ -112,7 +112,8 @@ def in_order(accounts: Iterable[Account]) -> list[Account]:
     def key(account: Account) -> tuple[int, int, int, str]:
         view = account.view
         # By what it may reach: of two that grow side by side, one stays ahead.
-        return -view.priority, -max(view.memory_bytes, account.bound_bytes), view.began_usec, view.id
+        reach = max(view.memory_bytes, account.bound_bytes)
+        return -view.priority, -reach, view.began_usec, view.id
 
     return sorted(accounts, key=key)
 
@@ -201,8 +202,8 @@ def _put_first_who_can_end(
     most = policy.headroom.leader_most.of(now.limit_bytes)
 
     def can_end(account: Account) -> bool:
-        held = account.view.memory_bytes
-        return held < most and min(likely_need_bytes(policy, now, account.view), most - held) <= free
+        left = most - account.view.memory_bytes
+        return left > 0 and min(likely_need_bytes(policy, now, account.view), left) <= free
 
     able = [account for account in order if can_end(account)]
     if able:

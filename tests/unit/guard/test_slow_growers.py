@@ -14,7 +14,7 @@ from tests.unit.guard.test_loop import run_in_made_up_time
 __all__ = ["made_up_clock"]
 POOL_MIB = 196
 EACH_MIB = 115
-"""Two of them do not fit; each alone is what a call may be taken to reach (headroom.leader_most)."""
+"""Two of them do not fit. No call is taken to reach more (headroom.leader_most)."""
 
 
 def side_by_side(
