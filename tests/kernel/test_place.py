@@ -36,7 +36,7 @@ def try_to_start(config: Path) -> tuple[int, str]:
 
 def test_without_a_cgroup2_mount_one_sentence(daemon: DaemonProcess) -> None:
     """In a mount namespace from which it is gone."""
-    hide = "umount -a -l -t cgroup2 && exec \"$@\""
+    hide = 'umount -a -l -t cgroup2 && exec "$@"'
     argv = [sys.executable, "-m", "agentcgroupd", "--config", str(daemon.config)]
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", hide, "sh", *argv],
