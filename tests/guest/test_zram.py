@@ -208,7 +208,7 @@ def test_an_idle_agents_memory_leaves_and_comes_back(place: Place, swap: Zram) -
     time.sleep(1.1)
     view = sampler.views(boottime_usec())[0]
     assert view.waiting_usec >= 1_000_000 and view.reclaimed_usec is not None
-    assert view.refaults_per_s == 0
+    assert view.refaults_per_s < 100, "an idle interpreter touches a page now and then"
     ask(holder)
     assert answer(holder) == before
     time.sleep(1.1)
