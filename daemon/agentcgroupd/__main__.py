@@ -7,6 +7,7 @@ import asyncio
 import faulthandler
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -58,7 +59,13 @@ def _arguments() -> argparse.Namespace:
 def _stop_in_time() -> None:
     """Make sure that the process is gone in time whatever does not end: first everything that is
     held back is let go of, and then there is little worth waiting for."""
-    faulthandler.dump_traceback_later(STOP_ALL_S, exit=True)
+    try:
+        faulthandler.dump_traceback_later(STOP_ALL_S, exit=True)
+    except RuntimeError as error:
+        # It needs a thread; the kernel's own timer needs none, but cannot say where the end was.
+        log.warning("%s; an alarm ends this process if it does not stop", error)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, STOP_ALL_S)
 
 
 def main() -> int:

@@ -67,3 +67,14 @@ def test_sessions_and_calls_come_and_go(full: tuple[DaemonProcess, Path]) -> Non
     # Once there is room again nothing is left of it.
     (own / "pids.max").write_text("max")
     assert again.run(RUN) == 3
+
+
+def test_it_stops_all_the_same(full: tuple[DaemonProcess, Path]) -> None:
+    daemon, _ = full
+    agent = daemon.open("alpha")
+    agent.run("left = subprocess.Popen([EXEC, '--', 'sleep', '600'])")
+    daemon.stop()
+    assert daemon.process is not None and daemon.process.poll() == 0
+    said = daemon.log.read_text()
+    assert "Traceback" not in said and "an alarm ends this process" in said
+    assert agent.run("result = left.poll()") is None
