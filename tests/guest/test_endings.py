@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup.tree import cgroup2_mount
+from agentcgroupd.host import zram
 from tests.conftest import StartDaemon
 from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, wait_until
 
@@ -284,18 +285,13 @@ def test_processes_refused_in_a_cgroup_of_the_tools_own(
 
 
 @pytest.fixture
-def swap(tmp_path: Path) -> object:
+def swap() -> Iterator[None]:
     """Swap on a device in memory."""
-    subprocess.run(["modprobe", "zram"], capture_output=True)
-    device = Path("/sys/block/zram0")
-    if not device.exists():
-        pytest.skip("this kernel has no zram")
-    (device / "disksize").write_text("64M")
-    subprocess.run(["mkswap", "/dev/zram0"], check=True, capture_output=True)
-    subprocess.run(["swapon", "/dev/zram0"], check=True)
-    yield None
-    subprocess.run(["swapoff", "/dev/zram0"], check=True)
-    (device / "reset").write_text("1")
+    if reason := zram.unavailable():
+        pytest.skip(reason)
+    zram.prepare(64 * MIB, 64 * MIB)
+    yield
+    zram.prepare("off", 0)
 
 
 @pytest.mark.usefixtures("swap")
