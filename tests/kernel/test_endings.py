@@ -174,13 +174,15 @@ def test_who_else_ends_a_call_is_told(daemon: DaemonProcess) -> None:
 
 
 def test_a_daemon_that_is_killed_in_the_time_of_sigterm_knows_it_later(
-    daemon: DaemonProcess, agent: AgentProcess
+    daemon: DaemonProcess, agent: AgentProcess, tmp_path: Path
 ) -> None:
-    script = "trap 'sleep 1; exit 9' TERM; echo >ready; while :; do sleep 0.05; done"
+    told = tmp_path / "told"
+    script = f"trap 'echo >{told}; sleep 1; exit 9' TERM; while :; do sleep 0.05; done"
     agent.run(HELD, argv=["sh", "-c", script], intent={"timeout": SECOND})
     audit = "timeout passed"
     directory = daemon.call_dirs()[0]
-    wait_until("SIGTERM was sent", lambda: audit in _record(directory))
+    # The record comes first: a daemon that is killed between the two has ended nothing yet.
+    wait_until("SIGTERM was sent", lambda: audit in _record(directory) and told.exists())
     daemon.kill()
     agent.run("tool.wait()")
     daemon.start()
