@@ -1,43 +1,32 @@
-"""The life of a call: begin, attach, end; every way out removes its cgroup and leaves a report.
-
-A call ends when its cgroup is empty, whoever forgot to say so. One that was begun through gRPC is
-held open by its owner, so that several commands can run in it; it ends when the owner says so, or
-when the owner is gone and the cgroup is empty.
-"""
+"""How a call begins, what enters it, and how its grant changes; calls/ending.py has the rest of its
+life."""
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import secrets
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls import nesting
-from agentcgroupd.calls.evidence import main_status
-from agentcgroupd.calls.facts import CALLER_REASONS
-from agentcgroupd.calls.leaving import Leavers
-from agentcgroupd.calls.leftovers import Leftovers, kept_feedback
-from agentcgroupd.calls.owners import Owners
+from agentcgroupd.calls.ending import OpenCalls
+from agentcgroupd.calls.observer import CallObserver
 from agentcgroupd.calls.reports import Reports
-from agentcgroupd.calls.timers import Deadlines
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import CallDefaults
 from agentcgroupd.enforce import memory_high
 from agentcgroupd.enforce.actions import Actions
-from agentcgroupd.enforce.kill import ask_end, end_with, kill, kill_outsiders
+from agentcgroupd.enforce.kill import ask_end, kill
 from agentcgroupd.enforce.limits import (
     put_call_before_agent,
     rewrite_grant,
     settle,
     write_grant,
 )
-from agentcgroupd.enforce.outside import place_outside
 from agentcgroupd.errors import (
     AgentcgroupdError,
     CgroupGone,
@@ -48,7 +37,7 @@ from agentcgroupd.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from agentcgroupd.host.syscalls import cpus_of, pidfd_alive, wait_channel
+from agentcgroupd.host.syscalls import cpus_of, pidfd_alive
 from agentcgroupd.intents.grant import Ceiling, Grant, grant_for, merge
 from agentcgroupd.intents.inner import check_gpu, cut, inner_grant, without_gpu
 from agentcgroupd.intents.lowering import lowered, refuse_raise
@@ -67,54 +56,14 @@ from agentcgroupd.state.session import (
     unix_usec,
 )
 from agentcgroupd.telemetry.notices import Notices
-from agentcgroupd.telemetry.wire import call_to_proto, grant_to_proto
+from agentcgroupd.telemetry.wire import call_to_proto
 from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
 
-END_TIMEOUT_S = 15.0
-"""How long EndCall waits for killed processes to be gone. A process in uninterruptible sleep can
-take longer; its call ends when it does, and EndCall is told so."""
 
-
-class CallObserver(Protocol):
-    """What follows calls: programs in the kernel, the guard, GPUs. Called on the event loop."""
-
-    def call_opened(self, call: Call) -> None:
-        """Take note of a call's cgroup, with no process in it or, after a restart, with some.
-        Raises BpfError where the call cannot have what it was granted."""
-
-    def call_begun(self, call: Call) -> None:
-        """Take note that a call has begun, its limits set and its start told."""
-
-    def regrant(self, call: Call, grant: Grant) -> Grant:
-        """Change what an open call has to `grant`, and return that with what follows from it.
-        Raises RequestError, with nothing changed."""
-
-    def entered(self, pid: int) -> None:
-        """Take note that a process is in a call or in an agent leaf, as all that it will fork."""
-
-    def catch_up(self) -> None:
-        """Read what is known of processes that have ended, before a call is judged by it."""
-
-    def behind(self) -> bool:
-        """Tell whether more processes of a call may still be on their way into it."""
-
-    def call_ending(self, call: Call) -> None:
-        """Take note that a call is empty and that its report is about to be made."""
-
-    def call_closed(self, call: Call) -> None:
-        """Take note that a call's cgroup is gone or given up."""
-
-    def room_given_up(self, call: Call) -> None:
-        """Take note that what an open call expects is not kept for it while it stands empty."""
-
-    def call_ended(self, call: Call, held_bytes: int) -> None:
-        """Take note that a call is over, and what it has held at most."""
-
-
-class Calls:
-    """All open calls. Runs on the event loop; only the kernel is waited for."""
+class Calls(OpenCalls):
+    """All open calls, how they begin, and what processes enter them."""
 
     def __init__(
         self,
@@ -131,33 +80,10 @@ class Calls:
         """`ceiling`: the limits above a new call of a session. `waiting`: how many calls of a
         session wait to begin; they count towards its calls_max. `turns`: when a session has its
         turn on the loop."""
-        self._config = config
-        self._events = events
-        self.actions = actions
-        self._notices = notices
-        self._audit, self._metrics, self._feed = notices.audit, notices.metrics, notices.feed
-        self._reports = reports
-        self._observer = observer
+        super().__init__(config, events, actions, notices, reports, observer, self.admit, turns)
         self._ceiling = ceiling
         self._waiting = waiting
-        self._loop = asyncio.get_running_loop()
-        self._owners = Owners(self._owner_gone, turns)
-        self._leavers = Leavers(notices, self.admit, self._main_ended)
-        self._deadlines = Deadlines(
-            config,
-            self._populated,
-            self._goes_on,
-            self._leavers.look,
-            self._finish,
-            self._kill,
-            observer.room_given_up,
-            turns,
-        )
-        self._leftovers = Leftovers(config, notices, self._populated, self._kill)
-        self.open: dict[str, Call] = {}
-        self._postponed: dict[str, Call] = {}
         self.begun = 0
-        self.ended = 0
 
     # Beginning
 
@@ -300,20 +226,6 @@ class Calls:
             frozen_since_usec=outer.frozen_since_usec if outer is not None else None,
         )
 
-    def _follow(self, call: Call) -> None:
-        """Start to look after a call, new or found again. Raises BpfError, KnobError or OSError."""
-        call.watch = self._events.watch(
-            call.cgroup, knobs.CGROUP_EVENTS, lambda: self._changed(call), call.session.turns_key
-        )
-        self.open[call.id] = call
-        call.session.calls[call.id] = call
-        if call.parent is not None:
-            call.parent.inner[call.id] = call
-        self._observer.call_opened(call)
-        if call.owner is not None:
-            self._owners.add(call)
-        self._deadlines.begun(call)
-
     def _tell_begun(self, call: Call) -> None:
         self.begun += 1
         self._metrics.calls_begun.inc()
@@ -443,197 +355,6 @@ class Calls:
         call.cut = (*call.cut, *cut_now)
         return grant
 
-    # Ending
-
-    def end(
-        self,
-        call: Call,
-        detach: bool,
-        status: int | None,
-        asker: Asker,
-        reason: pb.EndReason.ValueType = pb.END_REASON_UNSPECIFIED,
-    ) -> pb.Report | Coroutine[Any, Any, pb.Report]:
-        """End a call and give its report; with `detach`, only let go of it. Where processes have
-        to die first, the report is to be awaited. `status`: of the main process, by its parent;
-        `reason`: what the asker says for the report. One that says that its command has ended lets
-        what is left go on if the call's leftovers are to be kept."""
-        if status is not None:
-            call.client_status = status
-        call.held = False
-        goes_on = self._goes_on(call)
-        keep = reason == pb.END_REASON_DONE and call.grant.leftovers == "keep"
-        if (goes_on and not detach and not keep) or reason in CALLER_REASONS:
-            self._leavers.look(call)
-            ask_end(call, asker, reason=reason)
-        report = None if goes_on else self._finish(call)
-        if report is not None:
-            return report
-        if detach or keep:
-            call.grant = replace(call.grant, leftovers="keep")
-            call.cgroup.set_xattr(call.record())
-            return self._so_far(call, keep)
-        if call.done is None:
-            call.done = self._loop.create_future()
-        self._kill(call)
-        return self._ended(call, call.done)
-
-    def _so_far(self, call: Call, keep: bool) -> pb.Report:
-        """Give what can be said of a call that its owner has let go of. With `keep`, and if its
-        main process has ended, that is how this one ended; else only that the call goes on."""
-        if keep and main_status(call)[0] is not None:
-            self._observer.catch_up()
-            report = self._reports.of(call)
-            kept = kept_feedback(call)
-            self._notices.tell(call.session, call.id, kept)
-            report.feedback.append(kept)
-            return report
-        return pb.Report(
-            call_id=call.id,
-            session_id=call.session.id,
-            name=call.name,
-            grant=grant_to_proto(call.grant),
-            sentence="The call goes on until its last process ends.",
-        )
-
-    async def _ended(self, call: Call, done: asyncio.Future[pb.Report]) -> pb.Report:
-        try:
-            return await asyncio.wait_for(asyncio.shield(done), END_TIMEOUT_S)
-        except TimeoutError:
-            raise Unavailable(
-                f"call {call.id} was killed, but {self._stuck(call)}; its report comes when the "
-                "last process has ended"
-            ) from None
-
-    def _stuck(self, call: Call) -> str:
-        """Say which processes of a killed call are still there, and where they wait."""
-        try:
-            found = call.cgroup.all_procs()
-        except KnobError as error:
-            return f"its processes cannot be read: {error}"
-        if call.main is not None and place_outside(call) is not None:
-            found.append(call.main.pid)
-        waits = [f"process {pid} waits in the kernel at {wait_channel(pid)}" for pid in found[:3]]
-        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-        return ", ".join(waits) + more if waits else "its cgroup still counts as populated"
-
-    def _kill(self, call: Call) -> None:
-        """Kill all processes of a call, whose end was asked for."""
-        call.state = pb.CALL_STATE_ENDING
-        self.actions.hurry(call)
-        try:
-            kill(call)
-        except CgroupGone:
-            self._finish(call)
-        if self._leavers.outlives(call):
-            self._deadlines.killed(call, self._give_up)
-
-    def _give_up(self, call: Call) -> None:
-        """Wait no longer for a main process that is outside of its call and does not die."""
-        call.account.given_up = True
-        if not self._populated(call):
-            self._finish(call)
-
-    def _populated(self, call: Call) -> bool:
-        try:
-            return call.cgroup.populated()
-        except CgroupGone:
-            call.account.removed = True
-            return False
-
-    def _goes_on(self, call: Call) -> bool:
-        """Whether a process of a call is left, in its cgroup or, as its main process, elsewhere."""
-        return self._populated(call) or self._leavers.outlives(call)
-
-    def _main_ended(self, call: Call) -> None:
-        """Check a call that waited for its main process alone."""
-        try:
-            self._changed(call)
-        except (KnobError, OSError, ValueError) as error:
-            log.error("call %s: its main process ended: %s", call.id, error)
-
-    def _changed(self, call: Call) -> None:
-        """Check a call whose cgroup.events has changed: a process entered, the last one left, or
-        the call was frozen or thawed."""
-        if call.id not in self.open or self._goes_on(call):
-            return
-        if call.observed and self._observer.behind():
-            self._postponed[call.id] = call
-            return
-        if call.held and call.entered and call.state != pb.CALL_STATE_ENDING:
-            self._deadlines.emptied(call)
-        elif call.entered or call.account.removed:
-            self._finish(call)
-
-    def _owner_gone(self, call: Call) -> None:
-        """Let go of a call: the process that held it open has ended."""
-        if call.id not in self.open:
-            return  # it has ended meanwhile
-        call.held = False
-        if not self._goes_on(call):
-            self._finish(call)
-        else:
-            self._leftovers.watch(call)
-            call.cgroup.set_xattr(call.record())
-
-    def _finish(self, call: Call) -> pb.Report | None:
-        """Report a call whose cgroup is empty, remove the cgroup, and tell everyone, once for each
-        call. None: a process has entered meanwhile, and the call goes on."""
-        if call.id not in self.open:
-            return call.session.report(call.id)
-        if self._leavers.outlives(call):
-            return None
-        for inner in list(call.inner.values()):
-            # Its cgroup is in this one, so it is empty too.
-            if inner.held or not inner.entered:
-                end_with(inner, call)
-            self._finish(inner)
-        with self._metrics.time("finish"):
-            self._observer.catch_up()
-            nesting.went_on(call)
-            self._observer.call_ending(call)
-            report = self._reports.of(call)
-            # Before the cgroup goes: a daemon killed in between would lose the report. One killed
-            # after this finds the empty cgroup and writes the entry again; the later one counts.
-            self._reports.write(report)
-            removed = True
-            nesting.inner_ends(call)
-            try:
-                call.cgroup.remove()
-            except KnobError as error:
-                if error.errno == errno.EBUSY:
-                    # A process has entered since the event; when it ends, this is called again.
-                    self._audit.write("call_goes_on", session=call.session.id, call=call.id)
-                    return None
-                log.error("call %s: its cgroup could not be removed: %s", call.id, error)
-                removed = False
-            kill_outsiders(call)
-            self._forget(call, removed)
-            self.ended += 1
-            self._reports.keep(call.session, report)
-            self._reports.learn(call, report)
-        self._observer.call_ended(call, report.memory_peak_bytes)
-        if call.done is not None and not call.done.done():
-            call.done.set_result(report)
-        return report
-
-    def _forget(self, call: Call, removed: bool = False) -> None:
-        self.open.pop(call.id, None)
-        call.session.calls.pop(call.id, None)
-        if call.parent is not None:
-            call.parent.inner.pop(call.id, None)
-        if call.watch is not None:
-            (self._events.forget if removed else self._events.unwatch)(call.watch)
-        self._deadlines.drop(call)
-        self._leavers.drop(call)
-        self._leftovers.drop(call)
-        self._owners.drop(call)
-        self._observer.call_closed(call)
-        for process in (call.main, *call.outsiders):
-            if process is not None:
-                process.close()
-        call.main = None
-        call.outsiders.clear()
-
     def record_short(
         self,
         session: Session,
@@ -658,63 +379,3 @@ class Calls:
         """Move a process into a session's agent leaf. Raises KnobError."""
         session.agent.attach(process.pid)
         self._observer.entered(process.pid)
-
-    def withdraw(self, call: Call) -> None:
-        """End a call whose process could not enter."""
-        self._finish(call)
-
-    # Finding again
-
-    def restore(self, session: Session, call: Call) -> None:
-        """Take up a call that an earlier daemon began; it may have ended meanwhile. Raises
-        BpfError, KnobError or OSError."""
-        call.held = call.held and call.owner is not None
-        self._follow(call)
-        if call.owner is not None:
-            # Owners keeps a pidfd of its own.
-            call.owner.close()
-        self.actions.take_up(call)
-        if self._goes_on(call):
-            call.entered = True
-            call.state = pb.CALL_STATE_RUNNING
-            self._deadlines.entered(call)
-            self._leftovers.watch(call)
-        elif not call.held:
-            self._finish(call)
-
-    def end_if_empty(self, call: Call) -> None:
-        """End a call that is known to be empty without waiting for its events file to say so."""
-        if call.id in self.open and not self._goes_on(call):
-            self._finish(call)
-
-    def check_postponed(self) -> None:
-        """Check calls that seemed empty while events of processes had not been dealt with."""
-        postponed, self._postponed = self._postponed, {}
-        for _ in self._check(postponed.values()):
-            pass
-
-    def check_all(self) -> Iterator[None]:
-        """Check every call as if its events file had just changed, one a step; for the periodic
-        sweep."""
-        return self._check(list(self.open.values()))
-
-    def _check(self, calls: Iterable[Call]) -> Iterator[None]:
-        for call in calls:
-            try:
-                self._changed(call)
-                self._leavers.look(call)
-            except (KnobError, OSError, ValueError) as error:
-                # One call that cannot be read must not take the others with it.
-                log.error("call %s: %s", call.id, error)
-            yield
-
-    def release(self) -> None:
-        """Undo what keeps open calls from going on without the daemon. They stay open."""
-        for call in list(self.open.values()):
-            self.actions.let_go(call, "The daemon is stopping.")
-
-    def let_go(self) -> None:
-        """Release open calls and follow them no more: they stay as they are for the next daemon."""
-        self.release()
-        for call in list(self.open.values()):
-            self._forget(call)
