@@ -86,7 +86,8 @@ def test_what_the_outer_call_holds_is_not_left(daemon: DaemonProcess, agent: Age
         f"while [ $(cat {HERE}/memory.current) -lt {41 * MIB} ]; do sleep 0.1; done; "
         f"{inside('true', '--memory-max', '60M')}; kill $!"
     )
-    run(agent, f"{script}; pkill -P $$; true", "--memory-max", "64M", "--timeout", "60")
+    _, _, err = run(agent, f"{script}; pkill -P $$; true", "--memory-max", "64M", "--timeout", "60")
+    assert not err
     outer, inner = reports(daemon, "outer", "inner")
     assert 15 * MIB < inner.grant.memory_max_bytes < 26 * MIB
     (advice,) = [a for a in inner.grant.advice if a.startswith("memory_max")]
