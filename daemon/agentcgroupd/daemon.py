@@ -286,10 +286,10 @@ class Daemon:
         undo.callback(attach_listener.close)
         find = parts.sessions.of_cgroup
         budgets = Budgets(self._config.limits, self._config.sessions.connections_max, metrics)
-        backend = run_dir / f"private/{role}.sock"
         gate = Gate(metrics, parts.turns)
-        server = GrpcServer(backend, f"agentcgroup.v1.{role.capitalize()}", gate)
-        relay = Relay(listener, backend, metrics, find, budgets, parts.turns)
+        private = run_dir / f"private/{role}.sock"
+        server = GrpcServer(private, f"agentcgroup.v1.{role.capitalize()}", gate)
+        relay = Relay(listener, server.address, metrics, find, budgets, parts.turns)
         gate.relay = relay
         if role == "agent":
             pb_grpc.add_AgentServicer_to_server(AgentService(parts, relay), server.server)

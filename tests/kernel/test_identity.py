@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -83,21 +84,33 @@ def test_another_sessions_call_cannot_be_entered(
     assert f"{daemon.pool_path}/beta/agent" in here
 
 
-def test_forged_peer_names_and_a_direct_connection_are_refused(
-    daemon: DaemonProcess, other: AgentProcess, victim: str
+@pytest.mark.usefixtures("other")
+def test_nobody_else_reaches_the_servers_behind_the_relay(
+    daemon: DaemonProcess, victim: str
 ) -> None:
-    """Even root inside a session, with the gRPC server's private socket at hand, is nobody."""
+    """Even root inside a session, which could give its end the name of another's connection: names
+    are free again in another network namespace, and paths lead to sockets across them."""
     code = """
-import socket
-name = f"agentcg-{alpha_pid}-" + "0" * 32
-channel = grpc.insecure_channel(f"unix:{RUN_DIR}/private/agent.sock")
-direct = pb_grpc.AgentStub(channel)
-direct.EndCall(pb.EndCallRequest(call_id=victim))
+import ctypes
+names = [line.split()[-1][1:] for line in open("/proc/net/unix") if "@agentcg-" in line]
+found = [line.split()[-1] for line in open("/proc/net/unix") if f"{RUN_DIR}/private/" in line]
+ctypes.CDLL(None).unshare(0x40000000)  # CLONE_NEWNET
+def reach(path, name):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind("\\0" + name)
+        try:
+            sock.connect(path)
+        except OSError as error:
+            return error.errno
+    return 0
+result = len(names), {reach(path, name) for path in found for name in names}
 """
-    with pytest.raises(RemoteRpcError) as caught:
-        other.run(code, victim=victim, alpha_pid=daemon.agents[0].process.pid)
-    assert caught.value.code == "PERMISSION_DENIED"
-    assert "own socket" in caught.value.details
+    daemon.admin.ListSessions(pb.ListSessionsRequest())
+    # The process that tries it is in another network namespace afterwards.
+    known, reached = daemon.enter("beta").run(code)
+    assert known, "no connection of anybody was there to be taken for"
+    assert reached <= {errno.ENOENT}
+    assert not [name for name in os.listdir(daemon.run_dir / "private") if ".sock" in name]
     assert alive(daemon, victim)
 
 

@@ -14,8 +14,8 @@ import asyncio
 import logging
 import secrets
 import socket
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from agentcgroupd.errors import AgentcgroupdError, PermissionDenied
 from agentcgroupd.host.listening import Listener
@@ -191,7 +191,7 @@ class Connection:
         try:
             sock.setblocking(False)
             sock.bind(f"\0{self.name}")
-            sock.connect(str(self._relay.backend))
+            sock.connect(self._relay.backend())
         except OSError:
             sock.close()
             raise
@@ -302,19 +302,18 @@ class Connection:
 
 
 class Relay:
-    """Accepts at `listener`, passes on to the gRPC server at `backend`, and knows every peer by
-    name."""
+    """Accepts at `listener`, passes on to a gRPC server, and knows every peer by name."""
 
     def __init__(
         self,
         listener: Listener,
-        backend: Path,
+        backend: Callable[[], str],
         metrics: Metrics,
         find: SessionFinder,
         budgets: Budgets,
         turns: Turns,
     ) -> None:
-        """`find`: the session of a cgroup. `budgets`, `turns`: what each peer may ask for, and
+        """`backend`: the path of the server's socket. `find`: the session of a cgroup. `budgets`, `turns`: what each peer may ask for, and
         when."""
         self._turns = turns
         self.backend, self.budgets = backend, budgets

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -371,12 +372,17 @@ class AdminService(_Service, pb_grpc.AdminServicer):
 
 
 class GrpcServer:
-    """A gRPC server on a private socket, with health and reflection."""
+    """A gRPC server with health and reflection, on a socket that only this process can reach.
+
+    The relay tells it whom a connection is of by the name that it gives to its own end. Others
+    could give theirs the same name, in another network namespace, so nobody else may connect: the
+    socket has no path any more once it is there.
+    """
 
     def __init__(self, path: Path, service_name: str, gate: Gate) -> None:
         self._path = path
         self._name = service_name
-        self._is_bound = False
+        self._fd: int | None = None
         self.server = grpc.aio.server(
             interceptors=[gate],
             options=[
@@ -402,14 +408,21 @@ class GrpcServer:
         if the socket cannot be bound."""
         remove_stale(self._path)
         self.server.add_insecure_port(f"unix:{self._path}")
-        self._is_bound = True
+        self._fd = os.open(self._path, os.O_PATH | os.O_CLOEXEC)
+        self._path.unlink()
         await self.server.start()
         for name in ("", self._name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def address(self) -> str:
+        """Where this process can connect to it, once it serves."""
+        assert self._fd is not None
+        return f"/proc/self/fd/{self._fd}"
 
     async def stop(self) -> None:
         """Stop serving; requests under way get GRACE_S to end."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(GRACE_S)
-        if self._is_bound:
-            self._path.unlink(missing_ok=True)
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None

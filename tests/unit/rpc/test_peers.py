@@ -35,7 +35,7 @@ async def connections(path: Path, find: SessionFinder, count: int, metrics: Metr
     server = await asyncio.start_unix_server(lambda reader, writer: None, str(backend))
     listener = listen(path, socket.SOCK_STREAM, 0o600, "test", {})
     budgets = Budgets(LimitsConfig(), 1, metrics)
-    relay = Relay(listener, backend, metrics, find, budgets, Turns())
+    relay = Relay(listener, lambda: str(backend), metrics, find, budgets, Turns())
     await relay.start()
     loop = asyncio.get_running_loop()
     before, closed = open_files(), 0
