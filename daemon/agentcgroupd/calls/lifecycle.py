@@ -17,6 +17,7 @@ from agentcgroupd.calls.observer import CallObserver
 from agentcgroupd.calls.reports import Reports
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
+from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.config import CallDefaults
 from agentcgroupd.enforce import memory_high
 from agentcgroupd.enforce.actions import Actions
@@ -253,9 +254,7 @@ class Calls(OpenCalls):
         if call.state == pb.CALL_STATE_ENDING:
             raise FailedPrecondition(f"call {call.id} is ending")
         with self._metrics.time("attach"):
-            call.leaf.attach(process.pid)
-            if not pidfd_alive(process.pidfd):
-                raise FailedPrecondition(f"process {process.pid} ended before it could enter")
+            _move(process, call.leaf)
         self._leave_others(call, process)
         self._begin_account(call)
         if call.main is not None:
@@ -300,8 +299,8 @@ class Calls(OpenCalls):
 
     def admit(self, call: Call, process: Process) -> None:
         """Move one more process into a call; if the call is ending, the process is killed with it.
-        Raises KnobError."""
-        call.leaf.attach(process.pid)
+        Raises KnobError, or FailedPrecondition if the process has ended."""
+        _move(process, call.leaf)
         self._entered(call, process)
         if call.state == pb.CALL_STATE_ENDING:
             kill(call)
@@ -376,6 +375,20 @@ class Calls(OpenCalls):
         self._metrics.calls_observed.labels("no").inc()
 
     def agent_entered(self, session: Session, process: Process) -> None:
-        """Move a process into a session's agent leaf. Raises KnobError."""
-        session.agent.attach(process.pid)
+        """Move a process into a session's agent leaf. Raises KnobError, or FailedPrecondition if
+        the process has ended."""
+        _move(process, session.agent)
         self._observer.entered(process.pid)
+
+
+def _move(process: Process, leaf: Cgroup) -> None:
+    """Move a process into a cgroup. Raises KnobError, or FailedPrecondition if it has ended.
+
+    The kernel goes by the pid, which another process has some time after this one has ended; that
+    one must stay where it is. So it is asked before, too.
+    """
+    if pidfd_alive(process.pidfd):
+        leaf.attach(process.pid)
+        if pidfd_alive(process.pidfd):
+            return
+    raise FailedPrecondition(f"process {process.pid} ended before it could enter")

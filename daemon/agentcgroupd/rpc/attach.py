@@ -262,20 +262,29 @@ class AttachServer:
 
     def _answer_in_time(self, caller: Client, answer: Coroutine[Any, Any, None]) -> None:
         """Send a reply once it is there; the caller is not disconnected for being silent meanwhile.
-        One that hangs up wants no reply any more, and the work for it is cancelled."""
-        number = caller.socket.fileno()
+        One that hangs up or ends wants no reply any more, and the work for it is cancelled. (Its
+        socket may live on in a child of it, and its pid become another process's.)"""
+        number, pidfd = caller.socket.fileno(), caller.peer.process.pidfd
         task = self._loop.create_task(answer)
         self._tasks.add(task)
 
         def done(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
             self._loop.remove_reader(number)
+            self._loop.remove_reader(pidfd)
             self._close(caller)
             if not task.cancelled() and task.exception() is not None:
                 log.error("%s: a request failed", self._path, exc_info=task.exception())
 
         task.add_done_callback(done)
         self._loop.add_reader(number, self._hung_up, caller.socket, task)
+        self._loop.add_reader(pidfd, self._ended, pidfd, task)
+
+    def _ended(self, pidfd: int, task: asyncio.Task[None]) -> None:
+        """Give up a caller that has ended while it waits."""
+        log.debug("%s: the caller has ended", self._path)
+        self._loop.remove_reader(pidfd)
+        task.cancel()
 
     def _hung_up(self, client: socket.socket, task: asyncio.Task[None]) -> None:
         """Give up a caller whose socket became readable while it waits: it is gone, or says what

@@ -313,8 +313,8 @@ class Relay:
         budgets: Budgets,
         turns: Turns,
     ) -> None:
-        """`backend`: the path of the server's socket. `find`: the session of a cgroup. `budgets`, `turns`: what each peer may ask for, and
-        when."""
+        """`backend`: the path of the server's socket. `find`: the session of a cgroup. `budgets`,
+        `turns`: what each peer may ask for, and when."""
         self._turns = turns
         self.backend, self.budgets = backend, budgets
         self.loop = asyncio.get_running_loop()
