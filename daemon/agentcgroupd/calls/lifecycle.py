@@ -351,7 +351,9 @@ class Calls(OpenCalls):
         room = nesting.room_in(call.parent, call)
         check_gpu(intent, room)
         grant, cut_now = cut(merge(call.grant, without_gpu(intent), ceiling, current), intent, room)
-        call.cut = (*call.cut, *cut_now)
+        # The last word on each field: however often a grant is changed, its record stays small.
+        said = {sentence.partition(":")[0]: sentence for sentence in (*call.cut, *cut_now)}
+        call.cut = tuple(said.values())
         return grant
 
     def record_short(

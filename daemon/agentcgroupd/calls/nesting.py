@@ -191,7 +191,9 @@ def inner_ends(inner: Call) -> None:
     if _reached_own_limit(inner) or inner.inner_oom:
         outer.inner_oom = inner.inner_oom or inner
     if any(asked.by is Asker.OUTER for asked in inner.account.asked):
-        outer.ended_inside.append(inner.id)
+        outer.ended_inside_count += 1
+        if len(outer.ended_inside) < IDS_SHOWN:
+            outer.ended_inside.append(inner.id)
     if outer.went_on_as == inner.id and outer.exit_status is None:
         status, evidence = main_status(inner)
         if evidence == pb.EVIDENCE_KERNEL:
@@ -217,16 +219,16 @@ def tell(report: pb.Report, call: Call) -> None:
         report.parent_call_id = call.parent.id
         told += call.cut
         told += [f"{a.why}." for a in call.account.asked if a.by is Asker.OUTER]
-    if call.ended_inside:
-        told.append(_ended_inside(call.ended_inside))
+    if call.ended_inside_count:
+        told.append(_ended_inside(call.ended_inside, call.ended_inside_count))
     for sentence in told:
         said = sentence[0].upper() + sentence[1:] if sentence.startswith("it ") else sentence
         report.feedback.add(code=pb.FEEDBACK_CODE_NESTED, sentence=said)
 
 
-def _ended_inside(ids: list[str]) -> str:
-    shown = ", ".join(ids[:IDS_SHOWN])
-    more = f" and {len(ids) - IDS_SHOWN} more" if len(ids) > IDS_SHOWN else ""
-    if len(ids) == 1:
+def _ended_inside(ids: list[str], count: int) -> str:
+    shown = ", ".join(ids)
+    if count == 1:
         return f"A call inside was ended with it: {shown}."
-    return f"{len(ids)} calls inside were ended with it: {shown}{more}."
+    more = f" and {count - len(ids)} more" if count > len(ids) else ""
+    return f"{count} calls inside were ended with it: {shown}{more}."

@@ -50,6 +50,10 @@ def refuse_raise(call_id: str, has: Grant, asked: Intent) -> None:
     if asked.on_pressure not in (None, has.on_pressure, "kill"):
         allowed = " or ".join(dict.fromkeys((has.on_pressure, "kill")))
         raise _refusal(call_id, "on_pressure", asked.on_pressure or "", allowed)
+    if asked.leftovers == "keep" and has.leftovers != "keep":
+        raise _refusal(call_id, "leftovers", "keep", "end")
+    if asked.gpu_device is not None:
+        raise _refusal(call_id, "gpu_device", str(asked.gpu_device), "nothing: its devices stay")
     mine = has.settings.get("cpuset")
     if asked.cpuset is not None and mine is not None:
         if not asked.cpuset.cpus <= CpuList.parse(mine).cpus:

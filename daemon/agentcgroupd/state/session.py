@@ -103,7 +103,8 @@ class Call:
     inner_ids: list[str] = field(default_factory=list)
     """Calls that were begun in this one, the first INNER_IDS_MOST."""
     ended_inside: list[str] = field(default_factory=list)
-    """Calls that were begun in this one and were ended because it was."""
+    """Calls that were begun in this one and were ended because it was: the first few of them."""
+    ended_inside_count: int = 0
     inner_oom: Call | None = None
     """The call inside that reached its own limit of memory last; it has ended."""
     main_leaf: Cgroup | None = None
@@ -185,6 +186,7 @@ class Call:
                 "split": self.main_leaf is not None,
                 "inner_ids": self.inner_ids,
                 "ended_inside": self.ended_inside,
+                "ended_inside_count": self.ended_inside_count,
                 "went_on_as": self.went_on_as,
                 "cut": self.cut,
                 "account": self.account.plain(),
@@ -214,6 +216,7 @@ class Call:
             waited_usec=int(data.get("waited_usec", 0)),
             inner_ids=list(map(str, data.get("inner_ids", ()))),
             ended_inside=list(map(str, data.get("ended_inside", ()))),
+            ended_inside_count=int(data.get("ended_inside_count", 0)),
             went_on_as=str(data.get("went_on_as", "")),
             cut=tuple(map(str, data.get("cut", ()))),
             account=Account.from_plain(data.get("account", {})),
