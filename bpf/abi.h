@@ -24,6 +24,7 @@ enum abi {
 	ABI_VRAM_GRAIN_BYTES = 512, /* allocations start at multiples, so take multiples */
 	ABI_SCHED_CGROUPS = 16384,  /* cgroups that the scheduler tells apart; a power of two */
 	ABI_SCHED_CPUS = 1024,	    /* a power of two */
+	ABI_LOOK_CALLS = 16384,	    /* calls that are looked at at once; a power of two */
 	ABI_SCHED_REASON_BYTES = 64,
 	ABI_SCHED_MESSAGE_BYTES = 256,
 };
@@ -225,6 +226,32 @@ struct memory_control {
 	__u32 urgent_priority;
 	__u32 protected_count;
 	struct protected_session protected_sessions[ABI_PROTECTED_MAX];
+};
+
+/* look.bpf.c: place of a call's entry, by cgroup id. */
+struct look_place {
+	__u32 slot;
+	__u32 reserved;
+};
+
+/* look.bpf.c: one call, in mapped memory. */
+struct look_call {
+	__u64 usage_bytes;
+	__u64 before_bytes; /* its usage at the look before */
+	__u64 told_bytes;   /* its usage when it was listed last */
+	__u32 round;	    /* the look that has seen it last */
+	__u32 reserved;
+};
+
+/* look.bpf.c: one for the whole object, in mapped memory. */
+struct look_control {
+	/* Written by the daemon before a look. */
+	__u64 root_id;	  /* the cgroup below which all calls lie */
+	__u64 step_bytes; /* a call is listed when its usage has moved by so much */
+
+	__u32 round;
+	__u32 listed;
+	__u32 list[ABI_LOOK_CALLS];
 };
 
 /* sched.bpf.c: place of a cgroup's entry, by cgroup id. */

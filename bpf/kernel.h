@@ -66,6 +66,7 @@ struct cgroup {
 	struct cgroup_subsys_state self;
 	int level;
 	struct kernfs_node *kn;
+	struct cgroup_subsys_state *subsys[1];
 };
 
 enum cgroup_subsys_id {
@@ -125,6 +126,10 @@ struct page_counter {
 struct mem_cgroup {
 	struct cgroup_subsys_state css;
 	struct page_counter memory;
+};
+
+struct bpf_iter_css {
+	u64 __opaque[3];
 };
 
 enum memcg_memory_event {

@@ -177,6 +177,7 @@ class Daemon:
                 observers.abilities,
                 _marks(config, pool, events, observers),
                 events,
+                plane.look,
             )
         lifecycle = SessionLifecycle(
             SessionCgroups(

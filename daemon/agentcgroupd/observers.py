@@ -151,11 +151,15 @@ class Observers:
         granted = self._gpus.grants.regrant(call, grant)
         if self._signals is not None:
             self._plane.attempt("a call cannot be watched", self._signals.regrant, call, granted)
+        if self._guard is not None:
+            self._guard.call_changed(call)
         return granted
 
     def call_ending(self, call: Call) -> None:
         """Keep what a call did with its part of GPUs for its report."""
         self._gpus.call_ending(call)
+        if self._guard is not None:
+            self._guard.call_changed(call)
 
     def call_ended(self, call: Call, held_bytes: int) -> None:
         """Tell the guard that a call has ended and how much it held at its peak, so that calls that

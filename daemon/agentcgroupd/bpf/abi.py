@@ -20,6 +20,7 @@ ABI_GPU_SHARED_MINOR = 254
 ABI_VRAM_GRAIN_BYTES = 512
 ABI_SCHED_CGROUPS = 16384
 ABI_SCHED_CPUS = 1024
+ABI_LOOK_CALLS = 16384
 ABI_SCHED_REASON_BYTES = 64
 ABI_SCHED_MESSAGE_BYTES = 256
 
@@ -436,6 +437,51 @@ class MemoryControl(ctypes.Structure):
     urgent_priority: int
     protected_count: int
     protected_sessions: ctypes.Array[ProtectedSession]
+
+
+class LookPlace(ctypes.Structure):
+    """struct look_place, 8 bytes"""
+
+    _fields_ = (
+        ("slot", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+    slot: int
+    reserved: int
+
+
+class LookCall(ctypes.Structure):
+    """struct look_call, 32 bytes"""
+
+    _fields_ = (
+        ("usage_bytes", ctypes.c_uint64),
+        ("before_bytes", ctypes.c_uint64),
+        ("told_bytes", ctypes.c_uint64),
+        ("round", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+    usage_bytes: int
+    before_bytes: int
+    told_bytes: int
+    round: int
+    reserved: int
+
+
+class LookControl(ctypes.Structure):
+    """struct look_control, 65560 bytes"""
+
+    _fields_ = (
+        ("root_id", ctypes.c_uint64),
+        ("step_bytes", ctypes.c_uint64),
+        ("round", ctypes.c_uint32),
+        ("listed", ctypes.c_uint32),
+        ("list", ctypes.c_uint32 * 16384),
+    )
+    root_id: int
+    step_bytes: int
+    round: int
+    listed: int
+    list: ctypes.Array[ctypes.c_uint32]
 
 
 class SchedPlace(ctypes.Structure):

@@ -28,6 +28,7 @@ HIGH_EVENTS = "memory.high events"
 RATES = "fault and refault rates"
 URGENT = "urgent reaction"
 RECLAIM_HOOKS = "reclaim hooks"
+LOOK = "look at all calls at once"
 CPU_SCHEDULER = "CPU scheduler"
 
 
@@ -66,6 +67,9 @@ _REMEDIES = {
     "__memcg_memory_event": _NO_MEMCG,
     "mem_cgroup_handle_over_high": _NO_MEMCG,
     "security_vm_enough_memory_mm": "use a kernel with CONFIG_SECURITY",
+    "bpf_cgroup_from_id": "use Linux 6.10 or newer",
+    "bpf_iter_css_new": "use Linux 6.10 or newer",
+    "bpf_rcu_read_lock": "use Linux 6.10 or newer",
     "psi_memstall_enter": "use a kernel with CONFIG_PSI",
     "psi_memstall_leave": "use a kernel with CONFIG_PSI",
     "sched_ext_ops": (
@@ -185,6 +189,21 @@ DEFINITIONS = (
         (Way(("on_stall", "on_stall_end", "on_enough_memory", "on_charge"), _STALLS),),
         "the guard reacts a tick later, by pausing",
     ),
+    # Run by the daemon and attached nowhere, by bpf.look.
+    Definition(
+        LOOK,
+        "look",
+        (
+            Way(
+                ("look",),
+                (
+                    *_functions("bpf_cgroup_from_id", "bpf_iter_css_new", "bpf_rcu_read_lock"),
+                    *_MEMCG,
+                ),
+            ),
+        ),
+        "memory.current of each call that grows is read, and of some others in turn",
+    ),
     # Any callback of the struct_ops is of use alone; memcg_ops.load takes all that there are.
     Definition(
         RECLAIM_HOOKS,
@@ -248,7 +267,7 @@ def load(
     name: str, objects: Path | None = None, events_bytes: int | None = None
 ) -> tuple[BpfObject | None, list[FeatureState]]:
     """Load and attach all features of an object that this kernel can have. (The reclaim hooks are
-    attached to a cgroup instead, by memcg_ops.load.)
+    attached to a cgroup instead, by memcg_ops.load, and the look is run, by look.load.)
 
     `events_bytes`: size of the ring buffer, a power of two; None: as compiled.
     Returns the object (None: none of its features works) and the state of each feature. Raises no

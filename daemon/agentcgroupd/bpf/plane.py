@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import ParamSpec
 
-from agentcgroupd.bpf import features, memcg_ops
+from agentcgroupd.bpf import features, look, memcg_ops
 from agentcgroupd.bpf.features import FeatureState
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.bpf.loader import BpfObject
+from agentcgroupd.bpf.look import LookProgram
 from agentcgroupd.bpf.memcg_ops import ReclaimHooks
 from agentcgroupd.bpf.memory import MemoryPrograms
 from agentcgroupd.config import BpfConfig, GuardConfig
@@ -29,7 +30,7 @@ OFF = "switched off in the configuration (bpf.enabled)"
 
 class DataPlane:
     """The loaded objects: `open` loads them, `close` unloads them. Between the two, `lifecycle`,
-    `memory` and `reclaim` are there unless they are None."""
+    `memory`, `reclaim` and `look` are there unless they are None."""
 
     def __init__(self, config: BpfConfig, guard: GuardConfig) -> None:
         """Keep the configuration; nothing is loaded yet."""
@@ -39,6 +40,7 @@ class DataPlane:
         self.lifecycle: Lifecycle | None = None
         self.memory: MemoryPrograms | None = None
         self.reclaim: ReclaimHooks | None = None
+        self.look: LookProgram | None = None
         self.failures = 0
         self._said: set[str] = set()
 
@@ -66,6 +68,8 @@ class DataPlane:
                         state, works=False, reason=reason, programs=(), remedy=remedy
                     )
         self.reclaim, states = memcg_ops.load(self._config.objects)
+        self.states.update((state.name, state) for state in states)
+        self.look, states = look.load(self._config.objects)
         self.states.update((state.name, state) for state in states)
         for state in self.states.values():
             if not state.works:
@@ -110,10 +114,10 @@ class DataPlane:
 
     def close(self) -> None:
         """Detach and unload everything; no error if nothing is loaded."""
-        for part in (self.reclaim, self.memory, self.lifecycle):
+        for part in (self.look, self.reclaim, self.memory, self.lifecycle):
             if part is not None:
                 part.close()
-        self.reclaim = self.memory = self.lifecycle = None
+        self.look = self.reclaim = self.memory = self.lifecycle = None
 
 
 def _log_missing(state: FeatureState) -> None:

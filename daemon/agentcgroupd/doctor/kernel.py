@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agentcgroupd.bpf import features, memcg_ops, sched
+from agentcgroupd.bpf import features, look, memcg_ops, sched
 from agentcgroupd.bpf.features import FeatureState
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import XATTR_NAME, Cgroup
@@ -292,8 +292,9 @@ def _program_feature(state: FeatureState) -> Feature:
 
 
 def _tried() -> Iterator[FeatureState]:
-    """Every feature of the programs, loaded and attached, and taken back at once. Two are loaded
-    only: the reclaim hooks, which belong to a pool, and the scheduler, which would schedule."""
+    """Every feature of the programs, loaded and attached, and taken back at once. Three are
+    loaded only: the reclaim hooks, which belong to a pool, the scheduler, which would schedule, and
+    the look, which is run."""
     for name in dict.fromkeys(definition.object for definition in features.DEFINITIONS):
         if name == sched.OBJECT:
             yield sched.try_here()
@@ -302,6 +303,10 @@ def _tried() -> Iterator[FeatureState]:
             hooks, states = memcg_ops.load()
             if hooks is not None:
                 hooks.close()
+        elif name == look.OBJECT:
+            program, states = look.load()
+            if program is not None:
+                program.close()
         else:
             programs, states = features.load(name)
             if programs is not None:

@@ -36,6 +36,8 @@ class Actions:
     """Lets a call that is about to be frozen or killed come to where it holds no lock of the
     kernel's."""
     reclaimer: Reclaimer = field(default_factory=Reclaimer)
+    touched: Callable[[Call], None] = lambda call: None
+    """Told of each call that something was done to."""
 
     # Of a call
 
@@ -48,6 +50,7 @@ class Actions:
         pause.stop(call, call.cgroup.read(knobs.MEMORY_CURRENT) if holds else None)
         for each in (call, *all_inside(call)):
             _note_frozen(each)
+        self.touched(call)
         self.notices.acted_on_call("freeze", call, why, pb.FEEDBACK_CODE_FROZEN)
 
     def thaw(self, call: Call, why: str) -> None:
@@ -57,6 +60,7 @@ class Actions:
         pause.release(call)
         for each in (call, *all_inside(call)):
             _note_thawed(each)
+        self.touched(call)
         self.notices.acted_on_call("thaw", call, why, pb.FEEDBACK_CODE_THAWED)
         call.cgroup.set_xattr(call.record())
 
@@ -85,6 +89,7 @@ class Actions:
         memory.deny_above(call.cgroup.id, usage)
         call.refused_before = self.refused(call)
         call.denied_at_bytes, call.was_denied = usage, True
+        self.touched(call)
         self.notices.acted_on_call("deny", call, why, pb.FEEDBACK_CODE_GROWTH_DENIED)
 
     def refused(self, call: Call) -> int:
@@ -100,6 +105,7 @@ class Actions:
             return
         memory.allow(call.cgroup.id)
         call.denied_at_bytes = None
+        self.touched(call)
         self.notices.acted_on_call("allow", call, why, pb.FEEDBACK_CODE_GROWTH_ALLOWED)
 
     def throttle(self, call: Call, slack_bytes: int, why: str, *, by_cpu: bool = False) -> None:
@@ -116,6 +122,7 @@ class Actions:
             call.bounds.throttle_bytes = high
             memory_high.write(call)
         call.throttled_at_bytes = usage
+        self.touched(call)
         self.notices.acted_on_call("throttle", call, why, pb.FEEDBACK_CODE_MEMORY_THROTTLED)
 
     def unthrottle(self, call: Call, why: str) -> None:
@@ -131,6 +138,7 @@ class Actions:
                 memory.set_throttle_mark(call.cgroup.id, 0)
         except BpfError as error:
             log.warning("call %s is still slowed above its mark: %s", call.id, error)
+        self.touched(call)
         self.notices.acted_on_call("unthrottle", call, why, None)
 
     def take_up(self, call: Call) -> None:
@@ -150,6 +158,7 @@ class Actions:
         call.held = False
         self.hurry(call)
         kill(call)
+        self.touched(call)
         self.notices.acted_on_call("kill", call, why, None)
 
     def let_go(self, call: Call, why: str) -> None:

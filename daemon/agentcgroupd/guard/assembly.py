@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from agentcgroupd.bpf.look import LookProgram
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.calls.memory_resource import MemoryResource
 from agentcgroupd.calls.queue import AdmissionQueue
@@ -18,19 +19,24 @@ from agentcgroupd.errors import KnobError
 from agentcgroupd.guard.credit import CreditKeeper
 from agentcgroupd.guard.high_mark import PoolMark
 from agentcgroupd.guard.host_capacity import read_host, zram_used_bytes
+from agentcgroupd.guard.look import CallLook, FileLook, KernelLook
 from agentcgroupd.guard.loop import GuardLoop
 from agentcgroupd.guard.policy_files import PolicyFiles
 from agentcgroupd.guard.sampler import Sampler
 from agentcgroupd.guard.session_sampler import SessionSampler
+from agentcgroupd.policy.engine import kill_free_bytes
 from agentcgroupd.policy.learning import Peaks
 from agentcgroupd.policy.schedule import NUDGE_S
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import Host, Signal, SignalKind
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.state.session import Call, Session
+from agentcgroupd.units import CgroupId
 
 log = logging.getLogger(__name__)
 
+ROOT_CGROUP = CgroupId(1)
+"""Id of the topmost cgroup, which kernfs gives its root."""
 HOST_USEC = 1_000_000
 """Swap is not read more often."""
 STALL_USEC = 200_000
@@ -77,11 +83,13 @@ class PoolGuard:
         programs: Callable[[], Host],
         marks: Sequence[PoolMark],
         events: FileEvents,
+        look: LookProgram | None,
     ) -> None:
         """On a running loop. From now on calls that `queue` lets in may have to wait for memory;
         nothing is done to calls before `start`. `peaks`: what ended calls took; `programs`: what
         the programs in the kernel can do; `marks`: what tells that use of the pool has passed its
-        mark; `events` tells when calls have used up their credit."""
+        mark; `events` tells when calls have used up their credit; `look`: the program that looks at
+        all calls, None: their files are read."""
         self._actions = calls.actions
         self._sessions = sessions
         self._pool = pool
@@ -98,7 +106,12 @@ class PoolGuard:
             host,
             lambda: peaks.sorted_bytes if self.credit is None else self.credit.peaks(),
             lambda: [s for s in sessions.values() if s.adopted],
+            self._make_look(look),
         )
+        sampler.steady_usec = lambda: policy_files.policy.headroom.steady
+        sampler.cpu_below_bytes = lambda: kill_free_bytes(policy_files.policy, sampler.limit_bytes)
+        calls.actions.touched = sampler.touch
+        self.sampler = sampler
         self._memory = MemoryResource(lambda: policy_files.policy, sampler.snapshot)
         if config.credit:
             self.credit = CreditKeeper(
@@ -124,6 +137,17 @@ class PoolGuard:
         )
         policy_files.follow(self._change_policy)
         self._learn_by(policy_files.policy)
+
+    def _make_look(self, program: LookProgram | None) -> CallLook:
+        if program is None:
+            return FileLook()
+
+        def root() -> CgroupId:
+            # An adopted session lies beside the pool, so the walk begins at the top.
+            beside = any(s.adopted for s in self._sessions.values())
+            return ROOT_CGROUP if beside else self._pool.cgroup.id
+
+        return KernelLook(program, root)
 
     def start(self) -> None:
         """Guard from now on. Where the kernel tells no stalls of the pool, the loop's own samples
@@ -167,12 +191,18 @@ class PoolGuard:
         return None if self.credit is None else self.credit.unused_bytes
 
     def call_opened(self, call: Call) -> None:
-        """Hold a call to its credit from now on."""
+        """Look at a call, and hold it to its credit, from now on."""
+        self.sampler.call_opened(call)
         if self.credit is not None:
             self.credit.call_opened(call)
 
+    def call_changed(self, call: Call) -> None:
+        """Judge a call anew with the next sample."""
+        self.sampler.touch(call)
+
     def call_closed(self, call: Call) -> None:
         """Forget a call whose cgroup is gone or given up."""
+        self.sampler.call_closed(call)
         if self.credit is not None:
             self.credit.call_closed(call)
 
@@ -205,6 +235,7 @@ class PoolGuard:
     def room_freed(self, call: Call) -> None:
         """Let calls that wait or are paused have what is not kept for a call any more, a moment
         later."""
+        self.sampler.touch(call)
         if self._nudge is None and (self._waits() or self.loop.holds_back):
             loop = asyncio.get_running_loop()
             self._nudge = loop.call_later(NUDGE_S, self._decide, call.id)

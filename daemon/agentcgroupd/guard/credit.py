@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ParamSpec
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -23,10 +21,11 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.enforce import memory_high, pause
 from agentcgroupd.errors import BpfError, KnobError
+from agentcgroupd.guard.ledgers import GREW_BYTES, Ledger, Ledgers
 from agentcgroupd.guard.sampler import Sampler
 from agentcgroupd.policy import credit
 from agentcgroupd.policy.schema import Policy
-from agentcgroupd.policy.snapshot import CallView, Snapshot
+from agentcgroupd.policy.snapshot import Snapshot
 from agentcgroupd.state.session import Call, boottime_usec
 from agentcgroupd.units import show_bytes
 
@@ -41,37 +40,12 @@ FIRST_USEC = 1_000_000
 """After this time a call that has not asked rests, and keeps a small credit."""
 HOLD_USEC = 100_000
 """A call that has waited this long for credit is paused: its tasks only sleep in the kernel."""
-GREW_BYTES = 1 << 20
 NO_SLEEP_SHARE = 1.0125
 """Below this part of memory.high nobody sleeps (mm/memcontrol.c leaves waits under 10 ms out)."""
 CACHE_MATTERS_SHARE = 0.5
 """While more of the pool than this is free, nobody asks how much of its use is file cache."""
 TAKE_BACK_MOST = 100
 """Calls that credit is taken back from at a time."""
-
-
-@dataclass(slots=True, eq=False)
-class _Ledger:
-    """What is known of one call."""
-
-    call: Call
-    bound: int
-    seen: int = 0
-    """Bytes that it was last seen to hold."""
-    grew_usec: int = 0
-    grew_to: int = 0
-    """Bytes that it held when it was last seen to grow."""
-    started: bool = False
-    """Whether it got more since it is looked at."""
-    since_usec: int | None = None
-    """Since when it has asked for more than it got; None: it has not."""
-    file: int | None = None
-    """Descriptor of memory.current while it is looked at."""
-    watch: int | None = None
-
-    @property
-    def unused(self) -> int:
-        return max(0, self.bound - self.seen)
 
 
 class CreditKeeper:
@@ -87,24 +61,23 @@ class CreditKeeper:
         can_deny: Callable[[], bool],
     ) -> None:
         self._policy, self._sampler, self._calls = policy, sampler, calls
-        self._events, self._peaks, self._can_deny = events, peaks, can_deny
+        self._events, self._can_deny = events, can_deny
         self._loop = asyncio.get_running_loop()
-        self._ledgers: dict[str, _Ledger] = {}
-        self._looked_at: dict[str, _Ledger] = {}
+        self._ledgers = Ledgers(peaks)
+        self._looked_at: dict[str, Ledger] = {}
         """Those that grow or ask, by id."""
         self._young: deque[tuple[int, str]] = deque()
         """Calls that began lately, with the time at which they are taken to rest."""
-        self._rested: dict[str, int] = {}
-        """What calls hold that grew and do so no more, by id: as good as their peaks."""
-        self._samples: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-        """Peaks of ended calls, and the same with what is in `_rested`, ascending."""
         self._free: tuple[int, int] | None = None
         """(usec, bytes): what was free of the pool when it was last read."""
-        self.unused_bytes = 0
-        """What all calls may take without asking."""
         self._timer: asyncio.TimerHandle | None = None
         self._soon: asyncio.Handle | None = None
         self._running = False
+
+    @property
+    def unused_bytes(self) -> int:
+        """What all calls may take without asking."""
+        return self._ledgers.unused_bytes
 
     def start(self) -> None:
         """Give every open call its credit, and each that begins from now on."""
@@ -118,19 +91,17 @@ class CreditKeeper:
         for handle in (self._timer, self._soon):
             if handle is not None:
                 handle.cancel()
-        for ledger in list(self._ledgers.values()):
+        for ledger in self._ledgers:
             call = ledger.call
             self.call_closed(call)
             call.asks = call.awaits_credit = False
+            self._sampler.touch(call)
             call.bounds.credit_bytes = None
             self._attempt(call, self._write_and_wake, call)
 
     def peaks(self) -> tuple[int, ...]:
         """Peaks of ended calls, and what those hold that grew and do so no more, ascending."""
-        ended = self._peaks()
-        if self._samples is None or self._samples[0] is not ended:
-            self._samples = ended, tuple(sorted((*ended, *self._rested.values())))
-        return self._samples[1]
+        return self._ledgers.peaks()
 
     # Calls that come and go
 
@@ -141,17 +112,16 @@ class CreditKeeper:
             return  # it takes from the credit of the call that it is in
         if not self._running or not memory_high.can_hold(call) or call.id in self._ledgers:
             return
-        ledger = _Ledger(call, 0)
-        self._ledgers[call.id] = ledger
+        ledger = self._ledgers.add(call)
         if not self._attempt(call, self._begin, ledger):
             self._forget(ledger)
 
-    def _begin(self, ledger: _Ledger) -> None:
+    def _begin(self, ledger: Ledger) -> None:
         call = ledger.call
         if call.entered:
             ledger.seen = call.cgroup.read(knobs.MEMORY_CURRENT)
         first = credit.first_bytes(self._policy(), self._budget(), self._sampler.limit_bytes)
-        self._bind(ledger, ledger.seen + first)
+        self._ledgers.bind(ledger, ledger.seen + first)
         try:
             ledger.watch = self._events.watch(
                 call.cgroup,
@@ -172,11 +142,9 @@ class CreditKeeper:
             self._forget(ledger)
             self.look_soon()
 
-    def _forget(self, ledger: _Ledger) -> None:
-        self.unused_bytes -= ledger.unused
+    def _forget(self, ledger: Ledger) -> None:
         self._leave(ledger)
-        self._grows(ledger)
-        del self._ledgers[ledger.call.id]
+        self._ledgers.remove(ledger)
         if ledger.watch is not None:
             # A watch on what was removed has ended; to end it again would take a grace period.
             gone = not ledger.call.cgroup.exists()
@@ -203,28 +171,22 @@ class CreditKeeper:
         self._timer = None
         self._look()
 
-    def _passed(self, ledger: _Ledger) -> None:
+    def _passed(self, ledger: Ledger) -> None:
         """Look at a call that may have passed its memory.high."""
         if ledger.call.id in self._ledgers:
             self._look_at(ledger)
             self.look_soon()
 
-    def _look_at(self, ledger: _Ledger) -> None:
+    def _look_at(self, ledger: Ledger) -> None:
         ledger.grew_usec, ledger.grew_to = boottime_usec(), ledger.seen
-        self._grows(ledger)
+        self._ledgers.grows(ledger)
         self._looked_at[ledger.call.id] = ledger
+        self._sampler.touch(ledger.call)
         self._look_later()
 
-    def _grows(self, ledger: _Ledger) -> None:
-        """Take what a call held when it rested for its peak no longer."""
-        if self._rested.pop(ledger.call.id, None) is not None:
-            self._samples = None
-
-    def _leave(self, ledger: _Ledger) -> None:
+    def _leave(self, ledger: Ledger) -> None:
         self._looked_at.pop(ledger.call.id, None)
-        if ledger.file is not None:
-            os.close(ledger.file)
-            ledger.file = None
+        ledger.close()
 
     def _look(self) -> None:
         self._soon = None
@@ -240,34 +202,13 @@ class CreditKeeper:
             log.error("the pool cannot be read: %s", error)
         self._look_later()
 
-    def _read(self, ledger: _Ledger, now: int) -> None:
+    def _read(self, ledger: Ledger, now: int) -> None:
         """Read what a call holds. Raises KnobError."""
-        if ledger.file is None:
-            ledger.file = ledger.call.cgroup.open_file(knobs.MEMORY_CURRENT, os.O_RDONLY)
-        try:
-            seen = int(os.pread(ledger.file, 32, 0))
-        except OSError as error:
-            path, file = str(ledger.call.cgroup.path), knobs.MEMORY_CURRENT.file
-            raise KnobError(error, path, file, None) from None
-        self._saw(ledger, seen, now)
+        self._saw(ledger, ledger.read(), now)
 
-    def _saw(self, ledger: _Ledger, seen: int, now: int) -> None:
-        if seen > ledger.grew_to + GREW_BYTES:
-            ledger.grew_usec, ledger.grew_to = now, seen
-        ledger.grew_to = min(ledger.grew_to, seen + GREW_BYTES)
-        self._see(ledger, seen)
-
-    def _see(self, ledger: _Ledger, seen: int) -> None:
-        self.unused_bytes -= ledger.unused
-        ledger.seen = seen
-        self.unused_bytes += ledger.unused
-
-    def _bind(self, ledger: _Ledger, bound: int) -> None:
-        """Set what a call may reach. Raises KnobError."""
-        self.unused_bytes -= ledger.unused
-        ledger.bound = ledger.call.bounds.credit_bytes = bound
-        self.unused_bytes += ledger.unused
-        memory_high.write(ledger.call)
+    def _saw(self, ledger: Ledger, seen: int, now: int) -> None:
+        ledger.grew(seen, now)
+        self._ledgers.see(ledger, seen)
 
     @staticmethod
     def _write_and_wake(call: Call) -> None:
@@ -282,7 +223,7 @@ class CreditKeeper:
         now = boottime_usec()
         if self._free is None or now - self._free[0] > LOOK_S * 1e6:
             self._free = now, self._sampler.free_bytes(CACHE_MATTERS_SHARE)
-        return credit.Budget(self._free[1], self.unused_bytes, len(self._ledgers))
+        return credit.Budget(self._free[1], self._ledgers.unused_bytes, len(self._ledgers))
 
     def _serve(self, now: int) -> None:
         """Give those that ask what there is for them, and let those rest that do not grow."""
@@ -300,7 +241,7 @@ class CreditKeeper:
             ledgers[ledger.call.id] = ledger
             awaits_credit = ledger.call.awaits_credit
             may_go_on = not awaits_credit or self._may_go_on(ledger.call, now)
-            view = _view(ledger)
+            view = ledger.view()
             accounts.append(
                 credit.Account(view, ledger.bound, asks, ledger.started, awaits_credit, may_go_on)
             )
@@ -326,7 +267,7 @@ class CreditKeeper:
         if any(a.asks and given.get(a.view.id, 0) <= a.bound_bytes for a in accounts):
             self._take_back(policy, budget, limit)
 
-    def _takes_no_part(self, ledger: _Ledger) -> bool:
+    def _takes_no_part(self, ledger: Ledger) -> bool:
         """Tell whether a call is ending, or paused by the policy: it may have nothing in hand."""
         call = ledger.call
         if call.state == pb.CALL_STATE_ENDING:
@@ -335,31 +276,31 @@ class CreditKeeper:
             return False
         call.asks = call.starved = False
         if ledger.unused:
-            self._attempt(call, self._bind, ledger, ledger.seen)
+            self._attempt(call, self._ledgers.bind, ledger, ledger.seen)
         return True
 
-    def _rest(self, ledger: _Ledger) -> None:
+    def _rest(self, ledger: Ledger) -> None:
         """Look at a call no more, and leave it a small credit. Raises KnobError."""
         ledger.call.asks = ledger.call.starved = False
         ledger.since_usec, ledger.started = None, False
         if ledger.call.id in self._looked_at:
-            self._rested[ledger.call.id] = ledger.seen
-            self._samples = None
+            self._ledgers.rests(ledger)
         if ledger.watch is not None:
             self._leave(ledger)
         policy, limit = self._policy(), self._sampler.limit_bytes
         resting = credit.resting_bytes(policy, self._budget(), limit)
         if ledger.unused > resting:
-            self._bind(ledger, ledger.seen + resting)
+            self._ledgers.bind(ledger, ledger.seen + resting)
 
     def _answer(
-        self, ledger: _Ledger, bound: int | None, asks: bool, is_first: bool, now: int
+        self, ledger: Ledger, bound: int | None, asks: bool, is_first: bool, now: int
     ) -> None:
         """Give a call its new bound, or have it wait. Raises KnobError or BpfError."""
         call = ledger.call
         if bound is None and not (is_first and call.awaits_credit):
             call.asks = asks and ledger.seen >= ledger.bound - GREW_BYTES
             call.starved = call.asks and is_first
+            self._sampler.touch(call)
             if not call.asks:
                 ledger.since_usec = None
             elif ledger.since_usec is None:
@@ -368,7 +309,7 @@ class CreditKeeper:
                 self._hold(call, now)
             return
         if bound is not None and bound < ledger.bound:
-            self._bind(ledger, bound)
+            self._ledgers.bind(ledger, bound)
             return
         if call.awaits_credit and not self._may_go_on(call, now):
             return
@@ -377,7 +318,7 @@ class CreditKeeper:
         ledger.since_usec, ledger.grew_usec = None, now
         if bound is not None:
             ledger.started = True
-            self._bind(ledger, bound)
+            self._ledgers.bind(ledger, bound)
         if call.awaits_credit:
             self._let_go_on(call)
         elif slept:
@@ -420,14 +361,14 @@ class CreditKeeper:
             if ledger is not None and ledger.call.id not in self._looked_at:
                 self._attempt(ledger.call, self._reread_and_rest, ledger)
 
-    def _reread_and_rest(self, ledger: _Ledger) -> None:
-        self._see(ledger, ledger.call.cgroup.read(knobs.MEMORY_CURRENT))
+    def _reread_and_rest(self, ledger: Ledger) -> None:
+        self._ledgers.see(ledger, ledger.call.cgroup.read(knobs.MEMORY_CURRENT))
         self._rest(ledger)
 
     def _take_back(self, policy: Policy, budget: credit.Budget, limit: int) -> None:
         """Take credit that is not used from calls that rest, those with most of it first."""
         resting = credit.resting_bytes(policy, budget, limit)
-        found = [x for x in self._ledgers.values() if x.call.id not in self._looked_at]
+        found = [x for x in self._ledgers if x.call.id not in self._looked_at]
         found = [x for x in found if x.unused > 2 * resting]
         for ledger in sorted(found, key=lambda x: -x.unused)[:TAKE_BACK_MOST]:
             self._attempt(ledger.call, self._reread_and_rest, ledger)
@@ -440,19 +381,3 @@ class CreditKeeper:
             log.debug("credit of call %s: %s", call.id, error)
             return False
         return True
-
-
-def _view(ledger: _Ledger) -> CallView:
-    call = ledger.call
-    return CallView(
-        id=call.id,
-        name=call.name,
-        session_id=call.session.id,
-        priority=call.grant.priority,
-        began_usec=call.began_boot_usec,
-        memory_bytes=ledger.seen,
-        growth_bytes_per_s=0.0,
-        cpu_usec=0,
-        expected_bytes=call.likely_bytes or call.grant.memory_expected_bytes,
-        memory_max_bytes=call.grant.memory_max_bytes,
-    )

@@ -171,7 +171,7 @@ class GuardLoop:
 
     def _check_pauses(self) -> None:
         """See which paused calls have stopped since they were told to."""
-        for call in self._calls.open.values():
+        for call in self._sampler.active():
             if call.frozen_since_usec is None or call.stopped:
                 continue
             try:

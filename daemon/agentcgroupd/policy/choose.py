@@ -26,7 +26,14 @@ from agentcgroupd.policy.schema import (
     Slow,
     Throttle,
 )
-from agentcgroupd.policy.snapshot import Action, CallView, Decision, Host, SessionView
+from agentcgroupd.policy.snapshot import (
+    Action,
+    CallView,
+    Decision,
+    Host,
+    SessionView,
+    Snapshot,
+)
 from agentcgroupd.units import show_bytes, show_usec
 
 RECLAIM_LEAST_BYTES = 1 << 20
@@ -324,7 +331,7 @@ def kill(headroom: Headroom, ruleset: Ruleset, do: Kill, taken: Set[str]) -> lis
     why = (
         f"Stopped: the pool of {show_bytes(now.limit_bytes)} was full, {leader.name!r} could not "
         f"go on, and this call held {show_bytes(victim.memory_bytes)} with the least work to lose "
-        f"({show_usec(victim.cpu_usec)} of CPU time). Try again later, or with less memory."
+        f"({show_usec(_work_usec(now, victim))} of CPU time). Try again later, or with less memory."
     )
     return [Decision(Action.KILL, victim.id, why)]
 
@@ -346,14 +353,18 @@ def victim_of(
     the victim where only calls as important as it could go and even all of them would not be
     enough.
     """
-    limit_bytes = headroom.now.limit_bytes
-    least_bytes = min(KILL_LEAST_BYTES, int(limit_bytes * KILL_LEAST_SHARE))
+    least_bytes = kill_least_bytes(headroom.now.limit_bytes)
     large = [c for c in headroom.now.calls if c.memory_bytes >= least_bytes]
     may_go = [c for c in large if not _spared(c, ruleset, taken)]
     others = [c for c in may_go if c is not leader and c.priority <= leader.priority]
     if leader in may_go and _others_are_too_small(headroom, leader, others):
         return leader
-    return min(others, key=_loss, default=None)
+    return min(others, key=lambda c: _loss(headroom.now, c), default=None)
+
+
+def kill_least_bytes(limit_bytes: int) -> int:
+    """Return the least that a call must hold to be ended."""
+    return min(KILL_LEAST_BYTES, int(limit_bytes * KILL_LEAST_SHARE))
 
 
 def _others_are_too_small(headroom: Headroom, leader: CallView, others: list[CallView]) -> bool:
@@ -367,9 +378,15 @@ def _others_are_too_small(headroom: Headroom, leader: CallView, others: list[Cal
     return sum(c.memory_bytes for c in others) < missing
 
 
-def _loss(call: CallView) -> tuple[int, bool, float, str]:
+def _work_usec(now: Snapshot, call: CallView) -> int:
+    """Return the CPU time of a call so far; where that is not known, all the time since it
+    began."""
+    return now.now_usec - call.began_usec if call.cpu_usec is None else call.cpu_usec
+
+
+def _loss(now: Snapshot, call: CallView) -> tuple[int, bool, float, str]:
     """Sort key of victims: the smallest is the least loss."""
-    freed_per_work = call.memory_bytes / (call.cpu_usec + WORK_USEC)
+    freed_per_work = call.memory_bytes / (max(0, _work_usec(now, call)) + WORK_USEC)
     return call.priority, call.on_pressure != "kill", -freed_per_work, call.id
 
 

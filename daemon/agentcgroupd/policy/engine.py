@@ -156,8 +156,9 @@ def _ways_back(
     """
     now = headroom.now
     wanted = {r.do.action for r in _acting(headroom.policy) if holds[r.name]}
-    denied = [c for c in now.calls if c.denied_growth_bytes is not None and not c.awaits_credit]
-    throttled = [c for c in now.calls if c.throttled_growth_bytes is not None]
+    active = now.active_calls
+    denied = [c for c in active if c.denied_growth_bytes is not None and not c.awaits_credit]
+    throttled = [c for c in active if c.throttled_growth_bytes is not None]
     slowed = [] if "slow" in wanted else [s for s in now.sessions if s.slowed]
     thawed = _thaw(headroom, "freeze" in wanted, signal, state)
     decisions = [
@@ -204,7 +205,7 @@ def _thaw(headroom: Headroom, short: bool, signal: Signal, state: State) -> list
     if leader is not None and leader.frozen_for_usec is not None and not leader.awaits_credit:
         if not headroom.may_go_on(leader):
             return []
-        why = "it leads now" if headroom.running else "nothing else is running"
+        why = "it leads now" if headroom.anything_runs else "nothing else is running"
         return [_go_on(leader, f"{why}, and {free} of the pool are free")]
     since = now.now_usec - state.thawed_usec
     if 0 <= since < settings.thaw_every and signal.kind is not SignalKind.ENDED:
@@ -289,6 +290,21 @@ def attention_bytes(policy: Policy, limit_bytes: int) -> int:
     enabled = [r for r in policy.rulesets if r.enabled]
     detectors = [d for r in enabled for d in r.when if isinstance(d, PoolFree)]
     edges = [d.until.of(limit_bytes) + (reserve_most if d.keep_room else 0) for d in detectors]
+    return max(edges, default=0)
+
+
+def kill_free_bytes(policy: Policy, limit_bytes: int) -> int:
+    """Return the free bytes below which a call may be ended: the limit where a ruleset that ends
+    calls does not go by what is free, 0 where there is none."""
+    edges = []
+    for ruleset in policy.rulesets:
+        if ruleset.enabled and ruleset.do.action == "kill":
+            free = [
+                limit_bytes if d.keep_room else d.until.of(limit_bytes)
+                for d in ruleset.when
+                if isinstance(d, PoolFree)
+            ]
+            edges.append(max(free, default=limit_bytes))
     return max(edges, default=0)
 
 

@@ -29,6 +29,16 @@ class Growth:
         self._rate[key] = max(fresh, self._rate.get(key, 0.0) * FADE)
         return self._rate[key]
 
+    def restart(self, key: str, then_usec: int, value: int) -> None:
+        """Take it that `key` held `value` bytes at that time, and has not grown before."""
+        self._before[key] = (then_usec, value)
+        self._rate.pop(key, None)
+
+    def forget(self, key: str) -> None:
+        """Forget one; no error if it is not known."""
+        self._before.pop(key, None)
+        self._rate.pop(key, None)
+
     def keep(self, keys: set[str]) -> None:
         """Forget all others."""
         for gone in self._before.keys() - keys:

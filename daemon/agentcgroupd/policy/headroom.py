@@ -74,20 +74,26 @@ class Headroom:
         """The policy's table `headroom`."""
         return self.policy.headroom
 
+    @property
+    def anything_runs(self) -> bool:
+        """Whether there is a call that is not paused."""
+        return len(self.now.calls) > len(self.frozen)
+
     @cached_property
     def running(self) -> list[CallView]:
-        """Calls that are not paused."""
-        return [c for c in self.now.calls if c.frozen_for_usec is None]
+        """Calls that are not paused, without those that do nothing."""
+        return [c for c in self.now.active_calls if c.frozen_for_usec is None]
 
     @cached_property
     def frozen(self) -> list[CallView]:
         """Paused calls, the first to go on first."""
-        return sorted((c for c in self.now.calls if c.frozen_for_usec is not None), key=rank)
+        return sorted((c for c in self.now.active_calls if c.frozen_for_usec is not None), key=rank)
 
     @cached_property
     def moving(self) -> list[CallView]:
-        """Calls that can take memory: those that run, and paused ones that have not stopped."""
-        return [c for c in self.now.calls if c.frozen_for_usec is None or not c.stopped]
+        """Calls that may be taking memory: those that run, without those that do nothing, and
+        paused ones that have not stopped."""
+        return [c for c in self.now.active_calls if c.frozen_for_usec is None or not c.stopped]
 
     @cached_property
     def growing(self) -> list[CallView]:
@@ -137,10 +143,10 @@ class Headroom:
         want more though they are small. Where no call of that priority wants more, the calls that
         have waited for a whole lease come next, and at last the oldest of the most important ones.
         """
-        top = most_important(self.now.calls)
+        top = self.now.first or most_important(self.now.calls)
         if top is None:
             return None
-        equals = [c for c in self.now.calls if c.priority == top.priority]
+        equals = [c for c in self.now.active_calls if c.priority == top.priority]
         candidates = self._with_claim(equals) or self._wanting(equals) or self._overdue()
         return min(candidates, key=self._finish_key, default=top)
 
@@ -160,7 +166,7 @@ class Headroom:
     def _overdue(self) -> list[CallView]:
         """Return the calls that want more and have been paused for a whole lease in all. Small
         calls count only where no larger call wants more."""
-        waiting = self.claimants or self._wanting(self.now.calls)
+        waiting = self.claimants or self._wanting(self.now.active_calls)
         return [c for c in waiting if c.paused_usec >= self.settings.lease]
 
     def _finish_key(self, call: CallView) -> tuple[int, bool, bool, int, tuple[int, int, str]]:
@@ -175,7 +181,7 @@ class Headroom:
     @cached_property
     def claimants(self) -> list[CallView]:
         """Calls that the reserve is kept for: they hold enough to matter, and may still grow."""
-        return self._with_claim(self.now.calls)
+        return self._with_claim(self.now.active_calls)
 
     @cached_property
     def next_to_finish(self) -> CallView | None:

@@ -60,7 +60,7 @@ def rest_s(cost_s: float) -> float:
 def holds_back(snapshot: Snapshot, decisions: Sequence[Decision]) -> bool:
     """Whether something was done, or is decided now, that is to be undone in time: the pool is
     then sampled however calm it gets."""
-    calls, sessions = snapshot.calls, snapshot.sessions
+    calls, sessions = snapshot.active_calls, snapshot.sessions
     return bool(decisions) or any(map(_held_back, calls)) or any(s.slowed for s in sessions)
 
 

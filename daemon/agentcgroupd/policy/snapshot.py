@@ -54,8 +54,8 @@ class CallView:
     began_usec: int
     memory_bytes: int
     growth_bytes_per_s: float
-    cpu_usec: int
-    """CPU time so far: work that is lost if the call is killed."""
+    cpu_usec: int | None
+    """CPU time so far: work that is lost if the call is killed. None: not known."""
     grew_usec: int = -(1 << 62)
     """Time of the last growth that was fast enough to matter, on the snapshot's clock."""
     frozen_for_usec: int | None = None
@@ -156,10 +156,21 @@ class Snapshot:
     """Peaks of the pool's ended calls, and what those hold that grew and do so no more,
     ascending."""
 
+    active: tuple[CallView, ...] | None = None
+    """Those of `calls` that may grow or are held back. The others do not grow, have not done so for
+    `headroom.steady`, and nothing was done to them. None: any of `calls` may be one of these."""
+    first: CallView | None = None
+    """The most important one of `calls`, among equals the oldest; None: not found out yet."""
+
     @property
     def free_bytes(self) -> int:
         """Bytes that are left of the pool; negative when it is over its limit."""
         return self.limit_bytes - self.usage_bytes
+
+    @property
+    def active_calls(self) -> tuple[CallView, ...]:
+        """Calls that may grow or are held back: what all others do is known without a look."""
+        return self.calls if self.active is None else self.active
 
     def likely_peak(self, at_least: int, share: float) -> int | None:
         """Return the peak in bytes that `share` (0 to 1) of the calls stayed below that got beyond

@@ -69,6 +69,9 @@ class Readings:
         self.samples += 1
         return self.used
 
+    def active(self) -> list[Any]:
+        return []
+
     def sample(self, usage: int) -> Snapshot:
         return Snapshot(
             now_usec=1, limit_bytes=LIMIT, usage_bytes=usage, growth_bytes_per_s=0.0, calls=()

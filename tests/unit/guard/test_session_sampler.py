@@ -15,6 +15,7 @@ from agentcgroupd.guard.session_sampler import (
     REFAULTS_USEC,
     SAMPLE_USEC,
     SAMPLING_NS_MOST,
+    VIEWS_IN_TURN,
     SessionSampler,
 )
 from agentcgroupd.policy.snapshot import SessionView
@@ -213,3 +214,21 @@ def test_a_look_samples_only_what_fits_into_its_time(world: World) -> None:
     assert len(world.look(1_000_000)) == 4
     # Soon after, a share of the time that has passed: less than one.
     assert len(world.look(1000)) == 5
+
+
+def test_of_many_sessions_a_part_is_shown_anew_and_whatever_was_done_to_at_once(
+    world: World,
+) -> None:
+    for number in range(VIEWS_IN_TURN * 2):
+        world.add(str(number))
+    for _ in range(2):
+        world.look()
+    before = world.look()
+    world.fakes[0].session.slowed = True
+    world.fakes[-1].session.reclaimed_at_usec = world.now_usec
+    after = world.look(1)
+    assert after["0"].slowed and after[str(VIEWS_IN_TURN * 2 - 1)].reclaimed_usec == 1
+    kept = [id for id in before if after[id] is before[id]]
+    assert VIEWS_IN_TURN - 2 <= len(kept) <= VIEWS_IN_TURN
+    again = world.look(1)
+    assert not any(again[id] is before[id] for id in kept)
