@@ -220,11 +220,18 @@ struct memory_control {
 	__u64 lifted_until_ns; /* until when the daemon allows no urgent reaction */
 	__u64 urgent_until_ns; /* until when calls below urgent_priority are denied growth */
 	__u64 urgent_count;
-	__u64 lost;	 /* events without room in the ring buffer */
-	__u64 untracked; /* states without room in their map */
-	__u64 denying;	 /* calls whose growth the daemon has denied */
+	__u64 lost;	      /* events without room in the ring buffer */
+	__u64 untracked;      /* states without room in their map */
+	__u64 denying;	      /* calls whose growth the daemon has denied */
+	__u64 heartbeat_ns;   /* when the daemon's loop last ran; 0: it does not say */
+	__u64 alone_after_ns; /* silence after which the program denies by itself; 0: never */
+	__u64 alone_until_ns; /* silence after which nothing is denied any more */
+	__u64 alone_beat_ns;  /* the heartbeat before the last such silence */
+	__u64 alone_count;    /* such silences while the pool was above its mark */
 	__u32 urgent_priority;
 	__u32 protected_count;
+	__u32 pool_above; /* 1: the pool is above its soft mark */
+	__u32 reserved;
 	struct protected_session protected_sessions[ABI_PROTECTED_MAX];
 };
 

@@ -150,6 +150,8 @@ static __always_inline void check_mark(struct memory_limits *limit, struct memor
 		return;
 	if (__sync_val_compare_and_swap(&state->above_mark, !above, above) != !above)
 		return;
+	if (id == control.pool_id)
+		control.pool_above = above;
 	if (above)
 		__sync_fetch_and_add(&state->marks_crossed, 1);
 	event = reserve(EVENT_MARK, sizeof(*event), id);
@@ -566,6 +568,42 @@ static __always_inline bool must_not_fail(struct task_struct *task)
 	       number == NR_CLONE3 || number == NR_EXECVE || number == NR_EXECVEAT;
 }
 
+/*
+ * How long the daemon's loop has not run, in ns; 0 where it does not say. Its clock may be ahead of
+ * what was read here.
+ */
+static __always_inline u64 silence(u64 now)
+{
+	u64 beat = control.heartbeat_ns;
+
+	return beat && now > beat ? now - beat : 0;
+}
+
+/**
+ * is_alone - whether the daemon has been silent for too long, while the pool is short
+ * @silent: for how long, in ns
+ *
+ * A daemon that was killed, stopped or overrun can pause nobody. The program then denies growth to
+ * the calls that would rather be refused than wait. The others are held by their memory.high, which
+ * is as far as the daemon let them grow. A daemon that does not come back holds nobody for ever.
+ */
+static __always_inline bool is_alone(u64 silent)
+{
+	u64 beat = control.heartbeat_ns, before = control.alone_beat_ns;
+
+	if (!control.pool_above || !control.alone_after_ns || silent < control.alone_after_ns ||
+	    silent >= control.alone_until_ns)
+		return false;
+	if (before != beat &&
+	    __sync_val_compare_and_swap(&control.alone_beat_ns, before, beat) == before) {
+		if (!control.denying)
+			control.allowed_bytes = 0;
+		__sync_fetch_and_add(&control.alone_count, 1);
+		__sync_fetch_and_add(&control.urgent_count, 1);
+	}
+	return true;
+}
+
 /**
  * tell_denied - count a denied request, and send an event for the first one of a denial
  * @state: what has been seen of the call
@@ -614,12 +652,13 @@ int BPF_PROG(on_enough_memory, struct mm_struct *mm, long pages, int ret)
 	struct mem_cgroup *memcg;
 	struct memory_limits *limit;
 	struct memory_state *state;
-	u64 id, usage, request, now, mark;
+	u64 id, usage, request, now, silent, mark;
 	bool urgent = false, over = false;
 	u32 round;
 
-	/* The usual case: nothing is denied, and no session is protected. */
-	if (ret || pages <= 0 || (!control.denying && !control.protected_count))
+	/* The usual case: nothing is denied, no session is protected, and the pool is not short. */
+	if (ret || pages <= 0 ||
+	    (!control.denying && !control.protected_count && !control.pool_above))
 		return ret;
 	task = bpf_get_current_task_btf();
 	memcg = task_memcg(task);
@@ -634,14 +673,16 @@ int BPF_PROG(on_enough_memory, struct mm_struct *mm, long pages, int ret)
 	usage = usage_bytes(memory_of(memcg));
 	request = pages * page_bytes;
 	mark = limit->deny_mark_bytes;
+	now = bpf_ktime_get_ns();
+	silent = silence(now);
 	if (control.protected_count) {
-		now = bpf_ktime_get_ns();
 		check_stalling(now);
 		urgent = now < control.urgent_until_ns && limit->priority < control.urgent_priority;
 	}
 	/* The unwilling would abort: most programs do when memory is refused. */
-	urgent = urgent && limit->willing;
-	if (limit->deny_mode == DENY_OVER_MARK)
+	urgent = limit->willing && (urgent || is_alone(silent));
+	if (limit->deny_mode == DENY_OVER_MARK &&
+	    (!control.alone_until_ns || silent < control.alone_until_ns))
 		over = usage + request > mark;
 	if ((!urgent && !over) || must_not_fail(task))
 		return 0;

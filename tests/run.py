@@ -46,6 +46,7 @@ PROGRAMS = (
             "look",
             "memcg_ops",
             "memory_programs",
+            "outlive",
             "policy_faults",
             "zram",
         )

@@ -163,6 +163,9 @@ class GuardConfig(Section):
     stall_window: Duration = 100_000
     urgent_lease: Duration = 500_000
     """How long the program denies before the daemon has confirmed it."""
+    alone_after: Duration = 200_000
+    """When the daemon's loop has not run for so long and the pool is above its mark, the program
+    in the kernel denies growth to calls with `on_pressure = "deny"` by itself."""
     faults_per_s: Annotated[int, Field(ge=0)] = 0
     """Page faults a second of a session above which it is said so; 0: never."""
     refaults_per_s: Annotated[int, Field(ge=0)] = 1000
@@ -242,6 +245,9 @@ class BpfConfig(Section):
     """Directory of the compiled programs; none: those that came with the daemon."""
     events_size: Annotated[int | None, quantity(_power_of_two, "size")] = None
     """Size of each ring buffer; none: 8 MiB for processes, 1 MiB for memory."""
+    pins: OptionalPath = Path("/sys/fs/bpf")
+    """Where bpffs is mounted, in which what denies growth outlives a daemon that is killed
+    (bpf/pins.py); empty: it ends with the daemon."""
 
 
 class GpuConfig(Section):

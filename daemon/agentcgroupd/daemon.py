@@ -113,7 +113,7 @@ class Daemon:
 
         # What acts on sessions and calls, and what follows them.
         sessions = Sessions(pool)
-        plane = DataPlane(config.bpf, config.guard)
+        plane = DataPlane(config.bpf, config.guard, pool.cgroup.id)
         undo.callback(plane.close)
         plane.open()
         cpu = CpuScheduling(

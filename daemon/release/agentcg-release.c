@@ -36,6 +36,7 @@
 #define AGENT_LEAF    "agent"
 #define RUN_DIR	      "/run/agentcgroup"
 #define POOL_FILE     "private/pool"
+#define PINS	      "/sys/fs/bpf/agentcgroup"
 
 /* The kernel keeps no attribute longer than this (XATTR_SIZE_MAX). */
 #define RECORD_BYTES 65536
@@ -436,6 +437,30 @@ static int open_cgroup(const char *path)
 	return fd;
 }
 
+/* Remove the pins of a pool's programs (daemon/agentcgroupd/bpf/pins.py), so that nothing is denied
+ * any more. Where systemd is about to start the daemon again, they are left to it. */
+static void unpin(int pool)
+{
+	const char *result = getenv("SERVICE_RESULT");
+	char path[64];
+	struct dirent *entry;
+	struct stat found;
+	DIR *pins;
+
+	if ((result && strcmp(result, "success")) || fstat(pool, &found))
+		return;
+	snprintf(path, sizeof(path), PINS "/%llu", (unsigned long long)found.st_ino);
+	pins = opendir(path);
+	if (!pins)
+		return;
+	while ((entry = readdir(pins)))
+		if (entry->d_name[0] != '.' && unlinkat(dirfd(pins), entry->d_name, 0))
+			done.failed++, done.last_error = errno;
+	closedir(pins);
+	if (rmdir(path))
+		done.failed++, done.last_error = errno;
+}
+
 static int release(const char *mount_path, const char *pool_path)
 {
 	static char record[RECORD_BYTES + 1];
@@ -462,6 +487,7 @@ static int release(const char *mount_path, const char *pool_path)
 	if (lock < 0)
 		return cannot("locking", pool_path);
 	deadline_ms = now_ms() + TOTAL_MS;
+	unpin(pool);
 	lift_memory(pool, member(record, "memory_high_bytes"));
 	if (all_sessions(pool, mount, first_turn) && done.late)
 		done.late = !all_sessions(pool, mount, second_turn);

@@ -403,7 +403,7 @@ class ProtectedSession(ctypes.Structure):
 
 
 class MemoryControl(ctypes.Structure):
-    """struct memory_control, 2664 bytes"""
+    """struct memory_control, 2712 bytes"""
 
     _fields_ = (
         ("allowance_bytes", ctypes.c_uint64),
@@ -418,8 +418,15 @@ class MemoryControl(ctypes.Structure):
         ("lost", ctypes.c_uint64),
         ("untracked", ctypes.c_uint64),
         ("denying", ctypes.c_uint64),
+        ("heartbeat_ns", ctypes.c_uint64),
+        ("alone_after_ns", ctypes.c_uint64),
+        ("alone_until_ns", ctypes.c_uint64),
+        ("alone_beat_ns", ctypes.c_uint64),
+        ("alone_count", ctypes.c_uint64),
         ("urgent_priority", ctypes.c_uint32),
         ("protected_count", ctypes.c_uint32),
+        ("pool_above", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
         ("protected_sessions", ProtectedSession * 64),
     )
     allowance_bytes: int
@@ -434,8 +441,15 @@ class MemoryControl(ctypes.Structure):
     lost: int
     untracked: int
     denying: int
+    heartbeat_ns: int
+    alone_after_ns: int
+    alone_until_ns: int
+    alone_beat_ns: int
+    alone_count: int
     urgent_priority: int
     protected_count: int
+    pool_above: int
+    reserved: int
     protected_sessions: ctypes.Array[ProtectedSession]
 
 

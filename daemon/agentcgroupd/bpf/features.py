@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -264,12 +264,16 @@ def missing(definition: Definition, reason: str, remedy: str = "") -> FeatureSta
 
 
 def load(
-    name: str, objects: Path | None = None, events_bytes: int | None = None
+    name: str,
+    objects: Path | None = None,
+    events_bytes: int | None = None,
+    lend: Callable[[BpfObject], object] = lambda bpf: None,
 ) -> tuple[BpfObject | None, list[FeatureState]]:
     """Load and attach all features of an object that this kernel can have. (The reclaim hooks are
     attached to a cgroup instead, by memcg_ops.load, and the look is run, by look.load.)
 
-    `events_bytes`: size of the ring buffer, a power of two; None: as compiled.
+    `events_bytes`: size of the ring buffer, a power of two; None: as compiled. `lend`: called with
+    the object before its load, to have it use maps that are there.
     Returns the object (None: none of its features works) and the state of each feature. Raises no
     BpfError: what went wrong is in the states. No program of a missing feature stays loaded.
     """
@@ -283,7 +287,7 @@ def load(
     path = objects / f"{name}.bpf.o" if objects else None
     while any(state.works for state in states):
         try:
-            bpf = _load_once(name, path, states, events_bytes)
+            bpf = _load_once(name, path, states, events_bytes, lend)
         except BpfError as error:
             log.debug("%s", error)
             found = re.match(r"program (\w+):", error.detail)
@@ -300,7 +304,11 @@ def load(
 
 
 def _load_once(
-    name: str, path: Path | None, states: Iterable[FeatureState], events_bytes: int | None
+    name: str,
+    path: Path | None,
+    states: Iterable[FeatureState],
+    events_bytes: int | None,
+    lend: Callable[[BpfObject], object],
 ) -> BpfObject:
     wanted = {program for state in states if state.works for program in state.programs}
     bpf = BpfObject.open(name, path)
@@ -310,6 +318,7 @@ def _load_once(
                 bpf.skip_program(program)
         if events_bytes is not None:
             bpf.resize("events", events_bytes)
+        lend(bpf)
         bpf.load()
     except BaseException:
         bpf.close()

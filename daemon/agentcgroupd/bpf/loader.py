@@ -159,6 +159,17 @@ class BpfObject:
         power of two. Raises BpfError."""
         libbpf().check(f"map {name}", "bpf_map__set_max_entries", self._map(name), entries)
 
+    def fits(self, name: str, sizes: tuple[int, int, int]) -> bool:
+        """Tell whether a map has these sizes: of its key and value in bytes, and its number of
+        entries. Raises BpfError."""
+        handle = self._map(name)
+        getters = ("bpf_map__key_size", "bpf_map__value_size", "bpf_map__max_entries")
+        return tuple(libbpf().call(getter, handle) for getter in getters) == sizes
+
+    def reuse(self, name: str, fd: int) -> None:
+        """Use a map that is there instead of making one. Raises BpfError."""
+        libbpf().check(f"map {name}", "bpf_map__reuse_fd", self._map(name), fd)
+
     def programs(self) -> list[str]:
         """Names of all programs in the object."""
         names, program = [], libbpf().call("bpf_object__next_program", self._handle, None)
@@ -197,6 +208,10 @@ class BpfObject:
     def attached(self) -> tuple[str, ...]:
         """Names of the programs that are attached."""
         return tuple(name for name, _ in self._links)
+
+    def link_fds(self) -> list[tuple[str, int]]:
+        """Names of the programs that are attached, with descriptors of their links."""
+        return [(name, libbpf().call("bpf_link__fd", link)) for name, link in self._links]
 
     def detach(self, name: str) -> None:
         """Detach a program; no error if it is not attached."""

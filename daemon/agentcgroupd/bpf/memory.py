@@ -13,6 +13,9 @@ from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import BpfError
 from agentcgroupd.units import CgroupId
 
+ALONE_UNTIL_NS = 60_000_000_000
+"""A daemon that has been gone for so long has nothing denied any more."""
+
 
 class MemoryPrograms:
     """Settings and findings of the memory programs for each managed cgroup."""
@@ -28,7 +31,27 @@ class MemoryPrograms:
         self.control.stall_threshold_ns = config.stall_threshold * 1000
         self.control.stall_window_ns = config.stall_window * 1000
         self.control.urgent_lease_ns = config.urgent_lease * 1000
+        self.control.alone_after_ns = config.alone_after * 1000
+        self.control.alone_until_ns = ALONE_UNTIL_NS
         self._ring: RingBuffer | None = None
+
+    def beat(self) -> None:
+        """Tell the programs that the daemon's loop runs. Once told, they expect to be told again:
+        while they are not, they deny growth by themselves where that is called for."""
+        self.control.heartbeat_ns = time.monotonic_ns()
+
+    @property
+    def times_alone(self) -> int:
+        """How often the programs had to do without the daemon while the pool was short."""
+        return int(self.control.alone_count)
+
+    def forget_others(self) -> None:
+        """Drop what an earlier daemon had watched and this one does not: it ended meanwhile. Raises
+        BpfError."""
+        for cgroup in [c for c in self._limits.keys() if c not in self._entries]:
+            self._limits.pop(cgroup)
+            self._states.pop(cgroup)
+        self._count_denied()
 
     def start(self, handle: Callable[[list[AnyEvent]], None]) -> None:
         """Hand over events on the running loop from now on. Raises BpfError."""
@@ -135,6 +158,8 @@ class MemoryPrograms:
         control, before = self.control, self._slots()
         chosen = list(sessions)[: abi.ABI_PROTECTED_MAX]
         control.pool_id = pool or 0
+        state = None if pool is None else self.state(pool)
+        control.pool_above = 0 if state is None else state.above_mark
         # Programs read as many slots as the count says, so none reads one that is changing.
         control.protected_count = 0
         for slot, (cgroup, priority) in zip(control.protected_sessions, chosen, strict=False):

@@ -18,8 +18,11 @@ from agentcgroupd.bpf.loader import BpfObject
 from agentcgroupd.bpf.look import LookProgram
 from agentcgroupd.bpf.memcg_ops import ReclaimHooks
 from agentcgroupd.bpf.memory import MemoryPrograms
+from agentcgroupd.bpf.pins import Pins, remove_stale
+from agentcgroupd.cgroup.tree import cgroup2_mount
 from agentcgroupd.config import BpfConfig, GuardConfig
 from agentcgroupd.errors import BpfError
+from agentcgroupd.units import CgroupId
 
 P = ParamSpec("P")
 
@@ -32,10 +35,15 @@ class DataPlane:
     """The loaded objects: `open` loads them, `close` unloads them. Between the two, `lifecycle`,
     `memory`, `reclaim` and `look` are there unless they are None."""
 
-    def __init__(self, config: BpfConfig, guard: GuardConfig) -> None:
-        """Keep the configuration; nothing is loaded yet."""
+    def __init__(self, config: BpfConfig, guard: GuardConfig, pool: CgroupId | None = None) -> None:
+        """Keep the configuration; nothing is loaded yet. `pool`: the cgroup whose programs outlive
+        this process if it is killed; None: they end with it."""
         self._config = config
         self._guard = guard
+        self._pool = pool
+        self._pins: Pins | None = None
+        self.outlives = False
+        """Whether the memory programs outlive this process if it is killed."""
         self.states: dict[str, FeatureState] = {}
         self.lifecycle: Lifecycle | None = None
         self.memory: MemoryPrograms | None = None
@@ -52,8 +60,11 @@ class DataPlane:
             self.states = {d.name: features.missing(d, OFF) for d in ours}
             log.info("in the kernel: nothing: %s", OFF)
             return
+        self._pins = self._make_pins()
         for name, make in (("lifecycle", self._open_lifecycle), ("memory", self._open_memory)):
-            bpf, states = features.load(name, self._config.objects, self._config.events_size)
+            bpf, states = features.load(
+                name, self._config.objects, self._config.events_size, self._lender(name)
+            )
             self.states.update((state.name, state) for state in states)
             if bpf is None:
                 continue
@@ -82,10 +93,31 @@ class DataPlane:
 
     def _open_memory(self, bpf: BpfObject) -> None:
         self.memory = MemoryPrograms(bpf, self._guard)
+        if self._pins is not None:
+            self.outlives = self.attempt("the programs end with this process", self._pins.keep, bpf)
+
+    def _make_pins(self) -> Pins | None:
+        mount = self._config.pins
+        if self._pool is None or mount is None:
+            return None
+        try:
+            pins = Pins(mount, self._pool)
+            remove_stale(mount, cgroup2_mount())
+        except (BpfError, OSError) as error:
+            log.warning("the programs end with this process: %s", error)
+            return None
+        return pins
+
+    def _lender(self, name: str) -> Callable[[BpfObject], object]:
+        """Whoever has an object use the maps that an earlier daemon left."""
+        if name != "memory" or self._pins is None:
+            return lambda bpf: None
+        return self._pins.lend
 
     def drop_memory(self, reason: str) -> None:
         """Unload the memory programs, whose features are missing from now on for the reason."""
         if self.memory is not None:
+            self._unpin()
             self.memory.close()
             self.memory = None
         for definition in features.definitions_of("memory"):
@@ -114,10 +146,17 @@ class DataPlane:
 
     def close(self) -> None:
         """Detach and unload everything; no error if nothing is loaded."""
+        self._unpin()
         for part in (self.look, self.reclaim, self.memory, self.lifecycle):
             if part is not None:
                 part.close()
         self.look = self.reclaim = self.memory = self.lifecycle = None
+
+    def _unpin(self) -> None:
+        """Have the memory programs end with this process, or before."""
+        if self._pins is not None:
+            self._pins.remove()
+            self._pins, self.outlives = None, False
 
 
 def _log_missing(state: FeatureState) -> None:

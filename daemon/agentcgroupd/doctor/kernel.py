@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agentcgroupd.bpf import features, look, memcg_ops, sched
+from agentcgroupd.bpf import features, look, memcg_ops, pins, sched
 from agentcgroupd.bpf.features import FeatureState
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import XATTR_NAME, Cgroup
@@ -271,12 +271,20 @@ PATHS = {
         fallback="cpu.weight and cpu.max",
     ),
 }
+PINS = Check(
+    name="denials outlive the daemon",
+    yes=f"bpffs is mounted at {pins.MOUNT}",
+    no=f"no bpffs at {pins.MOUNT}",
+    remedy=f"mount -t bpf bpf {pins.MOUNT} (systemd does by itself)",
+    fallback="what was denied may grow while a daemon that was killed is started again",
+)
 
 
 def bpf_features() -> Iterator[Feature]:
     """What programs need, and each feature of ours."""
     for path, check in PATHS.items():
         yield check.answered(Path(path).exists())
+    yield PINS.answered(pins.is_bpffs(pins.MOUNT))
     if os.geteuid() == 0:
         yield from map(_program_feature, _tried())
         return

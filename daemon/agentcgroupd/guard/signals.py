@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 DELAY_PERCENT = 20
 """Milliseconds that a charge waits for each percent above memory.high while an important session
 stalls: the kernel's own cap of 2 s is reached at twice the high."""
+BEATS = 4
+"""The programs are told that often that the loop runs, in the time after which they are alone."""
 CONFIRM_USEC = 1_000_000
 """How long an urgent denial that the daemon agrees with goes on; then it is judged anew."""
 
@@ -54,6 +56,7 @@ class Signals:
         self._memory = memory
         self._lost: dict[str, int] = {}
         self._calm_timer: asyncio.TimerHandle | None = None
+        self._beat_timer: asyncio.TimerHandle | None = None
         self._pool = pool
         self._sessions = sessions
         self._notices = notices
@@ -68,6 +71,18 @@ class Signals:
         if guard is not None:
             self._protect()
         self._memory.start(self._handle)
+        self._plane.attempt("what has ended is still watched", self._memory.forget_others)
+        self._loop = asyncio.get_running_loop()
+        self._beat()
+
+    def close(self) -> None:
+        """Tell the programs nothing any more."""
+        if self._beat_timer is not None:
+            self._beat_timer.cancel()
+
+    def _beat(self) -> None:
+        self._memory.beat()
+        self._beat_timer = self._loop.call_later(self._config.alone_after / BEATS / 1e6, self._beat)
 
     # What is watched
 
