@@ -22,6 +22,7 @@ from agentcgroupd.guard.signals import Signals
 from agentcgroupd.intents.grant import Grant
 from agentcgroupd.policy.snapshot import Host
 from agentcgroupd.sessions.pool import Pool
+from agentcgroupd.sessions.protection import Protection
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.notices import Notices
 
@@ -47,6 +48,7 @@ class Observers:
         loaded; `sessions`: all that are open."""
         self._config, self._plane, self._cpu, self._gpus = config, plane, cpu, gpus
         self._pool, self._sessions, self._notices = pool, sessions, notices
+        self._protection = Protection(pool, sessions)
         self._guard: PoolGuard | None = None
         self._boundaries: Boundaries | None = None
         self._signals = self._make_signals()
@@ -119,6 +121,7 @@ class Observers:
         """Follow a session whose agent leaf is there."""
         for observer in self._programs():
             self._plane.attempt("a session cannot be watched", observer.session_opened, session)
+        self._protection.keep()
         self._gpus.session_opened(session)
 
     def session_given_back(self, session: Session) -> None:
@@ -129,6 +132,7 @@ class Observers:
         """Forget a session whose cgroup is gone or given back."""
         for observer in self._programs():
             self._plane.attempt("a session cannot be let go", observer.session_closed, session)
+        self._protection.keep()
         self._gpus.session_closed(session)
 
     def call_opened(self, call: Call) -> None:
@@ -197,6 +201,7 @@ class Observers:
     def sweep(self) -> None:
         """Forget what nobody will tell the end of; to be called again and again."""
         self._cpu.sweep()
+        self._protection.keep()
         if self._signals is not None:
             self._signals.sweep()
         if self._boundaries is not None:
@@ -209,5 +214,8 @@ class Observers:
         """Follow nothing any more, and take the CPU scheduler away; calls stay as they are."""
         if self._boundaries is not None:
             self._boundaries.close()
+        if self._signals is not None:
+            self._signals.close()
         self._signals = self._boundaries = None
+        self._protection.close()
         self._cpu.close()
