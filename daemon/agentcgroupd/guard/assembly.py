@@ -19,6 +19,7 @@ from agentcgroupd.errors import KnobError
 from agentcgroupd.guard.credit import CreditKeeper
 from agentcgroupd.guard.high_mark import PoolMark
 from agentcgroupd.guard.host_capacity import read_host, zram_used_bytes
+from agentcgroupd.guard.lock_holders import LockHolders
 from agentcgroupd.guard.look import CallLook, FileLook, KernelLook
 from agentcgroupd.guard.loop import GuardLoop
 from agentcgroupd.guard.policy_files import PolicyFiles
@@ -134,6 +135,7 @@ class PoolGuard:
             self._waits,
             self._memory.sampled,
             marks,
+            LockHolders(sessions, sampler.touch),
         )
         policy_files.follow(self._change_policy)
         self._learn_by(policy_files.policy)

@@ -71,7 +71,7 @@ class Ledger:
             id=call.id,
             name=call.name,
             session_id=call.session.id,
-            priority=call.grant.priority,
+            priority=call.priority,
             began_usec=call.began_boot_usec,
             memory_bytes=self.seen,
             growth_bytes_per_s=0.0,

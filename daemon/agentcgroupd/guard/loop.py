@@ -12,6 +12,7 @@ from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import BpfError, KnobError
 from agentcgroupd.guard.high_mark import PoolMark
+from agentcgroupd.guard.lock_holders import LockHolders
 from agentcgroupd.guard.sampler import Sampler
 from agentcgroupd.policy.engine import decide
 from agentcgroupd.policy.schedule import Schedule, holds_back, rest_s
@@ -26,7 +27,7 @@ from agentcgroupd.policy.snapshot import (
     Snapshot,
     State,
 )
-from agentcgroupd.state.session import Session
+from agentcgroupd.state.session import Session, boottime_usec
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +49,12 @@ class GuardLoop:
         waits: Callable[[], bool],
         on_sample: Callable[[Snapshot], None],
         marks: Sequence[PoolMark],
+        locks: LockHolders | None = None,
     ) -> None:
         """`waits`: whether a call waits for memory, so that snapshots are taken although the pool
         is calm; `on_sample`: called with each snapshot, after what was decided by it is done;
-        `marks`: what tells that use of the pool has passed the mark; all of them follow it."""
+        `marks`: what tells that use of the pool has passed the mark; all of them follow it;
+        `locks`: finds calls that hold others up, None: nobody looks."""
         self._config = config
         self._sampler = sampler
         self._calls = calls
@@ -59,6 +62,7 @@ class GuardLoop:
         self._waits = waits
         self._on_sample = on_sample
         self._marks = marks
+        self._locks = locks
         self._actions = calls.actions
         self._limit = sampler.limit_bytes
         self._loop = asyncio.get_running_loop()
@@ -161,6 +165,7 @@ class GuardLoop:
         if calm and not self.holds_back and not self._waits():
             return
         self._check_pauses()
+        self._check_locks()
         snapshot = self._sampler.sample(usage)
         outcome = decide(self.policy, snapshot, signal, self.state)
         self.state = outcome.state
@@ -168,6 +173,18 @@ class GuardLoop:
             self._apply(decision, snapshot.now_usec)
         self.holds_back = holds_back(snapshot, outcome.decisions)
         self._on_sample(snapshot)
+
+    def _check_locks(self) -> None:
+        """Lend priority to calls that hold up others, where calls are paused or may be."""
+        if self._locks is None:
+            return
+        if not self.holds_back and self._free_bytes > self._limit - self.mark_bytes[1]:
+            self._locks.clear()
+            return
+        try:
+            self._locks.update(boottime_usec())
+        except OSError as error:
+            log.error("file locks cannot be read: %s", error)
 
     def _check_pauses(self) -> None:
         """See which paused calls have stopped since they were told to."""

@@ -296,7 +296,7 @@ class Sampler:
             id=call.id,
             name=call.name,
             session_id=call.session.id,
-            priority=grant.priority,
+            priority=call.priority,
             began_usec=call.began_boot_usec,
             memory_bytes=memory,
             growth_bytes_per_s=growth,

@@ -135,6 +135,8 @@ class Call:
     """Whether the present pause is among `late_pauses`."""
     late_pauses: int = 0
     """Pauses that had not stopped all its tasks after `enforce.pause.LATE_USEC`."""
+    lent_priority: int = 0
+    """Priority of the most important one who waits for a file lock that it holds; 0: nobody."""
     held_for_slice: bool = False
     """Whether it is frozen while others have their time slice on a GPU (gpu.time_slicing),
     whatever else freezes it."""
@@ -157,6 +159,11 @@ class Call:
     def cgroup_above(self) -> Cgroup:
         """The cgroup that its own lies in: that of the call that it is in, or of its session."""
         return self.session.cgroup if self.parent is None else self.parent.cgroup
+
+    @property
+    def priority(self) -> int:
+        """Its own priority, or that of a more important one whom it holds up."""
+        return max(self.grant.priority, self.lent_priority)
 
     @property
     def depth(self) -> int:
