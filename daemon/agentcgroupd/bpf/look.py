@@ -42,8 +42,9 @@ class LookProgram:
         self._control = bpf.shared("control", abi.LookControl)
         self._control.step_bytes = STEP_BYTES
         kind: type[ctypes.Array[abi.LookCall]] = abi.LookCall * abi.ABI_LOOK_CALLS
-        self._calls = bpf.shared("calls", kind)
-        self._words = memoryview(self._calls).cast("B").cast("Q")
+        self.entries = bpf.shared("calls", kind)
+        """What the last look has found, by slot."""
+        self._words = memoryview(self.entries).cast("B").cast("Q")
         self._list = memoryview(self._control.list).cast("B").cast("I")
         self._free = list(range(abi.ABI_LOOK_CALLS - 1, -1, -1))
         self._context = _NoContext()
@@ -54,7 +55,7 @@ class LookProgram:
         if not self._free:
             return None
         slot = self._free[-1]
-        self._calls[slot] = abi.LookCall()
+        self.entries[slot] = abi.LookCall()
         self._places[cgroup] = abi.LookPlace(slot=slot)
         return self._free.pop()
 
@@ -86,7 +87,7 @@ class LookProgram:
 
     def seen_in(self, slot: int) -> int:
         """Number of the last look that found the cgroup."""
-        return int(self._calls[slot].round)
+        return int(self.entries[slot].round)
 
     def close(self) -> None:
         """Unload the program."""

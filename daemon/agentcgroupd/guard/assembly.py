@@ -18,7 +18,7 @@ from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import KnobError
 from agentcgroupd.guard.credit import CreditKeeper
 from agentcgroupd.guard.high_mark import PoolMark
-from agentcgroupd.guard.host_capacity import read_host, zram_used_bytes
+from agentcgroupd.guard.host_reader import HostReader
 from agentcgroupd.guard.lock_holders import LockHolders
 from agentcgroupd.guard.look import CallLook, FileLook, KernelLook
 from agentcgroupd.guard.loop import GuardLoop
@@ -38,35 +38,9 @@ log = logging.getLogger(__name__)
 
 ROOT_CGROUP = CgroupId(1)
 """Id of the topmost cgroup, which kernfs gives its root."""
-HOST_USEC = 1_000_000
-"""Swap is not read more often."""
 STALL_USEC = 200_000
 WINDOW_USEC = 2_000_000
 """The pool's PSI trigger: a tenth of the time, as policies/default.toml has it."""
-
-
-class HostReader:
-    """Reads what the host can do, at most once in HOST_USEC."""
-
-    def __init__(self, pool: Pool, programs: Callable[[], Host]) -> None:
-        self._pool = pool
-        self._programs = programs
-        self._read_usec: int | None = None
-        self._host = Host()
-        self.zram_bytes = 0
-        """Memory that the pool has in zram, which no cgroup is charged for."""
-
-    def __call__(self, now_usec: int) -> Host:
-        if self._read_usec is None or now_usec - self._read_usec >= HOST_USEC:
-            self._read_usec = now_usec
-            try:
-                self._host = read_host(self._programs(), self._pool.cgroup)
-                self.zram_bytes = zram_used_bytes(self._pool.cgroup)
-            except (KnobError, OSError) as error:
-                # What is not known is taken for not there: nothing is sent to swap then.
-                log.error("swap cannot be read: %s", error)
-                self._host = self._programs()
-        return self._host
 
 
 class PoolGuard:

@@ -144,6 +144,7 @@ class Sampler:
     def usage(self) -> int:
         """Bytes that the pool uses, file cache and what zram holds of it included. Adopted sessions
         lie beside the pool's cgroup, but share its budget. Raises KnobError."""
+        self._host(boottime_usec())  # what zram holds is known, and the pool's limit follows it
         used = self._pool.cgroup.read(knobs.MEMORY_CURRENT) + self._host.zram_bytes
         for session in self._adopted():
             try:
