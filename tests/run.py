@@ -40,6 +40,7 @@ PROGRAMS = (
         f"tests/guest/test_{name}.py"
         for name in (
             "endings",
+            "growers",
             "guard",
             "guest_self",
             "limits",
