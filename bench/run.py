@@ -24,6 +24,7 @@ ANYWHERE = frozenset(
         "gpu",
         "cpu",
         "hostile",
+        "scale",
         "soak",
     }
 )
