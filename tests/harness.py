@@ -148,6 +148,7 @@ class DaemonProcess:
         self.directory = directory
         self.run_dir = directory / "run"
         self.audit_path = directory / "audit.jsonl"
+        self.history_path = directory / "history.db"
         self.pool_path = f"/agentcg-test-{secrets.token_hex(4)}"
         self.cgroup_dir = cgroup2_mount() / self.pool_path.strip("/")
         self.config = directory / "agentcgroupd.toml"
@@ -156,7 +157,8 @@ class DaemonProcess:
             pool, config = pool + config.removeprefix("[pool]\n"), ""
         self.config.write_text(
             f"{pool}\n[server]\nrun_dir = {str(self.run_dir)!r}\nmetrics_address = ''\n"
-            f"[audit]\npath = {str(self.audit_path)!r}\n{config}"
+            f"[audit]\npath = {str(self.audit_path)!r}\n"
+            f"[history]\npath = {str(self.history_path)!r}\n{config}"
             # Its verification takes seconds where the CPU is emulated: for tests that ask for it.
             + ("" if "[cpu]" in pool + config else '[cpu]\nscheduler = "off"\n')
         )

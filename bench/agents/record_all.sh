@@ -38,6 +38,8 @@ run_dir = "$AGENTCG_RUN_DIR"
 metrics_address = ""
 [audit]
 path = "$WORK/audit.jsonl"
+[history]
+path = ""
 END
 "$PYTHON" -m agentcgroupd --config "$WORK/agentcgroupd.toml" 2>"$WORK/daemon.log" &
 DAEMON=$!

@@ -337,6 +337,17 @@ class AuditConfig(Section):
     """Entries a second of one session; ten times as many at once."""
 
 
+class HistoryConfig(Section):
+    """The store of reports, sessions and decisions (history/)."""
+
+    path: OptionalPath = Path("/var/lib/agentcgroup/history.db")
+    """The file; empty: nothing is kept."""
+    max_bytes: Annotated[int, quantity(parse_bytes, "size"), Field(ge=16 << 20)] = 256 << 20
+    session_percent: Annotated[int, Field(ge=1, le=100)] = 25
+    """Share of it that one session may have."""
+    max_age: Duration = 30 * 86_400_000_000
+
+
 class Config(Section):
     """The whole file."""
 
@@ -352,6 +363,7 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
     limits: LimitsConfig = LimitsConfig()
     audit: AuditConfig = AuditConfig()
+    history: HistoryConfig = HistoryConfig()
 
 
 def _model_in(annotation: Any) -> type[BaseModel]:

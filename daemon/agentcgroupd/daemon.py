@@ -34,6 +34,8 @@ from agentcgroupd.gpu.service import Gpus
 from agentcgroupd.guard.assembly import PoolGuard
 from agentcgroupd.guard.high_mark import HighMark, PoolMark
 from agentcgroupd.guard.policy_files import PolicyFiles, read_policy
+from agentcgroupd.history.history import History
+from agentcgroupd.history.room import Bounds
 from agentcgroupd.host.kernel_log import OomLog
 from agentcgroupd.host.listening import handed_over, listen
 from agentcgroupd.host.run_dir import RunDir
@@ -47,6 +49,7 @@ from agentcgroupd.rpc.budgets import Budgets
 from agentcgroupd.rpc.callers import Callers
 from agentcgroupd.rpc.gate import Gate
 from agentcgroupd.rpc.memory import MemoryWatch
+from agentcgroupd.rpc.past import Past
 from agentcgroupd.rpc.relay import Relay
 from agentcgroupd.rpc.services import AdminService, AgentService, GrpcServer, Parts
 from agentcgroupd.rpc.verbs import PING, AgentVerbs, OperatorVerbs, Verb, pong
@@ -196,7 +199,7 @@ class Daemon:
         # What an earlier daemon left.
         pool.settled_ticks = _last_alive_ticks(pool)
         observers.follow(calls)
-        restore(lifecycle, sessions, calls, notices.audit, peaks)
+        restore(lifecycle, sessions, calls, notices, peaks)
 
         # Who may ask, and what goes on from now on.
         views = Views(
@@ -217,6 +220,7 @@ class Daemon:
             queue,
             agent_calls,
             views,
+            Past(notices.history, calls.open.get),
             policy_files,
             notices,
             turns,
@@ -244,13 +248,15 @@ class Daemon:
         return _ready(running, pool, sessions, run_dir)
 
     def _make_notices(self, undo: AsyncExitStack) -> Notices:
-        config = self._config.audit
+        config, kept = self._config.audit, self._config.history
+        history = History(kept.path, Bounds(kept.max_bytes, kept.session_percent, kept.max_age))
+        undo.push_async_callback(_bounded, "the history", history.close)
         limits = AuditLimits(
             config.max_bytes, config.files, config.session_percent, config.session_rate
         )
-        audit = Audit(config.path, config.max_bytes, limits)
+        audit = Audit(config.path, config.max_bytes, limits, history.note)
         undo.callback(audit.close)
-        return Notices(audit, Metrics(), Feed())
+        return Notices(audit, Metrics(), Feed(), history)
 
     async def _open_doors(
         self,

@@ -15,20 +15,23 @@ from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.records import read_record
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.audit import Audit
+from agentcgroupd.telemetry.notices import Notices
 
 log = logging.getLogger(__name__)
 
 
 def restore(
-    lifecycle: SessionLifecycle, sessions: Sessions, calls: Calls, audit: Audit, peaks: Peaks
+    lifecycle: SessionLifecycle, sessions: Sessions, calls: Calls, notices: Notices, peaks: Peaks
 ) -> None:
     """Take up what the cgroups and the audit log tell; each session before its calls."""
+    audit = notices.audit
     for session in lifecycle.restore():
         for call in _found_in(session, session.cgroup, None):
             try:
                 calls.restore(session, call)
             except (KnobError, OSError, ValueError) as error:
                 log.error("%s cannot be taken up: %s", call.cgroup.path, error)
+    notices.history.settle(audit.ended_reports)
     if not sessions.open:
         return
     for session_id, reports in _reports(sessions, calls, audit).items():

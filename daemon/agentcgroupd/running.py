@@ -173,6 +173,8 @@ class Running:
         metrics.cgroups_polled.set(self._events.polled)
         metrics.audit_lost.set(self._parts.notices.audit.lost)
         metrics.audit_left_out.set(self._parts.notices.audit.left_out)
+        metrics.history_lost.set(self._parts.notices.history.lost)
+        metrics.history_bytes.set(self._parts.notices.history.used_bytes)
         metrics.gpu_calls.set(len(self._gpus.tenants))
 
 

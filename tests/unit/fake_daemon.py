@@ -351,6 +351,49 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
         reports, token = self._page(newest, request.page_token)
         return pb.ListReportsResponse(reports=reports[: request.limit or 20], next_page_token=token)
 
+    def ListHistory(self, request: Any, context: grpc.ServicerContext) -> pb.ListHistoryResponse:
+        self._hook("ListHistory", context, request)
+        newest = [
+            report
+            for report in list(self.reports.values())[::-1]
+            if not request.verdicts or report.verdict in request.verdicts
+        ]
+        reports, token = self._page(newest, request.page_token)
+        return pb.ListHistoryResponse(reports=reports[: request.limit or 20], next_page_token=token)
+
+    def ListPastSessions(
+        self, request: Any, context: grpc.ServicerContext
+    ) -> pb.ListPastSessionsResponse:
+        self._check_operator(context)
+        sums = pb.SessionSums(calls=3, calls_not_ok=1, cpu_usage_usec=2_500_000)
+        past = pb.PastSession(
+            session=pb.Session(id="old", priority=50, opened_unix_usec=1_700_000_000_000_000),
+            closed_unix_usec=1_700_000_060_000_000,
+            closed_why="the operator closed it",
+            sums=sums,
+        )
+        return pb.ListPastSessionsResponse(sessions=[past])
+
+    def GetStory(self, request: pb.GetStoryRequest, context: grpc.ServicerContext) -> pb.Story:
+        self._hook("GetStory", context)
+        report = self.reports.get(request.call_id)
+        if report is None:
+            sentence = f"nothing is known of a call {request.call_id!r}"
+            refuse(context, grpc.StatusCode.NOT_FOUND, sentence, field="call_id")
+        at = 1_700_000_000_000_000
+        return pb.Story(
+            call_id=report.call_id,
+            session_id=report.session_id,
+            name=report.name,
+            steps=[
+                pb.Step(at_unix_usec=at, what="asked", sentence="It asked for memory 512 MiB."),
+                pb.Step(at_unix_usec=at + 1500, what="freeze", sentence="It was paused: room."),
+            ],
+            steps_left_out=2,
+            report=report,
+            advice=["Ask for more memory_max."],
+        )
+
     def WatchFeedback(
         self, request: pb.WatchFeedbackRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.Feedback]:

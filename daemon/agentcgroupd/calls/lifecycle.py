@@ -42,7 +42,7 @@ from agentcgroupd.host.syscalls import cpus_of, pidfd_alive
 from agentcgroupd.intents.grant import Ceiling, Grant, grant_for, merge
 from agentcgroupd.intents.inner import check_gpu, cut, inner_grant, without_gpu
 from agentcgroupd.intents.lowering import lowered, refuse_raise
-from agentcgroupd.intents.parse import NAME_CHARS_MAX, Intent
+from agentcgroupd.intents.parse import NAME_CHARS_MAX, Intent, said_in
 from agentcgroupd.intents.request import CallRequest
 from agentcgroupd.state.candidate import Candidate
 from agentcgroupd.state.ending import Account, Asker
@@ -184,7 +184,7 @@ class Calls(OpenCalls):
                 if isinstance(error, RequestError):
                     raise
                 raise Unavailable(f"the call's limits could not be set: {error}") from None
-            self._tell_begun(call)
+            self._tell_begun(call, candidate.request.intent)
         self._observer.call_begun(call)
         return call
 
@@ -227,7 +227,7 @@ class Calls(OpenCalls):
             frozen_since_usec=outer.frozen_since_usec if outer is not None else None,
         )
 
-    def _tell_begun(self, call: Call) -> None:
+    def _tell_begun(self, call: Call, intent: Intent) -> None:
         self.begun += 1
         self._metrics.calls_begun.inc()
         if call.observed:
@@ -240,6 +240,8 @@ class Calls(OpenCalls):
             call=call.id,
             name=call.name,
             argv=list(call.argv),
+            intent=said_in(intent),
+            observed=call.observed,
             grant=plain(call.grant),
             parent=call.parent.id if call.parent is not None else None,
         )

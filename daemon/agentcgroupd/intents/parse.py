@@ -24,6 +24,7 @@ from agentcgroupd.units import (
     parse_percent,
     parse_priority,
     parse_word,
+    show_bytes,
     show_usec,
     suggestion,
 )
@@ -163,6 +164,23 @@ PARSERS: Mapping[str, Callable[[str, str], object]] = {
     name: marks[0] for name, marks in _MARKS.items()
 }
 """From the name of a field to what reads its text; it takes the name and the text."""
+
+
+_SHOWN: Mapping[object, Callable[[Any], str]] = {
+    parse_bytes: show_bytes,
+    parse_cores: lambda millicores: f"{millicores / 1000:g}",
+    parse_duration: show_usec,
+    _parse_wait: show_usec,
+    parse_percent: lambda percent: f"{percent} %",
+}
+
+
+def said_in(intent: Intent) -> dict[str, str]:
+    """Give the fields that were said, as people read them, by name."""
+    said = ((name, getattr(intent, name)) for name in PARSERS)
+    return {
+        name: _SHOWN.get(PARSERS[name], str)(value) for name, value in said if value is not None
+    }
 
 
 def settings_of(intent: Intent) -> dict[str, str]:

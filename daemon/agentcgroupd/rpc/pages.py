@@ -24,8 +24,8 @@ Key = tuple[int, str]
 """Place of an item in its list: a time or a number, and the item's id."""
 
 
-def _key_of(token: str) -> Key | None:
-    """Read the token that `_token` made; None for an empty one. Raises InvalidField."""
+def key_of(token: str) -> Key | None:
+    """Read the token that `token_of` made; None for an empty one. Raises InvalidField."""
     if not token:
         return None
     number, _, item_id = token.partition(".")
@@ -37,7 +37,7 @@ def _key_of(token: str) -> Key | None:
     raise InvalidField("page_token", token, "the next_page_token of the page before")
 
 
-def _token(key: Key) -> str:
+def token_of(key: Key) -> str:
     return f"{key[0]}.{key[1]}"
 
 
@@ -54,7 +54,7 @@ async def page(
     with what makes its message. One whose cgroup is gone is left out. `most`: items at most; 0: as
     many as fit. Raises InvalidField for a token that is none.
     """
-    after = _key_of(token)
+    after = key_of(token)
     most = min(most or PAGE_ITEMS_MAX, PAGE_ITEMS_MAX)
     found: list[M] = []
     last, size = (0, ""), 0
@@ -62,7 +62,7 @@ async def page(
         if after is not None and (key >= after if newest_first else key <= after):
             continue
         if len(found) >= most or size > PAGE_BYTES:
-            return found, _token(last)
+            return found, token_of(last)
         await slices.breathe()
         try:
             made = make()

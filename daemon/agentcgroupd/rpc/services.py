@@ -30,12 +30,14 @@ from agentcgroupd.errors import (
     as_request_error,
 )
 from agentcgroupd.guard.policy_files import PolicyFiles
+from agentcgroupd.history.read import ALL
 from agentcgroupd.host.listening import remove_stale
 from agentcgroupd.rpc.agent_calls import AgentCalls, refuse_unknown
 from agentcgroupd.rpc.callers import Caller
 from agentcgroupd.rpc.frames import FRAME_BYTES_MAX
 from agentcgroupd.rpc.gate import Gate, abort
 from agentcgroupd.rpc.pages import list_reports
+from agentcgroupd.rpc.past import Past, scope_of
 from agentcgroupd.rpc.peers import check_operator
 from agentcgroupd.rpc.relay import Relay
 from agentcgroupd.rpc.views import Views
@@ -54,6 +56,9 @@ METADATA_BYTES_MAX = 8192
 STREAMS_OF_CONNECTION = 256
 GRACE_S = 0.5
 
+OPERATOR = "operator"
+"""Whose questions to the store are the operator's."""
+
 Context = grpc.aio.ServicerContext[Any, Any]
 Service = TypeVar("Service", bound="_Service")
 Request = TypeVar("Request", bound=message.Message)
@@ -70,6 +75,7 @@ class Parts:
     queue: AdmissionQueue
     agent_calls: AgentCalls
     views: Views
+    past: Past
     policy_files: PolicyFiles
     notices: Notices
     turns: Turns
@@ -176,7 +182,11 @@ class AgentService(_Service, pb_grpc.AgentServicer):
     async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:
         """Find the report of an ended call of the caller's session; without an id, the newest."""
         caller = self._caller(context)
-        return _report(caller.session, request.call_id, caller.sees_report)
+        try:
+            return _report(caller.session, request.call_id, caller.sees_report)
+        except NotFound as missing:
+            past, asker = self.parts.past, caller.session.turns_key
+            return await past.report_or(missing, scope_of(caller), asker, request.call_id)
 
     @answers
     async def ListReports(
@@ -186,6 +196,25 @@ class AgentService(_Service, pb_grpc.AgentServicer):
         caller = self._caller(context)
         slices = self.slices(context)
         return await list_reports([caller.session], request, slices, caller.sees_report)
+
+    @answers
+    async def ListHistory(
+        self, request: pb.ListHistoryRequest, context: Context
+    ) -> pb.ListHistoryResponse:
+        """List reports of the caller's session from the store, newest first."""
+        caller = self._caller(context)
+        if request.session_id not in ("", caller.session.id):
+            raise NotFound("an agent sees its own session only", "session_id", request.session_id)
+        asker = caller.session.turns_key
+        return await self.parts.past.list_history(scope_of(caller), asker, request)
+
+    @answers
+    async def GetStory(self, request: pb.GetStoryRequest, context: Context) -> pb.Story:
+        """Tell what happened to a call of the caller's session."""
+        caller = self._caller(context)
+        asker = caller.session.turns_key
+        past = self.parts.past
+        return await past.story(scope_of(caller), asker, request.call_id, caller.sees)
 
     async def WatchFeedback(
         self, request: pb.WatchFeedbackRequest, context: Context
@@ -306,23 +335,61 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         if not request.call_id:
             one = pb.ListReportsRequest(limit=1)
             newest = await list_reports(self._sessions(""), one, self.slices(context))
-            if newest.reports:
+            missing = NotFound("there is no report yet: no call has ended", "call_id", "")
+            if not self.parts.past.is_kept and newest.reports:
                 return newest.reports[0]
-            raise NotFound("there is no report yet: no call has ended", "call_id", "")
+            return await self.parts.past.report_or(missing, ALL, OPERATOR, "")
         for session in self._sessions(""):
             if session.report(request.call_id) or request.call_id in session.calls:
                 return _report(session, request.call_id)
         sentence = f"there is no report of a call {request.call_id[:64]!r}"
-        raise NotFound(sentence, "call_id", request.call_id)
+        missing = NotFound(sentence, "call_id", request.call_id)
+        return await self.parts.past.report_or(missing, ALL, OPERATOR, request.call_id)
 
     @answers
     async def ListReports(
         self, request: pb.ListReportsRequest, context: Context
     ) -> pb.ListReportsResponse:
-        """List the newest reports of one session or of all."""
+        """List the newest reports of one session or of all; where there is a store, of closed ones
+        as well."""
         self._check(context)
+        is_open = request.session_id in self.parts.sessions.open
+        if self.parts.past.is_kept and not is_open:
+            return await self._list_past(request)
         sessions = self._sessions(request.session_id)
         return await list_reports(sessions, request, self.slices(context))
+
+    async def _list_past(self, request: pb.ListReportsRequest) -> pb.ListReportsResponse:
+        """Answer ListReports from the store."""
+        asked = pb.ListHistoryRequest(
+            session_id=request.session_id, limit=request.limit, page_token=request.page_token
+        )
+        found = await self.parts.past.list_history(ALL, OPERATOR, asked)
+        if request.session_id and not found.reports:
+            self.parts.sessions.get(request.session_id)
+        return pb.ListReportsResponse(reports=found.reports, next_page_token=found.next_page_token)
+
+    @answers
+    async def ListHistory(
+        self, request: pb.ListHistoryRequest, context: Context
+    ) -> pb.ListHistoryResponse:
+        """List reports from the store, newest first."""
+        self._check(context)
+        return await self.parts.past.list_history(ALL, OPERATOR, request)
+
+    @answers
+    async def ListPastSessions(
+        self, request: pb.ListPastSessionsRequest, context: Context
+    ) -> pb.ListPastSessionsResponse:
+        """List sessions from the store, the one opened last first."""
+        self._check(context)
+        return await self.parts.past.list_sessions(OPERATOR, request)
+
+    @answers
+    async def GetStory(self, request: pb.GetStoryRequest, context: Context) -> pb.Story:
+        """Tell what happened to a call of any session."""
+        self._check(context)
+        return await self.parts.past.story(ALL, OPERATOR, request.call_id, lambda _: True)
 
     @answers
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.PolicyState:

@@ -93,10 +93,21 @@ class SessionLifecycle:
     def restore(self) -> Iterator[Session]:
         """Take up the sessions that an earlier daemon left, one after the other."""
         for session in self._cgroups.restore():
+            self._remember(session)
             self._follow(session)
             yield session
 
+    def _remember(self, session: Session) -> None:
+        """Have a session kept in history, as it is now or, where that cannot be read, by its
+        name."""
+        try:
+            described = self.describe(session, admin=True)
+        except CgroupGone:
+            described = pb.Session(id=session.id, opened_unix_usec=session.opened_unix_usec)
+        self._notices.history.session_opened(described)
+
     def _opened(self, session: Session) -> Session:
+        self._remember(session)
         self._follow(session)
         path, adopted = session.cgroup_path, session.adopted
         self._notices.audit.write(
@@ -124,13 +135,13 @@ class SessionLifecycle:
                 return
         except CgroupGone:
             log.debug("session %s: its cgroup is gone", session.id)
-        self._close_soon(session)
+        self._close_soon(session, "the last process of its container ended")
 
     # Closing
 
-    async def close(self, session: Session) -> int:
-        """End a session's calls, then its agent; returns how many calls were ended. Raises
-        RequestError or KnobError, and the session is then still open."""
+    async def close(self, session: Session, why: str = "the operator closed it") -> int:
+        """End a session's calls, then its agent; returns how many calls were ended. `why`: a
+        clause. Raises RequestError or KnobError, and the session is then still open."""
         if session.closing:
             raise FailedPrecondition(f"session {session.id} is being closed already")
         session.closing = True
@@ -151,20 +162,21 @@ class SessionLifecycle:
             self._events.unwatch(session.watch)
         for observer in self._observers:
             observer.session_closed(session)
-        self._notices.audit.write("session_closed", session=session.id, calls_ended=ended)
+        self._notices.audit.write("session_closed", session=session.id, calls_ended=ended, why=why)
+        self._notices.history.session_closed(session.id, last, why)
         event = pb.Event(session_closed=last or pb.Session(id=session.id))
         self._notices.feed.publish(session.id, event)
         self._notices.feed.end(session.id)
         return ended
 
-    def _close_soon(self, session: Session) -> None:
-        task = asyncio.get_running_loop().create_task(self._close_quietly(session))
+    def _close_soon(self, session: Session, why: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._close_quietly(session, why))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    async def _close_quietly(self, session: Session) -> None:
+    async def _close_quietly(self, session: Session, why: str) -> None:
         try:
-            await self.close(session)
+            await self.close(session, why)
         except AgentcgroupdError as error:
             log.warning("session %s could not be closed: %s", session.id, error)
 
@@ -184,7 +196,7 @@ class SessionLifecycle:
         for session in list(self._sessions.open.values()):
             if not session.closing and not session.cgroup.exists():
                 log.warning("session %s: its cgroup was removed by someone else", session.id)
-                self._close_soon(session)
+                self._close_soon(session, "its cgroup was removed by someone else")
             yield
 
     @staticmethod

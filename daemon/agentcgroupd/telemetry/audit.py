@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ TELL_EVERY_S = 60.0
 """How often it is told that entries of a session are being left out, while they are."""
 OF_OPERATOR = ("session_opened", "session_closed")
 """Entries about a session that it cannot cause by itself."""
+_AT = re.compile(rb'\{"at_unix_usec": (\d{1,19}),')
 _SESSION = re.compile(rb'"session": "([a-z0-9][a-z0-9_.-]{0,62})"')
 
 
@@ -79,11 +80,17 @@ class Audit:
     daemon."""
 
     def __init__(
-        self, path: Path | None, max_bytes: int, limits: AuditLimits | None = None
+        self,
+        path: Path | None,
+        max_bytes: int,
+        limits: AuditLimits | None = None,
+        also: Callable[[str, Mapping[str, Any]], None] = lambda event, fields: None,
     ) -> None:
-        """`path` None: nothing is written. `limits`: more than the size of a file. Raises OSError
-        if the log cannot be opened now."""
+        """`path` None: nothing is written. `limits`: more than the size of a file. `also`: is told
+        of each entry, those that are left out or lost here among them. Raises OSError if the log
+        cannot be opened now."""
         self._path = path
+        self._also = also
         self._limits = limits or AuditLimits(max_bytes)
         self._fd = -1
         self.lost = 0
@@ -204,6 +211,7 @@ class Audit:
     def write(self, event: str, **fields: Any) -> None:
         """Append one entry; protobuf messages are written as JSON objects with their field
         names."""
+        self._also(event, fields)
         if self._fd < 0 or self._path is None:
             return
         session = fields.get("session") or ""
@@ -331,8 +339,9 @@ class Audit:
 
     # Reading back
 
-    def ended_reports(self) -> Iterator[pb.Report]:
-        """Reports in the newest part of the log, oldest first; damaged lines are passed over."""
+    def ended_reports(self, since_usec: int = 0) -> Iterator[pb.Report]:
+        """Reports in the newest part of the log, oldest first, written since a time; damaged lines
+        are passed over. Raises OSError."""
         if self._path is None:
             return
         for path, start in self._newest_part(self._path):
@@ -341,7 +350,9 @@ class Audit:
                 if start:
                     file.readline()
                 for line in file:
-                    if b'"event": "call_ended"' in line and (report := _report_of(line)):
+                    if b'"event": "call_ended"' not in line or _written_before(line, since_usec):
+                        continue
+                    if (report := _report_of(line)) is not None:
                         yield report
 
     @staticmethod
@@ -359,6 +370,12 @@ class Audit:
             parts.insert(0, (file, max(0, size - left)))
             left -= size
         return parts
+
+
+def _written_before(line: bytes, usec: int) -> bool:
+    """Tell whether a line begins with an earlier time; that is read without reading all of it."""
+    at = _AT.match(line)
+    return at is not None and int(at[1]) < usec
 
 
 def _report_of(line: bytes) -> pb.Report | None:

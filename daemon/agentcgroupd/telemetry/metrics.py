@@ -88,6 +88,8 @@ class Metrics:
         self.audit_left_out = gauge(
             "audit_entries_left_out", "Audit entries of sessions beyond their share or rate"
         )
+        self.history_lost = gauge("history_rows_lost", "Rows of history that could not be kept")
+        self.history_bytes = gauge("history_bytes", "Size of the history that is kept")
         self.loop_lag = histogram("loop_lag_seconds", "Lateness of the event loop", SECONDS_BUCKETS)
 
     def _add_gpu(self, counter: Callable[..., Counter], gauge: Callable[..., Gauge]) -> None:

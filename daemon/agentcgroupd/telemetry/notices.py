@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agentcgroup.text import printable
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.history.history import History
 from agentcgroupd.state.session import HISTORY_KEPT, Call, Session, unix_usec
 from agentcgroupd.telemetry.audit import Audit
 from agentcgroupd.telemetry.feed import Feed
@@ -22,6 +23,8 @@ class Notices:
     audit: Audit
     metrics: Metrics
     feed: Feed
+    history: History = field(default_factory=History)
+    """What is told of sessions and by feedback; entries of the log come to it from there."""
 
     def tell(self, session: Session, call_id: str, feedback: pb.Feedback) -> None:
         """Send feedback to whoever listens to the session, and count it. `call_id`: the open call
@@ -29,6 +32,7 @@ class Notices:
         feedback.call_id, feedback.session_id = call_id, session.id
         feedback.at_unix_usec = feedback.at_unix_usec or unix_usec()
         self.metrics.count_feedback(feedback)
+        self.history.told(feedback)
         if (call := session.calls.get(call_id)) is not None:
             call.history = (*call.history, feedback)[-HISTORY_KEPT:]
         if self.feed.listening:

@@ -190,6 +190,7 @@ class DaemonBackend:
             f'[pool]\ncgroup = "/{pool}"\nmemory_max = {json.dumps(str(pool_bytes))}\n'
             f'[server]\nrun_dir = {json.dumps(str(self._run_dir))}\nmetrics_address = ""\n'
             f"[audit]\npath = {json.dumps(str(work / 'audit.jsonl'))}\n"
+            "[history]\npath = ''\n"
             f"[policy]\npath = {json.dumps(str(_policy(work, memory_scale)))}\n",
             encoding="utf-8",
         )
