@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from agentcgroup import paths, queries
 from agentcgroup.channel import Client, Connection
@@ -13,10 +14,12 @@ from agentcgroup.types import (
     CallInfo,
     Event,
     Explanation,
+    PastSession,
     PolicyState,
     PoolInfo,
     Report,
     SessionInfo,
+    Story,
 )
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1.agentcgroup_pb2_grpc import AdminStub
@@ -83,6 +86,38 @@ class Admin(Client[AdminStub]):
     def reports(self, limit: int = 20, session_id: str = "") -> list[Report]:
         """Return the newest reports, newest first, of one session or of all."""
         return self._ask(queries.reports(limit, session_id))
+
+    def history(
+        self,
+        session_id: str = "",
+        *,
+        verdicts: Iterable[str] = (),
+        since: float = 0,
+        limit: int = 20,
+    ) -> list[Report]:
+        """Return reports from the store, newest first, of closed sessions as well.
+
+        Args:
+            session_id: only of sessions of this name; empty: of all.
+            verdicts: only these, e.g. Verdict.TIMEOUT; empty: all.
+            since: only calls that ended then or later, in seconds since 1970.
+            limit: at most so many.
+        """
+        return self._ask(queries.history(session_id, verdicts, since, limit))
+
+    def past_sessions(
+        self, session_id: str = "", *, since: float = 0, limit: int = 20
+    ) -> list[PastSession]:
+        """Return sessions from the store, open and closed, the one opened last first."""
+        return self._ask(queries.past_sessions(session_id, since, limit))
+
+    def story(self, call_id: str) -> Story:
+        """Return what happened to a call of any session, in order.
+
+        Raises:
+            CallNotFound: nothing is known of it.
+        """
+        return self._ask(queries.story(call_id))
 
     def policy(self) -> PolicyState:
         """Return the policy in force, and how its rulesets stand."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +25,7 @@ from agentcgroup.process import CallProcess, communicate, start
 from agentcgroup.queries import Query
 from agentcgroup.results import Result
 from agentcgroup.streams import AsyncStream
-from agentcgroup.types import Budget, CallInfo, Feedback, Grant, Report, SessionInfo
+from agentcgroup.types import Budget, CallInfo, Feedback, Grant, Report, SessionInfo, Story
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1.agentcgroup_pb2_grpc import AgentStub
 
@@ -260,6 +260,26 @@ class AsyncAgent:
     async def reports(self, limit: int = 20) -> list[Report]:
         """Return the newest reports, newest first."""
         return await self._ask(queries.reports(limit))
+
+    async def history(
+        self, *, verdicts: Iterable[str] = (), since: float = 0, limit: int = 20
+    ) -> list[Report]:
+        """Return reports of this session from the store, newest first.
+
+        Args:
+            verdicts: only these, e.g. Verdict.TIMEOUT; empty: all.
+            since: only calls that ended then or later, in seconds since 1970.
+            limit: at most so many.
+        """
+        return await self._ask(queries.history("", verdicts, since, limit))
+
+    async def story(self, call_id: str) -> Story:
+        """Return what happened to a call of this session, in order.
+
+        Raises:
+            CallNotFound: nothing is known of it.
+        """
+        return await self._ask(queries.story(call_id))
 
     async def end_call(self, call_id: str, *, detach: bool = False) -> Report:
         """End an open call of this session by its id; with `detach`, leave its processes alone."""

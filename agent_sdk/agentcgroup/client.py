@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +20,7 @@ from agentcgroup.launch import Launch
 from agentcgroup.queries import Query
 from agentcgroup.results import CallPopen, Result
 from agentcgroup.streams import Stream
-from agentcgroup.types import Budget, CallInfo, Feedback, Grant, Report, SessionInfo
+from agentcgroup.types import Budget, CallInfo, Feedback, Grant, Report, SessionInfo, Story
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1.agentcgroup_pb2_grpc import AgentStub
 
@@ -237,6 +238,26 @@ class Agent(Client[AgentStub]):
     def reports(self, limit: int = 20) -> list[Report]:
         """Return the newest reports, newest first."""
         return self._ask(queries.reports(limit))
+
+    def history(
+        self, *, verdicts: Iterable[str] = (), since: float = 0, limit: int = 20
+    ) -> list[Report]:
+        """Return reports of this session from the store, newest first.
+
+        Args:
+            verdicts: only these, e.g. Verdict.TIMEOUT; empty: all.
+            since: only calls that ended then or later, in seconds since 1970.
+            limit: at most so many.
+        """
+        return self._ask(queries.history("", verdicts, since, limit))
+
+    def story(self, call_id: str) -> Story:
+        """Return what happened to a call of this session, in order.
+
+        Raises:
+            CallNotFound: nothing is known of it.
+        """
+        return self._ask(queries.story(call_id))
 
     def end_call(self, call_id: str, *, detach: bool = False) -> Report:
         """End an open call of this session by its id; with `detach`, leave its processes alone."""

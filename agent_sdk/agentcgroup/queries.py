@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from agentcgroup.errors import InvalidIntent
 from agentcgroup.flow import Flow, Rpc
-from agentcgroup.types import Budget, CallInfo, Grant, Report, SessionInfo
+from agentcgroup.types import (
+    Budget,
+    CallInfo,
+    Grant,
+    PastSession,
+    Report,
+    SessionInfo,
+    Story,
+    Verdict,
+)
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 
 T = TypeVar("T")
@@ -81,6 +91,43 @@ def reports(limit: int, session_id: str = "") -> Pages[Report]:
     request = pb.ListReportsRequest(session_id=session_id, limit=limit)
     read = Report.from_proto
     return Pages("ListReports", request, lambda reply: [*map(read, reply.reports)], limit or 20)
+
+
+def _verdict(word: str) -> pb.Verdict.ValueType:
+    """Return a verdict's number by its word. Raises InvalidIntent."""
+    try:
+        return pb.Verdict.Value(f"VERDICT_{word.upper()}")
+    except ValueError:
+        allowed = ", ".join(verdict.value for verdict in Verdict)
+        sentence = f"verdicts: {word!r} cannot be used: allowed is {allowed}"
+        raise InvalidIntent(sentence, field="verdicts", value=word, allowed=allowed) from None
+
+
+def history(session_id: str, verdicts: Iterable[str], since: float, limit: int) -> Pages[Report]:
+    """Ask for reports from the store, newest first; only the operator may name a session. `since`:
+    seconds since 1970."""
+    request = pb.ListHistoryRequest(
+        session_id=session_id,
+        verdicts=[_verdict(word) for word in verdicts],
+        since_unix_usec=int(since * 1e6),
+        limit=limit,
+    )
+    read = Report.from_proto
+    return Pages("ListHistory", request, lambda reply: [*map(read, reply.reports)], limit)
+
+
+def past_sessions(session_id: str, since: float, limit: int) -> Pages[PastSession]:
+    """Ask for sessions from the store, the one opened last first."""
+    request = pb.ListPastSessionsRequest(
+        session_id=session_id, since_unix_usec=int(since * 1e6), limit=limit
+    )
+    read = PastSession.from_proto
+    return Pages("ListPastSessions", request, lambda reply: [*map(read, reply.sessions)], limit)
+
+
+def story(call_id: str) -> Query[Story]:
+    """Ask what happened to a call."""
+    return Query("GetStory", pb.GetStoryRequest(call_id=call_id), Story.from_proto)
 
 
 def sessions() -> Pages[SessionInfo]:

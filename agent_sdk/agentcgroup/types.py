@@ -398,6 +398,62 @@ class PoolInfo(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
+class SessionSums(_Answer):
+    """Sums over the ended calls of a session. What a call inside another one used, is in the outer
+    one's numbers."""
+
+    calls: int
+    calls_not_ok: int
+    """Calls with another verdict than `ok`."""
+    wall_usec: int
+    waited_usec: int
+    frozen_usec: int
+    cpu_usage_usec: int
+    memory_peak_bytes: int | None
+    """The largest peak of a call."""
+    memory_byte_seconds: float | None
+    """Peaks times wall times: at most this much was held."""
+
+
+@dataclass(frozen=True, slots=True)
+class PastSession(_Answer):
+    """A session as the store has it, open or closed."""
+
+    session: SessionInfo | None
+    closed_unix_usec: int
+    """0: it is open."""
+    closed_why: str
+    sums: SessionSums | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step(_Answer):
+    """One thing that happened to a call, or to its session while it ran."""
+
+    at_unix_usec: int
+    what: str
+    """`asked`, `granted`, `fact`, `ended`, or an event as the audit log names it."""
+    sentence: str
+    numbers: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Story(_Answer):
+    """What happened to a call, oldest first.
+
+    report: None while the call is open. advice: what to try next time.
+    """
+
+    call_id: str
+    session_id: str
+    name: str
+    steps: tuple[Step, ...]
+    steps_left_out: int
+    report: Report | None
+    advice: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RulesetState(_Answer):
     """A ruleset of the policy: what it does, and whether its conditions hold."""
 
@@ -462,6 +518,10 @@ _MESSAGES: dict[str, type[_Answer]] = {
     "Session": SessionInfo,
     "CpuNumbers": CpuNumbers,
     "Pool": PoolInfo,
+    "SessionSums": SessionSums,
+    "PastSession": PastSession,
+    "Step": Step,
+    "Story": Story,
     "RulesetState": RulesetState,
     "PolicyState": PolicyState,
     "Explanation": Explanation,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
+from agentcgroup import errors
 from agentcgroup.admin import Admin
+from agentcgroup.client import Agent
 from agentcgroup.types import CpuNumbers, GpuUsage, Report, Verdict
 
 from . import common
@@ -29,6 +32,8 @@ def add_commands(subparsers: common.Subparsers) -> None:
     which.add_argument("call", nargs="?", metavar="CALL", help="the call's id; else the newest")
     which.add_argument("--last", action="store_true", help="the newest (as without CALL)")
     which.add_argument("--limit", type=whole_number, metavar="N", help="a table of the newest N")
+    session = "only of this session, closed or open (root)"
+    parser.add_argument("--session", default="", metavar="NAME", help=session)
     parser.add_argument(
         "--check", action="store_true", help="exit with 1 unless the verdict is 'ok'"
     )
@@ -73,9 +78,12 @@ def run_end(args: argparse.Namespace) -> int:
 
 def run_report(args: argparse.Namespace) -> int:
     """Print the report of one call, or a table of the newest."""
+    if args.call and args.session:
+        say("agentcg: a call's id and --session are not asked for together", file=sys.stderr)
+        return common.USAGE
     with common.either() as client:
-        if args.limit:
-            reports = client.reports(args.limit)
+        if args.limit or args.session:
+            reports = newest_of(client, args.session, args.limit or 1)
         else:
             reports = [client.report(args.call)]
     if args.json:
@@ -87,6 +95,24 @@ def run_report(args: argparse.Namespace) -> int:
         print_report(reports[0])
     bad = any(report.verdict is not Verdict.OK for report in reports)
     return common.BAD if args.check and bad else common.OK
+
+
+def newest_of(client: Admin | Agent, session: str, limit: int) -> list[Report]:
+    """Return the newest reports of a session, open or closed; of all for no name.
+
+    Raises:
+        CallNotFound: a session was named, and no call of it is known to have ended.
+        PermissionDenied: this is not the operator, and it is another session.
+    """
+    if isinstance(client, Admin):
+        reports = client.reports(limit, session)
+    elif session in ("", client.session().id):
+        reports = client.reports(limit)
+    else:
+        raise errors.PermissionDenied(f"session {session!r} is not the one that this process is in")
+    if session and not reports:
+        raise errors.CallNotFound(f"there is no report of a call of session {session!r}")
+    return reports
 
 
 def verdict_text(verdict: Verdict) -> str:
