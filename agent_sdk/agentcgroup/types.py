@@ -441,7 +441,8 @@ class Step(_Answer):
 class Story(_Answer):
     """What happened to a call, oldest first.
 
-    report: None while the call is open. advice: what to try next time.
+    report: None while the call is open, and where nobody saw it end. advice: what to try next time.
+    state: of a call that is open or waits.
     """
 
     call_id: str
@@ -451,6 +452,7 @@ class Story(_Answer):
     steps_left_out: int
     report: Report | None
     advice: tuple[str, ...]
+    state: CallState = CallState.UNSPECIFIED
 
 
 @dataclass(frozen=True, slots=True)

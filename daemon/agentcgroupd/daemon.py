@@ -220,7 +220,7 @@ class Daemon:
             queue,
             agent_calls,
             views,
-            Past(notices.history, calls.open.get),
+            Past(notices.history, calls.open.get, queue.waits),
             policy_files,
             notices,
             turns,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from agentcgroup import errors
 from agentcgroup.admin import Admin
-from agentcgroup.types import PastSession, Report, Story, Verdict
+from agentcgroup.types import CallState, PastSession, Report, Story, Verdict
 
 from . import common
 from .audit import moment
@@ -155,7 +155,8 @@ def print_story(story: Story) -> None:
     head = f"call {story.call_id}  {story.name}  (session {story.session_id})"
     report = story.report
     if report is None:
-        say(f"{head}: it is open")
+        is_over = story.state is CallState.UNSPECIFIED
+        say(f"{head}: {'nobody saw how it ended' if is_over else story.state}")
     else:
         say(f"{head}: {verdict_text(report.verdict)}")
         if report.argv:

@@ -131,6 +131,10 @@ class AdmissionQueue:
     def __len__(self) -> int:
         return len(self._tickets)
 
+    def waits(self, call_id: str) -> bool:
+        """Tell whether a call waits."""
+        return call_id in self._tickets
+
     def count(self, session: Session) -> int:
         """How many calls of one session wait."""
         return len(self.of(session)) if self._tickets else 0

@@ -3,7 +3,7 @@ ended. Made of its report and of what was kept about it; a decision is told in i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -17,40 +17,55 @@ _OF_SESSION = "The whole session: "
 
 
 def story(
+    call_id: str,
+    session_id: str,
     call: pb.Call | None,
     report: pb.Report | None,
-    entries: Iterable[Happened],
+    entries: Sequence[Happened],
 ) -> pb.Story:
-    """Tell of a call. `call`: as it is now; None: it has ended, and there is a `report` then."""
-    known = call if call is not None else report
-    assert known is not None
-    asked_usec = known.began_unix_usec - known.waited_usec
-    steps = [step for entry in entries for step in _steps_of(entry, asked_usec)]
-    told = pb.Story(session_id=known.session_id, name=known.name)
-    told.call_id = call.id if call is not None else getattr(report, "call_id", "")
-    waited = known.waited_usec
-    if known.HasField("grant"):
-        steps.append(_granted(known.grant, known.began_unix_usec))
+    """Tell of a call. `call`: as it is now, if it is open; `report`: if it has ended. Without both
+    it waits, or nobody saw how it ended."""
+    known = report if report is not None else call
+    began_usec = known.began_unix_usec if known is not None else _began_usec(entries)
+    waited_usec = known.waited_usec if known is not None else 0
+    steps = [step for e in entries for step in _steps_of(e, began_usec - waited_usec, began_usec)]
+    if known is not None and known.HasField("grant"):
+        steps.append(_granted(known.grant, began_usec))
+    if waited_usec and not any(step.what == "call_started" for step in steps):
+        sentence = f"It began after {show_usec(waited_usec)} in the queue."
+        numbers = {"waited_usec": float(waited_usec)}
+        steps.append(_step(began_usec, "call_started", sentence, numbers))
     if report is not None:
         steps += [_fact(fact) for fact in report.facts]
-        told.report.CopyFrom(report)
-        told.advice.extend(_advice(report))
-    if waited and not any(step.what == "call_started" for step in steps):
-        sentence = f"It began after {show_usec(waited)} in the queue."
-        numbers = {"waited_usec": float(waited)}
-        steps.append(_step(known.began_unix_usec, "call_started", sentence, numbers))
     # A fact whose time is not known is told right before the end.
     last = max((step.at_unix_usec for step in steps), default=0)
-    steps.sort(key=lambda step: (step.at_unix_usec or last, _ORDER.get(step.what, 1)))
+    steps.sort(key=lambda step: (step.at_unix_usec or last, _ORDER.get(step.what, 2)))
     if report is not None:
         steps.append(_end(report))
     kept = _middle_left_out(steps)
-    told.steps.extend(kept)
-    told.steps_left_out = len(steps) - len(kept)
-    return told
+    return pb.Story(
+        call_id=call_id,
+        session_id=session_id,
+        name=known.name if known is not None else _name(entries),
+        steps=kept,
+        steps_left_out=len(steps) - len(kept),
+        report=report,
+        advice=[] if report is None else _advice(report),
+        state=pb.CALL_STATE_UNSPECIFIED if call is None else call.state,
+    )
 
 
-_ORDER = {"asked": -2, "call_waiting": -1, "call_started": 0, "granted": 0}
+def _began_usec(entries: Sequence[Happened]) -> int:
+    of_call = (entry.at_usec for entry in entries if not entry.of_session)
+    return min(of_call, default=0)
+
+
+def _name(entries: Sequence[Happened]) -> str:
+    names = (str(e.fields["name"]) for e in entries if not e.of_session and "name" in e.fields)
+    return next(names, "")
+
+
+_ORDER = {"asked": -2, "call_waiting": -1, "call_started": 0, "granted": 1}
 """What comes first of steps of the same moment."""
 
 
@@ -101,8 +116,8 @@ def _granted(grant: pb.Grant, at_usec: int) -> pb.Step:
 # What happened
 
 
-def _steps_of(entry: Happened, asked_usec: int) -> list[pb.Step]:
-    """Tell an entry. `asked_usec`: when the call was asked for."""
+def _steps_of(entry: Happened, asked_usec: int, began_usec: int) -> list[pb.Step]:
+    """Tell an entry. `asked_usec`, `began_usec`: when the call was asked for, and when it began."""
     fields = entry.fields
     numbers = {
         name: float(value)
@@ -124,7 +139,8 @@ def _steps_of(entry: Happened, asked_usec: int) -> list[pb.Step]:
     if why:
         sentence = f"{sentence.removesuffix('.')}: {why}" if words is not None else why
     of_session = _OF_SESSION if entry.of_session else ""
-    return [_step(entry.at_usec, entry.event, f"{of_session}{sentence}", numbers)]
+    at_usec = began_usec if entry.event == "call_started" else entry.at_usec
+    return [_step(at_usec, entry.event, f"{of_session}{sentence}", numbers)]
 
 
 def _bytes(fields: Mapping[str, Any], name: str) -> str:

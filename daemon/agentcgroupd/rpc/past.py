@@ -10,7 +10,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.errors import InvalidField, NotFound, RequestError
 from agentcgroupd.history import read
 from agentcgroupd.history.history import History
-from agentcgroupd.history.read import Happened, Place, Scope
+from agentcgroupd.history.read import ALL, Happened, Place, Scope
 from agentcgroupd.history.rows import SessionKey
 from agentcgroupd.history.story import story
 from agentcgroupd.rpc.callers import Caller
@@ -34,9 +34,14 @@ def scope_of(caller: Caller) -> Scope:
 class Past:
     """Answers from the store, each within what the caller may see."""
 
-    def __init__(self, history: History, open_call: Callable[[str], Call | None]) -> None:
-        """`open_call`: finds an open call by its id."""
-        self._history, self._open_call = history, open_call
+    def __init__(
+        self,
+        history: History,
+        open_call: Callable[[str], Call | None],
+        waits: Callable[[str], bool],
+    ) -> None:
+        """`open_call`: finds an open call by its id. `waits`: whether one is in the queue."""
+        self._history, self._open_call, self._waits = history, open_call, waits
 
     @property
     def is_kept(self) -> bool:
@@ -98,12 +103,17 @@ class Past:
         call = self._open_call(call_id)
         if call is not None and not (_is_of(call, scope) and sees(call)):
             call = None
-        found = await self._history.ask(asker, partial(_gather, scope, call, call_id))
+        query = partial(_gather, scope, call, call_id)
+        found = await self._history.ask(asker, query)
         if found is None:
             raise NotFound(f"nothing is known of a call {call_id!r}", "call_id", call_id)
-        report, entries = found
-        described = None if report is not None or call is None else call_to_proto(call, admin=False)
-        return story(described, report, entries)
+        session_id, report, entries = found
+        is_open = report is None and call is not None
+        described = call_to_proto(call, admin=False) if is_open and call is not None else None
+        told = story(call_id, session_id, described, report, entries)
+        if report is None and call is None and self._waits(call_id):
+            told.state = pb.CALL_STATE_WAITING
+        return told
 
     async def report_or(
         self, refusal: RequestError, scope: Scope, asker: str, call_id: str
@@ -125,22 +135,23 @@ def _is_of(call: Call, scope: Scope) -> bool:
 
 def _gather(
     scope: Scope, call: Call | None, call_id: str, db: sqlite3.Connection
-) -> tuple[pb.Report | None, list[Happened]] | None:
-    """Read what there is of a call; None: nothing that the caller may see."""
+) -> tuple[str, pb.Report | None, list[Happened]] | None:
+    """Read what there is of a call, with the name of its session; None: nothing that the caller
+    may see."""
     report = read.report(db, scope, call_id)
-    if report is None and call is None:
-        return None
+    known: pb.Report | Call | None = report if report is not None else call
     key = read.session_of(db, call_id)
+    if known is None and not (key is not None and scope in (ALL, Scope(key))):
+        return None
     if key is None:
-        return report, []
-    known = report if report is not None else call
-    assert known is not None
-    begun = known.began_unix_usec - known.waited_usec
-    until = unix_usec() if report is None else report.began_unix_usec + report.wall_usec
+        name = report.session_id if report is not None else call.session.id if call else ""
+        return name, report, []
     entries = read.happened(db, key, call_id)
-    if scope.roots is None:
+    if scope.roots is None and (known is not None or entries):
+        begun = entries[0].at_usec if known is None else known.began_unix_usec - known.waited_usec
+        until = unix_usec() if report is None else report.began_unix_usec + report.wall_usec
         entries += read.happened_to_session(db, key, begun, until)
-    return report, entries
+    return key.name, report, entries
 
 
 def _place(token: str) -> Place:

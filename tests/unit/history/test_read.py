@@ -176,7 +176,7 @@ async def asked(path: Path, question: Any) -> Any:
     """What a question to Past is answered with."""
     history = history_at(path)
     try:
-        return await question(Past(history, lambda _: None))
+        return await question(Past(history, lambda _: None, lambda _: False))
     finally:
         await history.close()
 
@@ -232,7 +232,7 @@ def test_what_was_just_told_can_be_read(tmp_path: Path) -> None:
     async def life() -> list[int]:
         history = history_at(tmp_path / "history.db")
         history.session_opened(pb.Session(id="alpha", opened_unix_usec=OPENED_USEC))
-        past, counts = Past(history, lambda _: None), []
+        past, counts = Past(history, lambda _: None, lambda _: False), []
         for number in range(20):
             history.note("call_ended", {"session": "alpha", "report": report(f"c{number}")})
             found = await past.list_history(ALL, "op", pb.ListHistoryRequest(limit=100))
