@@ -26,6 +26,7 @@ ANYWHERE = frozenset(
         "hostile",
         "scale",
         "soak",
+        "history",
     }
 )
 """Benchmarks that any cgroup2 mount will do for, or that start the guest for a part themselves."""

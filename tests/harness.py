@@ -157,8 +157,8 @@ class DaemonProcess:
             pool, config = pool + config.removeprefix("[pool]\n"), ""
         self.config.write_text(
             f"{pool}\n[server]\nrun_dir = {str(self.run_dir)!r}\nmetrics_address = ''\n"
-            f"[audit]\npath = {str(self.audit_path)!r}\n"
-            f"[history]\npath = {str(self.history_path)!r}\n{config}"
+            f"[audit]\npath = {str(self.audit_path)!r}\n{config}"
+            + ("" if "[history]" in pool + config else self._history())
             # Its verification takes seconds where the CPU is emulated: for tests that ask for it.
             + ("" if "[cpu]" in pool + config else '[cpu]\nscheduler = "off"\n')
         )
@@ -170,6 +170,9 @@ class DaemonProcess:
         self.agents: list[AgentProcess] = []
         self.log = directory / "log"
         self._channel: grpc.Channel | None = None
+
+    def _history(self) -> str:
+        return f"[history]\npath = {str(self.history_path)!r}\n"
 
     @property
     def admin(self) -> pb_grpc.AdminStub:

@@ -149,18 +149,9 @@ def test_an_open_call_is_told_of_as_far_as_it_is(fresh: DaemonProcess) -> None:
 
 
 def test_a_daemon_without_history_says_so_and_answers_from_memory(
-    start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+    start_daemon: StartDaemon,
 ) -> None:
-    write_text = Path.write_text
-
-    def without(self: Path, data: str) -> int:
-        if self.name == "agentcgroupd.toml":
-            before, _, after = data.partition("[history]\npath = ")
-            data = f"{before}[history]\npath = ''\n{after.partition(chr(10))[2]}"
-        return write_text(self, data)
-
-    monkeypatch.setattr(Path, "write_text", without)
-    daemon = start_daemon("")
+    daemon = start_daemon("[history]\npath = ''\n")
     call_id = ran(daemon.open("alpha"), "true")
     assert daemon.admin.GetReport(pb.GetReportRequest()).call_id == call_id
     assert [r.call_id for r in daemon.admin.ListReports(pb.ListReportsRequest()).reports] == [

@@ -147,6 +147,17 @@ def test_it_is_up_in_a_leaf_of_its_own_with_every_controller(admin: pb_grpc.Admi
     ]
 
 
+def test_history_is_kept_with_the_rights_that_it_has(admin: pb_grpc.AdminStub) -> None:
+    """Within the unit's file systems and system calls."""
+    admin.OpenSession(pb.OpenSessionRequest(spec=pb.SessionSpec(id="short")))
+    admin.CloseSession(pb.CloseSessionRequest(session_id="short"))
+    found = admin.ListPastSessions(pb.ListPastSessionsRequest(session_id="short")).sessions
+    assert [past.closed_why for past in found] == ["the operator closed it"]
+    file = Path("/var/lib/agentcgroup/history.db")
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+
+
 @IN_EMULATION
 def test_sessions_and_calls_outlive_a_restart(
     admin: pb_grpc.AdminStub, agent: AgentProcess
@@ -250,13 +261,13 @@ def test_what_it_may_do_is_little(unit: str) -> None:
 
 @IN_EMULATION
 def test_nothing_of_the_host_can_be_written(admin: pb_grpc.AdminStub) -> None:
-    """As the daemon sees the files: the tree of cgroups, its sockets and its log alone."""
+    """As the daemon sees the files: the tree of cgroups, its sockets, log and history alone."""
     main = show("agentcgroupd.service", "MainPID")
     script = """
 for path in /etc /usr /var /var/lib /home /root /boot /opt /sys/kernel /proc/sys/kernel; do
     if [ -e $path ] && touch $path/agentcg-test 2>/dev/null; then echo $path; fi
 done
-touch /run/agentcgroup/private/test /var/log/agentcgroup/test
+touch /run/agentcgroup/private/test /var/log/agentcgroup/test /var/lib/agentcgroup/test
 mkdir /sys/fs/cgroup/agentcg.slice/agentcg-pool.service/pool/test
 rmdir /sys/fs/cgroup/agentcg.slice/agentcg-pool.service/pool/test
 """

@@ -7,12 +7,14 @@ is damaged is set aside and a new one begun; one of a newer daemon is left alone
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import InvalidStateError
 from pathlib import Path
 
 from agentcgroupd.history.queue import Marker, RowQueue
@@ -125,6 +127,9 @@ class Store:
                 going_on = self._guarded_turn()
         finally:
             self._close()
+            if not self._stop.is_set():
+                self.generation = 0
+                self._say_wrong("history is not kept: its thread has failed")
 
     def _guarded_turn(self) -> bool:
         try:
@@ -345,8 +350,10 @@ class Store:
     @staticmethod
     def _reach(rows: Iterable[Row | Marker]) -> None:
         for row in rows:
-            if isinstance(row, Marker) and not row.reached.done():
-                row.reached.set_result(None)
+            if isinstance(row, Marker):
+                # Whoever waited may have given up in this moment.
+                with contextlib.suppress(InvalidStateError):
+                    row.reached.set_result(None)
 
     def _recover(self) -> None:
         """Write what the daemon before may have lost, once."""

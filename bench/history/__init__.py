@@ -1,0 +1,1 @@
+"""Benchmark `history`: what keeping it costs a call, and what asking a large one takes."""
