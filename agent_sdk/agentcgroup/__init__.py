@@ -42,6 +42,7 @@ from agentcgroup.types import (
     Step,
     Story,
     Usage,
+    Usages,
     Verdict,
 )
 
@@ -100,6 +101,7 @@ __all__ = [
     "Story",
     "Unavailable",
     "Usage",
+    "Usages",
     "Verdict",
     "tool",
 ]

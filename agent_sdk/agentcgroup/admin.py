@@ -20,6 +20,7 @@ from agentcgroup.types import (
     Report,
     SessionInfo,
     Story,
+    Usages,
 )
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1.agentcgroup_pb2_grpc import AdminStub
@@ -110,6 +111,19 @@ class Admin(Client[AdminStub]):
     ) -> list[PastSession]:
         """Return sessions from the store, open and closed, the one opened last first."""
         return self._ask(queries.past_sessions(session_id, since, limit))
+
+    def usage(
+        self, by: str = "session", *, session_id: str = "", since: float = 0, limit: int = 20
+    ) -> list[Usages]:
+        """Return sums over ended calls, those whose reports are gone among them.
+
+        Args:
+            by: session, tool or day; days come newest first, the others by their use of CPU.
+            session_id: only of sessions of this name; empty: of all.
+            since: from the day of this time on, in seconds since 1970.
+            limit: at most so many, and not more than 500.
+        """
+        return self._ask(queries.usage(by, session_id, since, limit))
 
     def story(self, call_id: str) -> Story:
         """Return what happened to a call of any session, in order.

@@ -18,6 +18,7 @@ from agentcgroup.types import (
     Report,
     SessionInfo,
     Story,
+    Usages,
     Verdict,
 )
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -123,6 +124,25 @@ def past_sessions(session_id: str, since: float, limit: int) -> Pages[PastSessio
     )
     read = PastSession.from_proto
     return Pages("ListPastSessions", request, lambda reply: [*map(read, reply.sessions)], limit)
+
+
+USAGE_BY = ("session", "tool", "day")
+
+
+def usage(by: str, session_id: str, since: float, limit: int) -> Query[list[Usages]]:
+    """Ask for sums over ended calls. Raises InvalidIntent."""
+    if by not in USAGE_BY:
+        allowed = ", ".join(USAGE_BY)
+        sentence = f"by: {by!r} cannot be used: allowed is {allowed}"
+        raise InvalidIntent(sentence, field="by", value=by, allowed=allowed)
+    request = pb.ListUsageRequest(
+        by=pb.UsageBy.Value(f"USAGE_BY_{by.upper()}"),
+        session_id=session_id,
+        since_unix_usec=int(since * 1e6),
+        limit=limit,
+    )
+    read = Usages.from_proto
+    return Query("ListUsage", request, lambda reply: [*map(read, reply.usages)])
 
 
 def story(call_id: str) -> Query[Story]:

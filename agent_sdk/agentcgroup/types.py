@@ -416,6 +416,14 @@ class SessionSums(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
+class Usages(_Answer):
+    """Sums over the ended calls of a session name, a tool or a day (2026-01-31, in UTC)."""
+
+    key: str
+    sums: SessionSums | None
+
+
+@dataclass(frozen=True, slots=True)
 class PastSession(_Answer):
     """A session as the store has it, open or closed."""
 
@@ -522,6 +530,7 @@ _MESSAGES: dict[str, type[_Answer]] = {
     "Pool": PoolInfo,
     "SessionSums": SessionSums,
     "PastSession": PastSession,
+    "Usages": Usages,
     "Step": Step,
     "Story": Story,
     "RulesetState": RulesetState,

@@ -374,6 +374,11 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
         )
         return pb.ListPastSessionsResponse(sessions=[past])
 
+    def ListUsage(self, request: Any, context: grpc.ServicerContext) -> pb.ListUsageResponse:
+        self._hook("ListUsage", context, request)
+        sums = pb.SessionSums(calls=4, cpu_usage_usec=90_000_000, memory_byte_seconds=3600.0 * MIB)
+        return pb.ListUsageResponse(usages=[pb.Usages(key="web", sums=sums)])
+
     def GetStory(self, request: pb.GetStoryRequest, context: grpc.ServicerContext) -> pb.Story:
         self._hook("GetStory", context)
         report = self.reports.get(request.call_id)

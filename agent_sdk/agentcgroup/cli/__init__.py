@@ -2,7 +2,7 @@
 
 One module a group: status (status, sessions, budget, version), calls (calls, end, report), session,
 policy, streams (feedback, events), audit,
-history (history, explain), trace (doctor, record, replay).
+history (history, usage, explain), trace (doctor, record, replay).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`history`, `explain`: what was, from the daemon's store."""
+"""`history`, `usage`, `explain`: what was, from the daemon's store."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from agentcgroup import errors
 from agentcgroup.admin import Admin
-from agentcgroup.types import CallState, PastSession, Report, Story, Verdict
+from agentcgroup.queries import USAGE_BY
+from agentcgroup.types import CallState, PastSession, Report, Story, Usages, Verdict
 
 from . import common
 from .audit import moment
@@ -38,6 +39,14 @@ def add_commands(subparsers: common.Subparsers) -> None:
     parser.add_argument("--limit", type=whole_number, metavar="N", default=20, help="the newest N")
     sessions = "list sessions instead, with why they were closed and what they took (root)"
     parser.add_argument("--sessions", action="store_true", help=sessions)
+    summary = "Sum up what ended calls took, by session, tool or day (root)."
+    parser = common.command(subparsers, "usage", run_usage, summary)
+    by = "what to sum up by; days are in UTC"
+    parser.add_argument("--by", choices=USAGE_BY, default="session", help=by)
+    parser.add_argument("--session", default="", metavar="NAME", help="only of this session")
+    since = "from the day on that was 10m, 2h, 1d ago, or that of 2026-01-31"
+    parser.add_argument("--since", type=moment, metavar="TIME", default=0, help=since)
+    parser.add_argument("--limit", type=whole_number, metavar="N", default=20, help="the first N")
     summary = "Tell what happened to a call, in order, and why."
     parser = common.command(subparsers, "explain", run_explain, summary)
     parser.add_argument("call", metavar="CALL", help="the call's id")
@@ -137,6 +146,40 @@ def print_past_sessions(found: Sequence[PastSession]) -> None:
 
 def _gib_hours(byte_seconds: float | None) -> str:
     return NONE if byte_seconds is None else f"{byte_seconds / GIB_HOUR:.3g}"
+
+
+def run_usage(args: argparse.Namespace) -> int:
+    """Print sums over ended calls."""
+    with common.admin() as client:
+        since = args.since / 1e6
+        found = client.usage(args.by, session_id=args.session, since=since, limit=args.limit)
+    if args.json:
+        print_json([each.to_dict() for each in found])
+    elif found:
+        print_usage(args.by, found)
+    else:
+        say("no call has ended that this asks for")
+    return common.OK
+
+
+def print_usage(by: str, found: Sequence[Usages]) -> None:
+    """Print a table of sums. CPU in seconds, memory in GiB times hours."""
+    headers = [by.upper(), ">CALLS", ">NOT OK", ">CPU S", ">GIB H", ">WALL", ">WAITED", ">PAUSED"]
+    rows = [
+        [
+            each.key,
+            number(sums.calls),
+            number(sums.calls_not_ok),
+            f"{sums.cpu_usage_usec / 1e6:.1f}",
+            _gib_hours(sums.memory_byte_seconds),
+            duration(sums.wall_usec),
+            duration(sums.waited_usec),
+            duration(sums.frozen_usec),
+        ]
+        for each in found
+        if (sums := each.sums) is not None
+    ]
+    print_table(headers, rows)
 
 
 def run_explain(args: argparse.Namespace) -> int:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import dataclass
 
+from agentcgroupd.history.usage import drop_oldest
+
 FULL_SHARE, FREED_SHARE = 0.95, 0.92
 """Room is made when this part of the pages is in use, until only that part is."""
 LEAST_SHARE = 1 / 64
@@ -17,6 +19,8 @@ LEAST_SHARE = 1 / 64
 closed."""
 ROWS_AT_A_TIME = 200
 PAGES_AT_A_TIME = 500
+USAGE_BYTES = 4096
+"""One row of sums is kept for so much of the store, of which it takes a few percent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +133,7 @@ class Room:
                 "(SELECT 1 FROM calls WHERE session = key)",
                 (before - 1,),
             )
-        return gone > 0
+        return gone > 0 or drop_oldest(self._db, self._bounds.max_bytes // USAGE_BYTES)
 
     def give_back(self) -> None:
         """Make the file smaller where the bound was lowered. Raises sqlite3.Error."""

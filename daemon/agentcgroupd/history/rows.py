@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.history.usage import Sums, add_usage
 
 ROW_BYTES = 220
 """What a row takes beside its message: its other columns, and its part of the indexes."""
@@ -165,10 +165,11 @@ class Ended:
 
     session: SessionKey
     call: str
+    tool: str
     ended_usec: int
     verdict: int
     outer: str
-    sums: Mapping[str, float | None]
+    sums: Sums
     report: bytes
 
     @classmethod
@@ -177,6 +178,7 @@ class Ended:
         return cls(
             session,
             report.call_id,
+            report.name,
             report.began_unix_usec + report.wall_usec,
             report.verdict,
             report.parent_call_id,
@@ -227,9 +229,10 @@ class Ended:
             "coalesce(memory_byte_seconds + :held, memory_byte_seconds, :held) WHERE key = :key",
             {**self.sums, "bytes": size, "key": key},
         )
+        add_usage(db, self.session.name, self.tool, self.ended_usec, self.sums)
 
 
-def _sums(report: pb.Report) -> dict[str, float | None]:
+def _sums(report: pb.Report) -> Sums:
     """What a report adds to its session's sums. What a call inside another one used, is in the
     outer one's numbers."""
     counts = 0 if report.parent_call_id else 1

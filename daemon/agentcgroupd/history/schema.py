@@ -68,11 +68,24 @@ CREATE TABLE entries (
 CREATE INDEX entries_call ON entries (call, session);
 CREATE INDEX entries_session ON entries (session);
 CREATE INDEX entries_at ON entries (at_usec);
+CREATE TABLE usage (
+  day INTEGER NOT NULL,
+  name TEXT NOT NULL,
+  tool TEXT NOT NULL,
+  calls INTEGER NOT NULL DEFAULT 0,
+  calls_not_ok INTEGER NOT NULL DEFAULT 0,
+  wall_usec INTEGER NOT NULL DEFAULT 0,
+  waited_usec INTEGER NOT NULL DEFAULT 0,
+  frozen_usec INTEGER NOT NULL DEFAULT 0,
+  cpu_usage_usec INTEGER NOT NULL DEFAULT 0,
+  memory_byte_seconds REAL,
+  PRIMARY KEY (day, name, tool)
+) WITHOUT ROWID;
 """
 """`name` of a call is that of its session. Rows of one session are found in their order by the
 indexes on `session`, whose entries end in `seq`. The key of a session never comes again. `bytes`:
 what a row takes, about, with its part of the indexes; of a session, the sum of its calls and
-entries."""
+entries. `usage` has sums by day since 1970 in UTC, session name and tool, and outlives calls."""
 
 
 class NewerSchema(Exception):
@@ -143,7 +156,7 @@ def _make_file(path: Path) -> None:
 def _check_tables(db: sqlite3.Connection) -> None:
     """Read a row of each table, so that a file that is damaged there is found now. Raises
     sqlite3.Error."""
-    for table in ("meta", "sessions", "calls", "entries"):
+    for table in ("meta", "sessions", "calls", "entries", "usage"):
         db.execute(f"SELECT * FROM {table} LIMIT 1").fetchone()
 
 

@@ -13,6 +13,7 @@ from agentcgroupd.history.history import History
 from agentcgroupd.history.read import ALL, Happened, Place, Scope
 from agentcgroupd.history.rows import SessionKey
 from agentcgroupd.history.story import story
+from agentcgroupd.history.usage import usages
 from agentcgroupd.rpc.callers import Caller
 from agentcgroupd.rpc.pages import REPORTS_DEFAULT, key_of, token_of
 from agentcgroupd.state.session import Call, all_inside, unix_usec
@@ -79,6 +80,19 @@ class Past:
         )
         found, place = await self._history.ask(asker, query)
         return pb.ListPastSessionsResponse(sessions=found, next_page_token=_token(place))
+
+    async def list_usage(self, asker: str, request: pb.ListUsageRequest) -> pb.ListUsageResponse:
+        """Sums by session, tool or day. Raises RequestError."""
+        if request.by not in pb.UsageBy.values():
+            raise InvalidField("by", str(request.by), "a number of UsageBy")
+        query = partial(
+            usages,
+            by=request.by,
+            session=request.session_id,
+            since_usec=max(0, request.since_unix_usec),
+            limit=request.limit or REPORTS_DEFAULT,
+        )
+        return pb.ListUsageResponse(usages=await self._history.ask(asker, query))
 
     async def newest(self, scope: Scope, asker: str, session_id: str = "") -> pb.Report | None:
         """The report of the call that ended last; None: there is none. Raises RequestError."""

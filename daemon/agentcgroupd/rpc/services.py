@@ -386,6 +386,14 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         return await self.parts.past.list_sessions(OPERATOR, request)
 
     @answers
+    async def ListUsage(
+        self, request: pb.ListUsageRequest, context: Context
+    ) -> pb.ListUsageResponse:
+        """Sum up ended calls by session, tool or day."""
+        self._check(context)
+        return await self.parts.past.list_usage(OPERATOR, request)
+
+    @answers
     async def GetStory(self, request: pb.GetStoryRequest, context: Context) -> pb.Story:
         """Tell what happened to a call of any session."""
         self._check(context)

@@ -237,6 +237,7 @@ store.put(ended(BETA, "quiet"))
 lost = store.lost
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 wait_until("it is written again", lambda: not store.wrong)
+written(store)
 store.put(ended(ALPHA, "after"))
 assert store.close(30)
 ids = set(kept(path))

@@ -133,3 +133,19 @@ def test_the_sdk_asks_for_history(daemon: FakeDaemon) -> None:
             agent.history(verdicts=["good"])
     assert (refused.value.field, refused.value.value) == ("verdicts", "good")
     assert "timeout" in refused.value.allowed
+
+
+def test_usage(daemon: FakeDaemon, run: Cli) -> None:
+    asked: list[pb.ListUsageRequest] = []
+    daemon.before["ListUsage"] = asked.append
+    head, row = run("usage", "--by", "tool", "--session", "web", "--since", "1d").splitlines()
+    assert head.split()[:2] == ["TOOL", "CALLS"]
+    assert row.split()[:5] == ["web", "4", "0", "90.0", "0.000977"]
+    (request,) = asked
+    assert (request.by, request.session_id) == (pb.USAGE_BY_TOOL, "web")
+    assert abs(request.since_unix_usec / 1e6 - (time.time() - 86_400)) < 60
+    (each,) = run.json("usage")
+    assert (each["key"], each["sums"]["memory_peak_bytes"]) == ("web", None)
+    run("usage", "--by", "colour", code=2)
+    with Admin() as admin, pytest.raises(InvalidIntent, match="session, tool, day"):
+        admin.usage("colour")

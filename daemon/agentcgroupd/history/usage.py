@@ -1,0 +1,88 @@
+"""Sums over ended calls by day, session and tool, which outlive the calls themselves."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+
+DAY_USEC = 86_400_000_000
+TOOLS_MOST = 50
+"""So many tools of a session and day have sums of their own: their names are the agent's choice."""
+OTHERS = "others"
+ROWS_MAX = 500
+
+Sums = Mapping[str, float | None]
+
+_ADD = """
+UPDATE usage SET calls = calls + 1, calls_not_ok = calls_not_ok + :calls_not_ok,
+  wall_usec = wall_usec + :wall_usec, waited_usec = waited_usec + :waited_usec,
+  frozen_usec = frozen_usec + :frozen_usec, cpu_usage_usec = cpu_usage_usec + :cpu_usage_usec,
+  memory_byte_seconds = coalesce(memory_byte_seconds + :held, memory_byte_seconds, :held)
+WHERE day = :day AND name = :name AND tool = :tool
+"""
+_KEYS = {
+    pb.USAGE_BY_SESSION: "name",
+    pb.USAGE_BY_TOOL: "tool",
+    pb.USAGE_BY_DAY: "day",
+}
+
+
+def add_usage(db: sqlite3.Connection, session: str, tool: str, ended_usec: int, sums: Sums) -> None:
+    """Add an ended call to the sums of its day, its session's name and its tool. Raises
+    sqlite3.Error."""
+    values = {**sums, "day": ended_usec // DAY_USEC, "name": session, "tool": tool}
+    if db.execute(_ADD, values).rowcount:
+        return
+    count = db.execute(
+        "SELECT count(*) FROM usage WHERE day = :day AND name = :name", values
+    ).fetchone()[0]
+    if count >= TOOLS_MOST:
+        values["tool"] = OTHERS
+    db.execute("INSERT OR IGNORE INTO usage (day, name, tool) VALUES (:day, :name, :tool)", values)
+    db.execute(_ADD, values)
+
+
+def drop_oldest(db: sqlite3.Connection, rows_most: int) -> bool:
+    """Remove the sums of the oldest day where there are too many; returns whether that is to be
+    done again. Raises sqlite3.Error."""
+    if db.execute("SELECT count(*) FROM usage").fetchone()[0] <= rows_most:
+        return False
+    db.execute("DELETE FROM usage WHERE day = (SELECT min(day) FROM usage)")
+    return True
+
+
+def usages(
+    db: sqlite3.Connection, by: pb.UsageBy.ValueType, session: str, since_usec: int, limit: int
+) -> list[pb.Usages]:
+    """Sums by session, tool or day (UsageBy), days in their order, newest first, else the largest
+    use of CPU first. `session`: empty: of every name. Raises sqlite3.Error."""
+    key = _KEYS.get(by, "name")
+    order = "day DESC" if key == "day" else "6 DESC, 1"
+    found = db.execute(
+        f"SELECT {key}, sum(calls), sum(calls_not_ok), sum(wall_usec), sum(waited_usec), "
+        "sum(cpu_usage_usec), sum(frozen_usec), sum(memory_byte_seconds) FROM usage "
+        f"WHERE day >= ? AND (? = '' OR name = ?) GROUP BY {key} ORDER BY {order} LIMIT ?",
+        (since_usec // DAY_USEC, session, session, min(limit, ROWS_MAX)),
+    )
+    return [
+        pb.Usages(
+            key=_day(row[0]) if key == "day" else row[0],
+            sums=pb.SessionSums(
+                calls=row[1],
+                calls_not_ok=row[2],
+                wall_usec=row[3],
+                waited_usec=row[4],
+                cpu_usage_usec=row[5],
+                frozen_usec=row[6],
+                memory_byte_seconds=row[7],
+            ),
+        )
+        for row in found
+    ]
+
+
+def _day(number: int) -> str:
+    return datetime.fromtimestamp(number * 86_400, UTC).strftime("%Y-%m-%d")
