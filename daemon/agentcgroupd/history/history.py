@@ -122,10 +122,10 @@ class History:
             raise FailedPrecondition("history is not kept: history.path is empty", "history")
         return await self._reader.ask(asker, query)
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether questions can be answered."""
-        return self._store is not None and self._store.generation > 0
+    async def is_kept(self) -> bool:
+        """Tell whether questions can be answered; soon after the start that has to be waited
+        for."""
+        return self._reader is not None and await self._reader.is_ready()
 
     @property
     def lost(self) -> int:

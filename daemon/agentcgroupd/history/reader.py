@@ -46,17 +46,17 @@ class Reader:
         if lock is None:
             lock = self._locks[asker] = asyncio.Lock()
         async with lock:
-            await self._catch_up()
-            if not self._store.generation:
+            if not await self.is_ready():
                 raise FailedPrecondition(self._store.wrong or "history is not read yet", "history")
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._thread, partial(self._answer, query))
 
-    async def _catch_up(self) -> None:
-        """Wait until what was told so far can be read; not for long, where the disk does not
-        answer."""
+    async def is_ready(self) -> bool:
+        """Wait until what was told so far can be read, not for long where the disk does not
+        answer; False: there is no file to be read."""
         reached = asyncio.wrap_future(self._store.mark().reached)
         await asyncio.wait({reached}, timeout=CATCH_UP_S)
+        return self._store.generation > 0
 
     # In the thread
 

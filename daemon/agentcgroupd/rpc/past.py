@@ -44,10 +44,9 @@ class Past:
         """`open_call`: finds an open call by its id. `waits`: whether one is in the queue."""
         self._history, self._open_call, self._waits = history, open_call, waits
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether there is a store to be asked."""
-        return self._history.is_kept
+    async def is_kept(self) -> bool:
+        """Tell whether there is a store to be asked."""
+        return await self._history.is_kept()
 
     async def list_history(
         self, scope: Scope, asker: str, request: pb.ListHistoryRequest
@@ -134,7 +133,7 @@ class Past:
     ) -> pb.Report:
         """The report of a call that is not in memory any more. Raises `refusal` where it is not in
         the store either."""
-        if not self.is_kept:
+        if not await self.is_kept():
             raise refusal
         found = await (self.report(scope, asker, call_id) if call_id else self.newest(scope, asker))
         if found is None:

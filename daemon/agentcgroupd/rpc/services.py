@@ -336,7 +336,7 @@ class AdminService(_Service, pb_grpc.AdminServicer):
             one = pb.ListReportsRequest(limit=1)
             newest = await list_reports(self._sessions(""), one, self.slices(context))
             missing = NotFound("there is no report yet: no call has ended", "call_id", "")
-            if not self.parts.past.is_kept and newest.reports:
+            if newest.reports and not await self.parts.past.is_kept():
                 return newest.reports[0]
             return await self.parts.past.report_or(missing, ALL, OPERATOR, "")
         for session in self._sessions(""):
@@ -354,7 +354,7 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         as well."""
         self._check(context)
         is_open = request.session_id in self.parts.sessions.open
-        if self.parts.past.is_kept and not is_open:
+        if not is_open and await self.parts.past.is_kept():
             return await self._list_past(request)
         sessions = self._sessions(request.session_id)
         return await list_reports(sessions, request, self.slices(context))

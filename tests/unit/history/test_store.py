@@ -310,6 +310,35 @@ def test_a_file_that_cannot_be_made_is_said_once_and_tried_again(
     assert kept(path) == ["early"]
 
 
+def test_another_program_that_reads_for_long_makes_no_file_grow(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write-ahead log cannot be written back while it is read; rows wait then."""
+    monkeypatch.setattr(module, "WAL_BYTES_MAX", 6 << 20)
+    monkeypatch.setattr(module, "AGAIN_S", 0.01)
+    store = started(path)
+    store.put(ended(ALPHA, "first"))
+    written(store)
+    with read_only(path) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT count(*) FROM calls").fetchone()
+        number = 0
+        while not store.wrong:
+            for _ in range(100):
+                store.put(ended(ALPHA, f"c{number}", argv=["x" * 1000]))
+                number += 1
+            written(store)
+        assert "another program has been reading" in store.wrong
+        assert Path(f"{path}-wal").stat().st_size < 12 << 20
+        for _ in range(200):
+            store.put(ended(ALPHA, f"c{number}", argv=["x" * 1000]))
+            number += 1
+        other.execute("ROLLBACK")
+    wait_until("it is written again", lambda: not store.wrong)
+    assert store.close(WAIT_S)
+    assert (store.lost, len(kept(path))) == (0, number + 1)
+
+
 # Damage, and files of others
 
 
@@ -443,7 +472,7 @@ def test_without_a_path_nothing_is_kept_and_that_is_said() -> None:
         history = History()
         history.session_opened(pb.Session(id="alpha"))
         history.note("freeze", {"session": "alpha"})
-        assert (history.is_kept, history.lost) == (False, 0)
+        assert (await history.is_kept(), history.lost) == (False, 0)
         with pytest.raises(FailedPrecondition, match=r"history\.path is empty"):
             await history.ask("test", lambda db: None)
         await history.close()
