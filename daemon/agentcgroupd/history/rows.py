@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from dataclasses import dataclass
 from typing import Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.history.usage import Sums, add_usage
+from agentcgroupd.history.usage import Sums, add_usage, added, day_of
 
 ROW_BYTES = 220
 """What a row takes beside its message: its other columns, and its part of the indexes."""
@@ -36,13 +37,13 @@ class Row(Protocol):
     def size_bytes(self) -> int:
         """What it takes in the queue, about."""
 
-    def write(self, db: sqlite3.Connection, keys: dict[SessionKey, int]) -> None:
-        """Write it, within a transaction. `keys`: rows of sessions that are known already. Raises
-        sqlite3.Error."""
+    def write(self, batch: Batch) -> None:
+        """Write it with others, within a transaction. Raises sqlite3.Error."""
 
 
 def row_of(db: sqlite3.Connection, keys: dict[SessionKey, int], session: SessionKey) -> int:
-    """Find the row of a session, and make one where it has none yet. Raises sqlite3.Error."""
+    """Find the row of a session, and make one where it has none yet. `keys`: those that are known
+    already. Raises sqlite3.Error."""
     known = keys.get(session)
     if known is not None:
         return known
@@ -70,10 +71,10 @@ class Opened:
         """What it takes in the queue."""
         return len(self.message)
 
-    def write(self, db: sqlite3.Connection, keys: dict[SessionKey, int]) -> None:
+    def write(self, batch: Batch) -> None:
         """Describe the session, and count it as open."""
-        key = row_of(db, keys, self.session)
-        db.execute(
+        key = batch.key_of(self.session)
+        batch.db.execute(
             "UPDATE sessions SET message = ?, closed_usec = 0, closed_why = '' WHERE key = ?",
             (self.message, key),
         )
@@ -94,15 +95,15 @@ class Closed:
         """What it takes in the queue."""
         return len(self.message) + len(self.why)
 
-    def write(self, db: sqlite3.Connection, keys: dict[SessionKey, int]) -> None:
+    def write(self, batch: Batch) -> None:
         """Count the session as closed."""
-        key = row_of(db, keys, self.session)
-        db.execute(
+        key = batch.key_of(self.session)
+        batch.db.execute(
             "UPDATE sessions SET closed_usec = ?, closed_why = ?, message = coalesce(?, message) "
             "WHERE key = ?",
             (self.at_usec, self.why, self.message or None, key),
         )
-        keys.pop(self.session, None)
+        batch.keys.pop(self.session, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,9 @@ class Settled:
     owner: str = ""
     size_bytes: int = 0
 
-    def write(self, db: sqlite3.Connection, keys: dict[SessionKey, int]) -> None:
+    def write(self, batch: Batch) -> None:
         """Count the others as closed."""
+        db = batch.db
         found = db.execute("SELECT key, name, opened_usec FROM sessions WHERE closed_usec = 0")
         for key, name, opened_usec in found.fetchall():
             if SessionKey(name, opened_usec) not in self.open:
@@ -148,15 +150,9 @@ class Entry:
         """What it takes in the queue and in the store."""
         return len(self.fields) + len(self.event) + ROW_BYTES
 
-    def write(self, db: sqlite3.Connection, keys: dict[SessionKey, int]) -> None:
+    def write(self, batch: Batch) -> None:
         """Add it to its session's."""
-        key, size = row_of(db, keys, self.session), self.size_bytes
-        db.execute(
-            "INSERT INTO entries (session, call, at_usec, event, bytes, fields) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
-            (key, self.call, self.at_usec, self.event, size, self.fields),
-        )
-        db.execute("UPDATE sessions SET bytes = bytes + ? WHERE key = ?", (size, key))
+        batch.add_entry(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,40 +192,9 @@ class Ended:
         """What it takes in the queue and in the store."""
         return len(self.report) + ROW_BYTES
 
-    def write(self, db: sqlite3.Connection, keys: dict[SessionKey, int]) -> None:
+    def write(self, batch: Batch) -> None:
         """Add it to its session's. Of two reports of a call the later one counts."""
-        key, size = row_of(db, keys, self.session), self.size_bytes
-        before = db.execute("SELECT seq, session, bytes FROM calls WHERE id = ?", (self.call,))
-        found = before.fetchone()
-        values = (self.ended_usec, self.verdict, self.outer, size, self.report)
-        if found is not None:
-            if found[1] == key:
-                db.execute(
-                    "UPDATE calls SET ended_usec = ?, verdict = ?, outer = ?, bytes = ?, "
-                    "report = ? WHERE seq = ?",
-                    (*values, found[0]),
-                )
-                db.execute(
-                    "UPDATE sessions SET bytes = bytes + ? WHERE key = ?", (size - found[2], key)
-                )
-            return
-        db.execute(
-            "INSERT INTO calls (id, session, name, ended_usec, verdict, outer, bytes, report) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (self.call, key, self.session.name, *values),
-        )
-        db.execute(
-            "UPDATE sessions SET bytes = bytes + :bytes, calls = calls + 1, "
-            "calls_not_ok = calls_not_ok + :calls_not_ok, wall_usec = wall_usec + :wall_usec, "
-            "waited_usec = waited_usec + :waited_usec, frozen_usec = frozen_usec + :frozen_usec, "
-            "cpu_usage_usec = cpu_usage_usec + :cpu_usage_usec, "
-            "memory_peak_bytes = "
-            "coalesce(max(memory_peak_bytes, :peak), memory_peak_bytes, :peak), "
-            "memory_byte_seconds = "
-            "coalesce(memory_byte_seconds + :held, memory_byte_seconds, :held) WHERE key = :key",
-            {**self.sums, "bytes": size, "key": key},
-        )
-        add_usage(db, self.session.name, self.tool, self.ended_usec, self.sums)
+        batch.calls[self.call] = self
 
 
 def _sums(report: pb.Report) -> Sums:
@@ -239,6 +204,7 @@ def _sums(report: pb.Report) -> Sums:
     # Memory that was not measured is absent, in the sums as well.
     peak = report.memory_peak_bytes if report.HasField("memory_peak_bytes") else None
     return {
+        "calls": 1,
         "calls_not_ok": int(report.verdict != pb.VERDICT_OK),
         "wall_usec": counts * report.wall_usec,
         "waited_usec": counts * report.waited_usec,
@@ -257,9 +223,9 @@ class Found:
     owner: str = ""
     size_bytes: int = 0
 
-    def write(self, db: sqlite3.Connection, keys: dict[SessionKey, int]) -> None:
+    def write(self, batch: Batch) -> None:
         """Add it to the session of its name that was open when it began, unless it is there."""
-        report = self.report
+        report, db = self.report, batch.db
         if db.execute("SELECT 1 FROM calls WHERE id = ?", (report.call_id,)).fetchone():
             return
         found = db.execute(
@@ -268,4 +234,97 @@ class Found:
             (report.session_id, report.began_unix_usec),
         ).fetchone()
         opened_usec = report.began_unix_usec if found is None else int(found[0])
-        Ended.of(SessionKey(report.session_id, opened_usec), report).write(db, keys)
+        Ended.of(SessionKey(report.session_id, opened_usec), report).write(batch)
+
+
+class Batch:
+    """What is written in one transaction: rows of a kind at once, and each sum once."""
+
+    def __init__(self, db: sqlite3.Connection, keys: dict[SessionKey, int]) -> None:
+        """`keys`: rows of sessions that are known already; more are added."""
+        self.db, self.keys = db, keys
+        self.calls: dict[str, Ended] = {}
+        """By their ids: of two reports of a call the later one counts."""
+        self._entries: list[tuple[int, str, int, str, int, str]] = []
+        self._bytes: dict[int, int] = {}
+
+    def key_of(self, session: SessionKey) -> int:
+        """Find the row of a session. Raises sqlite3.Error."""
+        return row_of(self.db, self.keys, session)
+
+    @property
+    def touched(self) -> set[int]:
+        """Rows of the sessions that hold more than before."""
+        return set(self._bytes)
+
+    def add_entry(self, entry: Entry) -> None:
+        """Have an entry written by `flush`. Raises sqlite3.Error."""
+        key, size = self.key_of(entry.session), entry.size_bytes
+        self._entries.append((key, entry.call, entry.at_usec, entry.event, size, entry.fields))
+        self._grow(key, size)
+
+    def _grow(self, key: int, size: int) -> None:
+        self._bytes[key] = self._bytes.get(key, 0) + size
+
+    def flush(self) -> None:
+        """Write calls and entries, and add them up. Raises sqlite3.Error."""
+        self.db.executemany(
+            "INSERT INTO entries (session, call, at_usec, event, bytes, fields) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            self._entries,
+        )
+        new = self._without_known()
+        self.db.executemany(
+            "INSERT INTO calls (id, session, name, ended_usec, verdict, outer, bytes, report) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            [(row.call, self.key_of(row.session), row.session.name, *_values(row)) for row in new],
+        )
+        self._add_up(new)
+        self.db.executemany(
+            "UPDATE sessions SET bytes = bytes + ? WHERE key = ?",
+            [(size, key) for key, size in self._bytes.items()],
+        )
+
+    def _without_known(self) -> list[Ended]:
+        """The calls that are not there yet; those that are get their later report."""
+        found = self.db.execute(
+            "SELECT id, seq, session, bytes FROM calls "
+            "WHERE id IN (SELECT value FROM json_each(?))",
+            (json.dumps([*self.calls]),),
+        ).fetchall()
+        for call, seq, session, size in found:
+            row = self.calls.pop(call)
+            if session == self.key_of(row.session):
+                self.db.execute(
+                    "UPDATE calls SET ended_usec = ?, verdict = ?, outer = ?, bytes = ?, "
+                    "report = ? WHERE seq = ?",
+                    (*_values(row), seq),
+                )
+                self._grow(session, row.size_bytes - size)
+        return [*self.calls.values()]
+
+    def _add_up(self, new: list[Ended]) -> None:
+        sums: dict[int, Sums] = {}
+        usage: dict[tuple[int, str, str], Sums] = {}
+        for row in new:
+            key = self.key_of(row.session)
+            self._grow(key, row.size_bytes)
+            sums[key] = added(sums.get(key), row.sums)
+            of = day_of(row.ended_usec), row.session.name, row.tool
+            usage[of] = added(usage.get(of), row.sums)
+        self.db.executemany(
+            "UPDATE sessions SET calls = calls + :calls, "
+            "calls_not_ok = calls_not_ok + :calls_not_ok, wall_usec = wall_usec + :wall_usec, "
+            "waited_usec = waited_usec + :waited_usec, frozen_usec = frozen_usec + :frozen_usec, "
+            "cpu_usage_usec = cpu_usage_usec + :cpu_usage_usec, memory_peak_bytes = "
+            "coalesce(max(memory_peak_bytes, :peak), memory_peak_bytes, :peak), "
+            "memory_byte_seconds = "
+            "coalesce(memory_byte_seconds + :held, memory_byte_seconds, :held) WHERE key = :key",
+            [{**values, "key": key} for key, values in sums.items()],
+        )
+        for (day, name, tool), values in usage.items():
+            add_usage(self.db, day, name, tool, values)
+
+
+def _values(row: Ended) -> tuple[int, int, str, int, bytes]:
+    return row.ended_usec, row.verdict, row.outer, row.size_bytes, row.report

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from agentcgroupd.history.queue import Marker, RowQueue
 from agentcgroupd.history.room import Bounds, Room
-from agentcgroupd.history.rows import Ended, Entry, Row, SessionKey
+from agentcgroupd.history.rows import Batch, Row, SessionKey
 from agentcgroupd.history.schema import (
     SIDE_FILES,
     NewerSchema,
@@ -268,12 +268,13 @@ class Store:
         known = dict(self._keys)
 
         def write() -> bool:
+            batch = Batch(db, self._keys)
             for row in rows:
                 if not isinstance(row, Marker):
                     self._has_rows = self._has_rows or row.size_bytes > 0
-                    row.write(db, self._keys)
-                    if isinstance(row, Ended | Entry):
-                        self._touched.add(self._keys[row.session])
+                    row.write(batch)
+            batch.flush()
+            self._touched |= batch.touched
             return False
 
         try:

@@ -17,7 +17,7 @@ ROWS_MAX = 500
 Sums = Mapping[str, float | None]
 
 _ADD = """
-UPDATE usage SET calls = calls + 1, calls_not_ok = calls_not_ok + :calls_not_ok,
+UPDATE usage SET calls = calls + :calls, calls_not_ok = calls_not_ok + :calls_not_ok,
   wall_usec = wall_usec + :wall_usec, waited_usec = waited_usec + :waited_usec,
   frozen_usec = frozen_usec + :frozen_usec, cpu_usage_usec = cpu_usage_usec + :cpu_usage_usec,
   memory_byte_seconds = coalesce(memory_byte_seconds + :held, memory_byte_seconds, :held)
@@ -30,10 +30,30 @@ _KEYS = {
 }
 
 
-def add_usage(db: sqlite3.Connection, session: str, tool: str, ended_usec: int, sums: Sums) -> None:
-    """Add an ended call to the sums of its day, its session's name and its tool. Raises
+def day_of(unix_usec: int) -> int:
+    """Tell the day of a moment, since 1970 in UTC."""
+    return unix_usec // DAY_USEC
+
+
+def added(before: Sums | None, more: Sums) -> Sums:
+    """Add up what calls took. Memory that was not measured is absent; of peaks the largest
+    counts."""
+    if before is None:
+        return more
+    total: dict[str, float | None] = {}
+    for name, value in more.items():
+        other = before[name]
+        if value is None or other is None:
+            total[name] = other if value is None else value
+        else:
+            total[name] = max(value, other) if name == "peak" else value + other
+    return total
+
+
+def add_usage(db: sqlite3.Connection, day: int, session: str, tool: str, sums: Sums) -> None:
+    """Add what calls took to the sums of their day, their session's name and their tool. Raises
     sqlite3.Error."""
-    values = {**sums, "day": ended_usec // DAY_USEC, "name": session, "tool": tool}
+    values = {**sums, "day": day, "name": session, "tool": tool}
     if db.execute(_ADD, values).rowcount:
         return
     count = db.execute(

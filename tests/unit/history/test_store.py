@@ -23,7 +23,7 @@ from agentcgroupd.history import read, schema
 from agentcgroupd.history import store as module
 from agentcgroupd.history.history import History
 from agentcgroupd.history.read import ALL, Wanted
-from agentcgroupd.history.rows import GONE, Ended, Entry, SessionKey
+from agentcgroupd.history.rows import GONE, Batch, Ended, Entry, SessionKey
 from agentcgroupd.telemetry.audit import Audit
 from tests.harness import wait_until
 from tests.unit.history.making import (
@@ -268,10 +268,10 @@ def test_a_disk_that_hangs_holds_nobody_up(path: Path, monkeypatch: pytest.Monke
     hangs, go_on = threading.Event(), threading.Event()
     write = Ended.write
 
-    def hang(self: Ended, *arguments: object) -> None:
+    def hang(self: Ended, batch: Batch) -> None:
         hangs.set()
         assert go_on.wait(WAIT_S)
-        write(self, *arguments)  # type: ignore[arg-type]  # passed on as they came
+        write(self, batch)
 
     monkeypatch.setattr(Ended, "write", hang)
     store.put(ended(ALPHA, "first"))
