@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sqlite3
 import threading
 import time
@@ -17,17 +16,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import InvalidStateError
 from pathlib import Path
 
+from agentcgroupd.history.file import File
 from agentcgroupd.history.queue import Marker, RowQueue
-from agentcgroupd.history.room import Bounds, Room
+from agentcgroupd.history.room import Bounds
 from agentcgroupd.history.rows import Batch, Row, SessionKey
-from agentcgroupd.history.schema import (
-    SIDE_FILES,
-    NewerSchema,
-    is_damaged,
-    may_pass,
-    open_store,
-    set_aside,
-)
+from agentcgroupd.history.schema import is_damaged, may_pass
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +29,6 @@ GATHER_S = 0.2
 TRANSACTION_BYTES = 1 << 20
 """A transaction is not larger, so that the write-ahead log stays small and a file that is nearly
 full has room for it."""
-WAL_BYTES_MAX = 64 << 20
-"""Beyond, rows wait until whoever reads the file lets it be written back."""
 AGAIN_S = 1.0
 """Between attempts while the file cannot be written."""
 KEEP_HOUSE_S = 60.0
@@ -45,7 +36,7 @@ KEEP_HOUSE_S = 60.0
 CLOCK_SLACK_USEC = 3_600_000_000
 """The wall clock may be moved by this much while the daemon runs; rows are not called too old by
 one that has jumped further."""
-RECOVER_SLACK_USEC = 60_000_000
+RECOVER_SLACK_USEC = 5_000_000
 """Reports are looked for from this long before the newest one that is there."""
 KEYS_KNOWN_MAX = 10_000
 
@@ -54,33 +45,43 @@ class Store:
     """One file and the thread that writes it."""
 
     def __init__(self, path: Path, bounds: Bounds) -> None:
-        self.path, self._bounds = path, bounds
+        self._file = File(path, bounds)
         self._queue = RowQueue()
-        self._is_made_here = not os.path.lexists(path)
-        self._has_rows = False
-        self._db: sqlite3.Connection | None = None
-        self._room: Room | None = None
         self._keys: dict[SessionKey, int] = {}
         self._pending: list[Row | Marker] = []
         self._touched: set[int] = set()
         """Sessions that rows were written for since their shares were looked at."""
         self._recovery: Callable[[int], Iterable[Row]] | None = None
         self._stop = threading.Event()
-        self._is_suspect = self._is_foreign = False
+        self._is_suspect = False
         self._transaction_bytes = min(TRANSACTION_BYTES, bounds.max_bytes // 64)
         self._next_house = 0.0
         self._clock = (_wall_usec(), _boot_usec())
-        self.wrong = ""
-        """Why nothing is kept now, as a sentence; empty: it is."""
         self.lost = 0
         """Rows that could not be kept so far."""
         self.used_bytes = 0
-        self.is_unclean = False
-        """Whether the daemon before did not close the file. Known once a marker was reached."""
-        self.generation = 0
-        """Grows whenever the file is opened: it may be another one then."""
         self._lost_lock = threading.Lock()
         self.thread = threading.Thread(target=self._run, name="history", daemon=True)
+
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return self._file.path
+
+    @property
+    def wrong(self) -> str:
+        """Why nothing is kept now, as a sentence; empty: it is."""
+        return self._file.wrong
+
+    @property
+    def generation(self) -> int:
+        """Grows whenever the file is opened: it may be another one then. 0: it never was."""
+        return self._file.generation
+
+    @property
+    def is_unclean(self) -> bool:
+        """Whether the daemon before did not close the file. Known once a marker was reached."""
+        return self._file.is_unclean
 
     # On the event loop
 
@@ -126,16 +127,16 @@ class Store:
             while going_on:
                 going_on = self._guarded_turn()
         finally:
-            self._close()
+            self._file.close(for_good=self._stop.is_set())
             if not self._stop.is_set():
-                self.generation = 0
-                self._say_wrong("history is not kept: its thread has failed")
+                self._file.generation = 0
+                self._file.say_wrong("history is not kept: its thread has failed")
 
     def _guarded_turn(self) -> bool:
         try:
             return self._turn()
         except (OSError, sqlite3.Error) as error:
-            self._say_wrong(f"history is not kept for now: {self.path}: {error}")
+            self._file.not_now(error)
             if isinstance(error, sqlite3.Error) and is_damaged(error):
                 self._begin_anew(error)
             return not self._stop.wait(AGAIN_S)
@@ -143,10 +144,10 @@ class Store:
     def _turn(self) -> bool:
         """Do what there is to do once; False: all is done and the file can be closed."""
         stopping = self._stop.is_set()
-        if self._db is None and not self._is_foreign:
-            self._open()
+        self._open_if_closed()
         if self._is_suspect:
-            self._check()
+            self._is_suspect = False
+            self._file.check()
         if not self._pending:
             if not stopping and not self._queue.wake.wait(KEEP_HOUSE_S):
                 self._keep_house()
@@ -154,11 +155,13 @@ class Store:
             if not stopping:
                 self._queue.hurry.wait(GATHER_S)
             self._pending = self._queue.take()
+        self._file.look()
+        self._open_if_closed()
         if self._write():
             self._recover()
             self._keep_house()
             return not stopping
-        if stopping or self._is_foreign:
+        if stopping or self._file.is_foreign:
             self._drop_pending()
             return not stopping
         # The queue goes on to fill meanwhile; what does not fit is lost and counted there.
@@ -166,91 +169,33 @@ class Store:
         self._stop.wait(AGAIN_S)
         return True
 
-    def _open(self) -> None:
-        """Open the file, or say why that cannot be done."""
-        try:
-            self._db = self._open_or_renew()
-            self._room = Room(self._db, self._bounds)
-            self.used_bytes = self._room.used_bytes()
-            self._note_open(self._db)
-        except (NewerSchema, OSError, sqlite3.Error) as error:
-            self._close()
-            self._is_foreign = isinstance(error, NewerSchema)
-            what = "; it is left alone" if self._is_foreign else ""
-            self._say_wrong(f"history is not kept: {error}{what}")
-
-    def _open_or_renew(self) -> sqlite3.Connection:
-        try:
-            return open_store(self.path, self._bounds.max_bytes)
-        except sqlite3.Error as error:
-            if not is_damaged(error):
-                raise
-            self._set_aside(error)
-            return open_store(self.path, self._bounds.max_bytes)
-
-    def _set_aside(self, error: object) -> None:
-        """Raises OSError."""
-        aside = set_aside(self.path)
-        sentence = "history: %s is damaged (%s): it is now %s, and a new one is begun"
-        log.error(sentence, self.path, error, aside)
-
-    def _note_open(self, db: sqlite3.Connection) -> None:
-        found = db.execute("SELECT value FROM meta WHERE name = 'open'").fetchone()
-        self.is_unclean = found is not None and bool(found[0])
-        db.execute("INSERT OR REPLACE INTO meta VALUES ('open', 1)")
-        self.generation += 1
-        self._say_right()
-
-    def _say_wrong(self, sentence: str) -> None:
-        if sentence != self.wrong:
-            self.wrong = sentence
-            log.error("%s", sentence)
-
-    def _say_right(self) -> None:
-        if self.wrong:
-            log.warning("history: %s can be written again; %d rows were lost", self.path, self.lost)
-            self.wrong = ""
+    def _open_if_closed(self) -> None:
+        if self._file.db is None and not self._file.is_foreign:
+            self._keys.clear()
+            self._file.open(self.lost)
 
     # Writing
 
     def _write(self) -> bool:
         """Write what is pending; False: it has to be tried again."""
         while self._pending:
-            if self._db is None or self._is_held_up(self._db):
+            db = self._file.db
+            if db is None or self._file.is_held_up():
                 return False
             rows = self._some()
             try:
-                self._transaction(self._db, rows)
+                self._transaction(db, rows)
             except sqlite3.Error as error:
                 if not self._survived(error, rows):
                     return False
             except (ValueError, OverflowError, TypeError) as error:
                 self._one_by_one(error, rows)
             else:
-                self._say_right()
+                self._file.say_right(self.lost)
                 self._keep_within()
             self._reach(rows)
             del self._pending[: len(rows)]
         return True
-
-    def _is_held_up(self, db: sqlite3.Connection) -> bool:
-        """Tell whether the write-ahead log has grown large, because somebody else has been reading
-        the file for long and so keeps it from being written back. Raises sqlite3.Error."""
-        if self._wal_bytes() <= WAL_BYTES_MAX:
-            return False
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        if self._wal_bytes() <= WAL_BYTES_MAX:
-            return False
-        self._say_wrong(
-            f"history is not kept for now: another program has been reading {self.path} for long"
-        )
-        return True
-
-    def _wal_bytes(self) -> int:
-        try:
-            return os.stat(f"{self.path}-wal").st_size
-        except FileNotFoundError:
-            return 0
 
     def _some(self) -> list[Row | Marker]:
         """The first pending rows, as many as go into one transaction."""
@@ -271,7 +216,7 @@ class Store:
             batch = Batch(db, self._keys)
             for row in rows:
                 if not isinstance(row, Marker):
-                    self._has_rows = self._has_rows or row.size_bytes > 0
+                    self._file.has_rows = self._file.has_rows or row.size_bytes > 0
                     row.write(batch)
             batch.flush()
             self._touched |= batch.touched
@@ -303,7 +248,7 @@ class Store:
             self._begin_anew(error)
             return False
         if may_pass(error):
-            self._say_wrong(f"history is not kept for now: {self.path}: {error}")
+            self._file.not_now(error)
             if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
                 self._make_room()
             return False
@@ -315,32 +260,18 @@ class Store:
         otherwise meanwhile is lost as well."""
         log.error("history: a row cannot be written and is lost: %s", error)
         for row in rows:
-            if self._db is None or isinstance(row, Marker):
+            db = self._file.db
+            if db is None or isinstance(row, Marker):
                 continue
             try:
-                self._transaction(self._db, [row])
+                self._transaction(db, [row])
             except (sqlite3.Error, ValueError, OverflowError, TypeError) as failed:
                 log.debug("history: %s: %s", row, failed)
                 self._lose(1)
 
-    def _check(self) -> None:
-        """Look whether a file that is said to be damaged is, and begin a new one then."""
-        self._is_suspect = False
-        if self._db is None:
-            return
-        try:
-            found = str(self._db.execute("PRAGMA quick_check(1)").fetchone()[0])
-        except sqlite3.Error as error:
-            found = str(error)
-        if found != "ok":
-            self._begin_anew(found)
-
     def _begin_anew(self, error: object) -> None:
-        self._close()
-        try:
-            self._set_aside(error)
-        except OSError as failed:
-            self._say_wrong(f"history is not kept: {self.path} is damaged ({error}): {failed}")
+        self._keys.clear()
+        self._file.begin_anew(error)
 
     def _drop_pending(self) -> None:
         """Give up what could not be written."""
@@ -359,9 +290,10 @@ class Store:
     def _recover(self) -> None:
         """Write what the daemon before may have lost, once."""
         recovery, self._recovery = self._recovery, None
-        if recovery is None or self._db is None or not self.is_unclean:
+        db = self._file.db
+        if recovery is None or db is None or not self.is_unclean:
             return
-        newest = self._db.execute("SELECT max(ended_usec) FROM calls").fetchone()[0]
+        newest = db.execute("SELECT max(ended_usec) FROM calls").fetchone()[0]
         try:
             rows = list(recovery(max(0, (newest or 0) - RECOVER_SLACK_USEC)))
         except OSError as error:
@@ -374,7 +306,7 @@ class Store:
 
     def _keep_within(self) -> None:
         """Keep the sessions that were written for to their shares, and the file to its size."""
-        db, room = self._db, self._room
+        db, room = self._file.db, self._file.room
         if db is None or room is None:
             return
         touched, self._touched = self._touched, set()
@@ -389,7 +321,7 @@ class Store:
     def _keep_house(self) -> None:
         """Keep the file within its bounds, and now and then look for what is too old."""
         self._keep_within()
-        db, room = self._db, self._room
+        db, room = self._file.db, self._file.room
         if db is None or room is None:
             return
         try:
@@ -404,10 +336,10 @@ class Store:
             if is_damaged(error):
                 self._begin_anew(error)
             else:
-                self._say_wrong(f"history is not kept for now: {self.path}: {error}")
+                self._file.not_now(error)
 
     def _make_room(self) -> None:
-        db, room = self._db, self._room
+        db, room = self._file.db, self._file.room
         if db is None or room is None:
             return
         try:
@@ -423,22 +355,6 @@ class Store:
         now = _wall_usec()
         jumped = abs((now - wall) - (_boot_usec() - boot))
         return now if jumped <= CLOCK_SLACK_USEC else 0
-
-    def _close(self) -> None:
-        db, self._db, self._room = self._db, None, None
-        self._keys.clear()
-        if db is None:
-            return
-        try:
-            if self._stop.is_set():
-                db.execute("INSERT OR REPLACE INTO meta VALUES ('open', 0)")
-        except sqlite3.Error as error:
-            log.debug("history: %s: %s", self.path, error)
-        db.close()
-        if self._stop.is_set() and self._is_made_here and not self._has_rows:
-            # A start that came to nothing leaves nothing.
-            for end in SIDE_FILES:
-                Path(f"{self.path}{end}").unlink(missing_ok=True)
 
 
 def _wall_usec() -> int:

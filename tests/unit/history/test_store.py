@@ -314,7 +314,7 @@ def test_another_program_that_reads_for_long_makes_no_file_grow(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The write-ahead log cannot be written back while it is read; rows wait then."""
-    monkeypatch.setattr(module, "WAL_BYTES_MAX", 6 << 20)
+    monkeypatch.setattr("agentcgroupd.history.file.WAL_BYTES_MAX", 6 << 20)
     monkeypatch.setattr(module, "AGAIN_S", 0.01)
     store = started(path)
     store.put(ended(ALPHA, "first"))
@@ -443,6 +443,24 @@ def test_a_file_of_a_newer_daemon_or_of_others_is_left_alone(
     assert "it is left alone" in sentence and str(path) in sentence
     assert [record.getMessage() for record in caplog.records] == [sentence]
     assert path.read_bytes() == before
+
+
+def test_a_file_that_somebody_removed_is_followed_by_a_new_one(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = started(path)
+    store.put(ended(ALPHA, "before"))
+    written(store)
+    for file in path.parent.iterdir():
+        file.unlink()
+    with caplog.at_level(logging.WARNING):
+        for number in range(3):
+            store.put(ended(ALPHA, f"c{number}"))
+            written(store)
+        assert store.close(WAIT_S)
+    assert set(kept(path)) == {"c0", "c1", "c2"}
+    said = [r.getMessage() for r in caplog.records if "moved or removed" in r.getMessage()]
+    assert len(said) == 1
 
 
 def test_a_link_in_place_of_the_file_is_not_followed(path: Path, tmp_path: Path) -> None:
