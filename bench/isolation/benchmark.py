@@ -29,7 +29,7 @@ from agentcgroup_lab.replay import result
 from agentcgroup_lab.replay.backends import STRATEGIES, ReplayError
 from agentcgroup_lab.trace import format as trace_format
 from agentcgroupd.errors import AgentcgroupdError
-from bench.demo.__main__ import EMULATED, Speed, measure
+from bench.isolation.machine import EMULATED, Speed, measure
 from bench.isolation.mixes import Mix, Settings, folders, headers, make_mix
 from bench.isolation.oomd import find_oomd
 from bench.isolation.oomd_package import ensure as ensure_oomd

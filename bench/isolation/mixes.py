@@ -20,8 +20,8 @@ from agentcgroup_lab.replay.backends import ReplayError
 from agentcgroup_lab.replay.engine import SessionSpec
 from agentcgroup_lab.trace import format as trace_format
 from agentcgroup_lab.trace import plan
-from bench.demo.__main__ import RECORDINGS, ROOT, Speed
 from bench.isolation.bound import makespan_bound_s
+from bench.isolation.machine import RECORDINGS, ROOT, Speed
 
 WINDOW_S = 60.0
 """Recorded seconds replayed, around the recording's peak."""

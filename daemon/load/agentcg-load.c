@@ -4,6 +4,8 @@
  *
  * A step is complete when its memory has been reached, its CPU time has been consumed and its
  * duration has passed. Being frozen or throttled therefore makes it late; nothing is skipped.
+ * Between steps it may tell others how far it is, and wait for them: two processes that are to hold
+ * memory at the same moment then do so however fast either is.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -36,10 +38,13 @@
 #define DURATION_MAX_MS 86400000
 #define THREADS_MAX	64
 #define STACK_BYTES	(64 << 10)
+#define AWAIT_NSEC	(2 * NSEC_PER_MSEC)
 
 enum { FAILED = 1, BAD_INPUT = 2, CANNOT_GROW = 3 };
 
 struct step {
+	const char *tell;  /* a file to make; nothing else is done in this step */
+	const char *await; /* a file to wait for; the same */
 	long long duration_ns;
 	long long memory_bytes;
 	long long cpu_ns; /* per thread */
@@ -130,6 +135,23 @@ static double number(char **at, const char *what, double max, size_t line)
 	return value;
 }
 
+/* The rest of a line that begins with `word`, which is a path; NULL if it does not. */
+static const char *path_after(const char *word, char *at, size_t line)
+{
+	size_t len = strlen(word);
+	char *path;
+
+	if (strncmp(at, word, len) || (at[len] && !strchr(" \t", at[len])))
+		return NULL;
+	at += len + strspn(at + len, " \t");
+	if (!*at)
+		die(BAD_INPUT, "line %zu: %s needs the path of a file", line, word);
+	path = strdup(at);
+	if (!path)
+		die(FAILED, "no memory for a path");
+	return path;
+}
+
 static void read_schedule(FILE *file)
 {
 	size_t size = 0, room = 0;
@@ -154,13 +176,22 @@ static void read_schedule(FILE *file)
 				die(FAILED, "no memory for a schedule of %zu steps", room);
 		}
 		step = &steps[n_steps++];
+		*step = (struct step){ .tell = path_after("tell", at, line),
+				       .await = path_after("await", at, line),
+				       .threads = 1 };
+		if (step->tell || step->await) {
+			if (n_steps > 1)
+				step->memory_bytes = steps[n_steps - 2].memory_bytes;
+			continue;
+		}
 		duration_ms = number(&at, "duration_ms", DURATION_MAX_MS, line);
 		step->memory_bytes = number(&at, "memory_bytes", MEMORY_MAX, line);
 		percent = number(&at, "cpu_percent", THREADS_MAX * 100, line);
 		if (at && at[strspn(at, " \t")])
 			die(BAD_INPUT, "line %zu: '%.40s' after the third number", line, at);
 		step->duration_ns = duration_ms * NSEC_PER_MSEC;
-		step->threads = percent > 100 ? ceil(percent / 100) : 1;
+		step->threads = percent / 100;
+		step->threads += step->threads * 100 < percent || !step->threads;
 		step->cpu_ns = step->duration_ns * (percent / 100) / step->threads;
 	}
 	if (ferror(file))
@@ -424,6 +455,24 @@ static void run_step(void)
 	sleep_until(step_began_ns + current->duration_ns);
 }
 
+static void tell(const char *path)
+{
+	int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+
+	if (fd < 0)
+		die(FAILED, "cannot make %s: %s", path, strerror(errno));
+	close(fd);
+}
+
+static void await_file(const char *path)
+{
+	while (access(path, F_OK)) {
+		if (errno != ENOENT)
+			die(FAILED, "cannot wait for %s: %s", path, strerror(errno));
+		sleep_until(now_ns(CLOCK_MONOTONIC) + AWAIT_NSEC);
+	}
+}
+
 static void run_schedule(void)
 {
 	long long began_ns = now_ns(CLOCK_MONOTONIC), planned_ns = 0;
@@ -433,7 +482,12 @@ static void run_schedule(void)
 
 		current = &steps[i];
 		step_began_ns = now_ns(CLOCK_MONOTONIC);
-		run_step();
+		if (current->tell)
+			tell(current->tell);
+		else if (current->await)
+			await_file(current->await);
+		else
+			run_step();
 		planned_ns += current->duration_ns;
 		elapsed_ns = now_ns(CLOCK_MONOTONIC) - began_ns;
 		if (progress_fd >= 0 &&
@@ -449,6 +503,7 @@ static const char help[] =
 	"Replays a schedule (a file, else stdin) with real memory and CPU time. A line is one "
 	"step:\n"
 	"  DURATION_MS MEMORY_BYTES CPU_PERCENT   (held at its end; of one core, up to 6400)\n"
+	"  tell FILE | await FILE                 (make a file; wait until it is there)\n"
 	"--page-rate BYTES_PER_S   how fast to grow; 0: at once (default: evenly over each step)\n"
 	"--fill full|page          random pages, or one word a page (default: full)\n"
 	"--progress FILE|FD        a line per finished step: number, elapsed ms, ms behind "

@@ -57,6 +57,8 @@ class Backend(Protocol):
 
     name: str
     pool: Cgroup
+    holds_back: bool
+    """Whether calls are paused, or wait to begin, while the pool is short."""
 
     def open(self, session_id: str, important: bool) -> Place:
         """Make a session."""
@@ -121,6 +123,8 @@ def register(strategy: str, make: MakeBackend) -> None:
 class PlainBackend:
     """`none`, `static` and `high`: cgroups and limits, nobody who watches them."""
 
+    holds_back = False
+
     def __init__(self, name: str, pool_bytes: int, sessions: int) -> None:
         self.name = name
         root, pool = _base(f"agentcg-replay-{os.getpid()}-{name}")
@@ -174,6 +178,7 @@ class DaemonBackend:
     events."""
 
     name = "ours"
+    holds_back = True
 
     def __init__(self, pool_bytes: int, work: Path, memory_scale: float = 1.0) -> None:
         """`memory_scale`: of what is replayed. What the policy says in bytes, such as how far a

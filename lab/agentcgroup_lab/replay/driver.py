@@ -189,7 +189,8 @@ class Driver:
             pid = os.posix_spawn(argv[0], argv, os.environ, file_actions=[open_stdin])
         except OSError as error:
             # What an agent sees when there is no memory for a fork: the call fails, it goes on.
-            self._log(e="end", i=index, status=127 << 8, why=str(error))
+            no_memory = error.errno in (errno.ENOMEM, errno.EAGAIN)
+            self._log(e="end", i=index, status=127 << 8, why=str(error), no_memory=no_memory)
             return
         pidfd = os.pidfd_open(pid)
         self._poll.register(pidfd, select.POLLIN)

@@ -7,181 +7,45 @@ engine samples the pool, reads what the drivers log, and ends everything that it
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from agentcgroup_lab.replay import outcome
-from agentcgroup_lab.replay.backends import Backend, Place, ReplayError, current_bytes, make_backend
-from agentcgroup_lab.replay.result import SessionResult, SessionState, StrategyResult, Timeline
-from agentcgroup_lab.trace.plan import Plan
-from agentcgroupd.cgroup.knobs import MEMORY_EVENTS, MEMORY_PEAK
+from agentcgroup_lab.replay.backends import Backend, ReplayError, current_bytes, make_backend
+from agentcgroup_lab.replay.meeting import Meeting
+from agentcgroup_lab.replay.meeting import Place as MeetingPlace
+from agentcgroup_lab.replay.progress import Progress
+from agentcgroup_lab.replay.result import StrategyResult, Timeline
+from agentcgroup_lab.replay.session import Session, SessionSpec
 from agentcgroupd.errors import CgroupGone, KnobError
 
 LOAD = "agentcg-load"
-_DRIVER = Path(__file__).with_name("driver.py")
-_PROGRESS_S = 1.0
+_LINE_S = 1.0
+_WATCH_S = 0.25
 _SETTLE_S = 3.0
 _UP_S = 30.0
 
 Say = Callable[[str], None]
+Watch = Callable[[Progress], None]
 
-
-@dataclass(frozen=True, slots=True)
-class SessionSpec:
-    """A session to replay; it starts `delay_s` after the others' time 0."""
-
-    id: str
-    recording: str
-    plan: Plan
-    important: bool = False
-    delay_s: float = 0.0
-
-    @property
-    def planned_s(self) -> float:
-        """Seconds until its end when nothing is in its way, the delay included."""
-        return self.delay_s + self.plan.duration_s
+__all__ = ["EngineOptions", "Meeting", "Progress", "SessionSpec", "find_load", "run_strategy"]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """Settings of a replay. `timeout_s`: None is five times the longest plan and a minute.
-    `memory_scale`: of the plans; the daemon's policy is scaled alike."""
+    `memory_scale`: of the plans; the daemon's policy is scaled alike. `meeting`: calls that hold
+    their peaks together."""
 
     sample_period_s: float = 0.05
     timeout_s: float | None = None
     memory_scale: float = 1.0
-
-
-class _Session:
-    """A running session as the engine sees it."""
-
-    def __init__(self, spec: SessionSpec, place: Place, work: Path) -> None:
-        self.spec, self.place = spec, place
-        self.work = work / spec.id
-        self.work.mkdir()
-        self.events: list[dict[str, Any]] = []
-        self.driver: subprocess.Popen[bytes] | None = None
-        self.state: SessionState | None = None
-        self.ended = 0.0
-        self.peak_bytes: int | None = None
-        self.oom_kills: int | None = None
-        self.measured = False
-        self._log = self.work / "events.jsonl"
-        self._read_to = 0
-
-    def write_job(self, backend: Backend, load: str, gate: Path) -> Path:
-        """Write all that the driver needs, so that it need compute nothing."""
-        delay_s = self.spec.delay_s
-        calls = []
-        for call in self.spec.plan.calls:
-            schedule = self.work / f"call-{call.index}.schedule"
-            schedule.write_text(
-                "".join(
-                    f"{step.duration_ms} {step.memory_bytes} {step.cpu_pct}\n"
-                    for step in call.steps
-                ),
-                encoding="ascii",
-            )
-            latency = outcome.latency_file(self.work, call.index)
-            calls.append(
-                {
-                    "index": call.index,
-                    "start_s": call.start_s + delay_s,
-                    "end_s": call.end_s + delay_s,
-                    "background": call.background,
-                    "schedule": str(schedule),
-                    "argv": [
-                        *backend.call_prefix(call.tool),
-                        load,
-                        "--alloc-latency",
-                        str(latency),
-                    ],
-                }
-            )
-        first, *rest = self.spec.plan.agent
-        agent = [(0.0, first.memory_bytes, 0 if delay_s else first.cpu_pct)]
-        agent += [(step.at_s + delay_s, step.memory_bytes, step.cpu_pct) for step in rest]
-        self._log.touch()
-        job = self.work / "job.json"
-        job.write_text(
-            json.dumps(
-                {
-                    "enter": self.place.enter,
-                    "events": str(self._log),
-                    "gate": str(gate),
-                    "duration_s": self.spec.planned_s,
-                    "agent": agent,
-                    "calls": calls,
-                }
-            ),
-            encoding="utf-8",
-        )
-        return job
-
-    def start(self, job: Path, environment: dict[str, str]) -> None:
-        """Start the driver inside the session."""
-        with (self.work / "stderr").open("wb") as stderr:
-            self.driver = subprocess.Popen(
-                [*self.place.prefix, sys.executable, "-I", "-S", str(_DRIVER), str(job)],
-                stdin=subprocess.DEVNULL,
-                stdout=stderr,
-                stderr=stderr,
-                env={**os.environ, **environment},
-            )
-
-    def poll(self, now: float) -> None:
-        """Read what the driver logged, and see whether it has ended."""
-        assert self.driver is not None
-        status = self.driver.poll()
-        with self._log.open("rb") as stream:
-            stream.seek(self._read_to)
-            data = stream.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._read_to += len(whole)
-        self.events += [json.loads(line) for line in whole.splitlines()]
-        if status is not None and self.state is None:
-            done = bool(self.events) and self.events[-1]["e"] == "done"
-            self.state = "finished" if done else "lost"
-            self.ended = self.events[-1]["t"] if done else now
-
-    def measure(self) -> None:
-        """Read what is known only while the cgroup is there."""
-        self.measured = True
-        try:
-            self.peak_bytes = self.place.cgroup.read_if(MEMORY_PEAK)
-            events = self.place.cgroup.read_if(MEMORY_EVENTS)
-            self.oom_kills = None if events is None else events.get("oom_kill")
-        except CgroupGone:
-            pass  # closed by someone else: the timeline still has its highest sample
-
-    def stop(self, backend: Backend) -> None:
-        """End the session and its driver."""
-        backend.close(self.spec.id)
-        if self.driver is not None:
-            try:
-                self.driver.wait(_SETTLE_S)
-            except subprocess.TimeoutExpired:
-                self.driver.kill()
-                self.driver.wait()
-
-    def line(self) -> str:
-        """The session's part of the progress line."""
-        ends = [event for event in self.events if event["e"] == "end"]
-        killed = sum(os.WIFSIGNALED(event["status"]) for event in ends)
-        text = f"{self.spec.id} {len(ends) - killed}/{len(self.spec.plan.calls)}"
-        if killed:
-            text += f" ({killed} killed)"
-        return text if self.state in (None, "finished") else f"{text} {self.state}"
+    meeting: Meeting | None = None
 
 
 def find_load() -> str:
@@ -204,7 +68,7 @@ def find_load() -> str:
 class _Sampler:
     """memory.current of the pool and the sessions, at absolute deadlines."""
 
-    def __init__(self, backend: Backend, sessions: Sequence[_Session], started: float) -> None:
+    def __init__(self, backend: Backend, sessions: Sequence[Session], started: float) -> None:
         self._backend, self._sessions, self._started = backend, sessions, started
         self.at_s: list[float] = []
         self.pool_bytes: list[int] = []
@@ -221,6 +85,11 @@ class _Sampler:
         for session in self._sessions:
             self.series[session.spec.id].append(current_bytes(session.place.cgroup))
 
+    def last(self, session_id: str) -> int:
+        """The last sample of a session; 0 where there is none, or its cgroup is gone."""
+        series = self.series[session_id]
+        return (series[-1] or 0) if series else 0
+
     def highest(self, session_id: str) -> int | None:
         """The highest sample of a session; None where its cgroup was never seen."""
         seen = [held for held in self.series[session_id] if held is not None]
@@ -231,7 +100,7 @@ class _Sampler:
         return Timeline(tuple(self.at_s), tuple(self.pool_bytes), series)
 
 
-def _wait_until_up(sessions: Sequence[_Session], sampler: _Sampler, options: EngineOptions) -> None:
+def _wait_until_up(sessions: Sequence[Session], sampler: _Sampler, options: EngineOptions) -> None:
     """Wait until every agent holds its first memory, has ended, or is late: that one starts
     late."""
     deadline = time.monotonic() + _UP_S
@@ -245,28 +114,23 @@ def _wait_until_up(sessions: Sequence[_Session], sampler: _Sampler, options: Eng
 
 
 def _run_until_done(
-    sessions: Sequence[_Session],
-    sampler: _Sampler,
-    options: EngineOptions,
-    started: float,
-    progress: Callable[[float], None],
+    run: _Run, options: EngineOptions, started: float, tell: Callable[[], None]
 ) -> None:
+    sessions = run.sessions
     longest_s = max(session.spec.planned_s for session in sessions)
     limit_s = options.timeout_s or 5 * longest_s + 60
     next_sample = started
-    next_progress = started + _PROGRESS_S
     while any(session.state is None for session in sessions):
-        sampler.sample()
+        run.sampler.sample()
         now = time.monotonic()
         for session in sessions:
             if session.state is None:
                 session.poll(now)
+        run.look_at_meeting()
         for session in sessions:
             if session.state is not None and not session.measured:
                 session.measure()
-        if now >= next_progress:
-            progress(now - started)
-            next_progress += _PROGRESS_S
+        tell()
         if now - started > limit_s:
             for session in sessions:
                 if session.state is None:
@@ -274,10 +138,10 @@ def _run_until_done(
                     session.measure()
         next_sample = max(next_sample + options.sample_period_s, now)
         time.sleep(max(0.0, next_sample - time.monotonic()))
-    sampler.sample()
+    run.sampler.sample()
 
 
-def _left_in_sessions(sessions: Sequence[_Session]) -> tuple[str, ...]:
+def _left_in_sessions(sessions: Sequence[Session]) -> tuple[str, ...]:
     """Calls' cgroups that are still there a while after every driver has ended."""
     deadline = time.monotonic() + _SETTLE_S
     while True:
@@ -296,61 +160,118 @@ def _left_in_sessions(sessions: Sequence[_Session]) -> tuple[str, ...]:
         time.sleep(0.05)
 
 
+class _Run:
+    """The sessions of one strategy, while they run."""
+
+    def __init__(
+        self,
+        strategy: str,
+        backend: Backend,
+        sessions: Sequence[Session],
+        sampler: _Sampler,
+        meeting: MeetingPlace | None,
+        limit_bytes: int,
+    ) -> None:
+        self.sessions, self.sampler = sessions, sampler
+        self._strategy, self._backend, self._limit_bytes = strategy, backend, limit_bytes
+        self._meeting = meeting
+        self._by_id = {session.spec.id: session for session in sessions}
+
+    def look_at_meeting(self) -> None:
+        """Let the meeting go on once those who are in it are as far as that."""
+        if self._meeting is not None:
+            self._meeting.look(
+                lambda session_id, index: self._by_id[session_id].call_ended(index),
+                self._is_held,
+            )
+
+    def _is_held(self, session_id: str, index: int) -> bool:
+        """Whether a session's call is paused, or has not been let in."""
+        if not self._backend.holds_back:
+            return False
+        session = self._by_id[session_id]
+        return session.is_paused() or session.is_waiting(index)
+
+    def progress(self, passed_s: float) -> Progress:
+        """How far all are."""
+        sampler = self.sampler
+        return Progress(
+            self._strategy,
+            passed_s,
+            sampler.pool_bytes[-1] if sampler.pool_bytes else None,
+            self._limit_bytes,
+            tuple(
+                session.progress(sampler.last(session.spec.id), session.is_paused())
+                for session in self.sessions
+            ),
+        )
+
+
+def _teller(run: _Run, started: float, say: Say, watch: Watch | None) -> Callable[[], None]:
+    """Tell about progress when it is time: in lines, and to who watches."""
+    next_s = {"line": _LINE_S, "watch": 0.0}
+
+    def tell() -> None:
+        passed_s = time.monotonic() - started
+        if watch is not None and passed_s >= next_s["watch"]:
+            next_s["watch"] = passed_s + _WATCH_S
+            watch(run.progress(passed_s))
+        if passed_s >= next_s["line"]:
+            next_s["line"] += _LINE_S
+            say(run.progress(passed_s).text())
+
+    return tell
+
+
 def run_strategy(
     strategy: str,
     specs: Sequence[SessionSpec],
     pool_bytes: int,
     options: EngineOptions | None = None,
     say: Say = lambda line: None,
+    watch: Watch | None = None,
 ) -> StrategyResult:
     """Run all sessions at once under one strategy. Raises ReplayError where that is impossible
-    here.
+    here, or where a session or a call could not even start.
 
-    Whatever happens, every process and cgroup made for it is ended before this returns.
+    `say` gets a line a second, `watch` the same as values, more often. Whatever happens, every
+    process and cgroup made for it is ended before this returns.
     """
     options = options or EngineOptions()
     load = find_load()
     with tempfile.TemporaryDirectory(prefix="agentcg-replay-") as directory:
         work = Path(directory)
         backend = make_backend(strategy, pool_bytes, len(specs), work, options.memory_scale)
-        sessions: list[_Session] = []
-        left: tuple[str, ...] = ()
+        sessions: list[Session] = []
         stopped = False
         try:
             for spec in specs:
                 place = backend.open(spec.id, spec.important)
-                sessions.append(_Session(spec, place, work))
+                sessions.append(Session(spec, place, work))
+            meeting = MeetingPlace(options.meeting, work) if options.meeting else None
             gate = work / "gate"
             os.mkfifo(gate)
-            jobs = [session.write_job(backend, load, gate) for session in sessions]
+            jobs = [session.write_job(backend, load, gate, meeting) for session in sessions]
             # Readers of the gate wait for as long as it is open for writing.
             gate_fd = os.open(gate, os.O_RDWR | os.O_CLOEXEC)
-            started = time.monotonic()
-            unix_started = time.time()
+            started, unix_started = time.monotonic(), time.time()
             sampler = _Sampler(backend, sessions, started)
+            run = _Run(strategy, backend, sessions, sampler, meeting, pool_bytes)
             for session, job in zip(sessions, jobs, strict=True):
                 session.start(job, backend.environment())
-
-            def progress(passed_s: float) -> None:
-                used = f"{sampler.pool_bytes[-1] / 1e6:4.0f}" if sampler.pool_bytes else "   -"
-                states = "  ".join(session.line() for session in sessions)
-                pool = f"pool {used}/{pool_bytes / 1e6:.0f} MB"
-                say(f"{strategy:>6} {passed_s:5.1f} s  {pool}  calls {states}")
-
             try:
                 _wait_until_up(sessions, sampler, options)
             finally:
                 gate.unlink()
                 os.close(gate_fd)
-            _run_until_done(sessions, sampler, options, started, progress)
-            progress(time.monotonic() - started)
-            seconds = max(session.ended for session in sessions) - started
+            _run_until_done(run, options, started, _teller(run, started, say, watch))
+            say(run.progress(time.monotonic() - started).text())
             left = _left_in_sessions(sessions)
             for session in sessions:
                 session.stop(backend)
             events = list(backend.events())
             results = tuple(
-                _session_result(session, events, started, unix_started, sampler)
+                session.result(events, started, unix_started, sampler.highest(session.spec.id))
                 for session in sessions
             )
             stopped = True
@@ -361,15 +282,16 @@ def run_strategy(
         return StrategyResult(
             strategy=strategy,
             limit_bytes=pool_bytes,
-            seconds=seconds,
+            seconds=max(session.ended for session in sessions) - started,
             sessions=results,
             timeline=sampler.timeline(),
             leaks=tuple(dict.fromkeys(left)),
             notes=backend.notes(),
+            met=dict(meeting.became) if meeting else {},
         )
 
 
-def _abort(backend: Backend, sessions: Sequence[_Session]) -> None:
+def _abort(backend: Backend, sessions: Sequence[Session]) -> None:
     """End the drivers and the backend as far as possible: an error or Ctrl-C is on its way up."""
     for session in sessions:
         if session.driver is not None and session.driver.poll() is None:
@@ -381,30 +303,3 @@ def _abort(backend: Backend, sessions: Sequence[_Session]) -> None:
     except KnobError:
         pass  # gone already; the backend removes what is left
     backend.stop()
-
-
-def _session_result(
-    session: _Session,
-    events: Sequence[Any],
-    started: float,
-    unix_started: float,
-    sampler: _Sampler,
-) -> SessionResult:
-    spec = session.spec
-    ups = [event["t"] for event in session.events if event["e"] == "ready"]
-    reports = outcome.reports(events, spec.id, unix_started)
-    calls = outcome.call_results(spec.plan, session.events, reports, started, session.ended)
-    return SessionResult(
-        id=spec.id,
-        recording=spec.recording,
-        important=spec.important,
-        state=session.state or "lost",
-        began_s=(ups[0] if ups else started) - started + spec.delay_s,
-        ended_s=session.ended - started,
-        planned_s=spec.plan.duration_s,
-        planned_peak_bytes=spec.plan.peak_bytes,
-        peak_bytes=session.peak_bytes or sampler.highest(spec.id),
-        oom_kills=session.oom_kills,
-        calls=calls,
-        alloc_latency=outcome.alloc_latency(session.work),
-    )

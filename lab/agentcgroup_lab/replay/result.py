@@ -104,6 +104,8 @@ class StrategyResult:
     timeline: Timeline
     leaks: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    met: Mapping[str, str] = field(default_factory=dict)
+    """What became of each session's call that was to hold its peak with the others'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,8 @@ class ReplayResult:
     speed: float
     strategies: tuple[StrategyResult, ...]
     rules: Mapping[str, str] = field(default_factory=dict)
+    alone: StrategyResult | None = None
+    """The important session without the others, without control."""
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain values, with the schema's name."""
@@ -168,7 +172,9 @@ def read(path: Path) -> ReplayResult:
     if not isinstance(value, dict) or value.pop("schema", None) != SCHEMA:
         raise ValueError(f"{path}: not a replay result of schema {SCHEMA}")
     strategies = tuple(_strategy(strategy) for strategy in value["strategies"])
-    return ReplayResult(**{**value, "strategies": strategies})
+    alone = value.get("alone")
+    alone = None if alone is None else _strategy(alone)
+    return ReplayResult(**{**value, "strategies": strategies, "alone": alone})
 
 
 _COLUMNS = (

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from agentcgroup_lab.replay.backends import ReplayError, make_backend
 from agentcgroup_lab.replay.result import Latency, SessionResult, StrategyResult, Timeline
 from agentcgroup_lab.trace import plan
-from bench.demo.__main__ import RECORDINGS, Speed
 from bench.isolation.benchmark import Journal, arguments, groups, summarize
 from bench.isolation.bound import makespan_bound_s, pieces
+from bench.isolation.machine import RECORDINGS, Speed
 from bench.isolation.mixes import Settings, draw, folders, headers, make_mix
 from bench.isolation.oomd import find_oomd, ruleset
 from bench.isolation.plot import draw as draw_picture

@@ -1,0 +1,277 @@
+"""What the demo replays: the recordings, the pool, the scale, and when peaks meet.
+
+Each number follows from the recordings and from what this machine can do, by a rule below. The
+contrast is a matter of arithmetic, not of luck: a choice that does not have it is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from agentcgroup_lab.replay import engine
+from agentcgroup_lab.replay.backends import ReplayError
+from agentcgroup_lab.trace import format as trace_format
+from agentcgroup_lab.trace import plan
+
+SESSIONS = 4
+HEADROOM = 1.25
+"""The pool over what must fit: below some 6 % of free memory the daemon holds calls back."""
+AGENT_LEAST_BYTES = 10_000_000
+"""A replayed agent is a Python process, which holds so much by itself."""
+CALL_OWN_BYTES = 1_500_000
+"""The load itself, and its page tables."""
+CLEARLY = 1.1
+"""Factor between what has to be larger and what smaller, for a contrast that is certain."""
+MEMORY_SHARE = 0.5
+"""Share of this machine's free memory that the pool may have."""
+TOUCH_SHARE = 0.25
+"""Share of the time in which this machine could touch the memory of all calls."""
+CPU_SHARE = 0.3
+"""Share of this machine's CPUs that all sessions may burn together: only memory is short."""
+ARRIVE_SHARE = 0.05
+"""Share of the time by which the others are there before the important call is at its peak."""
+HOLD_LEAST_S = 0.8
+"""Time to see that the others are held back."""
+SCALES = (1.0, 0.75, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.09, 0.08, 0.07, 0.06, 0.05)
+SCALE_LEAST = 0.05
+"""With less the agents' own processes would be all that is seen."""
+PROBE_BYTES = 24 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Speed of this machine. `touch_bytes_per_s`: of all sessions together, at the same time."""
+
+    touch_bytes_per_s: float
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Plans, the first of them the important session's, the pool, and which calls meet."""
+
+    names: tuple[str, ...]
+    plans: tuple[plan.Plan, ...]
+    pool_bytes: int
+
+    @property
+    def share_bytes(self) -> int:
+        """An even part of the pool."""
+        return self.pool_bytes // len(self.plans)
+
+    @property
+    def peaks(self) -> list[plan.PlannedCall]:
+        """The call of each plan that holds most."""
+        return [max(one.calls, key=lambda call: call.peak_bytes) for one in self.plans]
+
+    def too_large(self, one: plan.Plan) -> int:
+        """Number of calls that an even part of the pool cannot hold, for certain."""
+        return sum(
+            agent_bytes(one, call.start_s) + call.peak_bytes > self.share_bytes * CLEARLY
+            for call in one.calls
+        )
+
+    def weakness(self) -> str:
+        """Why the strategies would not differ for certain; empty where they do."""
+        first, *others = self.peaks
+        if any(call.peak_bytes * CLEARLY > first.peak_bytes for call in others):
+            return "no recording has a call that is clearly larger than all calls of the others"
+        # With the largest call gone, what is left is still too much: a second one is killed.
+        agents = sum(agent_bytes(one) for one in self.plans)
+        if agents + sum(call.peak_bytes for call in others) < self.pool_bytes * CLEARLY:
+            return "the peaks of the others fit into the pool together"
+        if not all(self.too_large(one) for one in self.plans):
+            return "an even part of the pool holds the largest call of one of them"
+        return ""
+
+
+def agent_bytes(one: plan.Plan, at_s: float | None = None) -> int:
+    """Bytes that an agent holds at a time, or at most."""
+    planned = one.agent_peak_bytes if at_s is None else one.agent_bytes_at(at_s)
+    return max(planned, AGENT_LEAST_BYTES)
+
+
+def measure() -> Speed:
+    """Touch memory in as many processes at once as there will be sessions.
+
+    The second of two rounds counts: a guest's memory is its host's only once it has been touched.
+    Raises ReplayError where this machine does not even have that little.
+    """
+    load = engine.find_load()
+    seconds = 0.0
+    for _ in range(2):
+        started = time.monotonic()
+        probes = [
+            subprocess.Popen([load], stdin=subprocess.PIPE, text=True) for _ in range(SESSIONS)
+        ]
+        for probe in probes:
+            assert probe.stdin is not None
+            probe.stdin.write(f"0 {PROBE_BYTES} 0\n")
+            probe.stdin.close()
+        statuses = [probe.wait() for probe in probes]
+        seconds = time.monotonic() - started
+        if any(statuses):
+            total = SESSIONS * PROBE_BYTES
+            raise ReplayError(
+                f"this machine could not touch {megabytes(total)} ({load} ended with {statuses}): "
+                "free some memory, or raise the limit of the container"
+            )
+    fields = dict(line.split(":", 1) for line in open("/proc/meminfo", encoding="ascii"))
+    free_bytes = int(fields["MemAvailable"].split()[0]) * 1024
+    return Speed(SESSIONS * PROBE_BYTES / seconds, free_bytes)
+
+
+def load_recordings(directory: Path) -> dict[str, trace_format.Trace]:
+    """Read all recordings of a directory, by name. Raises ReplayError for too few."""
+    paths = sorted([*directory.glob("*.jsonl.gz"), *directory.glob("*.jsonl")])
+    if len(paths) < SESSIONS:
+        raise ReplayError(
+            f"{directory} holds {len(paths)} recordings (*.jsonl.gz), {SESSIONS} are needed; "
+            "TRACES=dir names another directory"
+        )
+    return {
+        path.name.removesuffix(".gz").removesuffix(".jsonl"): trace_format.read(path)
+        for path in paths
+    }
+
+
+def pool_for(plans: Sequence[plan.Plan]) -> int:
+    """The smallest pool on which some order of things lets everything finish, with some headroom:
+    any one session's largest call, while the agents, which cannot be stopped, stay."""
+    agents = sum(agent_bytes(one) for one in plans)
+    largest = max(call.peak_bytes for one in plans for call in one.calls)
+    return int((agents + largest + CALL_OWN_BYTES) * HEADROOM)
+
+
+def _choices(
+    recordings: Mapping[str, trace_format.Trace], options: plan.Options
+) -> Iterator[Choice]:
+    plans = {name: plan.make_plan(recorded, options) for name, recorded in recordings.items()}
+    rises = {
+        name: max((call.peak_bytes for call in one.calls), default=0) for name, one in plans.items()
+    }
+    highest = sorted((name for name in plans if rises[name]), key=lambda name: -rises[name])
+    for names in itertools.combinations(highest, SESSIONS):
+        chosen = tuple(plans[name] for name in names)
+        yield Choice(names, chosen, pool_for(chosen))
+
+
+def choose(recordings: Mapping[str, trace_format.Trace], options: plan.Options) -> Choice:
+    """Choose the recordings of whose calls a static split loses most, among those with which the
+    contrast is certain. The one with the largest call is the important session: it is the one that
+    a kernel without further advice kills first. Raises ReplayError where there are none."""
+    choices = list(_choices(recordings, options))
+    certain = [choice for choice in choices if not choice.weakness()]
+    if not certain:
+        why = choices[0].weakness() if choices else "they have no calls"
+        raise ReplayError(f"these recordings show no certain contrast: {why}")
+    return max(certain, key=lambda choice: sum(map(choice.too_large, choice.plans)))
+
+
+def shrink(choice: Choice, speed: Speed, plan_s: float) -> float:
+    """Choose the factor for memory: what this machine has, and can touch in time; at most 1.
+    Raises ReplayError where that is next to nothing."""
+    touched = sum(call.peak_bytes for one in choice.plans for call in one.calls)
+    by_time = TOUCH_SHARE * plan_s * speed.touch_bytes_per_s / touched
+    by_memory = MEMORY_SHARE * speed.free_bytes / choice.pool_bytes
+    factor = min(by_time, by_memory)
+    if factor < SCALE_LEAST:
+        raise ReplayError(
+            f"this machine is too small: it touches {megabytes(speed.touch_bytes_per_s)} a second "
+            f"and has {megabytes(speed.free_bytes)} free, and a pool of "
+            f"{megabytes(choice.pool_bytes)} would be shrunk to {factor:.0%}"
+        )
+    # A round number reads better; rounding down keeps both limits.
+    return next(scale for scale in SCALES if scale <= factor)
+
+
+def peak_at_s(call: plan.PlannedCall) -> float:
+    """The time in the plan at which a call has reached its peak."""
+    peak = max(range(len(call.steps)), key=lambda at: call.steps[at].memory_bytes)
+    return call.start_s + sum(step.duration_ms for step in call.steps[: peak + 1]) / 1000.0
+
+
+def meet(choice: Choice, speed: Speed, plan_s: float) -> tuple[engine.Meeting, list[float]]:
+    """Make the meeting of the largest calls, and the times at which the sessions start: the others
+    are there before the important session's call is at its peak, so that it waits for nobody."""
+    first, *others = choice.peaks
+    calls = {f"s{number}": call.index for number, call in enumerate(choice.peaks, 1)}
+    room_bytes = choice.pool_bytes - first.peak_bytes - sum(map(agent_bytes, choice.plans))
+    hold_s = HOLD_LEAST_S + 2 * max(room_bytes, 0) / speed.touch_bytes_per_s
+    at_s = peak_at_s(first) - ARRIVE_SHARE * plan_s
+    starts_s = [0.0, *(at_s - call.start_s for call in others)]
+    earliest_s = min(starts_s)
+    return engine.Meeting("s1", calls, hold_s), [start_s - earliest_s for start_s in starts_s]
+
+
+def megabytes(n_bytes: float) -> str:
+    """A size as it is printed."""
+    return f"{n_bytes / 1e6:.0f} MB"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that is replayed, and the rules that made it so, in words."""
+
+    specs: list[engine.SessionSpec]
+    pool_bytes: int
+    how: engine.EngineOptions
+    speed: float
+    rules: dict[str, str]
+
+    def alone(self) -> tuple[list[engine.SessionSpec], engine.EngineOptions]:
+        """The important session without the others."""
+        assert self.how.meeting is not None
+        first = replace(self.specs[0], delay_s=0.0)
+        return [first], replace(self.how, meeting=self.how.meeting.alone())
+
+
+def prepare(directory: Path, plan_s: float) -> Prepared:
+    """Turn recordings into sessions that take about `plan_s` seconds, and a pool. Raises
+    ReplayError, TraceError."""
+    recordings = load_recordings(directory)
+    speed = measure()
+    options = plan.Options(
+        speed=max(1.0, max(recorded.duration_s for recorded in recordings.values()) / plan_s),
+        cpu_max_pct=100.0 * (os.cpu_count() or 1) * CPU_SHARE / SESSIONS,
+    )
+    factor = shrink(choose(recordings, options), speed, plan_s)
+    options = replace(options, memory_scale=factor)
+    choice = choose(recordings, options)
+    meeting, delays_s = meet(choice, speed, plan_s)
+    specs = [
+        engine.SessionSpec(f"s{number}", name, one, important=number == 1, delay_s=delay_s)
+        for number, (name, one, delay_s) in enumerate(
+            zip(choice.names, choice.plans, delays_s, strict=True), 1
+        )
+    ]
+    how = engine.EngineOptions(
+        memory_scale=factor, meeting=meeting, timeout_s=max(30.0, 4 * plan_s)
+    )
+    return Prepared(specs, choice.pool_bytes, how, options.speed, _rules(choice, speed, options))
+
+
+def _rules(choice: Choice, speed: Speed, options: plan.Options) -> dict[str, str]:
+    """Say in plain words what was chosen, and why."""
+    sessions = [
+        f"{name} ({len(one.calls)} calls up to {megabytes(peak.peak_bytes)}, "
+        f"agent {megabytes(agent_bytes(one))})"
+        for name, one, peak in zip(choice.names, choice.plans, choice.peaks, strict=True)
+    ]
+    together = sum(map(agent_bytes, choice.plans)) + sum(c.peak_bytes for c in choice.peaks)
+    return {
+        "machine": f"touches {megabytes(speed.touch_bytes_per_s)}/s in {SESSIONS} processes "
+        f"together, has {megabytes(speed.free_bytes)} free",
+        "scale": f"memory x{options.memory_scale:g}, {options.speed:.3g} times as fast as recorded",
+        "sessions": ", ".join(sessions),
+        "pool": f"{megabytes(choice.pool_bytes)}: the largest call fits beside all agents, with "
+        f"{HEADROOM - 1:.0%} to spare; an even part is {megabytes(choice.share_bytes)}",
+        "meeting": f"the largest call of each session waits for the others' at its peak: "
+        f"{megabytes(together)} are wanted at once",
+    }
