@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,9 @@ from agentcgroup_lab.trace import format as trace_format
 from agentcgroup_lab.trace import plan
 
 SESSIONS = 4
-HEADROOM = 1.25
+WINDOW_S = 50.0
+"""Recorded seconds replayed, around the recording's peak: some calls before it, and some after."""
+HEADROOM = 1.2
 """The pool over what must fit: below some 6 % of free memory the daemon holds calls back."""
 AGENT_LEAST_BYTES = 10_000_000
 """A replayed agent is a Python process, which holds so much by itself."""
@@ -30,9 +33,9 @@ CLEARLY = 1.1
 """Factor between what has to be larger and what smaller, for a contrast that is certain."""
 MEMORY_SHARE = 0.5
 """Share of this machine's free memory that the pool may have."""
-TOUCH_SHARE = 0.25
+TOUCH_SHARE = 0.2
 """Share of the time in which this machine could touch the memory of all calls."""
-CPU_SHARE = 0.3
+CPU_SHARE = 0.15
 """Share of this machine's CPUs that all sessions may burn together: only memory is short."""
 ARRIVE_SHARE = 0.05
 """Share of the time by which the others are there before the important call is at its peak."""
@@ -83,7 +86,9 @@ class Choice:
         if any(call.peak_bytes * CLEARLY > first.peak_bytes for call in others):
             return "no recording has a call that is clearly larger than all calls of the others"
         # With the largest call gone, what is left is still too much: a second one is killed.
-        agents = sum(agent_bytes(one) for one in self.plans)
+        agents = sum(
+            agent_bytes(one, call.start_s) for one, call in zip(self.plans, self.peaks, strict=True)
+        )
         if agents + sum(call.peak_bytes for call in others) < self.pool_bytes * CLEARLY:
             return "the peaks of the others fit into the pool together"
         if not all(self.too_large(one) for one in self.plans):
@@ -105,23 +110,19 @@ def measure() -> Speed:
     """
     load = engine.find_load()
     seconds = 0.0
-    for _ in range(2):
-        started = time.monotonic()
-        probes = [
-            subprocess.Popen([load], stdin=subprocess.PIPE, text=True) for _ in range(SESSIONS)
-        ]
-        for probe in probes:
-            assert probe.stdin is not None
-            probe.stdin.write(f"0 {PROBE_BYTES} 0\n")
-            probe.stdin.close()
-        statuses = [probe.wait() for probe in probes]
-        seconds = time.monotonic() - started
-        if any(statuses):
-            total = SESSIONS * PROBE_BYTES
-            raise ReplayError(
-                f"this machine could not touch {megabytes(total)} ({load} ended with {statuses}): "
-                "free some memory, or raise the limit of the container"
-            )
+    with tempfile.NamedTemporaryFile("w") as schedule:
+        schedule.write(f"0 {PROBE_BYTES} 0\n")
+        schedule.flush()
+        for _ in range(2):
+            started = time.monotonic()
+            probes = [subprocess.Popen([load, schedule.name]) for _ in range(SESSIONS)]
+            statuses = [probe.wait() for probe in probes]
+            seconds = time.monotonic() - started
+            if any(statuses):
+                raise ReplayError(
+                    f"this machine could not touch {megabytes(SESSIONS * PROBE_BYTES)} ({load} "
+                    f"ended with {statuses}): free some memory, or raise the container's limit"
+                )
     fields = dict(line.split(":", 1) for line in open("/proc/meminfo", encoding="ascii"))
     free_bytes = int(fields["MemAvailable"].split()[0]) * 1024
     return Speed(SESSIONS * PROBE_BYTES / seconds, free_bytes)
@@ -152,7 +153,12 @@ def pool_for(plans: Sequence[plan.Plan]) -> int:
 def _choices(
     recordings: Mapping[str, trace_format.Trace], options: plan.Options
 ) -> Iterator[Choice]:
-    plans = {name: plan.make_plan(recorded, options) for name, recorded in recordings.items()}
+    plans = {
+        name: plan.make_plan(
+            recorded, replace(options, window_s=plan.busiest_window(recorded, WINDOW_S))
+        )
+        for name, recorded in recordings.items()
+    }
     rises = {
         name: max((call.peak_bytes for call in one.calls), default=0) for name, one in plans.items()
     }
@@ -238,7 +244,7 @@ def prepare(directory: Path, plan_s: float) -> Prepared:
     recordings = load_recordings(directory)
     speed = measure()
     options = plan.Options(
-        speed=max(1.0, max(recorded.duration_s for recorded in recordings.values()) / plan_s),
+        speed=max(1.0, WINDOW_S / plan_s),
         cpu_max_pct=100.0 * (os.cpu_count() or 1) * CPU_SHARE / SESSIONS,
     )
     factor = shrink(choose(recordings, options), speed, plan_s)
