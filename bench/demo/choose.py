@@ -21,11 +21,11 @@ from agentcgroup_lab.trace import format as trace_format
 from agentcgroup_lab.trace import plan
 
 SESSIONS = 4
-WINDOW_S = 50.0
+WINDOW_S = 60.0
 """Recorded seconds replayed, around the recording's peak: some calls before it, and some after."""
 HEADROOM = 1.2
 """The pool over what must fit: below some 6 % of free memory the daemon holds calls back."""
-AGENT_LEAST_BYTES = 10_000_000
+AGENT_LEAST_BYTES = 6_000_000
 """A replayed agent is a Python process, which holds so much by itself."""
 CALL_OWN_BYTES = 1_500_000
 """The load itself, and its page tables."""
@@ -33,14 +33,16 @@ CLEARLY = 1.1
 """Factor between what has to be larger and what smaller, for a contrast that is certain."""
 MEMORY_SHARE = 0.5
 """Share of this machine's free memory that the pool may have."""
-TOUCH_SHARE = 0.2
+TOUCH_SHARE = 0.25
 """Share of the time in which this machine could touch the memory of all calls."""
 CPU_SHARE = 0.15
 """Share of this machine's CPUs that all sessions may burn together: only memory is short."""
-ARRIVE_SHARE = 0.05
+ARRIVE_SHARE = 0.1
 """Share of the time by which the others are there before the important call is at its peak."""
-HOLD_LEAST_S = 0.8
+HOLD_LEAST_S = 0.6
 """Time to see that the others are held back."""
+HOLD_SHARE = 1.5
+"""How long the important call holds its peak, of the time in which the others fill the pool."""
 SCALES = (1.0, 0.75, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.09, 0.08, 0.07, 0.06, 0.05)
 SCALE_LEAST = 0.05
 """With less the agents' own processes would be all that is seen."""
@@ -203,13 +205,33 @@ def peak_at_s(call: plan.PlannedCall) -> float:
     return call.start_s + sum(step.duration_ms for step in call.steps[: peak + 1]) / 1000.0
 
 
-def meet(choice: Choice, speed: Speed, plan_s: float) -> tuple[engine.Meeting, list[float]]:
+def full_after_s(choice: Choice) -> float:
+    """Seconds from when the others may rise to when all together hold more than the pool."""
+    first, *others = choice.peaks
+    held_bytes = first.peak_bytes + sum(
+        agent_bytes(one, call.start_s) for one, call in zip(choice.plans, choice.peaks, strict=True)
+    )
+    steps = []
+    for call in others:
+        at_ms = level_bytes = 0
+        for step in call.steps:
+            at_ms += step.duration_ms
+            if step.memory_bytes > level_bytes:
+                steps.append((at_ms, step.memory_bytes - level_bytes))
+                level_bytes = step.memory_bytes
+    for at_ms, more_bytes in sorted(steps):
+        held_bytes += more_bytes
+        if held_bytes > choice.pool_bytes:
+            return at_ms / 1000.0
+    raise ReplayError("the peaks fit into the pool together")
+
+
+def meet(choice: Choice, plan_s: float) -> tuple[engine.Meeting, list[float]]:
     """Make the meeting of the largest calls, and the times at which the sessions start: the others
     are there before the important session's call is at its peak, so that it waits for nobody."""
     first, *others = choice.peaks
     calls = {f"s{number}": call.index for number, call in enumerate(choice.peaks, 1)}
-    room_bytes = choice.pool_bytes - first.peak_bytes - sum(map(agent_bytes, choice.plans))
-    hold_s = HOLD_LEAST_S + 2 * max(room_bytes, 0) / speed.touch_bytes_per_s
+    hold_s = HOLD_LEAST_S + HOLD_SHARE * full_after_s(choice)
     at_s = peak_at_s(first) - ARRIVE_SHARE * plan_s
     starts_s = [0.0, *(at_s - call.start_s for call in others)]
     earliest_s = min(starts_s)
@@ -250,7 +272,7 @@ def prepare(directory: Path, plan_s: float) -> Prepared:
     factor = shrink(choose(recordings, options), speed, plan_s)
     options = replace(options, memory_scale=factor)
     choice = choose(recordings, options)
-    meeting, delays_s = meet(choice, speed, plan_s)
+    meeting, delays_s = meet(choice, plan_s)
     specs = [
         engine.SessionSpec(f"s{number}", name, one, important=number == 1, delay_s=delay_s)
         for number, (name, one, delay_s) in enumerate(

@@ -91,10 +91,12 @@ class Held:
             self._bytes = target
 
 
-def resident_bytes() -> int:
-    """Bytes that this process holds by itself."""
+def own_bytes() -> int:
+    """Anonymous bytes that this process holds by itself. What it has mapped of files may be charged
+    to whoever read them first, and to nobody in a guest that shares its host's files."""
     with open("/proc/self/statm", encoding="ascii") as stream:
-        return int(stream.read().split()[1]) * mmap.PAGESIZE
+        fields = stream.read().split()
+    return (int(fields[1]) - int(fields[2])) * mmap.PAGESIZE
 
 
 def burn(owed_s: float) -> float:
@@ -115,7 +117,7 @@ class Driver:
         self._calls: list[dict[str, Any]] = job["calls"]
         self._duration_s: float = job["duration_s"]
         self._gate: str = job["gate"]
-        self._held = Held(max(step[1] for step in self._steps), resident_bytes())
+        self._held = Held(max(step[1] for step in self._steps), own_bytes())
         self._poll = select.poll()
         self._running: dict[int, tuple[int, int]] = {}  # pidfd -> call, pid
         self._next_step = self._next_call = 0

@@ -203,9 +203,9 @@ class Session:
             return False
 
     def is_waiting(self, index: int) -> bool:
-        """Whether a call was begun and its program does not run yet."""
-        begun = any(event["e"] == "begin" and event["i"] == index for event in self.events)
-        return begun and not outcome.latency_file(self.work, index).exists()
+        """Whether a call's program does not run yet: it waits to be let in, or calls before it did
+        and made it late."""
+        return not outcome.latency_file(self.work, index).exists()
 
     def progress(self, held_bytes: int, paused: bool) -> SessionProgress:
         """How far it is."""
