@@ -1,8 +1,8 @@
 """The command `agentcg` (everything but `exec`, which its C front does itself).
 
 One module a group: status (status, sessions, budget, version), calls (calls, end, report), session,
-policy, streams (feedback, events), audit,
-history (history, usage, explain), trace (doctor, record, replay).
+policy, streams (feedback, events), audit, history (history, usage, explain), install,
+trace (doctor, record, replay).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 from agentcgroup import errors, extras, paths
 
-from . import audit, calls, common, history, policy, session, status, streams, trace
+from . import audit, calls, common, history, install, policy, session, status, streams, trace
 from .output import print_json, say
 
-GROUPS = (status, calls, session, streams, audit, history)
+GROUPS = (status, calls, session, streams, audit, history, install)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,237 @@
+"""`install` and `uninstall`: the daemon as a service of systemd, from where it is installed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from agentcgroup import errors
+
+from . import common
+from .install_files import (
+    CONFIG,
+    UNITS,
+    CannotInstall,
+    Entry,
+    Found,
+    Installation,
+    below,
+    put,
+    removable,
+    remove,
+)
+from .output import print_json, say
+
+T = TypeVar("T")
+
+HOST = Path("/")
+RUN, LOG = Path("/run/agentcgroup"), Path("/var/log/agentcgroup")
+SOCKETS = ("agentcgroupd-agent.socket", "agentcgroupd-admin.socket")
+POOL = Path("agentcg.slice/agentcg-pool.service/pool")
+_DONE = {"new": "made", "changed": "replaced", "same": "as it was", "kept": "kept, as changed here"}
+_WOULD = {"new": "would be made", "changed": "would be replaced"}
+
+
+def add_commands(subparsers: common.Subparsers) -> None:
+    """Add this module's commands."""
+    install = common.command(
+        subparsers,
+        "install",
+        run_install,
+        "Install the daemon as a service of systemd and start it (root).",
+    )
+    install.add_argument("--no-start", action="store_true", help="only the files")
+    uninstall = common.command(
+        subparsers,
+        "uninstall",
+        run_uninstall,
+        "Stop the service and remove all of it: units, configuration, audit log (root).",
+    )
+    uninstall.add_argument("--keep", action="store_true", help="configuration and audit log stay")
+    uninstall.add_argument("--force", action="store_true", help="end sessions that are open")
+    for parser in (install, uninstall):
+        parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+        parser.add_argument(
+            "--root",
+            metavar="DIR",
+            type=Path,
+            default=HOST,
+            help="files in a directory that becomes a system's root; nothing is started or stopped",
+        )
+
+
+def run_install(args: argparse.Namespace) -> int:
+    """Put the files in place and start the service; returns the exit code."""
+    root = _root(args)
+    installation = Installation.this()
+    installation.check(root)
+    live = root == HOST and not args.no_start
+    entries = installation.entries()
+    if args.dry_run:
+        found = [(entry, entry.found(root)) for entry in entries]
+    else:
+        if live:
+            _need_systemd()
+        _need_root(root)
+        _check_config(installation, root)
+        found = _changing(lambda: put(entries, root))
+    notes = installation.writers() if root == HOST else []
+    if live and not args.dry_run:
+        _start(found)
+    _tell_install(args, found, notes, live)
+    return common.OK
+
+
+def run_uninstall(args: argparse.Namespace) -> int:
+    """Stop the service and remove its files; returns the exit code."""
+    root = _root(args)
+    paths = removable(root, keep_data=args.keep)
+    trees = [] if args.keep else [below(root, LOG)]
+    trees += [below(root, RUN)]
+    trees = [tree for tree in trees if tree.is_dir()]
+    if not args.dry_run:
+        _need_root(root)
+        if root == HOST:
+            _stop(args.force)
+        _changing(lambda: remove(paths, root))
+        for tree in trees:
+            shutil.rmtree(tree, ignore_errors=False)
+        if root == HOST and _has_systemd():
+            _systemctl("daemon-reload")
+    gone = [str(path) for path in (*paths, *trees)]
+    if args.json:
+        print_json({"removed": gone, "dry_run": args.dry_run})
+        return common.OK
+    for path in gone:
+        say(f"{path}: {'would be removed' if args.dry_run else 'removed'}")
+    if not gone:
+        say("nothing of the service is here")
+    return common.OK
+
+
+def _root(args: argparse.Namespace) -> Path:
+    root: Path = args.root.absolute()
+    if not root.is_dir():
+        raise CannotInstall(f"--root: {root} is no directory", field="root", value=str(root))
+    return root
+
+
+def _need_root(root: Path) -> None:
+    if os.geteuid() != 0 and not os.access(root, os.W_OK):
+        raise errors.PermissionDenied("the service is installed by root", code="PERMISSION_DENIED")
+
+
+def _has_systemd() -> bool:
+    return Path("/run/systemd/system").is_dir() and shutil.which("systemctl") is not None
+
+
+def _need_systemd() -> None:
+    if not _has_systemd():
+        raise CannotInstall(
+            "systemd does not run here; start the daemon yourself (sudo agentcgroupd), or put the "
+            "files into an image with --root DIR, or leave out the start with --no-start"
+        )
+
+
+def _changing(change: Callable[[], T]) -> T:
+    """Do what changes files; an error names the file."""
+    try:
+        return change()
+    except OSError as error:
+        raise CannotInstall(f"{error.filename}: {error.strerror}") from error
+
+
+def _check_config(installation: Installation, root: Path) -> None:
+    """Ask the daemon itself whether it could run with the configuration that will be there."""
+    there = below(root, CONFIG)
+    shipped = installation.data / "share/agentcgroup/systemd" / CONFIG.name
+    config = there if there.is_file() else shipped
+    argv = [str(installation.programs / "agentcgroupd"), "--check", "--config", str(config)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CannotInstall(done.stderr.strip().splitlines()[-1].strip() or f"{argv[0]} failed")
+
+
+def _systemctl(*arguments: str, may_fail: bool = False) -> None:
+    """Run systemctl. Raises CannotInstall with what it says, and the daemon's last words."""
+    done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode == 0 or may_fail:
+        return
+    said = " ".join(done.stderr.split())
+    journal = subprocess.run(
+        ["journalctl", "-u", "agentcgroupd.service", "-n", "3", "-o", "cat", "--no-pager"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    words = " / ".join(line for line in journal.stdout.splitlines() if line.strip())
+    raise CannotInstall(
+        f"systemctl {' '.join(arguments)}: {said}" + (f" ({words})" if words else "")
+    )
+
+
+def _start(found: Sequence[tuple[Entry, Found]]) -> None:
+    changed = {entry.path.name for entry, state in found if state in ("new", "changed")}
+    tmpfiles = ["systemd-tmpfiles", "--create", "agentcgroup.conf"]
+    subprocess.run(tmpfiles, check=True)
+    if changed:
+        _systemctl("daemon-reload")
+    # Sessions live in the pool's unit, so a restart of the daemon ends none.
+    verb = "restart" if "agentcgroupd.service" in changed else "start"
+    _systemctl(verb, "agentcgroupd.service")
+
+
+def _stop(force: bool) -> None:
+    """Stop everything, unless sessions are open and nobody insists."""
+    if not _has_systemd():
+        return
+    open_sessions = _open_sessions()
+    if open_sessions and not force:
+        raise errors.Refused(
+            f"sessions are open: {', '.join(open_sessions)}; close them first, or end them with "
+            "--force",
+            code="FAILED_PRECONDITION",
+        )
+    # The sockets first: a connection would start the daemon again.
+    _systemctl("stop", *SOCKETS, "agentcgroupd.service", may_fail=True)
+    _systemctl("stop", "agentcg-pool.service", may_fail=True)
+    _systemctl("stop", "agentcg.slice", may_fail=True)
+    _systemctl("reset-failed", *UNITS, may_fail=True)
+
+
+def _open_sessions() -> list[str]:
+    """Names of the sessions below the pool of the service."""
+    for mount in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")):
+        pool = mount / POOL
+        if pool.is_dir():
+            return sorted(entry.name for entry in pool.iterdir() if entry.is_dir())
+    return []
+
+
+def _tell_install(
+    args: argparse.Namespace,
+    found: Sequence[tuple[Entry, Found]],
+    notes: Sequence[str],
+    live: bool,
+) -> None:
+    started = live and not args.dry_run
+    if args.json:
+        files = [
+            {"path": str(below(args.root.absolute(), entry.path)), "found": state}
+            for entry, state in found
+        ]
+        print_json({"files": files, "notes": notes, "started": started, "dry_run": args.dry_run})
+        return
+    words = {**_DONE, **_WOULD} if args.dry_run else _DONE
+    for entry, state in found:
+        say(f"{below(args.root.absolute(), entry.path)}: {words[state]}")
+    for note in notes:
+        say(f"agentcg: note: {note}, so that others could change what root runs", file=sys.stderr)
+    if started:
+        say("agentcgroupd runs; next: agentcg session run NAME -- COMMAND")
