@@ -19,10 +19,9 @@ from agentcgroup_lab.replay import engine
 from agentcgroup_lab.replay.backends import ReplayError
 from agentcgroup_lab.trace import format as trace_format
 from agentcgroup_lab.trace import plan
+from bench.demo.trim import largest, most_kept, trimmed
 
 SESSIONS = 4
-WINDOW_S = 60.0
-"""Recorded seconds replayed, around the recording's peak: some calls before it, and some after."""
 HEADROOM = 1.2
 """The pool over what must fit: below some 6 % of free memory the daemon holds calls back."""
 AGENT_LEAST_BYTES = 6_000_000
@@ -33,7 +32,7 @@ CLEARLY = 1.1
 """Factor between what has to be larger and what smaller, for a contrast that is certain."""
 MEMORY_SHARE = 0.5
 """Share of this machine's free memory that the pool may have."""
-TOUCH_SHARE = 0.25
+TOUCH_SHARE = 0.15
 """Share of the time in which this machine could touch the memory of all calls."""
 CPU_SHARE = 0.15
 """Share of this machine's CPUs that all sessions may burn together: only memory is short."""
@@ -73,7 +72,7 @@ class Choice:
     @property
     def peaks(self) -> list[plan.PlannedCall]:
         """The call of each plan that holds most."""
-        return [max(one.calls, key=lambda call: call.peak_bytes) for one in self.plans]
+        return [largest(one) for one in self.plans]
 
     def too_large(self, one: plan.Plan) -> int:
         """Number of calls that an even part of the pool cannot hold, for certain."""
@@ -155,19 +154,20 @@ def pool_for(plans: Sequence[plan.Plan]) -> int:
 def _choices(
     recordings: Mapping[str, trace_format.Trace], options: plan.Options
 ) -> Iterator[Choice]:
-    plans = {
-        name: plan.make_plan(
-            recorded, replace(options, window_s=plan.busiest_window(recorded, WINDOW_S))
-        )
-        for name, recorded in recordings.items()
-    }
+    plans = {name: plan.make_plan(recorded, options) for name, recorded in recordings.items()}
     rises = {
         name: max((call.peak_bytes for call in one.calls), default=0) for name, one in plans.items()
     }
     highest = sorted((name for name in plans if rises[name]), key=lambda name: -rises[name])
     for names in itertools.combinations(highest, SESSIONS):
-        chosen = tuple(plans[name] for name in names)
-        yield Choice(names, chosen, pool_for(chosen))
+        whole = tuple(plans[name] for name in names)
+        pool_bytes = pool_for(whole)
+        room_bytes = pool_bytes - sum(map(agent_bytes, whole)) - CALL_OWN_BYTES * len(whole)
+        most = most_kept(whole, room_bytes)
+        chosen = tuple(
+            trimmed(one, most_bytes) for one, most_bytes in zip(whole, most, strict=True)
+        )
+        yield Choice(names, chosen, pool_bytes)
 
 
 def choose(recordings: Mapping[str, trace_format.Trace], options: plan.Options) -> Choice:
@@ -265,12 +265,15 @@ def prepare(directory: Path, plan_s: float) -> Prepared:
     ReplayError, TraceError."""
     recordings = load_recordings(directory)
     speed = measure()
-    options = plan.Options(
-        speed=max(1.0, WINDOW_S / plan_s),
-        cpu_max_pct=100.0 * (os.cpu_count() or 1) * CPU_SHARE / SESSIONS,
+    cpu_max_pct = 100.0 * (os.cpu_count() or 1) * CPU_SHARE / SESSIONS
+    options = plan.Options(cpu_max_pct=cpu_max_pct)
+    as_recorded = choose(recordings, options)
+    longest_s = max(one.duration_s for one in as_recorded.plans)
+    options = replace(
+        options,
+        speed=max(1.0, longest_s / plan_s),
+        memory_scale=shrink(as_recorded, speed, plan_s),
     )
-    factor = shrink(choose(recordings, options), speed, plan_s)
-    options = replace(options, memory_scale=factor)
     choice = choose(recordings, options)
     meeting, delays_s = meet(choice, plan_s)
     specs = [
@@ -280,7 +283,7 @@ def prepare(directory: Path, plan_s: float) -> Prepared:
         )
     ]
     how = engine.EngineOptions(
-        memory_scale=factor, meeting=meeting, timeout_s=max(30.0, 4 * plan_s)
+        memory_scale=options.memory_scale, meeting=meeting, timeout_s=max(30.0, 4 * plan_s)
     )
     return Prepared(specs, choice.pool_bytes, how, options.speed, _rules(choice, speed, options))
 
