@@ -7,7 +7,7 @@ CMD ?= uname -a
 GUEST ?= vm
 export PYTHON CMD
 
-.PHONY: help setup lock demo test lint bench guest clean
+.PHONY: help setup lock demo test lint bench guest deb image clean
 
 help:
 	@echo 'make setup                install what is missing, build, fetch the test kernels where they are needed'
@@ -17,6 +17,8 @@ help:
 	@echo 'make bench BENCH=name     a benchmark; results in build/bench/name.json'
 	@echo "make guest CMD='...'      run something on a recent kernel in QEMU (GUEST=uml: in user-mode Linux;"
 	@echo '                          GUEST_ARGS: see GUEST_ARGS=--help)'
+	@echo 'make deb                  a Debian package in build/deb (DEB_ARGS: see DEB_ARGS=--help)'
+	@echo 'make image                a container image in build/image, for docker load'
 	@echo 'make lock                 write requirements.lock anew from pyproject.toml'
 	@echo 'make clean                remove what was built here (kernels stay in the cache)'
 	@echo
@@ -43,6 +45,12 @@ bench: setup
 
 guest: setup
 	@$(VENV)/python -m tests.guest.$(GUEST) $(GUEST_ARGS) -- sh -c "$$CMD"
+
+deb: setup
+	@$(VENV)/python -m tools.build_deb $(DEB_ARGS)
+
+image: setup
+	@$(VENV)/python -m tools.build_image $(IMAGE_ARGS)
 
 # Exact versions for every Python and platform at once, each with its hashes.
 lock:
