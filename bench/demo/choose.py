@@ -22,7 +22,7 @@ from agentcgroup_lab.trace import plan
 from bench.demo.trim import largest, most_kept, trimmed
 
 SESSIONS = 4
-HEADROOM = 1.2
+HEADROOM = 1.15
 """The pool over what must fit: below some 6 % of free memory the daemon holds calls back."""
 AGENT_LEAST_BYTES = 6_000_000
 """A replayed agent is a Python process, which holds so much by itself."""
@@ -42,9 +42,10 @@ HOLD_LEAST_S = 0.6
 """Time to see that the others are held back."""
 HOLD_SHARE = 1.5
 """How long the important call holds its peak, of the time in which the others fill the pool."""
-SCALES = (1.0, 0.75, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.09, 0.08, 0.07, 0.06, 0.05)
-SCALE_LEAST = 0.05
-"""With less the agents' own processes would be all that is seen."""
+SCALES = (1.0, 0.75, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12)
+"""The least is where the agents' own processes are still small beside the calls."""
+LATE_MOST = 4.0
+"""How much longer than planned all may take on a slow machine."""
 PROBE_BYTES = 24 << 20
 
 
@@ -101,6 +102,14 @@ def agent_bytes(one: plan.Plan, at_s: float | None = None) -> int:
     """Bytes that an agent holds at a time, or at most."""
     planned = one.agent_peak_bytes if at_s is None else one.agent_bytes_at(at_s)
     return max(planned, AGENT_LEAST_BYTES)
+
+
+def agent_least_bytes(one: plan.Plan, call: plan.PlannedCall) -> int:
+    """Bytes that an agent holds at least while a call of its runs. Its plan goes on while the call
+    does, however late that is."""
+    levels = [one.agent_bytes_at(call.start_s)]
+    levels += [step.memory_bytes for step in one.agent if call.start_s < step.at_s <= call.end_s]
+    return max(min(levels), AGENT_LEAST_BYTES)
 
 
 def measure() -> Speed:
@@ -184,19 +193,19 @@ def choose(recordings: Mapping[str, trace_format.Trace], options: plan.Options) 
 
 def shrink(choice: Choice, speed: Speed, plan_s: float) -> float:
     """Choose the factor for memory: what this machine has, and can touch in time; at most 1.
-    Raises ReplayError where that is next to nothing."""
+    Raises ReplayError for a machine that is too small."""
     touched = sum(call.peak_bytes for one in choice.plans for call in one.calls)
     by_time = TOUCH_SHARE * plan_s * speed.touch_bytes_per_s / touched
     by_memory = MEMORY_SHARE * speed.free_bytes / choice.pool_bytes
-    factor = min(by_time, by_memory)
-    if factor < SCALE_LEAST:
+    least = SCALES[-1]
+    if by_memory < least or by_time < least / LATE_MOST:
         raise ReplayError(
             f"this machine is too small: it touches {megabytes(speed.touch_bytes_per_s)} a second "
-            f"and has {megabytes(speed.free_bytes)} free, and a pool of "
-            f"{megabytes(choice.pool_bytes)} would be shrunk to {factor:.0%}"
+            f"and has {megabytes(speed.free_bytes)} free, and the pool would have "
+            f"{megabytes(choice.pool_bytes * least)}"
         )
     # A round number reads better; rounding down keeps both limits.
-    return next(scale for scale in SCALES if scale <= factor)
+    return next((scale for scale in SCALES if scale <= min(by_time, by_memory)), least)
 
 
 def peak_at_s(call: plan.PlannedCall) -> float:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 STRATEGIES = ("none", "static", "ours")
 """The strategies that `agentcg replay` offers."""
 AGENT_LEAF = "agent"
+_ENTER = 'echo 0 >"$0/cgroup.procs" && exec "$@"'
 _START_S = 90.0
 _RPC_S = 60.0
 _STOP_S = 20.0
@@ -47,9 +48,9 @@ class Place:
     """The cgroup that a session's driver runs in, and the way into it."""
 
     cgroup: Cgroup
-    enter: str
-    """Directory of the cgroup that the driver enters by itself; empty: `prefix` puts it there."""
-    prefix: tuple[str, ...] = ()
+    prefix: tuple[str, ...]
+    """Words before the driver's command line that put it there before it is executed, so that all
+    of its memory is the session's."""
 
 
 class Backend(Protocol):
@@ -142,7 +143,7 @@ class PlainBackend:
             cgroup.write(MEMORY_MAX, self._share_bytes)
         elif self.name == "high":
             cgroup.write(MEMORY_HIGH, self._share_bytes)
-        return Place(cgroup, enter=str(cgroup.path))
+        return Place(cgroup, ("/bin/sh", "-c", _ENTER, str(cgroup.path)))
 
     def call_prefix(self, tool: str) -> tuple[str, ...]:
         """No words: calls are plain children of their agent."""
@@ -274,7 +275,6 @@ class DaemonBackend:
         path = self._root.path / session.cgroup_path.lstrip("/")
         return Place(
             Cgroup(self._root.dir_fd, str(path.relative_to(self._root.path)), path),
-            enter="",
             prefix=(self._launcher, "--session", session_id, "--"),
         )
 

@@ -96,7 +96,6 @@ class Session:
         job.write_text(
             json.dumps(
                 {
-                    "enter": self.place.enter,
                     "events": str(self._log),
                     "gate": str(gate),
                     "duration_s": self.spec.planned_s,

@@ -43,7 +43,7 @@ def test_the_contrast_is_certain_with_the_own_recordings_at_every_scale(scale: f
     assert choice.weakness() == ""
     first, *others = choice.peaks
     agents = [
-        choose.agent_bytes(one, call.start_s)
+        choose.agent_least_bytes(one, call)
         for one, call in zip(choice.plans, choice.peaks, strict=True)
     ]
     # Any one session can finish; all together cannot, and neither can those that are left when
