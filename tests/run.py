@@ -30,6 +30,7 @@ from typing import Literal, NoReturn
 
 from tests.guest.vm import CHECKOUT
 from tests.guest.where import Kind, decide
+from tools import wheel_venv
 
 RESULTS = CHECKOUT / "build/test"
 PYTEST = [str(CHECKOUT / ".venv/bin/python"), "-m", "pytest", "-p", "no:cacheprovider"]
@@ -395,6 +396,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         suites = [suite for suite in suites if suite.name in arguments.only]
     RESULTS.mkdir(parents=True, exist_ok=True)
     compile_bytecode()
+    if any(suite.name == "systemd" for suite in suites):
+        # What `agentcg install` is tried with. In the guest it would take minutes to build.
+        wheel_venv.make()
     runner = Runner(suites, arguments.pytest)
     try:
         runner.run(1 if arguments.serial else min(2, os.cpu_count() or 1))
