@@ -36,6 +36,7 @@ from agentcgroupd.guard.high_mark import HighMark, PoolMark
 from agentcgroupd.guard.policy_files import PolicyFiles, read_policy
 from agentcgroupd.history.history import History
 from agentcgroupd.history.room import Bounds
+from agentcgroupd.host.journal import DETAIL
 from agentcgroupd.host.kernel_log import OomLog
 from agentcgroupd.host.listening import handed_over, listen
 from agentcgroupd.host.run_dir import RunDir
@@ -65,6 +66,7 @@ from agentcgroupd.telemetry.feed import Feed
 from agentcgroupd.telemetry.metrics import Heartbeat, Metrics
 from agentcgroupd.telemetry.metrics_server import MetricsServer
 from agentcgroupd.telemetry.notices import Notices
+from agentcgroupd.telemetry.started import started
 from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -245,7 +247,7 @@ class Daemon:
             guard.start()
         observers.start(guard)
         place.keep()
-        return _ready(running, pool, sessions, run_dir)
+        return _ready(running, pool, sessions, observers, run_dir)
 
     def _make_notices(self, undo: AsyncExitStack) -> Notices:
         config, kept = self._config.audit, self._config.history
@@ -376,7 +378,12 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (FILES_WANTED, FILES_WANTED))
     except (OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        log.warning("at most %d files may be open (LimitNOFILE=%d is wanted)", hard, FILES_WANTED)
+        log.warning(
+            "at most %d files may be open (LimitNOFILE=%d is wanted)",
+            hard,
+            FILES_WANTED,
+            extra=DETAIL,
+        )
 
 
 async def _start_threads() -> None:
@@ -408,21 +415,30 @@ def _last_alive_ticks(pool: Pool) -> int:
     return int(before or pool.cgroup.get_xattr(ALIVE_XATTR) or 0)
 
 
-def _ready(running: Running, pool: Pool, sessions: Sessions, run_dir: Path) -> Running:
+def _ready(
+    running: Running, pool: Pool, sessions: Sessions, observers: Observers, run_dir: Path
+) -> Running:
     for name in pool.missing:
         log.warning(
             "controller %s is not available below %s: its limits are not enforced; "
             "see `agentcg doctor`",
             name,
             pool.cgroup.path,
+            extra=DETAIL,
         )
     # Before systemd is told that all is ready: from then on it may send any of the signals.
     running.listen_to_signals()
     notify("READY=1", f"STATUS=pool {pool.path}, {len(sessions.open)} sessions")
-    controllers = " ".join(pool.controllers) or "none"
-    log.info(
-        "ready: pool %s, controllers %s, sockets in %s", pool.cgroup.path, controllers, run_dir
+    lines = started(
+        pool.cgroup.path,
+        pool.memory_max_bytes,
+        pool.cpu_millicores,
+        pool.controllers,
+        observers.features(),
+        run_dir,
     )
+    for line in lines:
+        log.info("%s", line)
     return running
 
 

@@ -59,6 +59,11 @@ class Observers:
         for state in (*plane.states.values(), cpu_state):
             notices.metrics.features.labels(state.name).set(int(state.works))
 
+    def features(self) -> list[tuple[str, bool]]:
+        """Features of the programs by name, and whether each works here."""
+        states = (*self._plane.states.values(), self._cpu.state)
+        return [(state.name, state.works) for state in states]
+
     def _make_signals(self) -> Signals | None:
         plane, pool = self._plane, self._pool
         if plane.memory is None or "memory" not in pool.controllers:

@@ -23,6 +23,7 @@ from agentcgroupd.cgroup.tree import cgroup2_mount
 from agentcgroupd.config import BpfConfig, GuardConfig
 from agentcgroupd.errors import BpfError
 from agentcgroupd.units import CgroupId
+from agentcgroupd.host.journal import DETAIL
 
 P = ParamSpec("P")
 
@@ -58,7 +59,7 @@ class DataPlane:
             # The scheduler has a switch of its own.
             ours = [d for d in features.DEFINITIONS if d.name != features.CPU_SCHEDULER]
             self.states = {d.name: features.missing(d, OFF) for d in ours}
-            log.info("in the kernel: nothing: %s", OFF)
+            log.info("in the kernel: nothing: %s", OFF, extra=DETAIL)
             return
         self._pins = self._make_pins()
         for name, make in (("lifecycle", self._open_lifecycle), ("memory", self._open_memory)):
@@ -86,7 +87,7 @@ class DataPlane:
             if not state.works:
                 _log_missing(state)
         working = [state.name for state in self.states.values() if state.works]
-        log.info("in the kernel: %s", ", ".join(working) or "nothing")
+        log.info("in the kernel: %s", ", ".join(working) or "nothing", extra=DETAIL)
 
     def _open_lifecycle(self, bpf: BpfObject) -> None:
         self.lifecycle = Lifecycle(bpf)
@@ -160,4 +161,5 @@ class DataPlane:
 
 
 def _log_missing(state: FeatureState) -> None:
-    log.warning("%s: missing: %s; instead: %s", state.name, state.reason, state.fallback)
+    words = (state.name, state.reason, state.fallback)
+    log.warning("%s: missing: %s; instead: %s", *words, extra=DETAIL)

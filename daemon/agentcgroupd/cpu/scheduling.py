@@ -26,6 +26,7 @@ from agentcgroupd.bpf.sched import CpuNumbers, SchedSettings, Scheduler
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.config import CpuConfig
 from agentcgroupd.errors import BpfError, CgroupGone, KnobError
+from agentcgroupd.host.journal import DETAIL
 from agentcgroupd.intents.cpu_class import CpuClasses
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.state.session import Call, Session, all_inside
@@ -132,7 +133,8 @@ class CpuScheduling:
                 self._set(state)
         if not self.state.works and enabled:  # else that is said once, for all programs
             state = self.state
-            log.warning("%s: missing: %s; instead: %s", state.name, state.reason, state.fallback)
+            words = (state.name, state.reason, state.fallback)
+            log.warning("%s: missing: %s; instead: %s", *words, extra=DETAIL)
         return self.state
 
     def _set(self, state: FeatureState) -> None:

@@ -31,6 +31,7 @@ from agentcgroupd.gpu.placement import Grants
 from agentcgroupd.gpu.resource import GpuResource
 from agentcgroupd.gpu.state import GpuState
 from agentcgroupd.gpu.tenant import GpuTenant, session_tenant_id
+from agentcgroupd.host.journal import DETAIL
 from agentcgroupd.intents.gpu import Device, GpuCeiling
 from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.session import Call, Session, boottime_usec
@@ -127,7 +128,7 @@ class Gpus:
             infos = await loop.run_in_executor(self._executor, nvml.devices)
         except NvmlUnavailable as error:
             self._state.ceiling = GpuCeiling(why_none=str(error))
-            log.info("no GPUs for calls: %s", error)
+            log.info("no GPUs for calls: %s", error, extra=DETAIL)
             return None
         devices = tuple(self._grantable(info) for info in infos if not info.mig)
         why_none = "its owner has split every GPU (MIG)" if infos else "the driver has no device"

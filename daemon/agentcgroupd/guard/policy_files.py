@@ -15,6 +15,7 @@ from pathlib import Path
 
 from agentcgroupd.config import PolicyConfig
 from agentcgroupd.errors import ConfigError
+from agentcgroupd.host.journal import DETAIL
 from agentcgroupd.policy.lint import lint
 from agentcgroupd.policy.load import Loaded, find_sources, load_policy
 from agentcgroupd.policy.schema import Policy
@@ -150,7 +151,8 @@ class PolicyFiles:
 
     def _log_policy(self) -> None:
         policy = self.policy
-        log.info("policy %s in force: %s", policy.name, " ".join(map(str, self.loaded.sources)))
+        sources = " ".join(map(str, self.loaded.sources))
+        log.info("policy %s in force: %s", policy.name, sources, extra=DETAIL)
         for sentence in lint(policy, self._limit_bytes):
             log.warning("policy %s: %s", policy.name, sentence)
 

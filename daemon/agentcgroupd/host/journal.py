@@ -26,6 +26,10 @@ _PRIORITIES = (
 FIELDS = {"session": "AGENTCG_SESSION", "call": "AGENTCG_CALL"}
 """By the name under `extra=` of a logging call."""
 
+DETAIL = {"detail": True}
+"""As `extra=` of a logging call: on a terminal, where the start sums up what is there, it is shown
+only where all is. Files and the journal have it in any case."""
+
 
 def priority(level: int) -> int:
     """The priority of syslog(3) for a level of logging."""

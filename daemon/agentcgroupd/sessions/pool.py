@@ -24,7 +24,6 @@ from agentcgroupd.host.memory import host_memory_bytes
 from agentcgroupd.host.zram import Zram, ZramError
 from agentcgroupd.host.zram import prepare as prepare_zram
 from agentcgroupd.state.records import RECORD_VERSION, foreign_version, read_record
-from agentcgroupd.units import show_bytes
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +245,6 @@ def _pool_of(config: PoolConfig, cgroup: Cgroup, mount: Path, path: str, memory_
         cgroup.write(knobs.MEMORY_MAX, memory_max)
         cgroup.write(knobs.MEMORY_HIGH, config.memory_high)
         memory_max = cgroup.read(knobs.MEMORY_MAX)
-        log.info("pool %s has %s", cgroup.path, show_bytes(memory_max or 0))
     return Pool(
         cgroup=cgroup,
         mount=mount,

@@ -7,6 +7,7 @@ the direction of text is written as an escape, so that nobody can forge a line o
 from __future__ import annotations
 
 import logging
+import sys
 import unicodedata
 
 from agentcgroupd.host import journal
@@ -47,6 +48,10 @@ def _is_of_note(record: logging.LogRecord) -> bool:
     return type(error).__name__ != "ExecuteBatchError"
 
 
+def _is_no_detail(record: logging.LogRecord) -> bool:
+    return not getattr(record, "detail", False)
+
+
 def set_up(verbose: bool) -> None:
     """Log to standard error or, where that is the journal's, to the journal, which adds time and
     level itself. `verbose`: every step."""
@@ -56,5 +61,7 @@ def set_up(verbose: bool) -> None:
     else:
         handler, words = logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s"
     handler.setFormatter(LineFormatter(words))
+    if sys.stderr.isatty() and not verbose:
+        handler.addFilter(_is_no_detail)
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_of_note)
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
