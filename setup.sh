@@ -146,7 +146,7 @@ once project "$(hash_of pyproject.toml tools/*.py "${sources[@]}")" \
 
 if [ "$WHERE" = guest ]; then
 	once guest "$(<"$STAMPS/where")" \
-		"tests run in user-mode Linux and QEMU, the demo in QEMU ($(<"$STAMPS/where"))" true
+		"tests run in user-mode Linux and QEMU, the demo in user-mode Linux ($(<"$STAMPS/where"))" true
 	# The cache is shared by all checkouts, so the question is put to it and not to a stamp.
 	"$PYTHON" -m tests.guest.kernel "${AGENTCG_KERNEL:-newest}" >/dev/null
 	"$PYTHON" -m tests.guest.uml_kernel >/dev/null

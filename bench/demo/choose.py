@@ -44,6 +44,7 @@ HOLD_SHARE = 1.5
 """How long the important call holds its peak, of the time in which the others fill the pool."""
 SCALES = (1.0, 0.75, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12)
 """The least is where the agents' own processes are still small beside the calls."""
+SAMPLE_S = 0.1
 LATE_MOST = 4.0
 """How much longer than planned all may take on a slow machine."""
 PROBE_BYTES = 24 << 20
@@ -292,7 +293,10 @@ def prepare(directory: Path, plan_s: float) -> Prepared:
         )
     ]
     how = engine.EngineOptions(
-        memory_scale=options.memory_scale, meeting=meeting, timeout_s=max(30.0, 4 * plan_s)
+        sample_period_s=SAMPLE_S,
+        memory_scale=options.memory_scale,
+        meeting=meeting,
+        timeout_s=max(30.0, 4 * plan_s),
     )
     return Prepared(specs, choice.pool_bytes, how, options.speed, _rules(choice, speed, options))
 
