@@ -7,7 +7,7 @@ CMD ?= uname -a
 GUEST ?= vm
 export PYTHON CMD
 
-.PHONY: help setup lock demo test lint bench guest deb image clean
+.PHONY: help setup lock demo test lint bench guest wheel deb image clean
 
 help:
 	@echo 'make setup                install what is missing, build, fetch the test kernels where they are needed'
@@ -17,6 +17,7 @@ help:
 	@echo 'make bench BENCH=name     a benchmark; results in build/bench/name.json'
 	@echo "make guest CMD='...'      run something on a recent kernel in QEMU (GUEST=uml: in user-mode Linux;"
 	@echo '                          GUEST_ARGS: see GUEST_ARGS=--help)'
+	@echo 'make wheel                a wheel for any Linux since glibc 2.34, in build/dist'
 	@echo 'make deb                  a Debian package in build/deb (DEB_ARGS: see DEB_ARGS=--help)'
 	@echo 'make image                a container image in build/image, for docker load'
 	@echo 'make lock                 write requirements.lock anew from pyproject.toml'
@@ -45,6 +46,9 @@ bench: setup
 
 guest: setup
 	@$(VENV)/python -m tests.guest.$(GUEST) $(GUEST_ARGS) -- sh -c "$$CMD"
+
+wheel: setup
+	@$(VENV)/python -m tools.manylinux $(WHEEL_ARGS)
 
 deb: setup
 	@$(VENV)/python -m tools.build_deb $(DEB_ARGS)

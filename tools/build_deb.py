@@ -20,7 +20,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from tools import check_wheel, manylinux
+from tools import manylinux
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = Path("usr/lib/agentcgroup")
@@ -213,9 +213,8 @@ def build(wheel: Path, python: str, out: Path) -> Path:
 def portable_wheel(work: Path) -> Path:
     """Build the wheel of this checkout, for any Linux. Raises DebError."""
     try:
-        tree = check_wheel.copy_checkout(work / "tree")
-        return manylinux.repair(check_wheel.build(tree, "wheel"), work / "portable")
-    except (check_wheel.CheckError, manylinux.ManylinuxError) as error:
+        return manylinux.build(work)
+    except manylinux.ManylinuxError as error:
         raise DebError(str(error)) from error
 
 

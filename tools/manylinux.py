@@ -1,6 +1,8 @@
 """Make a wheel that runs on any Linux with a C library that is new enough: a manylinux wheel.
 
-    python -m tools.manylinux WHEEL DIR
+    python -m tools.manylinux [--out DIR] [WHEEL]
+
+Without WHEEL the one of this checkout is built.
 
 auditwheel puts the libelf that libbpf needs beside it, and finds out which tag is true. The
 programs themselves are static, and those in bpf/ are for the kernel.
@@ -16,6 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tools import check_wheel
+
+OUT = Path(__file__).resolve().parents[1] / "build/dist"
 GLIBC_MOST = (2, 35)
 """Of Ubuntu 22.04, the oldest C library among the distributions in the README."""
 
@@ -54,15 +59,26 @@ def glibc_of(name: str) -> tuple[int, int]:
     return min((int(major), int(minor)) for major, minor in versions)
 
 
+def build(out: Path) -> Path:
+    """Build the wheel of this checkout and make it portable; returns it. Raises ManylinuxError."""
+    with tempfile.TemporaryDirectory(prefix="agentcgroup-wheel-") as work:
+        try:
+            tree = check_wheel.copy_checkout(Path(work) / "tree")
+            return repair(check_wheel.build(tree, "wheel"), out)
+        except check_wheel.CheckError as error:
+            raise ManylinuxError(str(error)) from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.manylinux", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("wheel", type=Path, metavar="WHEEL")
-    parser.add_argument("into", type=Path, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="(build/dist)")
+    parser.add_argument("wheel", type=Path, nargs="?", metavar="WHEEL")
     arguments = parser.parse_args(argv)
     try:
-        print(repair(arguments.wheel, arguments.into))
+        out: Path = arguments.out
+        print(repair(arguments.wheel, out) if arguments.wheel else build(out))
     except ManylinuxError as error:
         print(error, file=sys.stderr)
         return 1
