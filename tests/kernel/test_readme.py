@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -25,24 +24,20 @@ def test_the_python_example_runs(agent: AgentProcess) -> None:
     assert said.startswith("hello\n") and "It ended well." in said
 
 
-def test_the_tour_of_the_cli_runs(daemon: DaemonProcess) -> None:
-    assert "agentcg session run web --memory-max 4G --priority important -- bash" in README
-    limits = ["--memory-max", "4G", "--priority", "important"]
-    pool = daemon.cgroup_dir / "memory.max"
-    if not pool.exists() or int(pool.read_text()) < 4 << 30:
-        limits = limits[2:]  # a smaller machine than the reader's
-    inside = f"{FRONT} exec --memory-max 2G --timeout 10m -- true && {FRONT} report --json"
+@pytest.mark.controllers
+def test_the_tour_runs_as_it_is_printed(daemon: DaemonProcess) -> None:
+    (tour,) = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    path = f"{Path(FRONT).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        [FRONT, "session", "run", "web", *limits, "--", "sh", "-c", f"{inside} && {FRONT} budget"],
-        env={**os.environ, "AGENTCG_RUN_DIR": str(daemon.run_dir)},
+        ["sh", "-c", f'sudo() {{ "$@"; }}\n{tour}'],  # root needs none, and may have none
+        env={**os.environ, "AGENTCG_RUN_DIR": str(daemon.run_dir), "PATH": path},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    report, end = json.JSONDecoder().raw_decode(done.stdout)
-    assert (report["verdict"], report["name"], report["session_id"]) == ("ok", "true", "web")
-    assert "cores" in done.stdout[end:]
-    assert not (daemon.cgroup_dir / "web").exists(), "the session is closed with its command"
+    verdicts = re.findall(r"\b(timeout|oom_call|ok)\b", done.stdout)
+    assert sorted(set(verdicts)) == ["ok", "oom_call", "timeout"], done.stdout
+    assert not (daemon.cgroup_dir / "demo").exists(), "the session is closed with its command"
 
 
 @pytest.mark.parametrize("path", re.findall(r"\((docs/[a-z]+\.md)\)|`([a-z_/]+\.py)`", README))
