@@ -79,7 +79,7 @@ def main() -> int:
             print(config.model_dump_json(indent=2))
             return 0
         if os.geteuid() != 0:
-            log.error("it makes cgroups and moves processes, so it runs as root; try: sudo agentcgroupd")
+            log.error("it makes cgroups and moves processes, as root; try: sudo agentcgroupd")
             return 1
         enter_host_cgroup_namespace()
         asyncio.run(Daemon(config, _stop_in_time).run())
