@@ -33,17 +33,17 @@ char LICENSE[] SEC("license") = "GPL";
 #define REFUSED			 (~0UL)
 
 #ifdef __TARGET_ARCH_x86
-#define ARG1(regs)   ((regs)->di)
-#define ARG2(regs)   ((regs)->si)
-#define ARG3(regs)   ((regs)->dx)
-#define ARG4(regs)   ((regs)->cx)
-#define RESULT(regs) ((regs)->ax)
+#define ARG1(r)	  ((r)->di)
+#define ARG2(r)	  ((r)->si)
+#define ARG3(r)	  ((r)->dx)
+#define ARG4(r)	  ((r)->cx)
+#define RESULT(r) ((r)->ax)
 #else
-#define ARG1(regs)   ((regs)->regs[0])
-#define ARG2(regs)   ((regs)->regs[1])
-#define ARG3(regs)   ((regs)->regs[2])
-#define ARG4(regs)   ((regs)->regs[3])
-#define RESULT(regs) ((regs)->regs[0])
+#define ARG1(r)	  ((r)->regs[0])
+#define ARG2(r)	  ((r)->regs[1])
+#define ARG3(r)	  ((r)->regs[2])
+#define ARG4(r)	  ((r)->regs[3])
+#define RESULT(r) ((r)->regs[0])
 #endif
 
 /* The kfuncs of a session took no argument before Linux 7.0: the flavors of that name are those. */

@@ -135,9 +135,15 @@ def compile_bpf(root: Path, libbpf: Libbpf) -> None:
             linked.replace(target)
 
 
-def compile_object(root: Path, clang: str, libbpf: Libbpf, source: Path, target: Path) -> None:
-    """Compile one BPF program. Raises ToolchainError, after clang's own messages."""
-    machine = os.uname().machine
+def compile_object(
+    root: Path, clang: str, libbpf: Libbpf, source: Path, target: Path, machine: str = ""
+) -> None:
+    """Compile one BPF program. Raises ToolchainError, after clang's own messages.
+
+    `machine`: whose kernel runs it, else this one's. The kernel's headers for programs do not
+    differ between those that are known here, so those of this machine will do.
+    """
+    machine = machine or os.uname().machine
     if machine not in BPF_MACHINES:
         raise ToolchainError(f"bpf/ is for {' and '.join(BPF_MACHINES)}; this is {machine}")
     flags = [*BPF_FLAGS, f"-D__TARGET_ARCH_{BPF_MACHINES[machine]}"]

@@ -287,3 +287,12 @@ def test_where_libbpf_cannot_be_had_the_error_says_what_to_install(
     monkeypatch.setattr("platform.freedesktop_os_release", no_release)
     with pytest.raises(ToolchainError, match=r"please install .* libbpf-dev.*not a Debian release"):
         bpf_toolchain.ensure_libbpf(tmp_path / "build/libbpf")
+
+
+@pytest.mark.parametrize("machine", build_hook.BPF_MACHINES)
+def test_the_programs_compile_for_every_machine(tmp_path: Path, machine: str) -> None:
+    libbpf, clang = bpf_toolchain.ensure_libbpf(), bpf_toolchain.find_clang()
+    for source in sorted((ROOT / "bpf").glob("*.bpf.c")):
+        target = tmp_path / f"{source.stem}.o"
+        build_hook.compile_object(ROOT, clang, libbpf, source, target, machine)
+        assert target.read_bytes()[:4] == b"\x7fELF"
