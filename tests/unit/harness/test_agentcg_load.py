@@ -251,9 +251,32 @@ def test_memory_refused(load: Load) -> None:
     assert json.loads(latency.read_text())["n"] > 20
 
 
+def test_it_tells_and_waits_between_steps(load: Load, tmp_path: Path) -> None:
+    told, go = tmp_path / "told it", tmp_path / "go"
+    schedule = f"20 {4 * MIB} 0\ntell {told}\nawait {go}\n20 0 0\n"
+    with load.start(schedule) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("1 ")
+        assert process.stdout.readline().startswith("2 ") and told.exists()
+        # It holds its memory for as long as it waits.
+        time.sleep(0.2)
+        assert process.poll() is None
+        assert 4 * MIB <= anonymous_bytes(process.pid) < 5 * MIB
+        go.touch()
+        assert process.wait(timeout=20) == 0
+
+
+def test_what_it_cannot_tell_is_an_error(load: Load, tmp_path: Path) -> None:
+    run = load(f"tell {tmp_path}/none/file\n")
+    assert run.status == 1 and "none/file: No such file" in run.error
+
+
 @pytest.mark.parametrize(
     ("schedule", "said"),
     [
+        ("tell\n", "line 1: tell needs the path of a file"),
+        ("await  \n", "line 1: await needs the path of a file"),
+        ("awaits x\n", "line 1: duration_ms 'awaits'"),
         ("10 0 0\n10 x 0\n", "line 2: memory_bytes 'x'"),
         ("10 0\n", "line 1: cpu_percent is missing"),
         ("10 0 0 0\n", "line 1: '0' after"),
