@@ -165,7 +165,7 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[Suite], list[str]]:
             "systemd",
             ("tests/systemd",),
             "qemu",
-            limit_sec=900,
+            limit_sec=1500,
             test_limit_sec=240,
             guest_options=("--systemd",),
         )
