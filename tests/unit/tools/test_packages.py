@@ -126,9 +126,14 @@ def _check_image(image: Path, tag: str) -> None:
     assert config["config"]["Entrypoint"] == ["/usr/sbin/agentcgroupd"]
 
 
+_ENTER = """
+set -e
+mount --rbind /dev "$1/dev"
+mount -t proc proc "$1/proc"
+exec chroot "$1" sh -c "$2"
+"""
 _IN_ROOT = """
 set -e
-mount -t proc proc /proc
 agentcg version
 agentcg policy check default
 agentcgroupd --check >/dev/null
@@ -156,7 +161,7 @@ def test_the_package_in_a_clean_debian_and_in_an_image(portable: Path, tmp_path:
         layer.write_bytes(gzip.decompress(_read(tar, docker["Layers"][0])))
     subprocess.run(["tar", "-xf", layer, "-C", root, "--exclude=./dev/*"], check=True)
     done = subprocess.run(
-        ["unshare", "--mount", "chroot", root, "sh", "-c", _IN_ROOT],
+        ["unshare", "--mount", "sh", "-c", _ENTER, "sh", root, _IN_ROOT],
         capture_output=True,
         text=True,
         check=False,
