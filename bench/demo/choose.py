@@ -34,7 +34,7 @@ MEMORY_SHARE = 0.5
 """Share of this machine's free memory that the pool may have."""
 TOUCH_SHARE = 0.15
 """Share of the time in which this machine could touch the memory of all calls."""
-CPU_SHARE = 0.15
+CPU_SHARE = 0.05
 """Share of this machine's CPUs that all sessions may burn together: only memory is short."""
 ARRIVE_SHARE = 0.1
 """Share of the time by which the others are there before the important call is at its peak."""
@@ -44,7 +44,6 @@ HOLD_SHARE = 1.5
 """How long the important call holds its peak, of the time in which the others fill the pool."""
 SCALES = (1.0, 0.75, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12)
 """The least is where the agents' own processes are still small beside the calls."""
-SAMPLE_S = 0.1
 LATE_MOST = 4.0
 """How much longer than planned all may take on a slow machine."""
 PROBE_BYTES = 24 << 20
@@ -270,9 +269,9 @@ class Prepared:
         return [first], replace(self.how, meeting=self.how.meeting.alone())
 
 
-def prepare(directory: Path, plan_s: float) -> Prepared:
-    """Turn recordings into sessions that take about `plan_s` seconds, and a pool. Raises
-    ReplayError, TraceError."""
+def prepare(directory: Path, plan_s: float, sample_s: float) -> Prepared:
+    """Turn recordings into sessions that take about `plan_s` seconds, and a pool. `sample_s`:
+    between two samples of it. Raises ReplayError, TraceError."""
     recordings = load_recordings(directory)
     speed = measure()
     cpu_max_pct = 100.0 * (os.cpu_count() or 1) * CPU_SHARE / SESSIONS
@@ -293,7 +292,7 @@ def prepare(directory: Path, plan_s: float) -> Prepared:
         )
     ]
     how = engine.EngineOptions(
-        sample_period_s=SAMPLE_S,
+        sample_period_s=sample_s,
         memory_scale=options.memory_scale,
         meeting=meeting,
         timeout_s=max(30.0, 4 * plan_s),

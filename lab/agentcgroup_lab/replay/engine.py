@@ -26,7 +26,7 @@ from agentcgroupd.errors import CgroupGone, KnobError
 
 LOAD = "agentcg-load"
 _LINE_S = 1.0
-_WATCH_S = 0.25
+_WATCH_S = 0.5
 _SETTLE_S = 3.0
 _UP_S = 30.0
 
