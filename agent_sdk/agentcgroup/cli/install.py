@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from .install_files import (
     Installation,
     below,
     put,
+    refuse_packaged,
     removable,
     remove,
 )
@@ -91,6 +93,7 @@ def run_install(args: argparse.Namespace) -> int:
 def run_uninstall(args: argparse.Namespace) -> int:
     """Stop the service and remove its files; returns the exit code."""
     root = _root(args)
+    refuse_packaged(root, "apt-get remove agentcgroup")
     paths = removable(root, keep_data=args.keep)
     trees = [] if args.keep else [below(root, LOG)]
     trees += [below(root, RUN)]
@@ -99,6 +102,7 @@ def run_uninstall(args: argparse.Namespace) -> int:
         _need_root(root)
         if root == HOST:
             _stop(args.force)
+            _refuse_running()
         _changing(lambda: remove(paths, root))
         for tree in trees:
             shutil.rmtree(tree, ignore_errors=False)
@@ -203,6 +207,23 @@ def _stop(force: bool) -> None:
     _systemctl("stop", "agentcg-pool.service", may_fail=True)
     _systemctl("stop", "agentcg.slice", may_fail=True)
     _systemctl("reset-failed", *UNITS, may_fail=True)
+
+
+def _refuse_running() -> None:
+    """Raise Refused where a daemon that is not the service's still runs in its directory."""
+    try:
+        lock = os.open(RUN / "private/lock", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise errors.Refused(
+            f"a daemon that systemd did not start runs in {RUN}; stop it first",
+            code="FAILED_PRECONDITION",
+        ) from None
+    finally:
+        os.close(lock)
 
 
 def _open_sessions() -> list[str]:

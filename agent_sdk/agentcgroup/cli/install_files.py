@@ -111,6 +111,16 @@ class Entry:
         new.replace(place)
 
 
+def refuse_packaged(root: Path, instead: str) -> None:
+    """Raises CannotInstall where a package of the system brings the service."""
+    for packaged in PACKAGED:
+        if (root / packaged).is_file():
+            raise CannotInstall(
+                f"{root / packaged} is there: the system's own package brings the service; "
+                f"try: {instead}"
+            )
+
+
 def below(root: Path, path: Path) -> Path:
     """A path of the host, in an image whose files lie below `root`."""
     return root / path.relative_to("/")
@@ -137,12 +147,7 @@ class Installation:
                     f"{needed} is not there: this is no whole installation of agentcgroup; "
                     "try: pip install 'agentcgroup[daemon]'"
                 )
-        for packaged in PACKAGED:
-            if (root / packaged).is_file():
-                raise CannotInstall(
-                    f"{root / packaged} is there: the system's own package brings the units; "
-                    "try: systemctl enable --now agentcgroupd"
-                )
+        refuse_packaged(root, "systemctl enable --now agentcgroupd")
         if root == Path("/"):
             for hidden in ("/tmp", "/var/tmp"):
                 if self.programs.resolve().is_relative_to(hidden):

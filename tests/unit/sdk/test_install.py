@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from agentcgroup.cli import install_files, main
+from agentcgroup import errors
+from agentcgroup.cli import install, install_files, main
 from agentcgroup.cli.install_files import Entry, Installation
 from tests.harness import ROOT
 
@@ -144,6 +146,8 @@ def test_a_package_of_the_system_brings_its_own_units(
     unit.touch()
     assert run("install", "--root", root) == 1
     assert "systemctl enable --now agentcgroupd" in capsys.readouterr().err
+    assert run("uninstall", "--root", root) == 1
+    assert "apt-get remove agentcgroup" in capsys.readouterr().err
 
 
 def test_a_configuration_that_the_daemon_refuses_stops_it(
@@ -201,3 +205,18 @@ def test_from_this_checkout(root: Path) -> None:
     done = subprocess.run([agentcg, "uninstall", "--root", root], capture_output=True, text=True)
     assert done.returncode == 0
     assert tree(root) == before
+
+
+def test_a_daemon_that_was_started_by_hand_is_not_pulled_from_under(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install, "RUN", tmp_path)
+    install._refuse_running()
+    lock = tmp_path / "private/lock"
+    lock.parent.mkdir()
+    lock.touch()
+    install._refuse_running()
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(errors.Refused, match="systemd did not start runs"):
+            install._refuse_running()
