@@ -22,7 +22,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ("agentcgroupd.__main__", "agentcgroup", "grpc.aio", "tests.harness", "tests.gpu_fakes")
+PRELOAD = (
+    "agentcgroupd.__main__",
+    "agentcgroup.aio",
+    "agentcgroup.client",
+    "grpc.aio",
+    "tests.harness",
+    "tests.gpu_fakes",
+)
 REQUEST_BYTES_MAX = 1 << 17
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 

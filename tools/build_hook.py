@@ -89,7 +89,7 @@ def compile_programs(root: Path, version: str) -> None:
     compiler.append(f"-I{include}")
     for name, source in PROGRAMS.items():
         target, path = bin_dir / name, root / source
-        others = (header, root / "pyproject.toml")
+        others = (header, root / "pyproject.toml", *path.parent.glob("*.h"))
         newest = max(file.stat().st_mtime for file in (path, *others))
         if target.exists() and target.stat().st_mtime > newest:
             continue

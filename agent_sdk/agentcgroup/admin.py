@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from agentcgroup import paths, queries
 from agentcgroup.channel import Client, Connection
 from agentcgroup.intent import Quantity, spec_message
 from agentcgroup.queries import Query
-from agentcgroup.streams import Stream
 from agentcgroup.types import (
     CallInfo,
     Event,
@@ -18,15 +18,27 @@ from agentcgroup.types import (
     PolicyState,
     PoolInfo,
     Report,
+    SessionEnd,
     SessionInfo,
     Story,
     Usages,
 )
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroup.v1.agentcgroup_pb2_grpc import AdminStub
+
+if TYPE_CHECKING:
+    import grpc
+
+    from agentcgroup.streams import Stream
+    from agentcgroup.v1.agentcgroup_pb2_grpc import AdminStub
 
 
-class Admin(Client[AdminStub]):
+def _stub(channel: grpc.Channel) -> AdminStub:
+    from agentcgroup.v1.agentcgroup_pb2_grpc import AdminStub
+
+    return AdminStub(channel)
+
+
+class Admin(Client["AdminStub"]):
     """A connection to the daemon's admin socket, made when first needed.
 
     Limits of a session are text or numbers, as in an intent: memory_low, memory_high, memory_max
@@ -36,7 +48,8 @@ class Admin(Client[AdminStub]):
 
     def __init__(self, run_dir: str | None = None) -> None:
         self.run_dir = os.path.abspath(run_dir or paths.run_dir())
-        super().__init__(Connection(f"unix:{paths.admin_socket(self.run_dir)}", AdminStub))
+        target = f"unix:{paths.admin_socket(self.run_dir)}"
+        super().__init__(Connection(target, _stub, paths.admin_attach_socket(self.run_dir)))
 
     def pool(self) -> PoolInfo:
         """Return the state of the pool as a whole."""
@@ -46,15 +59,31 @@ class Admin(Client[AdminStub]):
         """Return all open sessions."""
         return self._ask(queries.sessions())
 
-    def open_session(self, session_id: str, **limits: Quantity | None) -> SessionInfo:
-        """Open a session.
+    def open_session(
+        self, session_id: str, *, end_with_caller: bool = False, **limits: Quantity | None
+    ) -> SessionInfo:
+        """Open a session. `end_with_caller`: it ends with this process, however that comes to its
+        end.
 
         Raises:
             AlreadyExists: there is one of that name.
             InvalidIntent: a limit makes no sense.
         """
-        request = pb.OpenSessionRequest(spec=spec_message(session_id, limits))
+        spec = spec_message(session_id, limits)
+        request = pb.OpenSessionRequest(spec=spec, end_with_caller=end_with_caller)
         return self._ask(Query("OpenSession", request, SessionInfo.from_proto))
+
+    def update_session(self, session_id: str, **limits: Quantity | None) -> SessionInfo:
+        """Change limits of an open session; what is not named stays. "none" takes a limit away:
+        memory_low, memory_high, memory_max, cpu_max.
+
+        Raises:
+            InvalidIntent: a limit makes no sense, or is below what the session holds.
+            NotFound: no session of that name is open.
+        """
+        request = pb.UpdateSessionRequest(spec=spec_message(session_id, limits))
+        # The kernel may have to reclaim what is above a new limit first.
+        return self._ask(Query("UpdateSession", request, SessionInfo.from_proto, timeout=60.0))
 
     def adopt_session(
         self, session_id: str, cgroup_path: str, **limits: Quantity | None
@@ -69,8 +98,12 @@ class Admin(Client[AdminStub]):
 
         Returns the number of calls that were ended with it.
         """
+        return self.end_session(session_id).calls_ended
+
+    def end_session(self, session_id: str) -> SessionEnd:
+        """Do what `close_session` does, and return what was found out about the session's end."""
         request = pb.CloseSessionRequest(session_id=session_id)
-        return self._ask(Query("CloseSession", request, lambda reply: int(reply.calls_ended)))
+        return self._ask(Query("CloseSession", request, SessionEnd.from_proto))
 
     def calls(self, session_id: str = "") -> list[CallInfo]:
         """Return the open calls of one session, or of all."""
@@ -152,6 +185,8 @@ class Admin(Client[AdminStub]):
 
     def events(self, session_id: str = "") -> Stream[Event]:
         """Watch what happens, in one session or all: an iterator without end."""
+        from agentcgroup.streams import Stream
+
         self.pool()
         request = pb.WatchEventsRequest(session_id=session_id)
         return Stream(

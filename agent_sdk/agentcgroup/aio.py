@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
-from agentcgroup import flow, packets, queries
+from agentcgroup import flow, packets, packets_async, queries
 from agentcgroup.call import (
     AgentSettings,
     CallBase,
@@ -192,7 +192,13 @@ class AsyncAgent:
         data = packets.packet_for(rpc)
         if data is not None:
             path = self.settings.attach_path
-            return await packets.ask_async(path, rpc.method, data, rpc.timeout)
+            try:
+                return await packets_async.ask(path, rpc.method, data, rpc.timeout)
+            except packets.TooLong:
+                return await self._send_over_grpc(rpc)
+        return await self._send_over_grpc(rpc)
+
+    async def _send_over_grpc(self, rpc: flow.Rpc) -> Any:
         try:
             return await getattr(self.stub, rpc.method)(
                 rpc.request, timeout=rpc.timeout + rpc.queued, wait_for_ready=rpc.wait

@@ -8,15 +8,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
-
-import grpc
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from agentcgroup import packets
+from agentcgroup.closing import Closing
 from agentcgroup.errors import AgentcgError, from_rpc_error
 from agentcgroup.flow import CHANNEL_OPTIONS, Flow, Rpc
 from agentcgroup.queries import Query
-from agentcgroup.streams import Closing
+
+if TYPE_CHECKING:
+    # Imported where it is needed: that takes longer than a whole request by packet.
+    import grpc
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -28,11 +30,11 @@ class Connection(Generic[S]):
     Args:
         target: the gRPC target, "unix:/path".
         make_stub: the stub's class.
-        attach_path: the attach socket, for what can go in a packet; empty: all goes over gRPC.
+        attach_path: the attach socket, for what can go in a packet.
     """
 
     def __init__(
-        self, target: str, make_stub: Callable[[grpc.Channel], S], attach_path: str = ""
+        self, target: str, make_stub: Callable[[grpc.Channel], S], attach_path: str
     ) -> None:
         self._target = target
         self._attach_path = attach_path
@@ -47,6 +49,8 @@ class Connection(Generic[S]):
         pid = os.getpid()
         found = self._by_pid.get(pid)
         if found is None:
+            import grpc
+
             channel = grpc.insecure_channel(self._target, options=CHANNEL_OPTIONS)
             made = (channel, self._make_stub(channel))
             found = self._by_pid.setdefault(pid, made)
@@ -76,9 +80,17 @@ class Connection(Generic[S]):
             return outcome
 
     def _send(self, rpc: Rpc) -> Any:
-        data = packets.packet_for(rpc) if self._attach_path else None
+        data = packets.packet_for(rpc)
         if data is not None:
-            return packets.ask(self._attach_path, rpc.method, data, rpc.timeout)
+            try:
+                return packets.ask(self._attach_path, rpc.method, data, rpc.timeout)
+            except packets.TooLong:
+                return self._send_over_grpc(rpc)
+        return self._send_over_grpc(rpc)
+
+    def _send_over_grpc(self, rpc: Rpc) -> Any:
+        import grpc
+
         stub: Any = self.stub
         try:
             return getattr(stub, rpc.method)(

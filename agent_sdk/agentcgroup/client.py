@@ -19,15 +19,23 @@ from agentcgroup.intent import Intent, command, name_of
 from agentcgroup.launch import Launch
 from agentcgroup.queries import Query
 from agentcgroup.results import CallPopen, Result
-from agentcgroup.streams import Stream
 from agentcgroup.types import Budget, CallInfo, Feedback, Grant, Report, SessionInfo, Story
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroup.v1.agentcgroup_pb2_grpc import AgentStub
 
 if TYPE_CHECKING:
+    import grpc
     from typing_extensions import Self, Unpack
 
+    from agentcgroup.streams import Stream
+    from agentcgroup.v1.agentcgroup_pb2_grpc import AgentStub
+
 T = TypeVar("T")
+
+
+def _stub(channel: grpc.Channel) -> AgentStub:
+    from agentcgroup.v1.agentcgroup_pb2_grpc import AgentStub
+
+    return AgentStub(channel)
 
 
 class Call(CallBase):
@@ -157,7 +165,7 @@ class Call(CallBase):
         return self.grant
 
 
-class Agent(Client[AgentStub]):
+class Agent(Client["AgentStub"]):
     """An agent's connection to the daemon, made when first needed.
 
     Several threads may use it, and a forked child.
@@ -171,7 +179,7 @@ class Agent(Client[AgentStub]):
     def __init__(self, run_dir: str | None = None, *, on_unavailable: str | None = None) -> None:
         self.settings = AgentSettings(run_dir, on_unavailable)
         target, attach_path = self.settings.target, self.settings.attach_path
-        super().__init__(Connection(target, AgentStub, attach_path))
+        super().__init__(Connection(target, _stub, attach_path))
 
     def tool_call(self, name: str, *, argv: Any = (), **intent: Unpack[Intent]) -> Call:
         """Make a call, to be begun by `with`.
@@ -269,6 +277,8 @@ class Agent(Client[AgentStub]):
         Raises:
             Unavailable, NotInSession: at once. Later, a daemon that is away is waited for.
         """
+        from agentcgroup.streams import Stream
+
         self.session()
         request = pb.WatchFeedbackRequest(call_id=call_id or "")
         return Stream(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import grpc
 from google.protobuf.message import DecodeError
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+
+if TYPE_CHECKING:
+    # Its import takes longer than a whole request by packet.
+    import grpc
 
 ERROR_TRAILER = "agentcg-error-bin"
 

@@ -1,17 +1,17 @@
-"""BeginCall and EndCall in one packet each way, over the attach socket.
+"""Requests in one packet each way, over an attach socket.
 
-The messages are those of gRPC, at a fraction of the cost, and every tool call waits for these two.
-docs/protocol.md describes the packets (verb `rpc`).
+The messages are those of gRPC, at a fraction of the cost: every tool call waits for its beginning
+and its end, and for a command that asks one question the import of gRPC alone takes longer than
+everything else. docs/protocol.md describes the packets (verb `rpc`).
 """
 
 from __future__ import annotations
 
-import asyncio
+import os
 import socket
 import struct
-import time
-from collections.abc import Iterator
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 from google.protobuf.message import DecodeError, Message
 
@@ -26,17 +26,30 @@ from agentcgroup.flow import Rpc
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 
 REQUEST_BYTES_MAX = 16_384
-_REPLY_BYTES_MAX = 1 << 20
-_REPLIES: dict[str, type[Message]] = {"BeginCall": pb.Call, "EndCall": pb.Report}
+REPLY_BYTES_MAX = 1 << 20
+
+
+class TooLong(Exception):
+    """The daemon has an answer that no packet holds: it has to be asked over gRPC."""
+
+
+@cache
+def _reply_of(method: str) -> type[Message] | None:
+    """Return the class of the message that answers a method; None for one that goes over gRPC only,
+    because it is answered by a stream."""
+    for service in pb.DESCRIPTOR.services_by_name.values():
+        found = service.methods_by_name.get(method)
+        if found is not None and not found.server_streaming:
+            return cast("type[Message]", getattr(pb, found.output_type.name))
+    return None
 
 
 def packet_for(rpc: Rpc) -> bytes | None:
     """Return the packet for a request; None where it has to go over gRPC.
 
-    Only gRPC knows the other methods, has room for long requests, and can wait for a daemon that
-    is away.
+    Only gRPC has room for long requests, and can wait for a daemon that is away.
     """
-    if rpc.method not in _REPLIES or rpc.wait:
+    if rpc.wait or _reply_of(rpc.method) is None:
         return None
     data = b"ACG1\0rpc\0" + rpc.method.encode() + b"\0" + rpc.request.SerializeToString()
     return data if len(data) <= REQUEST_BYTES_MAX else None
@@ -53,42 +66,20 @@ def ask(path: str, method: str, data: bytes, timeout: float) -> Any:
 
     Raises:
         AgentcgError: the daemon's error, or Unavailable.
+        TooLong: the answer is too long for a packet.
     """
     try:
-        with _socket() as sock:
+        with new_socket() as sock:
             _connect(sock, path, timeout)
             sock.settimeout(timeout)
             sock.send(data)
-            reply = sock.recv(_REPLY_BYTES_MAX)
-            while (more := _asks_to_wait(reply)) is not None:
+            reply = sock.recv(REPLY_BYTES_MAX)
+            while (more := asks_to_wait(reply)) is not None:
                 sock.settimeout(timeout + more)
-                reply = sock.recv(_REPLY_BYTES_MAX)
+                reply = sock.recv(REPLY_BYTES_MAX)
     except OSError as error:
-        raise _away(error) from None
-    return _parse(method, reply)
-
-
-async def ask_async(path: str, method: str, data: bytes, timeout: float) -> Any:
-    """Do what `ask` does, on the running event loop."""
-    loop = asyncio.get_running_loop()
-    try:
-        with _socket() as sock:
-            sock.setblocking(False)
-            for pause in _attempts(timeout):
-                try:
-                    # asyncio's own would take a full queue for a connection on its way.
-                    sock.connect(path)
-                    break
-                except BlockingIOError:
-                    await asyncio.sleep(pause)
-            await loop.sock_sendall(sock, data)
-            reply = await asyncio.wait_for(loop.sock_recv(sock, _REPLY_BYTES_MAX), timeout)
-            while (more := _asks_to_wait(reply)) is not None:
-                receive = loop.sock_recv(sock, _REPLY_BYTES_MAX)
-                reply = await asyncio.wait_for(receive, timeout + more)
-    except (OSError, asyncio.TimeoutError) as error:
-        raise _away(error) from None
-    return _parse(method, reply)
+        raise away(error, path) from None
+    return parse(method, reply, path)
 
 
 def _connect(sock: socket.socket, path: str, timeout: float) -> None:
@@ -107,47 +98,41 @@ def _connect(sock: socket.socket, path: str, timeout: float) -> None:
         raise TimeoutError("the queue of connections stays full") from None
 
 
-def _attempts(timeout: float) -> Iterator[float]:
-    """Yield pauses between attempts to connect, in seconds. Without blocking, connect(2) fails at
-    once where the listener's queue is full, as when others flood it.
-
-    Raises:
-        TimeoutError: `timeout` seconds have passed.
-    """
-    end, pause = time.monotonic() + timeout, 0.0005
-    while time.monotonic() < end:
-        yield pause
-        pause = min(2 * pause, 0.002)
-    raise TimeoutError("the queue of connections stays full")
-
-
-def _asks_to_wait(reply: bytes) -> int | None:
+def asks_to_wait(reply: bytes) -> int | None:
     """Return how many seconds the real answer may take; None where this is the answer."""
     word, _, rest = reply.partition(b"\0")
     seconds = rest.rstrip(b"\0").removeprefix(b"seconds=")
     return int(seconds) if word == b"WAIT" and seconds.isdigit() else None
 
 
-def _socket() -> socket.socket:
+def new_socket() -> socket.socket:
+    """Make a socket for one request."""
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
 
 
-def _away(error: Exception) -> Unavailable:
-    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
+def away(error: OSError, path: str) -> Unavailable:
+    """Return the typed error for a socket at `path` that could not be used."""
+    if isinstance(error, TimeoutError):
         return Unavailable("agentcgroupd did not answer in time", code="DEADLINE_EXCEEDED")
     # No socket, or nobody who listens on it (unix(7)).
     is_away = isinstance(error, (FileNotFoundError, ConnectionRefusedError))
     kind = DaemonAway if is_away else ConnectionLost
-    return kind(f"agentcgroupd cannot be reached: {error}")
+    why = os.strerror(error.errno) if error.errno else str(error)
+    return kind(f"agentcgroupd cannot be reached at {path}: {why}")
 
 
-def _parse(method: str, reply: bytes) -> Any:
+def parse(method: str, reply: bytes, path: str) -> Any:
+    """Return the message in a reply of the daemon at `path`. Raises what `ask` does."""
     word, _, raw = reply.partition(b"\0")
+    kind = _reply_of(method)
+    assert kind is not None, f"{method} is not asked for in a packet"
     try:
         if word == b"OK":
-            return _REPLIES[method].FromString(raw)
+            return kind.FromString(raw)
         if word == b"ERR":
             raise from_message(pb.Error.FromString(raw))
     except DecodeError:
         raise AgentcgError(f"agentcgroupd answered {method} with something else") from None
-    raise ConnectionLost("agentcgroupd cannot be reached: it ended the connection")
+    if word == b"LONG":
+        raise TooLong(method)
+    raise ConnectionLost(f"agentcgroupd cannot be reached at {path}: it ended the connection")

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from google.protobuf.message import Message
 
 from agentcgroup.errors import InvalidIntent
-from agentcgroup.flow import Flow, Rpc
+from agentcgroup.flow import RPC_TIMEOUT_S, Flow, Rpc
 from agentcgroup.types import (
     Budget,
     CallInfo,
@@ -31,15 +31,17 @@ class Query(Generic[T]):
     """A request, and how its reply is read.
 
     method: its name in the protocol. read: makes what the caller gets of the reply's message.
+    timeout: seconds for the answer.
     """
 
     method: str
     request: Message
     read: Callable[[Any], T]
+    timeout: float = RPC_TIMEOUT_S
 
     def flow(self) -> Flow[T]:
         """Ask; the outcome is what `read` makes of the reply."""
-        return self.read((yield Rpc(self.method, self.request)))
+        return self.read((yield Rpc(self.method, self.request, self.timeout)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +92,11 @@ def report(call_id: str | None) -> Query[Report]:
 def reports(limit: int, session_id: str = "") -> Pages[Report]:
     """Ask for the newest reports, newest first; only the operator may name a session."""
     request = pb.ListReportsRequest(session_id=session_id, limit=limit)
-    read = Report.from_proto
-    return Pages("ListReports", request, lambda reply: [*map(read, reply.reports)], limit or 20)
+    return Pages("ListReports", request, _read_reports, most=limit or 20)
+
+
+def _read_reports(reply: Any) -> list[Report]:
+    return [*map(Report.from_proto, reply.reports)]
 
 
 def _verdict(word: str) -> pb.Verdict.ValueType:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
 
+from agentcgroup.closing import Closing
 from agentcgroup.errors import AgentcgError, Unavailable, from_rpc_error
 
 if TYPE_CHECKING:
@@ -18,25 +19,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RECONNECT_PAUSE_S = 0.1
-
-
-class Closing:
-    """A thing with a `close` method, which a `with` block calls at its end."""
-
-    def close(self) -> None:
-        """Let go of what is held."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class _StreamBase(Generic[T]):

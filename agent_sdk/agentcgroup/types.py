@@ -373,6 +373,7 @@ class SessionInfo(_Answer):
     usage: Usage | None
     not_enforced: tuple[str, ...]
     opened_unix_usec: int
+    owner_pid: int
     cpu: CpuNumbers | None = None
     """None where the kernel's own scheduler runs."""
 
@@ -512,6 +513,20 @@ class Event(_Answer):
     feedback: Feedback | None = None
     session_opened: SessionInfo | None = None
     session_closed: SessionInfo | None = None
+    session_changed: SessionInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEnd(_Answer):
+    """What was found out when a session was closed.
+
+    agent_oom_kills: processes of the agent itself, in no call, that the kernel killed for want of
+    memory; agent_sentence: why.
+    """
+
+    calls_ended: int
+    agent_oom_kills: int | None
+    agent_sentence: str
 
 
 _MESSAGES: dict[str, type[_Answer]] = {
@@ -537,6 +552,7 @@ _MESSAGES: dict[str, type[_Answer]] = {
     "PolicyState": PolicyState,
     "Explanation": Explanation,
     "Event": Event,
+    "CloseSessionResponse": SessionEnd,
 }
 _ENUMS: dict[str, type[Enum]] = {
     "Verdict": Verdict,

@@ -50,6 +50,7 @@ from agentcgroupd.rpc.budgets import Budgets
 from agentcgroupd.rpc.callers import Callers
 from agentcgroupd.rpc.gate import Gate
 from agentcgroupd.rpc.memory import MemoryWatch
+from agentcgroupd.rpc.messages import Messages
 from agentcgroupd.rpc.past import Past
 from agentcgroupd.rpc.relay import Relay
 from agentcgroupd.rpc.services import AdminService, AgentService, GrpcServer, Parts
@@ -300,19 +301,20 @@ class Daemon:
         server = GrpcServer(private, f"agentcgroup.v1.{role.capitalize()}", gate)
         relay = Relay(listener, server.address, metrics, find, budgets, parts.turns)
         gate.relay = relay
+        verbs: dict[str, Verb] = {PING: pong}
         if role == "agent":
-            pb_grpc.add_AgentServicer_to_server(AgentService(parts, relay), server.server)
-        else:
-            pb_grpc.add_AdminServicer_to_server(AdminService(parts, relay), server.server)
-        if role == "agent":
+            for_agents = AgentService(parts, relay)
+            pb_grpc.add_AgentServicer_to_server(for_agents, server.server)
+            messages = Messages("Agent", for_agents, parts.agent_calls, metrics, parts.turns)
             callers = Callers(parts.sessions, self._config.calls.tools_may)
             agent = AgentVerbs(callers, parts.calls, admission)
-            verbs: dict[str, Verb] = {PING: pong, "attach": agent.attach, "begin": agent.begin}
-            calls: AgentCalls | None = parts.agent_calls
+            verbs |= {"attach": agent.attach, "begin": agent.begin}
         else:
-            operator = OperatorVerbs(parts.sessions, parts.calls)
-            verbs, calls = {PING: pong, "enter": operator.enter}, None
-        attach = AttachServer(attach_listener, verbs, calls, metrics, find, budgets, parts.turns)
+            for_operator = AdminService(parts, relay)
+            pb_grpc.add_AdminServicer_to_server(for_operator, server.server)
+            messages = Messages("Admin", for_operator, None, metrics, parts.turns)
+            verbs["enter"] = OperatorVerbs(parts.sessions, parts.calls).enter
+        attach = AttachServer(attach_listener, verbs, messages, metrics, find, budgets, parts.turns)
         # Undone from the last: nobody new is let in, requests under way get a moment to end, and
         # then connections are closed.
         undo.push_async_callback(_bounded, f"the {role} relay", relay.stop)

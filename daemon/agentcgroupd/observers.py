@@ -129,6 +129,13 @@ class Observers:
         self._protection.keep()
         self._gpus.session_opened(session)
 
+    def session_changed(self, session: Session) -> None:
+        """Tell the programs of a session's new priority."""
+        for observer in (self._signals, self._cpu):
+            if observer is not None:
+                what = "a session's new priority is not known to the programs"
+                self._plane.attempt(what, observer.session_changed, session)
+
     def session_given_back(self, session: Session) -> None:
         """Leave the processes of an adopted session to their runtime."""
         self._cpu.given_back(session)

@@ -34,7 +34,7 @@ def packet(data: bytes) -> None:
     """A request of the attach socket, in words or with a message."""
     try:
         if data.startswith(RPC_PREFIX):
-            _, message = rpc_request(data)
+            message = rpc_request(data, "Agent").message
             if isinstance(message, pb.BeginCallRequest):
                 request_of_proto(message)
             return

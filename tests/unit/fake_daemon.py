@@ -69,6 +69,7 @@ class AttachSocket:
 
     def __init__(self, directory: Path) -> None:
         self.reply = b"OK\0call=c1\0"
+        self._service = directory.name.capitalize()
         self.requests: list[tuple[int, list[str]]] = []
         self._path = directory / "attach.sock"
         self._channel = grpc.insecure_channel(
@@ -104,7 +105,7 @@ class AttachSocket:
 
     def _forward(self, method: str, raw: bytes) -> bytes:
         try:
-            ask: Any = self._channel.unary_unary(f"/agentcgroup.v1.Agent/{method}")
+            ask: Any = self._channel.unary_unary(f"/agentcgroup.v1.{self._service}/{method}")
             reply: bytes = ask(raw)
         except grpc.RpcError as error:
             metadata: Any = error.trailing_metadata() or ()
@@ -147,9 +148,12 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
         self._feedback: list[pb.Feedback] = []
         self._server: grpc.Server | None = None
         self.attach: AttachSocket | None = None
+        self._admin_attach: AttachSocket | None = None
         self.policy = pb.PolicyState(name="default")
         self.in_session = True
         self.operator = True
+        self.not_enforced: list[str] = []
+        self.agent_end = ""
         launcher = run_dir / "agentcg-exec"
         launcher.write_text(LAUNCHER)
         launcher.chmod(0o755)
@@ -164,13 +168,16 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
             self._server.add_insecure_port(f"unix:{self.run_dir}/{service}/grpc.sock")
         self._server.start()
         self.attach = AttachSocket(self.run_dir / "agent")
+        self._admin_attach = AttachSocket(self.run_dir / "admin")
 
     def stop(self) -> None:
         """Go away at once, with whatever is being served; the sockets go too."""
         server, self._server = self._server, None
-        attach, self.attach = self.attach, None
-        if attach is not None:
-            attach.close()
+        attached = (self.attach, self._admin_attach)
+        self.attach = self._admin_attach = None
+        for attach in attached:
+            if attach is not None:
+                attach.close()
         if server is not None:
             # gRPC unlinks the sockets' paths when it is done, which must not be those of the next
             # start. From within an RPC it cannot be done before that RPC is.
@@ -449,9 +456,27 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
         if spec.id in self.sessions:
             refuse(context, grpc.StatusCode.ALREADY_EXISTS, f"session {spec.id} is open already")
         session = pb.Session(id=spec.id, priority=50, cgroup_path=f"/agentcg/{spec.id}")
+        session.not_enforced.extend(self.not_enforced)
+        session.owner_pid = int(request.end_with_caller)
         if spec.memory_max == "2G":
             session.memory_max_bytes = 2048 * MIB
         self.sessions[spec.id] = session
+        return session
+
+    def UpdateSession(
+        self, request: pb.UpdateSessionRequest, context: grpc.ServicerContext
+    ) -> pb.Session:
+        self._hook("UpdateSession", context)
+        spec = request.spec
+        session = self.sessions.get(spec.id)
+        if session is None:
+            sentence = f"no session {spec.id!r} is open"
+            refuse(context, grpc.StatusCode.NOT_FOUND, sentence, field="session_id", value=spec.id)
+        if spec.memory_max == "1M":
+            sentence = "memory_max: '1M' cannot be used; allowed is at least memory_low (5 MiB)"
+            refuse(context, grpc.StatusCode.INVALID_ARGUMENT, sentence, field="memory_max")
+        if spec.memory_max == "2G":
+            session.memory_max_bytes = 2048 * MIB
         return session
 
     def AdoptSession(
@@ -472,7 +497,9 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
                 field="session_id",
                 value=request.session_id,
             )
-        return pb.CloseSessionResponse(calls_ended=2)
+        return pb.CloseSessionResponse(
+            calls_ended=2, agent_oom_kills=int(bool(self.agent_end)), agent_sentence=self.agent_end
+        )
 
     def ListSessions(self, request: Any, context: grpc.ServicerContext) -> pb.ListSessionsResponse:
         self._check_operator(context)

@@ -103,6 +103,10 @@ class MemoryPrograms:
         growth by the urgent reaction. Raises BpfError."""
         self._change(cgroup, willing=int(willing))
 
+    def set_priority(self, cgroup: CgroupId, priority: int) -> None:
+        """Say how important a session, or its agent, is. Raises BpfError."""
+        self._change(cgroup, priority=priority)
+
     def set_rates(self, cgroup: CgroupId, faults_per_s: int, refaults_per_s: int) -> None:
         """Have an event sent when page faults or refaults come faster than this, and another when
         they have fallen to half of it; 0: not watched. Raises BpfError."""

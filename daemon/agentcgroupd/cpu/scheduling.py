@@ -251,13 +251,19 @@ class CpuScheduling:
         already. Raises BpfError."""
         if self._scheduler is None:
             return
+        self.session_changed(session)
+        self._take_all(session.agent)
+
+    def session_changed(self, session: Session) -> None:
+        """Give a session and its agent what their priority comes with. Raises BpfError."""
+        if self._scheduler is None:
+            return
         boost, permille = self._budget(session.limits.priority)
         session_boost, session_permille = boost * SESSION_FACTOR, permille * SESSION_FACTOR
         self._scheduler.describe(
             session.cgroup.id, abi.CgroupKind.SESSION, session_boost, min(1000, session_permille)
         )
         self._scheduler.describe(session.agent.id, abi.CgroupKind.AGENT, boost, permille)
-        self._take_all(session.agent)
 
     def session_closed(self, session: Session) -> None:
         """Do nothing: the kernel tells the scheduler of a cgroup's end, and what becomes of the

@@ -186,6 +186,9 @@ class PoolGuard:
         """Let a session learn as the policy says."""
         session.learned.learning = self.loop.policy.learning
 
+    def session_changed(self, session: Session) -> None:
+        """Do nothing: each sample reads the limits anew."""
+
     def session_given_back(self, session: Session) -> None:
         """Do nothing: no process of a session is held by the guard itself."""
 

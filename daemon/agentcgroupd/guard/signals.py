@@ -107,6 +107,13 @@ class Signals:
         self._protect()
         self._set_reclaim(session, stalled=False, urgent=False)
 
+    def session_changed(self, session: Session) -> None:
+        """Have the programs go by a session's new priority. Raises BpfError."""
+        for cgroup in (session.cgroup.id, session.agent.id):
+            self._memory.set_priority(cgroup, session.limits.priority)
+        self._protect()
+        self._set_reclaim(session, stalled=False, urgent=False)
+
     def session_closed(self, session: Session) -> None:
         """Have the programs forget a session. Raises BpfError."""
         self._of_cgroup.pop(session.cgroup.id, None)

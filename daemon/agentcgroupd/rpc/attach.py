@@ -9,37 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
-import time
 from collections.abc import Awaitable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from google.protobuf import message
-
-from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.errors import (
     AgentcgroupdError,
-    Internal,
     InvalidField,
     ResourceExhausted,
-    Unavailable,
     as_request_error,
 )
 from agentcgroupd.host.listening import Listener
 from agentcgroupd.host.syscalls import peer_credentials, receive_from
 from agentcgroupd.intents.parse import WAIT_MOST_USEC
-from agentcgroupd.rpc.agent_calls import AgentCalls
 from agentcgroupd.rpc.budgets import Budgets, Crowd
 from agentcgroupd.rpc.door import Door
-from agentcgroupd.rpc.packets import PACKET_BYTES_MAX, RPC_PREFIX, Request, packet, rpc_request
+from agentcgroupd.rpc.messages import Messages, known, refusal
+from agentcgroupd.rpc.packets import PACKET_BYTES_MAX, RPC_PREFIX, Request, packet
 from agentcgroupd.rpc.peers import Peer, SessionFinder, crowd_of
 from agentcgroupd.rpc.verbs import Answer, Verb
 from agentcgroupd.telemetry.metrics import Metrics
 from agentcgroupd.telemetry.seldom import Seldom
-from agentcgroupd.telemetry.wire import error_to_proto
 from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -74,19 +66,19 @@ class AttachServer:
         self,
         listener: Listener,
         verbs: Mapping[str, Verb],
-        agent_calls: AgentCalls | None,
+        messages: Messages,
         metrics: Metrics,
         find: SessionFinder,
         budgets: Budgets,
         turns: Turns,
     ) -> None:
-        """Prepare to accept at `listener`. `verbs`: by name. `agent_calls` answers packets with a
-        message; None: there are none on this socket. `find`: the session of a cgroup. `budgets`,
+        """Prepare to accept at `listener`. `verbs`: by name. `messages` answers packets
+        with a message. `find`: the session of a cgroup. `budgets`,
         `turns`: what each peer may ask for, and when."""
         self._path = listener.path
         # What it accepts inherits that: each packet names its sender.
         listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._verbs, self._agent_calls = verbs, agent_calls
+        self._verbs, self._messages = verbs, messages
         self._metrics, self._find, self._budgets = metrics, find, budgets
         self._turns = turns
         self._tasks: set[asyncio.Task[None]] = set()
@@ -142,7 +134,7 @@ class AttachServer:
                 peer.close()
             if not isinstance(error, AgentcgroupdError):
                 log.exception("%s: who calls cannot be told", self._path)
-            self._send_refusal(client, _refusal(_known(error)))
+            self._send_refusal(client, _refusal(known(error)))
             client.close()
             return
         self._budgets.remember(pid, crowd)
@@ -239,8 +231,8 @@ class AttachServer:
     def _serve(self, caller: Client, data: bytes, sender: int | None) -> None:
         if caller not in self._callers:
             return  # the daemon is stopping
-        if data.startswith(RPC_PREFIX) and self._agent_calls is not None:
-            self._rpc(caller, data, sender, self._agent_calls)
+        if data.startswith(RPC_PREFIX):
+            self._rpc(caller, data, sender)
             return
         reply = self._answer(caller, data, sender)
         if not isinstance(reply, list):
@@ -257,7 +249,7 @@ class AttachServer:
         except Exception as error:
             if not isinstance(error, AgentcgroupdError):
                 log.exception("%s: a request failed", self._path)
-            words = self._error_words(_known(error))
+            words = self._error_words(known(error))
         self._reply(client, packet(words))
 
     def _answer_in_time(self, caller: Client, answer: Coroutine[Any, Any, None]) -> None:
@@ -304,54 +296,25 @@ class AttachServer:
         except OSError as error:
             log.debug("%s: the caller is gone before the answer: %s", self._path, error)
 
-    def _rpc(self, caller: Client, data: bytes, sender: int | None, calls: AgentCalls) -> None:
-        """Answer a message of agentcgroup.proto by another (docs/protocol.md). Only a call that has
-        to wait, or whose processes must die first, is answered later."""
-        started = time.perf_counter()
-        client, peer = caller.socket, caller.peer
-        method = "packet"
-        try:
-            peer.check_sender(sender)
-            method, request = rpc_request(data)
-            answer: message.Message | Awaitable[message.Message]
-            if isinstance(request, pb.BeginCallRequest):
-                answer = calls.begin(peer, request)
-            else:
-                answer = calls.end(peer, request)
-        except Exception as error:
-            if not isinstance(error, AgentcgroupdError):
-                log.exception("%s: %s failed", self._path, method)
-            self._refuse(client, _known(error))
-        else:
-            if not isinstance(answer, message.Message):
-                if method == "BeginCall":
-                    self._reply(client, packet(self._wait_words()))
-                self._answer_in_time(caller, self._answer_later(client, answer))
-                return
-            self._reply(client, b"OK\0" + answer.SerializeToString())
-        finally:
-            self._metrics.rpc.labels(method).observe(time.perf_counter() - started)
-        self._close(caller)
+    def _rpc(self, caller: Client, data: bytes, sender: int | None) -> None:
+        """Answer a message of agentcgroup.proto by another (docs/protocol.md). Only what has to
+        wait for something is answered later."""
+        answer = self._messages.answer(caller, data, sender)
+        if isinstance(answer, bytes):
+            self._reply(caller.socket, answer)
+            self._close(caller)
+            return
+        if answer.may_wait:
+            self._reply(caller.socket, packet(self._wait_words()))
+        self._answer_in_time(caller, self._answer_later(caller.socket, answer.packet))
 
-    async def _answer_later(
-        self, client: socket.socket, answer: Awaitable[message.Message]
-    ) -> None:
-        try:
-            self._reply(client, b"OK\0" + (await answer).SerializeToString())
-        except Exception as error:
-            if not isinstance(error, AgentcgroupdError):
-                log.exception("%s: a request failed", self._path)
-            self._refuse(client, _known(error))
+    async def _answer_later(self, client: socket.socket, answer: Awaitable[bytes]) -> None:
+        self._reply(client, await answer)
 
     @staticmethod
     def _wait_words() -> list[str]:
         """What a caller is told whose answer may take as long as a call can wait."""
         return ["WAIT", f"seconds={WAIT_MOST_USEC // 1_000_000}"]
-
-    def _refuse(self, client: socket.socket, error: AgentcgroupdError) -> None:
-        refused = as_request_error(error)
-        self._metrics.rpc_errors.labels("packet", refused.code).inc()
-        self._reply(client, b"ERR\0" + error_to_proto(refused).SerializeToString())
 
     def _answer(self, caller: Client, data: bytes, sender: int | None) -> Answer:
         try:
@@ -367,7 +330,7 @@ class AttachServer:
         except Exception as error:
             if not isinstance(error, AgentcgroupdError):
                 log.exception("%s: a request failed", self._path)
-            return self._error_words(_known(error))
+            return self._error_words(known(error))
 
     def _error_words(self, error: AgentcgroupdError) -> list[str]:
         refused = as_request_error(error)
@@ -380,14 +343,4 @@ def _refusal(error: AgentcgroupdError) -> tuple[bytes, bytes]:
     message."""
     refused = as_request_error(error)
     words = packet(["ERR", refused.code, " ".join(refused.sentence.replace("\0", " ").split())])
-    return words, b"ERR\0" + error_to_proto(refused).SerializeToString()
-
-
-def _known(error: Exception) -> AgentcgroupdError:
-    """An error as a caller may be told it. Without an answer the launcher would run the tool
-    without limits, so a failure of the daemon's own is one, too."""
-    if isinstance(error, AgentcgroupdError):
-        return error
-    if isinstance(error, OSError):
-        return Unavailable(f"the daemon lacks what it needs: {os.strerror(error.errno or 0)}")
-    return Internal("the daemon failed; its log says how")
+    return words, refusal(refused)

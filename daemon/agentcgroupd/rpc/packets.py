@@ -4,6 +4,8 @@ agentcgroup.proto."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 
 from google.protobuf import message
 
@@ -15,28 +17,43 @@ from agentcgroupd.units import suggestion
 PACKET_BYTES_MAX = 16_384
 MAGIC = "ACG1"
 RPC_PREFIX = b"ACG1\0rpc\0"
-_RPC_METHODS: dict[str, type[pb.BeginCallRequest | pb.EndCallRequest]] = {
-    "BeginCall": pb.BeginCallRequest,
-    "EndCall": pb.EndCallRequest,
-}
+ANSWER_BYTES_MAX = 131_072
+"""The longest answer in a packet: a socket takes one of 208 KiB at once (net.core.wmem_default),
+and nobody waits for a socket here. A longer answer has to be asked for over gRPC."""
+TOO_LONG = b"LONG\0"
 
 
-def rpc_request(data: bytes) -> tuple[str, pb.BeginCallRequest | pb.EndCallRequest]:
-    """Read the method and the message of a packet that begins with RPC_PREFIX. Raises
-    InvalidField."""
+@dataclass(frozen=True, slots=True)
+class RpcRequest:
+    """A request of the verb `rpc`: a method of a service, and its message."""
+
+    method: str
+    message: message.Message
+
+
+@cache
+def _methods(service: str) -> dict[str, type[message.Message]]:
+    """The requests of a service's methods by name, without those that are answered by a stream."""
+    methods = pb.DESCRIPTOR.services_by_name[service].methods
+    return {m.name: getattr(pb, m.input_type.name) for m in methods if not m.server_streaming}
+
+
+def rpc_request(data: bytes, service: str) -> RpcRequest:
+    """Read a packet that begins with RPC_PREFIX, for `Agent` or `Admin`. Raises InvalidField."""
     if len(data) > PACKET_BYTES_MAX:
         raise InvalidField("request", f"{len(data)} bytes", f"at most {PACKET_BYTES_MAX} bytes")
     method, separator, raw = data[len(RPC_PREFIX) :].partition(b"\0")
     name = method[:64].decode("utf-8", "replace")
-    kind = _RPC_METHODS.get(name)
+    methods = _methods(service)
+    kind = methods.get(name)
     if kind is None or not separator:
-        raise InvalidField("method", name, " or ".join(_RPC_METHODS))
+        raise InvalidField("method", name, "one of " + ", ".join(methods))
     try:
         request = kind.FromString(raw)
     except message.DecodeError:
         raise InvalidField("request", f"{len(raw)} bytes", f"a {kind.__name__} message") from None
     refuse_unknown(request)
-    return name, request
+    return RpcRequest(name, request)
 
 
 def packet(words: Iterable[str]) -> bytes:

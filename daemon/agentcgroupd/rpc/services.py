@@ -36,6 +36,7 @@ from agentcgroupd.rpc.agent_calls import AgentCalls, refuse_unknown
 from agentcgroupd.rpc.callers import Caller
 from agentcgroupd.rpc.frames import FRAME_BYTES_MAX
 from agentcgroupd.rpc.gate import Gate, abort
+from agentcgroupd.rpc.messages import Asking
 from agentcgroupd.rpc.pages import list_reports
 from agentcgroupd.rpc.past import Past, scope_of
 from agentcgroupd.rpc.peers import check_operator
@@ -82,9 +83,10 @@ class Parts:
 
 
 def answers(
-    method: Callable[[Service, Request, Context], Awaitable[Response]],
+    method: Callable[[Service, Request, Asking], Awaitable[Response]],
 ) -> Callable[[Service, Request, Context], Awaitable[Response]]:
-    """Wrap a unary method: it is timed, and the daemon's errors become statuses with a trailer."""
+    """Wrap a unary method for gRPC: it is timed, and the daemon's errors become statuses with a
+    trailer. `_Service.answer` calls the method itself."""
     name = method.__name__
 
     @functools.wraps(method)
@@ -92,7 +94,7 @@ def answers(
         started = time.perf_counter()
         try:
             refuse_unknown(request)
-            return await method(self, request, context)
+            return await method(self, request, self.relay.connection(context.peer()))
         except AgentcgroupdError as error:
             await self.refuse(name, error, context)
             raise AssertionError("abort always raises") from None
@@ -107,9 +109,15 @@ class _Service:
         self.parts = parts
         self.relay = relay
 
-    def slices(self, context: Context) -> Slices:
+    async def answer(self, name: str, request: message.Message, by: Asking) -> message.Message:
+        """Answer a unary method of the service that came in a packet. Raises AgentcgroupdError."""
+        method: Callable[..., Awaitable[message.Message]]
+        method = vars(type(self))[name].__wrapped__
+        return await method(self, request, by)
+
+    def slices(self, by: Asking) -> Slices:
         """Slices of a long piece of work, each in a turn of the caller's session."""
-        return Slices(self.parts.turns, self.relay.connection(context.peer()).crowd.key)
+        return Slices(self.parts.turns, by.crowd.key)
 
     async def refuse(self, name: str, error: AgentcgroupdError, context: Context) -> None:
         """Abort with the error's code and sentence."""
@@ -125,45 +133,43 @@ class AgentService(_Service, pb_grpc.AgentServicer):
         super().__init__(parts, relay)
         self._calls = parts.agent_calls
 
-    def _caller(self, context: Context) -> Caller:
-        return self._calls.caller(self.relay.peer(context.peer()))
+    def _caller(self, by: Asking) -> Caller:
+        return self._calls.caller(by.peer)
 
-    def _session(self, context: Context) -> Session:
-        return self._caller(context).session
+    def _session(self, by: Asking) -> Session:
+        return self._caller(by).session
 
     @answers
-    async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.Session:
+    async def GetSession(self, request: pb.GetSessionRequest, by: Asking) -> pb.Session:
         """Describe the session of the caller."""
-        return self.parts.lifecycle.describe(self._session(context), admin=False)
+        return self.parts.lifecycle.describe(self._session(by), admin=False)
 
     @answers
-    async def BeginCall(self, request: pb.BeginCallRequest, context: Context) -> pb.Call:
+    async def BeginCall(self, request: pb.BeginCallRequest, by: Asking) -> pb.Call:
         """Begin a call in the session of the caller, whose process holds it open; waits where it
         has to wait."""
-        call = self._calls.begin(self.relay.peer(context.peer()), request)
+        call = self._calls.begin(by.peer, request)
         return call if isinstance(call, pb.Call) else await call
 
     @answers
-    async def EndCall(self, request: pb.EndCallRequest, context: Context) -> pb.Report:
+    async def EndCall(self, request: pb.EndCallRequest, by: Asking) -> pb.Report:
         """End a call of the caller's session; returns its report once it has ended."""
-        report = self._calls.end(self.relay.peer(context.peer()), request)
+        report = self._calls.end(by.peer, request)
         return report if isinstance(report, pb.Report) else await report
 
     @answers
-    async def UpdateIntent(self, request: pb.UpdateIntentRequest, context: Context) -> pb.Call:
+    async def UpdateIntent(self, request: pb.UpdateIntentRequest, by: Asking) -> pb.Call:
         """Change the grant of an open call of the caller's session; returns the call."""
-        return self._calls.update(self.relay.peer(context.peer()), request)
+        return self._calls.update(by.peer, request)
 
     @answers
-    async def ListCalls(
-        self, request: pb.ListCallsRequest, context: Context
-    ) -> pb.ListCallsResponse:
+    async def ListCalls(self, request: pb.ListCallsRequest, by: Asking) -> pb.ListCallsResponse:
         """List the open and waiting calls of the caller's session; for a tool, those that it is
         in and those inside."""
-        caller = self._caller(context)
+        caller = self._caller(by)
         if request.session_id not in ("", caller.session.id):
             raise NotFound("an agent sees its own session only", "session_id", request.session_id)
-        slices = self.slices(context)
+        slices = self.slices(by)
         return await self.parts.views.list_calls(
             [caller.session],
             request,
@@ -173,15 +179,15 @@ class AgentService(_Service, pb_grpc.AgentServicer):
         )
 
     @answers
-    async def GetBudget(self, request: pb.GetBudgetRequest, context: Context) -> pb.Budget:
+    async def GetBudget(self, request: pb.GetBudgetRequest, by: Asking) -> pb.Budget:
         """Say what is left for the session of the caller, or for the call that it is in."""
-        caller = self._caller(context)
+        caller = self._caller(by)
         return self.parts.views.budget(caller.session, caller.outer)
 
     @answers
-    async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:
+    async def GetReport(self, request: pb.GetReportRequest, by: Asking) -> pb.Report:
         """Find the report of an ended call of the caller's session; without an id, the newest."""
-        caller = self._caller(context)
+        caller = self._caller(by)
         try:
             return _report(caller.session, request.call_id, caller.sees_report)
         except NotFound as missing:
@@ -190,28 +196,28 @@ class AgentService(_Service, pb_grpc.AgentServicer):
 
     @answers
     async def ListReports(
-        self, request: pb.ListReportsRequest, context: Context
+        self, request: pb.ListReportsRequest, by: Asking
     ) -> pb.ListReportsResponse:
         """List the newest reports of the caller's session."""
-        caller = self._caller(context)
-        slices = self.slices(context)
+        caller = self._caller(by)
+        slices = self.slices(by)
         return await list_reports([caller.session], request, slices, caller.sees_report)
 
     @answers
     async def ListHistory(
-        self, request: pb.ListHistoryRequest, context: Context
+        self, request: pb.ListHistoryRequest, by: Asking
     ) -> pb.ListHistoryResponse:
         """List reports of the caller's session from the store, newest first."""
-        caller = self._caller(context)
+        caller = self._caller(by)
         if request.session_id not in ("", caller.session.id):
             raise NotFound("an agent sees its own session only", "session_id", request.session_id)
         asker = caller.session.turns_key
         return await self.parts.past.list_history(scope_of(caller), asker, request)
 
     @answers
-    async def GetStory(self, request: pb.GetStoryRequest, context: Context) -> pb.Story:
+    async def GetStory(self, request: pb.GetStoryRequest, by: Asking) -> pb.Story:
         """Tell what happened to a call of the caller's session."""
-        caller = self._caller(context)
+        caller = self._caller(by)
         asker = caller.session.turns_key
         past = self.parts.past
         return await past.story(scope_of(caller), asker, request.call_id, caller.sees)
@@ -223,7 +229,7 @@ class AgentService(_Service, pb_grpc.AgentServicer):
         session is closed."""
         try:
             refuse_unknown(request)
-            caller = self._caller(context)
+            caller = self._caller(self.relay.connection(context.peer()))
         except AgentcgroupdError as error:
             await self.refuse("WatchFeedback", error, context)
             return
@@ -256,8 +262,8 @@ def _report(
 class AdminService(_Service, pb_grpc.AdminServicer):
     """What the operator may ask."""
 
-    def _check(self, context: Context) -> None:
-        check_operator(self.relay.peer(context.peer()), self.parts.sessions.of_cgroup)
+    def _check(self, by: Asking) -> None:
+        check_operator(by.peer, self.parts.sessions.of_cgroup)
 
     def _sessions(self, session_id: str) -> list[Session]:
         sessions = self.parts.sessions
@@ -273,53 +279,64 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         return call
 
     @answers
-    async def GetPool(self, request: pb.GetPoolRequest, context: Context) -> pb.Pool:
+    async def GetPool(self, request: pb.GetPoolRequest, by: Asking) -> pb.Pool:
         """Describe the pool."""
-        self._check(context)
+        self._check(by)
         return self.parts.views.describe_pool()
 
     @answers
-    async def OpenSession(self, request: pb.OpenSessionRequest, context: Context) -> pb.Session:
+    async def OpenSession(self, request: pb.OpenSessionRequest, by: Asking) -> pb.Session:
         """Make a session; returns its description."""
-        self._check(context)
-        return self._describe(self.parts.lifecycle.open(request.spec))
+        self._check(by)
+        owner = by.peer.process if request.end_with_caller else None
+        return self._describe(self.parts.lifecycle.open(request.spec, owner))
 
     @answers
-    async def AdoptSession(self, request: pb.AdoptSessionRequest, context: Context) -> pb.Session:
+    async def UpdateSession(self, request: pb.UpdateSessionRequest, by: Asking) -> pb.Session:
+        """Change limits of an open session; returns its description."""
+        self._check(by)
+        session = self.parts.sessions.get(request.spec.id)
+        return self._describe(await self.parts.lifecycle.change(session, request.spec))
+
+    @answers
+    async def AdoptSession(self, request: pb.AdoptSessionRequest, by: Asking) -> pb.Session:
         """Make a session of an existing cgroup; returns its description."""
-        self._check(context)
+        self._check(by)
         return self._describe(self.parts.lifecycle.adopt(request.cgroup_path, request.spec))
 
     @answers
     async def CloseSession(
-        self, request: pb.CloseSessionRequest, context: Context
+        self, request: pb.CloseSessionRequest, by: Asking
     ) -> pb.CloseSessionResponse:
         """End a session and all of its calls; returns how many were open."""
-        self._check(context)
+        self._check(by)
         session = self.parts.sessions.get(request.session_id)
-        return pb.CloseSessionResponse(calls_ended=await self.parts.lifecycle.close(session))
+        closed = await self.parts.lifecycle.close(session)
+        return pb.CloseSessionResponse(
+            calls_ended=closed.calls_ended,
+            agent_oom_kills=closed.agent_kills,
+            agent_sentence=closed.sentence,
+        )
 
     @answers
     async def ListSessions(
-        self, request: pb.ListSessionsRequest, context: Context
+        self, request: pb.ListSessionsRequest, by: Asking
     ) -> pb.ListSessionsResponse:
         """Describe all open sessions."""
-        self._check(context)
-        return await self.parts.views.list_sessions(request, self.slices(context))
+        self._check(by)
+        return await self.parts.views.list_sessions(request, self.slices(by))
 
     @answers
-    async def ListCalls(
-        self, request: pb.ListCallsRequest, context: Context
-    ) -> pb.ListCallsResponse:
+    async def ListCalls(self, request: pb.ListCallsRequest, by: Asking) -> pb.ListCallsResponse:
         """List open and waiting calls, of one session or of all."""
-        self._check(context)
+        self._check(by)
         sessions = self._sessions(request.session_id)
-        return await self.parts.views.list_calls(sessions, request, True, self.slices(context))
+        return await self.parts.views.list_calls(sessions, request, True, self.slices(by))
 
     @answers
-    async def EndCall(self, request: pb.EndCallRequest, context: Context) -> pb.Report:
+    async def EndCall(self, request: pb.EndCallRequest, by: Asking) -> pb.Report:
         """End any call; returns its report once it has ended."""
-        self._check(context)
+        self._check(by)
         why = "the operator ended the call"
         waited = self.parts.queue.leave(request.call_id, why)
         if waited is not None:
@@ -329,12 +346,12 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         return report if isinstance(report, pb.Report) else await report
 
     @answers
-    async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:
+    async def GetReport(self, request: pb.GetReportRequest, by: Asking) -> pb.Report:
         """Find the report of an ended call of any session; without an id, the newest."""
-        self._check(context)
+        self._check(by)
         if not request.call_id:
             one = pb.ListReportsRequest(limit=1)
-            newest = await list_reports(self._sessions(""), one, self.slices(context))
+            newest = await list_reports(self._sessions(""), one, self.slices(by))
             missing = NotFound("there is no report yet: no call has ended", "call_id", "")
             if newest.reports and not await self.parts.past.is_kept():
                 return newest.reports[0]
@@ -348,16 +365,16 @@ class AdminService(_Service, pb_grpc.AdminServicer):
 
     @answers
     async def ListReports(
-        self, request: pb.ListReportsRequest, context: Context
+        self, request: pb.ListReportsRequest, by: Asking
     ) -> pb.ListReportsResponse:
         """List the newest reports of one session or of all; where there is a store, of closed ones
         as well."""
-        self._check(context)
+        self._check(by)
         is_open = request.session_id in self.parts.sessions.open
         if not is_open and await self.parts.past.is_kept():
             return await self._list_past(request)
         sessions = self._sessions(request.session_id)
-        return await list_reports(sessions, request, self.slices(context))
+        return await list_reports(sessions, request, self.slices(by))
 
     async def _list_past(self, request: pb.ListReportsRequest) -> pb.ListReportsResponse:
         """Answer ListReports from the store."""
@@ -371,46 +388,44 @@ class AdminService(_Service, pb_grpc.AdminServicer):
 
     @answers
     async def ListHistory(
-        self, request: pb.ListHistoryRequest, context: Context
+        self, request: pb.ListHistoryRequest, by: Asking
     ) -> pb.ListHistoryResponse:
         """List reports from the store, newest first."""
-        self._check(context)
+        self._check(by)
         return await self.parts.past.list_history(ALL, OPERATOR, request)
 
     @answers
     async def ListPastSessions(
-        self, request: pb.ListPastSessionsRequest, context: Context
+        self, request: pb.ListPastSessionsRequest, by: Asking
     ) -> pb.ListPastSessionsResponse:
         """List sessions from the store, the one opened last first."""
-        self._check(context)
+        self._check(by)
         return await self.parts.past.list_sessions(OPERATOR, request)
 
     @answers
     async def ListUsage(
-        self, request: pb.ListUsageRequest, context: Context
+        self, request: pb.ListUsageRequest, by: Asking
     ) -> pb.ListUsageResponse:
         """Sum up ended calls by session, tool or day."""
-        self._check(context)
+        self._check(by)
         return await self.parts.past.list_usage(OPERATOR, request)
 
     @answers
-    async def GetStory(self, request: pb.GetStoryRequest, context: Context) -> pb.Story:
+    async def GetStory(self, request: pb.GetStoryRequest, by: Asking) -> pb.Story:
         """Tell what happened to a call of any session."""
-        self._check(context)
+        self._check(by)
         return await self.parts.past.story(ALL, OPERATOR, request.call_id, lambda _: True)
 
     @answers
-    async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.PolicyState:
+    async def GetPolicy(self, request: pb.GetPolicyRequest, by: Asking) -> pb.PolicyState:
         """Describe the policy in force."""
-        self._check(context)
+        self._check(by)
         return self.parts.views.describe_policy()
 
     @answers
-    async def ReloadPolicy(
-        self, request: pb.ReloadPolicyRequest, context: Context
-    ) -> pb.PolicyState:
+    async def ReloadPolicy(self, request: pb.ReloadPolicyRequest, by: Asking) -> pb.PolicyState:
         """Read the policy's files anew; returns the policy in force then."""
-        self._check(context)
+        self._check(by)
         try:
             self.parts.policy_files.reload()
         except ConfigError as error:
@@ -418,9 +433,9 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         return self.parts.views.describe_policy()
 
     @answers
-    async def ExplainCall(self, request: pb.ExplainCallRequest, context: Context) -> pb.Explanation:
+    async def ExplainCall(self, request: pb.ExplainCallRequest, by: Asking) -> pb.Explanation:
         """Say how the policy sees an open call, and what was done to it."""
-        self._check(context)
+        self._check(by)
         return self.parts.views.explain(self._open_call(request.call_id))
 
     async def WatchEvents(
@@ -429,7 +444,7 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         """Send the events of one session or of all from now on, until the session is closed."""
         try:
             refuse_unknown(request)
-            self._check(context)
+            self._check(self.relay.connection(context.peer()))
             if request.session_id:
                 self.parts.sessions.get(request.session_id)
         except AgentcgroupdError as error:

@@ -27,9 +27,18 @@ from agentcgroupd.errors import (
 from agentcgroupd.intents.gpu import GpuCeiling
 from agentcgroupd.intents.gpu_part import Part, gpu_part
 from agentcgroupd.intents.parse import parse_intent
-from agentcgroupd.sessions.limits import parse_limits, read_limits, tighten, write_limits
+from agentcgroupd.sessions.holding import used_for_good
+from agentcgroupd.sessions.limits import (
+    as_found,
+    change_limits,
+    parse_limits,
+    read_limits,
+    tighten,
+    write_limits,
+)
 from agentcgroupd.sessions.pool import Pool, offered_controllers
 from agentcgroupd.sessions.registry import Sessions
+from agentcgroupd.state.process import Process
 from agentcgroupd.state.records import RECORD_VERSION, read_record
 from agentcgroupd.state.session import AGENT_LEAF, Session, SessionLimits, unix_usec
 from agentcgroupd.units import show_bytes
@@ -82,7 +91,8 @@ class SessionCgroups:
         low, most = limits.memory_low_bytes, self._pool.memory_max_bytes
         if low is None or most is None:
             return
-        others = sum(s.limits.memory_low_bytes or 0 for s in self._sessions.open.values())
+        sessions = [s for s in self._sessions.open.values() if s.id != spec.id]
+        others = sum(s.limits.memory_low_bytes or 0 for s in sessions)
         if low + others > most:
             why = (
                 f"the pool has {show_bytes(most)}, of which {show_bytes(others)} are guaranteed to "
@@ -108,8 +118,9 @@ class SessionCgroups:
 
     # Making
 
-    def make(self, spec: pb.SessionSpec) -> Session:
-        """Make a session's cgroup and agent leaf. Raises RequestError; then nothing is left."""
+    def make(self, spec: pb.SessionSpec, owner: Process | None = None) -> Session:
+        """Make a session's cgroup and agent leaf. `owner`: the process that it ends with, which is
+        copied. Raises RequestError; then nothing is left."""
         limits = self._limits_for(spec)
         path = f"{self._pool.path}/{spec.id}"
         try:
@@ -125,7 +136,7 @@ class SessionCgroups:
             sentence = f"cgroup {path} is there already and is not a session: {error}"
             raise AlreadyExists(sentence, "id", spec.id) from None
         try:
-            return self._set_up(Cgroup.open(made.path), path, spec.id, limits, {})
+            return self._set_up(Cgroup.open(made.path), path, spec.id, limits, {}, owner)
         except (KnobError, OSError) as error:
             made.remove()
             raise Unavailable(f"the session's limits could not be set: {error}") from None
@@ -137,8 +148,10 @@ class SessionCgroups:
         session_id: str,
         limits: SessionLimits,
         found: dict[str, str],
+        owner: Process | None = None,
     ) -> Session:
         """Put limits, agent leaf and record on a cgroup that holds no processes of its own."""
+        owner = owner.copy() if owner is not None else None
         try:
             write_limits(cgroup, limits)
             cgroup.enable(offered_controllers(cgroup))
@@ -154,10 +167,13 @@ class SessionCgroups:
                 adopted=path.rpartition("/")[0] != self._pool.path,
                 found=found,
                 offered=agent.files(),
+                owner=owner,
             )
             cgroup.set_xattr(session.record())
         except BaseException:
             cgroup.close()
+            if owner is not None:
+                owner.close()
             raise
         self._add(session)
         return session
@@ -199,7 +215,7 @@ class SessionCgroups:
             raise FailedPrecondition(f"cgroup {path} cannot be split: {error}") from None
         try:
             move_all(cgroup, agent)
-            return self._set_up(cgroup, path, spec.id, tighten(cgroup, limits), found)
+            return self._set_up(cgroup, path, spec.id, tighten(cgroup.read_if, limits), found)
         except (KnobError, OSError) as error:
             again = Cgroup.open(self._pool.mount / path.strip("/"))
             self._give_back(again, found)
@@ -212,6 +228,46 @@ class SessionCgroups:
         of_session = self._sessions.of_cgroup(path) is not None
         if inside or above or of_session or ".." in path:
             raise InvalidField("cgroup_path", path, "a cgroup beside the pool, of no other session")
+
+    # Changing
+
+    def changed(self, session: Session, spec: pb.SessionSpec) -> SessionLimits:
+        """Limits of an open session as a request wants them. Raises RequestError."""
+        for field in GPU_FIELDS:
+            if text := getattr(spec, field):
+                why = "the part of GPUs of a session's agent is set when it is opened"
+                raise InvalidField(field, text, "nothing here", why)
+        limits = change_limits(spec, session.limits, self._pool.memory_max_bytes)
+        if spec.memory_low:
+            self._check_guarantee(spec, limits)
+        if session.adopted:
+            limits = tighten(as_found(session.found), limits)
+        top = limits.memory_max_bytes
+        held = used_for_good(session.cgroup) if spec.memory_max and top is not None else None
+        if held is not None and top is not None and top < held:
+            why = "the kernel would kill processes of the session"
+            allowed = f"at least what it holds now ({show_bytes(held)})"
+            raise InvalidField("memory_max", spec.memory_max, allowed, why)
+        return limits
+
+    def write_changed(self, session: Session, limits: SessionLimits) -> None:
+        """Write new limits, or all of the old ones again where one cannot be. May block, while the
+        kernel reclaims what is above them: for a thread of its own. Raises KnobError."""
+        if session.slowed:
+            # Its lower weight stays until the guard lets go of it.
+            limits = replace(limits, cpu_weight=session.cgroup.read(knobs.CPU_WEIGHT))
+        try:
+            write_limits(session.cgroup, limits)
+        except CgroupGone:
+            raise
+        except KnobError:
+            write_limits(session.cgroup, session.limits)
+            raise
+
+    def keep_changed(self, session: Session, limits: SessionLimits) -> None:
+        """Keep new limits that have been written. Raises KnobError."""
+        session.limits = limits
+        session.cgroup.set_xattr(session.record())
 
     # Closing
 
@@ -239,6 +295,9 @@ class SessionCgroups:
         if session.adopted:
             self._pool.cgroup.remove_xattr(f"{ADOPTED_XATTR}{session.cgroup.id}")
         session.cgroup.close()
+        if session.owner is not None:
+            session.owner.close()
+            session.owner = None
 
     def _give_back(self, cgroup: Cgroup, found: dict[str, str]) -> None:
         """Undo a split: controllers off, processes back, agent leaf gone, limits as they were. It
@@ -318,6 +377,9 @@ class SessionCgroups:
                 found=dict(data["found"]),
                 offered=agent.files(),
             )
+            if data.get("owner") is not None:
+                session.owner = Process.find(*data["owner"])
+                session.is_orphan = session.owner is None
             if cgroup.has(knobs.CPU_WEIGHT):
                 # An earlier daemon may have been killed while it had lowered the weight.
                 cgroup.write(knobs.CPU_WEIGHT, session.limits.cpu_weight)

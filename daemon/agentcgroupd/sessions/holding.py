@@ -15,6 +15,7 @@ from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import CgroupGone
 from agentcgroupd.state.ending import Held
 from agentcgroupd.state.session import Call, Session
+from agentcgroupd.units import show_bytes
 
 HELD_INTERVAL_S = 1.0
 _MATTERS_BYTES = 1 << 20
@@ -70,3 +71,20 @@ def used_for_good(cgroup: Cgroup) -> int | None:
     stat = cgroup.read(knobs.MEMORY_STAT)
     cache = stat["active_file"] + stat["inactive_file"] + stat.get("slab_reclaimable", 0)
     return max(0, current - cache)
+
+
+def agent_kills(session: Session) -> int | None:
+    """How many processes of the agent itself, in no call, the kernel has killed for want of memory.
+    None: it does not count them here. Raises KnobError."""
+    events = session.agent.read_if(knobs.MEMORY_EVENTS)
+    return None if events is None else events.get("oom_kill", 0)
+
+
+def killed_in_words(session: Session, kills: int | None) -> str:
+    """Say why the kernel has killed processes of the agent; empty where it has not."""
+    if not kills:
+        return ""
+    what = "a process" if kills == 1 else f"{kills} processes"
+    top = session.limits.memory_max_bytes
+    limit = f"the session's limit is {show_bytes(top)}" if top else "the session has no own limit"
+    return f"the kernel killed {what} of the agent itself for want of memory; {limit}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -14,8 +15,10 @@ from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import AgentcgroupdError, CgroupGone, FailedPrecondition, KnobError
 from agentcgroupd.sessions.cgroups import SessionCgroups
+from agentcgroupd.sessions.holding import agent_kills, killed_in_words
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.sessions.registry import Sessions
+from agentcgroupd.state.process import Process
 from agentcgroupd.state.records import foreign_version
 from agentcgroupd.state.session import Session
 from agentcgroupd.telemetry.notices import Notices
@@ -24,12 +27,17 @@ from agentcgroupd.units import CgroupId
 
 log = logging.getLogger(__name__)
 
+ORPHANED = "the process that it ends with is gone"
+
 
 class SessionObserver(Protocol):
     """Whoever has to know which sessions there are."""
 
     def session_opened(self, session: Session) -> None:
         """The session's cgroup is there, with its agent leaf."""
+
+    def session_changed(self, session: Session) -> None:
+        """The session has other limits, or another priority."""
 
     def session_given_back(self, session: Session) -> None:
         """The processes of an adopted session are in their own cgroup again; it is still open."""
@@ -44,6 +52,18 @@ class SessionCalls(Protocol):
     async def end_calls(self, session: Session) -> int:
         """End all calls of a session that is closing, open or waiting; returns how many were open.
         Raises RequestError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A session that has been closed."""
+
+    calls_ended: int
+    agent_kills: int | None
+    """Processes of the agent itself that the kernel killed for want of memory; None: it does not
+    count them here."""
+    sentence: str
+    """Why, where there were any."""
 
 
 class SessionLifecycle:
@@ -81,9 +101,10 @@ class SessionLifecycle:
 
     # Opening
 
-    def open(self, spec: pb.SessionSpec) -> Session:
-        """Make a session. Raises RequestError; then nothing is left."""
-        return self._opened(self._cgroups.make(spec))
+    def open(self, spec: pb.SessionSpec, owner: Process | None = None) -> Session:
+        """Make a session, which ends with its `owner`, if there is one. Raises RequestError; then
+        nothing is left."""
+        return self._opened(self._cgroups.make(spec, owner))
 
     def adopt(self, cgroup_path: str, spec: pb.SessionSpec) -> Session:
         """Make a session of an existing cgroup, split in place. Raises RequestError, with the
@@ -120,6 +141,9 @@ class SessionLifecycle:
     def _follow(self, session: Session) -> None:
         for observer in self._observers:
             observer.session_opened(session)
+        if session.owner is not None:
+            loop = asyncio.get_running_loop()
+            loop.add_reader(session.owner.pidfd, self._owner_ended, session)
         if session.adopted:
             # Its cgroup belongs to a runtime: when it is empty, the session is over.
             session.watch = self._events.watch(
@@ -129,6 +153,17 @@ class SessionLifecycle:
                 session.turns_key,
             )
 
+    def _owner_ended(self, session: Session) -> None:
+        self._unwatch_owner(session)
+        session.is_orphan = True
+        log.info("session %s: the process that it ends with is gone", session.id)
+        self._close_soon(session, ORPHANED)
+
+    @staticmethod
+    def _unwatch_owner(session: Session) -> None:
+        if session.owner is not None:
+            asyncio.get_running_loop().remove_reader(session.owner.pidfd)
+
     def _adopted_changed(self, session: Session) -> None:
         try:
             if session.closing or session.cgroup.populated():
@@ -137,17 +172,45 @@ class SessionLifecycle:
             log.debug("session %s: its cgroup is gone", session.id)
         self._close_soon(session, "the last process of its container ended")
 
+    # Changing
+
+    async def change(self, session: Session, spec: pb.SessionSpec) -> Session:
+        """Change limits of an open session. Raises RequestError, with nothing changed."""
+        if session.closing or session.changing:
+            what = "being closed" if session.closing else "being changed by another request"
+            raise FailedPrecondition(f"session {session.id} is {what}")
+        before, limits = session.limits, self._cgroups.changed(session, spec)
+        session.changing = True
+        try:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, self._cgroups.write_changed, session, limits)
+        finally:
+            session.changing = False
+        self._cgroups.keep_changed(session, limits)
+        for observer in self._observers:
+            observer.session_changed(session)
+        changed = {
+            name: [getattr(before, name), getattr(limits, name)]
+            for name in (field.name for field in fields(limits))
+            if getattr(before, name) != getattr(limits, name)
+        }
+        self._notices.audit.write("session_changed", session=session.id, limits=changed)
+        event = pb.Event(session_changed=self.describe(session, admin=True))
+        self._notices.feed.publish(session.id, event)
+        return session
+
     # Closing
 
-    async def close(self, session: Session, why: str = "the operator closed it") -> int:
-        """End a session's calls, then its agent; returns how many calls were ended. `why`: a
-        clause. Raises RequestError or KnobError, and the session is then still open."""
+    async def close(self, session: Session, why: str = "the operator closed it") -> Closed:
+        """End a session's calls, then its agent. `why`: a clause. Raises RequestError or KnobError,
+        and the session is then still open."""
         if session.closing:
             raise FailedPrecondition(f"session {session.id} is being closed already")
         session.closing = True
         try:
             ended = await self._calls.end_calls(session)
             last = self.describe(session, admin=True) if session.cgroup.exists() else None
+            killed = agent_kills(session) if last is not None else None
             # Only the kernel's part waits in a thread; the books are the loop's alone.
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(None, self._cgroups.remove, session)
@@ -157,6 +220,7 @@ class SessionLifecycle:
         except BaseException:
             session.closing = False
             raise
+        self._unwatch_owner(session)
         self._cgroups.forget(session)
         if session.watch is not None:
             self._events.unwatch(session.watch)
@@ -167,7 +231,7 @@ class SessionLifecycle:
         event = pb.Event(session_closed=last or pb.Session(id=session.id))
         self._notices.feed.publish(session.id, event)
         self._notices.feed.end(session.id)
-        return ended
+        return Closed(ended, killed, killed_in_words(session, killed))
 
     def _close_soon(self, session: Session, why: str) -> None:
         task = asyncio.get_running_loop().create_task(self._close_quietly(session, why))
@@ -194,9 +258,13 @@ class SessionLifecycle:
             self._remove_leftover(cgroup)
             yield
         for session in list(self._sessions.open.values()):
-            if not session.closing and not session.cgroup.exists():
+            if session.closing:
+                continue
+            if not session.cgroup.exists():
                 log.warning("session %s: its cgroup was removed by someone else", session.id)
                 self._close_soon(session, "its cgroup was removed by someone else")
+            elif session.is_orphan:
+                self._close_soon(session, ORPHANED)
             yield
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup import knobs
@@ -92,20 +93,68 @@ def parse_limits(
     return limits
 
 
+_REMOVABLE = ("memory_low", "memory_high", "memory_max", "cpu_max")
+NO_LIMIT = "none"
+"""What takes one of these limits away."""
+
+
+def change_limits(
+    spec: pb.SessionSpec, before: SessionLimits, pool_bytes: int | None
+) -> SessionLimits:
+    """The limits of an open session after a request to change some. `pool_bytes`: the pool's own
+    limit; None: it has none. Raises InvalidField."""
+    changes: dict[str, int | None] = {}
+    for field, (name, parse) in _CHANGEABLE.items():
+        text = getattr(spec, field)
+        if text.strip().lower() == NO_LIMIT and field in _REMOVABLE:
+            changes[name] = None
+        elif text:
+            changes[name] = parse(field, text)
+    if not changes:
+        raise InvalidField("spec", "", "one limit or more", "it names none")
+    limits = replace(before, **changes)  # type: ignore[arg-type]  # all are numbers
+    if spec.priority and not spec.cpu_weight:
+        usual = before.cpu_weight == weight_of_priority(before.priority)
+        weight = weight_of_priority(limits.priority) if usual else before.cpu_weight
+        limits = replace(limits, cpu_weight=weight)
+    if spec.calls_max:
+        cgroups = max(before.cgroups_max or 0, 2 * limits.calls_max + CGROUPS_BESIDE_CALLS)
+        limits = replace(limits, cgroups_max=cgroups)
+    _check_sizes(spec, limits, pool_bytes)
+    return limits
+
+
+_CHANGEABLE: dict[str, tuple[str, Callable[[str, str], int]]] = {
+    "memory_low": ("memory_low_bytes", parse_bytes),
+    "memory_high": ("memory_high_bytes", parse_bytes),
+    "memory_max": ("memory_max_bytes", parse_bytes),
+    "cpu_weight": ("cpu_weight", lambda field, text: parse_count(field, text, 1, 10_000)),
+    "cpu_max": ("cpu_max_millicores", parse_cores),
+    "pids_max": ("pids_max", lambda field, text: parse_count(field, text, 1, PIDS_MOST)),
+    "priority": ("priority", parse_priority),
+    "calls_max": ("calls_max", lambda field, text: parse_count(field, text, 1, CALLS_MOST)),
+}
+"""Fields of a spec that can be changed: the limit that each sets, and its parser."""
+
+
 def _check_sizes(spec: pb.SessionSpec, limits: SessionLimits, pool_bytes: int | None) -> None:
     """Refuse sizes that contradict each other or the pool. Raises InvalidField."""
     low, high, top = limits.memory_low_bytes, limits.memory_high_bytes, limits.memory_max_bytes
     if pool_bytes is not None:
         for field, value in (("memory_low", low), ("memory_max", top)):
-            if value is not None and value > pool_bytes:
+            if getattr(spec, field) and value is not None and value > pool_bytes:
                 allowed, why = f"at most {show_bytes(pool_bytes)}", "it is more than the whole pool"
                 raise InvalidField(field, getattr(spec, field), allowed, why)
     if top is None:
         return
     for field, value in (("memory_low", low), ("memory_high", high)):
-        if value is not None and value > top:
-            allowed = f"at most memory_max ({show_bytes(top)})"
-            raise InvalidField(field, getattr(spec, field), allowed)
+        if value is None or value <= top:
+            continue
+        if not getattr(spec, field):  # It stays as it is, and the new memory_max is at fault.
+            allowed = f"at least {field} ({show_bytes(value)})"
+            raise InvalidField("memory_max", spec.memory_max, allowed)
+        allowed = f"at most memory_max ({show_bytes(top)})"
+        raise InvalidField(field, getattr(spec, field), allowed)
 
 
 def write_limits(cgroup: Cgroup, limits: SessionLimits) -> None:
@@ -149,24 +198,40 @@ def read_limits(cgroup: Cgroup) -> dict[str, str]:
     return found
 
 
-def tighten(cgroup: Cgroup, ours: SessionLimits) -> SessionLimits:
+class Read(Protocol):
+    """Reads what a runtime has set on its container: from the files, or as they were found."""
+
+    def __call__(self, knob: Knob[T], /) -> T | None:
+        """The value of an interface file; None: there is no such file."""
+
+
+def as_found(found: dict[str, str]) -> Read:
+    """A reader of interface files as they were found before. `found`: their text by file."""
+
+    def read(knob: Knob[T], /) -> T | None:
+        return knob.parse(found[knob.file]) if knob.file in found else None
+
+    return read
+
+
+def tighten(read: Read, ours: SessionLimits) -> SessionLimits:
     """Our limits, made no looser than those that a runtime has set on its container. Raises
     KnobError."""
 
     def least(a: int | None, b: int | None) -> int | None:
         return min((v for v in (a, b) if v is not None), default=None)
 
-    cpu = cgroup.read_if(knobs.CPU_MAX)
+    cpu = read(knobs.CPU_MAX)
     theirs = None
     if cpu is not None and cpu.quota_usec is not None:
         theirs = cpu.quota_usec * 1000 // cpu.period_usec
     return replace(
         ours,
-        memory_low_bytes=ours.memory_low_bytes or cgroup.read_if(knobs.MEMORY_LOW) or None,
-        memory_high_bytes=least(ours.memory_high_bytes, cgroup.read_if(knobs.MEMORY_HIGH)),
-        memory_max_bytes=least(ours.memory_max_bytes, cgroup.read_if(knobs.MEMORY_MAX)),
+        memory_low_bytes=ours.memory_low_bytes or read(knobs.MEMORY_LOW) or None,
+        memory_high_bytes=least(ours.memory_high_bytes, read(knobs.MEMORY_HIGH)),
+        memory_max_bytes=least(ours.memory_max_bytes, read(knobs.MEMORY_MAX)),
         cpu_max_millicores=least(ours.cpu_max_millicores, theirs),
-        pids_max=least(ours.pids_max, cgroup.read_if(knobs.PIDS_MAX)),
-        cgroups_max=least(ours.cgroups_max, cgroup.read_if(knobs.CGROUP_MAX_DESCENDANTS)),
-        cgroup_depth_max=least(ours.cgroup_depth_max, cgroup.read_if(knobs.CGROUP_MAX_DEPTH)),
+        pids_max=least(ours.pids_max, read(knobs.PIDS_MAX)),
+        cgroups_max=least(ours.cgroups_max, read(knobs.CGROUP_MAX_DESCENDANTS)),
+        cgroup_depth_max=least(ours.cgroup_depth_max, read(knobs.CGROUP_MAX_DEPTH)),
     )

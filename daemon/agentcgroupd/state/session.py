@@ -325,6 +325,12 @@ class Session:
     reclaimed_at_usec: int | None = None
     """When memory was last reclaimed from it, since boot."""
     watch: int | None = None
+    owner: Process | None = None
+    """The process that the session ends with; None: it ends with none, or with one that is gone."""
+    is_orphan: bool = False
+    """Whether the process that it ends with is gone, so that it is to be closed."""
+    changing: bool = False
+    """Whether its limits are being written."""
     places: tuple[Place, ...] | None = None
     """The session's cgroup and those above it, the nearest first; None: not found out yet."""
     held: Held = NOTHING_HELD
@@ -347,6 +353,7 @@ class Session:
                 "opened_unix_usec": self.opened_unix_usec,
                 "adopted": self.adopted,
                 "found": self.found,
+                "owner": [self.owner.pid, self.owner.start_ticks] if self.owner else None,
             },
             separators=(",", ":"),
         ).encode()

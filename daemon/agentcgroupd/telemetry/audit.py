@@ -32,7 +32,7 @@ LOOK_EVERY_S = 1.0
 """How often it is asked whether somebody else has moved or emptied the file."""
 TELL_EVERY_S = 60.0
 """How often it is told that entries of a session are being left out, while they are."""
-OF_OPERATOR = ("session_opened", "session_closed")
+OF_OPERATOR = ("session_opened", "session_changed", "session_closed")
 """Entries about a session that it cannot cause by itself."""
 _AT = re.compile(rb'\{"at_unix_usec": (\d{1,19}),')
 _SESSION = re.compile(rb'"session": "([a-z0-9][a-z0-9_.-]{0,62})"')

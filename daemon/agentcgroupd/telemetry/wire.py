@@ -105,5 +105,6 @@ def session_to_proto(
         usage=usage_of(session.cgroup),
         not_enforced=not_enforced,
         opened_unix_usec=session.opened_unix_usec,
+        owner_pid=session.owner.pid if session.owner is not None and admin else 0,
         cpu=cpu_to_proto(cpu) if cpu is not None else None,
     )

@@ -88,6 +88,7 @@ MESSAGES = [
     (types.PolicyState, pb.PolicyState),
     (types.Explanation, pb.Explanation),
     (types.Event, pb.Event),
+    (types.SessionEnd, pb.CloseSessionResponse),
 ]
 
 
