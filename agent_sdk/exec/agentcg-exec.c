@@ -8,7 +8,6 @@
 #include <fcntl.h>
 #include <getopt.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,15 +16,17 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "say.h"
+#include "user.h"
+
 #include "intent_fields.h" /* INTENT_FIELDS and INTENT_HELP, made from the message Intent */
 
-enum { REFUSED = 125, CANNOT_EXEC = 126, NOT_FOUND = 127 }; /* as env(1) has them */
 enum { PACKET_MAX = 16384, ARGS_MAX = 4096, TIMEOUT_S = 10 };
 
 /* Options before KEYS are keys of the request; those from NAME on are for `begin` alone. */
 #define FIELD(field, option) FIELD_##field,
 enum { CALL, SESSION, NAME, INTENT_FIELDS(FIELD) KEYS };
-enum { SOCKET = KEYS, AWAY, ERROR_FD, HELP, VERSION, OWN_GROUP, OPTIONS };
+enum { SOCKET = KEYS, AWAY, ERROR_FD, USER, HELP, VERSION, OWN_GROUP, QUIET, OPTIONS };
 /* ERROR_FD is for the SDK, which gets errno there when the tool cannot be executed. */
 static const char *const verbs[] = { [CALL] = "attach", [SESSION] = "enter", [NAME] = "begin" };
 #define OPTION(field, option) [FIELD_##field] = option,
@@ -33,7 +34,8 @@ static const char *const names[OPTIONS] = { [CALL] = "call",	       [SESSION] = 
 					    [NAME] = "name",	       [SOCKET] = "socket",
 					    [HELP] = "help",	       [VERSION] = "version",
 					    [AWAY] = "on-unavailable", [ERROR_FD] = "error-fd",
-					    [OWN_GROUP] = "own-group", INTENT_FIELDS(OPTION) };
+					    [OWN_GROUP] = "own-group", [USER] = "user",
+					    [QUIET] = "quiet",	       INTENT_FIELDS(OPTION) };
 static char *values[OPTIONS];
 static const char version[] = "agentcg-exec " AGENTCG_VERSION "\n"; /* from pyproject.toml */
 static const char help[] =
@@ -49,44 +51,6 @@ static const char help[] =
 static struct sockaddr_un server = { .sun_family = AF_UNIX };
 static char request[PACKET_MAX], reply[PACKET_MAX + 3]; /* bytes not received read as "" */
 static size_t request_len;
-
-/*
- * Replaces what a terminal takes for commands (C0 and C1 controls) or turns text around with, or
- * does not show: U+061C, U+200B to 200F, 2028 to 202E, 2060 to 206F, FEFF.
- */
-static void make_printable(unsigned char *c)
-{
-	for (; *c; c++) {
-		bool two =
-			(*c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0) || (*c == 0xd8 && c[1] == 0x9c);
-		bool three = (*c == 0xe2 && c[1] == 0x80 && c[2] >= 0x8b && c[2] <= 0x8f) ||
-			     (*c == 0xe2 && c[1] == 0x80 && c[2] >= 0xa8 && c[2] <= 0xae) ||
-			     (*c == 0xe2 && c[1] == 0x81 && c[2] >= 0xa0 && c[2] <= 0xaf) ||
-			     (*c == 0xef && c[1] == 0xbb && c[2] == 0xbf);
-
-		if (two || three || *c < ' ' || *c == 0x7f)
-			memset(c, '?', three ? 3 : two ? 2 : 1);
-	}
-}
-
-/* One line on stderr. A stderr that nobody reads must not kill what is to become the tool. */
-__attribute__((format(printf, 1, 2))) static void say(const char *format, ...)
-{
-	sighandler_t before = signal(SIGPIPE, SIG_IGN);
-	char *line = NULL;
-	va_list args;
-
-	va_start(args, format);
-	if (vasprintf(&line, format, args) >= 0) {
-		make_printable((unsigned char *)line);
-		dprintf(STDERR_FILENO, "%s\n", line);
-		free(line);
-	}
-	va_end(args);
-	signal(SIGPIPE, before);
-}
-
-#define die(status, format, ...) exit((say("agentcg-exec: " format, ##__VA_ARGS__), status))
 
 /* Returns the index of the command. */
 static int parse_options(int argc, char **argv)
@@ -246,6 +210,8 @@ int main(int argc, char **argv)
 	for (int o = SESSION; o < KEYS && what != NAME; o++)
 		if (values[o] && o != what)
 			die(REFUSED, "option '--%s' cannot go with '--%s'", names[o], names[what]);
+	if (values[USER] && what != SESSION)
+		die(REFUSED, "option '--user' goes with '--session' only");
 	if (!policy && what == NAME)
 		policy = getenv("AGENTCG_ON_UNAVAILABLE");
 	if (!policy || !*policy)
@@ -274,6 +240,8 @@ int main(int argc, char **argv)
 	if (away)
 		say("agentcg-exec: warning: daemon at '%s' is away: %s; running without limits",
 		    server.sun_path, away);
+	if (values[USER])
+		become_user(values[USER]);
 	if (values[OWN_GROUP])
 		leave_group();
 	if (values[ERROR_FD] && !fcntl(atoi(values[ERROR_FD]), F_SETFD, FD_CLOEXEC)) {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,7 +14,8 @@ from typing import Any
 from agentcgroup import audit
 
 from . import common
-from .output import print_fields, print_json, print_json_line, say
+from .output import complain, print_fields, print_json, print_json_line, say
+from .summaries import summary
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SHOWN_FIRST = ("at_unix_usec", "event", "session", "call")
@@ -23,10 +23,9 @@ _OF_CHAIN = ("seq", "chain")
 PROBLEMS_SHOWN = 20
 
 
-def add_commands(subparsers: common.Subparsers) -> None:
+def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     """Add this module's command."""
-    summary = "Show the audit log (root), or check that nothing is missing from it."
-    parser = common.command(subparsers, "audit", run_audit, summary)
+    parser = common.command(subparsers, "audit", run_audit, summary("audit"))
     parser.add_argument("what", nargs="?", choices=("show", "verify"), default="show")
     parser.add_argument(
         "--file",
@@ -72,7 +71,7 @@ def run_audit(args: argparse.Namespace) -> int:
     try:
         return _verify(paths, args.json) if args.what == "verify" else _show(paths, args)
     except OSError as error:
-        say(f"agentcg: {error.filename}: {error.strerror}", file=sys.stderr)
+        complain(f"agentcg: {error.filename}: {error.strerror}")
         return common.NOT_FOUND if isinstance(error, FileNotFoundError) else common.REFUSED
 
 

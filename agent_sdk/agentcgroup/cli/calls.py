@@ -1,4 +1,4 @@
-"""`calls`, `end`, `report`: open and ended calls."""
+"""`calls`, `end`, `report`, or `call list`, `call end`, `call report`: open and ended calls."""
 
 from __future__ import annotations
 
@@ -13,21 +13,34 @@ from agentcgroup.types import CpuNumbers, GpuUsage, Report, Verdict
 
 from . import common
 from .output import duration, number, paint, print_fields, print_json, print_table, say, size
+from .parser import Parser
 from .status import print_calls
+from .summaries import ALIASES, summary
 
 
-def add_commands(subparsers: common.Subparsers) -> None:
+def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     """Add this module's commands."""
-    summary = "List the open calls: of all sessions as root, else one's own."
-    parser = common.command(subparsers, "calls", run_calls, summary)
+    text = summary("calls")
+    _add_calls(common.command(subparsers, "calls", run_calls, text, aliases=ALIASES["calls"]))
+    _add_end(common.command(subparsers, "end", run_end, summary("end")))
+    _add_report(common.command(subparsers, "report", run_report, summary("report")))
+    group = common.group(subparsers, "call", summary("call"))
+    _add_calls(common.command(group, "list", run_calls, text))
+    _add_end(common.command(group, "end", run_end, summary("end")))
+    _add_report(common.command(group, "report", run_report, summary("report")))
+
+
+def _add_calls(parser: Parser) -> None:
     parser.add_argument("--session", default="", metavar="ID", help="only of this session (root)")
-    summary = "End an open call: its processes are killed. Prints its report."
-    parser = common.command(subparsers, "end", run_end, summary)
+
+
+def _add_end(parser: Parser) -> None:
     parser.add_argument("call", metavar="CALL", help="the call's id")
     detach = "leave its processes alone; the call ends when the last one has"
     parser.add_argument("--detach", action="store_true", help=detach)
-    summary = "Show how a call ended and what it used."
-    parser = common.command(subparsers, "report", run_report, summary)
+
+
+def _add_report(parser: Parser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("call", nargs="?", metavar="CALL", help="the call's id; else the newest")
     which.add_argument("--last", action="store_true", help="the newest (as without CALL)")
@@ -53,7 +66,12 @@ def whole_number(text: str) -> int:
 def run_calls(args: argparse.Namespace) -> int:
     """Print the open calls; returns the exit code, as every `run_` function."""
     with common.either() as client:
-        calls = client.calls(args.session) if isinstance(client, Admin) else client.calls()
+        if isinstance(client, Admin):
+            calls = client.calls(args.session)
+        else:
+            if args.session:
+                _check_own(client.session().id, args.session)
+            calls = client.calls()
     if args.json:
         print_json([call.to_dict() for call in calls])
     elif calls:
@@ -61,6 +79,17 @@ def run_calls(args: argparse.Namespace) -> int:
     else:
         say("no call is open")
     return common.OK
+
+
+def _check_own(own: str, asked: str) -> None:
+    """Refuse to show a session of others. Raises PermissionDenied."""
+    if asked != own:
+        raise errors.PermissionDenied(
+            f"only the operator sees calls of session {asked!r}: this process is in session {own}",
+            field="session",
+            value=asked,
+            allowed=own,
+        )
 
 
 def run_end(args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from . import common
 from .audit import moment
 from .calls import verdict_text, whole_number
 from .output import NONE, clock, duration, number, paint, print_json, print_table, say, size
+from .summaries import summary
 
 BAD = "bad"
 """Stands for all verdicts but `ok`."""
@@ -22,10 +23,9 @@ WORDS = [BAD, *(v.value for v in Verdict if v is not Verdict.UNSPECIFIED)]
 GIB_HOUR = (1 << 30) * 3600
 
 
-def add_commands(subparsers: common.Subparsers) -> None:
+def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     """Add this module's commands."""
-    summary = "List ended calls, also of closed sessions: of all as root, else one's own."
-    parser = common.command(subparsers, "history", run_history, summary)
+    parser = common.command(subparsers, "history", run_history, summary("history"))
     parser.add_argument("--session", default="", metavar="NAME", help="only of this session")
     parser.add_argument(
         "--verdict",
@@ -39,16 +39,14 @@ def add_commands(subparsers: common.Subparsers) -> None:
     parser.add_argument("--limit", type=whole_number, metavar="N", default=20, help="the newest N")
     sessions = "list sessions instead, with why they were closed and what they took (root)"
     parser.add_argument("--sessions", action="store_true", help=sessions)
-    summary = "Sum up what ended calls took, by session, tool or day (root)."
-    parser = common.command(subparsers, "usage", run_usage, summary)
+    parser = common.command(subparsers, "usage", run_usage, summary("usage"))
     by = "what to sum up by; days are in UTC"
     parser.add_argument("--by", choices=USAGE_BY, default="session", help=by)
     parser.add_argument("--session", default="", metavar="NAME", help="only of this session")
     since = "from the day on that was 10m, 2h, 1d ago, or that of 2026-01-31"
     parser.add_argument("--since", type=moment, metavar="TIME", default=0, help=since)
     parser.add_argument("--limit", type=whole_number, metavar="N", default=20, help="the first N")
-    summary = "Tell what happened to a call, in order, and why."
-    parser = common.command(subparsers, "explain", run_explain, summary)
+    parser = common.command(subparsers, "explain", run_explain, summary("explain"))
     parser.add_argument("call", metavar="CALL", help="the call's id")
 
 

@@ -29,6 +29,7 @@ from .install_files import (
     remove,
 )
 from .output import print_json, say
+from .summaries import summary
 
 T = TypeVar("T")
 
@@ -40,21 +41,11 @@ _DONE = {"new": "made", "changed": "replaced", "same": "as it was", "kept": "kep
 _WOULD = {"new": "would be made", "changed": "would be replaced"}
 
 
-def add_commands(subparsers: common.Subparsers) -> None:
+def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     """Add this module's commands."""
-    install = common.command(
-        subparsers,
-        "install",
-        run_install,
-        "Install the daemon as a service of systemd and start it (root).",
-    )
+    install = common.command(subparsers, "install", run_install, summary("install"))
     install.add_argument("--no-start", action="store_true", help="only the files")
-    uninstall = common.command(
-        subparsers,
-        "uninstall",
-        run_uninstall,
-        "Stop the service and remove all of it: units, configuration, audit log (root).",
-    )
+    uninstall = common.command(subparsers, "uninstall", run_uninstall, summary("uninstall"))
     uninstall.add_argument("--keep", action="store_true", help="configuration and audit log stay")
     uninstall.add_argument("--force", action="store_true", help="end sessions that are open")
     for parser in (install, uninstall):

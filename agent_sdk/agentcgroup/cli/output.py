@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import secrets
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from agentcgroup.tables import table
 from agentcgroup.text import escaped_json, printable, printable_lines
 
 NONE = "-"
 
-_SEAL = f"\0{secrets.token_hex(8)}"
+_SEAL = f"\0{os.urandom(8).hex()}"
 """Stands for the beginning of a colour until the text is printed; nobody else can write it."""
 _CODES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
 
 
-def wants_color(stream: TextIO) -> bool:
+class OutputError(Exception):
+    """The standard output cannot be written to: it is closed, full, or nobody reads it.
+
+    is_reader_gone: the last of these, which is no mistake: the reader (head, less) has what it
+    wants.
+    """
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error.strerror or str(error))
+        self.is_reader_gone = isinstance(error, BrokenPipeError)
+
+
+def _stdout() -> TextIO:
+    """Return the standard output. Raises OutputError where the process was started without one."""
+    if sys.stdout is None:
+        _closed()
+    return sys.stdout
+
+
+def _closed() -> NoReturn:
+    raise OutputError(OSError(errno.EBADF, "it is closed"))
+
+
+def wants_color(stream: TextIO | None) -> bool:
     """Say whether to write colours: to a terminal, unless NO_COLOR is set or TERM is dumb."""
+    if stream is None:
+        return False
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -37,20 +62,54 @@ def say(
     """Print text, of which nothing can reach the terminal but characters, line breaks, and the
     colours of `paint`: parts of it are names and command lines of programs that nobody trusts.
 
-    All commands print through this function or as JSON. `file`: stdout where None.
+    All commands print through this function, `complain`, or as JSON. `file`: stdout where None.
+
+    Raises:
+        OutputError: stdout cannot be written to.
     """
     shown = "\033[".join(map(printable_lines, str(text).split(_SEAL)))
-    print(shown, file=file, end=end, flush=flush)
+    _print(shown, file, end, flush)
+
+
+def _print(text: str, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:
+    try:
+        print(text, file=file or _stdout(), end=end, flush=flush)
+    except OSError as error:
+        raise OutputError(error) from None
+
+
+def complain(text: object) -> None:
+    """Print a line on stderr; where that cannot be written to, nobody can be told."""
+    if sys.stderr is not None:
+        try:
+            say(text, file=sys.stderr, flush=True)
+        except OutputError:
+            return
+
+
+def flush() -> None:
+    """Write out what has been printed. Raises OutputError."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        raise OutputError(error) from None
+
+
+def give_up_stdout() -> None:
+    """Drop what could not be written, so that the interpreter does not try again at its end."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: Any) -> None:
-    """Print a JSON document, indented."""
-    print(escaped_json(json.dumps(value, indent=2, ensure_ascii=False)))
+    """Print a JSON document, indented. Raises OutputError."""
+    _print(escaped_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def print_json_line(value: Any) -> None:
-    """Print a JSON document in one line of a stream, and flush it."""
-    print(escaped_json(json.dumps(value, ensure_ascii=False)), flush=True)
+    """Print a JSON document in one line of a stream, and flush it. Raises OutputError."""
+    _print(escaped_json(json.dumps(value, ensure_ascii=False)), flush=True)
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

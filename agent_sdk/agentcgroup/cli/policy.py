@@ -7,7 +7,6 @@ policy in force.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from typing import Any
 from agentcgroup.errors import AgentcgError
 from agentcgroup.types import Explanation, PolicyState
 
-from . import common
+from . import common, summaries
 from .output import (
     NONE,
     clock,
+    complain,
     duration,
     number,
     paint,
@@ -34,15 +34,13 @@ CONFIG = Path("/etc/agentcgroup/agentcgroupd.toml")
 IN_FORCE = "the policy in force"
 
 
-def add_commands(subparsers: common.Subparsers, chosen: tuple[str, ...]) -> None:
+def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     """Add this module's commands.
 
-    The arguments of `simulate` are asked for only if it was `chosen`, because that imports another
+    The arguments of `simulate` are asked for only where it is, because that imports another
     package.
     """
-    summary = "Check, show, compare, simulate and reload policies; explain one's view of a call."
-    parser = subparsers.add_parser("policy", help=summary, description=summary)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = common.group(subparsers, "policy", summaries.summary("policy"))
 
     file_help = "a TOML file, or the name of a policy that came with the daemon"
     else_help = f"{file_help}; else what the daemon's configuration says"
@@ -66,7 +64,7 @@ def add_commands(subparsers: common.Subparsers, chosen: tuple[str, ...]) -> None
     explain.add_argument("call", metavar="CALL", help="the call's id")
     summary = "Simulate recorded agents, without a kernel."
     simulate = common.command(commands, "simulate", run_simulate, summary)
-    if chosen == ("policy", "simulate"):
+    if words is None or words == ("policy", "simulate"):
         load("agentcgroup_lab.simulate.cli").add_simulate_arguments(simulate)
     common.command(commands, "reload", run_reload, "Have the daemon read its policy anew (root).")
 
@@ -76,13 +74,13 @@ def _reading(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
 
     def wrapper(args: argparse.Namespace) -> int:
         if getattr(args, "drop_in", None) and not Path(args.drop_in).is_dir():
-            say(f"agentcg: {args.drop_in}: there is no such directory", file=sys.stderr)
+            complain(f"agentcg: {args.drop_in}: there is no such directory")
             return common.USAGE
         errors = load("agentcgroupd.errors")
         try:
             return run(args)
         except errors.InvalidField as error:
-            say(f"agentcg: {error}", file=sys.stderr)
+            complain(f"agentcg: {error}")
             return common.USAGE
         except errors.ConfigError as error:
             if args.json:
@@ -92,7 +90,7 @@ def _reading(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
                 ]
                 found = AgentcgError(str(error)).to_dict()
                 print_json({"ok": False, "error": found, "mistakes": details})
-            say(error, file=sys.stderr)
+            complain(error)
             return common.BAD
 
     return wrapper

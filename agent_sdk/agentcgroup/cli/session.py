@@ -1,100 +1,160 @@
-"""`session open|close|adopt|run`: the operator's part."""
+"""`session open|adopt|set|close|list|run`: the operator's part."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import subprocess
-import sys
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agentcgroup import errors, paths
 from agentcgroup.admin import Admin
 from agentcgroup.types import SessionInfo
 
 from . import common
-from .output import print_json, say
-from .status import print_sessions
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .output import complain, print_json, say
+from .parser import Parser
+from .status import print_sessions, run_sessions
+from .summaries import summary
 
 LIMITS = {
-    "memory_low": "memory guaranteed to it, e.g. 512M",
-    "memory_high": "memory above which it is throttled",
-    "memory_max": "memory that it may reach",
-    "cpu_weight": "its share of the CPUs, 1..10000",
-    "cpu_max": "cores that it may use, e.g. 1.5",
-    "pids_max": "processes and threads",
-    "priority": "0..100, or batch, normal, important",
-    "calls_max": "calls open at the same time",
-    "gpu": "a part of GPUs for the agent itself, e.g. 10%%",
-    "gpu_memory": "GPU memory of it, e.g. 4G",
-    "gpu_priority": "whose turn it is on the GPU, as priority",
-    "gpu_device": "any, any:2, an index, a UUID, or several with commas",
+    "memory_low": ("SIZE", "memory guaranteed to it"),
+    "memory_high": ("SIZE", "memory above which it is throttled"),
+    "memory_max": ("SIZE", "memory that it may reach"),
+    "cpu_weight": ("N", "its share of the CPUs, 1 to 10000 (default: by priority)"),
+    "cpu_max": ("CORES", "cores that it may use"),
+    "pids_max": ("N", "processes and threads that it may have"),
+    "priority": ("PRIORITY", "how important it is"),
+    "calls_max": ("N", "calls that may be open at the same time"),
 }
+"""What can be changed: the kind of value, and what it means."""
+GPU_LIMITS = {
+    "gpu": ("PERCENT", "a part of each GPU for the agent itself, such as 10%%"),
+    "gpu_memory": ("SIZE", "GPU memory of it"),
+    "gpu_priority": ("PRIORITY", "whose turn it is on the GPU"),
+    "gpu_device": ("DEVICE", "any, any:2, an index, a UUID, or several with commas"),
+}
+FILES = {
+    "memory_low": "memory.low",
+    "memory_high": "memory.high",
+    "memory_max": "memory.max",
+    "cpu_weight": "cpu.weight",
+    "cpu_max": "cpu.max",
+    "pids_max": "pids.max",
+}
+"""Interface file that keeps each limit."""
+NO_LIMIT = "  `none` takes a limit away: of --memory-low, --memory-high, --memory-max, --cpu-max\n"
 
 
-def add_commands(subparsers: common.Subparsers) -> None:
+def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     """Add this module's commands."""
-    group = subparsers.add_parser(
-        "session", help="Open, adopt, close sessions, or run a command in one (root)."
-    )
-    verbs = group.add_subparsers(metavar="VERB", required=True)
-    parser = common.command(verbs, "open", run_open, "Open a session.")
-    parser.add_argument("name", metavar="NAME")
-    _add_limits(parser)
-    summary = "Make a session of an existing cgroup, e.g. a container's."
-    parser = common.command(verbs, "adopt", run_adopt, summary)
-    parser.add_argument("name", metavar="NAME")
-    parser.add_argument("cgroup", metavar="CGROUP", help="its path below the cgroup2 mount")
-    _add_limits(parser)
-    summary = "End a session and all in it; an adopted one is given back."
-    parser = common.command(verbs, "close", run_close, summary)
-    parser.add_argument("name", metavar="NAME")
-    summary = (
+    verbs = common.group(subparsers, "session", summary("session"))
+    parser = common.command(verbs, "open", run_open, "Open a session.", epilog=common.UNITS)
+    _add_name(parser)
+    _add_limits(parser, {**LIMITS, **GPU_LIMITS})
+    text = "Make a session of an existing cgroup, e.g. a container's."
+    parser = common.command(verbs, "adopt", run_adopt, text, epilog=common.UNITS)
+    _add_adopt(parser)
+    text = "Change limits of an open session; what is not named stays."
+    parser = common.command(verbs, "set", run_set, text, epilog=common.UNITS + NO_LIMIT)
+    _add_name(parser)
+    _add_limits(parser, LIMITS)
+    text = "End a session and all in it; an adopted one is given back."
+    _add_name(common.command(verbs, "close", run_close, text))
+    common.command(verbs, "list", run_sessions, summary("sessions"))
+    text = (
         "Open a session, run a command in it, pass on its exit status, close the session.\n"
+        "The session ends with this command, however that comes to its end, unless --keep.\n"
         "With --json a JSON document follows the command's own output."
     )
-    usage = "%(prog)s NAME [options] -- COMMAND [ARGUMENT...]"
-    parser = common.command(verbs, "run", run_run, summary, usage=usage)
-    parser.add_argument("name", metavar="NAME")
+    usage = "%(prog)s NAME [options] [--] COMMAND [ARGUMENT...]"
+    parser = common.command(verbs, "run", run_run, text, usage=usage, epilog=common.UNITS)
+    parser.usage_code = common.NOT_STARTED
+    add_run_arguments(parser)
     parser.set_defaults(command=[])
-    parser.add_argument("--reuse", action="store_true", help="use a session that is open already")
+
+
+def _add_name(parser: Parser) -> None:
+    parser.add_argument("name", metavar="NAME", help="the session's name")
+
+
+def add_run_arguments(parser: Parser) -> None:
+    """Add the arguments of `session run` but for the command."""
+    _add_name(parser)
+    reuse = "use a session of that name that is open already, with the limits given here"
+    parser.add_argument("--reuse", action="store_true", help=reuse)
     parser.add_argument("--keep", action="store_true", help="leave the session open afterwards")
-    _add_limits(parser)
+    user = "run the command as this user, with the user's groups or GROUP alone"
+    parser.add_argument("--user", metavar="USER[:GROUP]", help=user)
+    _add_limits(parser, {**LIMITS, **GPU_LIMITS})
 
 
-def _add_limits(parser: argparse.ArgumentParser) -> None:
-    limits = parser.add_argument_group("limits")
-    for name, text in LIMITS.items():
-        limits.add_argument(f"--{name.replace('_', '-')}", metavar="X", help=text)
+def _add_adopt(parser: Parser) -> None:
+    parser.add_argument("name", metavar="NAME", help="what the session is to be called")
+    which = parser.add_mutually_exclusive_group(required=True)
+    path = "the cgroup: a path in the file system, or below the cgroup2 mount"
+    which.add_argument("cgroup", nargs="?", metavar="CGROUP", help=path)
+    which.add_argument("--pid", type=int, metavar="PID", help="the cgroup that this process is in")
+    container = "the cgroup of this container of Docker or Podman: its name, or an id"
+    which.add_argument("--container", metavar="ID", help=container)
+    _add_limits(parser, {**LIMITS, **GPU_LIMITS})
+
+
+def _add_limits(parser: Parser, limits: dict[str, tuple[str, str]]) -> None:
+    group = parser.add_argument_group("limits")
+    for name, (metavar, text) in limits.items():
+        group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=text)
 
 
 def _limits(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in LIMITS}
+    given = {name: getattr(args, name, None) for name in (*LIMITS, *GPU_LIMITS)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def _show(session: SessionInfo, as_json: bool) -> int:
-    if as_json:
+def _show(session: SessionInfo, args: argparse.Namespace) -> int:
+    warn_of_limits(session, args)
+    if args.json:
         print_json(session.to_dict())
     else:
         print_sessions([session])
     return common.OK
 
 
+def warn_of_limits(session: SessionInfo, args: argparse.Namespace) -> None:
+    """Say on stderr which of the limits that were asked for this host does not enforce."""
+    lacking = [
+        f"--{name.replace('_', '-')}"
+        for name in _limits(args)
+        if FILES.get(name) in session.not_enforced
+    ]
+    if lacking:
+        what = "is" if len(lacking) == 1 else "are"
+        complain(
+            f"agentcg: warning: {', '.join(lacking)} {what} not enforced on this host "
+            "(see 'agentcg doctor')"
+        )
+
+
 def run_open(args: argparse.Namespace) -> int:
     """Open a session and print it; returns the exit code, as every `run_` function."""
     with common.admin() as client:
-        return _show(client.open_session(args.name, **_limits(args)), args.json)
+        return _show(client.open_session(args.name, **_limits(args)), args)
 
 
 def run_adopt(args: argparse.Namespace) -> int:
     """Make a session of a cgroup and print it."""
+    from .adopt import cgroup_to_adopt
+
+    path = cgroup_to_adopt(args.cgroup, args.pid, args.container)
     with common.admin() as client:
-        return _show(client.adopt_session(args.name, args.cgroup, **_limits(args)), args.json)
+        return _show(client.adopt_session(args.name, path, **_limits(args)), args)
+
+
+def run_set(args: argparse.Namespace) -> int:
+    """Change limits of a session and print it."""
+    limits = _limits(args)
+    if not limits:
+        args.parser.error("no limit is given")
+    with common.admin() as client:
+        return _show(client.update_session(args.name, **limits), args)
 
 
 def run_close(args: argparse.Namespace) -> int:
@@ -110,24 +170,26 @@ def run_close(args: argparse.Namespace) -> int:
 
 def run_run(args: argparse.Namespace) -> int:
     """Run a command in a session of its own."""
+    from .forward import Forwarder, User
+
     if not args.command:
-        say(
-            "agentcg: no command given; usage: agentcg session run NAME [options] -- COMMAND",
-            file=sys.stderr,
-        )
-        return common.USAGE
+        args.parser.error("no command is given; usage: agentcg session run NAME [options] COMMAND")
+    user = User.named(args.user) if args.user is not None else None
     launcher = paths.find_launcher()
-    # From here on signals go to the command: dying of one would leave the session open.
-    with common.admin() as client, _Forwarder() as forwarder:
+    # From here on signals go to the command.
+    with common.admin() as client, Forwarder() as forwarder:
         opened = _open_or_reuse(client, args)
-        status, ended = common.BAD, 0
+        status, ended = common.NOT_STARTED, 0
         try:
             socket = paths.admin_attach_socket(client.run_dir)
-            prefix = [launcher, f"--session={args.name}", f"--socket={socket}", "--"]
-            status = forwarder.run([*prefix, *args.command])
+            options = [f"--session={args.name}", f"--socket={socket}"]
+            options += [f"--user={user.ids}"] if user is not None else []
+            prefix = [launcher, *options, "--"]
+            environment = user.environment() if user is not None else None
+            status = forwarder.run([*prefix, *args.command], environment)
         finally:
             if opened and not args.keep:
-                ended = _close(client, args.name)
+                ended = _close(client, args.name, status)
     if args.json:
         result = {"session_id": args.name, "exit_status": status, "calls_ended": ended}
         print_json({**result, "kept": args.keep or not opened})
@@ -136,72 +198,30 @@ def run_run(args: argparse.Namespace) -> int:
 
 def _open_or_reuse(client: Admin, args: argparse.Namespace) -> bool:
     """Open the session; False where it was open already and --reuse allows that."""
+    limits = _limits(args)
     try:
-        client.open_session(args.name, **_limits(args))
+        session = client.open_session(args.name, end_with_caller=not args.keep, **limits)
     except errors.AlreadyExists:
         if not args.reuse:
             raise
+        if limits:
+            warn_of_limits(client.update_session(args.name, **limits), args)
         return False
+    warn_of_limits(session, args)
     return True
 
 
-def _close(client: Admin, name: str) -> int:
+def _close(client: Admin, name: str, status: int) -> int:
+    """Close the session, and say why the command died where that is known. Returns how many calls
+    were ended with it."""
     try:
-        return client.close_session(name)
+        end = client.end_session(name)
     except errors.NotFound:
         return 0  # closed by somebody else
     except errors.AgentcgError as error:
         # The command's exit status matters more than this failure.
-        say(f"agentcg: session {name} is not closed: {error}", file=sys.stderr)
+        complain(f"agentcg: session {name} is not closed: {error}")
         return 0
-
-
-class _Forwarder:
-    """A command, and the signals of a person or an init system that are passed on to it."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._early: list[int] = []
-
-    def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._forward) for number in self.SIGNALS}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def run(self, argv: list[str]) -> int:
-        """Run a command. Returns its exit status as a shell has it."""
-        self._process = subprocess.Popen(argv)
-        for number in self._early:
-            self._process.send_signal(number)
-        returncode = self._process.wait()
-        return 128 - returncode if returncode < 0 else returncode
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        if self._process is None:
-            self._early.append(number)
-        # ^C and ^\ reach the command from the terminal itself, so they are not sent a second time.
-        elif number not in (signal.SIGINT, signal.SIGQUIT) or not _in_foreground():
-            self._process.send_signal(number)
-
-
-def _in_foreground() -> bool:
-    try:
-        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return os.tcgetpgrp(terminal) == os.getpgrp()
-    except OSError:
-        return False
-    finally:
-        os.close(terminal)
+    if end.agent_sentence and status:
+        complain(f"agentcg: session {name}: {end.agent_sentence}")
+    return end.calls_ended

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import grpc
+from typing import TYPE_CHECKING, Any
 
 from agentcgroup import errors
 from agentcgroup.admin import Admin
-from agentcgroup.client import Agent
 from agentcgroup.types import Budget, CallInfo, GpuBudget, PoolInfo, SessionInfo
 
 from . import common
 from .output import cores, number, print_fields, print_json, print_table, say, since, size
+from .summaries import summary
+
+if TYPE_CHECKING:
+    from agentcgroup.client import Agent
 
 
-def add_commands(subparsers: common.Subparsers) -> None:
+def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     """Add this module's commands."""
-    summary = "Show the pool with its sessions and calls, or one's own."
-    common.command(subparsers, "status", run_status, summary)
-    common.command(subparsers, "sessions", run_sessions, "List the open sessions (root).")
-    common.command(subparsers, "budget", run_budget, "Show what is left for the session one is in.")
-    common.command(subparsers, "version", run_version, "Show the versions of command and daemon.")
+    runs = {
+        "status": run_status,
+        "sessions": run_sessions,
+        "budget": run_budget,
+        "version": run_version,
+    }
+    for name, run in runs.items():
+        common.command(subparsers, name, run, summary(name))
 
 
 def run_status(args: argparse.Namespace) -> int:
@@ -143,7 +146,7 @@ def run_sessions(args: argparse.Namespace) -> int:
     elif sessions:
         print_sessions(sessions)
     else:
-        say("no session is open; 'agentcg session run NAME -- COMMAND' opens one")
+        say("no session is open; 'agentcg session run NAME COMMAND' opens one")
     return common.OK
 
 
@@ -179,6 +182,9 @@ def run_budget(args: argparse.Namespace) -> int:
 
 def run_version(args: argparse.Namespace) -> int:
     """Print versions; a daemon that is away is no error here."""
+    import platform
+    from importlib.metadata import version
+
     from agentcgroup import __version__
 
     daemon: str | None = None
@@ -190,7 +196,7 @@ def run_version(args: argparse.Namespace) -> int:
     found: dict[str, Any] = {
         "agentcg": __version__,
         "daemon": daemon,
-        "grpcio": grpc.__version__,
+        "grpcio": version("grpcio"),
         "python": platform.python_version(),
         "kernel": platform.release(),
     }

@@ -10,6 +10,7 @@ from agentcgroup.extras import missing
 
 from . import common
 from .output import paint, print_json, say
+from .summaries import summary
 
 
 def load(name: str) -> Any:
@@ -27,23 +28,18 @@ def load(name: str) -> Any:
         raise extra from error
 
 
-def add_commands(subparsers: common.Subparsers, chosen: str | None) -> None:
+def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     """Add this module's commands.
 
-    Only the arguments of the command `chosen` are asked for, because that imports another package.
+    Only the arguments of the command that is asked for are, because that imports another package.
     """
-    common.command(
-        subparsers, "doctor", run_doctor, "Show what this kernel can enforce, and what is missing."
-    )
-    for name, summary in (
-        ("record", "Write a trace of a running session (root)."),
-        ("replay", "Replay traces as real processes."),
-    ):
+    common.command(subparsers, "doctor", run_doctor, summary("doctor"))
+    for name in ("record", "replay"):
         parser = common.command(
-            subparsers, name, run_delegated, summary, conflict_handler="resolve"
+            subparsers, name, run_delegated, summary(name), conflict_handler="resolve"
         )
         parser.set_defaults(delegated=name)
-        if chosen == name:
+        if words is None or words[:1] == (name,):
             getattr(load("agentcgroup_lab.replay.cli"), f"add_{name}_arguments")(parser)
 
 

@@ -35,7 +35,8 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
 @pytest.fixture
 def agent_only(daemon: FakeDaemon) -> FakeDaemon:
     """A daemon seen from a container, which has only the agent's sockets."""
-    (daemon.run_dir / "admin" / "grpc.sock").unlink()
+    for name in ("grpc", "attach"):
+        (daemon.run_dir / "admin" / f"{name}.sock").unlink()
     return daemon
 
 
@@ -120,7 +121,7 @@ def test_session_run(daemon: FakeDaemon, run: Cli, tmp_path: Path) -> None:
     assert file.read_text() == "--json -- x\n"
     assert len(daemon.entered("a", "admin")) == 1
     assert list(daemon.sessions) == ["s1"]
-    run("session", "run", "s1", "--", "true", code=4)
+    run("session", "run", "s1", "--", "true", code=125)
     run("session", "run", "s1", "--reuse", "--", "true")
     assert list(daemon.sessions) == ["s1"]
     run("session", "run", "a", "--keep", "--", "true")
@@ -128,8 +129,8 @@ def test_session_run(daemon: FakeDaemon, run: Cli, tmp_path: Path) -> None:
     run("session", "run", "b", "--", "sh", "-c", "kill -KILL $$", code=128 + 9)
     result = json.loads(run("session", "run", "c", "--json", "--", "true"))
     assert result == {"session_id": "c", "exit_status": 0, "calls_ended": 2, "kept": False}
-    run("session", "run", "d", code=2)
-    assert "no command given" in run.err
+    run("session", "run", "d", code=125)
+    assert "no command is given" in run.err
     run("session", "run", "e", "--", "no-such-program", code=127)
     assert list(daemon.sessions) == ["s1", "a"]
 
@@ -232,7 +233,7 @@ def test_not_in_a_session(agent_only: FakeDaemon, run: Cli) -> None:
     agent_only.in_session = False
     run("budget", code=4)
     assert "in no session" in run.err
-    assert "agentcg session run NAME -- COMMAND" in run.err
+    assert "agentcg session run NAME COMMAND" in run.err
 
 
 def test_version(daemon: FakeDaemon, run: Cli) -> None:
@@ -257,7 +258,6 @@ def test_exec_without_a_launcher(run: Cli, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_usage(run: Cli) -> None:
-    run(code=2)
     run("nonsense", code=2)
     assert "exit codes:" in run("--help")
     assert "--memory-max" in run("session", "run", "--help")

@@ -14,7 +14,7 @@ import pytest
 
 import agentcgroup
 from agentcgroup import cli
-from agentcgroup.cli import common
+from agentcgroup.cli import commands, common
 from agentcgroup.intent import INTENT_FIELDS
 from tests.unit.fake_daemon import FakeDaemon, running
 
@@ -35,6 +35,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDaem
         program.write_text("#!/bin/sh\necho done\n")
         program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.chdir(tmp_path)
     yield from running(monkeypatch)
 
 
@@ -76,7 +77,7 @@ def test_cli_commands_are_complete() -> None:
     documented = set(re.findall(r"^\| `([a-z]+)` \|", CLI, re.MULTILINE))
     (subparsers,) = (
         action
-        for action in cli.build_parser()._actions
+        for action in commands.build_parser()._actions
         if isinstance(action, argparse._SubParsersAction)
     )
     assert documented == set(subparsers.choices)

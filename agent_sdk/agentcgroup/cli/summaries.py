@@ -1,0 +1,49 @@
+"""The commands in the order of the help, each with its module and what it is for."""
+
+from __future__ import annotations
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "exec": ("execute", "Run a command as a tool call: agentcg exec [intent] COMMAND."),
+    "status": ("status", "Show the pool with its sessions and calls, or one's own."),
+    "sessions": ("status", "List the open sessions (root)."),
+    "session": (
+        "session",
+        "Open, adopt, change, close, list sessions, or run a command in one (root).",
+    ),
+    "calls": ("calls", "List the open calls: of all sessions as root, else one's own."),
+    "end": ("calls", "End an open call: its processes are killed. Prints its report."),
+    "report": ("calls", "Show how a call ended and what it used."),
+    "history": (
+        "history",
+        "List ended calls, also of closed sessions: of all as root, else one's own.",
+    ),
+    "usage": ("history", "Sum up what ended calls took, by session, tool or day (root)."),
+    "explain": ("history", "Tell what happened to a call, in order, and why."),
+    "call": ("calls", "The same in other words: call list, call end, call report."),
+    "budget": ("status", "Show what is left for the session one is in."),
+    "feedback": ("streams", "Show feedback about one's session. --json: one document a line."),
+    "events": ("streams", "Show what happened in the pool (root). --json: one document a line."),
+    "audit": ("audit", "Show the audit log (root), or check that nothing is missing from it."),
+    "policy": (
+        "policy",
+        "Check, show, compare, simulate and reload policies; explain one's view of a call.",
+    ),
+    "install": ("install", "Install the daemon as a service of systemd and start it (root)."),
+    "uninstall": (
+        "install",
+        "Stop the service and remove all of it: units, configuration, audit log (root).",
+    ),
+    "doctor": ("trace", "Show what this kernel can enforce, and what is missing."),
+    "record": ("trace", "Write a trace of a running session (root)."),
+    "replay": ("trace", "Replay traces as real processes."),
+    "version": ("status", "Show the versions of command and daemon."),
+    "help": ("commands", "Show the help of a command: agentcg help session run."),
+}
+
+ALIASES: dict[str, tuple[str, ...]] = {"calls": ("ps",)}
+"""Other words for a command."""
+
+
+def summary(name: str) -> str:
+    """Return what a command is for, in one sentence."""
+    return COMMANDS[name][1]
