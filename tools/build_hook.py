@@ -206,5 +206,7 @@ class BuildHook(BuildHookInterface):  # type: ignore[type-arg]
             self.app.abort(f"agentcgroup: {error}")
         build_data["pure_python"] = False
         if version == "standard":  # an editable install reads them from the checkout
-            build_data["force_include"][str(root / "policies")] = "agentcgroupd/policies"
+            included = build_data["force_include"]
+            included[str(root / "policies")] = "agentcgroupd/policies"
+            included[str(root / "docs/configuration.md")] = "agentcgroupd/configuration.md"
         build_data["tag"] = f"py3-none-linux_{os.uname().machine}"

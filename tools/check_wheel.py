@@ -127,7 +127,7 @@ def check_install(wheel: Path, python: str, version: tuple[int, int], work: Path
     _run([*pip, "install", f"{wheel}[daemon]"], timeout_sec=600)
     _run([*pip, "check"])
     _expect(venv, "agentcgroupd", "--version", out=f"agentcgroupd {expected}")
-    _expect(venv, "agentcgroupd", "--check", out='"pool"')
+    _expect(venv, "agentcgroupd", "--check", out="[pool]")
     _expect(venv, "agentcg", "policy", "check", "default", out="policy default: ok")
 
 

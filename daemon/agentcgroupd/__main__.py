@@ -25,12 +25,13 @@ STOP_ALL_S = 9.0
 """How long a stop may take; the process then ends itself, with status 1, and says where it was."""
 
 try:
+    from agentcgroupd.check import check
     from agentcgroupd.config import load_config
     from agentcgroupd.daemon import Daemon
     from agentcgroupd.errors import AgentcgroupdError
     from agentcgroupd.host.namespace import enter_host_cgroup_namespace
-    from agentcgroupd.policy.load import load_policy
     from agentcgroupd.running import PartFailed
+    from agentcgroupd.settings import show
     from agentcgroupd.telemetry.logs import set_up
 except ImportError as error:
     extra = missing(error)
@@ -50,7 +51,11 @@ def _arguments() -> argparse.Namespace:
         "78 the configuration or the installation cannot be used",
     )
     parser.add_argument("--config", type=Path, help="TOML file (default: none, all defaults)")
-    parser.add_argument("--check", action="store_true", help="read the configuration and stop")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="say what would keep it from starting, or print every setting",
+    )
     parser.add_argument("--verbose", action="store_true", help="log every step")
     parser.add_argument("--version", action="version", version=f"agentcgroupd {__version__}")
     return parser.parse_args()
@@ -75,8 +80,8 @@ def main() -> int:
     try:
         config = load_config(arguments.config)
         if arguments.check:
-            load_policy(config.policy.path, config.policy.drop_in)
-            print(config.model_dump_json(indent=2))
+            check(config)
+            print(show(arguments.config), end="")
             return 0
         if os.geteuid() != 0:
             log.error("it makes cgroups and moves processes, as root; try: sudo agentcgroupd")
@@ -88,7 +93,8 @@ def main() -> int:
         log.error("%s", error)
         return 1
     except AgentcgroupdError as error:
-        log.error("%s", error)
+        for line in str(error).split("\n"):
+            log.error("%s", line)
         return EXIT_CONFIG
     except OSError as error:
         log.error("cannot start: %s", error)

@@ -6,84 +6,33 @@ it and the nearest known one.
 
 from __future__ import annotations
 
-import os
-import re
-import tomllib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from collections.abc import Iterator
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from agentcgroupd.errors import ConfigError, InvalidField
-from agentcgroupd.units import (
-    IMPORTANT_PRIORITY,
-    parse_bytes,
-    parse_count,
-    parse_duration,
-    parse_priority,
-    show_usec,
-    suggestion,
+from agentcgroupd import documents
+from agentcgroupd.config_values import (
+    AUDIT_BYTES,
+    Count,
+    Duration,
+    Flag,
+    LoopbackAddress,
+    MemorySize,
+    OptionalDuration,
+    Pids,
+    PoolPath,
+    Priority,
+    RunDir,
+    audit_bytes,
+    power_of_two,
+    quantity,
+    zram_size,
 )
-
-T = TypeVar("T")
-
-AUDIT_BYTES = 64 << 20
-"""Size at which the audit log is renamed, where the configuration says nothing."""
-
-
-def quantity(parse: Callable[[str, str], T], field: str) -> BeforeValidator:
-    """A validator that reads text (or a bare number) with one of the parsers of `units`."""
-
-    def convert(value: object) -> object:
-        if value is None or value == "":
-            return None
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise InvalidField(field, repr(value), "text or a number")
-        return parse(field, str(value))
-
-    return BeforeValidator(convert)
-
-
-def _count(least: int, most: int) -> Callable[[str, str], int]:
-    return lambda field, text: parse_count(field, text, least, most)
-
-
-def _power_of_two(field: str, text: str) -> int:
-    size = parse_bytes(field, text, least=4096)
-    if size & (size - 1) or not 4096 <= size <= 1 << 30:
-        raise InvalidField(field, text, "a power of two from 4K to 1G, such as 16M")
-    return size
-
-
-def parse_zram(field: str, text: str) -> int | Literal["off", "auto"]:
-    """`off`, `auto`, or the size of the device. Raises InvalidField."""
-    try:
-        match text.strip().lower():
-            case "off":
-                return "off"
-            case "auto":
-                return "auto"
-        return parse_bytes(field, text)
-    except InvalidField:
-        raise InvalidField(field, text, "off, auto, or a size such as 8G") from None
-
-
-def _or_audit_bytes(value: object) -> object:
-    return AUDIT_BYTES if value in (None, "") else value
-
-
-def _zram(value: object) -> object:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise InvalidField("zram", repr(value), "off, auto, or a size such as 8G")
-    return parse_zram("zram", str(value))
-
-
-MemorySize = Annotated[int | None, quantity(parse_bytes, "size")]
-OptionalDuration = Annotated[int | None, quantity(parse_duration, "duration")]
-Duration = Annotated[int, quantity(parse_duration, "duration")]
-Priority = Annotated[int, quantity(parse_priority, "priority")]
-Pids = Annotated[int | None, quantity(_count(1, 4_194_304), "pids")]
+from agentcgroupd.locations import Location
+from agentcgroupd.mistakes import DocumentError, ErrorDetail, Path, explained, in_order
+from agentcgroupd.units import IMPORTANT_PRIORITY, parse_bytes, parse_duration, show_usec
 
 
 class Section(BaseModel):
@@ -95,12 +44,12 @@ class Section(BaseModel):
 class PoolConfig(Section):
     """The cgroup below which all sessions live."""
 
-    cgroup: str = "/agentcg"
+    cgroup: PoolPath = "/agentcg"
     """Below the cgroup2 mount; made if it is missing (its parent must exist)."""
     memory_max: MemorySize = None
     """The pool's budget; empty: 85 % of the host's memory or of the nearest limit above."""
     memory_high: MemorySize = None
-    zram: Annotated[int | Literal["off", "auto"], BeforeValidator(_zram)] = "off"
+    zram: Annotated[int | Literal["off", "auto"], BeforeValidator(zram_size)] = "off"
     """Swap in compressed memory, made where the host has no swap (host/zram.py)."""
 
 
@@ -109,14 +58,14 @@ class SessionDefaults(Section):
 
     priority: Priority = 50
     pids_max: Pids = 16_384
-    calls_max: Annotated[int, Field(ge=1, le=100_000)] = 256
-    cgroups_max: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
+    calls_max: Annotated[Count, Field(ge=1, le=100_000)] = 256
+    cgroups_max: Annotated[Count, Field(ge=1, le=1_000_000)] = 4096
     """Cgroups in a session, of its calls and of what they make themselves; at least two for each
     of its calls."""
-    cgroup_depth_max: Annotated[int, Field(ge=2, le=1000)] = 16
+    cgroup_depth_max: Annotated[Count, Field(ge=2, le=1000)] = 16
     """How deep they may lie in one another."""
-    reports_kept: Annotated[int, Field(ge=1, le=100_000)] = 256
-    connections_max: Annotated[int, Field(ge=1, le=10_000)] = 256
+    reports_kept: Annotated[Count, Field(ge=1, le=100_000)] = 256
+    connections_max: Annotated[Count, Field(ge=1, le=10_000)] = 256
 
 
 class CallDefaults(Section):
@@ -136,7 +85,7 @@ class CallDefaults(Section):
     leftovers_grace: Duration = 250_000
     """Between the end of a command and the SIGTERM to what it left running: the last lines of
     `cmd > >(tee log)` are still on their way then."""
-    depth_max: Annotated[int, Field(ge=1, le=8)] = 3
+    depth_max: Annotated[Count, Field(ge=1, le=8)] = 3
     """Most calls in one another, the outermost counted."""
     tools_may: Literal["nest", "manage"] = "nest"
     """What a process inside a declared call may do to calls of its session (rpc/callers.py): begin
@@ -146,8 +95,8 @@ class CallDefaults(Section):
 class GuardConfig(Section):
     """How the pool's memory is guarded (guard/loop.py); what is done about it is the policy's."""
 
-    enabled: bool = True
-    credit: bool = True
+    enabled: Flag = True
+    credit: Flag = True
     """Whether each call has to ask before it grows far (guard/credit.py)."""
     tick: Duration = 20_000
     """Between samples of the pool while it is short."""
@@ -166,49 +115,51 @@ class GuardConfig(Section):
     alone_after: Duration = 200_000
     """When the daemon's loop has not run for so long and the pool is above its mark, the program
     in the kernel denies growth to calls with `on_pressure = "deny"` by itself."""
-    faults_per_s: Annotated[int, Field(ge=0)] = 0
+    faults_per_s: Annotated[Count, Field(ge=0)] = 0
     """Page faults a second of a session above which it is said so; 0: never."""
-    refaults_per_s: Annotated[int, Field(ge=0)] = 1000
+    refaults_per_s: Annotated[Count, Field(ge=0)] = 1000
     """Pages that come back after they were reclaimed, a second, of a session."""
 
 
 class LimitsConfig(Section):
     """What one session may ask of the daemon, or one user outside of sessions (rpc/budgets.py)."""
 
-    connects_per_s: Annotated[int, Field(ge=1, le=100_000)] = 100
+    connects_per_s: Annotated[Count, Field(ge=1, le=100_000)] = 100
     """New gRPC connections a second."""
-    packets_per_s: Annotated[int, Field(ge=1, le=1_000_000)] = 2000
+    packets_per_s: Annotated[Count, Field(ge=1, le=1_000_000)] = 2000
     """Connections of the attach socket a second, each of which carries one request."""
-    requests_per_s: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    requests_per_s: Annotated[Count, Field(ge=1, le=1_000_000)] = 500
     """Requests a second over gRPC; more of them wait."""
-    requests_burst: Annotated[int, Field(ge=1, le=100_000)] = 32
+    requests_burst: Annotated[Count, Field(ge=1, le=100_000)] = 32
     bytes_per_s: Annotated[int, quantity(parse_bytes, "size"), Field(ge=65_536)] = 4 << 20
     """Bytes a second that are read from gRPC connections; more of them wait."""
-    streams: Annotated[int, Field(ge=1, le=100_000)] = 512
+    streams: Annotated[Count, Field(ge=1, le=100_000)] = 512
     """Requests over gRPC that are being answered at a time."""
-    watchers: Annotated[int, Field(ge=1, le=100_000)] = 64
+    watchers: Annotated[Count, Field(ge=1, le=100_000)] = 64
     """Of these, streams of events."""
-    attaching: Annotated[int, Field(ge=1, le=100_000)] = 512
+    attaching: Annotated[Count, Field(ge=1, le=100_000)] = 512
     """Open connections of the attach socket."""
     answer_bytes: Annotated[int, quantity(parse_bytes, "size"), Field(ge=65_536)] = 4 << 20
     """Size of the answers that have been given and not been read."""
     answer_bytes_all: Annotated[int, quantity(parse_bytes, "size"), Field(ge=65_536)] = 64 << 20
     """The same, of all together."""
-    connections_all: Annotated[int, Field(ge=1, le=100_000)] = 2048
+    connections_all: Annotated[Count, Field(ge=1, le=100_000)] = 2048
     """Open gRPC connections of all together."""
     memory: Annotated[int, quantity(parse_bytes, "size"), Field(ge=64 << 20)] = 512 << 20
     """Memory that the daemon itself may hold; above it, whoever has most open is disconnected."""
 
 
-OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
+OptionalPath = Annotated[
+    FilePath | None, BeforeValidator(lambda value: None if value == "" else value)
+]
 
 
 class PolicyConfig(Section):
     """What is done when memory runs short (policy/load.py)."""
 
-    path: OptionalPath = Path("default")
+    path: OptionalPath = FilePath("default")
     """A file, or the name of a policy that came with the daemon; empty: its default."""
-    drop_in: OptionalPath = Path("/etc/agentcgroup/policy.d")
+    drop_in: OptionalPath = FilePath("/etc/agentcgroup/policy.d")
     """Directory of files that change parts of it, and need not be there; empty: none."""
 
 
@@ -219,9 +170,9 @@ class BoundaryRule(Section):
     """Globs on the program's name as in /proc/<pid>/comm: its first 15 characters."""
     first_argument: str = "*"
     """Glob on the first argument; an empty one where there is none."""
-    shell_command: bool = False
+    shell_command: Flag = False
     """Only with a command for a shell: `-c`, also among other options (`-lc`, `-o pipefail -c`)."""
-    begins_call: bool = True
+    begins_call: Flag = True
 
 
 SHELL_COMMANDS = BoundaryRule(
@@ -232,7 +183,7 @@ SHELL_COMMANDS = BoundaryRule(
 class BoundariesConfig(Section):
     """Tool calls of agents that declare none (boundaries/)."""
 
-    enabled: bool = True
+    enabled: Flag = True
     rules: tuple[BoundaryRule, ...] = (SHELL_COMMANDS,)
     """The first that fits decides; none: no call."""
 
@@ -240,10 +191,10 @@ class BoundariesConfig(Section):
 class BpfConfig(Section):
     """Programs in the kernel (bpf/plane.py)."""
 
-    enabled: bool = True
-    objects: Path | None = None
+    enabled: Flag = True
+    objects: FilePath | None = None
     """Directory of the compiled programs; none: those that came with the daemon."""
-    events_size: Annotated[int | None, quantity(_power_of_two, "size")] = None
+    events_size: Annotated[int | None, quantity(power_of_two, "size")] = None
     """Size of each ring buffer; none: 8 MiB for processes, 1 MiB for memory."""
     pins: OptionalPath = Path("/sys/fs/bpf")
     """Where bpffs is mounted, in which what denies growth outlives a daemon that is killed
@@ -253,8 +204,8 @@ class BpfConfig(Section):
 class GpuConfig(Section):
     """GPU sharing (gpu/service.py)."""
 
-    enabled: bool = True
-    gate: bool = True
+    enabled: Flag = True
+    gate: Flag = True
     """Device files are closed to whoever has no part of a GPU."""
     share: Literal["auto", "mps", "turns", "none"] = "auto"
     """What holds shares: NVIDIA's MPS, or turns by freezing; auto: MPS where it can be had."""
@@ -272,14 +223,14 @@ class GpuConfig(Section):
     period: Duration = 200_000
     """Everyone has a turn within this time."""
     least_turn: Duration = 10_000
-    batch_percent: Annotated[int, Field(ge=1, le=50)] = 5
+    batch_percent: Annotated[Count, Field(ge=1, le=50)] = 5
     """Share of a device's time for calls that make room for important ones."""
     sample: Duration = 200_000
     """Between samples of the devices while a call has a part of one."""
     watch_launches: Literal["important", "all", "off"] = "all"
     """With turns, whose work is seen by a probe, so that who works is not taken for idle and who
     begins need not wait for the next sample."""
-    libraries: tuple[Path, ...] = ()
+    libraries: tuple[FilePath, ...] = ()
     """Copies of libcuda to be probed from the start, beside the host's."""
 
 
@@ -301,13 +252,13 @@ class CpuConfig(Section):
     """The kernel takes the scheduler away when it has let a task wait for this time."""
     boost: Duration = 60_000
     """CPU time that a call of normal priority may take ahead of others at a time."""
-    boost_refill_percent: Annotated[int, Field(ge=0, le=100)] = 5
+    boost_refill_percent: Annotated[Count, Field(ge=0, le=100)] = 5
     """How fast that comes back, of one CPU."""
     boost_lead: Duration = 20_000
     """How far ahead of its share a boost may take a cgroup of weight 100."""
-    penalty_most: Annotated[int, Field(ge=1, le=100)] = 8
+    penalty_most: Annotated[Count, Field(ge=1, le=100)] = 8
     """A call far above its memory mark gets one part in so many of the CPU; 1: no penalties."""
-    retries: Annotated[int, Field(ge=0, le=100)] = 3
+    retries: Annotated[Count, Field(ge=0, le=100)] = 3
     """How often it is tried again after the kernel has let go of it."""
     retry_after: Duration = 5_000_000
     """After the first time; twice as long after each one more."""
@@ -316,24 +267,24 @@ class CpuConfig(Section):
 class ServerConfig(Section):
     """Sockets and the metrics port."""
 
-    run_dir: Path = Path("/run/agentcgroup")
-    metrics_address: str = "127.0.0.1:9464"
+    run_dir: RunDir = FilePath("/run/agentcgroup")
+    metrics_address: LoopbackAddress = "127.0.0.1:9464"
     """Loopback only; empty: no metrics port."""
 
 
 class AuditConfig(Section):
     """The audit log: one JSON object a line."""
 
-    path: Path | None = Path("/var/log/agentcgroup/audit.jsonl")
-    max_bytes: Annotated[int, quantity(parse_bytes, "size"), BeforeValidator(_or_audit_bytes)] = (
+    path: FilePath | None = FilePath("/var/log/agentcgroup/audit.jsonl")
+    max_bytes: Annotated[int, quantity(parse_bytes, "size"), BeforeValidator(audit_bytes)] = (
         AUDIT_BYTES
     )
     """Size at which the log is renamed; empty: the default."""
-    files: Annotated[int, Field(ge=1, le=1000)] = 4
+    files: Annotated[Count, Field(ge=1, le=1000)] = 4
     """Renamed files that are kept."""
-    session_percent: Annotated[int, Field(ge=1, le=100)] = 25
+    session_percent: Annotated[Count, Field(ge=1, le=100)] = 25
     """Share of a file that entries of one session may take."""
-    session_rate: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    session_rate: Annotated[Count, Field(ge=1, le=1_000_000)] = 500
     """Entries a second of one session; ten times as many at once."""
 
 
@@ -343,7 +294,7 @@ class HistoryConfig(Section):
     path: OptionalPath = Path("/var/lib/agentcgroup/history.db")
     """The file; empty: nothing is kept."""
     max_bytes: Annotated[int, quantity(parse_bytes, "size"), Field(ge=16 << 20)] = 256 << 20
-    session_percent: Annotated[int, Field(ge=1, le=100)] = 25
+    session_percent: Annotated[Count, Field(ge=1, le=100)] = 25
     """Share of it that one session may have."""
     max_age: Duration = 30 * 86_400_000_000
 
@@ -366,92 +317,64 @@ class Config(Section):
     history: HistoryConfig = HistoryConfig()
 
 
-def _model_in(annotation: Any) -> type[BaseModel]:
-    """The model that a field holds, itself or in a tuple."""
-    candidates = (annotation, *get_args(annotation))
-    (model,) = (a for a in candidates if isinstance(a, type) and issubclass(a, BaseModel))
-    return model
+def _section_of(path: Path) -> type[BaseModel]:
+    """The model of the table at a path."""
+    section: type[BaseModel] = Config
+    for part in path:
+        if isinstance(part, str):
+            annotation = section.model_fields[part].annotation
+            candidates = (annotation, *get_args(annotation))
+            (section,) = (a for a in candidates if isinstance(a, type) and issubclass(a, BaseModel))
+    return section
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        section: type[BaseModel] = model
-        for part in first["loc"][:-1]:
-            if isinstance(part, str):
-                section = _model_in(section.model_fields[part].annotation)
-        hint = suggestion(str(first["loc"][-1]), section.model_fields)
-        return f"{key}: no such key; {hint or 'known are ' + ', '.join(section.model_fields)}"
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InvalidField):
-        return f"{key}: {cause.value!r} cannot be used; allowed is {cause.allowed}"
-    return f"{key}: {first['input']!r} cannot be used: {first['msg']}"
+def _details(error: ValidationError, locations: Location) -> list[ErrorDetail]:
+    found: dict[Path, str] = {}
+    for item in error.errors():
+        path = item["loc"]
+        section = _section_of(path[:-1]) if item["type"] == "extra_forbidden" else None
+        path, sentence = explained(path, item, section)
+        found.setdefault(path, sentence)
+    return in_order(found, {path: key_of(path) for path in found}, locations)
 
 
-def parse_config(data: dict[str, Any], source: str = "configuration") -> Config:
-    """A Config from parsed TOML. Raises ConfigError naming the key, the value and what is
-    allowed."""
+def key_of(path: Path) -> str:
+    """Return a path as text, such as `boundaries.rules[0].program`."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return "".join(parts).removeprefix(".")
+
+
+def parse_config(
+    data: dict[str, Any], source: str = "configuration", locations: Location | None = None
+) -> Config:
+    """A Config from parsed TOML. `locations`: where its keys stand. Raises ConfigError, which names
+    the file, the line, the key, the value and what is allowed."""
+    locations = locations or Location(source, 0)
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error, Config)}") from None
-    address = config.server.metrics_address
-    host = address.rpartition(":")[0]
-    if address and host not in ("127.0.0.1", "[::1]", "localhost"):
-        raise ConfigError(
-            f"{source}: server.metrics_address: {address!r} cannot be used; "
-            "allowed is a loopback address with a port, such as 127.0.0.1:9464, or nothing"
-        )
-    cpu = config.cpu
-    if 2 * cpu.wait_max > cpu.stall_timeout:
-        raise ConfigError(
-            f"{source}: cpu.stall_timeout: {show_usec(cpu.stall_timeout)} cannot be used with "
-            f"cpu.wait_max = {show_usec(cpu.wait_max)}: a task may wait for twice that, and the "
-            "kernel would take the scheduler away first"
-        )
+        raise DocumentError(*_details(error, locations)) from None
+    for path, sentence in _contradictions(config):
+        place = locations.find(path)
+        raise DocumentError(ErrorDetail(place.file, place.line, key_of(path), sentence))
     return config
 
 
-TOML_BYTES_MAX = 1 << 20
-TOML_DEPTH_MAX = 20
-"""How deep arrays and tables may lie in one another; no key of ours lies deeper than five."""
-_BRACKETS = re.compile(r"[\[\]{}]")
-_DOTTED = re.compile(rf"(?:[\w\"'-]+[ \t]*\.[ \t]*){{{TOML_DEPTH_MAX}}}")
+def _contradictions(config: Config) -> Iterator[tuple[Path, str]]:
+    """Keys whose values each could be used, but not as they stand together, and why."""
+    cpu = config.cpu
+    if 2 * cpu.wait_max > cpu.stall_timeout:
+        yield (
+            ("cpu", "stall_timeout"),
+            f"{show_usec(cpu.stall_timeout)} cannot be used with "
+            f"cpu.wait_max = {show_usec(cpu.wait_max)}: a task may wait for twice that, and the "
+            "kernel would take the scheduler away first",
+        )
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file of a size and depth that a person may have written. The reader of
-    the standard library calls itself for each level, and takes quadratic time for a dotted key.
-    Raises OSError, or ConfigError for what is no such file."""
-    data = path.read_bytes()
-    if len(data) > TOML_BYTES_MAX:
-        raise ConfigError(f"{path}: it has {len(data)} bytes; allowed are {TOML_BYTES_MAX}")
-    try:
-        text = data.decode("utf-8")
-        if too_deep(text):
-            raise ConfigError(f"{path}: keys or values lie more than {TOML_DEPTH_MAX} levels deep")
-        return tomllib.loads(text)
-    except ValueError as error:  # not UTF-8, not TOML, or a number of thousands of digits
-        raise ConfigError(f"{path}: {str(error)[:200]}") from None
-
-
-def too_deep(text: str) -> bool:
-    """Whether keys, tables or arrays of a TOML document lie too deep in one another. Brackets and
-    dots in texts and comments count, too."""
-    depth = 0
-    for bracket in _BRACKETS.findall(text):
-        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
-        if depth > TOML_DEPTH_MAX:
-            return True
-    return _DOTTED.search(text) is not None
-
-
-def load_config(path: Path | None) -> Config:
+def load_config(path: FilePath | None) -> Config:
     """The file's Config, or the defaults for None. Raises ConfigError."""
     if path is None:
         return Config()
-    try:
-        return parse_config(read_toml(path), str(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: {os.strerror(error.errno or 0)}") from None
+    document = documents.read(path)
+    return parse_config(document.data, str(path), document.locations)

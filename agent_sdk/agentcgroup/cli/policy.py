@@ -15,6 +15,7 @@ from agentcgroup.errors import AgentcgError
 from agentcgroup.types import Explanation, PolicyState
 
 from . import common, summaries
+from .config import CONFIG
 from .output import (
     NONE,
     clock,
@@ -30,7 +31,6 @@ from .output import (
 )
 from .trace import load
 
-CONFIG = Path("/etc/agentcgroup/agentcgroupd.toml")
 IN_FORCE = "the policy in force"
 
 

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "policy",
         "Check, show, compare, simulate and reload policies; explain one's view of a call.",
     ),
+    "config": ("config", "Show the daemon's configuration with all defaults, or check it."),
     "install": ("install", "Install the daemon as a service of systemd and start it (root)."),
     "uninstall": (
         "install",

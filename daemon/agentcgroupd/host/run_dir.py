@@ -39,6 +39,16 @@ class RunDir:
             self.undo()
             raise
 
+    @classmethod
+    def check(cls, path: Path) -> None:
+        """Check the directories that are there, with nothing made. Raises ConfigError."""
+        unmade = cls.__new__(cls)
+        unmade.path = path
+        for directory in (*reversed(path.parents), path):
+            if not directory.is_symlink() and not directory.exists():
+                return
+            unmade._check(directory)
+
     def _make_way(self) -> None:
         for directory in reversed(self.path.parents):
             self._make(directory, None)

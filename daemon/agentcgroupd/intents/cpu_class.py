@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from agentcgroupd.config import Priority, Section
+from agentcgroupd.config import Section
+from agentcgroupd.config_values import Priority
 
 
 class CpuClasses(Section):

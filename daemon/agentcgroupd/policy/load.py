@@ -8,23 +8,22 @@ that it names.
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from agentcgroupd.config import TOML_BYTES_MAX, too_deep
-from agentcgroupd.policy.errors import ErrorDetail, PolicyError, details_of
+from agentcgroupd import documents
+from agentcgroupd.locations import Location
+from agentcgroupd.mistakes import ErrorDetail
+from agentcgroupd.policy.errors import PolicyError, details_of
 from agentcgroupd.policy.lint import lint
-from agentcgroupd.policy.locations import Location, scan
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.toml import to_toml
 from agentcgroupd.units import suggestion
 
 DEFAULT = Path("default")
-FILE_BYTES_MAX = 1 << 20
 _BUILT_IN_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -40,14 +39,6 @@ class Loaded:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
-class _Document:
-    """A TOML document and where its keys stand."""
-
-    data: dict[str, Any]
-    locations: Location
-
-
 def load_policy(
     path: Path | None, drop_in: Path | None = None, limit_bytes: int | None = None
 ) -> Loaded:
@@ -58,9 +49,9 @@ def load_policy(
     the warnings, where it is known. Raises PolicyError, a ConfigError.
     """
     sources = find_sources(path, drop_in)
-    document = _read(sources[0])
+    document = documents.read(sources[0])
     for source in sources[1:]:
-        _merge(document, _read(source))
+        _merge(document, documents.read(source))
     policy = _validate(document)
     return Loaded(policy, sources, to_toml(policy), tuple(lint(policy, limit_bytes)))
 
@@ -68,7 +59,7 @@ def load_policy(
 def parse_policy(text: str, name: str = "policy") -> Policy:
     """Read a whole document that is no file. Raises PolicyError, whose message calls the document
     `name`."""
-    return _validate(_parse(text, name))
+    return _validate(documents.parse(text, name))
 
 
 def built_in() -> dict[str, Path]:
@@ -95,7 +86,7 @@ def _find_document(path: Path) -> Path:
     names = ", ".join(known) or "none, for none came with the daemon"
     sentence = f"there is no such policy; allowed is a path such as ./mine.toml, or one of {names}"
     hint = suggestion(name, known)
-    raise _error(path, 0, f"{sentence}; {hint}" if hint else sentence)
+    raise documents.wrong(path, 0, f"{sentence}; {hint}" if hint else sentence)
 
 
 def _find_drop_ins(directory: Path | None) -> list[Path]:
@@ -108,52 +99,11 @@ def _find_drop_ins(directory: Path | None) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise _unreadable(directory, error) from None
+        raise documents.unreadable(directory, error) from None
     return [p for p in found if p.suffix == ".toml" and not p.name.startswith(".")]
 
 
-def _error(path: Path | str, line: int, sentence: str) -> PolicyError:
-    """An error in a file as a whole (`line` 0), or on one of its lines."""
-    return PolicyError(ErrorDetail(str(path), line, "", sentence))
-
-
-def _unreadable(path: Path, error: OSError) -> PolicyError:
-    return _error(path, 0, f"cannot be read: {error.strerror}")
-
-
-def _read(path: Path) -> _Document:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(FILE_BYTES_MAX + 1)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    if len(raw) > FILE_BYTES_MAX:
-        raise _error(path, 0, f"cannot be used: allowed are {FILE_BYTES_MAX >> 20} MiB")
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise _error(path, line, "it is not UTF-8 text") from None
-    return _parse(text, str(path))
-
-
-def _parse(text: str, name: str) -> _Document:
-    if len(text) > TOML_BYTES_MAX:
-        raise _error(name, 0, f"it has more than {TOML_BYTES_MAX} characters")
-    if too_deep(text):
-        raise _error(name, 0, "it is nested too deeply")
-    try:
-        return _Document(tomllib.loads(text), scan(text, name))
-    except tomllib.TOMLDecodeError as error:
-        place = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)", str(error))
-        line = int(place[1]) if place and place[1] else text.count("\n") + 1
-        what = str(error)[: place.start()] if place else str(error)
-        raise _error(name, line, f"it is not TOML: {what}") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise _error(name, 0, f"it cannot be read: {str(error)[:200]}") from None
-
-
-def _validate(document: _Document) -> Policy:
+def _validate(document: documents.Document) -> Policy:
     try:
         return Policy.model_validate(document.data)
     except ValidationError as error:
@@ -166,7 +116,7 @@ _Placed = tuple[Any, Location]
 """A ruleset as tomllib read it, and where it stands."""
 
 
-def _merge(document: _Document, drop_in: _Document) -> None:
+def _merge(document: documents.Document, drop_in: documents.Document) -> None:
     """Lay `drop_in` over `document`. Raises PolicyError."""
     rulesets = drop_in.data.get("rulesets")
     if isinstance(rulesets, list) and isinstance(document.data.get("rulesets", []), list):
@@ -193,7 +143,9 @@ def _same_kind(before: dict[str, Any], over: dict[str, Any]) -> bool:
     return bool(over.get("action", action) == action)
 
 
-def _merge_rulesets(document: _Document, over: list[Any], over_locations: Location) -> None:
+def _merge_rulesets(
+    document: documents.Document, over: list[Any], over_locations: Location
+) -> None:
     """Lay a drop-in's rulesets over the document's. Raises PolicyError."""
     locations = document.locations.children.get("rulesets", over_locations)
     merged = [(r, locations.children[i]) for i, r in enumerate(document.data.get("rulesets", []))]

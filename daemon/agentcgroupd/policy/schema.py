@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from agentcgroupd.config import Duration, Section, quantity
+from agentcgroupd.config import Section
+from agentcgroupd.config_values import Duration, quantity
 from agentcgroupd.errors import InvalidField
 from agentcgroupd.intents.cpu_class import CpuClasses
 from agentcgroupd.units import parse_bytes, parse_priority, show_bytes

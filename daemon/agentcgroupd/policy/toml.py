@@ -16,7 +16,8 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from agentcgroupd.config import Duration, Section
+from agentcgroupd.config import Section
+from agentcgroupd.config_values import Duration
 from agentcgroupd.policy.schema import AT_MOST, Amount, Policy, Ruleset
 
 _DURATION = get_args(Duration)[1]

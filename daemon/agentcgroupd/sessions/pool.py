@@ -125,10 +125,6 @@ class PoolClaim:
         self.mount = _mount()
         self._config = config
         name = config.cgroup.strip("/")
-        if not name or ".." in name.split("/"):
-            raise self._unusable(
-                f"allowed is a path below the cgroup2 mount {self.mount}, such as /agentcg", ";"
-            )
         self.path = f"/{name}"
         """Below the mount, as /proc/<pid>/cgroup shows it."""
         directory = self.mount / name
@@ -148,7 +144,7 @@ class PoolClaim:
             raise
 
     def _make(self, directory: Path) -> None:
-        with self._parent(directory.parent) as parent:
+        with _parent_of_pool(self._config, self.mount, directory.parent) as parent:
             if directory.parent != self.mount:
                 _clear_processes(parent)
             parent.enable((*CONTROLLERS, *ON_DEMAND))
@@ -159,24 +155,10 @@ class PoolClaim:
                 if error.errno != errno.EEXIST:
                     raise
 
-    @contextmanager
-    def _parent(self, directory: Path) -> Iterator[Cgroup]:
-        """The cgroup that the pool lies in, checked. Raises ConfigError."""
-        try:
-            parent = Cgroup.open(directory)
-        except OSError as error:
-            why = f"its parent {directory}: {os.strerror(error.errno or 0)}"
-            raise self._unusable(why) from None
-        try:
-            _refuse_nested(parent, self.mount)
-            yield parent
-        finally:
-            parent.close()
-
     def prepare(self) -> Pool:
         """Enable controllers on the way to the pool, and set its limits. Raises ConfigError, or
         KnobError when the kernel refuses a limit."""
-        with self._parent(self.cgroup.path.parent) as parent:
+        with _parent_of_pool(self._config, self.mount, self.cgroup.path.parent) as parent:
             if parent.path != self.mount:
                 _clear_processes(parent)
             parent.enable((*CONTROLLERS, *ON_DEMAND))
@@ -194,9 +176,10 @@ class PoolClaim:
         }
         raw = self.cgroup.get_xattr()
         if raw is not None and (other := foreign_version(raw, "pool")) is not None:
-            raise self._unusable(
+            raise _unusable(
+                self._config,
                 f"it has records of version {other}, and this agentcgroupd knows version "
-                f"{RECORD_VERSION}; start the one that made it, and close its sessions first"
+                f"{RECORD_VERSION}; start the one that made it, and close its sessions first",
             )
         if raw is not None and read_record(raw, "pool") is None:
             raise ConfigError(f"pool.cgroup: {self.path} is marked as something else: {raw!r}")
@@ -221,13 +204,42 @@ class PoolClaim:
         except OSError as error:
             log.debug("%s stays: %s", self.cgroup.path, error)
 
-    def _unusable(self, why: str, mark: str = ":") -> ConfigError:
-        return ConfigError(f"pool.cgroup: {self._config.cgroup!r} cannot be used{mark} {why}")
-
     def _taken(self, by: Locked) -> ConfigError:
         who = f"with pid {by.pid}" if by.pid else "whose pid cannot be seen here"
         why = f"another daemon is running on it, {who}; stop that one, or name another pool"
-        return self._unusable(why)
+        return _unusable(self._config, why)
+
+
+def check_place(config: PoolConfig) -> None:
+    """Check whether the pool is there or could be made, with nothing written. Raises ConfigError,
+    OSError."""
+    mount = cgroup2_mount()
+    with _parent_of_pool(config, mount, (mount / config.cgroup.strip("/")).parent):
+        return
+
+
+@contextmanager
+def _parent_of_pool(config: PoolConfig, mount: Path, directory: Path) -> Iterator[Cgroup]:
+    """The cgroup that the pool lies in, checked. Raises ConfigError."""
+    try:
+        parent = Cgroup.open(directory)
+    except OSError as error:
+        why = f"its parent {directory}: {os.strerror(error.errno or 0)}"
+        if error.errno == errno.ENOENT:
+            why += (
+                "; make it with mkdir, have systemd make it (agentcg-pool.service), or name a pool "
+                "right below the mount, such as /agentcg"
+            )
+        raise _unusable(config, why) from None
+    try:
+        _refuse_nested(parent, mount)
+        yield parent
+    finally:
+        parent.close()
+
+
+def _unusable(config: PoolConfig, why: str) -> ConfigError:
+    return ConfigError(f"pool.cgroup: {config.cgroup!r} cannot be used: {why}")
 
 
 def _pool_of(config: PoolConfig, cgroup: Cgroup, mount: Path, path: str, memory_above: int) -> Pool:

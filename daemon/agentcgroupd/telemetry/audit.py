@@ -105,9 +105,12 @@ class Audit:
         """Why a new file was begun, which its first entry tells; empty: none was."""
         self._shares: dict[str, _Share] = {}
         self._made = False
+        self._made_above: list[Path] = []
+        """Directories that were made for the file, the innermost first."""
         self._looked_at = time.monotonic()
         self._no_rotation_until = 0.0
         if path is not None:
+            self._made_above = [above for above in path.parents if not above.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
             self._open(path, "")
 
@@ -193,7 +196,8 @@ class Audit:
         self._open(path, "rotated")
 
     def close(self) -> None:
-        """Tell what was not told yet, and close the file. A new one without an entry is removed."""
+        """Tell what was not told yet, and close the file. A new one without an entry is removed,
+        with the directories that were made for it."""
         if self._fd < 0 or self._path is None:
             return
         try:
@@ -203,8 +207,16 @@ class Audit:
             log.error("audit log %s: %s", self._path, error)
         if self._made and self._size == 0:
             self._path.unlink(missing_ok=True)
+            self._remove_above()
         os.close(self._fd)
         self._fd = -1
+
+    def _remove_above(self) -> None:
+        for directory in self._made_above:
+            try:
+                directory.rmdir()
+            except OSError:
+                return  # others use it by now
 
     # Writing
 

@@ -416,8 +416,7 @@ def test_the_command_shows_what_was_asked_for(
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert cli.main(["audit", file, "--since", "2999-01-01"]) == 0
     assert capsys.readouterr().out == ""
-    with pytest.raises(SystemExit):
-        cli.main(["audit", file, "--since", "yesterday"])
+    assert cli.main(["audit", file, "--since", "yesterday"]) == 2
 
 
 def test_the_command_says_what_is_missing(log: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,8 @@ import tomllib
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentcgroupd.locations import Location, scan
 from agentcgroupd.policy.load import built_in
-from agentcgroupd.policy.locations import Location, scan
 
 KeyPath = tuple[str | int, ...]
 

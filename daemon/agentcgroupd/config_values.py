@@ -1,0 +1,120 @@
+"""Kinds of values in the configuration, each read and checked by itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator
+
+from agentcgroupd.errors import InvalidField
+from agentcgroupd.units import parse_bytes, parse_count, parse_duration, parse_priority
+
+T = TypeVar("T")
+
+AUDIT_BYTES = 64 << 20
+"""Size at which the audit log is renamed, where the configuration says nothing."""
+
+
+def quantity(parse: Callable[[str, str], T], field: str) -> BeforeValidator:
+    """A validator that reads text (or a bare number) with one of the parsers of `units`."""
+
+    def convert(value: object) -> object:
+        if value is None or value == "":
+            return None
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise InvalidField(field, repr(value), "text or a number")
+        return parse(field, str(value))
+
+    return BeforeValidator(convert)
+
+
+def _count(least: int, most: int) -> Callable[[str, str], int]:
+    return lambda field, text: parse_count(field, text, least, most)
+
+
+def power_of_two(field: str, text: str) -> int:
+    """A size that a ring buffer may have. Raises InvalidField."""
+    size = parse_bytes(field, text, least=4096)
+    if size & (size - 1) or not 4096 <= size <= 1 << 30:
+        raise InvalidField(field, text, "a power of two from 4K to 1G, such as 16M")
+    return size
+
+
+def parse_zram(field: str, text: str) -> int | Literal["off", "auto"]:
+    """`off`, `auto`, or the size of the device. Raises InvalidField."""
+    try:
+        match text.strip().lower():
+            case "off":
+                return "off"
+            case "auto":
+                return "auto"
+        return parse_bytes(field, text)
+    except InvalidField:
+        raise InvalidField(field, text, "off, auto, or a size such as 8G") from None
+
+
+def audit_bytes(value: object) -> object:
+    """The default for what is left empty."""
+    return AUDIT_BYTES if value in (None, "") else value
+
+
+def zram_size(value: object) -> object:
+    """What `parse_zram` reads, from a value in TOML. Raises InvalidField."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise InvalidField("zram", repr(value), "off, auto, or a size such as 8G")
+    return parse_zram("zram", str(value))
+
+
+MemorySize = Annotated[int | None, quantity(parse_bytes, "size")]
+OptionalDuration = Annotated[int | None, quantity(parse_duration, "duration")]
+Duration = Annotated[int, quantity(parse_duration, "duration")]
+Priority = Annotated[int, quantity(parse_priority, "priority")]
+Pids = Annotated[int | None, quantity(_count(1, 4_194_304), "pids")]
+
+
+def _flag(value: object) -> object:
+    if not isinstance(value, bool):
+        raise InvalidField("flag", str(value), "true or false, without quotes")
+    return value
+
+
+def _whole(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidField("number", str(value), "a whole number, without quotes")
+    return value
+
+
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Count = Annotated[int, BeforeValidator(_whole)]
+
+
+def _pool_cgroup(path: str) -> str:
+    parts = path.strip("/").split("/")
+    if not path.strip("/") or {"", ".", ".."} & {*parts}:
+        raise InvalidField("cgroup", path, "a path below the cgroup2 mount, such as /agentcg")
+    return path
+
+
+def _run_dir(path: Path) -> Path:
+    if not path.is_absolute() or ".." in path.parts:
+        raise InvalidField("run_dir", str(path), "an absolute path without `..`")
+    return path
+
+
+_LOOPBACK = re.compile(r"(127\.0\.0\.1|\[::1\]|localhost):(\d{1,5})")
+
+
+def _metrics_address(address: str) -> str:
+    found = _LOOPBACK.fullmatch(address)
+    if address and (found is None or not 0 <= int(found[2]) <= 65535):
+        allowed = "a loopback address with a port, such as 127.0.0.1:9464, or nothing"
+        raise InvalidField("metrics_address", address, allowed)
+    return address
+
+
+PoolPath = Annotated[str, AfterValidator(_pool_cgroup)]
+RunDir = Annotated[Path, AfterValidator(_run_dir)]
+LoopbackAddress = Annotated[str, AfterValidator(_metrics_address)]
