@@ -20,7 +20,8 @@ from agentcgroup.call import (
     split_run_arguments,
 )
 from agentcgroup.errors import AgentcgError, from_rpc_error
-from agentcgroup.intent import Intent, command, name_of
+from agentcgroup.intent import INTENT_FIELDS, Intent, command, name_of
+from agentcgroup.keywords import popen_keywords, refuse_unknown, seconds
 from agentcgroup.process import CallProcess, communicate, start
 from agentcgroup.queries import Query
 from agentcgroup.results import Result
@@ -93,7 +94,7 @@ class AsyncCall(CallBase):
         *,
         input: Any = None,
         capture_output: bool = False,
-        timeout: float | None = None,
+        timeout: str | float | None = None,
         check: bool = False,
         **kwargs: Any,
     ) -> Result:
@@ -102,9 +103,10 @@ class AsyncCall(CallBase):
         Returns and raises what `Call.run` does. When the task is cancelled the process is killed.
         """
         arguments = RunArguments(args, input, capture_output, kwargs)
+        timeout_s = seconds("timeout", timeout)
         self._last, self._returncode = None, None
         with self._launched(arguments.argv, arguments.popen) as launch:
-            done = await communicate(launch, args, input, timeout, self._give_up)
+            done = await communicate(launch, args, input, timeout_s, self._give_up)
             self._returncode = done.returncode
             launch.check(done.returncode)
         result = Result(self, args, done.returncode, done.stdout, done.stderr)
@@ -128,6 +130,7 @@ class AsyncCall(CallBase):
         The arguments are those of `asyncio.create_subprocess_exec`, with the command as one list.
         The process is ended with the call, if it has not ended before.
         """
+        refuse_unknown("popen", kwargs, popen_keywords() | {"limit"}, INTENT_FIELDS)
         argv = command(args, kwargs.pop("shell", False), kwargs.pop("executable", None))
         with self._launched(argv, kwargs, piped=False) as launch:
             process = await start(launch)

@@ -26,6 +26,7 @@ from agentcgroup.intent import (
     cut_name,
     intent_message,
 )
+from agentcgroup.keywords import RUN_KEYWORDS, popen_keywords, refuse_unknown
 from agentcgroup.launch import CANNOT_EXEC, Launch
 from agentcgroup.results import wait_status
 from agentcgroup.types import Grant, Report
@@ -213,9 +214,11 @@ class RunArguments:
 
     Raises:
         ValueError: they contradict each other, as in subprocess.run.
+        TypeError: there is no such argument.
     """
 
     def __init__(self, args: Any, input: Any, capture_output: bool, kwargs: dict[str, Any]) -> None:
+        refuse_unknown("run", kwargs, popen_keywords(), INTENT_FIELDS)
         self.popen = dict(kwargs)
         self.argv = command(
             args, self.popen.pop("shell", False), self.popen.pop("executable", None)
@@ -236,7 +239,12 @@ def split_run_arguments(
     """Split the keywords of `Agent.run` into an intent and arguments of subprocess.run.
 
     `timeout` is subprocess's there; the intent's comes as `call_timeout`.
+
+    Raises:
+        TypeError: neither has a keyword of that name.
     """
+    known = INTENT_FIELDS | popen_keywords() | RUN_KEYWORDS | {"name", "call_timeout"}
+    refuse_unknown("run", kwargs, known)
     intent = Intent(timeout=call_timeout)
     rest = {}
     for key, value in kwargs.items():

@@ -15,7 +15,8 @@ from agentcgroup.call import (
     split_run_arguments,
 )
 from agentcgroup.channel import Client, Connection
-from agentcgroup.intent import Intent, command, name_of
+from agentcgroup.intent import INTENT_FIELDS, Intent, command, name_of
+from agentcgroup.keywords import popen_keywords, refuse_unknown, seconds
 from agentcgroup.launch import Launch
 from agentcgroup.queries import Query
 from agentcgroup.results import CallPopen, Result
@@ -100,11 +101,12 @@ class Call(CallBase):
         *,
         input: Any = None,
         capture_output: bool = False,
-        timeout: float | None = None,
+        timeout: str | float | None = None,
         check: bool = False,
         **kwargs: Any,
     ) -> Result:
         """Run a command in the call and wait for it; the arguments are those of `subprocess.run`.
+        `timeout` may be text as well, such as "90s".
 
         Returns a `subprocess.CompletedProcess` with `.call_id`, and with `.report` and `.feedback`
         once the call has ended.
@@ -116,10 +118,11 @@ class Call(CallBase):
             OSError: the command cannot be run; the class, errno and filename are subprocess's.
         """
         arguments = RunArguments(args, input, capture_output, kwargs)
+        timeout_s = seconds("timeout", timeout)
         with self._launched(arguments.argv, arguments.popen) as launch:
             with self._spawn(launch, args) as process:
                 try:
-                    stdout, stderr = process.communicate(input, timeout=timeout)
+                    stdout, stderr = process.communicate(input, timeout=timeout_s)
                 except BaseException as error:
                     self._give_up(process, error)
                     raise
@@ -143,6 +146,7 @@ class Call(CallBase):
 
         The process is ended with the call, if it has not ended before.
         """
+        refuse_unknown("popen", kwargs, popen_keywords(), INTENT_FIELDS)
         argv = command(args, kwargs.pop("shell", False), kwargs.pop("executable", None))
         with self._launched(argv, kwargs, piped=False) as launch:
             process = self._spawn(launch, args)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
 from agentcgroup.errors import InvalidIntent
+from agentcgroup.keywords import meant
 from agentcgroup.text import printable
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 
@@ -78,7 +79,7 @@ def intent_message(intent: Intent) -> pb.Intent:
     message = pb.Intent()
     for field, value in intent.items():
         if field not in INTENT_FIELDS:
-            raise TypeError(f"unknown field of an intent: {field!r}")
+            raise TypeError(f"unknown field of an intent: {field!r}{meant(field, INTENT_FIELDS)}")
         if value is not None:
             setattr(message, field, to_text(field, value))
     return message
@@ -88,8 +89,9 @@ def spec_message(session_id: str, limits: dict[str, Any]) -> pb.SessionSpec:
     """Make the message SessionSpec from its fields; those that are None stay empty."""
     spec = pb.SessionSpec(id=session_id)
     for field, value in limits.items():
-        if field not in pb.SessionSpec.DESCRIPTOR.fields_by_name:
-            raise TypeError(f"unknown limit of a session: {field!r}")
+        known = [*pb.SessionSpec.DESCRIPTOR.fields_by_name]
+        if field not in known:
+            raise TypeError(f"unknown limit of a session: {field!r}{meant(field, known)}")
         if value is not None:
             setattr(spec, field, to_text(field, value))
     return spec

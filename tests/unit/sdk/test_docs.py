@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -53,6 +55,16 @@ def test_sdk_examples_run(daemon: FakeDaemon, capfd: pytest.CaptureFixture[str])
     names = [request.name for request in daemon.begun]
     assert names[:4] == ["pytest", "build", "sh", "run_tests"]
     assert sorted(names[4:]) == ["make", "pytest"]
+
+
+def test_sdk_examples_pass_mypy_strict(tmp_path: Path) -> None:
+    """They are checked as those check them who install the package, one after the other."""
+    file = tmp_path / "examples.py"
+    file.write_text("\n\n".join(blocks(SDK, "python")))
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", str(file)]
+    command += ["--cache-dir", str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
 
 
 def test_sdk_names_are_complete() -> None:

@@ -16,7 +16,18 @@ import grpc
 import pytest
 
 import agentcgroup
-from agentcgroup import Agent, AsyncAgent, AsyncCall, Call, errors, paths, results, tool, types
+from agentcgroup import (
+    Agent,
+    AsyncAgent,
+    AsyncCall,
+    Call,
+    errors,
+    keywords,
+    paths,
+    results,
+    tool,
+    types,
+)
 from agentcgroup.intent import INTENT_FIELDS, cut_argv
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from tests.unit.fake_daemon import FakeDaemon, running
@@ -72,6 +83,133 @@ def test_tool_with_the_wrong_kind_of_agent() -> None:
 
         @tool(agent=AsyncAgent())
         def two(call: Call) -> None: ...
+
+
+def test_a_tool_without_parentheses(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Agent() as agent:
+        monkeypatch.setattr("agentcgroup.decorator.default_agent", lambda: agent)
+
+        @tool
+        def greet(call: Call, who: str) -> str:
+            return str(call.run(["echo", who], capture_output=True, text=True).stdout)
+
+        assert greet("you") == "you\n"
+        assert list(inspect.signature(greet).parameters) == ["who"]
+    assert daemon.begun[0].name == "greet"
+
+
+def _no_parameter() -> None: ...
+
+
+def _other(path: str) -> None: ...
+
+
+def _only_by_name(*, call: Call) -> None: ...
+
+
+async def _sync_call(call: Call) -> None: ...
+
+
+def _async_call(call: AsyncCall) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (_no_parameter, "_no_parameter has no parameter for its call"),
+        (_only_by_name, "_only_by_name has no parameter for its call"),
+        (_other, "its first parameter path: .*str.* is for something else"),
+        (_sync_call, r"def _sync_call\(call: AsyncCall, ...\)"),
+        (_async_call, r"def _async_call\(call: Call, ...\)"),
+    ],
+)
+def test_a_function_without_a_call_is_refused_where_it_is_decorated(
+    function: typing.Any, said: str
+) -> None:
+    with pytest.raises(TypeError, match=said):
+        tool(function)
+    with pytest.raises(TypeError, match=said):
+        tool(memory="1G")(function)
+
+
+def test_a_field_that_makes_no_sense_is_refused_where_the_function_is_decorated() -> None:
+    wrong: dict[str, typing.Any] = {"memry": "1G"}
+    with pytest.raises(TypeError, match="field of an intent: 'memry'; did you mean 'memory'"):
+        tool(**wrong)
+    wrong = {"memory": True}
+    with pytest.raises(errors.InvalidIntent, match="memory is True"):
+        tool(**wrong)
+
+
+def test_a_first_parameter_may_have_no_type(daemon: FakeDaemon) -> None:
+    scope: dict[str, typing.Any] = {}
+    exec("def free(call, word):\n    return word, call.id", scope)
+    with Agent() as agent:
+        assert tool(agent=agent)(scope["free"])("x") == ("x", "c1")
+
+
+UNKNOWN: list[tuple[dict[str, typing.Any], str]] = [
+    (
+        {"memry": "1G"},
+        "run.. got an unexpected keyword argument 'memry'; did you mean 'memory'",
+    ),
+    ({"captureoutput": True}, "did you mean 'capture_output'"),
+    ({"bananas": 1}, "unexpected keyword argument 'bananas'$"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), UNKNOWN)
+def test_an_unknown_keyword_is_named(
+    daemon: FakeDaemon, given: dict[str, typing.Any], said: str
+) -> None:
+    async def run_async() -> None:
+        async with AsyncAgent() as agent:
+            await agent.run(["true"], **given)
+
+    with pytest.raises(TypeError, match=said), Agent() as agent:
+        agent.run(["true"], **given)
+    with pytest.raises(TypeError, match=said):
+        asyncio.run(run_async())
+    assert not daemon.begun, "no call was begun for it"
+
+
+def test_a_field_of_the_intent_that_comes_too_late_is_told(daemon: FakeDaemon) -> None:
+    late: dict[str, typing.Any] = {"memory_max": "1G"}
+    with Agent() as agent, agent.tool_call("x") as call:
+        with pytest.raises(TypeError, match="belongs to the call"):
+            call.run(["true"], **late)
+        with pytest.raises(TypeError, match="belongs to the call"):
+            call.popen(["true"], **late)
+        with pytest.raises(TypeError, match="unknown field of an intent: 'memry'; did you mean"):
+            call.update(**typing.cast(typing.Any, {"memry": 1}))
+
+
+@pytest.mark.parametrize("timeout", ["50ms", "0.05s", ".05", 0.05])
+def test_a_timeout_may_be_text(daemon: FakeDaemon, timeout: str | float) -> None:
+    async def run_async() -> None:
+        async with AsyncAgent() as agent:
+            await agent.run(["sleep", "30"], timeout=timeout)
+
+    with pytest.raises(subprocess.TimeoutExpired) as caught, Agent() as agent:
+        agent.run(["sleep", "30"], timeout=timeout)
+    assert caught.value.timeout == 0.05
+    with pytest.raises(subprocess.TimeoutExpired):
+        asyncio.run(run_async())
+
+
+@pytest.mark.parametrize("timeout", ["soon", "5 parsecs", "-1s", "", True, ["1"]])
+def test_a_timeout_that_is_none_is_named(daemon: FakeDaemon, timeout: typing.Any) -> None:
+    with Agent() as agent, pytest.raises(errors.InvalidIntent) as caught:
+        agent.run(["true"], timeout=timeout)
+    assert caught.value.field == "timeout" and "'250ms'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("90", 90), ("1.5s", 1.5), ("10m", 600), ("2h", 7200), ("1d", 86400), (3, 3), (None, None)],
+)
+def test_times_as_text(text: str | None, value: float | None) -> None:
+    assert keywords.seconds("timeout", text) == value
 
 
 MESSAGES = [
