@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +14,7 @@ from tests.unit.fake_daemon import FakeDaemon, running
 
 QUERIES = (["sessions"], ["calls"], ["status"], ["report", "--limit", "5"], ["budget"])
 LIMIT_S = 0.12
-"""What a query may take beside the start of Python itself, in the best of several attempts."""
+"""CPU time that a query may take beside the start of Python itself, in the best of several runs."""
 HEAVY = ("grpc", "asyncio", "multiprocessing", "importlib.metadata", "agentcgroup.aio")
 RUN = "import sys; from agentcgroup.cli import main; code = main(sys.argv[1:])"
 
@@ -35,22 +34,27 @@ def test_a_query_imports_neither_grpc_nor_asyncio(daemon: FakeDaemon, argv: list
     assert not set(HEAVY) & set(modules)
 
 
-def _best_s(code: str, *argv: str) -> float:
-    """The shortest of several runs, which is the least disturbed by others on this machine."""
+def _best_s(enough_s: float, code: str, *argv: str) -> float:
+    """The least CPU time of several runs, which is that of the one disturbed least by others on
+    this machine; no further run where one took no more than `enough_s`."""
     best = float("inf")
-    for _ in range(8):
-        began = time.perf_counter()
-        command = [sys.executable, "-c", code, *argv]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)
-        best = min(best, time.perf_counter() - began)
+    for _ in range(20):
+        with open(os.devnull, "wb") as nothing:
+            process = subprocess.Popen([sys.executable, "-c", code, *argv], stdout=nothing)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        best = min(best, usage.ru_utime + usage.ru_stime)
+        if best <= enough_s:
+            break
     return best
 
 
 @pytest.mark.full_speed
 def test_a_query_takes_little_longer_than_python_itself(daemon: FakeDaemon) -> None:
-    bare = _best_s("pass")
+    bare = _best_s(0.0, "pass")
     # On a slow machine Python itself is slow as well.
     limit = bare + max(LIMIT_S, 8 * bare)
     for argv in QUERIES:
-        took = _best_s(f"{RUN}; sys.exit(code)", *argv)
-        assert took < limit, f"agentcg {' '.join(argv)}: {took:.3f} s, Python alone {bare:.3f} s"
+        took = _best_s(limit, f"{RUN}; sys.exit(code)", *argv)
+        assert took <= limit, f"agentcg {' '.join(argv)}: {took:.3f} s, Python alone {bare:.3f} s"

@@ -145,7 +145,8 @@ def test_a_first_parameter_may_have_no_type(daemon: FakeDaemon) -> None:
     scope: dict[str, typing.Any] = {}
     exec("def free(call, word):\n    return word, call.id", scope)
     with Agent() as agent:
-        assert tool(agent=agent)(scope["free"])("x") == ("x", "c1")
+        made: typing.Any = tool(agent=agent)(scope["free"])
+        assert made("x") == ("x", "c1")
 
 
 UNKNOWN: list[tuple[dict[str, typing.Any], str]] = [
