@@ -27,6 +27,7 @@ have() { command -v "$1" >/dev/null 2>&1 || [ -x "/usr/sbin/$1" ]; }
 missing_packages() {
 	have git || echo git
 	have setpriv || echo util-linux
+	have groff || echo groff-base # checks the manual pages
 	have "${CC:-cc}" || echo gcc
 	[ -e /usr/include/stdlib.h ] || echo libc6-dev
 	if ! have "$PYTHON"; then
@@ -141,7 +142,7 @@ once venv "$here" "making .venv with Python ${version% *}" make_venv
 once lock "$(hash_of requirements.lock)" "installing requirements.lock" install_lock
 "$PYTHON" -m tools.bpf_toolchain libbpf >/dev/null # asks the system and build/libbpf, not a stamp
 mapfile -t sources < <(find agent_sdk/exec bpf daemon/load daemon/release proto -type f | LC_ALL=C sort)
-once project "$(hash_of pyproject.toml tools/*.py "${sources[@]}")" \
+once project "$(hash_of pyproject.toml tools/*.py agent_sdk/agentcgroup/cli/*.py "${sources[@]}")" \
 	"building gRPC code, C and BPF programs, installing agentcgroup" install_project
 
 if [ "$WHERE" = guest ]; then

@@ -96,6 +96,16 @@ def compile_programs(root: Path, version: str) -> None:
         subprocess.run([*compiler, "-o", str(target), str(path)], check=True)
 
 
+def make_shell_files(root: Path, version: str) -> None:
+    """Write completion and manual pages below build/share, from the parsers in this checkout."""
+    packages = [str(root / name) for name in (".", "agent_sdk", "daemon", "lab")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}
+    share = root / "build/share"
+    shutil.rmtree(share, ignore_errors=True)
+    command = [sys.executable, "-m", "tools.shell_files", str(share), version]
+    subprocess.run(command, check=True, env=env, cwd=root)
+
+
 def build_bpf(root: Path) -> None:
     """Compile bpf/*.bpf.c, and put libbpf with its licence beside. Raises ToolchainError."""
     libbpf = ensure_libbpf(root / "build/libbpf")
@@ -200,6 +210,7 @@ class BuildHook(BuildHookInterface):  # type: ignore[type-arg]
         root = Path(self.root)
         generate_grpc(root)
         compile_programs(root, self.metadata.version)
+        make_shell_files(root, self.metadata.version)
         try:
             build_bpf(root)
         except ToolchainError as error:

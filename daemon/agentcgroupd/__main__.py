@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import faulthandler
 import logging
 import os
 import signal
 import sys
-from pathlib import Path
 
 # grpc writes to standard error what peers say when they hang up, byte for byte. Of what it says
 # nothing is needed: errors come as exceptions. It reads this when it is loaded, which is below.
@@ -25,6 +23,7 @@ STOP_ALL_S = 9.0
 """How long a stop may take; the process then ends itself, with status 1, and says where it was."""
 
 try:
+    from agentcgroupd.arguments import make_parser
     from agentcgroupd.check import check
     from agentcgroupd.config import load_config
     from agentcgroupd.daemon import Daemon
@@ -43,24 +42,6 @@ except ImportError as error:
 log = logging.getLogger("agentcgroupd")
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="agentcgroupd",
-        description="Controls what sandboxed AI agents may use, one tool call at a time.",
-        epilog="exit status: 0 stopped; 1 could not go on; 2 usage; "
-        "78 the configuration or the installation cannot be used",
-    )
-    parser.add_argument("--config", type=Path, help="TOML file (default: none, all defaults)")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="say what would keep it from starting, or print every setting",
-    )
-    parser.add_argument("--verbose", action="store_true", help="log every step")
-    parser.add_argument("--version", action="version", version=f"agentcgroupd {__version__}")
-    return parser.parse_args()
-
-
 def _stop_in_time() -> None:
     """Make sure that the process is gone in time whatever does not end: first everything that is
     held back is let go of, and then there is little worth waiting for."""
@@ -75,7 +56,7 @@ def _stop_in_time() -> None:
 
 def main() -> int:
     """Parse, run, and turn what is known to go wrong into one line and an exit status."""
-    arguments = _arguments()
+    arguments = make_parser(__version__).parse_args()
     set_up(arguments.verbose)
     try:
         config = load_config(arguments.config)

@@ -196,7 +196,7 @@ class BpfConfig(Section):
     """Directory of the compiled programs; none: those that came with the daemon."""
     events_size: Annotated[int | None, quantity(power_of_two, "size")] = None
     """Size of each ring buffer; none: 8 MiB for processes, 1 MiB for memory."""
-    pins: OptionalPath = Path("/sys/fs/bpf")
+    pins: OptionalPath = FilePath("/sys/fs/bpf")
     """Where bpffs is mounted, in which what denies growth outlives a daemon that is killed
     (bpf/pins.py); empty: it ends with the daemon."""
 
@@ -291,7 +291,7 @@ class AuditConfig(Section):
 class HistoryConfig(Section):
     """The store of reports, sessions and decisions (history/)."""
 
-    path: OptionalPath = Path("/var/lib/agentcgroup/history.db")
+    path: OptionalPath = FilePath("/var/lib/agentcgroup/history.db")
     """The file; empty: nothing is kept."""
     max_bytes: Annotated[int, quantity(parse_bytes, "size"), Field(ge=16 << 20)] = 256 << 20
     session_percent: Annotated[Count, Field(ge=1, le=100)] = 25

@@ -108,6 +108,8 @@ def build_parser(words: tuple[str, ...] | None = None) -> Parser:
         before = {*commands.choices}
         group.add_commands(commands, words)
         done |= {*commands.choices} - before
+    order = [*COMMANDS]
+    commands._choices_actions.sort(key=lambda action: order.index(action.dest))
     return parser
 
 

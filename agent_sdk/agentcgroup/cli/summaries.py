@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "record": ("trace", "Write a trace of a running session (root)."),
     "replay": ("trace", "Replay traces as real processes."),
     "version": ("status", "Show the versions of command and daemon."),
+    "completion": ("completion", "Print what completes this command in bash or zsh."),
     "help": ("commands", "Show the help of a command: agentcg help session run."),
 }
 
