@@ -132,6 +132,7 @@ class Running:
             self._metrics.loop_lag.observe(max(0.0, loop.time() - due))
             due = max(due, loop.time())
             self.heartbeat.beat()
+            self._parts.views.idle_cpus.sample()
             if not self._pool.cgroup.exists():
                 raise PartFailed(
                     f"the pool's cgroup {self._pool.path} was removed, and with it all sessions; "

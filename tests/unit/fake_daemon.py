@@ -154,6 +154,14 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
         self.operator = True
         self.not_enforced: list[str] = []
         self.agent_end = ""
+        self.budget = pb.Budget(
+            memory_limit_bytes=4096 * MIB,
+            memory_available_bytes=1024 * MIB,
+            cpu_limit_millicores=2000,
+            cpu_available_millicores=1500,
+            calls_max=64,
+            sentence="1.0 GiB of 4.0 GiB is free.",
+        )
         launcher = run_dir / "agentcg-exec"
         launcher.write_text(LAUNCHER)
         launcher.chmod(0o755)
@@ -236,15 +244,8 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
 
     def GetBudget(self, request: Any, context: grpc.ServicerContext) -> pb.Budget:
         self._hook("GetBudget", context)
-        return pb.Budget(
-            memory_limit_bytes=4096 * MIB,
-            memory_available_bytes=1024 * MIB,
-            cpu_limit_millicores=2000,
-            cpu_available_millicores=1500,
-            calls_open=len(self.calls),
-            calls_max=64,
-            sentence="1.0 GiB of 4.0 GiB is free.",
-        )
+        self.budget.calls_open = len(self.calls)
+        return self.budget
 
     def BeginCall(self, request: pb.BeginCallRequest, context: grpc.ServicerContext) -> pb.Call:
         self._hook("BeginCall", context, request)

@@ -152,6 +152,9 @@ def run_sessions(args: argparse.Namespace) -> int:
 
 def _budget_fields(budget: Budget) -> list[tuple[str, str]]:
     def left(show: Callable[[int | None], str], available: int | None, limit: int | None) -> str:
+        if available is None:
+            kept = f"a limit of {show(limit)}, not kept on this host"
+            return "no limit" if limit is None else kept
         return f"{show(available)} left of {show(limit)}"
 
     def gpu(g: GpuBudget) -> str:

@@ -157,6 +157,11 @@ def _failed(facts: EndFacts) -> str:
             "memory.events counts no OOM kill."
         )
     meaning = _NOT_RUN.get(code or 0, "")
+    if facts.pids_hits:
+        return (
+            f"It ended with exit status {code}{meaning}; before that it was refused a process or "
+            "thread at a limit of their number, which may be why."
+        )
     return f"It ended with exit status {code}{meaning}; no limit of agentcgroup ended it."
 
 

@@ -11,6 +11,9 @@ from agentcgroup.tables import aligned
 
 CALL_CGROUPS = "call cgroups"
 """The feature without which the daemon cannot work at all."""
+MEMORY_LIMITS = "memory limits"
+NEEDED = (CALL_CGROUPS, MEMORY_LIMITS)
+"""Features without which the daemon does not do what it is for."""
 AS_ROOT = "run `agentcg doctor` as root"
 ONLY_ROOT = "only root can try"
 
@@ -79,8 +82,33 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
-        """Whether the daemon can give calls their own cgroups at all."""
-        return any(f.name == CALL_CGROUPS and f.state is State.WORKS for f in self.features)
+        """Whether the daemon can do what it is for: calls have cgroups, and memory is limited."""
+        return not self._lacking()
+
+    def _lacking(self) -> list[Feature]:
+        """What is needed and does not work, or is not known to work."""
+        by_name = {feature.name: feature for feature in self.features}
+        unknown = (Feature(name, State.UNKNOWN, "it was not tried") for name in NEEDED)
+        needed = (by_name.get(feature.name, feature) for feature in unknown)
+        return [feature for feature in needed if feature.state is not State.WORKS]
+
+    @property
+    def summary(self) -> str:
+        """What comes of it, in one line."""
+        count = {state: 0 for state in State}
+        for feature in self.features:
+            count[feature.state] += 1
+        numbers = f"{count[State.WORKS]} of {len(self.features)} features work"
+        if count[State.UNKNOWN]:
+            numbers += f", {count[State.UNKNOWN]} are not known"
+        lacking = self._lacking()
+        if not lacking:
+            return f"agentcgroup can do its work here: {numbers}"
+        what = "cannot do its work here"
+        if all(feature.state is State.UNKNOWN for feature in lacking):
+            what = f"may not be able to do its work here ({AS_ROOT} to know)"
+        names = " and ".join(feature.name for feature in lacking)
+        return f"agentcgroup {what}, for want of {names}: {numbers}"
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `agentcg doctor --json`."""
@@ -88,6 +116,7 @@ class Diagnosis:
             "kernel": self.kernel,
             "cgroup_mount": self.cgroup_mount,
             "ok": self.ok,
+            "summary": self.summary,
             "features": [{**asdict(f), "state": f.state.value} for f in self.features],
         }
 
@@ -98,7 +127,10 @@ class Diagnosis:
         if paint is not None:
             lines = [_painted(line, paint) for line in lines]
         head = f"kernel {self.kernel}, cgroup2 at {self.cgroup_mount or 'nowhere'}"
-        return "\n".join([head, "", *lines])
+        last = self.summary
+        if paint is not None:
+            last = paint(last, "green" if self.ok else "red")
+        return "\n".join([head, "", *lines, "", last])
 
 
 def _painted(line: str, paint: Callable[[str, str], str]) -> str:

@@ -21,6 +21,7 @@ from agentcgroupd.cgroup.tree import XATTR_NAME, Cgroup
 from agentcgroupd.doctor.diagnosis import (
     AS_ROOT,
     CALL_CGROUPS,
+    MEMORY_LIMITS,
     ONLY_ROOT,
     Check,
     Feature,
@@ -36,7 +37,7 @@ from agentcgroupd.units import show_bytes
 
 CONTROLLERS = {
     "memory": (
-        "memory limits",
+        MEMORY_LIMITS,
         "no memory limit or peak; OOM kills cannot be told from others; a pause does not stop a "
         "system call that takes memory",
     ),

@@ -15,6 +15,7 @@ from agentcgroupd.errors import FailedPrecondition, NotFound
 from agentcgroupd.gpu.service import Gpus
 from agentcgroupd.guard.loop import GuardLoop
 from agentcgroupd.guard.policy_files import PolicyFiles
+from agentcgroupd.host.idle import IdleCpus
 from agentcgroupd.policy.explain import explain, policy_state
 from agentcgroupd.rpc.pages import Key, page
 from agentcgroupd.sessions.holding import held_beside_calls, used_for_good
@@ -73,6 +74,7 @@ class Views:
         self._gpus = gpus
         self._guard = guard
         self._started_unix_usec = unix_usec()
+        self.idle_cpus = IdleCpus()
 
     async def list_calls(
         self,
@@ -161,8 +163,10 @@ class Views:
         millicores = min(limits.cpu_max_millicores or pool.cpu_millicores, pool.cpu_millicores)
         cores = [each.grant.cpu_max_millicores for each in _with_outer(call)]
         millicores = min([millicores, *filter(None, cores)])
-        idle = max(0, round((len(os.sched_getaffinity(0)) - os.getloadavg()[0]) * 1000))
+        idle = self.idle_cpus.millicores()
         memory = "memory without a limit"
+        if tops and available is None:
+            memory = f"a limit of {show_bytes(min(tops))} of memory, which this host does not keep,"
         if available is not None:
             memory = f"{show_bytes(available)} of memory{_holders(session)}"
         calls = f"{len(session.calls)} of {limits.calls_max} calls open"

@@ -1,7 +1,8 @@
 """The commands `agentcg record` and `agentcg replay`: arguments, and what they print.
 
 Modules that need more than the standard library are imported when a command runs.
-Exit status: 0 done, 1 it could not be done (the message says why), 2 bad usage.
+Exit status: 0 done, 1 it could not be done (the message says why), 2 bad usage; of `record` also 3
+where the daemon is away, 4 where this user may not, and 5 where no such session is open.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from agentcgroup.cli.output import print_json_line, say
+from agentcgroup import errors
+from agentcgroup.cli import common
+from agentcgroup.cli.output import complain, print_json_line, say
 from agentcgroup.paths import run_dir
 from agentcgroup_lab import arguments
 from agentcgroup_lab.replay.backends import STRATEGIES
@@ -22,7 +24,7 @@ EXIT_OK, EXIT_FAILED = 0, 1
 
 
 def _tell(line: str) -> None:
-    say(line, file=sys.stderr, flush=True)
+    complain(line)
 
 
 def add_record_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,9 +56,18 @@ def add_record_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_record(args: argparse.Namespace) -> int:
-    """Run `agentcg record`; returns the exit status."""
+    """Run `agentcg record`; returns the exit status. Raises AgentcgError."""
     from agentcgroup_lab.trace.record import RecordError, record
 
+    with common.admin() as client:
+        known = [session.id for session in client.sessions()]
+    if args.session not in known:
+        raise errors.NotFound(
+            f"no session {args.session!r} is open; open now: {', '.join(sorted(known)) or 'none'}",
+            code="NOT_FOUND",
+            field="session_id",
+            value=args.session,
+        )
     try:
         trace = record(
             args.session,
@@ -67,8 +78,7 @@ def run_record(args: argparse.Namespace) -> int:
             say=_tell,
         )
     except (RecordError, OSError) as error:
-        _tell(f"agentcg record: {error}")
-        return EXIT_FAILED
+        raise errors.AgentcgError(f"recording {args.session}: {error}") from error
     missed = trace.extra["missed_samples"]
     if args.json:
         summary = {
@@ -135,7 +145,8 @@ def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_replay(args: argparse.Namespace) -> int:
     """Run `agentcg replay`; returns the exit status: 1 also where something was left behind. Raises
-    ModuleNotFoundError where the extra `lab` is not installed."""
+    AgentcgError where it could not be done, ModuleNotFoundError where the extra `lab` is not
+    installed."""
     from agentcgroup_lab.replay import engine, result
     from agentcgroup_lab.replay.backends import ReplayError
     from agentcgroup_lab.trace import format as trace_format
@@ -169,8 +180,7 @@ def run_replay(args: argparse.Namespace) -> int:
             for strategy in args.strategy or ["ours"]
         ]
     except (ReplayError, AgentcgroupdError, ValueError, OSError) as error:
-        _tell(f"agentcg replay: {error}")
-        return EXIT_FAILED
+        raise errors.AgentcgError(f"replay: {error}") from error
     kernel = os.uname().release
     replayed = result.ReplayResult(kernel, "here", args.scale, args.speed, tuple(strategies))
     if args.plot:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentcgroup.cli.output import print_json_line, say
+from agentcgroup.errors import AgentcgError
 from agentcgroup.text import printable
 from agentcgroup_lab import arguments
 from agentcgroup_lab.simulate.types import STRATEGIES
@@ -133,8 +134,8 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_simulate(args: argparse.Namespace) -> int:
-    """Run `agentcg policy simulate`; returns the exit status. Raises ModuleNotFoundError where the
-    extra `lab` is not installed."""
+    """Run `agentcg policy simulate`; returns the exit status. Raises AgentcgError where it could
+    not be done, ModuleNotFoundError where the extra `lab` is not installed."""
     from agentcgroup_lab.simulate.report import table
     from agentcgroup_lab.trace.format import TraceError
     from agentcgroupd.errors import AgentcgroupdError
@@ -149,8 +150,7 @@ def run_simulate(args: argparse.Namespace) -> int:
 
             save(results, profiles, args.out)
     except (AgentcgroupdError, TraceError, ValueError, OSError) as error:
-        say(f"agentcg policy simulate: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        raise AgentcgError(f"simulate: {error}") from error
     if args.json:
         print_json_line([result.to_json() for result in results])
     else:

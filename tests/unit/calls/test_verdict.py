@@ -234,6 +234,11 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
         pb.VERDICT_UNKNOWN,
         ["does not die of SIGKILL", "runs on"],
     ),
+    (
+        {"wait_status": 1 << 8, "pids_hits": (LimitHit(CALL, "x", 50, 7),)},
+        pb.VERDICT_FAILED,
+        ["exit status 1; before that it was refused a process or thread"],
+    ),
     # Nothing is known of its end, or it never began.
     ({"ever_entered": False, "wait_status": None}, pb.VERDICT_ABANDONED, ["agentcg-exec"]),
     ({"wait_status": None}, pb.VERDICT_UNKNOWN, ["the daemon was not there"]),

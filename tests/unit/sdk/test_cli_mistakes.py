@@ -174,6 +174,12 @@ def test_a_session_of_others_is_refused_inside_one(daemon: FakeDaemon, run: Cli)
     assert run("calls", "--session", "s1") == "no call is open\n"
 
 
+def test_a_budget_does_not_contradict_itself(daemon: FakeDaemon, run: Cli) -> None:
+    assert "processes  no limit" in run("budget")
+    daemon.budget.ClearField("memory_available_bytes")
+    assert "a limit of 4.0 GiB, not kept on this host" in run("budget")
+
+
 def test_nothing_to_show_is_said(daemon: FakeDaemon, run: Cli) -> None:
     assert "no feedback" in run("feedback")
     assert "no call has ended yet" in run("events")
@@ -237,6 +243,47 @@ def test_an_interrupt_while_a_query_waits(daemon: FakeDaemon) -> None:
 def test_a_file_that_cannot_be_read_is_named(run: Cli, tmp_path: Path) -> None:
     run("audit", "--file", str(tmp_path / "none"), code=5)
     assert run.err == f"agentcg: {tmp_path}/none: No such file or directory\n"
+
+
+def test_record_ends_as_every_command_does(
+    daemon: FakeDaemon, run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["record", "nobody", "-o", str(tmp_path / "out.jsonl")]
+    run(*argv, code=5)
+    assert "no session 'nobody' is open; open now: s1" in run.err
+    assert run.json(*argv, code=5)["error"]["field"] == "session_id"
+    argv[1] = "s1"
+    assert run.json(*argv, "--period", "1h", code=1)["error"]["sentence"].startswith("recording s1")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    run(*argv, code=4)
+    monkeypatch.undo()
+    monkeypatch.setenv("AGENTCG_RUN_DIR", str(tmp_path / "none"))
+    assert run.json(*argv, code=3)["error"]["code"] == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["replay", "/none.jsonl", "--pool", "1G"],
+        ["policy", "simulate", "--trace", "/none", "--pool", "1G", "--sessions", "2"],
+        ["policy", "check", "/none.toml"],
+        ["policy", "show", "/none.toml"],
+        ["config", "show", "/none.toml"],
+    ],
+)
+def test_what_cannot_be_done_is_told_as_json_too(run: Cli, argv: list[str]) -> None:
+    sentence = run.json(*argv, code=1)["error"]["sentence"]
+    assert "/none" in sentence
+    assert sentence.splitlines()[0] in run.err and "Traceback" not in run.err
+
+
+def test_a_configuration_that_cannot_be_used(run: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[pool]\ncgroup = "/a/../b"\n')
+    assert run("config", "check", str(file), code=1) == ""
+    assert run.err.startswith(f"{file}:2: pool.cgroup: '/a/../b' cannot be used")
+    (mistake,) = run.json("config", "check", str(file), code=1)["mistakes"]
+    assert (mistake["line"], mistake["key"]) == (2, "pool.cgroup")
 
 
 # Which cgroup, which user
