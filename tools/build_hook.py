@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import filecmp
+import json
 import os
 import re
 import shutil
@@ -55,15 +56,28 @@ def generate_grpc(root: Path) -> None:
 
 def intent_fields_header(proto: str) -> str:
     """Make the C header with the launcher's options from the text of the proto: INTENT_FIELDS(X)
-    is X(field, option) for each field of the message Intent, INTENT_HELP their lines of help."""
+    is X(field, option) for each field of the message Intent, INTENT_HELP their lines of help, which
+    are the comments of the fields."""
     message = re.search(r"^message Intent \{$(.*?)^\}$", proto, re.MULTILINE | re.DOTALL)
     assert message is not None, "the proto has no message Intent"
-    fields = re.findall(r"^ *string (\w+) = \d+;", message[1], re.MULTILINE)
-    options = {field: field.replace("_", "-") for field in fields}
+    meanings: dict[str, str] = {}
+    for line in message[1].splitlines():
+        found = re.match(r" *string (\w+) = \d+; *// *(.*)", line)
+        more = re.match(r" {8,}// *(.*)", line)
+        if found:
+            meanings[found[1]] = found[2]
+        elif more and meanings:
+            meanings[[*meanings][-1]] += f" {more[1]}"
+    options = {field: field.replace("_", "-") for field in meanings}
     entries = " \\\n".join(f'\tX({field}, "{option}")' for field, option in options.items())
-    words = " ".join(f"--{option}" for option in options.values())
-    help_lines = textwrap.wrap(words, 90, break_on_hyphens=False)
-    help_text = " \\\n".join(f'\t"  {line}\\n"' for line in help_lines)
+    lines: list[str] = []
+    for field, option in options.items():
+        meaning = meanings[field].replace("%", "%%")
+        # The text of a C string: what quotes and backslashes are in it is escaped.
+        lines += textwrap.wrap(
+            f"  --{option} X  {meaning}", 90, subsequent_indent=" " * 6, break_on_hyphens=False
+        )
+    help_text = " \\\n".join(f'\t{json.dumps(line)[:-1]}\\n"' for line in lines)
     return (
         "/* Made from proto/ by tools/build_hook.py. */\n"
         f"#define INTENT_FIELDS(X) \\\n{entries}\n"

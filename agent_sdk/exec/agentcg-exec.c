@@ -1,74 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * agentcg-exec: asks the daemon to put this process into a cgroup, then becomes the tool. It stays
- * one process with one pid, so that stdio, signals and exit status need no forwarding.
+ * one process with one pid, so that stdio, signals and exit status need no forwarding. As `agentcg
+ * exec` it leaves a process in its place that waits for the tool, and says how the call ended.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <getopt.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "options.h"
 #include "say.h"
 #include "user.h"
-
-#include "intent_fields.h" /* INTENT_FIELDS and INTENT_HELP, made from the message Intent */
+#include "wait.h"
 
 enum { PACKET_MAX = 16384, ARGS_MAX = 4096, TIMEOUT_S = 10 };
-
-/* Options before KEYS are keys of the request; those from NAME on are for `begin` alone. */
-#define FIELD(field, option) FIELD_##field,
-enum { CALL, SESSION, NAME, INTENT_FIELDS(FIELD) KEYS };
-enum { SOCKET = KEYS, AWAY, ERROR_FD, USER, HELP, VERSION, OWN_GROUP, QUIET, OPTIONS };
-/* ERROR_FD is for the SDK, which gets errno there when the tool cannot be executed. */
-static const char *const verbs[] = { [CALL] = "attach", [SESSION] = "enter", [NAME] = "begin" };
-#define OPTION(field, option) [FIELD_##field] = option,
-static const char *const names[OPTIONS] = { [CALL] = "call",	       [SESSION] = "session",
-					    [NAME] = "name",	       [SOCKET] = "socket",
-					    [HELP] = "help",	       [VERSION] = "version",
-					    [AWAY] = "on-unavailable", [ERROR_FD] = "error-fd",
-					    [OWN_GROUP] = "own-group", [USER] = "user",
-					    [QUIET] = "quiet",	       INTENT_FIELDS(OPTION) };
-static char *values[OPTIONS];
-static const char version[] = "agentcg-exec " AGENTCG_VERSION "\n"; /* from pyproject.toml */
-static const char help[] =
-	"usage: agentcg-exec [OPTION VALUE]... [--] cmd [arg]...\n"
-	"Runs cmd as a new call: --name\n" INTENT_HELP
-	"  (--hint is $AGENT_RESOURCE_HINT where it is not given);\n"
-	"or in an open call: --call ID; or in the agent leaf of a session, as root: --session ID.\n"
-	"Daemon: --socket PATH (default: below $AGENTCG_RUN_DIR or /run/agentcgroup)\n"
-	"  --on-unavailable run|refuse (default: $AGENTCG_ON_UNAVAILABLE, or run for a new call)\n"
-	"  --own-group: cmd gets a process group of its own, unless there is a terminal\n"
-	"Exit status: of cmd; 125 refused or bad usage, 126 cmd cannot run, 127 cmd not found\n";
 
 static struct sockaddr_un server = { .sun_family = AF_UNIX };
 static char request[PACKET_MAX], reply[PACKET_MAX + 3]; /* bytes not received read as "" */
 static size_t request_len;
-
-/* Returns the index of the command. */
-static int parse_options(int argc, char **argv)
-{
-	struct option options[OPTIONS + 1] = {};
-	int o;
-
-	for (o = 0; o < OPTIONS; o++)
-		options[o] = (struct option){ names[o], o < HELP, NULL, o };
-	while ((o = getopt_long(argc, argv, "+", options, NULL)) >= 0) {
-		if (o == '?')
-			exit(REFUSED);
-		if (o == HELP || o == VERSION)
-			exit(fputs(o == HELP ? help : version, stdout) < 0);
-		values[o] = optarg ?: "";
-	}
-	return optind;
-}
 
 /* Appends at most `max` bytes of value, cut between UTF-8 characters; returns how many it took. */
 static size_t add(const char *key, const char *value, size_t max)
@@ -92,8 +50,10 @@ static void make_request(int what, int argc, char **argv)
 	char count[16];
 
 	request_len = sprintf(request, "ACG1%c%s", 0, verbs[what]) + 1;
-	if (what == NAME && !values[FIELD_hint])
+	if (what == NAME && !values[FIELD_hint]) {
 		values[FIELD_hint] = getenv("AGENT_RESOURCE_HINT");
+		hint_source = "$AGENT_RESOURCE_HINT";
+	}
 	for (int o = 0; o < KEYS; o++)
 		if (values[o])
 			add(names[o], values[o], -1);
@@ -152,16 +112,21 @@ static const char *enter_cgroup(int what)
 	if (len < 0)
 		return strerror(errno);
 	if (!strcmp(reply, "OK") && !strncmp(second, done, strlen(done))) {
+		tell_waiter(second + strlen(done));
 		/* putenv() points into the buffer, which stays. An empty word ends the list. */
-		for (char *word = (char *)second; *word; word += strlen(word) + 1)
+		for (char *word = (char *)second; *word; word += strlen(word) + 1) {
 			if (!strncmp(word, "env=", 4) && putenv(word + 4))
 				die(REFUSED, "out of memory");
+			if (!strncmp(word, "say=", 4) && !values[QUIET])
+				say_in_options("warning: ", word + 4);
+		}
 		return NULL;
 	}
 	if (strcmp(reply, "ERR"))
 		die(REFUSED, "'%s' does not speak the attach protocol", server.sun_path);
 	second += strlen(second) + 1;
-	die(REFUSED, "%s", *second ? second : "refused without a reason");
+	say_in_options("", *second ? second : "refused without a reason");
+	exit(REFUSED);
 }
 
 /* Executes the tool as Python's subprocess does: no file is handed to a shell. Returns errno. */
@@ -201,23 +166,27 @@ static void leave_group(void)
 int main(int argc, char **argv)
 {
 	int i = parse_options(argc, argv);
+	struct stat file_stat;
 	int what = values[CALL] ? CALL : values[SESSION] ? SESSION : NAME;
 	const char *policy = values[AWAY], *run = getenv("AGENTCG_RUN_DIR"), *away;
+	const char *policy_source = "--on-unavailable";
 	const char *file = what == SESSION ? "admin/attach.sock" : "agent/attach.sock";
 
 	if (i >= argc || !*argv[i])
-		die(REFUSED, "no command given (see --help)");
+		die(REFUSED, "no command given (see %s --help)", program);
 	for (int o = SESSION; o < KEYS && what != NAME; o++)
 		if (values[o] && o != what)
 			die(REFUSED, "option '--%s' cannot go with '--%s'", names[o], names[what]);
 	if (values[USER] && what != SESSION)
 		die(REFUSED, "option '--user' goes with '--session' only");
-	if (!policy && what == NAME)
+	if (!policy && what == NAME) {
 		policy = getenv("AGENTCG_ON_UNAVAILABLE");
+		policy_source = "$AGENTCG_ON_UNAVAILABLE";
+	}
 	if (!policy || !*policy)
 		policy = what == NAME ? "run" : "refuse";
 	if (strcmp(policy, "run") && strcmp(policy, "refuse"))
-		die(REFUSED, "--on-unavailable '%s' is neither 'run' nor 'refuse'", policy);
+		die(REFUSED, "%s '%s' is neither 'run' nor 'refuse'", policy_source, policy);
 	if (!run || !*run)
 		run = "/run/agentcgroup";
 	if (!values[SOCKET] && asprintf(&values[SOCKET], "%s/%s", run, file) < 0)
@@ -227,6 +196,9 @@ int main(int argc, char **argv)
 	strcpy(server.sun_path, values[SOCKET]);
 
 	make_request(what, argc - i, argv + i);
+	/* `agentcg-exec` is for programs, which ask for the report themselves. */
+	if (what == NAME && !values[QUIET] && !strcmp(program, FRONT))
+		start_waiter(&server);
 	away = enter_cgroup(what);
 	/* It is being started anew, or turns away those who ask too much at a time. */
 	for (unsigned int wait_ms = 25; away == hung_up && wait_ms < 3000; wait_ms *= 2) {
@@ -238,7 +210,7 @@ int main(int argc, char **argv)
 	if (away && !strcmp(policy, "refuse"))
 		die(REFUSED, "daemon at '%s' is away: %s; command not run", server.sun_path, away);
 	if (away)
-		say("agentcg-exec: warning: daemon at '%s' is away: %s; running without limits",
+		say("%s: warning: daemon at '%s' is away: %s; running without limits", program,
 		    server.sun_path, away);
 	if (values[USER])
 		become_user(values[USER]);
@@ -250,5 +222,7 @@ int main(int argc, char **argv)
 		exit(errno == ENOENT ? NOT_FOUND : CANNOT_EXEC);
 	}
 	execvp(argv[i], argv + i);
+	if (errno == EACCES && !stat(argv[i], &file_stat) && S_ISDIR(file_stat.st_mode))
+		errno = EISDIR;
 	die(errno == ENOENT ? NOT_FOUND : CANNOT_EXEC, "%s: %s", argv[i], strerror(errno));
 }

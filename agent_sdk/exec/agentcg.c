@@ -20,7 +20,7 @@ int main(int argc, char **argv)
 		name = "agentcg-exec";
 		argv++;
 	}
-	argv[0] = (char *)name;
+	argv[0] = strcmp(name, "agentcg-exec") ? (char *)name : "agentcg exec";
 	while (len > 0 && path[len - 1] != '/')
 		len--;
 	if (len > 0) {

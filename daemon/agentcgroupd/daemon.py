@@ -308,7 +308,7 @@ class Daemon:
             messages = Messages("Agent", for_agents, parts.agent_calls, metrics, parts.turns)
             callers = Callers(parts.sessions, self._config.calls.tools_may)
             agent = AgentVerbs(callers, parts.calls, admission)
-            verbs |= {"attach": agent.attach, "begin": agent.begin}
+            verbs |= {"attach": agent.attach, "begin": agent.begin, "report": agent.report}
         else:
             for_operator = AdminService(parts, relay)
             pb_grpc.add_AdminServicer_to_server(for_operator, server.server)

@@ -156,9 +156,15 @@ class OpenCalls:
             call.grant = replace(call.grant, leftovers="keep")
             call.cgroup.set_xattr(call.record())
             return self._so_far(call, keep)
+        report_later = self.ended_report(call)
+        self._kill(call)
+        return report_later
+
+    def ended_report(self, call: Call) -> Coroutine[Any, Any, pb.Report]:
+        """Give the report of an open call, to be awaited: it comes when the call has ended. What is
+        awaited raises Unavailable after END_TIMEOUT_S."""
         if call.done is None:
             call.done = self._loop.create_future()
-        self._kill(call)
         return self._ended(call, call.done)
 
     def _so_far(self, call: Call, keep: bool) -> pb.Report:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any
 
+from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.admission import Admission
 from agentcgroupd.calls.lifecycle import Calls
-from agentcgroupd.enforce.limits import AGENT_OOM_SCORE_ADJ, set_oom_score_adj
-from agentcgroupd.errors import AgentcgroupdError, PermissionDenied
+from agentcgroupd.cgroup import knobs
+from agentcgroupd.enforce.limits import AGENT_OOM_SCORE_ADJ, SETTINGS, set_oom_score_adj
+from agentcgroupd.errors import AgentcgroupdError, NotFound, PermissionDenied
 from agentcgroupd.intents.parse import name_of_program
 from agentcgroupd.intents.request import WORDS, request_of_words
 from agentcgroupd.rpc.callers import Callers
@@ -54,22 +56,41 @@ class AgentVerbs:
             asked = request_of_words(request.values, request.args)
         call = self._admission.begin(caller.session, asked, None, caller.outer)
         if isinstance(call, Call):
-            return self._enter(call, peer.process)
-        return self._enter_later(call, peer.process.copy())
+            return self._enter(call, peer.process, request.values)
+        return self._enter_later(call, peer.process.copy(), request.values)
 
-    async def _enter_later(self, later: Coroutine[Any, Any, Call], process: Process) -> list[str]:
+    async def _enter_later(
+        self, later: Coroutine[Any, Any, Call], process: Process, asked: Mapping[str, str]
+    ) -> list[str]:
         try:
-            return self._enter(await later, process)
+            return self._enter(await later, process, asked)
         finally:
             process.close()
 
-    def _enter(self, call: Call, process: Process) -> list[str]:
+    def _enter(self, call: Call, process: Process, asked: Mapping[str, str]) -> list[str]:
         try:
             self._calls.attach(call, process)
         except AgentcgroupdError:
             self._calls.withdraw(call)
             raise
-        return _entered(call)
+        return [*_entered(call), *(f"say={sentence}" for sentence in _otherwise(call, asked))]
+
+    def report(self, peer: Peer, request: Request) -> Answer:
+        """Say how a call ended, once it has, where it did not simply end by itself."""
+        request.only("call")
+        caller, call_id = self._callers.of(peer), request.value("call")
+        ended = caller.session.report(call_id)
+        if ended is not None and caller.sees_report(ended):
+            return _ending(ended)
+        call = caller.find(call_id)
+        if not caller.sees(call):
+            raise NotFound(f"no call {call_id[:64]!r} is open in this session", "call_id", call_id)
+        if call.grant.leftovers == "keep":
+            return ["OK"]  # it may go on for ever
+        return self._ending_later(call)
+
+    async def _ending_later(self, call: Call) -> list[str]:
+        return _ending(await self._calls.ended_report(call))
 
 
 class OperatorVerbs:
@@ -89,6 +110,43 @@ class OperatorVerbs:
         set_oom_score_adj(peer.process.pid, AGENT_OOM_SCORE_ADJ)
         words = (f"env={word}" for word in session.environment)
         return ["OK", f"session={session.id}", *words]
+
+
+FILES = {
+    "memory_max": knobs.MEMORY_MAX.file,
+    "cpu_weight": knobs.CPU_WEIGHT.file,
+    "cpu_max": knobs.CPU_MAX.file,
+    "pids_max": knobs.PIDS_MAX.file,
+    "cpuset": SETTINGS["cpuset"].file,
+}
+"""Fields of an intent by the interface file that keeps each."""
+BY_ITSELF = (pb.VERDICT_OK, pb.VERDICT_FAILED, pb.VERDICT_SIGNALED)
+"""Verdicts on a command that was not ended by a limit or by others."""
+WHY_FAILED = (
+    pb.FEEDBACK_CODE_OOM,
+    pb.FEEDBACK_CODE_PIDS_LIMIT,
+    pb.FEEDBACK_CODE_GROWTH_DENIED,
+    pb.FEEDBACK_CODE_GPU_MEMORY_DENIED,
+)
+"""What may be the reason why a command ended by itself, and not well."""
+
+
+def _otherwise(call: Call, asked: Mapping[str, str]) -> Iterator[str]:
+    """Sentences on what the call got otherwise than was asked for, by field."""
+    for sentence in call.grant.advice:
+        if sentence.partition(":")[0] in asked:
+            yield sentence
+    for field, file in FILES.items():
+        if field in asked and file in call.grant.not_enforced:
+            yield f"{field}: it is not enforced on this host (see 'agentcg doctor')"
+
+
+def _ending(report: pb.Report) -> list[str]:
+    """Make the reply to whoever waits for the end of a call."""
+    said = [report.sentence]
+    if report.verdict in BY_ITSELF:
+        said = [item.sentence for item in report.feedback if item.code in WHY_FAILED]
+    return ["OK", *(f"say={sentence}" for sentence in said)]
 
 
 def _entered(call: Call) -> list[str]:

@@ -682,7 +682,7 @@ def test_a_daemon_that_hangs_up_is_asked_again(launcher: Launcher, tmp_path: Pat
     ("args", "named"),
     [
         (["--memroy", "1G", "echo"], "--memroy"),
-        (["--memroy=1G", "echo"], "--memroy=1G"),
+        (["--memroy=1G", "echo"], "--memroy"),
         (["-m", "echo"], "m"),
         (["--memory"], "--memory"),
         (["--help=x", "echo"], "--help"),

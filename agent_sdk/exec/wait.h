@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * A process that waits for the command in place of who started it, passes signals on to it, ends as
+ * it does, and says why where the call did not end by itself. The command is its child, and dies
+ * with it.
+ */
+#ifndef AGENTCG_WAIT_H
+#define AGENTCG_WAIT_H
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "say.h"
+
+enum { ENDING_S = 5, ID_MAX = 128, WORDS_MAX = 16384 };
+
+static const int passed_on[] = { SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2 };
+static volatile pid_t command;
+static int to_waiter = -1; /* in the command's process: where it writes the call's id */
+
+/* What a terminal sends reaches the command by itself, which is in the same process group. */
+static void pass_on(int number, siginfo_t *info, void *context)
+{
+	(void)context;
+	if (info->si_code != SI_KERNEL && command > 0)
+		kill(command, number);
+}
+
+/* Tells the waiter which call this process is in; nothing where there is no waiter. */
+static void tell_waiter(const char *id)
+{
+	if (to_waiter >= 0 && write(to_waiter, id, strnlen(id, ID_MAX - 1)) < 0)
+		say("%s: warning: how the call ends will not be said: %s", program,
+		    strerror(errno));
+}
+
+/* Closes what only the command needs: a pipe has to end with the command. stderr stays. */
+static void close_others(int kept)
+{
+	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	DIR *open_files = opendir("/proc/self/fd");
+	struct dirent *entry;
+
+	if (null >= 0) {
+		dup2(null, STDIN_FILENO);
+		dup2(null, STDOUT_FILENO);
+	}
+	while (open_files && (entry = readdir(open_files))) {
+		int fd = atoi(entry->d_name);
+
+		if (fd > STDERR_FILENO && fd != kept && fd != dirfd(open_files))
+			close(fd);
+	}
+	if (open_files)
+		closedir(open_files);
+}
+
+/* Asks the daemon how a call ended, and says what it answers. */
+static void say_how_it_ended(const struct sockaddr_un *daemon, const char *id)
+{
+	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	struct timeval timeout = { .tv_sec = ENDING_S };
+	char question[ID_MAX + 32], *answer = calloc(1, WORDS_MAX + 2);
+	int len;
+
+	len = snprintf(question, sizeof(question), "ACG1%creport%ccall=%s", 0, 0, id) + 1;
+	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout));
+	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout));
+	if (answer && !connect(fd, (const struct sockaddr *)daemon, sizeof(*daemon)) &&
+	    send(fd, question, len, MSG_NOSIGNAL) == len) {
+		do
+			memset(answer, 0, WORDS_MAX);
+		while (recv(fd, answer, WORDS_MAX, 0) > 0 && !strcmp(answer, "WAIT"));
+		if (!strcmp(answer, "OK"))
+			for (char *word = answer + 3; *word; word += strlen(word) + 1)
+				if (!strncmp(word, "say=", 4) && word[4])
+					say("%s: call %s: %s", program, id, word + 4);
+	}
+	free(answer);
+	close(fd);
+}
+
+/* Ends this process as the command has ended. */
+__attribute__((noreturn)) static void end_as(int status)
+{
+	const struct rlimit no_core = {};
+	sigset_t number;
+
+	if (WIFEXITED(status))
+		exit(WEXITSTATUS(status));
+	setrlimit(RLIMIT_CORE, &no_core); /* the command has left its own */
+	signal(WTERMSIG(status), SIG_DFL);
+	sigemptyset(&number);
+	sigaddset(&number, WTERMSIG(status));
+	sigprocmask(SIG_UNBLOCK, &number, NULL);
+	raise(WTERMSIG(status));
+	exit(128 + WTERMSIG(status));
+}
+
+__attribute__((noreturn)) static void wait_for_command(const struct sockaddr_un *daemon, int id_fd)
+{
+	char id[ID_MAX] = {};
+	int status;
+
+	close_others(id_fd);
+	while (waitpid(command, &status, 0) < 0)
+		if (errno != EINTR)
+			die(REFUSED, "waiting for the command: %s", strerror(errno));
+	command = 0;
+	if (status && read(id_fd, id, sizeof(id) - 1) > 0)
+		say_how_it_ended(daemon, id);
+	end_as(status);
+}
+
+/*
+ * Leaves this process to wait, and goes on in a child, which is to become the command. Where there
+ * is no process to be had, or nobody to be told anything, it stays one process.
+ */
+static void start_waiter(const struct sockaddr_un *daemon)
+{
+	struct sigaction action = { .sa_sigaction = pass_on, .sa_flags = SA_SIGINFO | SA_RESTART };
+	struct sigaction before;
+	sigset_t blocked, mask;
+	pid_t parent = getpid();
+	int ends[2];
+
+	if (fcntl(STDERR_FILENO, F_GETFD) < 0 || pipe2(ends, O_CLOEXEC))
+		return;
+	sigemptyset(&blocked);
+	for (size_t i = 0; i < sizeof(passed_on) / sizeof(*passed_on); i++)
+		sigaddset(&blocked, passed_on[i]);
+	sigprocmask(SIG_BLOCK, &blocked, &mask);
+	command = fork();
+	if (command > 0) {
+		for (size_t i = 0; i < sizeof(passed_on) / sizeof(*passed_on); i++)
+			if (!sigaction(passed_on[i], NULL, &before) && before.sa_handler != SIG_IGN)
+				sigaction(passed_on[i], &action, NULL);
+		sigprocmask(SIG_SETMASK, &mask, NULL);
+		close(ends[1]);
+		wait_for_command(daemon, ends[0]);
+	}
+	sigprocmask(SIG_SETMASK, &mask, NULL);
+	close(ends[0]);
+	if (command < 0) {
+		close(ends[1]);
+		return;
+	}
+	to_waiter = ends[1];
+	if (prctl(PR_SET_PDEATHSIG, SIGKILL) || getppid() != parent)
+		exit(REFUSED);
+}
+
+#endif
