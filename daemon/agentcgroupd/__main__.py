@@ -69,6 +69,7 @@ def main() -> int:
             return 1
         enter_host_cgroup_namespace()
         asyncio.run(Daemon(config, _stop_in_time).run())
+        log.info("stopped; sessions and calls stay for the next daemon")
         return 0
     except PartFailed as error:
         log.error("%s", error)

@@ -7,7 +7,7 @@ The daemon works without a feature that the kernel does not have, and says so on
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import ParamSpec
 
@@ -83,9 +83,7 @@ class DataPlane:
         self.states.update((state.name, state) for state in states)
         self.look, states = look.load(self._config.objects)
         self.states.update((state.name, state) for state in states)
-        for state in self.states.values():
-            if not state.works:
-                _log_missing(state)
+        _log_missing(state for state in self.states.values() if not state.works)
         working = [state.name for state in self.states.values() if state.works]
         log.info("in the kernel: %s", ", ".join(working) or "nothing", extra=DETAIL)
 
@@ -121,11 +119,13 @@ class DataPlane:
             self._unpin()
             self.memory.close()
             self.memory = None
+        gone: list[FeatureState] = []
         for definition in features.definitions_of("memory"):
             if self.works(definition.name):
                 state = features.missing(definition, reason)
                 self.states[definition.name] = state
-                _log_missing(state)
+                gone.append(state)
+        _log_missing(gone)
 
     def works(self, name: str) -> bool:
         """Whether the feature of that name works."""
@@ -160,6 +160,14 @@ class DataPlane:
             self._pins, self.outlives = None, False
 
 
-def _log_missing(state: FeatureState) -> None:
-    words = (state.name, state.reason, state.fallback)
-    log.warning("%s: missing: %s; instead: %s", *words, extra=DETAIL)
+def _log_missing(states: Iterable[FeatureState]) -> None:
+    """Say what is missing, in one line for each reason."""
+    by_reason: dict[str, list[FeatureState]] = {}
+    for state in states:
+        by_reason.setdefault(state.reason, []).append(state)
+    for reason, lacking in by_reason.items():
+        names = ", ".join(state.name for state in lacking)
+        instead = "; ".join(f"instead of {state.name}: {state.fallback}" for state in lacking)
+        if len(lacking) == 1:
+            instead = f"instead: {lacking[0].fallback}"
+        log.warning("%s: missing: %s; %s", names, reason, instead, extra=DETAIL)

@@ -134,6 +134,7 @@ class SessionLifecycle:
         self._notices.audit.write(
             "session_opened", session=session.id, cgroup=path, adopted=adopted
         )
+        log.info("session %s: %s (%s)", session.id, "adopted" if adopted else "opened", path)
         event = pb.Event(session_opened=self.describe(session, admin=True))
         self._notices.feed.publish(session.id, event)
         return session
@@ -195,6 +196,8 @@ class SessionLifecycle:
             if getattr(before, name) != getattr(limits, name)
         }
         self._notices.audit.write("session_changed", session=session.id, limits=changed)
+        words = (f"{name} from {old} to {new}" for name, (old, new) in changed.items())
+        log.info("session %s: %s", session.id, ", ".join(words) or "its limits stay as they are")
         event = pb.Event(session_changed=self.describe(session, admin=True))
         self._notices.feed.publish(session.id, event)
         return session
@@ -228,6 +231,7 @@ class SessionLifecycle:
             observer.session_closed(session)
         self._notices.audit.write("session_closed", session=session.id, calls_ended=ended, why=why)
         self._notices.history.session_closed(session.id, last, why)
+        log.info("session %s: closed, and %d calls with it", session.id, ended)
         event = pb.Event(session_closed=last or pb.Session(id=session.id))
         self._notices.feed.publish(session.id, event)
         self._notices.feed.end(session.id)

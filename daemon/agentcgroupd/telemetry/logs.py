@@ -52,9 +52,13 @@ def _is_no_detail(record: logging.LogRecord) -> bool:
     return not getattr(record, "detail", False)
 
 
+LIBRARIES = ("grpc", "asyncio")
+"""Loggers of libraries, whose every step tells nothing of ours."""
+
+
 def set_up(verbose: bool) -> None:
     """Log to standard error or, where that is the journal's, to the journal, which adds time and
-    level itself. `verbose`: every step."""
+    level itself. `verbose`: every step of ours."""
     handler: logging.Handler
     if journal.is_stderr():
         handler, words = journal.JournalHandler(), "%(message)s"
@@ -64,4 +68,6 @@ def set_up(verbose: bool) -> None:
     if sys.stderr.isatty() and not verbose:
         handler.addFilter(_is_no_detail)
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_of_note)
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.INFO)
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])

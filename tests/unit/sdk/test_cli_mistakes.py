@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from agentcgroup import Agent
-from agentcgroup.cli import adopt, common, forward
+from agentcgroup.cli import adopt, common, execute, forward
 from agentcgroup.errors import NotFound
+from agentcgroup.intent import INTENT_FIELDS
 from tests.unit.fake_daemon import FakeDaemon, running
 from tests.unit.sdk.test_cli import Cli, command_line, run
 
@@ -124,6 +126,16 @@ def test_values_are_explained_where_they_are_asked_for(run: Cli) -> None:
         text = run("help", *argv) if argv != ["exec"] else common.UNITS
         for word in ("SIZE", "512M", "CORES", "250m", "PRIORITY", "batch (20)"):
             assert word in text, (argv, word)
+
+
+def test_the_options_of_exec_are_those_of_the_launcher(programs: Path) -> None:
+    assert set(execute.INTENT) == INTENT_FIELDS
+    done = subprocess.run([programs / "agentcg-exec", "--help"], capture_output=True, text=True)
+    options = [*execute.INTENT, *execute.OTHERS, *execute.FLAGS]
+    for name in options:
+        assert f"--{name.replace('_', '-')}" in done.stdout, name
+    shown = set(re.findall(r"^  --([a-z-]+)", done.stdout, re.MULTILINE))
+    assert shown <= {name.replace("_", "-") for name in options}
 
 
 # Errors in the words of who typed
