@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import signal
@@ -20,6 +21,7 @@ from agentcgroup import (
     Agent,
     AgentcgError,
     AgentcgWarning,
+    AsyncAgent,
     CallNotFound,
     CheckFailed,
     FeedbackCode,
@@ -494,3 +496,16 @@ def test_odd_command_lines_are_cut_for_the_daemon_only(daemon: FakeDaemon, agent
 def test_errors_have_one_base() -> None:
     assert issubclass(Unavailable, AgentcgError)
     assert issubclass(AgentcgWarning, UserWarning)
+
+
+def test_an_answer_that_no_packet_holds_is_asked_for_over_grpc(
+    daemon: FakeDaemon, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.unit.fake_daemon.AttachSocket._forward", lambda *_: b"LONG\0")
+
+    async def ask() -> int:
+        async with AsyncAgent() as other:
+            return (await other.budget()).calls_max
+
+    assert agent.budget().calls_max == asyncio.run(ask()) == 64
+    assert daemon.attempts["GetBudget"] == 2
