@@ -225,10 +225,24 @@ class OpenCalls:
 
     def _populated(self, call: Call) -> bool:
         try:
-            return call.cgroup.populated()
+            if not call.cgroup.populated():
+                return False
+            if not call.entered:
+                self._found_inside(call)
         except CgroupGone:
             call.account.removed = True
             return False
+        return True
+
+    def _found_inside(self, call: Call) -> None:
+        """Take down that a process has entered by another way than the attach socket, by a write to
+        cgroup.procs. Nobody says that it is the main process, so its end is not the call's. Raises
+        KnobError."""
+        call.entered = True
+        if call.state == pb.CALL_STATE_PENDING:
+            call.state = pb.CALL_STATE_RUNNING
+        self._deadlines.entered(call)
+        call.cgroup.set_xattr(call.record())
 
     def _goes_on(self, call: Call) -> bool:
         """Whether a process of a call is left, in its cgroup or, as its main process, elsewhere."""
@@ -251,7 +265,7 @@ class OpenCalls:
             return
         if call.held and call.entered and call.state != pb.CALL_STATE_ENDING:
             self._deadlines.emptied(call)
-        elif call.entered or call.account.removed:
+        elif call.entered or call.account.removed or call.state == pb.CALL_STATE_ENDING:
             self._finish(call)
 
     def _owner_gone(self, call: Call) -> None:

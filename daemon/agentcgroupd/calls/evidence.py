@@ -84,6 +84,7 @@ def gather(call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
         asked=tuple(account.asked),
         main_killed=account.main_killed,
         main_lives=call.main is not None and status is None and not pidfd_ended(call.main.pidfd),
+        main_lost=account.main_lost,
         removed=account.removed,
         left=tuple(account.left),
         commands=account.commands,

@@ -65,12 +65,15 @@ class EndFacts:
     """Whether the daemon sent SIGKILL while the main process ran."""
     main_lives: bool = False
     """Whether the main process goes on somewhere, although it was sent SIGKILL."""
+    main_lost: bool = False
+    """Whether the main process ended while no daemon was there."""
     removed: bool = False
     """Whether somebody else removed the cgroup."""
     left: tuple[Left, ...] = ()
     """Where the main process was found outside of its call's cgroup."""
     commands: int = 1
-    """How many processes have been the main process, one after the other."""
+    """How many processes have been the main process, one after the other. 0: those in the call
+    entered by another way than the attach socket."""
     oom_kills: int | None = None
     """All of the call; None: not known."""
     oom: OomFacts = OomFacts()

@@ -115,9 +115,7 @@ class Deadlines:
             self._room_given_up(call)
 
     def _not_entered(self, call: Call) -> None:
-        if self._populated(call):
-            call.entered = True  # by another way than the attach socket
-        else:
+        if not self._populated(call):
             self._finish(call)
 
     def _idle(self, call: Call) -> None:

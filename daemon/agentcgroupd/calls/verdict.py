@@ -170,8 +170,15 @@ def _unknown(facts: EndFacts) -> str:
         reason = "its main process does not die of SIGKILL"
     elif facts.removed:
         reason = "its cgroup was removed by someone else"
-    else:
+    elif facts.main_lost:
         reason = "its main process ended while the daemon was not there to see it"
+    elif not facts.commands:
+        reason = (
+            "none of its processes was known as its main process, as one is that enters through "
+            "agentcg-exec"
+        )
+    else:
+        reason = "its main process was gone before the kernel could be asked for its status"
     return f"It ended, and how is not known: {reason}."
 
 

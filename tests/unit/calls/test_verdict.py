@@ -241,7 +241,9 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
     ),
     # Nothing is known of its end, or it never began.
     ({"ever_entered": False, "wait_status": None}, pb.VERDICT_ABANDONED, ["agentcg-exec"]),
-    ({"wait_status": None}, pb.VERDICT_UNKNOWN, ["the daemon was not there"]),
+    ({"wait_status": None, "main_lost": True}, pb.VERDICT_UNKNOWN, ["the daemon was not there"]),
+    ({"wait_status": None, "commands": 0}, pb.VERDICT_UNKNOWN, ["known as its main process"]),
+    ({"wait_status": None}, pb.VERDICT_UNKNOWN, ["gone before the kernel could be asked"]),
     ({"wait_status": None, "removed": True}, pb.VERDICT_UNKNOWN, ["someone else"]),
     (
         {"wait_status": None, **asked(Asker.WENT_ON, why="It went on as call b.")},

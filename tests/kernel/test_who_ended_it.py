@@ -1,0 +1,62 @@
+"""Whose doing an end was: told where it is known, and nothing claimed where it is not."""
+
+from __future__ import annotations
+
+import subprocess
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from tests.harness import AgentProcess, DaemonProcess, wait_until
+from tests.kernel.test_endings import end, last
+
+BEGIN = """
+call_id = stub.BeginCall(pb.BeginCallRequest(name="held")).id
+result = call_id
+"""
+
+
+# Processes that nobody attached
+
+
+def begin_by_hand(
+    daemon: DaemonProcess, agent: AgentProcess, script: str
+) -> subprocess.Popen[bytes]:
+    """Begin a call that the agent holds, and start a process that moves itself into it."""
+    call_id = agent.run(BEGIN)
+    directory = next(path for path in daemon.call_dirs() if path.name == f"call-{call_id}")
+    enter = f"echo $$ > {directory}/cgroup.procs; {script}"
+    tool = subprocess.Popen(["sh", "-c", enter])
+    procs = directory / "cgroup.procs"
+    wait_until("it has entered", lambda: bool(procs.read_text()) or tool.poll() is not None)
+    return tool
+
+
+def test_a_call_that_was_entered_by_hand_is_ended(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    tool = begin_by_hand(daemon, agent, "exec sleep 1000")
+    report = end(agent)
+    assert tool.wait() == -9
+    assert report.verdict == pb.VERDICT_CANCELLED and "its agent ended" in report.sentence
+    assert not daemon.call_dirs()
+
+
+def test_the_session_of_a_call_that_was_entered_by_hand_is_closed(daemon: DaemonProcess) -> None:
+    agent = daemon.open("by-hand")
+    tool = begin_by_hand(daemon, agent, "exec sleep 1000")
+    daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="by-hand"))
+    assert tool.wait() == -9
+
+
+def test_what_entered_by_hand_is_no_main_process(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    tool = begin_by_hand(daemon, agent, "sleep 0.2; exit 3")
+    assert tool.wait() == 3
+    report = end(agent, pb.END_REASON_DONE)
+    assert report.verdict == pb.VERDICT_UNKNOWN
+    assert "none of its processes was known as its main process" in report.sentence
+    # Its parent's word is taken where it is given.
+    tool = begin_by_hand(daemon, agent, "sleep 0.2; exit 3")
+    report = end(agent, pb.END_REASON_DONE, wait_status=tool.wait() << 8)
+    assert (report.verdict, report.exit_code) == (pb.VERDICT_FAILED, 3)
+    assert last(daemon).call_id == report.call_id
