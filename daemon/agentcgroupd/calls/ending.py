@@ -41,6 +41,7 @@ from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import (
     Call,
     Session,
+    all_inside,
 )
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import grant_to_proto
@@ -78,7 +79,7 @@ class OpenCalls:
         self._observer = observer
         self._loop = asyncio.get_running_loop()
         self._owners = Owners(self._owner_gone, turns)
-        self._leavers = Leavers(notices, admit, self._main_ended)
+        self._leavers = Leavers(notices, admit, self._recheck)
         self._deadlines = Deadlines(
             config,
             self._populated,
@@ -200,8 +201,9 @@ class OpenCalls:
             found = call.cgroup.all_procs()
         except KnobError as error:
             return f"its processes cannot be read: {error}"
-        if call.main is not None and place_outside(call) is not None:
-            found.append(call.main.pid)
+        for each in (call, *all_inside(call)):
+            if each.main is not None and place_outside(each) is not None:
+                found.append(each.main.pid)
         waits = [f"process {pid} waits in the kernel at {wait_channel(pid)}" for pid in found[:3]]
         more = f", and {len(found) - 3} more" if len(found) > 3 else ""
         return ", ".join(waits) + more if waits else "its cgroup still counts as populated"
@@ -214,8 +216,10 @@ class OpenCalls:
             kill(call)
         except CgroupGone:
             self._finish(call)
-        if self._leavers.outlives(call):
-            self._deadlines.killed(call, self._give_up)
+        # The innermost first: a call is over after those inside it.
+        for each in reversed((call, *all_inside(call))):
+            if each.id in self.open and self._leavers.outlives(each):
+                self._deadlines.killed(each, self._give_up)
 
     def _give_up(self, call: Call) -> None:
         """Wait no longer for a main process that is outside of its call and does not die."""
@@ -245,15 +249,18 @@ class OpenCalls:
         call.cgroup.set_xattr(call.record())
 
     def _goes_on(self, call: Call) -> bool:
-        """Whether a process of a call is left, in its cgroup or, as its main process, elsewhere."""
-        return self._populated(call) or self._leavers.outlives(call)
+        """Whether a process of a call is left, in its cgroup or, as its main process or that of a
+        call inside it, elsewhere."""
+        return self._populated(call) or any(
+            self._leavers.outlives(each) for each in (call, *all_inside(call))
+        )
 
-    def _main_ended(self, call: Call) -> None:
-        """Check a call that waited for its main process alone."""
+    def _recheck(self, call: Call) -> None:
+        """Check a call that waited for its main process alone, or for that of one inside it."""
         try:
             self._changed(call)
         except (KnobError, OSError, ValueError) as error:
-            log.error("call %s: its main process ended: %s", call.id, error)
+            log.error("call %s: whether it is over: %s", call.id, error)
 
     def _changed(self, call: Call) -> None:
         """Check a call whose cgroup.events has changed: a process entered, the last one left, or
@@ -284,13 +291,14 @@ class OpenCalls:
         call. None: a process has entered meanwhile, and the call goes on."""
         if call.id not in self.open:
             return call.session.report(call.id)
-        if self._leavers.outlives(call):
+        if any(self._leavers.outlives(each) for each in (call, *all_inside(call))):
             return None
         for inner in list(call.inner.values()):
             # Its cgroup is in this one, so it is empty too.
             if inner.held or not inner.entered:
                 end_with(inner, call)
-            self._finish(inner)
+            if self._finish(inner) is None:
+                return None  # a process has entered it meanwhile, and so this one
         with self._metrics.time("finish"):
             self._observer.catch_up()
             nesting.went_on(call)
@@ -318,6 +326,9 @@ class OpenCalls:
         self._observer.call_ended(call, report.memory_peak_bytes)
         if call.done is not None and not call.done.done():
             call.done.set_result(report)
+        if call.parent is not None:
+            # That may have waited for this one's main process alone, which nothing else tells.
+            self._loop.call_soon(self._recheck, call.parent)
         return report
 
     def _forget(self, call: Call, removed: bool = False) -> None:

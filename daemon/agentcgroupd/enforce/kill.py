@@ -12,6 +12,7 @@ from agentcgroupd.enforce.outside import find_outsiders, place_outside
 from agentcgroupd.errors import KnobError
 from agentcgroupd.host.syscalls import pidfd_ended, process_stat
 from agentcgroupd.state.ending import Asked, Asker
+from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import Call, all_inside, unix_usec
 
 log = logging.getLogger(__name__)
@@ -103,8 +104,9 @@ def end_with(inner: Call, outer: Call) -> None:
     itself."""
     if inner.state == pb.CALL_STATE_ENDING:
         return
+    lives = inner.main is not None and not pidfd_ended(inner.main.pidfd)  # wherever it is
     try:
-        goes_on = inner.held or not inner.entered or inner.cgroup.populated()
+        goes_on = lives or inner.held or not inner.entered or inner.cgroup.populated()
     except KnobError as error:
         log.debug("call %s: %s", inner.id, error)
         goes_on = False
@@ -117,21 +119,26 @@ def terminate(call: Call) -> None:
     """Send SIGTERM to all processes of a call, and to its main process wherever that has gone; no
     error if there are none any more."""
     end_inside(call)
-    outside = place_outside(call)
+    outside = [process for each in (call, *all_inside(call)) for process in _outside(each)]
     try:
         call.cgroup.signal(signal.SIGTERM)
     except KnobError as error:
         log.debug("call %s: %s", call.id, error)
-    if outside is not None and call.main is not None:
-        call.main.signal(signal.SIGTERM)
-    for process in call.outsiders:
+    for process in outside:
         process.signal(signal.SIGTERM)
+
+
+def _outside(call: Call) -> list[Process]:
+    """List the processes of a call that are known to be elsewhere, its main process among them."""
+    main = call.main if place_outside(call) is not None else None
+    return [*call.outsiders, *([] if main is None else [main])]
 
 
 def kill(call: Call) -> None:
     """Kill all processes of a call, and those that are left again and again, until the call is
     over: cgroup.kill misses a process whose main thread has ended (seen on Linux 6.18). The main
-    process is killed wherever it has gone. On the event loop. Raises KnobError, or CgroupGone."""
+    process is killed wherever it has gone, and so are those of the calls inside. On the event loop.
+    Raises KnobError, or CgroupGone."""
     end_inside(call)
     for each in (call, *all_inside(call)):
         if each.main is not None and not pidfd_ended(each.main.pidfd):
@@ -152,9 +159,10 @@ def _again_later(call: Call, wait_s: float) -> None:
 
 
 def _kill_main_and_outsiders(call: Call) -> None:
-    if call.main is not None:
-        call.main.signal(signal.SIGKILL)
-    kill_outsiders(call)
+    for each in (call, *all_inside(call)):
+        if each.main is not None:
+            each.main.signal(signal.SIGKILL)
+        kill_outsiders(each)
 
 
 def kill_outsiders(call: Call) -> None:
