@@ -1,7 +1,8 @@
-"""Processes that a command leaves running: ended shortly after it, or kept, as its intent says.
+"""The end of a call's command, and processes that it leaves running: ended shortly after it, or
+kept, as its intent says.
 
-A call that is held open by its owner is not looked after here: the owner says when its commands
-have ended.
+What a command leaves running in a call that its owner holds open is not looked after here: the
+owner says when its commands have ended.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.evidence import main_status
 from agentcgroupd.config import CallDefaults
-from agentcgroupd.enforce.kill import ask_end, terminate
+from agentcgroupd.enforce.kill import ask_end, main_ended, terminate
 from agentcgroupd.errors import KnobError
 from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import Call
@@ -38,7 +39,7 @@ def kept_feedback(call: Call) -> pb.Feedback:
 
 
 class Leftovers:
-    """Watches the main processes of calls that nobody holds open. Used on the event loop."""
+    """Watches the main processes of calls. Used on the event loop."""
 
     def __init__(
         self,
@@ -54,18 +55,16 @@ class Leftovers:
         self._fds: dict[Call, int] = {}
 
     def watch(self, call: Call) -> None:
-        """Wait for the end of a call's main process, if nobody holds the call open; to be called
-        again when it has another main process or its grant says something else."""
+        """Wait for the end of a call's main process; to be called again when it has another one,
+        nobody holds the call open any more, or its grant says something else."""
         self.drop(call)
         for name in (_GRACE, _KILL):
             self._cancel(call, name)
-        if call.held:
-            return
         if call.main is not None:
             # A pidfd is readable when the last thread has ended, not when the first one has.
             fd = self._fds[call] = os.dup(call.main.pidfd)
             self._loop.add_reader(fd, self._main_ended, call)
-        elif call.account.main_lost and call.grant.leftovers == "end":
+        elif not call.held and main_ended(call) and call.grant.leftovers == "end":
             self._later(call, _GRACE, self._config.leftovers_grace, self._due)
 
     def drop(self, call: Call) -> None:
@@ -98,7 +97,14 @@ class Leftovers:
         status, evidence = main_status(call)
         if evidence == pb.EVIDENCE_KERNEL:
             call.exit_status = status
-        self._later(call, _GRACE, self._config.leftovers_grace, self._due)
+        self._carefully(self._keep_status, call)
+        if not call.held:
+            self._later(call, _GRACE, self._config.leftovers_grace, self._due)
+
+    def _keep_status(self, call: Call) -> None:
+        """Keep how the command ended for a daemon that is started again, if the call goes on."""
+        if call.held or self._populated(call):
+            call.cgroup.set_xattr(call.record())
 
     def _due(self, call: Call) -> None:
         """End or keep what is left some time after the command has ended. An empty call is ended by

@@ -198,6 +198,15 @@ def inner_ends(inner: Call) -> None:
         status, evidence = main_status(inner)
         if evidence == pb.EVIDENCE_KERNEL:
             outer.exit_status = status
+            keep_record(outer)
+
+
+def keep_record(call: Call) -> None:
+    """Write a call's record anew, unless its cgroup cannot be written to any more."""
+    try:
+        call.cgroup.set_xattr(call.record())
+    except KnobError as error:
+        log.debug("call %s: %s", call.id, error)
 
 
 def _reached_own_limit(call: Call) -> bool:

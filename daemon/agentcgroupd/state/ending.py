@@ -226,6 +226,8 @@ class Account:
                 for a in self.asked
             ]
             data["main_killed"] = self.main_killed
+        if self.main_lost:
+            data["main_lost"] = True
         if self.left:
             data["left"] = [[m.pid, m.path, m.at_unix_usec, m.moved_back] for m in self.left]
         if self.facts:
@@ -243,6 +245,7 @@ class Account:
             facts=[Fact(*values) for values in data.get("facts", ())],
             asked=[Asked(Asker(by), *values) for by, *values in data.get("asked", ())],
             main_killed=bool(data.get("main_killed")),
+            main_lost=bool(data.get("main_lost")),
             left=[Left(*values) for values in data.get("left", ())],
             began=began,
             baseline=before,

@@ -195,6 +195,7 @@ class Call:
                 "ended_inside": self.ended_inside,
                 "ended_inside_count": self.ended_inside_count,
                 "went_on_as": self.went_on_as,
+                "status": [self.exit_status, self.client_status],
                 "cut": self.cut,
                 "account": self.account.plain(),
             },
@@ -206,6 +207,7 @@ class Call:
         """Make a call that was found again from its record. Raises KeyError, TypeError or
         ValueError if the record is not ours, CgroupGone if its cgroup has gone."""
         grant = _grant_of_record(data["grant"])
+        status, client_status = data.get("status", (None, None))
         call = cls(
             id=str(data["id"]),
             session=session,
@@ -225,6 +227,8 @@ class Call:
             ended_inside=list(map(str, data.get("ended_inside", ()))),
             ended_inside_count=int(data.get("ended_inside_count", 0)),
             went_on_as=str(data.get("went_on_as", "")),
+            exit_status=status,
+            client_status=client_status,
             cut=tuple(map(str, data.get("cut", ()))),
             account=Account.from_plain(data.get("account", {})),
         )
@@ -232,7 +236,8 @@ class Call:
             call.main_leaf = cgroup.child(MAIN_LEAF)
         call.owner = Process.find(*data["owner"]) if data["owner"] else None
         call.main = Process.find(*data["main"]) if data["main"] else None
-        call.account.main_lost = bool(data["main"]) and call.main is None
+        if data["main"] and call.main is None and status is None:
+            call.account.main_lost = True
         return call
 
 
