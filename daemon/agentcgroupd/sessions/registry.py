@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import CgroupGone, NotFound, PermissionDenied
@@ -22,16 +22,24 @@ class Sessions:
         self._pool = pool
         self.open: dict[str, Session] = {}
         self._by_path: dict[str, Session] = {}
+        self._depths: Counter[int] = Counter()
+        """How many sessions lie so deep below the mount."""
 
     def add(self, session: Session) -> None:
         """Enter a session whose cgroup is there into the books."""
         self.open[session.id] = session
+        if session.cgroup_path not in self._by_path:
+            self._depths[session.cgroup_path.count("/")] += 1
         self._by_path[session.cgroup_path] = session
 
     def drop(self, session: Session) -> None:
         """Take a session out of the books; its cgroup is not touched."""
         self.open.pop(session.id, None)
-        self._by_path.pop(session.cgroup_path, None)
+        if self._by_path.pop(session.cgroup_path, None) is not None:
+            depth = session.cgroup_path.count("/")
+            self._depths[depth] -= 1
+            if not self._depths[depth]:
+                del self._depths[depth]
 
     def get(self, session_id: str) -> Session:
         """The open session of that id. Raises NotFound."""
@@ -42,10 +50,15 @@ class Sessions:
 
     def of_cgroup(self, path: str) -> Session | None:
         """The session that a process in the cgroup `path` (as in /proc/<pid>/cgroup) belongs to."""
-        for above in (path, *map(str, PurePosixPath(path).parents)):
-            session = self._by_path.get(above)
-            if session is not None:
-                return session
+        # Who calls chooses how deep its cgroup lies: names of one letter make some 2,000 of them in
+        # a path. So only what lies as deep as a session is looked up.
+        deepest = max(self._depths, default=0)
+        names = path.split("/", deepest + 1)
+        for depth in sorted(self._depths, reverse=True):
+            if depth < len(names):
+                session = self._by_path.get("/".join(names[: depth + 1]))
+                if session is not None:
+                    return session
         return None
 
     def place_of(self, pid: int) -> tuple[Session, str] | None:
