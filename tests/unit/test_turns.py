@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from agentcgroupd.turns import Turns
+from agentcgroupd.turns import KEYS_MOST, Turns
 
 
 def note(done: list[str], what: str, seconds: float = 0.0) -> Callable[[], None]:
@@ -97,3 +97,57 @@ async def failing(how: str) -> list[str]:
 def test_what_fails_takes_nobody_along(how: str, caplog: pytest.LogCaptureFixture) -> None:
     assert asyncio.run(failing(how)) == ["second"]
     assert "the work is broken" in caplog.text
+
+
+async def two_groups(others: int) -> list[str]:
+    turns, done = Turns(), list[str]()
+    for number in range(others):
+        for _ in range(2):
+            turns.submit(f"users/{number}", note(done, f"user {number}", 0.001))
+    assert turns.waiting("users") == 2 * others and turns.waiting("users/0") == 2
+    for number in range(3):
+        turns.submit("session", note(done, f"session {number}", 0.001))
+    await settled(done, 2 * others + 3)
+    assert not turns.waiting("users") and not turns.waiting("users/0")
+    return done
+
+
+def test_who_has_many_keys_of_one_group_has_the_turns_of_one() -> None:
+    done = asyncio.run(two_groups(30))
+    assert done.index("session 2") <= 7
+    users = [word for word in done if word.startswith("user")]
+    assert sorted(users[:30]) == sorted(users[30:]), "its members take turns"
+
+
+async def new_members(count: int) -> list[str]:
+    """What is done while somebody new of a group comes whenever the last one has had its turn."""
+    turns, done, coming = Turns(), list[str](), iter(range(count))
+
+    def another() -> None:
+        time.sleep(0.0005)
+        done.append("new")
+        if (number := next(coming, None)) is not None:
+            turns.submit(f"users/{number}", another)
+
+    turns.spent("session", 0.003)
+    turns.submit("users/first", another)
+    turns.submit("session", note(done, "session"))
+    return await settled(done, count + 2)
+
+
+def test_an_endless_row_of_newcomers_does_not_keep_their_group_ahead() -> None:
+    assert asyncio.run(new_members(60)).index("session") < 20
+
+
+async def many_at_once(count: int) -> int:
+    turns, done = Turns(), list[str]()
+    for number in range(count):
+        turns.spent(f"users/{number}", 0.001)
+        turns.spent(f"key {number}", 0.001)
+    turns.submit("users/0", note(done, "done"))
+    await settled(done, 1)
+    return sum(len(fair._had) for fair in (turns._all, turns._groups["users"]))
+
+
+def test_few_keys_are_remembered() -> None:
+    assert asyncio.run(many_at_once(20_000)) <= 2 * KEYS_MOST
