@@ -147,6 +147,98 @@ sys.stdin.read()
             other.communicate("")
 
 
+MANY_USERS = """
+import os, select, sys, time
+from tests import http2
+socks = []
+for uid in range(100_000, 100_000 + 300):
+    os.seteuid(0)
+    os.seteuid(uid)
+    socks.append(http2.connect(sys.argv[1]))
+closed, deadline = set(), time.monotonic() + 60
+while len(closed) < len(socks) - 16 and time.monotonic() < deadline:
+    for sock in select.select(list(set(socks) - closed), [], [], 0.1)[0]:
+        try:
+            if not sock.recv(65536):
+                closed.add(sock)
+        except ConnectionResetError:
+            closed.add(sock)
+print(len(closed), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_user_with_many_user_ids_takes_nothing_from_sessions(
+    start_daemon: StartDaemon,
+) -> None:
+    daemon = start_daemon("[limits]\nconnections_all = 64\n")
+    victim = daemon.open("victim")
+    victim.run(
+        """
+channels = [
+    grpc.insecure_channel(
+        f"unix:{RUN_DIR}/agent/grpc.sock", [("grpc.use_local_subchannel_pool", 1)]
+    )
+    for _ in range(3)
+]
+watches = [pb_grpc.AgentStub(c).WatchFeedback(pb.WatchFeedbackRequest()) for c in channels]
+[watch.initial_metadata() for watch in watches]
+"""
+    )
+    daemon.directory.chmod(0o755)
+    for parent in daemon.directory.parents[:2]:
+        parent.chmod(0o755)
+    argv = [sys.executable, "-c", MANY_USERS, str(daemon.run_dir / "agent/grpc.sock")]
+    other = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert int(other.stdout.readline()) >= 300 - 16, "no more than their share stays open"
+        assert victim.run("result = all(watch.is_active() for watch in watches)")
+        assert call_ms(victim, 1.0)[0] < 100
+    finally:
+        other.communicate("")
+
+
+ENDS_AT_ONCE = """
+import os, socket, sys, time
+os.setuid(65534)
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    pid = os.fork()
+    if not pid:
+        for name, kind in (("grpc", socket.SOCK_STREAM), ("attach", socket.SOCK_SEQPACKET)):
+            sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
+            try:
+                sock.connect(f"{sys.argv[1]}/agent/{name}.sock")
+            except OSError:
+                pass
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+
+
+def test_processes_that_end_at_once_keep_nobody_waiting(daemon: DaemonProcess) -> None:
+    victim = daemon.open("victim")
+    daemon.directory.chmod(0o755)
+    for parent in daemon.directory.parents[:2]:
+        parent.chmod(0o755)
+    call_ms(victim, 0.5)
+    before, files = rss_bytes(daemon), open_files(daemon)
+    argv = [sys.executable, "-S", "-c", ENDS_AT_ONCE]
+    times = dict[str, tuple[float, float]]()
+    for where in (daemon.directory / "nowhere", daemon.run_dir):
+        other = subprocess.Popen([*argv, str(where)])
+        try:
+            times[where.name] = call_ms(victim, 2.5)
+        finally:
+            other.wait()
+    print(f"p50, p99 in ms: {times}")
+    assert times["run"][0] <= 2 * times["nowhere"][0] + DELAY_MS
+    assert times["run"][1] <= 2 * times["nowhere"][1] + DELAY_MS + NOISE_MS
+    assert rss_bytes(daemon) - before < 60 * MIB
+    wait_until("their connections are closed", lambda: open_files(daemon) <= files + 20, 10)
+
+
 def open_files(daemon: DaemonProcess) -> int:
     """How many descriptors the daemon has."""
     assert daemon.process is not None

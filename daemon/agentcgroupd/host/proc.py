@@ -13,6 +13,7 @@ import os
 
 from agentcgroupd.errors import AgentcgroupdError
 
+_READ_BYTES = 65_536
 UNIFIED = b"0::"
 """Begins the line of the cgroup v2 hierarchy in /proc/<pid>/cgroup (cgroups(7))."""
 
@@ -48,8 +49,20 @@ def cgroup_of(pid: int) -> str:
 def read_proc(pid: int, file: str, most_bytes: int = -1) -> bytes:
     """The first `most_bytes` of /proc/<pid>/<file>; -1: all of it. Raises FileNotFoundError or
     ProcessLookupError when there is no such process."""
-    with open(f"/proc/{pid}/{file}", "rb") as content:
-        return content.read(most_bytes)
+    # Without the system calls by which open() finds out what kind of file it is: this is done for
+    # each connection.
+    fd = os.open(f"/proc/{pid}/{file}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = b""
+        while len(data) != most_bytes:
+            left = _READ_BYTES if most_bytes < 0 else min(_READ_BYTES, most_bytes - len(data))
+            more = os.read(fd, left)
+            if not more:
+                break
+            data += more
+        return data
+    finally:
+        os.close(fd)
 
 
 def children_of(pid: int) -> list[int]:

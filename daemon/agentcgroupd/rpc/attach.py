@@ -18,17 +18,19 @@ from typing import Any
 from agentcgroupd.errors import (
     AgentcgroupdError,
     InvalidField,
+    PermissionDenied,
     ResourceExhausted,
     as_request_error,
 )
 from agentcgroupd.host.listening import Listener
-from agentcgroupd.host.syscalls import peer_credentials, receive_from
+from agentcgroupd.host.syscalls import receive_from
 from agentcgroupd.intents.parse import WAIT_MOST_USEC
-from agentcgroupd.rpc.budgets import Budgets, Crowd
+from agentcgroupd.rpc.budgets import STRANGERS, Budgets, Crowd
 from agentcgroupd.rpc.door import Door
+from agentcgroupd.rpc.lobby import Lobby
 from agentcgroupd.rpc.messages import Messages, known, refusal
 from agentcgroupd.rpc.packets import PACKET_BYTES_MAX, RPC_PREFIX, Request, packet
-from agentcgroupd.rpc.peers import Peer, SessionFinder, crowd_of
+from agentcgroupd.rpc.peers import ENDED, Peer, SessionFinder
 from agentcgroupd.rpc.verbs import Answer, Verb
 from agentcgroupd.telemetry.metrics import Metrics
 from agentcgroupd.telemetry.seldom import Seldom
@@ -39,10 +41,9 @@ log = logging.getLogger(__name__)
 SILENT_TIMEOUT_S = 5.0
 PENALTY = 0.25
 """What a refused request counts of one that is let in."""
-UNSEEN_MAX = 64
-"""Connections of one crowd that wait until it is found out whose they are."""
 SILENT_MAX = 256
-"""Connections of one crowd that have not sent their request; of more, the oldest is closed."""
+"""Connections of one crowd, or of all strangers, that have not sent their request; of more, the
+oldest is closed."""
 
 LIMIT_KEYS = {"attaching": "attaching", "packets": "packets_per_s"}
 """Keys of the configuration by what there is too much of."""
@@ -79,16 +80,19 @@ class AttachServer:
         # What it accepts inherits that: each packet names its sender.
         listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._verbs, self._messages = verbs, messages
-        self._metrics, self._find, self._budgets = metrics, find, budgets
+        self._metrics, self._budgets = metrics, budgets
         self._turns = turns
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
-        self._door = Door(listener, self._accepted, metrics)
+        lobby = Lobby(self, find, budgets, turns, "packets")
+        self._door = Door(listener, lobby.accepted, metrics)
         self._debt = budgets.limits.packets_per_s / 5
+        self._nobody = budgets.crowd("processes that have ended")
+        self._ended = refusal(PermissionDenied(ENDED))
         self._complaint = Seldom(log, logging.WARNING, str(listener.path))
         self._refused = {what: metrics.refused.labels(what) for what in LIMIT_KEYS}
-        self._silent: dict[Crowd, dict[Client, None]] = {}
-        """Callers whose request has not come, oldest first."""
+        self._silent: dict[str, dict[Client, None]] = {}
+        """Callers whose request has not come, oldest first, by crowd; of strangers all together."""
         self._callers: set[Client] = set()
 
     def start(self) -> None:
@@ -105,62 +109,39 @@ class AttachServer:
 
     # Connections
 
-    def _accepted(self, client: socket.socket) -> None:
-        """Take in a connection, or refuse it at once where its crowd is known to ask too much. Who
-        it is exactly is found out in a turn of whoever that seems to be."""
-        try:
-            pid = peer_credentials(client).pid
-        except OSError:
-            client.close()
-            return
-        crowd = self._budgets.known(pid)
-        what = self._too_many(crowd) if crowd is not None else ""
-        key = crowd.key if crowd is not None else f"process {pid}"
-        if not what and self._turns.waiting(key) >= UNSEEN_MAX:
-            what = "packets"
-        if what:
-            self._turn_away(client, crowd or self._budgets.crowd(key), what)
-            return
-        self._turns.submit_or_do(key, partial(self._identify, client, pid))
-
-    def _identify(self, client: socket.socket, pid: int) -> None:
-        """Find out whose a connection is, and wait for its request."""
-        peer: Peer | None = None
-        try:
-            peer = Peer(client)
-            crowd = self._budgets.crowd(crowd_of(peer, self._find))
-        except Exception as error:
-            if peer is not None:
-                peer.close()
-            if not isinstance(error, AgentcgroupdError):
-                log.exception("%s: who calls cannot be told", self._path)
-            self._send_refusal(client, _refusal(known(error)))
-            client.close()
-            return
-        self._budgets.remember(pid, crowd)
-        if what := self._too_many(crowd):
-            peer.close()
-            self._turn_away(client, crowd, what)
-            return
+    def let_in(self, client: socket.socket, peer: Peer, crowd: Crowd) -> None:
+        """Wait for the request of a caller that is known."""
         crowd.packets.take(1)
-        crowd.attaching += 1
+        self._budgets.attached(crowd, 1)
         caller = Client(client, peer, crowd)
         self._callers.add(caller)
         self._listen_to(caller)
 
-    def _too_many(self, crowd: Crowd) -> str:
-        """What a crowd has too much of to be let in once more; empty: nothing."""
-        if crowd.attaching >= self._budgets.limits.attaching:
-            return "attaching"
-        return "packets" if crowd.packets.left(self._loop.time()) < 1 else ""
+    def not_told(self, client: socket.socket, error: Exception) -> None:
+        """Refuse a caller of which it cannot be told who it is."""
+        self._send_refusal(client, refusal(known(error)))
+        client.close()
 
-    def _turn_away(self, client: socket.socket, crowd: Crowd, what: str) -> None:
+    def ended(self, client: socket.socket) -> None:
+        """Refuse a caller that has ended; another process may have inherited its connection."""
+        if self._nobody.packets.left(self._loop.time()) >= 1:
+            self._nobody.packets.take(1)
+            self._send_refusal(client, self._ended)
+        else:
+            self._refused["packets"].inc()
+        client.close()
+
+    def too_many(self, crowd: Crowd) -> str:
+        """What a crowd has too much of to be let in once more; empty: nothing."""
+        return self._budgets.may_attach(crowd)
+
+    def turn_away(self, client: socket.socket, crowd: Crowd, what: str) -> None:
         """Refuse a request of a crowd that asks too much, at the least cost: the answer is made
         once for each crowd and reason."""
         answers = crowd.refusals.get(what)
         if answers is None:
             sentence = f"{crowd.key} asks too much at a time (limits.{LIMIT_KEYS[what]})"
-            answers = crowd.refusals[what] = _refusal(ResourceExhausted(sentence, what))
+            answers = crowd.refusals[what] = refusal(ResourceExhausted(sentence, what))
             self._complaint.say(f"refused: {crowd.key} has too many {what}")
         self._refused[what].inc()
         # Who goes on asking is not let in until it asks less, and in the end not answered either:
@@ -181,7 +162,7 @@ class AttachServer:
 
     def _listen_to(self, caller: Client) -> None:
         """Wait for a caller's request, unless it is there already."""
-        silent = self._silent.setdefault(caller.crowd, {})
+        silent = self._silent.setdefault(_silent_key(caller.crowd), {})
         silent[caller] = None
         caller.timer = self._loop.call_later(SILENT_TIMEOUT_S, self._close, caller)
         self._loop.add_reader(caller.socket.fileno(), self._readable, caller)
@@ -197,17 +178,17 @@ class AttachServer:
             caller.timer.cancel()
             caller.timer = None
             self._loop.remove_reader(caller.socket.fileno())
-            silent = self._silent[caller.crowd]
-            silent.pop(caller, None)
-            if not silent:
-                del self._silent[caller.crowd]
+            key = _silent_key(caller.crowd)
+            self._silent[key].pop(caller, None)
+            if not self._silent[key]:
+                del self._silent[key]
 
     def _close(self, caller: Client) -> None:
         if caller not in self._callers:
             return
         self._heard(caller)
         self._callers.discard(caller)
-        caller.crowd.attaching -= 1
+        self._budgets.attached(caller.crowd, -1)
         caller.socket.close()
         caller.peer.close()
 
@@ -226,7 +207,9 @@ class AttachServer:
         else:
             # Its crowd's turn, not that of a process that has had none yet: who starts many
             # processes would have a turn for each.
-            self._turns.submit_or_do(caller.crowd.key, partial(self._serve, caller, data, sender))
+            self._turns.submit_or_do(
+                caller.crowd.turns_key, partial(self._serve, caller, data, sender)
+            )
 
     def _serve(self, caller: Client, data: bytes, sender: int | None) -> None:
         if caller not in self._callers:
@@ -338,9 +321,5 @@ class AttachServer:
         return ["ERR", refused.code, " ".join(refused.sentence.replace("\0", " ").split())]
 
 
-def _refusal(error: AgentcgroupdError) -> tuple[bytes, bytes]:
-    """The answer to a request that was refused unread: to one of words, and to one with a
-    message."""
-    refused = as_request_error(error)
-    words = packet(["ERR", refused.code, " ".join(refused.sentence.replace("\0", " ").split())])
-    return words, refusal(refused)
+def _silent_key(crowd: Crowd) -> str:
+    return STRANGERS if crowd.is_stranger else crowd.key

@@ -3,6 +3,10 @@
 A crowd is all that one session's processes have open, or all that a user's processes outside of
 sessions have. Rates are token buckets: a crowd that has spent its own is served later. Counts are
 limits: what goes beyond is refused.
+
+One user may have tens of thousands of user ids, and be a crowd with each. So all users outside of
+sessions but root, the strangers, have besides a share of what there is for all, and no session
+loses anything to them.
 """
 
 from __future__ import annotations
@@ -23,6 +27,22 @@ again is refused at little cost. Nothing is granted by that."""
 PIDS_KNOWN_MAX = 4096
 ALL_FACTOR = 8
 """All together may have as much a second as this many crowds."""
+STRANGERS_PART = 4
+"""One in so many of what there is for all is there for strangers."""
+STRANGERS = "users"
+"""Group of their turns on the loop (turns.Turns)."""
+STRANGERS_AGAIN_S = 0.01
+RESUMED_MOST = 32
+"""How many paused connections of strangers are looked at again at a time, and after how long."""
+
+
+def user_key(uid: int) -> str:
+    """The crowd of a user outside of sessions."""
+    return f"user {uid}"
+
+
+def _is_stranger(key: str) -> bool:
+    return key.startswith("user ") and key != user_key(0)
 
 
 class Bucket:
@@ -59,6 +79,24 @@ class Paused(Protocol):
 
 
 @dataclass(slots=True, eq=False)
+class Share:
+    """What many crowds have together."""
+
+    requests: Bucket
+    octets: Bucket
+    connections_max: int
+    attaching_max: int
+    streams_max: int
+    watchers_max: int
+    answer_bytes_max: int
+    connections: int = 0
+    attaching: int = 0
+    streams: int = 0
+    watchers: int = 0
+    answer_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class Crowd:
     """All connections of a session, or of a user outside of sessions."""
 
@@ -68,6 +106,9 @@ class Crowd:
     octets: Bucket
     connects: Bucket
     packets: Bucket
+    shares: tuple[Share, ...] = ()
+    """What it has together with others: with all, and before that with all strangers, if it is one
+    of these."""
     connections: dict[int, Callable[[], None]] = field(default_factory=dict)
     """What closes each open connection, by a number of its own, oldest first."""
     attaching: int = 0
@@ -80,6 +121,21 @@ class Crowd:
     """Answers to requests that are refused unread, by reason: in words, and as a message."""
     paused: deque[Paused] = field(default_factory=deque)
     timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_stranger(self) -> bool:
+        """Whether it is a user outside of sessions, other than root."""
+        return len(self.shares) > 1
+
+    @property
+    def rated(self) -> tuple[Crowd | Share, ...]:
+        """Whose rates hold for it: its own, and those of its shares."""
+        return (self, *self.shares)
+
+    @property
+    def turns_key(self) -> str:
+        """Whose turn on the loop it is when something is done for it."""
+        return f"{STRANGERS}/{self.key}" if self.is_stranger else self.key
 
     @property
     def is_idle(self) -> bool:
@@ -98,16 +154,34 @@ class Budgets:
         self._loop = asyncio.get_running_loop()
         self._crowds: dict[str, Crowd] = {}
         self._pids: dict[int, tuple[Crowd, float]] = {}
-        now = self._loop.time()
-        self._requests = Bucket(
-            ALL_FACTOR * limits.requests_per_s, ALL_FACTOR * limits.requests_burst, now
-        )
-        self._bytes = Bucket(
-            ALL_FACTOR * limits.bytes_per_s, ALL_FACTOR * limits.bytes_per_s / 4, now
-        )
-        self.answer_bytes = 0
-        self.connections = 0
+        self._all = self._share(1)
+        self._strangers = self._share(STRANGERS_PART)
+        self._paused_strangers = deque[tuple[Crowd, Paused]]()
         self._number = 0
+
+    def _share(self, part: int) -> Share:
+        """One part in `part` of what there is for all."""
+        limits, now, factor = self.limits, self._loop.time(), ALL_FACTOR / part
+        rate = factor * limits.bytes_per_s
+        return Share(
+            Bucket(factor * limits.requests_per_s, factor * limits.requests_burst, now),
+            Bucket(rate, rate / 4, now),
+            max(1, limits.connections_all // part),
+            limits.attaching * ALL_FACTOR // part,
+            limits.streams * ALL_FACTOR // part,
+            limits.watchers * ALL_FACTOR // part,
+            limits.answer_bytes_all // part,
+        )
+
+    @property
+    def answer_bytes(self) -> int:
+        """Size of the answers of all that were given and have not been taken."""
+        return self._all.answer_bytes
+
+    @property
+    def connections(self) -> int:
+        """Open connections of all."""
+        return self._all.connections
 
     def crowd(self, key: str) -> Crowd:
         """The crowd of that name."""
@@ -122,6 +196,7 @@ class Budgets:
                 Bucket(limits.bytes_per_s, limits.bytes_per_s / 4, now),
                 Bucket(limits.connects_per_s, limits.connects_per_s, now),
                 Bucket(limits.packets_per_s, limits.packets_per_s, now),
+                (self._strangers, self._all) if _is_stranger(key) else (self._all,),
             )
         return crowd
 
@@ -156,60 +231,101 @@ class Budgets:
 
     def connected(self, crowd: Crowd, close: Callable[[], None]) -> int:
         """Count a new connection; returns the number to give to `disconnected`. Where there are too
-        many of all crowds together, the oldest of the crowd with the most is closed for it."""
+        many of all crowds together, the oldest of the crowd with the most is closed for it, of a
+        stranger as long as there is one; where strangers have too many, one of theirs."""
         crowd.connects.take(1)
-        if self.connections >= self.limits.connections_all:
-            most = max(self._crowds.values(), key=lambda other: len(other.connections))
-            self.refused("connections_all")
-            next(iter(most.connections.values()))()
+        if crowd.is_stranger and self._strangers.connections >= self._strangers.connections_max:
+            self._close_one("connections_strangers")
+        elif self._all.connections >= self._all.connections_max:
+            self._close_one("connections_all")
         self._number += 1
         crowd.connections[self._number] = close
-        self.connections += 1
+        for share in crowd.shares:
+            share.connections += 1
         return self._number
+
+    def _close_one(self, why: str) -> None:
+        """Close the oldest connection of the stranger, or else the crowd, that has the most."""
+        strangers = bool(self._strangers.connections)
+        crowds = (crowd for crowd in self._crowds.values() if crowd.is_stranger or not strangers)
+        most = max(crowds, key=lambda crowd: len(crowd.connections))
+        self.refused(why)
+        next(iter(most.connections.values()))()
 
     def disconnected(self, crowd: Crowd, number: int) -> None:
         """Count the end of a connection."""
         if crowd.connections.pop(number, None) is not None:
-            self.connections -= 1
+            for share in crowd.shares:
+                share.connections -= 1
+
+    # At the attach socket
+
+    def may_attach(self, crowd: Crowd) -> str:
+        """Why a crowd may send no further packet now; empty: it may."""
+        if crowd.attaching >= self.limits.attaching or (
+            crowd.is_stranger and self._strangers.attaching >= self._strangers.attaching_max
+        ):
+            return "attaching"
+        return "packets" if crowd.packets.left(self._loop.time()) < 1 else ""
+
+    def attached(self, crowd: Crowd, count: int) -> None:
+        """Count connections of the attach socket that were opened; negative: closed."""
+        crowd.attaching += count
+        for share in crowd.shares:
+            share.attaching += count
 
     # What comes in over gRPC
 
     def may_ask(self, crowd: Crowd) -> bool:
         """Whether one more request of a crowd may be passed on now."""
         now = self._loop.time()
-        return crowd.requests.left(now) >= 1 and self._requests.left(now) >= 1
+        return all(of.requests.left(now) >= 1 for of in crowd.rated)
 
     def may_send(self, crowd: Crowd) -> bool:
         """Whether bytes of a crowd may be passed on now."""
         now = self._loop.time()
-        return crowd.octets.left(now) > 0 and self._bytes.left(now) > 0
+        return all(of.octets.left(now) > 0 for of in crowd.rated)
 
     def asked(self, crowd: Crowd) -> None:
         """Count a request that was passed on."""
-        crowd.requests.take(1)
-        self._requests.take(1)
+        for of in crowd.rated:
+            of.requests.take(1)
 
     def sent(self, crowd: Crowd, cost_bytes: int) -> None:
         """Count bytes that were passed on."""
-        crowd.octets.take(cost_bytes)
-        self._bytes.take(cost_bytes)
+        for of in crowd.rated:
+            of.octets.take(cost_bytes)
 
     def pause(self, crowd: Crowd, connection: Paused) -> None:
         """Have a connection resumed when its crowd may send again."""
+        if crowd.is_stranger:
+            # A timer for each of thousands of them would itself be a flood.
+            if not self._paused_strangers:
+                self._loop.call_later(STRANGERS_AGAIN_S, self._wake_strangers)
+            self._paused_strangers.append((crowd, connection))
+            return
         crowd.paused.append(connection)
         if crowd.timer is None:
             self._set_timer(crowd)
 
+    def _wake_strangers(self) -> None:
+        for _ in range(min(RESUMED_MOST, len(self._paused_strangers))):
+            crowd, connection = self._paused_strangers.popleft()
+            if self.may_ask(crowd) and self.may_send(crowd):
+                connection.resume()
+            else:
+                self._paused_strangers.append((crowd, connection))
+        if self._paused_strangers:
+            self._loop.call_later(STRANGERS_AGAIN_S, self._wake_strangers)
+
     def _set_timer(self, crowd: Crowd) -> None:
         now = self._loop.time()
-        wait_s = max(
-            crowd.requests.wait_s(now),
-            crowd.octets.wait_s(now),
-            self._requests.wait_s(now),
-            self._bytes.wait_s(now),
-            0.001,
-        )
-        crowd.timer = self._loop.call_later(wait_s, self._wake, crowd)
+        waits = [
+            wait_s
+            for of in crowd.rated
+            for wait_s in (of.requests.wait_s(now), of.octets.wait_s(now))
+        ]
+        crowd.timer = self._loop.call_later(max(*waits, 0.001), self._wake, crowd)
 
     def _wake(self, crowd: Crowd) -> None:
         crowd.timer = None
@@ -229,27 +345,38 @@ class Budgets:
             self._refuse("streams", crowd, f"{crowd.streams} requests at a time", "streams")
         if watches and crowd.watchers >= self.limits.watchers:
             self._refuse("watchers", crowd, f"{crowd.watchers} streams of events", "watchers")
+        strangers = self._strangers
+        if crowd.is_stranger and (
+            strangers.streams >= strangers.streams_max
+            or (watches and strangers.watchers >= strangers.watchers_max)
+        ):
+            self._refuse("streams_strangers", crowd, "a request while too many others are answered")
         self.check_answers(crowd)
-        crowd.streams += 1
-        crowd.watchers += watches
+        self._count_stream(crowd, 1, watches)
 
     def close_stream(self, crowd: Crowd, watches: bool) -> None:
         """Count the end of a request."""
-        crowd.streams -= 1
-        crowd.watchers -= watches
+        self._count_stream(crowd, -1, watches)
+
+    @staticmethod
+    def _count_stream(crowd: Crowd, count: int, watches: bool) -> None:
+        for of in crowd.rated:
+            of.streams += count
+            of.watchers += count * watches
 
     def check_answers(self, crowd: Crowd) -> None:
         """Refuse a request of a crowd that does not take the answers it has got. Raises
         ResourceExhausted."""
         if crowd.answer_bytes > self.limits.answer_bytes:
             self._refuse("answers", crowd, "more answers than it takes", "answer_bytes")
-        if self.answer_bytes > self.limits.answer_bytes_all:
+        if any(share.answer_bytes > share.answer_bytes_max for share in crowd.shares):
             self._refuse("answers_all", crowd, "an answer while too many others wait to be taken")
 
     def answered(self, crowd: Crowd, size_bytes: int) -> None:
         """Count an answer that was given; a negative size: it was taken."""
         crowd.answer_bytes += size_bytes
-        self.answer_bytes += size_bytes
+        for share in crowd.shares:
+            share.answer_bytes += size_bytes
 
     def _refuse(self, what: str, crowd: Crowd, much: str, key: str = "") -> None:
         self.refused(what)

@@ -76,7 +76,7 @@ class Gate(grpc.aio.ServerInterceptor):
             await abort(context, refused)
             raise AssertionError("abort always raises") from None
         _when_over(context, budgets.close_stream, crowd, watches)
-        await self._turns.turn(crowd.key)
+        await self._turns.turn(crowd.turns_key)
         return connection
 
     def _unary(self, method: Any) -> Any:
@@ -86,7 +86,7 @@ class Gate(grpc.aio.ServerInterceptor):
             try:
                 answer = await method(request, context)
             finally:
-                self._turns.spent(connection.crowd.key, time.perf_counter() - started)
+                self._turns.spent(connection.crowd.turns_key, time.perf_counter() - started)
             size = answer.ByteSize()
             connection.answered(size)
             _when_over(context, connection.taken, size)
@@ -124,7 +124,7 @@ class Gate(grpc.aio.ServerInterceptor):
     ) -> AsyncIterator[Any]:
         """Requests of a stream, each in a turn of its session."""
         async for request in requests:
-            await self._turns.turn(connection.crowd.key)
+            await self._turns.turn(connection.crowd.turns_key)
             yield request
 
     @staticmethod

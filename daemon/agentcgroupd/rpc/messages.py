@@ -121,7 +121,7 @@ class Messages:
         try:
             return await self._packet(method, self._service.answer(method, request, by))
         finally:
-            self._turns.spent(by.crowd.key, time.perf_counter() - started)
+            self._turns.spent(by.crowd.turns_key, time.perf_counter() - started)
 
     async def _packet(self, method: str, answer: Awaitable[message.Message]) -> bytes:
         try:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from agentcgroupd.errors import PermissionDenied, Unavailable
 from agentcgroupd.host.proc import CgroupUnknown, cgroup_of
 from agentcgroupd.host.syscalls import peer_credentials, peer_pidfd, pidfd_alive
+from agentcgroupd.rpc.budgets import user_key
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import Session
 
@@ -59,17 +60,17 @@ class Peer:
         """The cgroup the process is in now, below the cgroup2 mount. Raises PermissionDenied, or
         Unavailable where no descriptor is left."""
         try:
-            path = cgroup_of(self.process.pid)
+            path = path_of(self.process.pid)
         except OSError as error:
             raise _not_known(error) from None
-        except CgroupUnknown as error:
-            raise PermissionDenied(f"the calling process is in no usable cgroup: {error}") from None
         # Alive after the read: it was this process that was read, not a later one of its pid.
+        self.check_alive()
+        return path
+
+    def check_alive(self) -> None:
+        """Refuse a process that has ended. Raises PermissionDenied."""
         if not pidfd_alive(self.process.pidfd):
             raise PermissionDenied(ENDED)
-        if not path.startswith("/") or path.endswith(" (deleted)"):
-            raise PermissionDenied(f"the calling process is in no usable cgroup ({path!r})")
-        return path
 
     def check_sender(self, pid: int | None) -> None:
         """Refuse what another process has sent over the connection, which it inherited. Raises
@@ -106,10 +107,28 @@ def check_operator(peer: Peer, find: SessionFinder) -> None:
         raise PermissionDenied(f"a process of session {session.id} may not act as the operator")
 
 
+def path_of(pid: int) -> str:
+    """The cgroup that a process is in, below the cgroup2 mount. Raises PermissionDenied where that
+    is no usable one, OSError where the process is gone or cannot be read."""
+    try:
+        path = cgroup_of(pid)
+    except CgroupUnknown as error:
+        raise PermissionDenied(f"the calling process is in no usable cgroup: {error}") from None
+    if not path.startswith("/") or path.endswith(" (deleted)"):
+        raise PermissionDenied(f"the calling process is in no usable cgroup ({path!r})")
+    return path
+
+
 def crowd_of(peer: Peer, find: SessionFinder) -> str:
-    """Whose budget a peer uses: its session's, or its user's where it is in none. The daemon, which
-    asks itself whether it answers, has its own. Raises PermissionDenied."""
-    session = find(peer.cgroup_path())
-    if session is None and peer.process.pid == os.getpid():
-        return "the daemon"
-    return session.turns_key if session is not None else f"user {peer.uid}"
+    """Whose budget a peer uses: its session's, or its user's where it is in none. Raises
+    PermissionDenied."""
+    return crowd_at(peer.cgroup_path(), peer.process.pid, peer.uid, find)
+
+
+def crowd_at(path: str, pid: int, uid: int, find: SessionFinder) -> str:
+    """Whose budget a process in the cgroup `path` uses. The daemon, which asks itself whether it
+    answers, has its own."""
+    session = find(path)
+    if session is not None:
+        return session.turns_key
+    return "the daemon" if pid == os.getpid() else user_key(uid)

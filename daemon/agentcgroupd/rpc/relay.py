@@ -19,11 +19,11 @@ from functools import partial
 
 from agentcgroupd.errors import AgentcgroupdError, PermissionDenied
 from agentcgroupd.host.listening import Listener
-from agentcgroupd.host.syscalls import peer_credentials
 from agentcgroupd.rpc.budgets import Budgets, Crowd
 from agentcgroupd.rpc.door import Door
 from agentcgroupd.rpc.frames import FRAME_COST_BYTES, PREFACE, BadFrame, Reader, Streams
-from agentcgroupd.rpc.peers import Peer, SessionFinder, crowd_of
+from agentcgroupd.rpc.lobby import Lobby
+from agentcgroupd.rpc.peers import ENDED, Peer, SessionFinder
 from agentcgroupd.telemetry.metrics import Metrics
 from agentcgroupd.telemetry.seldom import Seldom
 from agentcgroupd.turns import Turns
@@ -40,8 +40,6 @@ REQUEST_S = 10.0
 STUCK_S = 10.0
 """How long a peer may leave what was sent to it unread, where more waits for it."""
 CHECK_S = 1.0
-UNSEEN_MAX = 64
-"""Connections of one crowd that wait until it is found out whose they are."""
 BACKEND_AGAIN_S = 0.01
 """When the server is asked again whose queue of connections was full."""
 
@@ -315,12 +313,12 @@ class Relay:
     ) -> None:
         """`backend`: the path of the server's socket. `find`: the session of a cgroup. `budgets`,
         `turns`: what each peer may ask for, and when."""
-        self._turns = turns
         self.backend, self.budgets = backend, budgets
         self.loop = asyncio.get_running_loop()
-        self._find = find
         self._metrics = metrics
-        self._door = Door(listener, self._accepted, metrics)
+        self._not_told = metrics.peers_refused.labels("identity")
+        lobby = Lobby(self, find, budgets, turns, "connects")
+        self._door = Door(listener, lobby.accepted, metrics)
         self.complaint = Seldom(log, logging.WARNING, str(listener.path))
         self._connections: dict[str, Connection] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -360,57 +358,35 @@ class Relay:
         self.budgets.disconnected(connection.crowd, connection.number)
         connection.peer.close()
 
-    def _accepted(self, front: socket.socket) -> None:
-        """Take in a connection, or close it at once where its crowd is known to have too many. Who
-        it is exactly is found out in a turn of whoever that seems to be."""
-        try:
-            pid = peer_credentials(front).pid
-        except OSError:
-            front.close()
-            return
-        crowd = self.budgets.known(pid)
-        key = crowd.key if crowd is not None else f"process {pid}"
-        if crowd is not None and self._is_refused(crowd):
-            front.close()
-        elif self._turns.waiting(key) >= UNSEEN_MAX:
-            self.budgets.refused("connects")
-            front.close()
-        else:
-            self._turns.submit(key, partial(self._let_in, front, pid))
-
-    def _let_in(self, front: socket.socket, pid: int) -> None:
-        """Ask the kernel who is there. Whoever cannot be told, or has too many connections, is not
-        let in."""
-        peer: Peer | None = None
-        try:
-            peer = Peer(front)
-            crowd = self.budgets.crowd(crowd_of(peer, self._find))
-        except Exception as error:
-            if peer is not None:
-                peer.close()
-            front.close()
-            self._metrics.peers_refused.labels("identity").inc()
-            if isinstance(error, AgentcgroupdError):
-                self.complaint.say(f"connection refused: {error}")
-            else:
-                log.exception("who opened a connection cannot be told")
-            return
-        self.budgets.remember(pid, crowd)
-        if self._is_refused(crowd):
-            peer.close()
-            front.close()
-            return
+    def let_in(self, front: socket.socket, peer: Peer, crowd: Crowd) -> None:
+        """Take in the connection of a peer that is known."""
         connection = Connection(self, front, peer, crowd)
         self._connections[connection.name] = connection
         connection.number = self.budgets.connected(crowd, connection.close)
 
-    def _is_refused(self, crowd: Crowd) -> bool:
-        what = self.budgets.may_connect(crowd)
-        if what:
-            self.budgets.refused(what)
-            self._metrics.peers_refused.labels(what).inc()
-            self.complaint.say(f"connection refused: {crowd.key} has too many {what}")
-        return bool(what)
+    def not_told(self, front: socket.socket, error: Exception) -> None:
+        """Close a connection of which it cannot be told whose it is."""
+        front.close()
+        self._not_told.inc()
+        if isinstance(error, AgentcgroupdError):
+            self.complaint.say(f"connection refused: {error}")
+
+    def ended(self, front: socket.socket) -> None:
+        """Close the connection of a process that has ended."""
+        front.close()
+        self._not_told.inc()
+        self.complaint.say(f"connection refused: {ENDED}")
+
+    def too_many(self, crowd: Crowd) -> str:
+        """What a crowd has too much of to be let in once more; empty: nothing."""
+        return self.budgets.may_connect(crowd)
+
+    def turn_away(self, front: socket.socket, crowd: Crowd, what: str) -> None:
+        """Close a connection of a crowd that has too many."""
+        front.close()
+        self.budgets.refused(what)
+        self._metrics.peers_refused.labels(what).inc()
+        self.complaint.say(f"connection refused: {crowd.key} has too many {what}")
 
     def _check(self) -> None:
         self._timer = self.loop.call_later(CHECK_S, self._check)

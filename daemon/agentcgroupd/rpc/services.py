@@ -117,7 +117,7 @@ class _Service:
 
     def slices(self, by: Asking) -> Slices:
         """Slices of a long piece of work, each in a turn of the caller's session."""
-        return Slices(self.parts.turns, by.crowd.key)
+        return Slices(self.parts.turns, by.crowd.turns_key)
 
     async def refuse(self, name: str, error: AgentcgroupdError, context: Context) -> None:
         """Abort with the error's code and sentence."""

@@ -1,0 +1,129 @@
+"""Whose a new connection is, found out before anything is read from it.
+
+Whoever may connect can do so from ever new processes, which have ended before they can be asked
+for. So it is looked up at once, by a single read, whose a connection seems to be. The rest is done
+in that one's turn: a session's own new processes wait behind none of somebody else. All who are
+outside of sessions share the turns of one, and who has ended is turned away without one.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from functools import partial
+from typing import Protocol
+
+from agentcgroupd.errors import AgentcgroupdError
+from agentcgroupd.host.syscalls import PeerCredentials, peer_credentials
+from agentcgroupd.rpc.budgets import STRANGERS, Budgets, Crowd, user_key
+from agentcgroupd.rpc.peers import Peer, SessionFinder, crowd_at, crowd_of, path_of
+from agentcgroupd.turns import Turns
+
+log = logging.getLogger(__name__)
+
+UNSEEN_MAX = 64
+"""Connections of one crowd that wait until it is found out whose they are."""
+UNSEEN_STRANGERS_MAX = 256
+"""The same, of all users outside of sessions together."""
+
+
+class Host(Protocol):
+    """The server that a lobby is before. Each of these takes the socket over."""
+
+    def too_many(self, crowd: Crowd) -> str:
+        """What a crowd has too much of to be let in once more; empty: nothing."""
+
+    def let_in(self, sock: socket.socket, peer: Peer, crowd: Crowd) -> None:
+        """Serve a peer that is known."""
+
+    def turn_away(self, sock: socket.socket, crowd: Crowd, what: str) -> None:
+        """Refuse a connection of a crowd that has too much of `what`."""
+
+    def not_told(self, sock: socket.socket, error: Exception) -> None:
+        """Refuse a connection of which it cannot be told whose it is."""
+
+    def ended(self, sock: socket.socket) -> None:
+        """Refuse a connection whose process has ended, at little cost."""
+
+
+class Lobby:
+    """Where connections wait until it is found out whose they are."""
+
+    def __init__(
+        self, host: Host, find: SessionFinder, budgets: Budgets, turns: Turns, crowded: str
+    ) -> None:
+        """`find`: the session of a cgroup. `crowded`: what there is too much of where too many
+        wait."""
+        self._host, self._find = host, find
+        self._budgets, self._turns = budgets, turns
+        self._crowded = crowded
+
+    def accepted(self, sock: socket.socket) -> None:
+        """Take in a new connection."""
+        try:
+            who = peer_credentials(sock)
+        except OSError:
+            sock.close()
+            return
+        crowd = self._budgets.known(who.pid)
+        if crowd is not None and (what := self._host.too_many(crowd)):
+            self._host.turn_away(sock, crowd, what)
+            return
+        try:
+            seems = self._seems(who)
+        except ProcessLookupError:
+            self._turns.spent(self._stranger(who.uid), 0)
+            self._host.ended(sock)
+            return
+        crowd = self._budgets.crowd(seems or user_key(who.uid))
+        key = crowd.turns_key if seems else self._stranger(who.uid)
+        if self._is_full(key):
+            self._host.turn_away(sock, crowd, self._crowded)
+        else:
+            self._turns.submit_or_do(key, partial(self._identify, sock, who.pid, seems))
+
+    @staticmethod
+    def _stranger(uid: int) -> str:
+        return f"{STRANGERS}/{user_key(uid)}"
+
+    def _is_full(self, key: str) -> bool:
+        waiting = self._turns.waiting
+        if waiting(key) >= UNSEEN_MAX:
+            return True
+        return key.startswith(f"{STRANGERS}/") and waiting(STRANGERS) >= UNSEEN_STRANGERS_MAX
+
+    def _seems(self, who: PeerCredentials) -> str:
+        """The crowd that a process is of, if it still is who connected; empty: that cannot be told
+        like this. Raises ProcessLookupError if it has ended."""
+        if not who.pid:
+            return ""
+        try:
+            return crowd_at(path_of(who.pid), who.pid, who.uid, self._find)
+        except (FileNotFoundError, ProcessLookupError):
+            raise ProcessLookupError from None
+        except Exception:
+            log.debug("process %d is asked for once more", who.pid, exc_info=True)
+            return ""
+
+    def _identify(self, sock: socket.socket, pid: int, seems: str) -> None:
+        """Ask the kernel who is there, and hand it to the server."""
+        peer: Peer | None = None
+        try:
+            peer = Peer(sock)
+            if seems:
+                # It has been there since it connected, so what was read of its pid was its own.
+                peer.check_alive()
+            crowd = self._budgets.crowd(seems or crowd_of(peer, self._find))
+        except Exception as error:
+            if peer is not None:
+                peer.close()
+            if not isinstance(error, AgentcgroupdError):
+                log.exception("who opened a connection cannot be told")
+            self._host.not_told(sock, error)
+            return
+        self._budgets.remember(pid, crowd)
+        if what := self._host.too_many(crowd):
+            peer.close()
+            self._host.turn_away(sock, crowd, what)
+        else:
+            self._host.let_in(sock, peer, crowd)
