@@ -31,7 +31,7 @@ def restore(
                 calls.restore(session, call)
             except (KnobError, OSError, ValueError) as error:
                 log.error("%s cannot be taken up: %s", call.cgroup.path, error)
-    notices.history.settle(audit.ended_reports)
+    notices.history.settle(audit.ended_reports, audit.closed_sessions)
     if not sessions.open:
         return
     for session_id, reports in _reports(sessions, calls, audit).items():

@@ -11,6 +11,7 @@ import pytest
 from agentcgroup import Admin, CallNotFound
 from agentcgroup.types import Verdict
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.history.rows import GONE
 from tests.conftest import StartDaemon
 from tests.harness import EXEC, AgentProcess, DaemonProcess, RemoteRpcError, wait_until
 
@@ -48,10 +49,13 @@ def test_closed_sessions_and_their_calls_are_known_after_a_restart(fresh: Daemon
     bad = ran(agent, "sh", "-c", "exit 3", memory_max="64M", call_timeout="10s")
     before = fresh.admin.GetReport(pb.GetReportRequest(call_id=bad))
     agent.close()
+    with Admin(str(fresh.run_dir)) as admin:
+        assert len(admin.history()) == 2, "what was asked for is written"
     close(fresh, "alpha")
     fresh.kill()
     fresh.start()
     with Admin(str(fresh.run_dir)) as admin:
+        wait_until("the log was read", lambda: GONE not in admin.past_sessions()[0].closed_why)
         assert [report.call_id for report in admin.history()] == [bad, good]
         assert [r.call_id for r in admin.history(verdicts=[Verdict.FAILED])] == [bad]
         assert admin.report().call_id == bad

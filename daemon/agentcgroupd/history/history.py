@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,16 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.errors import FailedPrecondition
 from agentcgroupd.history.reader import Query, Reader
 from agentcgroupd.history.room import Bounds
-from agentcgroupd.history.rows import Closed, Ended, Entry, Found, Opened, SessionKey, Settled
+from agentcgroupd.history.rows import (
+    Closed,
+    Ended,
+    Entry,
+    Found,
+    FoundClosed,
+    Opened,
+    SessionKey,
+    Settled,
+)
 from agentcgroupd.history.store import Store
 
 log = logging.getLogger(__name__)
@@ -76,16 +86,25 @@ class History:
             message = b"" if last is None else last.SerializeToString()
             self._store.put(Closed(key, _now_usec(), why, message), soon=True)
 
-    def settle(self, ended_reports: Callable[[int], Iterable[pb.Report]]) -> None:
+    def settle(
+        self,
+        ended_reports: Callable[[int], Iterable[pb.Report]],
+        closed_sessions: Callable[[int], Iterable[tuple[str, int, str]]],
+    ) -> None:
         """Take note that all sessions that there still are have been told of.
 
-        `ended_reports`: the audit log's, not older than a time in microseconds; they are asked for
-        where the daemon before may have lost rows.
+        Both give what the audit log has since a time in microseconds, where the daemon before may
+        have lost rows; `closed_sessions`: each with when and why.
         """
         if self._store is None:
             return
         self._store.put(Settled(frozenset(self._open.values()), _now_usec()))
-        self._store.recover(lambda since_usec: map(Found, ended_reports(since_usec)))
+        self._store.recover(
+            lambda since_usec: chain(
+                map(Found, ended_reports(since_usec)),
+                starmap(FoundClosed, closed_sessions(since_usec)),
+            )
+        )
 
     def note(self, event: str, fields: Mapping[str, Any]) -> None:
         """Take note of an entry of the audit log."""
@@ -126,6 +145,10 @@ class History:
         """Tell whether questions can be answered; soon after the start that has to be waited
         for."""
         return self._reader is not None and await self._reader.is_ready()
+
+    async def is_current(self) -> bool:
+        """Tell whether what was told so far is kept, so that answers have all of it."""
+        return await self.is_kept() and self._store is not None and not self._store.wrong
 
     @property
     def lost(self) -> int:

@@ -237,6 +237,26 @@ class Found:
         Ended.of(SessionKey(report.session_id, opened_usec), report).write(batch)
 
 
+@dataclass(frozen=True, slots=True)
+class FoundClosed:
+    """The end of a session that the audit log has of such a time."""
+
+    name: str
+    at_usec: int
+    why: str
+    owner: str = ""
+    size_bytes: int = 0
+
+    def write(self, batch: Batch) -> None:
+        """Say why the session was closed, if it is only known that it is not there any more."""
+        batch.db.execute(
+            "UPDATE sessions SET closed_usec = ?, closed_why = ? WHERE closed_why = ? AND key = "
+            "(SELECT key FROM sessions WHERE name = ? AND opened_usec <= ? "
+            "ORDER BY opened_usec DESC LIMIT 1)",
+            (self.at_usec, self.why, GONE, self.name, self.at_usec),
+        )
+
+
 class Batch:
     """What is written in one transaction: rows of a kind at once, and each sum once."""
 

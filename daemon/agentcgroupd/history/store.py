@@ -52,6 +52,8 @@ class Store:
         self._touched: set[int] = set()
         """Sessions that rows were written for since their shares were looked at."""
         self._recovery: Callable[[int], Iterable[Row]] | None = None
+        self._due: Callable[[int], Iterable[Row]] | None = None
+        """The recovery that comes when all that was put before it has been written."""
         self._stop = threading.Event()
         self._is_suspect = False
         self._transaction_bytes = min(TRANSACTION_BYTES, bounds.max_bytes // 64)
@@ -154,6 +156,8 @@ class Store:
                 return True
             if not stopping:
                 self._queue.hurry.wait(GATHER_S)
+            # What was put before it is taken with it, and so written before it.
+            self._due, self._recovery = self._due or self._recovery, None
             self._pending = self._queue.take()
         self._file.look()
         self._open_if_closed()
@@ -289,7 +293,7 @@ class Store:
 
     def _recover(self) -> None:
         """Write what the daemon before may have lost, once."""
-        recovery, self._recovery = self._recovery, None
+        recovery, self._due = self._due, None
         db = self._file.db
         if recovery is None or db is None or not self.is_unclean:
             return

@@ -44,9 +44,14 @@ class Past:
         """`open_call`: finds an open call by its id. `waits`: whether one is in the queue."""
         self._history, self._open_call, self._waits = history, open_call, waits
 
-    async def is_kept(self) -> bool:
-        """Tell whether there is a store to be asked."""
-        return await self._history.is_kept()
+    async def is_current(self) -> bool:
+        """Tell whether the store has all that has ended."""
+        return await self._history.is_current()
+
+    async def knows_more(self, session_id: str) -> bool:
+        """Tell whether the store has reports that are not in memory, and none is missing there:
+        of all sessions, or of one that is not open."""
+        return await (self._history.is_kept() if session_id else self._history.is_current())
 
     async def list_history(
         self, scope: Scope, asker: str, request: pb.ListHistoryRequest
@@ -133,7 +138,7 @@ class Past:
     ) -> pb.Report:
         """The report of a call that is not in memory any more. Raises `refusal` where it is not in
         the store either."""
-        if not await self.is_kept():
+        if not await self._history.is_kept():
             raise refusal
         found = await (self.report(scope, asker, call_id) if call_id else self.newest(scope, asker))
         if found is None:

@@ -353,7 +353,7 @@ class AdminService(_Service, pb_grpc.AdminServicer):
             one = pb.ListReportsRequest(limit=1)
             newest = await list_reports(self._sessions(""), one, self.slices(by))
             missing = NotFound("there is no report yet: no call has ended", "call_id", "")
-            if newest.reports and not await self.parts.past.is_kept():
+            if newest.reports and not await self.parts.past.is_current():
                 return newest.reports[0]
             return await self.parts.past.report_or(missing, ALL, OPERATOR, "")
         for session in self._sessions(""):
@@ -371,7 +371,7 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         as well."""
         self._check(by)
         is_open = request.session_id in self.parts.sessions.open
-        if not is_open and await self.parts.past.is_kept():
+        if not is_open and await self.parts.past.knows_more(request.session_id):
             return await self._list_past(request)
         sessions = self._sessions(request.session_id)
         return await list_reports(sessions, request, self.slices(by))

@@ -354,6 +354,22 @@ class Audit:
     def ended_reports(self, since_usec: int = 0) -> Iterator[pb.Report]:
         """Reports in the newest part of the log, oldest first, written since a time; damaged lines
         are passed over. Raises OSError."""
+        for line in self._lines(b'"event": "call_ended"', since_usec):
+            if (report := _report_of(line)) is not None:
+                yield report
+
+    def closed_sessions(self, since_usec: int = 0) -> Iterator[tuple[str, int, str]]:
+        """Sessions that were closed, in the newest part of the log, with when and why. Raises
+        OSError."""
+        for line in self._lines(b'"event": "session_closed"', since_usec):
+            try:
+                entry = json.loads(line)
+                yield str(entry["session"]), int(entry["at_unix_usec"]), str(entry["why"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+
+    def _lines(self, words: bytes, since_usec: int) -> Iterator[bytes]:
+        """Lines with these words in the newest part of the log, written since a time."""
         if self._path is None:
             return
         for path, start in self._newest_part(self._path):
@@ -362,10 +378,8 @@ class Audit:
                 if start:
                     file.readline()
                 for line in file:
-                    if b'"event": "call_ended"' not in line or _written_before(line, since_usec):
-                        continue
-                    if (report := _report_of(line)) is not None:
-                        yield report
+                    if words in line and not _written_before(line, since_usec):
+                        yield line
 
     @staticmethod
     def _newest_part(path: Path) -> list[tuple[Path, int]]:

@@ -13,6 +13,7 @@ import pytest
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.errors import InvalidField, NotFound, Unavailable
 from agentcgroupd.history import read, reader
+from agentcgroupd.history.file import File
 from agentcgroupd.history.history import History
 from agentcgroupd.history.read import ALL, Scope, Wanted
 from agentcgroupd.history.rows import Closed, Entry, Opened, SessionKey
@@ -241,6 +242,27 @@ def test_what_was_just_told_can_be_read(tmp_path: Path) -> None:
         return counts
 
     assert run(life()) == list(range(1, 21))
+
+
+def test_a_store_that_cannot_be_written_is_not_asked_for_the_newest(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of closed sessions it knows what it has; of all, memory knows more."""
+
+    def held_up(self: File) -> bool:
+        self.not_now("no room")
+        return True
+
+    async def life() -> list[bool]:
+        history = history_at(path)
+        past = Past(history, lambda _: None, lambda _: False)
+        found = [await past.is_current(), await past.knows_more(""), await past.knows_more("a")]
+        monkeypatch.setattr(File, "is_held_up", held_up)
+        found += [await past.is_current(), await past.knows_more(""), await past.knows_more("a")]
+        await history.close()
+        return found
+
+    assert run(life()) == [True, True, True, False, False, True]
 
 
 def test_a_session_that_asks_for_much_waits_for_itself(

@@ -23,7 +23,7 @@ from agentcgroupd.history import read, schema
 from agentcgroupd.history import store as module
 from agentcgroupd.history.history import History
 from agentcgroupd.history.read import ALL, Wanted
-from agentcgroupd.history.rows import GONE, Batch, Ended, Entry, SessionKey
+from agentcgroupd.history.rows import GONE, Batch, Ended, Entry, Opened, SessionKey
 from agentcgroupd.telemetry.audit import Audit
 from tests.harness import wait_until
 from tests.unit.history.making import (
@@ -163,7 +163,8 @@ def test_what_a_killed_daemon_had_not_written_comes_from_the_audit_log(
     async def restart(file: Path) -> None:
         history = history_at(file)
         history.session_opened(pb.Session(id="alpha", opened_unix_usec=OPENED_USEC))
-        history.settle(Audit(log, 1 << 20).ended_reports)
+        there = Audit(log, 1 << 20)
+        history.settle(there.ended_reports, there.closed_sessions)
         await history.ask("test", lambda db: None)
         await history.ask("test", lambda db: None)
         await history.close()
@@ -178,6 +179,45 @@ def test_what_a_killed_daemon_had_not_written_comes_from_the_audit_log(
         assert read.session_of(db, "c1") == ALPHA
     run(restart(path))
     assert kept(path) == ["c0"], "a file that was closed misses nothing"
+
+
+def test_why_a_session_was_closed_comes_from_the_audit_log_if_need_be(
+    path: Path, tmp_path: Path
+) -> None:
+    """Its row is lost with a daemon that is killed right then."""
+    log = tmp_path / "audit.jsonl"
+    store = started(path)
+    for name in ("alpha", "beta"):
+        message = pb.Session(id=name).SerializeToString()
+        store.put(Opened(SessionKey(name, OPENED_USEC), message))
+        store.put(Opened(SessionKey(name, OPENED_USEC - 100), message))
+    written(store)
+    copy = path.with_name("copy.db")
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("VACUUM INTO ?", (str(copy),))
+    assert store.close(WAIT_S)
+    audit = Audit(log, 1 << 20)
+    audit.write("session_closed", session="alpha", calls_ended=0, why="the operator closed it")
+    audit.write("session_closed", session="gamma", calls_ended=0, why="whatever")
+
+    async def restart() -> None:
+        history = history_at(copy)
+        history.settle(audit.ended_reports, audit.closed_sessions)
+        for _ in range(2):
+            await history.ask("test", lambda db: None)
+        await history.close()
+
+    run(restart())
+    with read_only(copy) as db:
+        found, _ = read.sessions(db, "", 0, 10, (read.NO_END, read.NO_END))
+    (last,) = (past for past in found if "operator" in past.closed_why)
+    assert last.closed_unix_usec > OPENED_USEC
+    assert sorted((past.session.id, past.closed_why) for past in found) == [
+        ("alpha", GONE),
+        ("alpha", "the operator closed it"),
+        ("beta", GONE),
+        ("beta", GONE),
+    ]
 
 
 def test_only_lines_since_a_time_are_read_back_from_the_audit_log(
@@ -197,7 +237,7 @@ def test_sessions_that_are_not_there_after_a_restart_count_as_closed(path: Path)
         for name in names:
             opened = pb.Session(id=name, opened_unix_usec=OPENED_USEC, priority=80)
             history.session_opened(opened)
-        history.settle(lambda since: ())
+        history.settle(lambda since: (), lambda since: ())
         if "gamma" in names:
             history.session_closed("gamma", None, "the operator closed it")
         await history.close()
@@ -477,7 +517,7 @@ def test_a_link_in_place_of_the_file_is_not_followed(path: Path, tmp_path: Path)
 def test_a_start_that_comes_to_nothing_leaves_no_file(path: Path) -> None:
     async def life() -> None:
         history = history_at(path)
-        history.settle(lambda since: ())
+        history.settle(lambda since: (), lambda since: ())
         await history.ask("test", lambda db: None)
         await history.close()
 
