@@ -23,7 +23,7 @@ WAL_BYTES_MAX = 64 << 20
 
 
 class File:
-    """One path, and the database that is there as long as nothing is wrong with it."""
+    """A path, and the database that is there as long as nothing is wrong with it."""
 
     def __init__(self, path: Path, bounds: Bounds) -> None:
         self.path, self._bounds = path, bounds

@@ -10,7 +10,7 @@ from agentcgroupd.history.rows import Row
 
 QUEUE_BYTES = 8 << 20
 SESSION_SHARE = 4
-"""One session may have one part in so many of the queue."""
+"""A session may have one part in so many of the queue."""
 
 
 class Marker:

@@ -20,7 +20,7 @@ closed."""
 ROWS_AT_A_TIME = 200
 PAGES_AT_A_TIME = 500
 USAGE_BYTES = 4096
-"""One row of sums is kept for so much of the store, of which it takes a few percent."""
+"""Sums are kept in one row for so much of the store, of which they take a few percent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Bounds:
     """How much is kept."""
 
     max_bytes: int
-    """Of the file, its write-ahead log not counted."""
+    """Size of the file, its write-ahead log not counted."""
     session_percent: int
     """Share of it that one session may have."""
     max_age_usec: int

@@ -42,7 +42,7 @@ KEYS_KNOWN_MAX = 10_000
 
 
 class Store:
-    """One file and the thread that writes it."""
+    """The file and the thread that writes it."""
 
     def __init__(self, path: Path, bounds: Bounds) -> None:
         self._file = File(path, bounds)

@@ -247,7 +247,7 @@ def test_what_was_just_told_can_be_read(tmp_path: Path) -> None:
 def test_a_store_that_cannot_be_written_is_not_asked_for_the_newest(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of closed sessions it knows what it has; of all, memory knows more."""
+    """Closed sessions are asked of it all the same; of all together, memory knows more."""
 
     def held_up(self: File) -> bool:
         self.not_now("no room")

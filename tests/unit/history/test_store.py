@@ -184,7 +184,7 @@ def test_what_a_killed_daemon_had_not_written_comes_from_the_audit_log(
 def test_why_a_session_was_closed_comes_from_the_audit_log_if_need_be(
     path: Path, tmp_path: Path
 ) -> None:
-    """Its row is lost with a daemon that is killed right then."""
+    """The row is lost with a daemon that is killed right then."""
     log = tmp_path / "audit.jsonl"
     store = started(path)
     for name in ("alpha", "beta"):
