@@ -22,8 +22,8 @@ from agentcgroupd.bpf.pins import Pins, remove_stale
 from agentcgroupd.cgroup.tree import cgroup2_mount
 from agentcgroupd.config import BpfConfig, GuardConfig
 from agentcgroupd.errors import BpfError
-from agentcgroupd.units import CgroupId
 from agentcgroupd.host.journal import DETAIL
+from agentcgroupd.units import CgroupId
 
 P = ParamSpec("P")
 

@@ -88,7 +88,7 @@ class AttachServer:
         self._door = Door(listener, lobby.accepted, metrics)
         self._debt = budgets.limits.packets_per_s / 5
         self._nobody = budgets.crowd("processes that have ended")
-        self._ended = refusal(PermissionDenied(ENDED))
+        self._ended = _refusal(PermissionDenied(ENDED))
         self._complaint = Seldom(log, logging.WARNING, str(listener.path))
         self._refused = {what: metrics.refused.labels(what) for what in LIMIT_KEYS}
         self._silent: dict[str, dict[Client, None]] = {}
@@ -119,7 +119,7 @@ class AttachServer:
 
     def not_told(self, client: socket.socket, error: Exception) -> None:
         """Refuse a caller of which it cannot be told who it is."""
-        self._send_refusal(client, refusal(known(error)))
+        self._send_refusal(client, _refusal(known(error)))
         client.close()
 
     def ended(self, client: socket.socket) -> None:
@@ -141,7 +141,7 @@ class AttachServer:
         answers = crowd.refusals.get(what)
         if answers is None:
             sentence = f"{crowd.key} asks too much at a time (limits.{LIMIT_KEYS[what]})"
-            answers = crowd.refusals[what] = refusal(ResourceExhausted(sentence, what))
+            answers = crowd.refusals[what] = _refusal(ResourceExhausted(sentence, what))
             self._complaint.say(f"refused: {crowd.key} has too many {what}")
         self._refused[what].inc()
         # Who goes on asking is not let in until it asks less, and in the end not answered either:
@@ -253,9 +253,9 @@ class AttachServer:
 
         task.add_done_callback(done)
         self._loop.add_reader(number, self._hung_up, caller.socket, task)
-        self._loop.add_reader(pidfd, self._ended, pidfd, task)
+        self._loop.add_reader(pidfd, self._caller_ended, pidfd, task)
 
-    def _ended(self, pidfd: int, task: asyncio.Task[None]) -> None:
+    def _caller_ended(self, pidfd: int, task: asyncio.Task[None]) -> None:
         """Give up a caller that has ended while it waits."""
         log.debug("%s: the caller has ended", self._path)
         self._loop.remove_reader(pidfd)
@@ -323,3 +323,11 @@ class AttachServer:
 
 def _silent_key(crowd: Crowd) -> str:
     return STRANGERS if crowd.is_stranger else crowd.key
+
+
+def _refusal(error: AgentcgroupdError) -> tuple[bytes, bytes]:
+    """The answer to a request that was refused unread: to one of words, and to one with a
+    message."""
+    refused = as_request_error(error)
+    words = packet(["ERR", refused.code, " ".join(refused.sentence.replace("\0", " ").split())])
+    return words, refusal(refused)

@@ -15,7 +15,6 @@ import logging
 import secrets
 import socket
 from collections.abc import Callable
-from functools import partial
 
 from agentcgroupd.errors import AgentcgroupdError, PermissionDenied
 from agentcgroupd.host.listening import Listener

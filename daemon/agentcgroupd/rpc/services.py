@@ -403,9 +403,7 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         return await self.parts.past.list_sessions(OPERATOR, request)
 
     @answers
-    async def ListUsage(
-        self, request: pb.ListUsageRequest, by: Asking
-    ) -> pb.ListUsageResponse:
+    async def ListUsage(self, request: pb.ListUsageRequest, by: Asking) -> pb.ListUsageResponse:
         """Sum up ended calls by session, tool or day."""
         self._check(by)
         return await self.parts.past.list_usage(OPERATOR, request)
