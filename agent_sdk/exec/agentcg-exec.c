@@ -117,7 +117,7 @@ static const char *enter_cgroup(int what)
 		for (char *word = (char *)second; *word; word += strlen(word) + 1) {
 			if (!strncmp(word, "env=", 4) && putenv(word + 4))
 				die(REFUSED, "out of memory");
-			if (!strncmp(word, "say=", 4) && !values[QUIET])
+			if (!strncmp(word, "say=", 4) && speaks())
 				say_in_options("warning: ", word + 4);
 		}
 		return NULL;
@@ -196,8 +196,7 @@ int main(int argc, char **argv)
 	strcpy(server.sun_path, values[SOCKET]);
 
 	make_request(what, argc - i, argv + i);
-	/* `agentcg-exec` is for programs, which ask for the report themselves. */
-	if (what == NAME && !values[QUIET] && !strcmp(program, FRONT))
+	if (what == NAME && speaks())
 		start_waiter(&server);
 	away = enter_cgroup(what);
 	/* It is being started anew, or turns away those who ask too much at a time. */

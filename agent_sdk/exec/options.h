@@ -118,6 +118,14 @@ static int parse_options(int argc, char **argv)
 	return optind;
 }
 
+/* Whether to speak of what the call got and how it ended: `agentcg-exec` is for programs, which ask
+ * for that themselves.
+ */
+static bool speaks(void)
+{
+	return !values[QUIET] && !strcmp(program, FRONT);
+}
+
 /* Says a sentence of the daemon's; a field that it begins with is named as it was given here. */
 static void say_in_options(const char *what, const char *sentence)
 {
