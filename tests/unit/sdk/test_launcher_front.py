@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +187,12 @@ def test_a_pipe_ends_with_the_command(launcher: Launcher) -> None:
 
 
 def _pipes(fds: Path) -> list[str]:
-    """Pipes that a process has open."""
-    return [link for fd in fds.iterdir() if (link := os.readlink(fd)).startswith("pipe:")]
+    """Pipes that a process has open; it may be closing some just now."""
+    links = []
+    for fd in fds.iterdir():
+        with suppress(FileNotFoundError):
+            links.append(os.readlink(fd))
+    return [link for link in links if link.startswith("pipe:")]
 
 
 def test_it_is_one_process_where_nobody_could_be_told(launcher: Launcher) -> None:
