@@ -64,7 +64,8 @@ class AsyncCall(CallBase):
             outcome = None
             if self.confined:
                 returncode = self._last.returncode if self._last is not None else self._returncode
-                request = self._end_request(returncode, error)
+                signalled = self._last is not None and self._last.signalled
+                request = self._end_request(returncode, error, signalled)
                 outcome = await self._agent.carry(flow.end(request, when_away))
             else:
                 for process in self._popened:

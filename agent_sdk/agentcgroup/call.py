@@ -173,25 +173,30 @@ class CallBase:
         return self._last_launch
 
     def _end_request(
-        self, returncode: int | None, error: BaseException | None
+        self, returncode: int | None, error: BaseException | None, signalled: bool
     ) -> pb.EndCallRequest:
         """Make the request that ends the call. `returncode`: of the process that was started last;
-        None: it runs. `error`: what its block raised."""
+        None: it runs. `error`: what its block raised. `signalled`: whether the caller sent that
+        process a signal."""
         if self._last_launch is not None and self._last_launch.failed:
             returncode, error = returncode or CANNOT_EXEC, None
-        reason = self._reason or self._reason_of(returncode, error)
+        reason = self._reason or self._reason_of(returncode, error, signalled)
         request = pb.EndCallRequest(call_id=self.id, reason=reason)
         if returncode is not None:
             request.wait_status = wait_status(returncode)
         return request
 
     def _reason_of(
-        self, returncode: int | None, error: BaseException | None
+        self, returncode: int | None, error: BaseException | None, signalled: bool
     ) -> pb.EndReason.ValueType:
+        keep = self._request.intent.leftovers == "keep"
         # A command that failed has ended all the same.
         if error is not None and not isinstance(error, subprocess.CalledProcessError):
-            return reason_of_error(error)
-        if returncode is not None or self._request.intent.leftovers == "keep":
+            if returncode is None or returncode >= 0 or signalled:
+                return reason_of_error(error)
+            # It died of a signal that was not the caller's, so the error says nothing of that.
+            return pb.END_REASON_UNSPECIFIED if keep else pb.END_REASON_DONE
+        if returncode is not None or keep:
             return pb.END_REASON_DONE
         return pb.END_REASON_UNSPECIFIED
 

@@ -76,7 +76,8 @@ class Call(CallBase):
             if self.confined:
                 # The process of a call for one command must not outlive a daemon that is away.
                 kill = process.kill if process is not None and self._single else None
-                request = self._end_request(returncode, error)
+                signalled = process is not None and process.signalled
+                request = self._end_request(returncode, error, signalled)
                 outcome = self._connection.carry(flow.end(request, kill))
             else:
                 for process in self._popened:

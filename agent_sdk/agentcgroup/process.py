@@ -8,6 +8,7 @@ import locale
 import os
 import subprocess
 from collections.abc import Awaitable, Callable
+from signal import SIGKILL, SIGTERM
 from typing import Any, NamedTuple, cast
 
 from agentcgroup.launch import Launch
@@ -94,6 +95,21 @@ class CallProcess(asyncio.subprocess.Process):
     ) -> None:
         super().__init__(transport, protocol, loop)
         self._pipes, self._exited = transport, protocol.exited
+        # Whether it was sent a signal through this object.
+        self.signalled = False
+
+    def send_signal(self, signal: int) -> None:
+        """Do what asyncio's does, and remember it if the process had not ended."""
+        self.signalled = self.signalled or self.returncode is None
+        super().send_signal(signal)
+
+    def terminate(self) -> None:
+        """Do what asyncio's does."""
+        self.send_signal(SIGTERM)
+
+    def kill(self) -> None:
+        """Do what asyncio's does."""
+        self.send_signal(SIGKILL)
 
     async def wait(self) -> int:
         """Wait for the process alone and return its return code."""

@@ -74,10 +74,17 @@ class CallPopen(PopenAny):
     """A `subprocess.Popen` of a process in a call; `args` is the tool's command line."""
 
     _conversation: Conversation | None = None
+    signalled = False
+    """Whether it was sent a signal through this object."""
 
     def __init__(self, argv: list[str], args: Any, **kwargs: Any) -> None:
         super().__init__(argv, **kwargs)
         self.args = args
+
+    def send_signal(self, sig: int) -> None:
+        """Do what `Popen.send_signal` does, and remember it if the process had not ended."""
+        self.signalled = self.signalled or self.poll() is None
+        super().send_signal(sig)
 
     def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
         """Do what `Popen.communicate` does, without waiting for children that hold the pipes.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 
+import pytest
+
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from tests.harness import AgentProcess, DaemonProcess, wait_until
 from tests.kernel.test_endings import end, last
@@ -11,6 +13,11 @@ from tests.kernel.test_endings import end, last
 BEGIN = """
 call_id = stub.BeginCall(pb.BeginCallRequest(name="held")).id
 result = call_id
+"""
+HELD = """
+call_id = stub.BeginCall(pb.BeginCallRequest(name="held")).id
+command = [EXEC, "--call", call_id, "--", "sh", "-c", "read line; exit 0"]
+tool = subprocess.Popen(command, stdin=subprocess.PIPE)
 """
 
 
@@ -60,3 +67,33 @@ def test_what_entered_by_hand_is_no_main_process(
     report = end(agent, pb.END_REASON_DONE, wait_status=tool.wait() << 8)
     assert (report.verdict, report.exit_code) == (pb.VERDICT_FAILED, 3)
     assert last(daemon).call_id == report.call_id
+
+
+# What a caller says
+
+
+@pytest.mark.parametrize("reason", [pb.END_REASON_TIMEOUT, pb.END_REASON_CANCELLED])
+def test_a_reason_to_let_go_is_none_for_the_end(
+    daemon: DaemonProcess, agent: AgentProcess, reason: pb.EndReason.ValueType
+) -> None:
+    agent.run(HELD)
+    wait_until("it runs", lambda: bool((daemon.call_dirs()[0] / "cgroup.procs").read_text()))
+    assert "goes on" in end(agent, reason, detach=True).sentence
+    agent.run("tool.communicate(b'go')")
+    report = last(daemon)
+    assert (report.verdict, report.sentence) == (pb.VERDICT_OK, "It ended well.")
+
+
+SDK = """
+try:
+    with agent.tool_call("block") as call:
+        call.run(["sh", "-c", "kill -9 $$"])
+        raise RuntimeError
+except RuntimeError:
+    result = (str(call.report.verdict), call.report.sentence)
+"""
+
+
+def test_an_error_after_a_command_was_killed_is_not_who_killed_it(agent: AgentProcess) -> None:
+    verdict, sentence = agent.run(SDK)
+    assert verdict == "signaled" and "by whom is not known" in sentence

@@ -147,7 +147,10 @@ class OpenCalls:
         call.held = False
         goes_on = self._goes_on(call)
         keep = reason == pb.END_REASON_DONE and call.grant.leftovers == "keep"
-        if (goes_on and not detach and not keep) or reason in CALLER_REASONS:
+        ends_it = not detach and not keep
+        # Of a main process that has ended a reason may say who killed it; of one that is let go of,
+        # nothing.
+        if ends_it if goes_on else reason in CALLER_REASONS:
             self._leavers.look(call)
             ask_end(call, asker, reason=reason)
         report = None if goes_on else self._finish(call)

@@ -134,6 +134,30 @@ def test_cancelling_kills_and_ends(daemon: FakeDaemon) -> None:
         os.kill(daemon.entered("c1")[0], 0)
 
 
+@pytest.mark.parametrize(
+    ("argv", "kill", "reason"),
+    [
+        (["sh", "-c", "kill -9 $$"], "", pb.END_REASON_DONE),
+        (["sleep", "60"], "kill", pb.END_REASON_CANCELLED),
+        (["sleep", "60"], "terminate", pb.END_REASON_CANCELLED),
+    ],
+)
+def test_an_error_is_the_reason_only_of_what_it_ended(
+    daemon: FakeDaemon, argv: list[str], kill: str, reason: pb.EndReason.ValueType
+) -> None:
+    async def main() -> None:
+        async with AsyncAgent() as agent, agent.tool_call("x") as call:
+            process = await call.popen(argv)
+            if kill:
+                getattr(process, kill)()
+            await process.wait()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        asyncio.run(main())
+    assert [end.reason for end in daemon.ended] == [reason]
+
+
 def test_popen(daemon: FakeDaemon) -> None:
     async def main() -> None:
         async with AsyncAgent() as agent:

@@ -182,6 +182,10 @@ def test_what_comes_later_is_read_until_the_end() -> None:
         ("call.run(['sleep', '60'], timeout=0.1)", pb.END_REASON_TIMEOUT),
         ("call.run(['true']); 1 / 0", pb.END_REASON_CANCELLED),
         ("call.popen(['sleep', '60']); 1 / 0", pb.END_REASON_CANCELLED),
+        # Whose signal it died of: its own, or the caller's.
+        ("call.run(['sh', '-c', 'kill -9 $$']); 1 / 0", pb.END_REASON_DONE),
+        ("p = call.popen(['sleep', '60']); p.kill(); p.wait(); 1 / 0", pb.END_REASON_CANCELLED),
+        ("call.popen(['sleep', '60']).wait(timeout=0.1)", pb.END_REASON_TIMEOUT),
         ("raise KeyboardInterrupt", pb.END_REASON_CANCELLED),
     ],
 )
