@@ -19,6 +19,9 @@ call_id = stub.BeginCall(pb.BeginCallRequest(name="held")).id
 command = [EXEC, "--call", call_id, "--", "sh", "-c", "read line; exit 0"]
 tool = subprocess.Popen(command, stdin=subprocess.PIPE)
 """
+RUN = """
+tool = subprocess.Popen([EXEC, "--", "sh", "-c", script])
+"""
 
 
 # Processes that nobody attached
@@ -67,6 +70,37 @@ def test_what_entered_by_hand_is_no_main_process(
     report = end(agent, pb.END_REASON_DONE, wait_status=tool.wait() << 8)
     assert (report.verdict, report.exit_code) == (pb.VERDICT_FAILED, 3)
     assert last(daemon).call_id == report.call_id
+
+
+# Processes that went to a cgroup which somebody else ends
+
+
+@pytest.mark.parametrize("where", ["call", "agent"])
+def test_of_a_kill_somewhere_else_the_daemon_does_not_say_that_it_was_not(
+    daemon: DaemonProcess, agent: AgentProcess, where: str
+) -> None:
+    session = f"neighbour-{where}"
+    neighbour = daemon.open(session)
+    neighbour.run(HELD)
+    (way,) = (daemon.cgroup_dir / session).glob(f"{where}*")
+    left = daemon.directory / f"left-{where}"
+    script = f"echo $$ > {way}/cgroup.procs; echo > {left}; while :; do sleep 0.1; done"
+    agent.run(RUN, script=script)
+    wait_until("it has left", left.exists)
+    if where == "call":
+        neighbour.run("stub.EndCall(pb.EndCallRequest(call_id=call_id))")
+    else:
+        daemon.admin.CloseSession(pb.CloseSessionRequest(session_id=session))
+    assert agent.run("result = tool.wait()") == -9
+    wait_until("it is over", lambda: not list((daemon.cgroup_dir / "alpha").glob("call-*")))
+    request = pb.ListReportsRequest(session_id="alpha", limit=1)
+    (report,) = daemon.admin.ListReports(request).reports
+    assert report.verdict == pb.VERDICT_SIGNALED
+    if "in a cgroup that has been removed since" not in report.sentence:
+        # It was seen there before that.
+        assert "outside of its call, by whom is not known" in report.sentence
+        assert f"left the call's cgroup for {daemon.pool_path}/{session}/" in report.sentence
+    assert "not the daemon" not in report.sentence
 
 
 # What a caller says

@@ -18,7 +18,7 @@ from agentcgroupd.calls.facts import EndFacts, OomFacts
 from agentcgroupd.calls.words import count_of, limit_words
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.enforce.outside import outside_path
+from agentcgroupd.enforce.outside import is_gone, outside_path
 from agentcgroupd.enforce.pause import paused_usec
 from agentcgroupd.errors import CgroupGone, KnobError
 from agentcgroupd.host.kernel_log import OomLog
@@ -72,7 +72,7 @@ def _unreaped_status(call: Call) -> int | None:
 def gather(call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
     """Gather the facts that are known of an ended call, and add those of its end to its account."""
     status, evidence = main_status(call)
-    _note_place_of_end(call, pool)
+    outside = _note_place_of_end(call, pool)
     account = call.account
     base = EndFacts(
         grant=call.grant,
@@ -87,6 +87,7 @@ def gather(call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
         main_lost=account.main_lost,
         removed=account.removed,
         left=tuple(account.left),
+        outside=outside,
         commands=account.commands,
         cpus_seen=call.cpus_seen,
         session_cpu_millicores=call.session.limits.cpu_max_millicores,
@@ -104,20 +105,26 @@ def gather(call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
     return found
 
 
-def _note_place_of_end(call: Call, pool: Cgroup) -> None:
+def _note_place_of_end(call: Call, pool: Cgroup) -> bool | None:
     """Take down where the main process ended, if that was outside of its call: it may have left
-    while others stayed, or a moment before its end, when nobody looked for it."""
-    if call.main is None or call.account.left:
-        return
-    found = pidfd_info(call.main.pidfd).cgroup_id
-    if found is None or found == call.cgroup.id:
-        return
+    while others stayed, or a moment before its end, when nobody looked for it. Returns whether it
+    ended outside, as far as is known; None: in a cgroup that has been removed since."""
+    seen = call.account.left[-1] if call.account.left else None
+    was_seen = seen is not None and not seen.moved_back
+    found = None if call.main is None else pidfd_info(call.main.pidfd).cgroup_id
+    if call.main is None or found is None:
+        return was_seen
+    if found in (call.cgroup.id, call.leaf.id):
+        return False
     path = outside_path(call, pool, found)
-    if path is not None:
+    if path is None:
+        return was_seen or (None if is_gone(pool, found) else False)
+    if seen is None or seen.moved_back or seen.path != shown(path):
         left = Left(call.main.pid, shown(path), unix_usec())
         call.account.left.append(left)
         text = f"the main process ({left.pid}) ended in {left.path}"
         call.account.add(text, "PIDFD_GET_INFO", left.at_unix_usec)
+    return True
 
 
 _SOURCES = {

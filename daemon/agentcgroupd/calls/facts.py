@@ -71,6 +71,9 @@ class EndFacts:
     """Whether somebody else removed the cgroup."""
     left: tuple[Left, ...] = ()
     """Where the main process was found outside of its call's cgroup."""
+    outside: bool | None = False
+    """Whether it was at the last of these places when it ended, as far as is known. None: it was in
+    a cgroup that has been removed since, perhaps one that the tool had made in the call."""
     commands: int = 1
     """How many processes have been the main process, one after the other. 0: those in the call
     entered by another way than the attach socket."""

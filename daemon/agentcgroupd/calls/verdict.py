@@ -129,6 +129,17 @@ def _went_on(facts: EndFacts) -> str:
 
 
 def _sigkill(facts: EndFacts) -> str:
+    if facts.outside:
+        return (
+            "It was killed with SIGKILL outside of its call, by whom is not known: itself, its "
+            "caller, another process, a limit such as RLIMIT_CPU, or whoever ended what was in "
+            "that cgroup. What the kernel counts in the call says nothing of what happened there."
+        )
+    if facts.outside is None:
+        return (
+            "It was killed with SIGKILL, by whom is not known: it was then in a cgroup that has "
+            "been removed since, and perhaps with what was in it."
+        )
     if facts.oom_kills is None:
         proof = "whether the kernel ran out of memory cannot be seen on this host"
     elif facts.oom.kills:

@@ -59,6 +59,13 @@ def test_what_slowed_a_call_is_its_own_limit_or_the_pool(peak_mib: int, words: s
     assert told.code == pb.FEEDBACK_CODE_MEMORY_THROTTLED and words in told.sentence
 
 
+def test_of_what_ended_outside_of_its_call_the_daemon_claims_nothing() -> None:
+    outside = judge(facts(**killed(left=ELSEWHERE, outside=True)))[1]
+    back = judge(facts(**killed(left=MOVED_BACK)))[1]
+    assert "not the daemon" not in outside and "memory.events" not in outside
+    assert "It was not the daemon, and memory.events counts no OOM kill" in back
+
+
 def test_pauses_that_came_late_are_told_beside_the_time_paused() -> None:
     for late, numbers in ((0, {"frozen_usec"}), (2, {"frozen_usec", "late_pauses"})):
         report = report_of(facts(frozen_usec=500_000, late_pauses=late))
@@ -228,6 +235,12 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
         pb.VERDICT_TIMEOUT,
         ["1 min", "left the call's cgroup"],
     ),
+    (
+        killed(left=ELSEWHERE, outside=True),
+        pb.VERDICT_SIGNALED,
+        ["outside of its call, by whom is not known", "whoever ended what was in that cgroup"],
+    ),
+    (killed(outside=None), pb.VERDICT_SIGNALED, ["in a cgroup that has been removed since"]),
     ({"left": MOVED_BACK}, pb.VERDICT_OK, ["well", "and was moved back"]),
     (
         {"wait_status": None, "left": ELSEWHERE, "main_lives": True},
