@@ -315,6 +315,25 @@ def test_a_tool_that_left_can_be_ended(agent: AgentProcess, elsewhere: Path) -> 
     assert agent.run("result = tool.wait()") == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_earlier_commands_process_that_left_is_ended_with_the_call(
+    daemon: DaemonProcess, agent: AgentProcess, elsewhere: Path, restarted: bool
+) -> None:
+    agent.run(HELD, argv=leave(elsewhere, "exec sleep 1000"), intent={})
+    wait_until("it has left", lambda: bool((elsewhere / "cgroup.procs").read_text()))
+    second = "result = subprocess.call([EXEC, '--call', call_id, '--', 'true'])"
+    assert agent.run(second) == 0
+    assert agent.run("result = tool.poll()") is None
+    if restarted:
+        daemon.kill()
+        daemon.start()
+    report = end(agent, pb.END_REASON_DONE, wait_status=0)
+    assert agent.run("result = tool.wait()") == -signal.SIGKILL
+    assert report.verdict == pb.VERDICT_OK and codes(report) == ["LEFT_CALL"]
+    assert f"of an earlier command left the call's cgroup for /{elsewhere.name}" in report.sentence
+    assert report.sentence.endswith("and was ended with the call.")
+
+
 def test_the_session_of_a_tool_that_left_can_be_closed(
     daemon: DaemonProcess, elsewhere: Path
 ) -> None:

@@ -346,11 +346,12 @@ class OpenCalls:
         self._leftovers.drop(call)
         self._owners.drop(call)
         self._observer.call_closed(call)
-        for process in (call.main, *call.outsiders):
+        for process in (call.main, *call.outsiders, *call.left_mains):
             if process is not None:
                 process.close()
         call.main = None
         call.outsiders.clear()
+        call.left_mains.clear()
 
     def withdraw(self, call: Call) -> None:
         """End a call whose process could not enter."""

@@ -71,6 +71,10 @@ class EndFacts:
     """Whether somebody else removed the cgroup."""
     left: tuple[Left, ...] = ()
     """Where the main process was found outside of its call's cgroup."""
+    left_before: tuple[Left, ...] = ()
+    """Where the main processes of earlier commands were that had left."""
+    left_lives: frozenset[int] = frozenset()
+    """Pids of those that still ran at the end of the call, and were ended with it."""
     outside: bool | None = False
     """Whether it was at the last of these places when it ended, as far as is known. None: it was in
     a cgroup that has been removed since, perhaps one that the tool had made in the call."""

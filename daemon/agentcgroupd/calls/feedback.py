@@ -9,6 +9,7 @@ from agentcgroupd.calls.facts import EndFacts, LimitHit
 from agentcgroupd.calls.words import (
     child_oom,
     count_of,
+    earlier_left_words,
     earlier_oom,
     left_words,
     outside_words,
@@ -105,6 +106,8 @@ def _of_leaving(facts: EndFacts) -> list[pb.Feedback]:
     told = []
     if facts.left:
         told.append(_feedback(code, left_words(facts), pid=facts.left[-1].pid))
+    for left, words in zip(facts.left_before, earlier_left_words(facts), strict=True):
+        told.append(_feedback(code, words, pid=left.pid))
     if facts.ender is not None and facts.ender.outside:
         told.append(_feedback(code, outside_words(facts), processes=facts.ender.outside))
     return told

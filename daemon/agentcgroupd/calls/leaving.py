@@ -16,7 +16,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.counters import shown
 from agentcgroupd.calls.words import left_words_of
 from agentcgroupd.enforce.outside import place_outside
-from agentcgroupd.errors import AgentcgroupdError, KnobError
+from agentcgroupd.errors import AgentcgroupdError, FailedPrecondition, KnobError
 from agentcgroupd.host.syscalls import pidfd_ended
 from agentcgroupd.state.ending import Left
 from agentcgroupd.state.process import Process
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 MOVES_BACK_MOST = 3
 """How often a main process is moved back into its call: one that leaves again and again is let go,
 and told, rather than chased."""
+LEFT_MAINS_MOST = 16
+"""How many main processes of earlier commands may be outside of a call."""
 PLACES_MOST = 8
 """How many places an account keeps, the last ones."""
 
@@ -60,6 +62,34 @@ class Leavers:
             self._watched[call] = watched
             self._loop.add_reader(watched, self._main_ended, call)
         return True
+
+    def check_room(self, call: Call) -> None:
+        """Refuse another command in a call from which too many main processes of earlier ones have
+        left. Raises FailedPrecondition."""
+        for process in [p for p in call.left_mains if pidfd_ended(p.pidfd)]:
+            call.left_mains.remove(process)
+            process.close()
+        if len(call.left_mains) >= LEFT_MAINS_MOST:
+            pids = ", ".join(str(process.pid) for process in call.left_mains)
+            raise FailedPrecondition(
+                f"the main processes of {len(call.left_mains)} earlier commands of call {call.id} "
+                f"have left it and still run ({pids}); end them, or the call"
+            )
+
+    def replaced(self, call: Call) -> None:
+        """Let go of the main process of a call that another command has entered. One that lives
+        elsewhere is kept, to be ended with the call."""
+        self.drop(call)
+        main = call.main
+        if main is None:
+            return
+        self.look(call)
+        lives_elsewhere = place_outside(call) is not None
+        call.main = None
+        if lives_elsewhere:
+            call.left_mains.append(main)
+        else:
+            main.close()
 
     def look(self, call: Call) -> None:
         """Find out where the main process of a call is, and tell if it has left."""

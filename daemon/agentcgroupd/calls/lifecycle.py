@@ -255,13 +255,12 @@ class Calls(OpenCalls):
         RequestError or KnobError."""
         if call.state == pb.CALL_STATE_ENDING:
             raise FailedPrecondition(f"call {call.id} is ending")
+        self._leavers.check_room(call)
         with self._metrics.time("attach"):
             _move(process, call.leaf)
         self._leave_others(call, process)
+        self._leavers.replaced(call)
         self._begin_account(call)
-        if call.main is not None:
-            self._leavers.drop(call)
-            call.main.close()
         call.main = process.copy()
         call.cpus_seen = cpus_of(process.pid)
         call.client_status = call.exit_status = None

@@ -18,6 +18,7 @@ from agentcgroupd.calls.feedback import feedback_of
 from agentcgroupd.calls.words import (
     CALLER_SAYS,
     child_oom,
+    earlier_left_words,
     left_words,
     limit_words,
     oom_advice,
@@ -274,6 +275,7 @@ def judge(facts: EndFacts) -> tuple[pb.Verdict.ValueType, str]:
     said = [rule.sentence(facts)]
     if facts.ever_entered:
         said += [child_oom(facts), left_words(facts), swept_words(facts)]
+        said += earlier_left_words(facts)
     return rule.verdict, " ".join(filter(None, said))
 
 

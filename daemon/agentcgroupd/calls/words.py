@@ -145,6 +145,15 @@ def left_words(facts: EndFacts) -> str:
     return left_words_of(facts.left[-1], still_there=facts.main_lives)
 
 
+def earlier_left_words(facts: EndFacts) -> list[str]:
+    """Where the main processes of earlier commands went that left, and what became of them."""
+    return [
+        f"The main process ({left.pid}) of an earlier command left the call's cgroup for "
+        f"{left.path}" + (" and was ended with the call." if left.pid in facts.left_lives else ".")
+        for left in facts.left_before
+    ]
+
+
 def outside_words(facts: EndFacts) -> str:
     """What was ended outside of the call with it; empty: nothing."""
     count = 0 if facts.ender is None else facts.ender.outside

@@ -131,7 +131,7 @@ def terminate(call: Call) -> None:
 def _outside(call: Call) -> list[Process]:
     """List the processes of a call that are known to be elsewhere, its main process among them."""
     main = call.main if place_outside(call) is not None else None
-    return [*call.outsiders, *([] if main is None else [main])]
+    return [*call.outsiders, *call.left_mains, *([] if main is None else [main])]
 
 
 def kill(call: Call) -> None:
@@ -166,8 +166,9 @@ def _kill_main_and_outsiders(call: Call) -> None:
 
 
 def kill_outsiders(call: Call) -> None:
-    """Kill what the main process had started elsewhere when the end of the call was asked for."""
-    for process in call.outsiders:
+    """Kill what the main process had started elsewhere when the end of the call was asked for, and
+    the main processes of earlier commands that are elsewhere."""
+    for process in (*call.outsiders, *call.left_mains):
         process.signal(signal.SIGKILL)
 
 

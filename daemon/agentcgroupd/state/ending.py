@@ -16,6 +16,7 @@ from agentcgroupd.cgroup.tree import Cgroup
 
 VICTIMS_MOST = 1000
 """How many processes that the kernel's OOM killer chose are known by their pids."""
+LEFT_BEFORE_MOST = 4
 FACTS_MOST = 64
 """How many facts an account keeps. Processes that the kernel's OOM killer chooses are told one by
 one, and a tool can have any number of them."""
@@ -165,6 +166,9 @@ class Account:
     removed: bool = False
     """Whether somebody else removed the call's cgroup."""
     left: list[Left] = field(default_factory=list)
+    left_before: list[Left] = field(default_factory=list)
+    """Where the main processes of earlier commands were last, the last LEFT_BEFORE_MOST of those
+    that had left."""
     victims: set[int] = field(default_factory=set)
     """Pids of processes that the kernel's OOM killer chose since the main process entered, as far
     as the kernel told."""
@@ -210,6 +214,8 @@ class Account:
         # A call that is being ended takes nobody in: what was asked for is that the process before
         # this one went on elsewhere.
         self.asked.clear()
+        self.left_before += [left for left in self.left[-1:] if not left.moved_back]
+        del self.left_before[:-LEFT_BEFORE_MOST]
         self.left.clear()
         self.victims.clear()
         self.main_lost = self.main_killed = False
@@ -228,8 +234,9 @@ class Account:
             data["main_killed"] = self.main_killed
         if self.main_lost:
             data["main_lost"] = True
-        if self.left:
-            data["left"] = [[m.pid, m.path, m.at_unix_usec, m.moved_back] for m in self.left]
+        for name, places in (("left", self.left), ("left_before", self.left_before)):
+            if places:
+                data[name] = [[m.pid, m.path, m.at_unix_usec, m.moved_back] for m in places]
         if self.facts:
             data["facts"] = [[f.what, f.source, f.at_unix_usec, f.level] for f in self.facts[:16]]
         return data
@@ -247,6 +254,7 @@ class Account:
             main_killed=bool(data.get("main_killed")),
             main_lost=bool(data.get("main_lost")),
             left=[Left(*values) for values in data.get("left", ())],
+            left_before=[Left(*values) for values in data.get("left_before", ())],
             began=began,
             baseline=before,
             commands=int(data.get("commands", 0)),

@@ -67,6 +67,8 @@ class Call:
     """The process that entered last; its wait status is the call's."""
     outsiders: list[Process] = field(default_factory=list)
     """Processes that the main process had started elsewhere when the end was asked for."""
+    left_mains: list[Process] = field(default_factory=list)
+    """Main processes of earlier commands that live outside of its cgroup."""
     cpus_seen: int | None = None
     """CPUs on which its main process may run, which is what nproc and its like say there."""
     entered: bool = False
@@ -186,6 +188,7 @@ class Call:
                 "observed": self.observed,
                 "owner": [self.owner.pid, self.owner.start_ticks] if self.owner else None,
                 "main": [self.main.pid, self.main.start_ticks] if self.main else None,
+                "left_mains": [[process.pid, process.start_ticks] for process in self.left_mains],
                 "cpus_seen": self.cpus_seen,
                 "entered": self.entered,
                 "frozen_usec": self.frozen_usec,
@@ -236,6 +239,8 @@ class Call:
             call.main_leaf = cgroup.child(MAIN_LEAF)
         call.owner = Process.find(*data["owner"]) if data["owner"] else None
         call.main = Process.find(*data["main"]) if data["main"] else None
+        found = (Process.find(*each) for each in data.get("left_mains", ()))
+        call.left_mains = [process for process in found if process is not None]
         if data["main"] and call.main is None and status is None:
             call.account.main_lost = True
         return call

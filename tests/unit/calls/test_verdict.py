@@ -240,6 +240,16 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
         pb.VERDICT_SIGNALED,
         ["outside of its call, by whom is not known", "whoever ended what was in that cgroup"],
     ),
+    (
+        {"left_before": ELSEWHERE, "left_lives": frozenset({12}), "commands": 2},
+        pb.VERDICT_OK,
+        ["well", "(12) of an earlier command left", "x.scope and was ended with the call."],
+    ),
+    (
+        {"left_before": ELSEWHERE, "commands": 2},
+        pb.VERDICT_OK,
+        ["of an earlier command left the call's cgroup for /system.slice/x.scope."],
+    ),
     (killed(outside=None), pb.VERDICT_SIGNALED, ["in a cgroup that has been removed since"]),
     ({"left": MOVED_BACK}, pb.VERDICT_OK, ["well", "and was moved back"]),
     (
