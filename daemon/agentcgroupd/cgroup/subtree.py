@@ -50,6 +50,29 @@ def walk(top: int) -> Iterator[int]:
         os.close(here)
 
 
+def walk_up(top: int) -> Iterator[int]:
+    """Yield a descriptor of each cgroup below `top` and of `top`, a parent after its children; each
+    is closed when the next one is asked for. Raises OSError."""
+    here = os.dup(top)
+    try:
+        waiting = [_child_names(here)]
+        while True:
+            if waiting[-1]:
+                try:
+                    here = _step(here, waiting[-1].pop())
+                except FileNotFoundError:
+                    continue  # removed meanwhile
+                waiting.append(_child_names(here))
+                continue
+            yield here
+            waiting.pop()
+            if not waiting:
+                return
+            here = _step(here, "..")
+    finally:
+        os.close(here)
+
+
 def _step(here: int, name: str) -> int:
     """Open a directory in `here` and close `here`. Raises OSError, with `here` still open."""
     there = os.open(name, _DIRECTORY, dir_fd=here)

@@ -36,6 +36,7 @@ from agentcgroupd.sessions.limits import (
     tighten,
     write_limits,
 )
+from agentcgroupd.sessions.merging import merge
 from agentcgroupd.sessions.pool import Pool, offered_controllers
 from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.process import Process
@@ -286,8 +287,23 @@ class SessionCgroups:
             log.info("session %s: its cgroup is gone already", session.id)
         except KnobError:
             if session.adopted:
-                session.cgroup.set_xattr(session.record())
+                self._split_again(session)
             raise
+
+    @staticmethod
+    def _split_again(session: Session) -> None:
+        """Have an adopted session go on that could not be given back: what was undone of its split
+        is done again, as far as that is possible."""
+        cgroup = session.cgroup
+        try:
+            if AGENT_LEAF not in set(cgroup.children()):
+                session.agent = cgroup.make_child(AGENT_LEAF)
+            move_all(cgroup, session.agent)
+            write_limits(cgroup, session.limits)
+            cgroup.enable(offered_controllers(cgroup))
+        except KnobError as error:
+            log.error("session %s: its cgroup is no longer split: %s", session.id, error)
+        cgroup.set_xattr(session.record())
 
     def forget(self, session: Session) -> None:
         """Drop a session from the books and give up its directory; its cgroup is not touched."""
@@ -304,12 +320,7 @@ class SessionCgroups:
         may have been undone in part. Raises KnobError."""
         # Killed from here on, the daemon has its successor do the rest.
         cgroup.set_xattr(_split_record(found))
-        for name in cgroup.read(knobs.CGROUP_SUBTREE_CONTROL):
-            cgroup.write_text(knobs.CGROUP_SUBTREE_CONTROL.file, f"-{name}")
-        if AGENT_LEAF in set(cgroup.children()):
-            agent = cgroup.child(AGENT_LEAF)
-            move_all(agent, cgroup)
-            agent.remove()
+        merge(cgroup, AGENT_LEAF)
         for file, text in found.items():
             cgroup.write_text(file, text)
         cgroup.remove_xattr()
