@@ -106,6 +106,8 @@ def test_after_a_kill_what_was_denied_is_denied_still_and_who_is_willing_as_well
     log = daemon.log.read_text()
     assert "another size" not in log and "end with this process" not in log
     assert len(pinned(daemon)) >= len(pins.MAPS) + 4
+    audit = daemon.audit_path
+    wait_until("it is told", lambda: '"event":"alone"' in audit.read_text().replace(" ", ""), 30)
     wait_until("it is refused by the next daemon", lambda: ask(eager, 4) == "MemoryError", 30)
     for agent in (vip, other):
         agent.run("tool.kill(); tool.wait()")

@@ -40,10 +40,12 @@ class MemoryPrograms:
         while they are not, they deny growth by themselves where that is called for."""
         self.control.heartbeat_ns = time.monotonic_ns()
 
-    @property
-    def times_alone(self) -> int:
-        """How often the programs had to do without the daemon while the pool was short."""
-        return int(self.control.alone_count)
+    def take_times_alone(self) -> int:
+        """Return how often the programs had to do without a daemon while the pool was short, since
+        this was asked last, by this daemon or one before."""
+        times = int(self.control.alone_count)
+        self.control.alone_count -= times
+        return times
 
     def forget_others(self) -> None:
         """Drop what an earlier daemon had watched and this one does not: it ended meanwhile. Raises

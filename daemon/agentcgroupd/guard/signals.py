@@ -190,7 +190,12 @@ class Signals:
             self._plane.attempt(what, self._set_reclaim, session, stalled, urgent)
 
     def sweep(self) -> None:
-        """Count the events that were lost since the last sweep."""
+        """Count the events that were lost since the last sweep, and how often the programs had to
+        do without the daemon."""
+        alone = self._memory.take_times_alone()
+        if alone:
+            self._metrics.signals.labels("alone").inc(alone)
+            self._audit.write("alone", times=alone)
         lost = self._memory.lost()
         fresh = {kind: n - self._lost.get(kind, 0) for kind, n in lost.items()}
         self._lost = lost
