@@ -568,12 +568,13 @@ def test_more_cgroups_than_a_map_has_room_for(
     tmp_path: Path, run_daemon: Callable[[str], DaemonProcess]
 ) -> None:
     """The map has room for two. Sessions and calls beyond that work, only unseen by the program,
-    which is logged once and counted each time. Nothing of a killed or stopped daemon stays."""
+    which is logged once and counted each time. Nothing of a killed or stopped daemon stays where
+    nothing is pinned (tests/guest/test_outlive.py: where it is)."""
     objects = compiled(
         tmp_path, ("lifecycle.bpf.c", "ID_MAP(managed, ", "HASH_MAP(managed, 2, u64, ")
     )
     (objects / "memory.bpf.o").symlink_to(OBJECTS / "memory.bpf.o")
-    daemon = run_daemon(f'[bpf]\nobjects = "{objects}"\n')
+    daemon = run_daemon(f'[bpf]\nobjects = "{objects}"\npins = ""\n')
     names = ("one", "two", "three", "four")
     for name in names:
         open_session(daemon, name)
