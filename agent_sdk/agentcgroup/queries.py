@@ -119,7 +119,7 @@ def history(session_id: str, verdicts: Iterable[str], since: float, limit: int) 
         limit=limit,
     )
     read = Report.from_proto
-    return Pages("ListHistory", request, lambda reply: [*map(read, reply.reports)], limit)
+    return Pages("ListHistory", request, lambda reply: [*map(read, reply.reports)], most=limit)
 
 
 def past_sessions(session_id: str, since: float, limit: int) -> Pages[PastSession]:
@@ -128,7 +128,7 @@ def past_sessions(session_id: str, since: float, limit: int) -> Pages[PastSessio
         session_id=session_id, since_unix_usec=int(since * 1e6), limit=limit
     )
     read = PastSession.from_proto
-    return Pages("ListPastSessions", request, lambda reply: [*map(read, reply.sessions)], limit)
+    return Pages("ListPastSessions", request, lambda reply: [*map(read, reply.sessions)], most=limit)
 
 
 USAGE_BY = ("session", "tool", "day")

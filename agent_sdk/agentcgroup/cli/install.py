@@ -143,11 +143,12 @@ def _changing(change: Callable[[], T]) -> T:
 
 
 def _check_config(installation: Installation, root: Path) -> None:
-    """Ask the daemon itself whether it could run with the configuration that will be there."""
+    """Read the configuration that will be there as the daemon will. Whether this host has all that
+    it names, such as the pool's unit, shows when the service starts."""
     there = below(root, CONFIG)
     shipped = installation.data / "share/agentcgroup/systemd" / CONFIG.name
     config = there if there.is_file() else shipped
-    argv = [str(installation.programs / "agentcgroupd"), "--check", "--config", str(config)]
+    argv = [str(installation.programs / "agentcg"), "config", "show", str(config)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CannotInstall(done.stderr.strip().splitlines()[-1].strip() or f"{argv[0]} failed")

@@ -51,7 +51,7 @@ def test_history_by_verdict(daemon: FakeDaemon, run: Cli) -> None:
     both = run.json("history", "--verdict", "ok", "--verdict", BAD)
     assert len(both) == 5
     run("history", "--verdict", "good", code=2)
-    assert "invalid choice: 'good'" in run.err
+    assert "--verdict: 'good' cannot be used" in run.err
     assert "no call has ended" in run("history", "--verdict", "timeout")
 
 
