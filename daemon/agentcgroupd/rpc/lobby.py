@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections import Counter
 from functools import partial
 from typing import Protocol
 
@@ -21,10 +22,12 @@ from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
 
-UNSEEN_MAX = 64
-"""Connections of one crowd that wait until it is found out whose they are."""
+UNSEEN_MAX = 512
+"""Connections of one session that wait until it is found out whose they are."""
+UNSEEN_USER_MAX = 64
+"""The same, of one user outside of sessions."""
 UNSEEN_STRANGERS_MAX = 256
-"""The same, of all users outside of sessions together."""
+"""The same, of all these users together."""
 
 
 class Host(Protocol):
@@ -46,6 +49,10 @@ class Host(Protocol):
         """Refuse a connection whose process has ended, at little cost."""
 
 
+def _is_stranger(key: str) -> bool:
+    return key.startswith(f"{STRANGERS}/")
+
+
 class Lobby:
     """Where connections wait until it is found out whose they are."""
 
@@ -57,6 +64,8 @@ class Lobby:
         self._host, self._find = host, find
         self._budgets, self._turns = budgets, turns
         self._crowded = crowded
+        self._unseen = Counter[str]()
+        """Connections that wait, by key, and those of all strangers."""
 
     def accepted(self, sock: socket.socket) -> None:
         """Take in a new connection."""
@@ -80,17 +89,24 @@ class Lobby:
         if self._is_full(key):
             self._host.turn_away(sock, crowd, self._crowded)
         else:
-            self._turns.submit_or_do(key, partial(self._identify, sock, who.pid, seems))
+            self._count(key, 1)
+            self._turns.submit_or_do(key, partial(self._identify, sock, who.pid, seems, key))
 
     @staticmethod
     def _stranger(uid: int) -> str:
         return f"{STRANGERS}/{user_key(uid)}"
 
     def _is_full(self, key: str) -> bool:
-        waiting = self._turns.waiting
-        if waiting(key) >= UNSEEN_MAX:
-            return True
-        return key.startswith(f"{STRANGERS}/") and waiting(STRANGERS) >= UNSEEN_STRANGERS_MAX
+        if not _is_stranger(key):
+            return self._unseen[key] >= UNSEEN_MAX
+        all_of_them = self._unseen[STRANGERS]
+        return self._unseen[key] >= UNSEEN_USER_MAX or all_of_them >= UNSEEN_STRANGERS_MAX
+
+    def _count(self, key: str, count: int) -> None:
+        for what in (key, STRANGERS) if _is_stranger(key) else (key,):
+            self._unseen[what] += count
+            if not self._unseen[what]:
+                del self._unseen[what]
 
     def _seems(self, who: PeerCredentials) -> str:
         """The crowd that a process is of, if it still is who connected; empty: that cannot be told
@@ -105,8 +121,9 @@ class Lobby:
             log.debug("process %d is asked for once more", who.pid, exc_info=True)
             return ""
 
-    def _identify(self, sock: socket.socket, pid: int, seems: str) -> None:
+    def _identify(self, sock: socket.socket, pid: int, seems: str, key: str) -> None:
         """Ask the kernel who is there, and hand it to the server."""
+        self._count(key, -1)
         peer: Peer | None = None
         try:
             peer = Peer(sock)

@@ -129,8 +129,8 @@ async def beside_strangers(path: Path) -> list[str]:
     place = Place(path, in_none)
     # Somebody else's work is under way, so nothing is done at once.
     place.turns.submit("session y", lambda: None)
-    place.connect(lobby.UNSEEN_MAX + 5)
-    assert place.turns.waiting(STRANGERS) == lobby.UNSEEN_MAX
+    place.connect(lobby.UNSEEN_USER_MAX + 5)
+    assert place.turns.waiting(STRANGERS) == lobby.UNSEEN_USER_MAX
     place.lobby = Lobby(place.host, in_session, place.budgets, place.turns, "connects")
     place.connect(3)
     assert place.turns.waiting("session x") == 3
@@ -143,7 +143,7 @@ def test_a_sessions_new_processes_do_not_wait_behind_strangers(tmp_path: Path) -
     assert seen[:5] == ["too many connects"] * 5, "no more strangers wait than may"
     places = [at for at, what in enumerate(seen[5:]) if what == "session x"]
     assert len(places) == 3 and places[-1] <= 8, "each has its turn beside one of theirs"
-    assert seen.count(f"{STRANGERS}/user 1000") == lobby.UNSEEN_MAX
+    assert seen.count(f"{STRANGERS}/user 1000") == lobby.UNSEEN_USER_MAX
 
 
 async def once(path: Path, find: SessionFinder) -> list[str]:
