@@ -223,6 +223,31 @@ def test_calls_inside_begin_while_the_outer_one_forks(
     agent.run("storm.wait()")
 
 
+def test_a_call_of_many_processes_is_not_split(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    call = begin(agent, "outer")
+    tool = tool_in(daemon, call)
+    # Moving thousands of them would keep everybody else waiting.
+    tool.run(
+        """
+import signal
+pids = []
+for _ in range(300):
+    pid = os.fork()
+    if not pid:
+        signal.pause()
+    pids.append(pid)
+"""
+    )
+    with pytest.raises(RemoteRpcError, match="301 processes, which are too many") as caught:
+        begin(tool, "inner")
+    assert caught.value.code == "RESOURCE_EXHAUSTED"
+    leaf = daemon.cgroup_dir / f"alpha/call-{call.id}"
+    assert len((leaf / "cgroup.procs").read_text().split()) == 301 and not (leaf / "main").exists()
+    tool.run("for pid in pids: os.kill(pid, 9); os.waitpid(pid, 0)")
+    end(tool, begin(tool, "inner"))
+    end(agent, call)
+
+
 def test_calls_inside_leave_some_to_the_agent(daemon: DaemonProcess) -> None:
     agent = daemon.open("few", calls_max="5")
     call = begin(agent, "outer")

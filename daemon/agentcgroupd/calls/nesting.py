@@ -28,6 +28,9 @@ from agentcgroupd.state.session import (
 
 log = logging.getLogger(__name__)
 
+SPLIT_MOST = 256
+"""Of how many processes a call may be split: the loop is held while they are moved, for some 30 us
+each."""
 SPLIT_TRIES = 8
 """How often the processes of a call are moved and its controllers enabled, while it forks."""
 IDS_SHOWN = 5
@@ -120,6 +123,7 @@ def split(outer: Call) -> None:
                 f"call {outer.id} has cgroups that its tool made, {made[0][:64]!r} among them, so "
                 "no call can begin in it; run the command without a call of its own"
             )
+        _check_processes(outer)
         main = outer.main_leaf = outer.cgroup.make_child(MAIN_LEAF)
     except KnobError as error:
         raise _unsplit(outer, error) from None
@@ -133,6 +137,19 @@ def split(outer: Call) -> None:
         raise _unsplit(outer, error) from None
 
 
+def _check_processes(outer: Call) -> None:
+    """Refuse to split a call of too many processes. Raises ResourceExhausted, or KnobError."""
+    count = len(outer.cgroup.procs())
+    if count > SPLIT_MOST:
+        sentence = (
+            f"call {outer.id} has {count} processes, which are too many to make room for a call "
+            "inside it; begin the first call inside earlier, or run the command without a call of "
+            "its own"
+        )
+        allowed = f"at most {SPLIT_MOST} processes when the first call inside begins"
+        raise ResourceExhausted(sentence, "processes", str(count), allowed)
+
+
 def _unsplit(outer: Call, error: KnobError) -> FailedPrecondition:
     return FailedPrecondition(
         f"the cgroup of call {outer.id} cannot be split for a call inside it: {error}"
@@ -142,7 +159,7 @@ def _unsplit(outer: Call, error: KnobError) -> FailedPrecondition:
 def _move_and_enable(outer: Call, main: Cgroup) -> None:
     wanted = outer.cgroup_above.read(knobs.CGROUP_SUBTREE_CONTROL)
     for _ in range(SPLIT_TRIES):
-        move_all(outer.cgroup, main)
+        move_all(outer.cgroup, main, most=2 * SPLIT_MOST)
         refused = outer.cgroup.enable(wanted)
         if not refused:
             return

@@ -146,13 +146,14 @@ _PIDFDS_MOST = 256
 """How many processes are signalled at a time; each takes a descriptor meanwhile."""
 
 
-def signal_in(directory: int, number: int) -> int:
-    """Signal each process of one cgroup, through a pidfd and only while it is still there. Returns
-    how many were signalled. Raises OSError."""
+def signal_in(directory: int, number: int) -> Iterator[int]:
+    """Signal each process of one cgroup, through a pidfd and only while it is still there. Yields
+    how many were signalled, part by part. Raises OSError."""
     # 0 stands for a process of another pid namespace, which the daemon cannot name.
     pids = [pid for pid in pids_in(directory) if pid]
     parts = [pids[i : i + _PIDFDS_MOST] for i in range(0, len(pids), _PIDFDS_MOST)]
-    return sum(_signal_each(directory, part, number) for part in parts)
+    for part in parts:
+        yield _signal_each(directory, part, number)
 
 
 def _signal_each(directory: int, pids: list[int], number: int) -> int:

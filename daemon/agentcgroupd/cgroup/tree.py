@@ -191,10 +191,17 @@ class Cgroup:
     def signal(self, number: int) -> int:
         """Send a signal to each process in this cgroup and below it. Returns how many there were.
         Raises KnobError, or CgroupGone."""
+        return sum(self.signal_parts(number))
+
+    def signal_parts(self, number: int) -> Iterator[int]:
+        """Do the same part by part: yields how many there were in each. Raises KnobError, or
+        CgroupGone."""
         try:
             top = self._open_directory()
             try:
-                return sum(signal_in(directory, number) for directory in walk(top))
+                for directory in walk(top):
+                    yield 0
+                    yield from signal_in(directory, number)
             finally:
                 os.close(top)
         except OSError as error:
@@ -335,17 +342,19 @@ class Cgroup:
         return os.listxattr(self.proc_path())
 
 
-def move_all(source: Cgroup, target: Cgroup, attempts: int = 100) -> int:
+def move_all(source: Cgroup, target: Cgroup, attempts: int = 100, most: int | None = None) -> int:
     """Move every process of `source` into `target`, repeating while new ones are forked.
 
     Returns how many were moved. Raises KnobError (EBUSY) if `source` still has processes after
-    `attempts` rounds, as a fork bomb would.
+    `attempts` rounds, as a fork bomb would, or has had more than `most`.
     """
     moved = 0
     for _ in range(attempts):
         pids = source.procs()
         if not pids:
             return moved
+        if most is not None and moved + len(pids) > most:
+            break
         for pid in pids:
             try:
                 target.attach(pid)

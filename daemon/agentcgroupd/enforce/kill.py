@@ -6,9 +6,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
+from collections.abc import Iterator
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.enforce.outside import find_outsiders, place_outside
+from agentcgroupd.enforce.outside import SEARCH_S, find_outsiders, place_outside
 from agentcgroupd.errors import KnobError
 from agentcgroupd.host.syscalls import pidfd_ended, process_stat
 from agentcgroupd.state.ending import Asked, Asker
@@ -21,8 +23,10 @@ AGAIN_S = 0.05
 """How long after cgroup.kill the processes that are left are killed one by one."""
 AGAIN_MOST_S = 5.0
 """The longest pause between two tries; each pause is twice the one before."""
-TIMER = "kill"
-"""Name of the timer in Call.timers, all of which are cancelled when the call is over."""
+TIMER, SIGNALS_TIMER = "kill", "signals"
+"""Names of timers in Call.timers, all of which are cancelled when the call is over."""
+SIGNALS_S = 0.005
+"""How long the processes of a call are signalled at a time."""
 
 
 _ASKED = {
@@ -56,17 +60,20 @@ def ask_end(
     by: Asker,
     why: str = "",
     reason: pb.EndReason.ValueType = pb.END_REASON_UNSPECIFIED,
+    search_s: float = SEARCH_S,
 ) -> None:
     """Take down that the end of a call was asked for, and whether its main process ran then, before
-    anything is done about it. `why`: a sentence for the report, where `by` does not say it."""
+    anything is done about it. `why`: a sentence for the report, where `by` does not say it.
+    `search_s`: how long processes outside of it may be looked for."""
     ran = call.entered and not main_ended(call)
+    pids: list[int] = []
     try:
-        count = len(call.cgroup.all_procs())
+        pids = call.cgroup.all_procs()
     except KnobError as error:
         log.debug("call %s: its processes cannot be counted: %s", call.id, error)
-        count = 0
+    count = len(pids)
     if ran and by is not Asker.WENT_ON:
-        find_outsiders(call)
+        find_outsiders(call, pids, search_s)
     what, source = _ASKED[by]
     what += _REASONS.get(reason, "")
     if call.entered:
@@ -95,13 +102,14 @@ def _has_ended_main_thread(pid: int) -> bool:
 
 def end_inside(call: Call) -> None:
     """Take down for the calls inside a call that they end with it."""
-    for inner in all_inside(call):
-        end_with(inner, call)
+    inside = list(all_inside(call))
+    for inner in inside:
+        end_with(inner, call, SEARCH_S / len(inside))
 
 
-def end_with(inner: Call, outer: Call) -> None:
+def end_with(inner: Call, outer: Call, search_s: float = SEARCH_S) -> None:
     """Take down for a call inside another one that it ends with that, unless it is over by
-    itself."""
+    itself. `search_s` as for `ask_end`."""
     if inner.state == pb.CALL_STATE_ENDING:
         return
     lives = inner.main is not None and not pidfd_ended(inner.main.pidfd)  # wherever it is
@@ -111,7 +119,8 @@ def end_with(inner: Call, outer: Call) -> None:
         log.debug("call %s: %s", inner.id, error)
         goes_on = False
     if goes_on:
-        ask_end(inner, Asker.OUTER, f"it ended with call {outer.id} that it was begun in")
+        why = f"it ended with call {outer.id} that it was begun in"
+        ask_end(inner, Asker.OUTER, why, search_s=search_s)
     inner.state, inner.held = pb.CALL_STATE_ENDING, False
 
 
@@ -120,10 +129,7 @@ def terminate(call: Call) -> None:
     error if there are none any more."""
     end_inside(call)
     outside = [process for each in (call, *all_inside(call)) for process in _outside(each)]
-    try:
-        call.cgroup.signal(signal.SIGTERM)
-    except KnobError as error:
-        log.debug("call %s: %s", call.id, error)
+    _signal_all(call, signal.SIGTERM)
     for process in outside:
         process.signal(signal.SIGTERM)
 
@@ -150,10 +156,34 @@ def kill(call: Call) -> None:
         _kill_main_and_outsiders(call)
 
 
+def _signal_all(call: Call, number: int) -> None:
+    """Send a signal to all processes of a call: what is not done after SIGNALS_S follows while the
+    loop goes round, unless the call is over by then or they are sent another one."""
+    _cancel(call, SIGNALS_TIMER)
+    _signal_more(call, call.cgroup.signal_parts(number))
+
+
+def _signal_more(call: Call, parts: Iterator[int]) -> None:
+    end = time.perf_counter() + SIGNALS_S
+    try:
+        for _ in parts:
+            if time.perf_counter() >= end:
+                later = asyncio.get_running_loop().call_later
+                call.timers[SIGNALS_TIMER] = later(SIGNALS_S, _signal_more, call, parts)
+                return
+    except KnobError as error:
+        log.debug("call %s: %s", call.id, error)
+    call.timers.pop(SIGNALS_TIMER, None)
+
+
+def _cancel(call: Call, name: str) -> None:
+    timer = call.timers.pop(name, None)
+    if timer is not None:
+        timer.cancel()
+
+
 def _again_later(call: Call, wait_s: float) -> None:
-    before = call.timers.pop(TIMER, None)
-    if before is not None:
-        before.cancel()
+    _cancel(call, TIMER)
     loop = asyncio.get_running_loop()
     call.timers[TIMER] = loop.call_later(wait_s, _kill_again, call, wait_s)
 
@@ -173,9 +203,6 @@ def kill_outsiders(call: Call) -> None:
 
 
 def _kill_again(call: Call, waited_s: float) -> None:
-    try:
-        call.cgroup.signal(signal.SIGKILL)
-    except KnobError as error:
-        log.debug("call %s: %s", call.id, error)
+    _signal_all(call, signal.SIGKILL)
     _kill_main_and_outsiders(call)
     _again_later(call, min(2 * waited_s, AGAIN_MOST_S))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from agentcgroupd.cgroup.tree import Cgroup
@@ -19,6 +20,8 @@ from agentcgroupd.state.session import CALL_PREFIX, Call
 
 DESCENDANTS_MOST = 2000
 """How many descendants of a main process are looked at."""
+SEARCH_S = 0.01
+"""How long they are looked for; the loop is held meanwhile."""
 OUTSIDERS_MOST = 256
 """How many processes outside of a call are kept; each takes a descriptor."""
 
@@ -71,13 +74,17 @@ def is_gone(pool: Cgroup, cgroup_id: int) -> bool:
     return False
 
 
-def find_outsiders(call: Call) -> None:
+def find_outsiders(call: Call, inside: Collection[int], search_s: float = SEARCH_S) -> None:
     """Keep the descendants of the main process that are neither in the call nor in another one, so
-    that they can be ended with it even when the main process has ended."""
+    that they can be ended with it even when the main process has ended. `inside`: the processes of
+    the call. After `search_s` it is enough."""
     if call.main is None or call.outsiders:
         return
     others = f"{call.session.cgroup_path}/{CALL_PREFIX}"
-    for parent, pid in _descendants(call.main.pid):
+    inside, until = frozenset(inside), time.perf_counter() + search_s
+    for parent, pid in _descendants(call.main.pid, until):
+        if pid in inside:
+            continue
         try:
             path = cgroup_of(pid)
         except (FileNotFoundError, ProcessLookupError, CgroupUnknown):
@@ -90,16 +97,20 @@ def find_outsiders(call: Call) -> None:
                 return
 
 
-def _descendants(pid: int) -> Iterator[tuple[int, int]]:
-    """Each descendant of a process with its parent before it, those that are nearer first."""
-    waiting, found = [pid], 0
+def _descendants(pid: int, until: float) -> Iterator[tuple[int, int]]:
+    """Each descendant of a process with its parent before it, those that are nearer first, until
+    that time (perf_counter)."""
+    waiting = [pid]
     for parent in waiting:
-        for child in children_of(parent):
-            if found >= DESCENDANTS_MOST:
+        for children in children_of(parent):
+            for child in children:
+                if len(waiting) > DESCENDANTS_MOST or time.perf_counter() >= until:
+                    return
+                waiting.append(child)
+                yield parent, child
+            # A process may have thousands of threads, and none of them a child.
+            if time.perf_counter() >= until:
                 return
-            found += 1
-            waiting.append(child)
-            yield parent, child
 
 
 def _child(parent: int, pid: int) -> Process | None:

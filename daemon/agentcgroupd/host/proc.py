@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 
 from agentcgroupd.errors import AgentcgroupdError
 
@@ -65,16 +66,14 @@ def read_proc(pid: int, file: str, most_bytes: int = -1) -> bytes:
         os.close(fd)
 
 
-def children_of(pid: int) -> list[int]:
-    """Pids of the children of a process, started by whichever of its threads; none where it has
+def children_of(pid: int) -> Iterator[list[int]]:
+    """Pids of the children of a process, by the thread that has started them; none where it has
     ended, or where this kernel does not tell (CONFIG_PROC_CHILDREN)."""
-    found: list[int] = []
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):
-            found += map(int, read_proc(pid, f"task/{thread}/children").split())
+            yield list(map(int, read_proc(pid, f"task/{thread}/children").split()))
     except (FileNotFoundError, ProcessLookupError):
-        return found
-    return found
+        return
 
 
 def command_line(pid: int, most_bytes: int = -1) -> list[str]:
