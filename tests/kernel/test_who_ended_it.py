@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from tests.conftest import StartDaemon
 from tests.harness import AgentProcess, DaemonProcess, wait_until
 from tests.kernel.test_endings import end, last
 
@@ -101,6 +102,30 @@ def test_of_a_kill_somewhere_else_the_daemon_does_not_say_that_it_was_not(
         assert "outside of its call, by whom is not known" in report.sentence
         assert f"left the call's cgroup for {daemon.pool_path}/{session}/" in report.sentence
     assert "not the daemon" not in report.sentence
+
+
+# A call that went on as another one beside it
+
+OBSERVED = """
+script = "sleep 1000 >/dev/null 2>&1 & sleep 0.4; exec " + EXEC + " --name beside -- sh -c 'exit 3'"
+result = subprocess.call(["sh", "-c", script])
+"""
+
+
+@pytest.mark.programs
+def test_what_it_had_left_running_is_told(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon("")
+    agent = daemon.open("alpha")
+    assert agent.run(OBSERVED) == 3
+    request = pb.ListCallsRequest(session_id="alpha")
+    found = [call for call in daemon.admin.ListCalls(request).calls if call.observed]
+    assert found, "the shell was not observed"
+    (call,) = found
+    report = daemon.admin.EndCall(pb.EndCallRequest(call_id=call.id))
+    assert report.verdict == pb.VERDICT_OK
+    assert report.sentence.startswith("It went on as call ")
+    text = "1 process that it had left running was ended by the operator."
+    assert report.sentence.endswith(f"Afterwards {text}")
 
 
 # What a caller says

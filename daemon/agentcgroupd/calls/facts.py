@@ -106,21 +106,27 @@ class EndFacts:
     @property
     def ender(self) -> Asked | None:
         """Give the request that ended the main process: the first that came while it ran."""
-        return next((a for a in self.asked if a.main_ran), None)
+        return next((a for a in self._to_end if a.main_ran), None)
+
+    @property
+    def _to_end(self) -> list[Asked]:
+        """List the requests to end something: a main process that goes on as another call asks for
+        the end of nothing."""
+        return [a for a in self.asked if a.by is not Asker.WENT_ON]
 
     @property
     def sweeper(self) -> Asked | None:
         """Give the request that ended what the main process had left running."""
         if self.ender is not None:
             return None
-        return next((a for a in self.asked if a.processes), None)
+        return next((a for a in self._to_end if a.processes), None)
 
     @property
     def leftovers(self) -> int:
         """How many processes were ended that had outlived the main process."""
         if self.ender is not None:
             return 0
-        return max((a.processes for a in self.asked), default=0)
+        return max((a.processes for a in self._to_end), default=0)
 
     @property
     def killer(self) -> Asked | None:

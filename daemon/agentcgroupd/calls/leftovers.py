@@ -15,7 +15,7 @@ from collections.abc import Callable
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.evidence import main_status
 from agentcgroupd.config import CallDefaults
-from agentcgroupd.enforce.kill import ask_end, main_ended, terminate
+from agentcgroupd.enforce.kill import ask_end, main_ended, terminate, went_on_beside
 from agentcgroupd.errors import KnobError
 from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import Call
@@ -64,7 +64,9 @@ class Leftovers:
             # A pidfd is readable when the last thread has ended, not when the first one has.
             fd = self._fds[call] = os.dup(call.main.pidfd)
             self._loop.add_reader(fd, self._main_ended, call)
-        elif not call.held and main_ended(call) and call.grant.leftovers == "end":
+        elif call.held or went_on_beside(call) or not main_ended(call):
+            return
+        elif call.grant.leftovers == "end":
             self._later(call, _GRACE, self._config.leftovers_grace, self._due)
 
     def drop(self, call: Call) -> None:

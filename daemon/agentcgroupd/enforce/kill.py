@@ -48,11 +48,19 @@ _REASONS = {
 
 
 def main_ended(call: Call) -> bool:
-    """Whether the main process is known to have ended, with all of its threads."""
+    """Whether the main process is known to have ended, with all of its threads, or to have gone on
+    as another call."""
     if call.main is not None:
         return pidfd_ended(call.main.pidfd)
+    if went_on_beside(call):
+        return True
     known = call.exit_status is not None or call.client_status is not None
     return known or call.account.main_lost
+
+
+def went_on_beside(call: Call) -> bool:
+    """Whether the main process has gone on as a call that is not inside this one."""
+    return any(asked.by is Asker.WENT_ON for asked in call.account.asked)
 
 
 def ask_end(

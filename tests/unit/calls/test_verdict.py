@@ -66,6 +66,16 @@ def test_of_what_ended_outside_of_its_call_the_daemon_claims_nothing() -> None:
     assert "It was not the daemon, and memory.events counts no OOM kill" in back
 
 
+def test_what_a_call_left_running_that_went_on_as_another_is_told() -> None:
+    went = Asked(Asker.WENT_ON, 1, True, 2, why="It went on as call b.")
+    swept = Asked(Asker.OPERATOR, 2, False, 1)
+    report = report_of(facts(wait_status=None, asked=(went, swept)))
+    assert report.verdict == pb.VERDICT_OK
+    text = "Afterwards 1 process that it had left running was ended by the operator."
+    assert report.sentence == f"It went on as call b. {text}"
+    assert [f.code for f in report.feedback] == [pb.FEEDBACK_CODE_LEFTOVERS]
+
+
 def test_pauses_that_came_late_are_told_beside_the_time_paused() -> None:
     for late, numbers in ((0, {"frozen_usec"}), (2, {"frozen_usec", "late_pauses"})):
         report = report_of(facts(frozen_usec=500_000, late_pauses=late))
