@@ -127,8 +127,11 @@ def past_sessions(session_id: str, since: float, limit: int) -> Pages[PastSessio
     request = pb.ListPastSessionsRequest(
         session_id=session_id, since_unix_usec=int(since * 1e6), limit=limit
     )
-    read = PastSession.from_proto
-    return Pages("ListPastSessions", request, lambda reply: [*map(read, reply.sessions)], most=limit)
+    return Pages("ListPastSessions", request, _read_past_sessions, most=limit)
+
+
+def _read_past_sessions(reply: Any) -> list[PastSession]:
+    return [*map(PastSession.from_proto, reply.sessions)]
 
 
 USAGE_BY = ("session", "tool", "day")

@@ -57,7 +57,7 @@ OWN_DIRECTORIES = (
         for name in (
             *("bash-completion/completions", "bash-completion"),
             *("zsh/site-functions", "zsh", "fish/vendor_completions.d", "fish"),
-            *("man/man1", "man/man8"),
+            *("man/man1", "man/man8", "man"),
         )
     ),
 )

@@ -153,8 +153,8 @@ def test_a_package_of_the_system_brings_its_own_units(
 def test_a_configuration_that_the_daemon_refuses_stops_it(
     root: Path, installation: Installation, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    daemon = installation.programs / "agentcgroupd"
-    daemon.write_text("#!/bin/sh\necho 'pool.cgruop: no such key' >&2\nexit 78\n")
+    reader = installation.programs / "agentcg"
+    reader.write_text("#!/bin/sh\necho 'pool.cgruop: no such key' >&2\nexit 78\n")
     before = tree(root)
     assert run("install", "--root", root) == 1
     assert capsys.readouterr().err == "agentcg: pool.cgruop: no such key\n"
