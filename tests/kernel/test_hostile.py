@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -138,3 +139,23 @@ def test_a_held_call_with_a_closed_session(daemon: DaemonProcess) -> None:
     with pytest.raises((RemoteRpcError, EOFError, BrokenPipeError)):
         agent.run("stub.EndCall(pb.EndCallRequest(call_id=call_id))")
     assert not (daemon.cgroup_dir / "alpha").exists()
+
+
+def test_who_hung_up_before_its_turn_is_not_moved(daemon: DaemonProcess) -> None:
+    """It may be doing something else by then, with what it started outside of any call."""
+    assert daemon.process is not None
+    agent = daemon.open("impatient")
+    before = agent.run("result = open('/proc/self/cgroup').read()")
+    daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        agent.run(
+            """
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+    sock.connect(str(RUN_DIR / "agent/attach.sock"))
+    sock.send(b"ACG1\\0begin\\0name=x\\0")
+"""
+        )
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+    assert agent.run("result = subprocess.call([EXEC, '--', 'true'])") == 0
+    assert agent.run("result = open('/proc/self/cgroup').read()") == before

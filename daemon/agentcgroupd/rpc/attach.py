@@ -217,6 +217,11 @@ class AttachServer:
         if data.startswith(RPC_PREFIX):
             self._rpc(caller, data, sender)
             return
+        if _has_hung_up(caller.socket):
+            # Each verb moves the caller. One that does not wait for it would be moved at a time
+            # when it does something else.
+            self._close(caller)
+            return
         reply = self._answer(caller, data, sender)
         if not isinstance(reply, list):
             self._answer_in_time(caller, self._send_words(caller.socket, reply))
@@ -319,6 +324,15 @@ class AttachServer:
         refused = as_request_error(error)
         self._metrics.rpc_errors.labels("attach", refused.code).inc()
         return ["ERR", refused.code, " ".join(refused.sentence.replace("\0", " ").split())]
+
+
+def _has_hung_up(client: socket.socket) -> bool:
+    try:
+        return not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _silent_key(crowd: Crowd) -> str:
