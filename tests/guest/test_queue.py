@@ -159,7 +159,8 @@ result = [p.wait() for p in running]
     codes = agent.run(run_all, count=count)
     assert codes == [0] * count
     wait_until("all have ended", lambda: not daemon.call_dirs() and not waiting(daemon), 30)
-    reports = daemon.admin.ListReports(pb.ListReportsRequest(limit=1000)).reports
+    request = pb.ListReportsRequest(session_id="a", limit=1000)
+    reports = daemon.admin.ListReports(request).reports
     verdicts = Counter(pb.Verdict.Name(r.verdict) for r in reports if r.name == "crowd")
     assert verdicts == {"VERDICT_OK": min(count, 256)}
     assert daemon.admin.GetPool(pb.GetPoolRequest()).calls_ended == count

@@ -44,6 +44,7 @@ class Wanted:
     since_usec: int = 0
     limit: int = 20
     before: tuple[int, int] = (NO_END, NO_END)
+    page_bytes: int = PAGE_BYTES
 
 
 Place = tuple[int, int]
@@ -81,7 +82,7 @@ def reports(
     place, size = (0, 0), 0
     for ended_usec, seq, report in islice(rows, limit + 1):
         size += len(report)
-        if found and (len(found) == limit or size > PAGE_BYTES):
+        if found and (len(found) == limit or size > wanted.page_bytes):
             return found, place
         found.append(pb.Report.FromString(report))
         place = ended_usec, seq

@@ -54,7 +54,11 @@ class Past:
         return await (self._history.is_kept() if session_id else self._history.is_current())
 
     async def list_history(
-        self, scope: Scope, asker: str, request: pb.ListHistoryRequest
+        self,
+        scope: Scope,
+        asker: str,
+        request: pb.ListHistoryRequest,
+        page_bytes: int = read.PAGE_BYTES,
     ) -> pb.ListHistoryResponse:
         """A page of reports, newest first. Raises RequestError."""
         for verdict in request.verdicts:
@@ -66,6 +70,7 @@ class Past:
             request.since_unix_usec,
             request.limit or REPORTS_DEFAULT,
             _place(request.page_token),
+            page_bytes,
         )
         query = partial(read.reports, scope=scope, wanted=wanted)
         found, place = await self._history.ask(asker, query)

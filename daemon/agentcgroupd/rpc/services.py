@@ -37,7 +37,7 @@ from agentcgroupd.rpc.callers import Caller
 from agentcgroupd.rpc.frames import FRAME_BYTES_MAX
 from agentcgroupd.rpc.gate import Gate, abort
 from agentcgroupd.rpc.messages import Asking
-from agentcgroupd.rpc.pages import list_reports
+from agentcgroupd.rpc.pages import PAGE_BYTES, list_reports
 from agentcgroupd.rpc.past import Past, scope_of
 from agentcgroupd.rpc.peers import check_operator
 from agentcgroupd.rpc.relay import Relay
@@ -381,7 +381,7 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         asked = pb.ListHistoryRequest(
             session_id=request.session_id, limit=request.limit, page_token=request.page_token
         )
-        found = await self.parts.past.list_history(ALL, OPERATOR, asked)
+        found = await self.parts.past.list_history(ALL, OPERATOR, asked, PAGE_BYTES)
         if request.session_id and not found.reports:
             self.parts.sessions.get(request.session_id)
         return pb.ListReportsResponse(reports=found.reports, next_page_token=found.next_page_token)
