@@ -302,3 +302,42 @@ def test_swap_refused_at_the_sessions_limit_is_told(daemon: DaemonProcess) -> No
     report = last(daemon)
     assert report.verdict == pb.VERDICT_OOM_CALL
     assert "its session had all the swap that it may have (4 MiB)" in report.sentence
+
+
+# Held calls, and tools that leave
+
+HELD = """
+call_id = stub.BeginCall(pb.BeginCallRequest(name="h", intent=pb.Intent(memory_max="40M"))).id
+for script in scripts:
+    subprocess.call([EXEC, "--call", call_id, "--", "sh", "-c", script])
+result = stub.EndCall(pb.EndCallRequest(call_id=call_id, reason=1)).SerializeToString()
+"""
+
+
+def test_an_earlier_commands_oom_kill_is_not_the_last_ones(agent: AgentProcess) -> None:
+    report = pb.Report.FromString(agent.run(HELD, scripts=[GROW, "kill -9 $$"]))
+    assert report.verdict == pb.VERDICT_SIGNALED and report.oom_kills >= 1
+    assert "memory.events counts no OOM kill since this command began" in report.sentence
+    told = [f.sentence for f in report.feedback if f.code == pb.FEEDBACK_CODE_OOM]
+    assert len(told) == 1 and "before its last command was started in it" in told[0]
+
+
+def test_a_tool_out_of_memory_in_a_cgroup_that_it_left_for(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    """The kernel's log names it; the call's own counters say nothing."""
+    elsewhere = daemon.cgroup_dir.with_name(f"{daemon.cgroup_dir.name}-elsewhere")
+    elsewhere.mkdir()
+    try:
+        (elsewhere / "memory.max").write_text(str(30 * MIB))
+        main = f"echo $$ > {elsewhere}/cgroup.procs; echo 1 {100 * MIB} 0 > $0; exec {LOAD} < $0"
+        path = daemon.directory / "load"
+        status, _ = agent.run(SPAWN, options=[], argv=["sh", "-c", main, str(path)])
+        assert status == -signal.SIGKILL
+        report = last(daemon)
+        assert report.verdict == pb.VERDICT_OOM_HOST, report.sentence
+        assert f"the kernel ended it in /{elsewhere.name}" in report.sentence
+        assert set(codes(report)) == {"OOM", "LEFT_CALL"}
+    finally:
+        wait_until("it is empty", lambda: not (elsewhere / "cgroup.procs").read_text())
+        elsewhere.rmdir()

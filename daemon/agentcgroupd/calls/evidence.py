@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from dataclasses import replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -174,10 +175,14 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup, oom_log: OomLog) -
     pressure, io = call.cgroup.read_if(knobs.MEMORY_PRESSURE), read(knobs.IO_STAT)
     cpu, pids_peak = call.cgroup.read(knobs.CPU_STAT), read(knobs.PIDS_PEAK)
     counters = Counters.read(call, pool, events or {}, pids_events or {})
+    oom = _oom_facts(call, pool, counters, oom_log)
+    if facts.outside and facts.signal == signal.SIGKILL:
+        # What this call's counters say is not of the cgroup that it was in.
+        oom = replace(oom, main_chosen=_main_chosen(call, None, oom_log))
     return replace(
         facts,
         oom_kills=events["oom_kill"] if events else None,
-        oom=_oom_facts(call, pool, counters, oom_log),
+        oom=oom,
         pids_hits=tuple(pids_hits(call, counters.since(call.account.began), pids_peak)),
         memory_peak_bytes=read(knobs.MEMORY_PEAK),
         memory_high_events=events["high"] if events else None,
@@ -214,12 +219,13 @@ def _oom_facts(call: Call, pool: Cgroup, counters: Counters, oom_log: OomLog) ->
     )
 
 
-def _main_chosen(call: Call, kills: int, oom_log: OomLog) -> bool | None:
-    """Whether the kernel's OOM killer chose the main process; None: not known."""
+def _main_chosen(call: Call, kills: int | None, oom_log: OomLog) -> bool | None:
+    """Whether the kernel's OOM killer chose the main process; None: not known. `kills`: how many it
+    chose where that was."""
     victims, main = call.account.victims, call.main
     if main is None or main.pid in victims:
         return None if main is None else True
-    if len(victims) >= kills:
+    if kills is not None and len(victims) >= kills:
         return False
     chose = oom_log.chose(main.pid)
     if chose:

@@ -158,7 +158,7 @@ class EndFacts:
     def main_oom(self) -> bool:
         """Whether the kernel's OOM killer ended the main process."""
         oom = self.oom
-        if not oom.kills or self.exit_code is not None or self.went_on:
+        if not oom.kills or self.outside or self.exit_code is not None or self.went_on:
             return False
         if self.signal not in (None, signal.SIGKILL):
             return False
@@ -170,6 +170,11 @@ class EndFacts:
             return oom.main_chosen
         # A kill by the daemon, which found the main process alive, came after the other's.
         return not self.main_killed
+
+    @property
+    def oom_outside(self) -> bool:
+        """Whether it did so in a cgroup that the main process had left its call for."""
+        return bool(self.outside and self.oom.main_chosen and self.signal == signal.SIGKILL)
 
     @property
     def oom_hit(self) -> LimitHit | None:

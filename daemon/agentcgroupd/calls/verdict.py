@@ -72,6 +72,13 @@ def _oom(facts: EndFacts) -> str:
     return text
 
 
+def _oom_outside(facts: EndFacts) -> str:
+    return (
+        f"Out of memory outside of the call: the kernel ended it in {facts.left[-1].path}, the "
+        "cgroup that it had left the call for."
+    )
+
+
 def _chosen(hit: LimitHit) -> str:
     if hit.level == pb.LEVEL_NESTED:
         return "the kernel ended the main process, which was in it"
@@ -129,6 +136,11 @@ def _went_on(facts: EndFacts) -> str:
 # Ended by itself
 
 
+def _no_oom(facts: EndFacts) -> str:
+    since = " since this command began" if facts.oom.kills_before else ""
+    return f"memory.events counts no OOM kill{since}"
+
+
 def _sigkill(facts: EndFacts) -> str:
     if facts.outside:
         return (
@@ -146,7 +158,7 @@ def _sigkill(facts: EndFacts) -> str:
     elif facts.oom.kills:
         proof = "the kernel's OOM killer chose other processes of the call"
     else:
-        proof = "memory.events counts no OOM kill"
+        proof = _no_oom(facts)
     return (
         "It was killed with SIGKILL, by whom is not known: itself, its caller, another process or "
         f"a limit such as RLIMIT_CPU. It was not the daemon, and {proof}."
@@ -163,10 +175,10 @@ def _failed(facts: EndFacts) -> str:
     code = facts.exit_code
     if facts.oom.kills:
         return f"It ended with exit status {code}."
-    if code == 128 + signal.SIGKILL and facts.oom_kills == 0:
+    if code == 128 + signal.SIGKILL and facts.oom_kills is not None:
         return (
             "It ended with exit status 137, which a shell gives for a child that was killed; "
-            "memory.events counts no OOM kill."
+            f"{_no_oom(facts)}."
         )
     meaning = _NOT_RUN.get(code or 0, "")
     if facts.pids_hits:
@@ -234,6 +246,12 @@ RULES: tuple[Rule, ...] = (
         _oom_at(pb.LEVEL_HOST),
         pb.VERDICT_OOM_HOST,
         _oom,
+    ),
+    Rule(
+        "main process out of memory in a cgroup that it had left for",
+        lambda f: f.oom_outside,
+        pb.VERDICT_OOM_HOST,
+        _oom_outside,
     ),
     Rule("its timeout passed", _by(Asker.TIMEOUT), pb.VERDICT_TIMEOUT, _timeout),
     Rule("ended by policy", _by(Asker.POLICY), pb.VERDICT_STOPPED, _policy),

@@ -260,6 +260,27 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
         pb.VERDICT_OK,
         ["of an earlier command left the call's cgroup for /system.slice/x.scope."],
     ),
+    (
+        killed(left=ELSEWHERE, outside=True, oom=OomFacts(main_chosen=True)),
+        pb.VERDICT_OOM_HOST,
+        ["outside of the call: the kernel ended it in /system.slice/x.scope"],
+    ),
+    (
+        # Another one of the call ran out of memory where the main process was not any more.
+        killed(left=ELSEWHERE, outside=True, **oom(CALL, main_chosen=False)),
+        pb.VERDICT_SIGNALED,
+        ["outside of its call, by whom is not known", "1 process of the call, not its main"],
+    ),
+    (
+        {"wait_status": 137 << 8, "oom_kills": 2, "oom": OomFacts(kills_before=2)},
+        pb.VERDICT_FAILED,
+        ["137", "counts no OOM kill since this command began"],
+    ),
+    (
+        killed(commands=2, oom_kills=2, oom=OomFacts(kills_before=2)),
+        pb.VERDICT_SIGNALED,
+        ["counts no OOM kill since this command began"],
+    ),
     (killed(outside=None), pb.VERDICT_SIGNALED, ["in a cgroup that has been removed since"]),
     ({"left": MOVED_BACK}, pb.VERDICT_OK, ["well", "and was moved back"]),
     (
