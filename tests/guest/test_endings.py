@@ -341,3 +341,21 @@ def test_a_tool_out_of_memory_in_a_cgroup_that_it_left_for(
     finally:
         wait_until("it is empty", lambda: not (elsewhere / "cgroup.procs").read_text())
         elsewhere.rmdir()
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_processes_that_are_ended_together_are_counted_once(
+    daemon: DaemonProcess, agent: AgentProcess, others: int
+) -> None:
+    """The kernel counts the one that it chose twice."""
+    start = "sleep 1000 & " * others
+    inner = f"{start} exec {LOAD} < $0"
+    path = daemon.directory / "load"
+    path.write_text(f"1 {100 * MIB} 0\n")
+    script = f"{EXEC} --name in --memory-max 30M -- sh -c '{inner}' {path}; exit 0"
+    assert run(agent, script)[0] == 0
+    report = last(daemon)
+    assert report.verdict == pb.VERDICT_OK and report.oom_kills == 1 + others
+    count = "1 process" if not others else f"{1 + others} processes"
+    assert f"{count} of the call" in report.sentence
+    assert f"ended {2 + others} " not in report.sentence

@@ -16,7 +16,7 @@ from agentcgroupd.calls.counters import (
     swap_hit,
 )
 from agentcgroupd.calls.facts import EndFacts, OomFacts
-from agentcgroupd.calls.words import count_of, limit_words
+from agentcgroupd.calls.words import at_least, limit_words
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.enforce.outside import is_gone, outside_path
@@ -149,8 +149,8 @@ def _add_facts(call: Call, facts: EndFacts) -> None:
         account.add("the call's cgroup was removed by someone else", "cgroup", now)
     oom = facts.oom
     if oom.kills or oom.kills_before:
-        kills = oom.kills + oom.kills_before
-        text = f"the kernel's OOM killer ended {count_of(kills)} of the call"
+        count = at_least(oom.least + oom.least_before, oom.kills + oom.kills_before)
+        text = f"the kernel's OOM killer ended {count} of the call"
         account.add(text, "memory.events", now)
     if oom.whole:
         account.add("it ended the call as a whole", "memory.events.local", now)
@@ -181,7 +181,7 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup, oom_log: OomLog) -
         oom = replace(oom, main_chosen=_main_chosen(call, None, oom_log))
     return replace(
         facts,
-        oom_kills=events["oom_kill"] if events else None,
+        oom_kills=oom.least + oom.least_before if events else None,
         oom=oom,
         pids_hits=tuple(pids_hits(call, counters.since(call.account.began), pids_peak)),
         memory_peak_bytes=read(knobs.MEMORY_PEAK),
@@ -201,17 +201,29 @@ def _oom_facts(call: Call, pool: Cgroup, counters: Counters, oom_log: OomLog) ->
     account = call.account
     counted = counters.since(account.baseline or account.began)
     kills = counted.below.oom_kills
-    before = counters.now.below.oom_kills - kills
-    all_hits = memory_hits(call, counters.since(account.began)) if before else ()
+    now = counters.now.below
+    found = OomFacts(
+        kills_before=now.oom_kills - kills,
+        groups_before=now.group_kills - counted.below.group_kills,
+    )
+    if found.kills_before:
+        hits_before = tuple(memory_hits(call, counters.since(account.began)))
+        found = replace(found, hits_before=hits_before)
     if not kills:
-        return OomFacts(kills_before=before, hits_before=tuple(all_hits))
+        return found
     hits = tuple(memory_hits(call, counted))
     at_session = bool(hits) and hits[0].level == pb.LEVEL_SESSION
-    return OomFacts(
+    whole = ended_as_a_whole(call, counted, hits)
+    # One above the call is not counted in it, and before Linux 5.17 none is.
+    above = sum(counts.group_kills for _, counts in counted.above)
+    groups = max(counted.below.group_kills + above, int(whole))
+    if max(1, kills - groups) <= len(account.victims) <= kills:
+        kills, groups = len(account.victims), 0  # by their pids
+    return replace(
+        found,
         kills=kills,
-        kills_before=before,
-        hits_before=tuple(all_hits),
-        whole=ended_as_a_whole(call, counted, hits),
+        groups=groups,
+        whole=whole,
         main_chosen=_main_chosen(call, kills, oom_log),
         hits=hits,
         swap=swap_hit(call, pool),

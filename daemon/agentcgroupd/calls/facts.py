@@ -31,9 +31,14 @@ class OomFacts:
     """What the kernel's OOM killer did to a call while its last main process was in it."""
 
     kills: int = 0
-    """Processes of the call that it ended."""
+    """Processes of the call that it ended, as the kernel counts them: the one that it chose is
+    counted twice where it ends a whole group (mm/oom_kill.c: oom_kill_process)."""
+    groups: int = 0
+    """How often it ended a whole group. How many processes that were is then known but for as
+    many."""
     kills_before: int = 0
-    """The same, while earlier main processes were in it."""
+    """The same as `kills`, while earlier main processes were in it."""
+    groups_before: int = 0
     hits_before: tuple[LimitHit, ...] = ()
     """Limits of memory that were reached then."""
     whole: bool = False
@@ -46,6 +51,21 @@ class OomFacts:
     """The limit of swap that had been reached as well."""
     held: Held | None = None
     """What holds the session's memory, where that was the limit."""
+
+    @property
+    def least(self) -> int:
+        """How many processes of the call it ended for certain."""
+        return _least(self.kills, self.groups)
+
+    @property
+    def least_before(self) -> int:
+        """The same, while earlier main processes were in it."""
+        return _least(self.kills_before, self.groups_before)
+
+
+def _least(kills: int, groups: int) -> int:
+    # One that was chosen and had ended before its group was looked at is counted once.
+    return max(kills - groups, min(kills, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +102,8 @@ class EndFacts:
     """How many processes have been the main process, one after the other. 0: those in the call
     entered by another way than the attach socket."""
     oom_kills: int | None = None
-    """All of the call; None: not known."""
+    """Processes that the kernel's OOM killer ended for certain, all of the call; None: not
+    known."""
     oom: OomFacts = OomFacts()
     pids_hits: tuple[LimitHit, ...] = ()
     memory_peak_bytes: int | None = None

@@ -85,7 +85,7 @@ def _of_verdict(facts: EndFacts, verdict: pb.Verdict.ValueType, sentence: str) -
 
 def _of_oom(facts: EndFacts) -> list[pb.Feedback]:
     """Tell of processes that the kernel's OOM killer ended, where that is not the verdict."""
-    kills = facts.oom.kills + facts.oom.kills_before
+    kills = facts.oom.least + facts.oom.least_before
     told = [child_oom(facts)] if facts.ever_entered else []
     told.append(earlier_oom(facts))
     return [

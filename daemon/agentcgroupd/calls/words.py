@@ -20,6 +20,11 @@ def count_of(number: int) -> str:
     return "1 process" if number == 1 else f"{number} processes"
 
 
+def at_least(least: int, most: int) -> str:
+    """A number of processes in words of which it is not quite known how many they were."""
+    return count_of(most) if least == most else f"at least {count_of(least)}"
+
+
 def _bytes_of(hit: LimitHit) -> str:
     return "" if hit.limit is None else f" of {show_bytes(hit.limit)}"
 
@@ -122,20 +127,20 @@ def child_oom(facts: EndFacts) -> str:
         return ""
     hit = facts.oom_hit
     where = "the host itself ran out of memory" if hit is None else limit_words(hit)
-    who = f"{count_of(oom.kills)} of the call, not its main process"
-    if facts.wait_status is None:
-        who = f"{count_of(oom.kills)} of the call"
+    who = f"{at_least(oom.least, oom.kills)} of the call"
+    if facts.wait_status is not None:
+        who += ", not its main process"
     return f"The kernel's OOM killer ended {who}: {where}."
 
 
 def earlier_oom(facts: EndFacts) -> str:
     """What it did while earlier commands ran in the call; empty: nothing."""
-    kills = facts.oom.kills_before
-    if not kills:
+    if not facts.oom.kills_before:
         return ""
+    count = at_least(facts.oom.least_before, facts.oom.kills_before)
     before = "before its last command was started in it"
     where = "".join(f": {limit_words(hit)}" for hit in facts.oom.hits_before[:1])
-    return f"The kernel's OOM killer ended {count_of(kills)} of this call {before}{where}."
+    return f"The kernel's OOM killer ended {count} of this call {before}{where}."
 
 
 def left_words(facts: EndFacts) -> str:

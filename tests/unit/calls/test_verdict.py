@@ -76,6 +76,20 @@ def test_what_a_call_left_running_that_went_on_as_another_is_told() -> None:
     assert [f.code for f in report.feedback] == [pb.FEEDBACK_CODE_LEFTOVERS]
 
 
+def test_the_process_that_was_chosen_of_a_group_is_not_told_twice() -> None:
+    """The kernel counts it twice, unless it has ended before the others are looked at."""
+    for kills, text in ((1, "ended 1 process of"), (2, "ended at least 1 process of")):
+        group = OomFacts(kills=kills, groups=1, hits=(hit(NESTED),))
+        report = report_of(facts(oom_kills=1, oom=group))
+        assert text in report.sentence
+        assert report.feedback[0].numbers["oom_kills"] == 1
+    before = OomFacts(kills_before=4, groups_before=1, hits_before=(hit(CALL),))
+    assert (
+        "ended at least 3 processes of this call"
+        in report_of(facts(oom=before)).feedback[0].sentence
+    )
+
+
 def test_pauses_that_came_late_are_told_beside_the_time_paused() -> None:
     for late, numbers in ((0, {"frozen_usec"}), (2, {"frozen_usec", "late_pauses"})):
         report = report_of(facts(frozen_usec=500_000, late_pauses=late))
@@ -433,7 +447,7 @@ statuses = st.none() | st.integers(0, 255).map(lambda c: c << 8) | st.integers(1
 levels = st.lists(st.sampled_from([NESTED, CALL, OUTER, SESSION, POOL, HOST]), unique=True)
 ooms = st.builds(
     lambda kills, before, whole, chosen, at: OomFacts(
-        kills, before, (), whole, chosen, tuple(map(hit, sorted(at)))
+        kills, int(whole), before, 0, (), whole, chosen, tuple(map(hit, sorted(at)))
     ),
     st.integers(0, 3),
     st.integers(0, 3),
