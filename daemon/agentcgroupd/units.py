@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import string
 from collections.abc import Iterable
 from decimal import Decimal
 from typing import NewType
@@ -30,7 +31,7 @@ PRIORITY_WORDS = {"batch": 20, "normal": 50, "important": IMPORTANT_PRIORITY}
 PRIORITY_ALLOWED = "a whole number from 0 to 100, or batch (20), normal (50) or important (80)"
 
 _TEXT_CHARS_MAX = 64
-_NUMBER = re.compile(r"([0-9]{1,30}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})\s*([A-Za-z]*)")
+_NUMBER = re.compile(r"([0-9]{1,30}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})\s*([A-Za-z]*)", re.ASCII)
 _BYTE_UNIT = re.compile(r"([kmgtpe])(?:i?b)?|b?")
 _SECOND_USEC = 10**6
 _TIME_UNITS = {
@@ -50,8 +51,19 @@ BYTES_MAX = Bytes((1 << 63) - 1)
 """The kernel's own counter is a signed 64-bit number of pages; no host comes near either."""
 
 
+def bare(text: str) -> str:
+    """The text without blanks around it, which are those of ASCII: of other characters none passes
+    for a blank."""
+    return text.strip(string.whitespace)
+
+
+def lowered(text: str) -> str:
+    """The text in small letters if it is ASCII: the sign for kelvin does not become a k."""
+    return text.lower() if text.isascii() else text
+
+
 def _split(field: str, text: str, allowed: str) -> tuple[Decimal, str]:
-    stripped = text.strip()
+    stripped = bare(text)
     if stripped.startswith("-"):
         raise InvalidField(field, text, allowed, "it is negative")
     match = _NUMBER.fullmatch(stripped) if len(stripped) <= _TEXT_CHARS_MAX else None
@@ -107,7 +119,7 @@ def parse_duration(field: str, text: str) -> Usec:
 def parse_count(field: str, text: str, least: int, most: int) -> int:
     """A whole number from `least` to `most`."""
     allowed = f"a whole number from {least} to {most}"
-    stripped = text.strip()
+    stripped = bare(text)
     if not re.fullmatch(r"[0-9]{1,18}", stripped):
         raise InvalidField(field, text, allowed, "it is not a whole number")
     value = int(stripped)
@@ -118,7 +130,7 @@ def parse_count(field: str, text: str, least: int, most: int) -> int:
 
 def parse_percent(field: str, text: str) -> int:
     """A whole number of percent from 1 to 100: `10%` or `10`."""
-    stripped = text.strip().removesuffix("%").rstrip()
+    stripped = bare(bare(text).removesuffix("%"))
     if not re.fullmatch(r"[0-9]{1,3}", stripped) or not 1 <= int(stripped) <= 100:
         raise InvalidField(field, text, PERCENT_ALLOWED)
     return int(stripped)
@@ -126,7 +138,7 @@ def parse_percent(field: str, text: str) -> int:
 
 def parse_priority(field: str, text: str) -> int:
     """0 (first to wait) to 100, or one of the words in `PRIORITY_WORDS`."""
-    word = text.strip().lower()
+    word = lowered(bare(text))
     if word in PRIORITY_WORDS:
         return PRIORITY_WORDS[word]
     if not re.fullmatch(r"[0-9]{1,3}", word) or int(word) > 100:
@@ -136,7 +148,7 @@ def parse_priority(field: str, text: str) -> int:
 
 def parse_word(field: str, text: str, words: tuple[str, ...]) -> str:
     """The one of `words` that the text is, in whatever case. Raises InvalidField."""
-    word = text.strip().lower()
+    word = lowered(bare(text))
     if word not in words:
         raise InvalidField(field, text, " or ".join(words), suggestion(word, words))
     return word

@@ -63,10 +63,14 @@ def test_another_sessions_calls_and_reports_are_not_seen(
     agent.run("agent.run(['true'])")
     seen = other.run(
         "result = [c.id for c in stub.ListCalls(pb.ListCallsRequest()).calls] + "
-        "[r.session_id for r in "
-        "stub.ListReports(pb.ListReportsRequest(session_id='alpha', limit=1000)).reports]"
+        "[r.session_id for r in stub.ListReports(pb.ListReportsRequest(limit=1000)).reports]"
     )
     assert victim not in seen and "alpha" not in seen
+    for what in ("Calls", "Reports"):
+        with pytest.raises(RemoteRpcError, match="its own session only") as caught:
+            other.run(f"stub.List{what}(pb.List{what}Request(session_id='alpha'))")
+        assert caught.value.code == "NOT_FOUND"
+        other.run(f"stub.List{what}(pb.List{what}Request(session_id='beta'))")
     mine = agent.run("result = [c.id for c in stub.ListCalls(pb.ListCallsRequest()).calls]")
     assert victim in mine
 

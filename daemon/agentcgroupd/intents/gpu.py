@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from agentcgroupd.errors import InvalidField
+from agentcgroupd.units import bare, lowered
 
 DEVICE_ALLOWED = "any, any:2, an index such as 0, a UUID such as GPU-..., or several with commas"
 DEVICES_MOST = 64
@@ -57,15 +58,15 @@ class DeviceSelection:
 
 def parse_device(field: str, text: str) -> DeviceSelection:
     """Read `any`, `any:2`, `0`, `GPU-...` or `0,1`. Raises InvalidField."""
-    word = text.strip()
+    word = bare(text)
     kind, colon, number = word.partition(":")
-    if kind.lower() == "any":
+    if lowered(kind) == "any":
         if not colon:
             return DeviceSelection()
         if not re.fullmatch(r"[0-9]{1,2}", number) or not 1 <= int(number) <= DEVICES_MOST:
             raise InvalidField(field, text, DEVICE_ALLOWED)
         return DeviceSelection(int(number))
-    parts = [part.strip() for part in word.split(",")]
+    parts = [bare(part) for part in word.split(",")]
     for part in parts:
         if not re.fullmatch(r"[0-9]{1,3}", part) and not _UUID.fullmatch(part):
             raise InvalidField(field, text, DEVICE_ALLOWED)

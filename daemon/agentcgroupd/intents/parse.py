@@ -17,6 +17,8 @@ from agentcgroup.text import printable
 from agentcgroupd.errors import InvalidField
 from agentcgroupd.intents.gpu import DeviceSelection, parse_device
 from agentcgroupd.units import (
+    bare,
+    lowered,
     parse_bytes,
     parse_cores,
     parse_count,
@@ -56,11 +58,11 @@ def _parse_leftovers(field: str, text: str) -> str:
 
 
 def _parse_hint(field: str, text: str) -> str | int:
-    kind, _, value = text.strip().partition(":")
-    if kind.lower() != "memory" or not value:
+    kind, _, value = bare(text).partition(":")
+    if lowered(kind) != "memory" or not value:
         raise InvalidField(field, text, HINT_ALLOWED)
-    if value.lower() in ("high", "low"):
-        return value.lower()
+    if lowered(value) in ("high", "low"):
+        return lowered(value)
     try:
         return parse_bytes(field, value)
     except InvalidField:
@@ -68,7 +70,7 @@ def _parse_hint(field: str, text: str) -> str | int:
 
 
 def _parse_wait(field: str, text: str) -> int:
-    if text.strip() == "0":
+    if bare(text) == "0":
         return 0
     wait = parse_duration(field, text)
     if wait > WAIT_MOST_USEC:
@@ -97,7 +99,7 @@ class CpuList:
         """Read `0-3,8`, in any order, parts that overlap among them. Raises ValueError."""
         mask = 0  # a bit for each CPU, so that a list of many wide ranges costs no more than one
         for part in text.split(","):
-            match = _CPU_RANGE.fullmatch(part.strip())
+            match = _CPU_RANGE.fullmatch(bare(part))
             if match is None:
                 raise ValueError(text)
             first, last = int(match[1]), int(match[2] or match[1])

@@ -14,9 +14,14 @@ from agentcgroupd.intents.parse import (
     name_of_program,
     parse_intent,
 )
+from agentcgroupd.units import parse_count
 
 WORDS = ("name", "argc", "arg", *PARSERS)
 """Keys of a `begin` packet of the attach protocol."""
+
+
+ARGC_MOST = (1 << 31) - 1
+"""The most arguments that a program can be told of (its argc is an int)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,8 @@ def request_of_proto(message: pb.BeginCallRequest) -> CallRequest:
 def request_of_words(values: Mapping[str, str], args: Sequence[str]) -> CallRequest:
     """Read the words of a `begin` packet: `values` by key, and its `arg` words in order. Without a
     name the call is named by its program. Raises InvalidField."""
+    if "argc" in values:
+        parse_count("argc", values["argc"], 0, ARGC_MOST)
     texts = {key: text for key, text in values.items() if key in PARSERS}
     name = check_name(values["name"]) if "name" in values else name_of_program(args)
     return CallRequest(name, cut_argv(args), parse_intent(texts))

@@ -167,8 +167,7 @@ class AgentService(_Service, pb_grpc.AgentServicer):
         """List the open and waiting calls of the caller's session; for a tool, those that it is
         in and those inside."""
         caller = self._caller(by)
-        if request.session_id not in ("", caller.session.id):
-            raise NotFound("an agent sees its own session only", "session_id", request.session_id)
+        _check_own(request.session_id, caller)
         slices = self.slices(by)
         return await self.parts.views.list_calls(
             [caller.session],
@@ -200,6 +199,7 @@ class AgentService(_Service, pb_grpc.AgentServicer):
     ) -> pb.ListReportsResponse:
         """List the newest reports of the caller's session."""
         caller = self._caller(by)
+        _check_own(request.session_id, caller)
         slices = self.slices(by)
         return await list_reports([caller.session], request, slices, caller.sees_report)
 
@@ -209,8 +209,7 @@ class AgentService(_Service, pb_grpc.AgentServicer):
     ) -> pb.ListHistoryResponse:
         """List reports of the caller's session from the store, newest first."""
         caller = self._caller(by)
-        if request.session_id not in ("", caller.session.id):
-            raise NotFound("an agent sees its own session only", "session_id", request.session_id)
+        _check_own(request.session_id, caller)
         asker = caller.session.turns_key
         return await self.parts.past.list_history(scope_of(caller), asker, request)
 
@@ -257,6 +256,12 @@ def _report(
         raise FailedPrecondition(f"call {call_id} has not ended; its report is made when it does")
     what = f"of a call {call_id[:64]!r}" if call_id else "yet: no call of this session has ended"
     raise NotFound(f"there is no report {what}", "call_id", call_id)
+
+
+def _check_own(session_id: str, caller: Caller) -> None:
+    """Refuse an agent that asks for another session than its own. Raises NotFound."""
+    if session_id not in ("", caller.session.id):
+        raise NotFound("an agent sees its own session only", "session_id", session_id)
 
 
 class AdminService(_Service, pb_grpc.AdminServicer):

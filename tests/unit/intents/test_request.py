@@ -242,3 +242,40 @@ def test_a_record_keeps_it_and_one_without_it_is_read() -> None:
     read = Call.from_record(nothing, nothing, json.loads(json.dumps(data)))
     assert read.grant == replace(grant, settings={})
     assert merge(read.grant, parse_intent({"cpuset": "1"}), ABOVE, None).settings == {"cpuset": "1"}
+
+
+@pytest.mark.parametrize(
+    "count", ["nan", "-1", "", "1e3", "1.0", "\u0661", "2147483648", "9" * 4000]
+)
+def test_a_number_of_arguments_is_one(count: str) -> None:
+    with pytest.raises(InvalidField) as caught:
+        request_of_words({"name": "x", "argc": count}, ["true"])
+    assert caught.value.field == "argc"
+    assert caught.value.allowed == "a whole number from 0 to 2147483647"
+    assert request_of_words({"name": "x", "argc": "2"}, ["true"]).name == "x"
+
+
+@pytest.mark.parametrize("field", PARSERS)
+@pytest.mark.parametrize("sign", ["\u2028", "\u00a0", "\x85", "\u3000"])
+def test_blanks_are_those_of_ascii(field: str, sign: str) -> None:
+    text = EXAMPLES[field][0]
+    for changed in (text + sign, sign + text):
+        with pytest.raises(InvalidField) as caught:
+            parse_intent({field: changed})
+        assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("on_pressure", "\u212aill"),
+        ("leftovers", "\u212aeep"),
+        ("memory", "512\u2028M"),
+        ("cpuset", "0-1,\u20032"),
+        ("memory", "1\u212a"),
+    ],
+)
+def test_signs_that_look_like_letters_are_none(field: str, text: str) -> None:
+    with pytest.raises(InvalidField) as caught:
+        parse_intent({field: text})
+    assert caught.value.field == field
