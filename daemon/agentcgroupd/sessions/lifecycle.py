@@ -198,8 +198,9 @@ class SessionLifecycle:
         self._notices.audit.write("session_changed", session=session.id, limits=changed)
         words = (f"{name} from {old} to {new}" for name, (old, new) in changed.items())
         log.info("session %s: %s", session.id, ", ".join(words) or "its limits stay as they are")
-        event = pb.Event(session_changed=self.describe(session, admin=True))
-        self._notices.feed.publish(session.id, event)
+        described = self.describe(session, admin=True)
+        self._notices.history.session_opened(described)
+        self._notices.feed.publish(session.id, pb.Event(session_changed=described))
         return session
 
     # Closing
