@@ -73,6 +73,26 @@ def test_what_entered_by_hand_is_no_main_process(
     assert last(daemon).call_id == report.call_id
 
 
+def test_a_callers_word_is_no_process_that_entered(agent: AgentProcess) -> None:
+    agent.run(BEGIN)
+    report = end(agent, pb.END_REASON_DONE, wait_status=0)
+    assert report.verdict == pb.VERDICT_ABANDONED
+    assert report.sentence.startswith("No process ever entered the call.")
+
+
+NO_SUCH_DIRECTORY = """
+try:
+    with agent.tool_call("nowhere") as call:
+        call.run(["true"], cwd="/no/such/directory")
+except FileNotFoundError:
+    result = str(call.report.verdict)
+"""
+
+
+def test_a_tool_that_could_not_be_started_never_entered(agent: AgentProcess) -> None:
+    assert agent.run(NO_SUCH_DIRECTORY) == "abandoned"
+
+
 # Processes that went to a cgroup which somebody else ends
 
 

@@ -78,8 +78,9 @@ def gather(call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
     base = EndFacts(
         grant=call.grant,
         wall_usec=max(0, boottime_usec() - call.began_boot_usec),
-        # The record may be older than the entering: a daemon can be killed between the two.
-        ever_entered=call.entered or status is not None,
+        # The record may be older than the entering: a daemon can be killed between the two. The
+        # caller's word is none for it: its process may have failed before it could enter.
+        ever_entered=call.entered or evidence == pb.EVIDENCE_KERNEL,
         wait_status=status,
         evidence=evidence,
         asked=tuple(account.asked),

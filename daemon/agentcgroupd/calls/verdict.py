@@ -181,10 +181,9 @@ def _failed(facts: EndFacts) -> str:
             f"{_no_oom(facts)}."
         )
     meaning = _NOT_RUN.get(code or 0, "")
-    if facts.pids_hits:
+    if any(hit.level in (pb.LEVEL_NESTED, pb.LEVEL_CALL) for hit in facts.pids_hits):
         return (
-            f"It ended with exit status {code}{meaning}; before that it was refused a process or "
-            "thread at a limit of their number, which may be why."
+            f"It ended with exit status {code}{meaning}; it had been refused a process or thread."
         )
     return f"It ended with exit status {code}{meaning}; no limit of agentcgroup ended it."
 

@@ -131,6 +131,16 @@ MOVED_BACK = (Left(12, "/pool/alpha/agent", 1, moved_back=True),)
 VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
     ({}, pb.VERDICT_OK, ["well"]),
     ({"wait_status": 3 << 8}, pb.VERDICT_FAILED, ["exit status 3", "no limit"]),
+    (
+        {"wait_status": 2 << 8, "pids_hits": (LimitHit(pb.LEVEL_CALL, "x", 4, 1),)},
+        pb.VERDICT_FAILED,
+        ["exit status 2; it had been refused a process or thread."],
+    ),
+    (
+        {"wait_status": 2 << 8, "pids_hits": (LimitHit(pb.LEVEL_SESSION, "x", 4, 1),)},
+        pb.VERDICT_FAILED,
+        ["no limit"],
+    ),
     ({"wait_status": 137 << 8}, pb.VERDICT_FAILED, ["counts no OOM kill"]),
     ({"wait_status": int(signal.SIGSEGV)}, pb.VERDICT_SIGNALED, ["SIGSEGV"]),
     # Who sent a SIGKILL is not known.
@@ -305,7 +315,7 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
     (
         {"wait_status": 1 << 8, "pids_hits": (LimitHit(CALL, "x", 50, 7),)},
         pb.VERDICT_FAILED,
-        ["exit status 1; before that it was refused a process or thread"],
+        ["exit status 1; it had been refused a process or thread."],
     ),
     # Nothing is known of its end, or it never began.
     ({"ever_entered": False, "wait_status": None}, pb.VERDICT_ABANDONED, ["agentcg-exec"]),
