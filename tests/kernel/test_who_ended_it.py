@@ -10,6 +10,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from tests.conftest import StartDaemon
 from tests.harness import AgentProcess, DaemonProcess, wait_until
 from tests.kernel.test_endings import end, last
+from tests.kernel.test_nesting import SLEEP, begin, tool_in
 
 BEGIN = """
 call_id = stub.BeginCall(pb.BeginCallRequest(name="held")).id
@@ -20,6 +21,7 @@ call_id = stub.BeginCall(pb.BeginCallRequest(name="held")).id
 command = [EXEC, "--call", call_id, "--", "sh", "-c", "read line; exit 0"]
 tool = subprocess.Popen(command, stdin=subprocess.PIPE)
 """
+END = "result = stub.EndCall(pb.EndCallRequest(call_id=call_id)).SerializeToString()"
 RUN = """
 tool = subprocess.Popen([EXEC, "--", "sh", "-c", script])
 """
@@ -122,6 +124,24 @@ def test_of_a_kill_somewhere_else_the_daemon_does_not_say_that_it_was_not(
         assert "outside of its call, by whom is not known" in report.sentence
         assert f"left the call's cgroup for {daemon.pool_path}/{session}/" in report.sentence
     assert "not the daemon" not in report.sentence
+
+
+# A tool
+
+
+def test_a_tool_that_ends_a_call_inside_is_told_as_that(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    outer = begin(agent, "outer")
+    tool = tool_in(daemon, outer)
+    inner = begin(tool, "inner")
+    tool.run(SLEEP, call_id=inner.id)
+    (directory,) = daemon.cgroup_dir.glob(f"*/*/call-{inner.id}")
+    wait_until("it has entered", lambda: bool((directory / "cgroup.procs").read_text()))
+    report = pb.Report.FromString(tool.run(END, call_id=inner.id))
+    assert report.verdict == pb.VERDICT_CANCELLED
+    assert f"while running: a tool in call {outer.id} ended it." in report.sentence
+    agent.run(END, call_id=outer.id)
 
 
 # A call that went on as another one beside it

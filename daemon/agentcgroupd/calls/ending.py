@@ -137,11 +137,13 @@ class OpenCalls:
         status: int | None,
         asker: Asker,
         reason: pb.EndReason.ValueType = pb.END_REASON_UNSPECIFIED,
+        why: str = "",
     ) -> pb.Report | Coroutine[Any, Any, pb.Report]:
         """End a call and give its report; with `detach`, only let go of it. Where processes have
         to die first, the report is to be awaited. `status`: of the main process, by its parent;
         `reason`: what the asker says for the report. One that says that its command has ended lets
-        what is left go on if the call's leftovers are to be kept."""
+        what is left go on if the call's leftovers are to be kept. `why`: who it is, as a clause,
+        where `asker` does not say it."""
         if status is not None:
             call.client_status = status
         call.held = False
@@ -152,7 +154,7 @@ class OpenCalls:
         # nothing.
         if ends_it if goes_on else reason in CALLER_REASONS:
             self._leavers.look(call)
-            ask_end(call, asker, reason=reason)
+            ask_end(call, asker, why, reason)
         report = None if goes_on else self._finish(call)
         if report is not None:
             return report

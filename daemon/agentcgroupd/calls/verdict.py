@@ -112,6 +112,8 @@ def _who(asked: Asked) -> str:
         return "the operator ended the call"
     if asked.by is Asker.OUTER:
         return asked.why
+    if asked.by is Asker.TOOL:
+        return CALLER_SAYS.get(asked.reason, asked.why)
     if asked.by is Asker.SESSION:
         return "its session was closed"
     return CALLER_SAYS.get(asked.reason, "its agent ended the call")
@@ -255,7 +257,7 @@ RULES: tuple[Rule, ...] = (
     Rule("its timeout passed", _by(Asker.TIMEOUT), pb.VERDICT_TIMEOUT, _timeout),
     Rule("ended by policy", _by(Asker.POLICY), pb.VERDICT_STOPPED, _policy),
     Rule(
-        "ended by its agent, the operator, or the end of its session or of the call it is in",
+        "ended by its agent, a tool, the operator, or with its session or the call it is in",
         lambda f: f.ender is not None,
         pb.VERDICT_CANCELLED,
         _cancelled,

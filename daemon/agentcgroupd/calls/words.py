@@ -197,13 +197,13 @@ def swept_words(facts: EndFacts) -> str:
             return f"Afterwards {what} by the operator."
         case Asker.SESSION:
             return f"Afterwards {what} with its session."
-        case Asker.LEFTOVERS:
-            return f"Afterwards {what}."
         case Asker.OUTER:
             return f"Afterwards {what}: {sweeper.why}."
-        case _ if facts.killer is sweeper:
+        case by if by is Asker.LEFTOVERS or facts.killer is sweeper:
             return f"Afterwards {what}."
         case _ if sweeper.reason in CALLER_SAYS:
             return f"Afterwards {what}: {CALLER_SAYS[sweeper.reason]}."
+        case Asker.TOOL:
+            return f"Afterwards {what}: {sweeper.why}."
         case _:
             return ""

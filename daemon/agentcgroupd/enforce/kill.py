@@ -32,6 +32,7 @@ SIGNALS_S = 0.005
 _ASKED = {
     Asker.TIMEOUT: ("its timeout passed", "timer"),
     Asker.AGENT: ("its agent ended it", "EndCall"),
+    Asker.TOOL: ("the tool of a call ended it", "EndCall"),
     Asker.OPERATOR: ("the operator ended it", "EndCall"),
     Asker.SESSION: ("its session was closed", "CloseSession"),
     Asker.POLICY: ("the policy ended it", "policy"),

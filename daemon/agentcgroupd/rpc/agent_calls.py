@@ -95,13 +95,21 @@ class AgentCalls:
         status = message.wait_status if message.HasField("wait_status") else None
         if status is not None and not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
             raise InvalidField("wait_status", str(status), "a wait status of an ended process")
-        return self._calls.end(call, message.detach, status, Asker.AGENT, message.reason)
+        asker, why = _asker(caller)
+        return self._calls.end(call, message.detach, status, asker, message.reason, why)
 
     def update(self, peer: Peer, message: pb.UpdateIntentRequest) -> pb.Call:
         """Answer UpdateIntent. Raises RequestError, with nothing changed."""
         call, only_lower = self.caller(peer).find_to_change(message.call_id)
         updated = self._calls.update(call, intent_of_proto(message.intent), only_lower)
         return call_to_proto(updated, admin=False)
+
+
+def _asker(caller: Caller) -> tuple[Asker, str]:
+    """Say who ends a call: its agent, or the tool of a call."""
+    if caller.call is None or caller.call.observed:
+        return Asker.AGENT, ""
+    return Asker.TOOL, f"a tool in call {caller.call.id} ended it"
 
 
 async def _later(call: Coroutine[Any, Any, Call]) -> pb.Call:

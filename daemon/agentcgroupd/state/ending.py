@@ -27,6 +27,8 @@ class Asker(enum.StrEnum):
 
     TIMEOUT = "timeout"
     AGENT = "agent"
+    TOOL = "tool"
+    """A process of a call that this one is in, or of one beside it where tools may do so."""
     OPERATOR = "operator"
     SESSION = "session"
     POLICY = "policy"

@@ -305,6 +305,16 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
         pb.VERDICT_SIGNALED,
         ["counts no OOM kill since this command began"],
     ),
+    (
+        killed(**asked(Asker.TOOL, why="a tool in call x ended it")),
+        pb.VERDICT_CANCELLED,
+        ["while running: a tool in call x ended it."],
+    ),
+    (
+        asked(Asker.TOOL, why="a tool in call x ended it", **LEFT_BEHIND),
+        pb.VERDICT_OK,
+        ["2 processes that it had left running were ended: a tool in call x ended it."],
+    ),
     (killed(outside=None), pb.VERDICT_SIGNALED, ["in a cgroup that has been removed since"]),
     ({"left": MOVED_BACK}, pb.VERDICT_OK, ["well", "and was moved back"]),
     (
