@@ -21,6 +21,10 @@ call_id = stub.BeginCall(pb.BeginCallRequest(name="held")).id
 command = [EXEC, "--call", call_id, "--", "sh", "-c", "read line; exit 0"]
 tool = subprocess.Popen(command, stdin=subprocess.PIPE)
 """
+LOWER = """
+intent = pb.Intent(timeout="500ms")
+stub.UpdateIntent(pb.UpdateIntentRequest(call_id=call_id, intent=intent))
+"""
 END = "result = stub.EndCall(pb.EndCallRequest(call_id=call_id)).SerializeToString()"
 RUN = """
 tool = subprocess.Popen([EXEC, "--", "sh", "-c", script])
@@ -124,6 +128,22 @@ def test_of_a_kill_somewhere_else_the_daemon_does_not_say_that_it_was_not(
         assert "outside of its call, by whom is not known" in report.sentence
         assert f"left the call's cgroup for {daemon.pool_path}/{session}/" in report.sentence
     assert "not the daemon" not in report.sentence
+
+
+# A timeout
+
+
+def test_a_timeout_that_had_passed_when_it_was_given_is_told(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    agent.run(HELD)
+    agent.run("time.sleep(1.2)")
+    agent.run(LOWER)
+    agent.run("tool.wait()")
+    report = last(daemon)
+    assert report.verdict == pb.VERDICT_TIMEOUT
+    words = "at its timeout of 500 ms, which it was given when it had run for 1."
+    assert words in report.sentence
 
 
 # A tool

@@ -337,7 +337,7 @@ class Calls(OpenCalls):
             self._leftovers.watch(call)
         call.likely_bytes, _ = self._reports.expect(call.session, call.name, call.argv, call.grant)
         call.cgroup.set_xattr(call.record())
-        self._deadlines.granted(call)
+        self._deadlines.changed(call)
         self._audit.write(
             "call_updated", session=call.session.id, call=call.id, grant=plain(call.grant)
         )

@@ -13,6 +13,7 @@ from agentcgroupd.enforce.pause import paused_usec
 from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import Call, all_inside, boottime_usec, frozen_usec
 from agentcgroupd.turns import Turns
+from agentcgroupd.units import show_usec
 
 FROZEN_CHECK_USEC = 100_000
 """How long after its timeout a call that is paused then is checked again."""
@@ -53,6 +54,11 @@ class Deadlines:
         if not call.entered:
             self._set(call, "attach", self._config.attach_timeout, self._not_entered)
             self._set(call, "room", self._config.keep_room, self._give_up_room)
+        self.granted(call)
+
+    def changed(self, call: Call) -> None:
+        """Set a call's timeout as its grant says now, which has just been changed."""
+        call.timeout_late_usec = max(0, -(_left_usec(call) or 0))
         self.granted(call)
 
     def granted(self, call: Call) -> None:
@@ -135,9 +141,18 @@ class Deadlines:
             return
         self._look(call)
         call.state = pb.CALL_STATE_ENDING
-        ask_end(call, Asker.TIMEOUT)
+        ask_end(call, Asker.TIMEOUT, _late_words(call))
         terminate(call)
         self._set(call, "kill", self._config.term_grace, self._kill)
+
+
+def _late_words(call: Call) -> str:
+    """Say that a timeout had passed when it was set; empty: it had not."""
+    late = call.timeout_late_usec
+    if not late:
+        return ""
+    ran = show_usec((call.grant.timeout_usec or 0) + late)
+    return f"which it was given when it had run for {ran} already"
 
 
 def _left_usec(call: Call) -> int | None:

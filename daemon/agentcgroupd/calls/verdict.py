@@ -96,6 +96,8 @@ def _by(asker: Asker) -> Callable[[EndFacts], bool]:
 
 def _timeout(facts: EndFacts) -> str:
     limit = show_usec(facts.grant.timeout_usec or 0)
+    if facts.ender is not None and facts.ender.why:
+        limit = f"{limit}, {facts.ender.why}"
     return (
         f"The call was ended at its timeout of {limit}. Ask for a longer timeout, or for less "
         "work at a time."

@@ -147,6 +147,8 @@ class Call:
     gpu_feedback: tuple[pb.Feedback, ...] = ()
     """The feedback that its agent was given about its part of a GPU."""
     watch: int | None = None
+    timeout_late_usec: int = 0
+    """For how long its timeout had passed when it was given that one."""
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     done: asyncio.Future[pb.Report] | None = None
     """The future of its report, made by the first who waits for it: a call that nobody waits for

@@ -315,6 +315,11 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
         pb.VERDICT_OK,
         ["2 processes that it had left running were ended: a tool in call x ended it."],
     ),
+    (
+        {"wait_status": 15, **asked(Asker.TIMEOUT, why="which it was given when it had run")},
+        pb.VERDICT_TIMEOUT,
+        ["at its timeout of 1 min, which it was given when it had run. Ask"],
+    ),
     (killed(outside=None), pb.VERDICT_SIGNALED, ["in a cgroup that has been removed since"]),
     ({"left": MOVED_BACK}, pb.VERDICT_OK, ["well", "and was moved back"]),
     (
