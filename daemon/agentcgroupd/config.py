@@ -17,13 +17,16 @@ from agentcgroupd.config_values import (
     AUDIT_BYTES,
     Count,
     Duration,
+    FileOfOurs,
     Flag,
     LoopbackAddress,
     MemorySize,
     OptionalDuration,
+    PagesPerS,
     Pids,
     PoolPath,
     Priority,
+    ProgramGlob,
     RunDir,
     audit_bytes,
     power_of_two,
@@ -115,9 +118,9 @@ class GuardConfig(Section):
     alone_after: Duration = 200_000
     """When the daemon's loop has not run for so long and the pool is above its mark, the program
     in the kernel denies growth to calls with `on_pressure = "deny"` by itself."""
-    faults_per_s: Annotated[Count, Field(ge=0)] = 0
+    faults_per_s: PagesPerS = 0
     """Page faults a second of a session above which it is said so; 0: never."""
-    refaults_per_s: Annotated[Count, Field(ge=0)] = 1000
+    refaults_per_s: PagesPerS = 1000
     """Pages that come back after they were reclaimed, a second, of a session."""
 
 
@@ -166,7 +169,7 @@ class PolicyConfig(Section):
 class BoundaryRule(Section):
     """Which programs begin a call when an agent's own process starts them."""
 
-    program: tuple[str, ...]
+    program: tuple[ProgramGlob, ...]
     """Globs on the program's name as in /proc/<pid>/comm: its first 15 characters."""
     first_argument: str = "*"
     """Glob on the first argument; an empty one where there is none."""
@@ -275,7 +278,7 @@ class ServerConfig(Section):
 class AuditConfig(Section):
     """The audit log: one JSON object a line."""
 
-    path: FilePath | None = FilePath("/var/log/agentcgroup/audit.jsonl")
+    path: FileOfOurs = FilePath("/var/log/agentcgroup/audit.jsonl")
     max_bytes: Annotated[int, quantity(parse_bytes, "size"), BeforeValidator(audit_bytes)] = (
         AUDIT_BYTES
     )

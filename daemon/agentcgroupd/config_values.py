@@ -7,13 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from agentcgroupd.errors import InvalidField
 from agentcgroupd.units import parse_bytes, parse_count, parse_duration, parse_priority
 
 T = TypeVar("T")
 
+PAGES_PER_S_MOST = 1_000_000_000
+"""More page faults a second than any host has."""
+PROGRAM_CHARS_MAX = 64
+"""The longest glob on a program's name, whose characters may each need a set: `[xX]`."""
 AUDIT_BYTES = 64 << 20
 """Size at which the audit log is renamed, where the configuration says nothing."""
 
@@ -104,6 +108,19 @@ def _run_dir(path: Path) -> Path:
     return path
 
 
+def _file(path: Path | None) -> Path | None:
+    if path is not None and (not path.is_absolute() or ".." in path.parts or path.name == ""):
+        raise InvalidField("path", str(path), "an absolute path of a file, without `..`")
+    return path
+
+
+def _program(glob: str) -> str:
+    if not 1 <= len(glob) <= PROGRAM_CHARS_MAX:
+        allowed = f"1 to {PROGRAM_CHARS_MAX} characters: what it stands for has at most 15"
+        raise InvalidField("program", glob, allowed)
+    return glob
+
+
 _LOOPBACK = re.compile(r"(127\.0\.0\.1|\[::1\]|localhost):(\d{1,5})")
 
 
@@ -118,3 +135,6 @@ def _metrics_address(address: str) -> str:
 PoolPath = Annotated[str, AfterValidator(_pool_cgroup)]
 RunDir = Annotated[Path, AfterValidator(_run_dir)]
 LoopbackAddress = Annotated[str, AfterValidator(_metrics_address)]
+FileOfOurs = Annotated[Path | None, AfterValidator(_file)]
+ProgramGlob = Annotated[str, AfterValidator(_program)]
+PagesPerS = Annotated[Count, Field(ge=0, le=PAGES_PER_S_MOST)]

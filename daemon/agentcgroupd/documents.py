@@ -68,8 +68,9 @@ def parse(text: str, name: str) -> Document:
         line = int(place[1]) if place and place[1] else text.count("\n") + 1
         what = str(error)[: place.start()] if place else str(error)
         raise wrong(name, line, f"it is not TOML: {what}") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise wrong(name, 0, f"it cannot be read: {str(error)[:200]}") from None
+    except ValueError:  # int() refuses it
+        sentence = "a number in it has thousands of digits; no number that is allowed is so long"
+        raise wrong(name, 0, sentence) from None
 
 
 def too_deep(text: str) -> bool:
