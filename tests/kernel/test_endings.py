@@ -307,6 +307,19 @@ def test_a_child_that_left_is_ended_with_the_call(
     wait_until("it is gone", lambda: not (elsewhere / "cgroup.procs").read_text())
 
 
+def test_what_a_tool_starts_elsewhere_after_sigterm_is_ended_too(
+    daemon: DaemonProcess, agent: AgentProcess, elsewhere: Path
+) -> None:
+    child = f'(trap "" TERM; exec sleep 1000) & echo $! > {elsewhere}/cgroup.procs'
+    script = f"trap '{child}' TERM; while :; do sleep 0.1; done"
+    assert run(agent, "sh", "-c", script, timeout=SECOND) == -signal.SIGKILL
+    report = last(daemon)
+    assert report.verdict == pb.VERDICT_TIMEOUT
+    assert codes(report) == ["TIMEOUT", "LEFT_CALL"]
+    assert report.feedback[1].numbers["processes"] == 1
+    wait_until("it is gone", lambda: not (elsewhere / "cgroup.procs").read_text())
+
+
 def test_a_tool_that_left_can_be_ended(agent: AgentProcess, elsewhere: Path) -> None:
     agent.run(HELD, argv=leave(elsewhere, "exec sleep 1000"), intent={})
     wait_until("it has left", lambda: bool((elsewhere / "cgroup.procs").read_text()))

@@ -8,6 +8,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.enforce.outside import SEARCH_S, find_outsiders, place_outside
@@ -158,6 +159,7 @@ def kill(call: Call) -> None:
     for each in (call, *all_inside(call)):
         if each.main is not None and not pidfd_ended(each.main.pidfd):
             each.account.main_killed = True
+            _find_more(each)
     _again_later(call, AGAIN_S)
     try:
         call.cgroup.kill()
@@ -189,6 +191,21 @@ def _cancel(call: Call, name: str) -> None:
     timer = call.timers.pop(name, None)
     if timer is not None:
         timer.cancel()
+
+
+def _find_more(call: Call) -> None:
+    """Take along what the main process has started elsewhere since its end was asked for."""
+    try:
+        inside = call.cgroup.all_procs()
+    except KnobError:
+        inside = []
+    if not find_outsiders(call, inside):
+        return
+    asked = call.account.asked
+    for at, each in enumerate(asked):
+        if each.main_ran and each.by is not Asker.WENT_ON:
+            asked[at] = replace(each, outside=len(call.outsiders))
+            return
 
 
 def _again_later(call: Call, wait_s: float) -> None:

@@ -74,27 +74,37 @@ def is_gone(pool: Cgroup, cgroup_id: int) -> bool:
     return False
 
 
-def find_outsiders(call: Call, inside: Collection[int], search_s: float = SEARCH_S) -> None:
+def find_outsiders(call: Call, inside: Collection[int], search_s: float = SEARCH_S) -> int:
     """Keep the descendants of the main process that are neither in the call nor in another one, so
-    that they can be ended with it even when the main process has ended. `inside`: the processes of
-    the call. After `search_s` it is enough."""
-    if call.main is None or call.outsiders:
-        return
+    that they can be ended with it even when the main process has ended; those of processes that
+    are kept already, too. `inside`: the processes of the call. After `search_s` it is enough.
+    Returns how many were found that had not been kept before."""
+    before = len(call.outsiders)
+    known = {*inside, *(process.pid for process in call.outsiders)}
+    until = time.perf_counter() + search_s
+    for root in [*([] if call.main is None else [call.main]), *call.outsiders]:
+        if not pidfd_ended(root.pidfd):
+            _find_below(call, root, known, until)
+    return len(call.outsiders) - before
+
+
+def _find_below(call: Call, root: Process, known: set[int], until: float) -> None:
     others = f"{call.session.cgroup_path}/{CALL_PREFIX}"
-    inside, until = frozenset(inside), time.perf_counter() + search_s
-    for parent, pid in _descendants(call.main.pid, until):
-        if pid in inside:
+    for parent, pid in _descendants(root.pid, until):
+        if pid in known:
             continue
         try:
             path = cgroup_of(pid)
         except (FileNotFoundError, ProcessLookupError, CgroupUnknown):
             continue
-        if not _is_inside(call, path) and not path.startswith(others):
-            process = _child(parent, pid)
-            if process is not None:
-                call.outsiders.append(process)
-            if len(call.outsiders) >= OUTSIDERS_MOST:
-                return
+        if _is_inside(call, path) or path.startswith(others):
+            continue
+        if len(call.outsiders) >= OUTSIDERS_MOST:
+            return
+        process = _child(parent, pid)
+        if process is not None:
+            call.outsiders.append(process)
+            known.add(pid)
 
 
 def _descendants(pid: int, until: float) -> Iterator[tuple[int, int]]:
