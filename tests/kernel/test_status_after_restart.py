@@ -50,8 +50,9 @@ def kept(daemon: DaemonProcess) -> dict[str, dict[str, object]]:
         except FileNotFoundError:
             continue  # it has ended meanwhile
         try:
-            record = json.loads(cgroup.get_xattr() or b"{}")
-            found[record["name"]] = record
+            if written := cgroup.get_xattr():  # its cgroup comes before its record
+                record = json.loads(written)
+                found[record["name"]] = record
         except CgroupGone:
             continue
         finally:
