@@ -40,6 +40,11 @@ result = (call_id, began)
 """
 POLL = "result = tool.poll()"
 WAIT = "result = tool.wait()"
+DETACH = """
+request = pb.EndCallRequest(call_id=call_id, reason=reason, detach=True)
+stub.EndCall(request)
+open(go, "w").close()
+"""
 KILL = "tool.kill(); result = tool.wait()"
 HOLD = "held_here = b'x' * size; open(go, 'w').close()"
 END = """
@@ -155,6 +160,8 @@ class Carrier:
                 pid = next(n["pid"] for n in _read(notes) if n["what"] == "left")
                 if plan.children or self._told_of_leaving(pid):
                     seen.touch()
+            if "waiting" in what and not (directory / "go").exists():
+                agent.run(DETACH, reason=plan.reason, go=str(directory / "go"))
             if "settled" in what or "ending" in what or agent.run(POLL) is not None:
                 break
             time.sleep(EVERY_S)

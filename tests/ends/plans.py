@@ -38,8 +38,9 @@ class Plan:
     on_term: str = ""
     """What it does on SIGTERM: die, `ignore`, or `exit` with `code`."""
     ender: str = "none"
-    """`none`, `timeout`, `agent`, `operator`, `session`, or `caller`: the agent kills the main
-    process itself, and then ends the call."""
+    """`none`, `timeout`, `agent`, `operator`, `session`, `caller`: the agent kills the main process
+    itself, and then ends the call; or `detach`: the agent lets go of the call, and the tool ends by
+    itself after that."""
     reason: int = 0
     """Number of the EndReason that the agent gives."""
 
@@ -61,14 +62,16 @@ def draw(seed: int, limits: bool) -> Plan:
         on_term = "ignore"  # a handler of Python's runs in the main thread only
     if end == "signal":
         on_term = ""
-    enders = ["none", "timeout", "agent", "operator", "session", "caller"]
-    ender = rng.choices(enders, [6, 4, 4, 2, 1, 3])[0]
+    enders = ["none", "timeout", "agent", "operator", "session", "caller", "detach"]
+    ender = rng.choices(enders, [6, 4, 4, 2, 1, 3, 4])[0]
+    if ender == "detach" and (end not in ("exit", "signal") or children):
+        ender = "agent"  # what goes on, or is left, would have to be ended all the same
     if end == "never" or children:
         while ender == "none":
-            ender = rng.choices(enders, [0, 4, 4, 2, 1, 3])[0]
+            ender = rng.choices(enders, [0, 4, 4, 2, 1, 3, 0])[0]
     return Plan(
         seed=seed,
-        held=ender in ("agent", "caller") or rng.random() < 0.4,
+        held=ender in ("agent", "caller", "detach") or rng.random() < 0.4,
         children=children,
         leaves=leaves,
         leaver=rng.choice(["itself", "child"]),
@@ -80,5 +83,5 @@ def draw(seed: int, limits: bool) -> Plan:
         thread=thread,
         on_term=on_term,
         ender=ender,
-        reason=rng.randrange(4) if ender in ("agent", "caller") else 1,
+        reason=rng.randrange(4) if ender in ("agent", "caller", "detach") else 1,
     )

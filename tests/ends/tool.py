@@ -175,6 +175,9 @@ class Tool:
             self.leave()
         if self.plan["child_oom"]:
             self.child_out_of_memory()
+        if self.plan["ender"] == "detach":
+            self.note("waiting")
+            self.wait_for("go", 60.0)
         if not self.plan["thread"]:
             self.finish()
         threading.Thread(target=self.finish_alone, daemon=True).start()
