@@ -88,7 +88,7 @@ class AttachServer:
         self._door = Door(listener, lobby.accepted, metrics)
         self._debt = budgets.limits.packets_per_s / 5
         self._nobody = budgets.crowd("processes that have ended")
-        self._ended = _refusal(PermissionDenied(ENDED))
+        self._ended_refusal = _refusal(PermissionDenied(ENDED))
         self._complaint = Seldom(log, logging.WARNING, str(listener.path))
         self._refused = {what: metrics.refused.labels(what) for what in LIMIT_KEYS}
         self._silent: dict[str, dict[Client, None]] = {}
@@ -126,7 +126,7 @@ class AttachServer:
         """Refuse a caller that has ended; another process may have inherited its connection."""
         if self._nobody.packets.left(self._loop.time()) >= 1:
             self._nobody.packets.take(1)
-            self._send_refusal(client, self._ended)
+            self._send_refusal(client, self._ended_refusal)
         else:
             self._refused["packets"].inc()
         client.close()
@@ -214,6 +214,13 @@ class AttachServer:
     def _serve(self, caller: Client, data: bytes, sender: int | None) -> None:
         if caller not in self._callers:
             return  # the daemon is stopping
+        started = time.perf_counter()
+        try:
+            self._serve_now(caller, data, sender)
+        finally:
+            self._budgets.took(caller.crowd, time.perf_counter() - started)
+
+    def _serve_now(self, caller: Client, data: bytes, sender: int | None) -> None:
         if data.startswith(RPC_PREFIX):
             self._rpc(caller, data, sender)
             return

@@ -291,6 +291,14 @@ class Budgets:
         for of in crowd.rated:
             of.requests.take(1)
 
+    def took(self, crowd: Crowd, seconds: float) -> None:
+        """Count time of the loop that a request took, of a stranger: one that takes long counts as
+        many as come in ten times as long, so that all of its take a tenth of the time."""
+        if crowd.is_stranger:
+            for of in crowd.rated[:-1]:
+                of.requests.take(10 * seconds * self.limits.requests_per_s)
+            crowd.packets.take(10 * seconds * self.limits.packets_per_s)
+
     def sent(self, crowd: Crowd, cost_bytes: int) -> None:
         """Count bytes that were passed on."""
         for of in crowd.rated:

@@ -86,7 +86,10 @@ class Gate(grpc.aio.ServerInterceptor):
             try:
                 answer = await method(request, context)
             finally:
-                self._turns.spent(connection.crowd.turns_key, time.perf_counter() - started)
+                took_s = time.perf_counter() - started
+                self._turns.spent(connection.crowd.turns_key, took_s)
+                assert self.relay is not None
+                self.relay.budgets.took(connection.crowd, took_s)
             size = answer.ByteSize()
             connection.answered(size)
             _when_over(context, connection.taken, size)

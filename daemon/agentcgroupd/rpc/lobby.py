@@ -8,15 +8,17 @@ outside of sessions share the turns of one, and who has ended is turned away wit
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
+import time
 from collections import Counter
 from functools import partial
 from typing import Protocol
 
 from agentcgroupd.errors import AgentcgroupdError
 from agentcgroupd.host.syscalls import PeerCredentials, peer_credentials
-from agentcgroupd.rpc.budgets import STRANGERS, Budgets, Crowd, user_key
+from agentcgroupd.rpc.budgets import STRANGERS, Bucket, Budgets, Crowd, user_key
 from agentcgroupd.rpc.peers import Peer, SessionFinder, crowd_at, crowd_of, path_of
 from agentcgroupd.turns import Turns
 
@@ -28,6 +30,15 @@ UNSEEN_USER_MAX = 64
 """The same, of one user outside of sessions."""
 UNSEEN_STRANGERS_MAX = 256
 """The same, of all these users together."""
+
+SLOW_S = 0.001
+"""A look at a process's cgroup that takes longer is counted. The kernel takes 18 ms to write the
+path of one that lies 2,000 deep, and whoever was given a cgroup may make such."""
+SLOW_RATE = 0.1
+SLOW_BURST_S = 0.02
+"""The part of the loop's time that slow looks at processes of one user may take, and how much of it
+at once. Beyond that its connections wait."""
+USERS_KEPT = 1024
 
 
 class Host(Protocol):
@@ -66,6 +77,9 @@ class Lobby:
         self._crowded = crowded
         self._unseen = Counter[str]()
         """Connections that wait, by key, and those of all strangers."""
+        self._slow: dict[int, Bucket] = {}
+        """Seconds that looks may take, of users whose processes it took long to look at."""
+        self._loop = asyncio.get_running_loop()
 
     def accepted(self, sock: socket.socket) -> None:
         """Take in a new connection."""
@@ -78,8 +92,12 @@ class Lobby:
         if crowd is not None and (what := self._host.too_many(crowd)):
             self._host.turn_away(sock, crowd, what)
             return
+        slow = self._slow.get(who.uid)
+        if slow is not None and (wait_s := slow.wait_s(self._loop.time(), 0)):
+            self._later(sock, who, slow, wait_s)
+            return
         try:
-            seems = self._seems(who)
+            seems = self._timed(who)
         except ProcessLookupError:
             self._turns.spent(self._stranger(who.uid), 0)
             self._host.ended(sock)
@@ -91,6 +109,33 @@ class Lobby:
         else:
             self._count(key, 1)
             self._turns.submit_or_do(key, partial(self._identify, sock, who.pid, seems, key))
+
+    def _later(
+        self, sock: socket.socket, who: PeerCredentials, slow: Bucket, wait_s: float
+    ) -> None:
+        """Let a connection of a user wait whose processes it takes long to look at."""
+        key = self._stranger(who.uid)
+        if self._is_full(key):
+            self._host.turn_away(sock, self._budgets.crowd(user_key(who.uid)), self._crowded)
+            return
+        slow.take(SLOW_BURST_S)
+        self._count(key, 1)
+        identify = partial(self._identify, sock, who.pid, "", key)
+        self._loop.call_later(wait_s, self._turns.submit, key, identify)
+
+    def _timed(self, who: PeerCredentials) -> str:
+        """Do as `_seems`, and count for the user what that takes if it is long."""
+        started = time.thread_time()
+        try:
+            return self._seems(who)
+        finally:
+            took_s = time.thread_time() - started
+            if took_s > SLOW_S:
+                now = self._loop.time()
+                if len(self._slow) >= USERS_KEPT:
+                    self._slow = {u: b for u, b in self._slow.items() if b.wait_s(now, 0)}
+                new = Bucket(SLOW_RATE, SLOW_BURST_S, now)
+                self._slow.setdefault(who.uid, new).take(took_s)
 
     @staticmethod
     def _stranger(uid: int) -> str:

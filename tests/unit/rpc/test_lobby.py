@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -176,3 +177,35 @@ async def moved(path: Path) -> list[str]:
 
 def test_one_look_at_its_cgroup_is_enough(tmp_path: Path) -> None:
     assert asyncio.run(moved(tmp_path / "s")) == ["session x"]
+
+
+async def slowly_looked_at(path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many processes had been looked at after each connection, and at the end."""
+    place, looked = Place(path, in_none), [0]
+
+    def slow(pid: int) -> str:
+        looked[0] += 1
+        end = time.thread_time() + 0.03
+        while time.thread_time() < end:
+            pass
+        return "/deep"
+
+    monkeypatch.setattr(lobby, "path_of", slow)
+    monkeypatch.setattr("agentcgroupd.rpc.peers.path_of", slow)
+    seen = []
+    for _ in range(count):
+        place.connect(1)
+        seen.append(looked[0])
+    for _ in range(3000):
+        if len(place.host.seen) == count:
+            break
+        await asyncio.sleep(0.01)
+    assert place.host.seen == [f"{STRANGERS}/user 1000"] * count
+    return [*seen, looked[0]]
+
+
+@pytest.mark.usefixtures("not_the_daemon")
+def test_who_is_slow_to_look_at_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = asyncio.run(slowly_looked_at(tmp_path / "s", 6, monkeypatch))
+    assert seen[0] == 1 and seen[5] <= 2, "the others are looked at later"
+    assert seen[-1] == 6
