@@ -73,6 +73,8 @@ def test_cpu_time_is_told(daemon: DaemonProcess, agent: AgentProcess) -> None:
     """Of a tool that takes enough of it to be seen by a kernel that counts in clock ticks."""
     spin = "import time; end = time.process_time() + 0.2\nwhile time.process_time() < end: pass"
     tool(agent, [], sys.executable, "-c", spin)
+    # The tool's parent may see its end before the daemon does.
+    wait_until("the call has ended", lambda: not daemon.call_dirs())
     assert report_of_last(daemon).cpu_usage_usec >= 150_000
 
 
