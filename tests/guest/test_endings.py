@@ -306,7 +306,7 @@ def test_swap_refused_at_the_sessions_limit_is_told(daemon: DaemonProcess) -> No
 
 # Held calls, and tools that leave
 
-HELD = """
+COMMANDS = """
 call_id = stub.BeginCall(pb.BeginCallRequest(name="h", intent=pb.Intent(memory_max="40M"))).id
 for script in scripts:
     subprocess.call([EXEC, "--call", call_id, "--", "sh", "-c", script])
@@ -315,7 +315,7 @@ result = stub.EndCall(pb.EndCallRequest(call_id=call_id, reason=1)).SerializeToS
 
 
 def test_an_earlier_commands_oom_kill_is_not_the_last_ones(agent: AgentProcess) -> None:
-    report = pb.Report.FromString(agent.run(HELD, scripts=[GROW, "kill -9 $$"]))
+    report = pb.Report.FromString(agent.run(COMMANDS, scripts=[GROW, "kill -9 $$"]))
     assert report.verdict == pb.VERDICT_SIGNALED and report.oom_kills >= 1
     assert "memory.events counts no OOM kill since this command began" in report.sentence
     told = [f.sentence for f in report.feedback if f.code == pb.FEEDBACK_CODE_OOM]
