@@ -199,7 +199,7 @@ int main(int argc, char **argv)
 	if (what == NAME && speaks())
 		start_waiter(&server);
 	away = enter_cgroup(what);
-	/* It is being started anew, or turns away those who ask too much at a time. */
+	/* The daemon is being started anew, or turns away those who ask too much at a time. */
 	for (unsigned int wait_ms = 25; away == hung_up && wait_ms < 3000; wait_ms *= 2) {
 		usleep(wait_ms * 1000);
 		away = enter_cgroup(what);

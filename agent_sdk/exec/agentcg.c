@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * agentcg: the command. `agentcg exec` is run before every tool call, and starting Python for it
- * would cost a hundred times what the call itself does; everything else goes to the Python command.
+ * would cost many times what the call itself does; everything else goes to the Python command.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -298,7 +298,7 @@ class HistoryConfig(Section):
     """The file; empty: nothing is kept."""
     max_bytes: Annotated[int, quantity(parse_bytes, "size"), Field(ge=16 << 20)] = 256 << 20
     session_percent: Annotated[Count, Field(ge=1, le=100)] = 25
-    """Share of it that one session may have."""
+    """Share of the file that one session may have, in percent."""
     max_age: Duration = 30 * 86_400_000_000
 
 

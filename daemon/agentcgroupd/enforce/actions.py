@@ -14,7 +14,7 @@ from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.enforce import memory_high, pause
 from agentcgroupd.enforce.kill import ask_end, kill
 from agentcgroupd.enforce.reclaimer import ANON_FIRST, CACHE_ONLY, Reclaimer, Swappiness
-from agentcgroupd.errors import BpfError, KnobError
+from agentcgroupd.errors import BpfError, CgroupGone, KnobError
 from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import Call, Session, all_inside, boottime_usec
 from agentcgroupd.telemetry.notices import Notices
@@ -173,8 +173,10 @@ class Actions:
         for step in undo:
             try:
                 step()
-            except KnobError:
+            except CgroupGone:
                 log.debug("call %s is gone", call.id)
+            except KnobError as error:
+                log.error("call %s may stay held back: %s", call.id, error)
 
     # Of a session
 

@@ -77,7 +77,8 @@ def is_gone(pool: Cgroup, cgroup_id: int) -> bool:
 def find_outsiders(call: Call, inside: Collection[int], search_s: float = SEARCH_S) -> int:
     """Keep the descendants of the main process that are neither in the call nor in another one, so
     that they can be ended with it even when the main process has ended; those of processes that
-    are kept already, too. `inside`: the processes of the call. After `search_s` it is enough.
+    are kept already, too. `inside`: the processes of the call. The search ends after
+    `search_s` seconds.
     Returns how many were found that had not been kept before."""
     before = len(call.outsiders)
     known = {*inside, *(process.pid for process in call.outsiders)}

@@ -15,7 +15,7 @@ from agentcgroupd.calls.queue import AdmissionQueue
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.cgroup.psi import PressureTrigger
 from agentcgroupd.config import GuardConfig
-from agentcgroupd.errors import KnobError
+from agentcgroupd.errors import CgroupGone, KnobError
 from agentcgroupd.guard.credit import CreditKeeper
 from agentcgroupd.guard.high_mark import PoolMark
 from agentcgroupd.guard.host_reader import HostReader
@@ -152,8 +152,10 @@ class PoolGuard:
         for session in self._sessions.values():
             try:
                 self._actions.restore(session, "The daemon is stopping.")
-            except KnobError:
+            except CgroupGone:
                 log.debug("session %s is gone", session.id)
+            except KnobError as error:
+                log.error("session %s may stay slowed: %s", session.id, error)
         if self._trigger is not None:
             self._trigger.stop()
         if self._nudge is not None:

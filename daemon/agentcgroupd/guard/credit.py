@@ -20,7 +20,7 @@ from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.enforce import memory_high, pause
-from agentcgroupd.errors import BpfError, KnobError
+from agentcgroupd.errors import BpfError, CgroupGone, KnobError
 from agentcgroupd.guard.ledgers import GREW_BYTES, Ledger, Ledgers
 from agentcgroupd.guard.sampler import Sampler
 from agentcgroupd.policy import credit
@@ -39,7 +39,8 @@ REST_USEC = 200_000
 FIRST_USEC = 1_000_000
 """After this time a call that has not asked rests, and keeps a small credit."""
 HOLD_USEC = 100_000
-"""A call that has waited this long for credit is paused: its tasks only sleep in the kernel."""
+"""A call that has waited this long for credit is paused; until then its tasks
+sleep in the kernel at memory.high."""
 NO_SLEEP_SHARE = 1.0125
 """Below this part of memory.high nobody sleeps (mm/memcontrol.c leaves waits under 10 ms out)."""
 CACHE_MATTERS_SHARE = 0.5
@@ -377,7 +378,10 @@ class CreditKeeper:
         """Do something for one call; what goes wrong is logged, and ends no look."""
         try:
             step(*args, **kw)
-        except (KnobError, BpfError) as error:
+        except CgroupGone as error:
             log.debug("credit of call %s: %s", call.id, error)
+            return False
+        except (KnobError, BpfError) as error:
+            log.warning("credit of call %s: %s", call.id, error)
             return False
         return True

@@ -18,7 +18,7 @@ from typing import Protocol
 from agentcgroupd.bpf.look import LookProgram
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.errors import BpfError, KnobError
+from agentcgroupd.errors import BpfError, CgroupGone, KnobError
 from agentcgroupd.policy.snapshot import CallView
 from agentcgroupd.state.session import Call
 from agentcgroupd.units import CgroupId
@@ -98,9 +98,12 @@ def _read(seen: Seen, now_usec: int) -> None:
     cgroup = seen.call.cgroup
     try:
         memory = cgroup.read(knobs.MEMORY_CURRENT)
-    except KnobError:
+    except CgroupGone:
         seen.gone = True
         return
+    except KnobError as error:
+        log.debug("call %s: %s", seen.call.id, error)
+        return  # as it was last seen
     seen.before_usec, seen.before_bytes = seen.at_usec or now_usec, seen.memory_bytes
     seen.at_usec, seen.memory_bytes = now_usec, memory
 
@@ -112,8 +115,10 @@ def read_cold(wanted: Iterable[Seen], now_usec: int, slice_ns: int = COLD_SLICE_
     for seen in sorted(wanted, key=lambda s: -1 if s.cold_usec is None else s.cold_usec):
         try:
             seen.cold_bytes, seen.cold_usec = cold_cache(seen.call.cgroup), now_usec
-        except KnobError:
+        except CgroupGone:
             seen.gone = True
+        except KnobError as error:
+            log.debug("call %s: %s", seen.call.id, error)
         if time.perf_counter_ns() >= end_ns:
             break
 

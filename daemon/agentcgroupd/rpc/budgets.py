@@ -32,8 +32,9 @@ STRANGERS_PART = 4
 STRANGERS = "users"
 """Group of their turns on the loop (turns.Turns)."""
 STRANGERS_AGAIN_S = 0.01
+"""After this time paused connections of strangers are looked at again."""
 RESUMED_MOST = 32
-"""How many paused connections of strangers are looked at again at a time, and after how long."""
+"""How many of them at a time."""
 
 
 def user_key(uid: int) -> str:
@@ -292,8 +293,8 @@ class Budgets:
             of.requests.take(1)
 
     def took(self, crowd: Crowd, seconds: float) -> None:
-        """Count time of the loop that a request took, of a stranger: one that takes long counts as
-        many as come in ten times as long, so that all of its take a tenth of the time."""
+        """Charge a stranger for the loop's time: a request that took t seconds costs what its rate
+        allows in 10 t, so that its requests get a tenth of the time."""
         if crowd.is_stranger:
             for of in crowd.rated[:-1]:
                 of.requests.take(10 * seconds * self.limits.requests_per_s)

@@ -25,7 +25,8 @@ from agentcgroupd.turns import Turns
 log = logging.getLogger(__name__)
 
 UNSEEN_MAX = 512
-"""Connections of one session that wait until it is found out whose they are."""
+"""Connections of one session, or of root outside of sessions, that wait until it is found out
+whose they are."""
 UNSEEN_USER_MAX = 64
 """The same, of one user outside of sessions."""
 UNSEEN_STRANGERS_MAX = 256

@@ -157,7 +157,7 @@ class SessionLifecycle:
     def _owner_ended(self, session: Session) -> None:
         self._unwatch_owner(session)
         session.is_orphan = True
-        log.info("session %s: the process that it ends with is gone", session.id)
+        log.info("session %s: %s", session.id, ORPHANED)
         self._close_soon(session, ORPHANED)
 
     @staticmethod
