@@ -157,6 +157,39 @@ def test_the_daemon_makes_it_once_and_finds_it_again(start_daemon: StartDaemon) 
 # What leaves
 
 
+@pytest.mark.full_kernel
+@pytest.mark.usefixtures("no_device_after")
+def test_what_zram_takes_is_inside_the_pools_limit(start_daemon: StartDaemon) -> None:
+    """Pages that do not compress take in zram what they took before, and no cgroup is charged."""
+    config = '[pool]\nmemory_max = "256M"\nzram = "auto"\n[guard]\ncredit = false\n'
+    running = start_daemon(config)
+    agent = running.open("s")
+    code = "import os, sys; held = os.urandom(64 << 20); print(1, flush=True); sys.stdin.read()"
+    agent.run(
+        """
+tool = subprocess.Popen([EXEC, "--", sys.executable, "-S", "-c", script], stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE)
+tool.stdout.readline()
+""",
+        script=code,
+    )
+    pool, (leaf,) = running.cgroup_dir, running.call_dirs()
+
+    def limit() -> int:
+        return int((pool / "memory.max").read_text())
+
+    assert limit() == 256 * MIB
+    (leaf / "memory.reclaim").write_text(f"{32 * MIB} swappiness=200")
+    device = zram.find()
+    assert device is not None
+    taken = device.stat().used_bytes
+    assert taken >= 24 * MIB
+    wait_until("the limit follows", lambda: limit() <= 256 * MIB - taken + 8 * MIB, 20)
+    assert limit() >= 256 * MIB - taken - 8 * MIB
+    agent.run("tool.kill(); tool.wait()")
+    wait_until("the limit is whole again", lambda: limit() == 256 * MIB, 20)
+
+
 def test_an_idle_agents_memory_leaves_and_comes_back(place: Place, swap: Zram) -> None:
     holder = place.start(place.session.agent, HOLDER, HELD_PAGES)
     assert answer(holder) == "holding"
@@ -398,36 +431,3 @@ def test_stalls_on_memory_fire_a_trigger(place: Place, swap: Zram) -> None:
         trigger.stop()
 
     asyncio.run(run())
-
-
-@pytest.mark.full_kernel
-@pytest.mark.usefixtures("no_device_after")
-def test_what_zram_takes_is_inside_the_pools_limit(start_daemon: StartDaemon) -> None:
-    """Pages that do not compress take in zram what they took before, and no cgroup is charged."""
-    config = '[pool]\nmemory_max = "256M"\nzram = "auto"\n[guard]\ncredit = false\n'
-    running = start_daemon(config)
-    agent = running.open("s")
-    code = "import os, sys; held = os.urandom(64 << 20); print(1, flush=True); sys.stdin.read()"
-    agent.run(
-        """
-tool = subprocess.Popen([EXEC, "--", sys.executable, "-S", "-c", script], stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE)
-tool.stdout.readline()
-""",
-        script=code,
-    )
-    pool, (leaf,) = running.cgroup_dir, running.call_dirs()
-
-    def limit() -> int:
-        return int((pool / "memory.max").read_text())
-
-    assert limit() == 256 * MIB
-    (leaf / "memory.reclaim").write_text(f"{32 * MIB} swappiness=200")
-    device = zram.find()
-    assert device is not None
-    taken = device.stat().used_bytes
-    assert taken >= 24 * MIB
-    wait_until("the limit follows", lambda: limit() <= 256 * MIB - taken + 8 * MIB, 20)
-    assert limit() >= 256 * MIB - taken - 8 * MIB
-    agent.run("tool.kill(); tool.wait()")
-    wait_until("the limit is whole again", lambda: limit() == 256 * MIB, 20)
