@@ -437,7 +437,7 @@ class PastSession(_Answer):
 
 @dataclass(frozen=True, slots=True)
 class Step(_Answer):
-    """One thing that happened to a call, or to its session while it ran."""
+    """A thing that happened to a call, or to its session while it ran."""
 
     at_unix_usec: int
     what: str

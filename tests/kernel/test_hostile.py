@@ -142,7 +142,7 @@ def test_a_held_call_with_a_closed_session(daemon: DaemonProcess) -> None:
 
 
 def test_who_hung_up_before_its_turn_is_not_moved(daemon: DaemonProcess) -> None:
-    """It may be doing something else by then, with what it started outside of any call."""
+    """By then the caller may be doing something else, outside of any call."""
     assert daemon.process is not None
     agent = daemon.open("impatient")
     before = agent.run("result = open('/proc/self/cgroup').read()")

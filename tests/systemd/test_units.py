@@ -261,7 +261,7 @@ def test_what_it_may_do_is_little(unit: str) -> None:
 
 @IN_EMULATION
 def test_nothing_of_the_host_can_be_written(admin: pb_grpc.AdminStub) -> None:
-    """As the daemon sees the files: the tree of cgroups, its sockets, log and history alone."""
+    """What the daemon may write to: the tree of cgroups, its sockets, log and history alone."""
     main = show("agentcgroupd.service", "MainPID")
     script = """
 for path in /etc /usr /var /var/lib /home /root /boot /opt /sys/kernel /proc/sys/kernel; do

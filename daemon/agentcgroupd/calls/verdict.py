@@ -30,10 +30,10 @@ from agentcgroupd.units import show_usec
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One way in which a call can end."""
+    """A way in which a call can end."""
 
     name: str
-    """As in docs/endings.md."""
+    """Words for it, those of docs/endings.md."""
     applies: Callable[[EndFacts], bool]
     verdict: pb.Verdict.ValueType
     sentence: Callable[[EndFacts], str]

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 
 from agentcgroupd.host.locks import Contested, contested
+from agentcgroupd.host.proc import CgroupUnknown, cgroup_of
 from agentcgroupd.state.session import Call, Session
 
 log = logging.getLogger(__name__)
@@ -80,10 +80,9 @@ class LockHolders:
     def _place_of(self, pid: int) -> tuple[Session | None, Call | None]:
         """Find the session and the outermost call that a process is in."""
         try:
-            text = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
+            path = cgroup_of(pid)
+        except (FileNotFoundError, ProcessLookupError, CgroupUnknown):
             return None, None
-        path = next((line[3:] for line in text.splitlines() if line.startswith("0::")), "")
         for session in self._sessions.values():
             if path.startswith(f"{session.cgroup_path}/"):
                 name = path[len(session.cgroup_path) + 1 :].partition("/")[0]

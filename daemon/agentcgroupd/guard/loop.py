@@ -187,7 +187,7 @@ class GuardLoop:
             log.error("file locks cannot be read: %s", error)
 
     def _check_pauses(self) -> None:
-        """See which paused calls have stopped since they were told to."""
+        """Find out which paused calls have stopped since they were told to."""
         for call in self._sampler.active():
             if call.frozen_since_usec is None or call.stopped:
                 continue

@@ -39,7 +39,7 @@ def _idle_ticks() -> int:
     """Ticks for which the CPUs that this process may use have been idle since boot."""
     mine = os.sched_getaffinity(0)
     ticks = 0
-    for line in STAT.read_text(encoding="ascii").splitlines():
+    for line in STAT.read_text(encoding="ascii").rstrip("\n").split("\n"):
         name, *columns = line.split()
         if name.startswith("cpu") and name != "cpu" and int(name[3:]) in mine:
             ticks += int(columns[IDLE - 1]) + int(columns[IOWAIT - 1])

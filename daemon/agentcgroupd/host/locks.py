@@ -31,7 +31,7 @@ def parse_locks(text: str) -> list[Contested]:
     the line of the lock that they wait for."""
     found: list[Contested] = []
     current: Contested | None = None
-    for line in text.splitlines():
+    for line in text.split("\n"):
         match = _LINE.match(line)
         if match is None:
             continue

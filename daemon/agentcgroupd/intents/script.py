@@ -49,7 +49,7 @@ _MINOR = frozenset(
 )
 """Commands that a script is not run for, unless it holds no others."""
 _TELLING = frozenset("cat pwd echo printf mkdir sleep".split())
-"""Those among them that tell more of a script than a change of directory or a setting does."""
+"""Commands among them that tell more of a script than a change of directory or a setting does."""
 _FILTERS = frozenset("head tail grep egrep sed awk uniq wc tee cut tr less more cat".split())
 """Commands that, behind a pipe, only pass on what the first command says."""
 

@@ -28,7 +28,7 @@ PIDS_KNOWN_MAX = 4096
 ALL_FACTOR = 8
 """All together may have as much a second as this many crowds."""
 STRANGERS_PART = 4
-"""One in so many of what there is for all is there for strangers."""
+"""Strangers have one in so many of what there is for all."""
 STRANGERS = "users"
 """Group of their turns on the loop (turns.Turns)."""
 STRANGERS_AGAIN_S = 0.01
@@ -161,7 +161,7 @@ class Budgets:
         self._number = 0
 
     def _share(self, part: int) -> Share:
-        """One part in `part` of what there is for all."""
+        """A share: one part in `part` of what there is for all."""
         limits, now, factor = self.limits, self._loop.time(), ALL_FACTOR / part
         rate = factor * limits.bytes_per_s
         return Share(

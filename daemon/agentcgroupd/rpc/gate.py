@@ -42,7 +42,7 @@ class Gate(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._turns = turns
         self.relay: Relay | None = None
-        """Who knows the peers; set before the server starts."""
+        """The relay, which knows the peers; set before the server starts."""
 
     async def intercept_service(
         self,

@@ -23,7 +23,7 @@ one, and a tool can have any number of them."""
 
 
 class Asker(enum.StrEnum):
-    """Who can ask for the end of a call."""
+    """Parties that can ask for the end of a call."""
 
     TIMEOUT = "timeout"
     AGENT = "agent"
@@ -42,7 +42,7 @@ class Asker(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One thing that is known about an end. `what`: a clause; `source`: the file, system call or
+    """A thing that is known about an end. `what`: a clause; `source`: the file, system call or
     message that tells it; `at_unix_usec`: when it was so or was seen."""
 
     what: str

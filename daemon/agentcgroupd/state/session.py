@@ -166,7 +166,7 @@ class Call:
 
     @property
     def priority(self) -> int:
-        """Its own priority, or that of a more important one whom it holds up."""
+        """The call's own priority, or that of a more important one whom it holds up."""
         return max(self.grant.priority, self.lent_priority)
 
     @property
