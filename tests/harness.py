@@ -181,6 +181,11 @@ class DaemonProcess:
             self._channel = grpc.insecure_channel(f"unix:{self.run_dir}/admin/grpc.sock")
         return pb_grpc.AdminStub(self._channel)
 
+    def audit_lines(self) -> list[str]:
+        """Lines of the audit log. The daemon may be writing the last one: a reader sees a part of
+        it then, which is left out."""
+        return self.audit_path.read_text().split("\n")[:-1]
+
     def start(self) -> None:
         """Start the daemon and wait until it is ready."""
         argv = ["--config", str(self.config)]

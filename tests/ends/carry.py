@@ -223,7 +223,7 @@ class Carrier:
 
     def _of_audit(self, name: str) -> pb.Report:
         """The report of a call whose session is gone, from the audit log."""
-        for line in reversed(self._daemon.audit_path.read_text().split("\n")):
+        for line in reversed(self._daemon.audit_lines()):
             if '"call_ended"' in line:
                 report = json.loads(line)["report"]
                 if report.get("name") == name:

@@ -66,7 +66,7 @@ class Place:
         """Entries of the audit log."""
         path = self.actions.notices.audit._path
         assert path is not None
-        entries = (json.loads(line) for line in path.read_text().splitlines())
+        entries = (json.loads(line) for line in path.read_text().split("\n")[:-1])
         return [entry for entry in entries if entry["event"] == kind]
 
 

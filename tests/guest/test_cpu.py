@@ -274,7 +274,7 @@ def test_without_swap_the_policy_throttles_by_cpu(
     assert greedy.cpu.penalties > 0 and greedy.cpu.penalty_usec > 0
     assert greedy.memory_high_events == 0
     assert reports["vip"].cpu.penalties == 0
-    entries = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
+    entries = [json.loads(line) for line in daemon.audit_lines()]
     told = [e for e in entries if e["event"] == "throttle"]
     assert told and all(e["session"] == "b" for e in told)
     assert "less CPU time the more it grows" in told[0]["why"]

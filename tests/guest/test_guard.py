@@ -49,7 +49,7 @@ tool.stdin.close()
     assert pb.FEEDBACK_CODE_FROZEN in {f.code for f in paused.feedback}
     events = (daemon.cgroup_dir / "memory.events").read_text()
     assert "oom_kill 0" in events
-    log = [json.loads(line)["event"] for line in daemon.audit_path.read_text().splitlines()]
+    log = [json.loads(line)["event"] for line in daemon.audit_lines()]
     assert log.count("freeze") == log.count("thaw") >= 1
 
 
@@ -129,7 +129,7 @@ tool.stdin.close()
     wait_until("all have ended", lambda: not daemon.call_dirs())
     reports = {r.session_id: r for r in daemon.admin.ListReports(pb.ListReportsRequest()).reports}
     assert {r.verdict for r in reports.values()} == {pb.VERDICT_OK}
-    events = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
+    events = [json.loads(line) for line in daemon.audit_lines()]
     actions = [e["event"] for e in events if e.get("call") == reports["b"].call_id]
     assert "deny" in actions and "denied" in actions
     why = next(e["why"] for e in events if e["event"] == "denied")

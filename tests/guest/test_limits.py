@@ -250,7 +250,7 @@ def _tells_victims(daemon: DaemonProcess) -> bool:
 
 def _victims(daemon: DaemonProcess) -> list[dict[str, Any]]:
     """Victims of the OOM killer, in the order in which it chose them."""
-    events = map(json.loads, daemon.audit_path.read_text().splitlines())
+    events = map(json.loads, daemon.audit_lines())
     return [event for event in events if event["event"] == "oom_victim"]
 
 

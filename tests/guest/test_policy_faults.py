@@ -26,7 +26,7 @@ tool.stdin.close()
 
 def events(daemon: DaemonProcess, event: str, call: str = "") -> list[dict[str, Any]]:
     """Entries of the audit log."""
-    lines = map(json.loads, daemon.audit_path.read_text().splitlines())
+    lines = map(json.loads, daemon.audit_lines())
     return [e for e in lines if e["event"] == event and call in ("", e.get("call"))]
 
 

@@ -53,7 +53,7 @@ def waiting(daemon: DaemonProcess) -> list[pb.Call]:
 
 def audit(daemon: DaemonProcess, event: str) -> list[dict[str, Any]]:
     """Entries of one kind."""
-    lines = map(json.loads, daemon.audit_path.read_text().splitlines())
+    lines = map(json.loads, daemon.audit_lines())
     return [line for line in lines if line["event"] == event]
 
 

@@ -166,7 +166,7 @@ def test_a_shell_without_room_for_a_call_gets_one_when_there_is(daemon: DaemonPr
     (first,) = daemon.call_dirs()
 
     def refusals() -> int:
-        lines = daemon.audit_path.read_text().splitlines()
+        lines = daemon.audit_lines()
         return sum(json.loads(line)["event"] == "call_refused" for line in lines)
 
     wait_until("it is refused", lambda: refusals() == 1)
@@ -262,7 +262,7 @@ def test_a_storm_loses_no_call(daemon: DaemonProcess, agent: AgentProcess) -> No
     wait_until("all have been seen", lambda: ended(daemon) >= before + count, 60)
     assert ended(daemon) == before + count
     newest = reports(daemon)[: min(count, 200)]
-    events = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
+    events = [json.loads(line) for line in daemon.audit_lines()]
     lost = [e["counts"] for e in events if e["event"] == "events_lost"]
     print(f"{count} calls in {took:.1f} s; lost events, repaired: {lost}")
     # Without its exit event a call that never had a cgroup leaves no status.
@@ -299,7 +299,7 @@ tools = [subprocess.Popen(["sh", "-c", script]) for _ in range(3)]
         wait_until("with the children", lambda: all(n == 2 for n in processes_in_calls(daemon)))
         leaf = (daemon.cgroup_dir / "alpha/agent/cgroup.procs").read_text().split()
         assert leaf == [str(agent.process.pid)]
-        events = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
+        events = [json.loads(line) for line in daemon.audit_lines()]
         lost = [event["counts"] for event in events if event["event"] == "events_lost"]
         assert lost and sum(lost[0].values()) > 20
         assert "lost in the kernel: " in daemon.log.read_text()

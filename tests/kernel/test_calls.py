@@ -314,7 +314,7 @@ result = (first.call_id == call_id, pb.FeedbackCode.Name(first.code), first.sess
 def test_the_audit_log_has_every_step(daemon: DaemonProcess, agent: AgentProcess) -> None:
     tool(agent, ["--name", "audited"], "true")
     wait_until("it has ended", lambda: not daemon.call_dirs())
-    entries = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
+    entries = [json.loads(line) for line in daemon.audit_lines()]
     call_id = report_of_last(daemon).call_id
     mine = [e["event"] for e in entries if e.get("call") == call_id]
     assert mine == ["call_begun", "call_ended"]

@@ -168,7 +168,7 @@ def test_who_else_ends_a_call_is_told(daemon: DaemonProcess) -> None:
     call_id = agent.run(HELD, argv=["sleep", "1000"], intent={})
     agent.run(f"time.sleep({0.1 * SLOW})")
     daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="gamma"))
-    entries = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
+    entries = [json.loads(line) for line in daemon.audit_lines()]
     ended = next(e for e in entries if e["event"] == "call_ended" and e["call"] == call_id)
     assert "its session was closed" in ended["report"]["sentence"]
 
@@ -237,7 +237,7 @@ def test_a_tool_that_left_is_told_and_waited_for(
         assert report.wall_usec >= time * 1e6
         assert f"left the call's cgroup for /{elsewhere.name}" in report.sentence
         assert codes(report) == ["LEFT_CALL"]
-        entries = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
+        entries = [json.loads(line) for line in daemon.audit_lines()]
         entry = next(
             e for e in entries if e["event"] == "left_call" and e["call"] == report.call_id
         )

@@ -80,7 +80,7 @@ def test_it_ends_with_its_session(daemon: DaemonProcess, elsewhere: Path) -> Non
     start(daemon, agent, elsewhere, f"{ORPHAN} sleep 1000")
     daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="nest-elsewhere"))
     assert not (elsewhere / "cgroup.procs").read_text()
-    entries = [json.loads(line) for line in daemon.audit_path.read_text().splitlines()]
+    entries = [json.loads(line) for line in daemon.audit_lines()]
     ended = [entry["report"] for entry in entries if entry["event"] == "call_ended"][-2:]
     assert {report["name"] for report in ended} == {"inner", "outer"}
     assert {report["verdict"] for report in ended} == {"VERDICT_CANCELLED"}

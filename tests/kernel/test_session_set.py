@@ -26,7 +26,7 @@ def admin(daemon: DaemonProcess) -> Iterator[Admin]:
 
 
 def _entries(daemon: DaemonProcess, kind: str) -> list[dict[str, object]]:
-    entries = map(json.loads, daemon.audit_path.read_text().splitlines())
+    entries = map(json.loads, daemon.audit_lines())
     return [entry for entry in entries if entry["event"] == kind]
 
 
