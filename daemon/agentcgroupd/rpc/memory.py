@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 
+from agentcgroupd.host.kept_file import KeptFile
 from agentcgroupd.host.syscalls import give_memory_back, use_few_arenas
 from agentcgroupd.rpc.budgets import Budgets, Crowd
 
@@ -28,6 +29,7 @@ class MemoryWatch:
         self._limit_bytes = limit_bytes
         self._budgets: list[Budgets] = []
         self._calm = 0
+        self._statm = KeptFile("/proc/self/statm")
         use_few_arenas(ARENAS)
 
     def add(self, budgets: Budgets) -> None:
@@ -39,7 +41,7 @@ class MemoryWatch:
         if self._calm:
             self._calm -= 1
             return
-        held = resident_bytes()
+        held = self.resident_bytes()
         if held <= self._limit_bytes:
             return
         crowds = [(crowd, budgets) for budgets in self._budgets for crowd in budgets.crowds()]
@@ -62,12 +64,10 @@ class MemoryWatch:
         gc.collect()
         give_memory_back()
 
+    def resident_bytes(self) -> int:
+        """Memory that this process holds now (proc_pid_statm(5))."""
+        return int(self._statm.read().split()[1]) * PAGE_BYTES
+
 
 def _weight(crowd: Crowd) -> tuple[int, int, int]:
     return crowd.answer_bytes, crowd.streams, len(crowd.connections)
-
-
-def resident_bytes() -> int:
-    """Memory that this process holds now (proc_pid_statm(5))."""
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * PAGE_BYTES
