@@ -9,6 +9,7 @@ programs along, and so does `agentcg-release`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -95,7 +96,10 @@ class Pins:
     def keep(self, bpf: BpfObject) -> None:
         """After it is attached: pin an object's maps and links, and let go of those of an earlier
         daemon. Raises BpfError; then nothing of this daemon's is pinned."""
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise BpfError(f"making {self._directory}", error.errno or 0) from None
         try:
             for name in MAPS:
                 self._pin(bpf.map_fd(name), self._map_path(name))
@@ -120,13 +124,14 @@ class Pins:
 
     def remove(self) -> None:
         """Remove all pins of this pool: what nobody holds open goes with them."""
-        for path in self._files():
-            path.unlink(missing_ok=True)
-        self._made, self._old = [], []
         try:
-            self._directory.rmdir()
-        except FileNotFoundError:
-            return
+            for path in self._files():
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._directory.rmdir()
+        except OSError as error:
+            log.warning("pins in %s stay: %s", self._directory, error)
+        self._made, self._old = [], []
 
 
 def _size_of(fd: int) -> tuple[int, int, int]:
