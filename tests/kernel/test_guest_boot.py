@@ -172,7 +172,9 @@ def test_reading_many_files_does_not_exhaust_user_mode_linux() -> None:
     find = (
         f"find /usr/lib -xdev -type f -size -100k | grep -v '[^a-zA-Z0-9/._-]' | head -n {2 * most}"
     )
-    script = f"{find} | xargs head -qc1 >/dev/null; ls /var >/dev/null; {find} | wc -l"
+    # As fast as programs read; the guest has to have a chance to let go of what it holds.
+    read = "xargs -n 100 sh -c 'head -qc1 \"$@\" >/dev/null; sleep 0.05' sh"
+    script = f"{find} | {read}; ls /var >/dev/null; {find} | wc -l"
     low = f'ulimit -n {most}; exec "$@"'
     process = subprocess.run(
         ["sh", "-c", low, "sh", sys.executable, "-m", UML, "--", "sh", "-c", script],

@@ -191,6 +191,7 @@ async def slowly_looked_at(path: Path, count: int, monkeypatch: pytest.MonkeyPat
         return "/deep"
 
     monkeypatch.setattr(lobby, "path_of", slow)
+    monkeypatch.setattr(lobby, "ROOT_UID", -1)  # the tests are root
     monkeypatch.setattr("agentcgroupd.rpc.peers.path_of", slow)
     seen = []
     for _ in range(count):
