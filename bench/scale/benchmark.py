@@ -82,7 +82,7 @@ class Pings:
 
 
 class Agent:
-    """This process, as the agent of one session after the other."""
+    """An agent of one session after the other, which is this process."""
 
     def __init__(self, daemon: DaemonProcess) -> None:
         self._daemon = daemon

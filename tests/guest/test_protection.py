@@ -32,7 +32,7 @@ def daemon(start_daemon: StartDaemon) -> DaemonProcess:
 
 
 def low(directory: Path) -> int:
-    """Its memory.low."""
+    """Read memory.low of a cgroup."""
     return int((directory / "memory.low").read_text())
 
 

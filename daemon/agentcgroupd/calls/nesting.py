@@ -29,7 +29,7 @@ from agentcgroupd.state.session import (
 log = logging.getLogger(__name__)
 
 SPLIT_MOST = 256
-"""Of how many processes a call may be split: the loop is held while they are moved, for some 30 us
+"""Processes that a call may have and be split: the loop is held while they are moved, some 30 us
 each."""
 SPLIT_TRIES = 8
 """How often the processes of a call are moved and its controllers enabled, while it forks."""

@@ -37,7 +37,7 @@ class Seen:
 
     call: Call
     slot: int | None = None
-    """Of the program; None: its files are read."""
+    """Place in the program's map; None: its files are read."""
     at_usec: int | None = None
     """When it was looked at last, since boot; None: not yet."""
     memory_bytes: int = 0

@@ -21,7 +21,7 @@ class KeptFile:
             os.close(self._fd)
 
     def read(self) -> bytes:
-        """Its content now. Raises OSError."""
+        """Read its content as it is now. Raises OSError."""
         data = b""
         while more := os.pread(self._fd, _READ_BYTES, len(data)):
             data += more

@@ -38,7 +38,7 @@ class Progress:
     sessions: tuple[SessionProgress, ...]
 
     def text(self) -> str:
-        """One line."""
+        """Return it as a line of text."""
         used = "   -" if self.pool_bytes is None else f"{self.pool_bytes / 1e6:4.0f}"
         states = "  ".join(session.text() for session in self.sessions)
         pool = f"pool {used}/{self.limit_bytes / 1e6:.0f} MB"
