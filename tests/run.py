@@ -7,8 +7,9 @@
     systemd   the units, under systemd as PID 1, in QEMU
 
 Where this machine has the controllers itself, all run natively, and nothing twice. Two suites run
-side by side: a guest is one thread. A suite that collects nothing has failed. docs/testing.md says
-which test belongs where.
+side by side: a guest is one thread. A suite that collects nothing has failed. A few tests that fail
+so are run once more, a suite at a time with nothing beside it: the load of another suite is no
+fault of theirs, and both results are printed. docs/testing.md says which test belongs where.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Literal, NoReturn
@@ -74,6 +75,8 @@ PROGRAMS = (
 Not among them is what does not depend on the kernel's age: the host is enough for it.
 """
 NO_TESTS = 5  # pytest's exit status when it collected nothing
+RUN_AGAIN_MAX = 3
+"""Failed tests of a suite that are run once more. Where more fail, load is not the reason."""
 
 Place = Literal["native", "uml", "qemu"]
 GUESTS: dict[Place, str] = {"uml": "tests.guest.uml", "qemu": "tests.guest.vm"}
@@ -113,7 +116,9 @@ class Suite:
 
     def argv(self, extra: Sequence[str] = ()) -> list[str]:
         """The command that runs it."""
-        pytest = [*PYTEST, f"--junit-xml={self.results}", f"--timeout={self.test_limit_sec}"]
+        # The older form of the results names each test's file.
+        results = [f"--junit-xml={self.results}", "-o", "junit_family=xunit1"]
+        pytest = [*PYTEST, *results, f"--timeout={self.test_limit_sec}"]
         if self.place == "native":
             return [*pytest, *extra, *self.selection()]
         guest = [sys.executable, "-m", GUESTS[self.place], f"--timeout={self.limit_sec}"]
@@ -194,6 +199,15 @@ class Outcome:
     cpu_sec: float
     broken: str = ""
     """Why it counts as failed although no test has: it collected nothing, or broke."""
+    failures: tuple[str, ...] = ()
+    """The tests that failed, as pytest names them."""
+
+    def to_run_again(self) -> Suite | None:
+        """Make a suite of what failed, None when that is nothing, too much, or not known."""
+        if self.broken or not 0 < len(self.failures) <= RUN_AGAIN_MAX:
+            return None
+        name = f"{self.suite.name}-again"
+        return replace(self.suite, name=name, paths=self.failures, marks="")
 
 
 @dataclass(slots=True)
@@ -201,6 +215,8 @@ class Totals:
     """What all suites did; one that broke counts as one failure."""
 
     outcomes: list[Outcome] = field(default_factory=list)
+    passed_alone: list[str] = field(default_factory=list)
+    """The tests that failed beside another suite and passed with nothing beside them."""
 
     def add(self, suite: Suite, status: int, took_sec: float, cpu_sec: float) -> None:
         """Count a suite by its results file and exit status."""
@@ -216,14 +232,31 @@ class Totals:
             failed += int(element.get("failures", 0)) + int(element.get("errors", 0))
             skipped += int(element.get("skipped", 0))
         passed = max(0, tests - failed - skipped)
+        failures = _failures(root)
         broken = ""
         if status == NO_TESTS or tests == 0:
             broken = "collected no tests"
         elif status != 0 and failed == 0:
             broken = f"exit status {status}"
         self.outcomes.append(
-            Outcome(suite, passed, failed + bool(broken), skipped, took_sec, cpu_sec, broken)
+            Outcome(
+                suite, passed, failed + bool(broken), skipped, took_sec, cpu_sec, broken, failures
+            )
         )
+
+    def settle(self, beside: Outcome, alone: Totals) -> None:
+        """Count what a suite's failed tests did with nothing beside them in place of before."""
+        (again,) = alone.outcomes
+        if again.broken:
+            return
+        settled = replace(
+            beside,
+            passed=beside.passed + again.passed,
+            failed=again.failed,
+            failures=again.failures,
+        )
+        self.outcomes[self.outcomes.index(beside)] = settled
+        self.passed_alone += [test for test in beside.failures if test not in again.failures]
 
     @property
     def passed(self) -> int:
@@ -245,6 +278,11 @@ class Totals:
         """What is wrong with the suites that count as failed for another reason than a test."""
         return [f"{o.suite.name}: {o.broken}" for o in self.outcomes if o.broken]
 
+    @property
+    def failures(self) -> list[str]:
+        """The tests that failed, the suite before each."""
+        return [f"{o.suite.name}: {test}" for o in self.outcomes for test in o.failures]
+
     def table(self, took_sec: float) -> str:
         """Make a line for each suite and one for all, which took `took_sec` together."""
         rows: list[tuple[str, str, int, int, int, float, float]] = [
@@ -259,6 +297,19 @@ class Totals:
 
     def __str__(self) -> str:
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
+
+def _failures(root: ElementTree.Element) -> tuple[str, ...]:
+    """Read from pytest's results which tests failed, as it names them on its command line."""
+    names = {}
+    for case in root.iter("testcase"):
+        if case.find("failure") is None and case.find("error") is None:
+            continue
+        file = case.get("file", "")
+        module = file.removesuffix(".py").replace("/", ".")
+        classes = case.get("classname", "").removeprefix(module).strip(".")
+        names["::".join(filter(None, (file, *classes.split("."), case.get("name"))))] = None
+    return tuple(names)
 
 
 class Runner:
@@ -285,6 +336,16 @@ class Runner:
             for thread in threads:
                 thread.join()
             raise
+
+    def run_again(self) -> None:
+        """Run what failed once more, with nothing beside it."""
+        for outcome in list(self.totals.outcomes):
+            suite = outcome.to_run_again()
+            if suite is None:
+                continue
+            alone = Runner([suite], self._extra)
+            alone.run(1)
+            self.totals.settle(outcome, alone.totals)
 
     def _take_turns(self) -> None:
         while not self._stopping:
@@ -402,11 +463,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     runner = Runner(suites, arguments.pytest)
     try:
         runner.run(1 if arguments.serial else min(2, os.cpu_count() or 1))
+        runner.run_again()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     for line in [*left_out, *runner.totals.broken]:
         print(f"! {line}")
     print(runner.totals.table(time.monotonic() - begin))
+    for test in runner.totals.passed_alone:
+        print(f"failed beside another suite, passed alone: {test}")
+    for test in runner.totals.failures:
+        print(f"failed: {test}")
     print(runner.totals, flush=True)
     return 1 if runner.totals.failed else 0
 

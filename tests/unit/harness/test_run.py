@@ -67,6 +67,62 @@ def test_the_table_has_a_line_for_each_suite_and_one_for_all(suite: run.Suite) -
     assert every == ["all", "6", "0", "2", "90", "24"]
 
 
+FAILED_TWICE_OF_FIVE = """<testsuites><testsuite tests="5" failures="1" errors="1" skipped="0">
+<testcase classname="tests.unit.test_a" name="test_fine" file="tests/unit/test_a.py"/>
+<testcase classname="tests.unit.test_a" name="test_slow[1]" file="tests/unit/test_a.py">
+<failure message="too slow"/></testcase>
+<testcase classname="tests.unit.test_a.TestB" name="test_c" file="tests/unit/test_a.py">
+<error message="no daemon"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_what_failed_is_run_again_and_both_results_are_kept(suite: run.Suite) -> None:
+    totals = run.Totals()
+    suite.results.write_text(FAILED_TWICE_OF_FIVE)
+    totals.add(suite, 1, 4.0, 3.0)
+    slow, late = "tests/unit/test_a.py::test_slow[1]", "tests/unit/test_a.py::TestB::test_c"
+    again = totals.outcomes[0].to_run_again()
+    assert again is not None
+    assert again.argv()[-2:] == [slow, late]
+    alone = run.Totals()
+    again.results.write_text(
+        '<testsuites><testsuite tests="2" failures="1" errors="0" skipped="0">'
+        '<testcase classname="tests.unit.test_a.TestB" name="test_c" file="tests/unit/test_a.py">'
+        '<failure message="again"/></testcase></testsuite></testsuites>'
+    )
+    alone.add(again, 1, 4.0, 3.0)
+    totals.settle(totals.outcomes[0], alone)
+    assert totals.passed_alone == [slow]
+    assert totals.failures == [f"one: {late}"]
+    assert str(totals) == "4 passed, 1 failed, 0 skipped"
+
+
+def test_what_cannot_be_run_again_stays_failed(suite: run.Suite) -> None:
+    totals = run.Totals()
+    suite.results.write_text(FAILED_TWICE_OF_FIVE)
+    totals.add(suite, 1, 4.0, 3.0)
+    again = totals.outcomes[0].to_run_again()
+    assert again is not None
+    alone = run.Totals()
+    alone.add(again, 137, 4.0, 3.0)
+    totals.settle(totals.outcomes[0], alone)
+    assert totals.failed == 2
+    assert totals.passed_alone == []
+
+
+def test_many_failures_or_a_broken_suite_are_not_run_again(suite: run.Suite) -> None:
+    totals = run.Totals()
+    case = '<testcase classname="t.a" name="test_{}" file="t/a.py"><failure/></testcase>'
+    cases = "".join(case.format(number) for number in range(run.RUN_AGAIN_MAX + 1))
+    counts = f'tests="9" failures="{run.RUN_AGAIN_MAX + 1}" errors="0" skipped="0"'
+    suite.results.write_text(f"<testsuites><testsuite {counts}>{cases}</testsuite></testsuites>")
+    totals.add(suite, 1, 4.0, 3.0)
+    assert totals.outcomes[0].to_run_again() is None
+    results(suite, tests=3, failures=0, errors=0, skipped=0)
+    totals.add(suite, 137, 4.0, 3.0)
+    assert totals.outcomes[1].to_run_again() is None
+
+
 def planned(name: str) -> run.Suite:
     """Return a suite of a machine without controllers, by name."""
     suites, _ = run.plan("guest", systemd_here=False)
