@@ -51,6 +51,7 @@ PROGRAMS = (
             "memory_programs",
             "outlive",
             "policy_faults",
+            "small_host",
             "zram",
         )
     ),

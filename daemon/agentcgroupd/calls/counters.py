@@ -268,8 +268,8 @@ def swap_hit(call: Call, pool: Cgroup) -> LimitHit | None:
     own = Place(pb.LEVEL_CALL, call.cgroup, call.id)
     for place in (own, *places_above(call.session, pool, call.cgroup)):
         limit = place.cgroup.read_if(knobs.MEMORY_SWAP_MAX)
-        if limit is None:
-            continue
+        if not limit:
+            continue  # None is set, or no swap is wanted there: as on a host that has none.
         peak = place.cgroup.read_if(knobs.MEMORY_SWAP_PEAK)
         if peak is None or peak + os.sysconf("SC_PAGE_SIZE") * 64 >= limit:
             return LimitHit(place.level, place.name, limit, events["max"])

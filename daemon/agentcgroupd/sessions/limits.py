@@ -18,6 +18,7 @@ from agentcgroupd.sessions.holding import held_beside_calls
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.state.session import Session, SessionLimits
 from agentcgroupd.units import (
+    IMPORTANT_PRIORITY,
     parse_bytes,
     parse_cores,
     parse_count,
@@ -88,9 +89,15 @@ def parse_limits(
         calls_max=calls_max,
         cgroups_max=max(defaults.cgroups_max, 2 * calls_max + CGROUPS_BESIDE_CALLS),
         cgroup_depth_max=defaults.cgroup_depth_max,
+        swap_max_bytes=_swap_max_bytes(priority),
     )
     _check_sizes(spec, limits, pool_bytes)
     return limits
+
+
+def _swap_max_bytes(priority: int) -> int | None:
+    """Most that may be swapped out of a session of this priority; None: no limit of its own."""
+    return 0 if priority >= IMPORTANT_PRIORITY else None
 
 
 _REMOVABLE = ("memory_low", "memory_high", "memory_max", "cpu_max")
@@ -113,6 +120,8 @@ def change_limits(
     if not changes:
         raise InvalidField("spec", "", "one limit or more", "it names none")
     limits = replace(before, **changes)  # type: ignore[arg-type]  # all are numbers
+    if spec.priority:
+        limits = replace(limits, swap_max_bytes=_swap_max_bytes(limits.priority))
     if spec.priority and not spec.cpu_weight:
         usual = before.cpu_weight == weight_of_priority(before.priority)
         weight = weight_of_priority(limits.priority) if usual else before.cpu_weight
@@ -167,6 +176,7 @@ def write_limits(cgroup: Cgroup, limits: SessionLimits) -> None:
     put(knobs.MEMORY_LOW, limits.memory_low_bytes or 0)
     put(knobs.MEMORY_HIGH, limits.memory_high_bytes)
     put(knobs.MEMORY_MAX, limits.memory_max_bytes)
+    put(knobs.MEMORY_SWAP_MAX, limits.swap_max_bytes)
     put(knobs.CPU_WEIGHT, limits.cpu_weight)
     quota = limits.cpu_max_millicores
     put(knobs.CPU_MAX, knobs.CpuMax(quota * 100 if quota is not None else None))
@@ -179,6 +189,7 @@ WRITTEN_KNOBS = (
     knobs.MEMORY_LOW.file,
     knobs.MEMORY_HIGH.file,
     knobs.MEMORY_MAX.file,
+    knobs.MEMORY_SWAP_MAX.file,
     knobs.CPU_WEIGHT.file,
     knobs.CPU_MAX.file,
     knobs.PIDS_MAX.file,
@@ -234,4 +245,5 @@ def tighten(read: Read, ours: SessionLimits) -> SessionLimits:
         pids_max=least(ours.pids_max, read(knobs.PIDS_MAX)),
         cgroups_max=least(ours.cgroups_max, read(knobs.CGROUP_MAX_DESCENDANTS)),
         cgroup_depth_max=least(ours.cgroup_depth_max, read(knobs.CGROUP_MAX_DEPTH)),
+        swap_max_bytes=least(ours.swap_max_bytes, read(knobs.MEMORY_SWAP_MAX)),
     )

@@ -306,6 +306,9 @@ class SessionLimits:
     cgroups_max: int | None = None
     """Cgroups below its own, those of its calls among them."""
     cgroup_depth_max: int | None = None
+    swap_max_bytes: int | None = None
+    """What of it may be swapped out: nothing of an important session, because what comes back from
+    swap is time that it loses."""
 
 
 @dataclass(slots=True, eq=False)

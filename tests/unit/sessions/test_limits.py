@@ -7,7 +7,7 @@ import pytest
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.config import SessionDefaults
 from agentcgroupd.errors import InvalidField
-from agentcgroupd.sessions.limits import parse_limits
+from agentcgroupd.sessions.limits import as_found, change_limits, parse_limits, tighten
 
 GIB = 1 << 30
 DEFAULTS = SessionDefaults()
@@ -26,6 +26,22 @@ def test_a_weight_follows_from_the_priority_unless_it_is_given() -> None:
     spec = pb.SessionSpec(priority="important", cpu_weight="7", pids_max="9", calls_max="3")
     limits = parse_limits(spec, DEFAULTS, None)
     assert (limits.cpu_weight, limits.pids_max, limits.calls_max) == (7, 9, 3)
+
+
+def test_nothing_of_an_important_session_is_swapped_out() -> None:
+    normal = parse_limits(pb.SessionSpec(), DEFAULTS, None)
+    important = parse_limits(pb.SessionSpec(priority="80"), DEFAULTS, None)
+    assert (normal.swap_max_bytes, important.swap_max_bytes) == (None, 0)
+    changed = change_limits(pb.SessionSpec(priority="normal"), important, None)
+    assert changed.swap_max_bytes is None
+    assert change_limits(pb.SessionSpec(priority="81"), normal, None).swap_max_bytes == 0
+    assert change_limits(pb.SessionSpec(cpu_weight="9"), important, None).swap_max_bytes == 0
+
+
+def test_a_runtimes_own_limit_of_swap_stays() -> None:
+    normal = parse_limits(pb.SessionSpec(), DEFAULTS, None)
+    assert tighten(as_found({"memory.swap.max": "4096"}), normal).swap_max_bytes == 4096
+    assert tighten(as_found({"memory.swap.max": "max"}), normal).swap_max_bytes is None
 
 
 def test_a_session_may_have_no_limit_on_processes() -> None:
