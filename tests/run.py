@@ -4,7 +4,8 @@
     uml       what needs cgroup controllers: the whole daemon on user-mode Linux, without programs
     programs  BPF programs, pressure and what else a full kernel has, on a recent one in QEMU
     sched     the CPU scheduler, on the same kernel in QEMU
-    systemd   the units, under systemd as PID 1, in QEMU
+    systemd   the units, under systemd as PID 1, in user-mode Linux
+    pins      of the units, what needs BPF programs, under systemd in QEMU
 
 Where this machine has the controllers itself, all run natively, and nothing twice. Two suites run
 side by side: a guest is one thread. A suite that collects nothing has failed. A few tests that fail
@@ -170,13 +171,23 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[Suite], list[str]]:
         systemd = Suite(
             "systemd",
             ("tests/systemd",),
-            "qemu",
-            limit_sec=1500,
+            "uml",
+            limit_sec=900,
             test_limit_sec=240,
+            marks=IN_UML,
+            guest_options=("--systemd",),
+        )
+        pins = Suite(
+            "pins",
+            ("tests/systemd/test_pins.py",),
+            "qemu",
+            limit_sec=900,
+            test_limit_sec=600,
+            marks=IN_QEMU,
             guest_options=("--systemd",),
         )
         # The longest first, so that the last to begin is a short one.
-        return [programs, host, uml, sched, systemd], []
+        return [programs, host, uml, sched, pins, systemd], []
     suites = [
         Suite("host", ("tests/unit", "tests/fuzz", "tests/kernel", "tests/guest"), "native", 1100)
     ]
@@ -302,7 +313,7 @@ class Totals:
 
 def _failures(root: ElementTree.Element) -> tuple[str, ...]:
     """Read from pytest's results which tests failed, as it names them on its command line."""
-    names = {}
+    names: dict[str, None] = {}
     for case in root.iter("testcase"):
         if case.find("failure") is None and case.find("error") is None:
             continue

@@ -37,12 +37,14 @@ class Uml:
 
     memory_mib: the guest's RAM, a file of the host's that takes up what the guest has touched.
     rw: directories shared read-write, at the same path inside.
+    systemd: boot systemd as PID 1 and run the command as a service.
     timeout_sec: for the boot and the command together.
     boot_timeout_sec: until the first sign of life.
     """
 
     memory_mib: int = MEMORY_MIB
     rw: tuple[Path, ...] = (CHECKOUT / "build",)
+    systemd: bool = False
     kernel_args: tuple[str, ...] = ()
     timeout_sec: float = 600
     boot_timeout_sec: float = 60
@@ -97,7 +99,7 @@ def config_text(uml: Uml, kernel: UmlKernel) -> str:
         "release": kernel.modules.name,
         "modules": str(kernel.modules),
         "checkout": str(CHECKOUT),
-        "pid1": "command",
+        "pid1": "systemd" if uml.systemd else "command",
         "hostname": "agentcg-guest",
     }
     return vm.shell_text(values, uml.rw)
@@ -136,6 +138,7 @@ def uml_argv(
         ),
         "panic=-1",
         "ignore_loglevel" if uml.verbose else "quiet",
+        *(vm.SYSTEMD_ARGS.split() if uml.systemd else ()),
         *uml.kernel_args,
     ]
 
@@ -151,6 +154,7 @@ def parser(prog: str = "python -m tests.guest.uml") -> argparse.ArgumentParser:
     add("-m", "--memory", type=int, default=MEMORY_MIB, metavar="MIB", help="(%(default)s)")
     writable = "share DIR read-write, as build/ always is"
     add("-w", "--rw", type=Path, action="append", default=[], metavar="DIR", help=writable)
+    add("-s", "--systemd", action="store_true", help="boot systemd, run the command as a service")
     add("-a", "--kernel-arg", action="append", default=[], metavar="ARG")
     variable = "set a variable, or pass one on (AGENTCG_* and a few more always are)"
     add("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]", help=variable)
@@ -165,6 +169,7 @@ def from_arguments(arguments: argparse.Namespace) -> Uml:
     return Uml(
         memory_mib=arguments.memory,
         rw=(CHECKOUT / "build", *(path.absolute() for path in arguments.rw)),
+        systemd=arguments.systemd,
         kernel_args=tuple(arguments.kernel_arg),
         timeout_sec=arguments.timeout,
         verbose=arguments.verbose,

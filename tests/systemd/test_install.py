@@ -30,7 +30,7 @@ SLICE = Path("/sys/fs/cgroup/agentcg.slice")
 LEFT = (
     *(Path("/etc/systemd/system") / unit for unit in UNITS),
     *map(Path, ("/etc/agentcgroup", "/etc/tmpfiles.d/agentcgroup.conf")),
-    *map(Path, ("/run/agentcgroup", "/var/log/agentcgroup")),
+    *map(Path, ("/run/agentcgroup", "/var/log/agentcgroup", "/var/lib/agentcgroup")),
     *(Path("/usr/local/bin") / name for name in ("agentcg", "agentcg-exec", "agentcgroupd")),
     SLICE,
 )

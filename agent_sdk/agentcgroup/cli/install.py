@@ -28,6 +28,7 @@ from .install_files import (
     removable,
     remove,
 )
+from .install_pins import PINS, remove_pins
 from .output import print_json, say
 from .summaries import summary
 
@@ -35,6 +36,7 @@ T = TypeVar("T")
 
 HOST = Path("/")
 RUN, LOG = Path("/run/agentcgroup"), Path("/var/log/agentcgroup")
+STATE = Path("/var/lib/agentcgroup")
 SOCKETS = ("agentcgroupd-agent.socket", "agentcgroupd-admin.socket")
 POOL = Path("agentcg.slice/agentcg-pool.service/pool")
 _DONE = {"new": "made", "changed": "replaced", "same": "as it was", "kept": "kept, as changed here"}
@@ -46,7 +48,8 @@ def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     install = common.command(subparsers, "install", run_install, summary("install"))
     install.add_argument("--no-start", action="store_true", help="only the files")
     uninstall = common.command(subparsers, "uninstall", run_uninstall, summary("uninstall"))
-    uninstall.add_argument("--keep", action="store_true", help="configuration and audit log stay")
+    keep = "configuration, audit log and history stay"
+    uninstall.add_argument("--keep", action="store_true", help=keep)
     uninstall.add_argument("--force", action="store_true", help="end sessions that are open")
     for parser in (install, uninstall):
         parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
@@ -86,9 +89,9 @@ def run_uninstall(args: argparse.Namespace) -> int:
     root = _root(args)
     refuse_packaged(root, "apt-get remove agentcgroup")
     paths = removable(root, keep_data=args.keep)
-    trees = [] if args.keep else [below(root, LOG)]
-    trees += [below(root, RUN)]
-    trees = [tree for tree in trees if tree.is_dir()]
+    trees = [RUN] if args.keep else [LOG, STATE, RUN]
+    trees = [tree for path in trees if (tree := below(root, path)).is_dir()]
+    pins = [PINS] if root == HOST and PINS.is_dir() else []
     if not args.dry_run:
         _need_root(root)
         if root == HOST:
@@ -97,9 +100,10 @@ def run_uninstall(args: argparse.Namespace) -> int:
         _changing(lambda: remove(paths, root))
         for tree in trees:
             shutil.rmtree(tree, ignore_errors=False)
+        pins = [PINS] if root == HOST and _changing(remove_pins) else []
         if root == HOST and _has_systemd():
             _systemctl("daemon-reload")
-    gone = [str(path) for path in (*paths, *trees)]
+    gone = [str(path) for path in (*paths, *trees, *pins)]
     if args.json:
         print_json({"removed": gone, "dry_run": args.dry_run})
         return common.OK

@@ -36,7 +36,7 @@ MAPS = ("limits", "states", "tasks", "events", ".bss")
 """Maps of an object that the next daemon takes over."""
 
 
-class _MapInfo(ctypes.Structure):
+class MapInfo(ctypes.Structure):
     """The beginning of struct bpf_map_info (include/uapi/linux/bpf.h)."""
 
     _fields_ = (
@@ -134,12 +134,18 @@ class Pins:
         self._made, self._old = [], []
 
 
-def _size_of(fd: int) -> tuple[int, int, int]:
-    """Sizes of a map's key and value in bytes, and its number of entries. Raises BpfError."""
-    info = _MapInfo()
+def map_info(fd: int) -> MapInfo:
+    """What the kernel says of a map. Raises BpfError."""
+    info = MapInfo()
     size = ctypes.c_uint32(ctypes.sizeof(info))
     place = ctypes.byref(info), ctypes.byref(size)
     libbpf().check("a pinned map", "bpf_obj_get_info_by_fd", fd, *place)
+    return info
+
+
+def _size_of(fd: int) -> tuple[int, int, int]:
+    """Sizes of a map's key and value in bytes, and its number of entries. Raises BpfError."""
+    info = map_info(fd)
     return info.key_size, info.value_size, info.max_entries
 
 

@@ -72,6 +72,15 @@ def test_the_guest_knows_which_it_is() -> None:
     assert env["AGENTCG_GUEST"] == "uml" and "AGENTCG_EMULATED" not in env
 
 
+def test_systemd_boots_our_target(tmp_path: Path) -> None:
+    kernel = made(tmp_path / "uml/7.2um1")
+    for systemd, pid1 in ((False, "command"), (True, "systemd")):
+        guest = uml.from_arguments(uml.parser().parse_args(["-s"] * systemd + ["--", "ls"]))
+        argv = uml.uml_argv(guest, kernel, tmp_path, None, CHANNELS)
+        assert ("systemd.unit=agentcg-guest.target" in argv) is systemd
+        assert f"pid1={pid1}\n" in uml.config_text(guest, kernel)
+
+
 def test_options_become_a_guest() -> None:
     options = ["-m", "300", "-w", "/srv", "-a", "x=1", "-t", "7", "--", "ls", "-l"]
     arguments = uml.parser().parse_args(options)

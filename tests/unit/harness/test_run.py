@@ -137,13 +137,14 @@ def test_the_guests_do_what_the_host_cannot() -> None:
         "uml": "uml",
         "programs": "qemu",
         "sched": "qemu",
-        "systemd": "qemu",
+        "systemd": "uml",
+        "pins": "qemu",
     }
     assert left_out == []
     assert not {"tests.guest.vm", "tests.guest.uml"} & set(planned("host").argv())
     assert "tests.guest.uml" in planned("uml").argv()
     assert "tests.guest.vm" in planned("programs").argv()
-    assert "--systemd" in planned("systemd").argv()
+    assert "--systemd" in planned("systemd").argv() and "--systemd" in planned("pins").argv()
     paths = {path for suite in suites for path in suite.paths}
     assert all(Path(path).exists() for path in paths)
 
@@ -230,6 +231,7 @@ def test_each_place_has_the_tests_that_only_it_can_run(collected: dict[str, list
     assert places("test_three_calls_that_do_not_fit_together_all_end_well") == {"uml", "programs"}
     assert places("test_cpu_max_is_kept") == {"sched"}
     assert places("test_pid1_is_systemd") == {"systemd"}
+    assert places("test_they_are_pinned_taken_over_and_gone_with_the_service") == {"pins"}
 
 
 def test_native_says_what_it_leaves_out() -> None:

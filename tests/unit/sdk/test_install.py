@@ -15,6 +15,7 @@ import pytest
 from agentcgroup import errors
 from agentcgroup.cli import install, install_files, main
 from agentcgroup.cli.install_files import Entry, Installation
+from agentcgroup.cli.install_pins import remove_pins
 from tests.harness import ROOT
 
 STANDARD = ("etc/systemd/system", "etc/tmpfiles.d", "usr/local/bin", "usr/local/share", "run")
@@ -220,3 +221,18 @@ def test_a_daemon_that_was_started_by_hand_is_not_pulled_from_under(
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(errors.Refused, match="systemd did not start runs"):
             install._refuse_running()
+
+
+def test_pins_of_pools_that_are_gone_are_removed_and_those_of_others_stay(tmp_path: Path) -> None:
+    cgroups, pins = tmp_path / "cgroups", tmp_path / "pins"
+    living = cgroups / "a/pool"
+    living.mkdir(parents=True)
+    for name in (str(living.stat().st_ino), "1"):
+        (pins / name).mkdir(parents=True)
+        (pins / name / "map_events_0").touch()
+    assert not remove_pins(pins, (cgroups, tmp_path / "none"))
+    assert [pool.name for pool in pins.iterdir()] == [str(living.stat().st_ino)]
+    living.rmdir()
+    assert remove_pins(pins, (cgroups, tmp_path / "none"))
+    assert not pins.exists()
+    assert not remove_pins(pins, (cgroups,))
