@@ -116,13 +116,18 @@ class AsyncCall(CallBase):
         return result
 
     async def _give_up(self, error: BaseException, kill: Callable[[], None]) -> None:
-        """End a process that is not waited for any more. The daemon does it where the call is for
-        this process alone: it knows then who ended it, and why."""
+        """End a process that is not waited for any more. The daemon does it, which then knows who
+        ended it, and why; with the call where that is for this process alone."""
         self._reason = reason_of_error(error)
         if self._single and self.confined:
             await asyncio.shield(asyncio.ensure_future(self._end(error, kill)))
         else:
-            kill()
+            try:
+                if self.confined:
+                    saying = self._agent.carry(flow.end_command(self._command_request()))
+                    await asyncio.shield(asyncio.ensure_future(saying))
+            finally:
+                kill()
             self._returncode = -signal.SIGKILL
 
     async def popen(self, args: Any, **kwargs: Any) -> asyncio.subprocess.Process:

@@ -186,6 +186,10 @@ class CallBase:
             request.wait_status = wait_status(returncode)
         return request
 
+    def _command_request(self) -> pb.EndCallRequest:
+        """Make the request that ends only the command that runs in the call, which says why."""
+        return pb.EndCallRequest(call_id=self.id, reason=self._reason, command_only=True)
+
     def _reason_of(
         self, returncode: int | None, error: BaseException | None, signalled: bool
     ) -> pb.EndReason.ValueType:

@@ -134,12 +134,14 @@ class Call(CallBase):
         return result
 
     def _give_up(self, process: CallPopen, error: BaseException) -> None:
-        """End a process that is not waited for any more. The daemon does it where the call is for
-        this process alone: it knows then who ended it, and why."""
+        """End a process that is not waited for any more. The daemon does it, which then knows who
+        ended it, and why; with the call where that is for this process alone."""
         if process.poll() is None:
             self._reason = reason_of_error(error)
             if self._single and self.confined:
                 self._end(error)
+            elif self.confined:
+                self._connection.carry(flow.end_command(self._command_request()))
         process.kill()
 
     def popen(self, args: Any, **kwargs: Any) -> CallPopen:

@@ -116,6 +116,15 @@ def _return() -> Flow[None]:
         raise DaemonAway(str(away)) from None
 
 
+def end_command(request: pb.EndCallRequest) -> Flow[None]:
+    """Have the daemon kill the command of a call that stays open. An error is no matter: the caller
+    kills it as well."""
+    try:
+        yield Rpc("EndCall", request)
+    except AgentcgError:
+        return
+
+
 def end(
     request: pb.EndCallRequest, when_away: Callable[[], None] | None = None
 ) -> Flow[Report | AgentcgError]:

@@ -143,10 +143,10 @@ def _verdict(plan: Plan, ended: bool) -> tuple[Verdict, list[str], set[Code]]:
 def _by_ender(plan: Plan) -> tuple[Verdict, list[str], set[Code]]:
     if plan.ender == "timeout":
         return pb.VERDICT_TIMEOUT, ["at its timeout of"], {pb.FEEDBACK_CODE_TIMEOUT}
-    if plan.ender == "caller" and plan.reason not in REASONS:
-        # Killed by its parent, which does not say so.
-        text = "by whom is not known"
-        return pb.VERDICT_SIGNALED, [text], {pb.FEEDBACK_CODE_KILLED}
+    if plan.ender == "caller":
+        # Killed by its parent, which says so afterwards or not at all.
+        said = ["by whom is not known", *_said_afterwards(plan)]
+        return pb.VERDICT_SIGNALED, said, {pb.FEEDBACK_CODE_KILLED}
     text = {
         "operator": "the operator ended the call",
         "session": "its session was closed",
@@ -160,14 +160,20 @@ def _by_itself(plan: Plan) -> tuple[Verdict, list[str], set[Code]]:
         text = f"exit status {plan.code}" if plan.code else "It ended well."
         return verdict, [text], set()
     name = signal.Signals(plan.number).name
-    told = plan.ender in ("agent", "caller") and plan.reason in REASONS
-    if told and plan.number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
-        # Its agent claims the kill, and there is nothing to the contrary.
-        return pb.VERDICT_CANCELLED, [name, REASONS[plan.reason]], {pb.FEEDBACK_CODE_CANCELLED}
+    said = []
+    if plan.number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        said = _said_afterwards(plan)
     if plan.number == signal.SIGKILL:
         text = "by whom is not known"
-        return pb.VERDICT_SIGNALED, [name, text], {pb.FEEDBACK_CODE_KILLED}
-    return pb.VERDICT_SIGNALED, [f"It died of {name}"], set()
+        return pb.VERDICT_SIGNALED, [name, text, *said], {pb.FEEDBACK_CODE_KILLED}
+    return pb.VERDICT_SIGNALED, [f"It died of {name}", *said], set()
+
+
+def _said_afterwards(plan: Plan) -> list[str]:
+    """What its agent says when it ends the call of a process that has died."""
+    if plan.ender not in ("agent", "caller") or plan.reason not in REASONS:
+        return []
+    return [REASONS[plan.reason]]
 
 
 def _sweeper(plan: Plan) -> list[str]:

@@ -141,9 +141,12 @@ def test_the_callers_reason_is_told_as_its_word(
     report = end(agent, reason, **more)
     agent.run("tool.wait()")
     assert report.term_signal == signal.SIGKILL
-    if kills_first and reason == pb.END_REASON_UNSPECIFIED:
+    if kills_first:
         assert report.verdict == pb.VERDICT_SIGNALED
         assert "by whom is not known" in report.sentence
+        assert (f"was ended afterwards: {words}" in report.sentence) is (
+            reason != pb.END_REASON_UNSPECIFIED
+        )
     else:
         assert report.verdict == pb.VERDICT_CANCELLED and words in report.sentence
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import signal
 import subprocess
 
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from tests.conftest import StartDaemon
-from tests.harness import AgentProcess, DaemonProcess, wait_until
+from tests.harness import AgentProcess, DaemonProcess, RemoteRpcError, wait_until
 from tests.kernel.test_endings import end, last
 from tests.kernel.test_nesting import SLEEP, begin, tool_in
 
@@ -97,6 +99,25 @@ except FileNotFoundError:
 
 def test_a_tool_that_could_not_be_started_never_entered(agent: AgentProcess) -> None:
     assert agent.run(NO_SUCH_DIRECTORY) == "abandoned"
+
+
+TOO_LONG = """
+try:
+    agent.run(["sh", "-c", "#" * 200_000])
+except OSError as error:
+    result = error.errno
+"""
+
+
+def test_arguments_that_the_kernel_refuses_are_told_as_that(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    assert agent.run(TOO_LONG) == errno.E2BIG
+    report = last(daemon)
+    assert (report.verdict, report.exit_code) == (pb.VERDICT_ABANDONED, 126)
+    assert "its caller says that the command could not be started" in report.sentence
+    assert "in a file or on standard input" in report.sentence
+    assert "agentcg-exec" not in report.sentence
 
 
 # Processes that went to a cgroup which somebody else ends
@@ -216,3 +237,65 @@ except RuntimeError:
 def test_an_error_after_a_command_was_killed_is_not_who_killed_it(agent: AgentProcess) -> None:
     verdict, sentence = agent.run(SDK)
     assert verdict == "signaled" and "by whom is not known" in sentence
+
+
+GIVEN_UP = """
+import asyncio
+from agentcgroup.aio import AsyncAgent
+def blocking():
+    with agent.tool_call("held") as call:
+        try:
+            call.run(["sleep", "1000"], timeout=0.3)
+        except subprocess.TimeoutExpired:
+            pass
+        if after:
+            call.run(after)
+    return call.report
+async def waiting():
+    async with AsyncAgent() as agent:
+        async with agent.tool_call("held") as call:
+            try:
+                await call.run(["sleep", "1000"], timeout=0.3)
+            except subprocess.TimeoutExpired:
+                pass
+            if after:
+                await call.run(after)
+        return call.report
+report = asyncio.run(waiting()) if use_asyncio else blocking()
+result = str(report.verdict), report.sentence
+"""
+
+
+@pytest.mark.parametrize("use_asyncio", [False, True])
+def test_a_command_that_its_caller_gives_up_in_a_held_call(
+    agent: AgentProcess, use_asyncio: bool
+) -> None:
+    verdict, sentence = agent.run(GIVEN_UP, use_asyncio=use_asyncio, after=None)
+    assert verdict == "cancelled"
+    assert "its caller says that a timeout of its own had passed" in sentence
+    # The call was not ended by it: another command runs in it, and is what it is judged by.
+    verdict, sentence = agent.run(GIVEN_UP, use_asyncio=use_asyncio, after=["sh", "-c", "exit 3"])
+    assert verdict == "failed" and "exit status 3" in sentence
+
+
+CONTRADICTION = """
+call_id = stub.BeginCall(pb.BeginCallRequest(name="held")).id
+stub.EndCall(pb.EndCallRequest(call_id=call_id, detach=True, command_only=True))
+"""
+
+
+def test_the_operator_ends_the_command_alone(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    call_id = agent.run(HELD + "result = call_id")
+    wait_until("it runs", lambda: bool((daemon.call_dirs()[0] / "cgroup.procs").read_text()))
+    request = pb.EndCallRequest(call_id=call_id, command_only=True)
+    daemon.admin.EndCall(request)
+    assert agent.run("result = tool.wait()") == -signal.SIGKILL
+    assert [call.id for call in daemon.admin.ListCalls(pb.ListCallsRequest()).calls] == [call_id]
+    # Once it has ended there is nothing to do.
+    daemon.admin.EndCall(request)
+    report = end(agent, pb.END_REASON_DONE)
+    assert report.verdict == pb.VERDICT_CANCELLED and "the operator" in report.sentence
+    with pytest.raises(RemoteRpcError) as caught:
+        agent.run(CONTRADICTION)
+    assert caught.value.error.field == "command_only"
+    end(agent, pb.END_REASON_DONE)

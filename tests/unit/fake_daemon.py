@@ -125,7 +125,8 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
     """A daemon that can be started and stopped as often as needed; what it knows stays.
 
     Attributes:
-        begun: every BeginCallRequest, oldest first. ended: every EndCallRequest.
+        begun: every BeginCallRequest, oldest first. ended: every EndCallRequest; given_up:
+            those for a command alone.
         before: by method name, what to do before it is served (e.g. stop the daemon).
         attempts: by method name, how often it was asked for.
     """
@@ -139,6 +140,7 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
             (run_dir / service).mkdir(parents=True, exist_ok=True)
         self.begun: list[pb.BeginCallRequest] = []
         self.ended: list[pb.EndCallRequest] = []
+        self.given_up: list[pb.EndCallRequest] = []
         self.before: dict[str, Callable[[Any], None]] = {}
         self.attempts: dict[str, int] = {}
         self.calls: dict[str, pb.Call] = {}
@@ -278,6 +280,9 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
 
     def EndCall(self, request: pb.EndCallRequest, context: grpc.ServicerContext) -> pb.Report:
         self._hook("EndCall", context, request)
+        if request.command_only:
+            self.given_up.append(request)
+            return pb.Report(call_id=request.call_id)
         self.ended.append(request)
         call = self.calls.pop(request.call_id, None)
         if call is None:

@@ -28,7 +28,7 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import CallDefaults
 from agentcgroupd.enforce.actions import Actions
-from agentcgroupd.enforce.kill import ask_end, end_with, kill, kill_outsiders
+from agentcgroupd.enforce.kill import ask_end, end_with, kill, kill_command, kill_outsiders
 from agentcgroupd.enforce.outside import place_outside
 from agentcgroupd.errors import (
     CgroupGone,
@@ -165,6 +165,14 @@ class OpenCalls:
         report_later = self.ended_report(call)
         self._kill(call)
         return report_later
+
+    def end_command(
+        self, call: Call, asker: Asker, reason: pb.EndReason.ValueType, why: str
+    ) -> pb.Report:
+        """Kill the main process of a call that stays open; say so. Parameters as those of `end`."""
+        self._leavers.look(call)
+        kill_command(call, asker, why, reason)
+        return self._so_far(call, False)
 
     def ended_report(self, call: Call) -> Coroutine[Any, Any, pb.Report]:
         """Give the report of an open call, to be awaited: it comes when the call has ended. What is

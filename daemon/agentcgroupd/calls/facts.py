@@ -11,7 +11,7 @@ from agentcgroupd.intents.grant import Grant
 from agentcgroupd.state.ending import Asked, Asker, Held, Left
 
 CALLER_REASONS = (pb.END_REASON_TIMEOUT, pb.END_REASON_CANCELLED)
-"""Reasons for which a caller kills the main process itself and says so afterwards."""
+"""Reasons for which a caller may have killed the main process itself before it says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +150,13 @@ class EndFacts:
         return max((a.processes for a in self._to_end), default=0)
 
     @property
-    def killer(self) -> Asked | None:
-        """The caller that says why it killed the main process itself, where that died so."""
+    def claim(self) -> Asked | None:
+        """Give the request of a caller that came with a reason after the main process had died of a
+        signal. Whether the two have to do with each other is not known."""
         if self.signal not in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
             return None
-        return next((a for a in self.asked if a.reason in CALLER_REASONS), None)
+        later = (a for a in self.asked if not a.main_ran and a.reason in CALLER_REASONS)
+        return None if self.ender is not None else next(later, None)
 
     @property
     def went_on(self) -> Asked | None:

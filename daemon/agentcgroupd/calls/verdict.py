@@ -18,6 +18,7 @@ from agentcgroupd.calls.feedback import feedback_of
 from agentcgroupd.calls.words import (
     CALLER_SAYS,
     child_oom,
+    claim_words,
     earlier_left_words,
     left_words,
     limit_words,
@@ -121,12 +122,6 @@ def _who(asked: Asked) -> str:
     return CALLER_SAYS.get(asked.reason, "its agent ended the call")
 
 
-def _killed_by_caller(facts: EndFacts) -> str:
-    assert facts.killer is not None and facts.signal is not None
-    says = CALLER_SAYS[facts.killer.reason]
-    return f"The call was ended while running, by {_signal_name(facts.signal)}: {says}."
-
-
 def _policy(facts: EndFacts) -> str:
     assert facts.ender is not None
     return facts.ender.why
@@ -213,7 +208,23 @@ NEVER_ENTERED = (
     "No process ever entered the call. Start the tool through agentcg-exec or call.run()."
 )
 
+
+def _never_started(facts: EndFacts) -> str:
+    return (
+        "No process ever entered the call: its caller says that the command could not be started "
+        f"(exit status {facts.exit_code}). The error that the caller got says why, such as "
+        "arguments longer than the kernel takes (hand them over in a file or on standard input), "
+        "or a directory to start in that is not there."
+    )
+
+
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "nobody entered, and its caller says that the command could not be started",
+        lambda f: not f.ever_entered and bool(f.exit_code),
+        pb.VERDICT_ABANDONED,
+        _never_started,
+    ),
     Rule(
         "nobody entered",
         lambda f: not f.ever_entered,
@@ -264,12 +275,6 @@ RULES: tuple[Rule, ...] = (
         pb.VERDICT_CANCELLED,
         _cancelled,
     ),
-    Rule(
-        "killed by its caller, who says why",
-        lambda f: f.killer is not None,
-        pb.VERDICT_CANCELLED,
-        _killed_by_caller,
-    ),
     Rule("died of SIGKILL", lambda f: f.signal == signal.SIGKILL, pb.VERDICT_SIGNALED, _sigkill),
     Rule(
         "died of another signal",
@@ -296,6 +301,7 @@ def judge(facts: EndFacts) -> tuple[pb.Verdict.ValueType, str]:
     said = [rule.sentence(facts)]
     if facts.ever_entered:
         said += [child_oom(facts), left_words(facts), swept_words(facts)]
+        said.append(claim_words(facts))
         said += earlier_left_words(facts)
     return rule.verdict, " ".join(filter(None, said))
 

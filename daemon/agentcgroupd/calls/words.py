@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.calls.facts import EndFacts, LimitHit
-from agentcgroupd.state.ending import Asker, Held, Left
+from agentcgroupd.calls.facts import CALLER_REASONS, EndFacts, LimitHit
+from agentcgroupd.state.ending import CALLER_WORDS, Asker, Held, Left
 from agentcgroupd.units import show_bytes, show_usec
 
-CALLER_SAYS = {
-    pb.END_REASON_TIMEOUT: "its caller says that a timeout of its own had passed",
-    pb.END_REASON_CANCELLED: "its caller says that it was cancelled or interrupted itself",
-}
+CALLER_SAYS = {reason: f"its caller says that {CALLER_WORDS[reason]}" for reason in CALLER_REASONS}
 _MATTERS_BYTES = 1 << 20
 """Less than this held by an agent or in files is not worth a word."""
 
@@ -199,7 +196,7 @@ def swept_words(facts: EndFacts) -> str:
             return f"Afterwards {what} with its session."
         case Asker.OUTER:
             return f"Afterwards {what}: {sweeper.why}."
-        case by if by is Asker.LEFTOVERS or facts.killer is sweeper:
+        case Asker.LEFTOVERS:
             return f"Afterwards {what}."
         case _ if sweeper.reason in CALLER_SAYS:
             return f"Afterwards {what}: {CALLER_SAYS[sweeper.reason]}."
@@ -207,3 +204,11 @@ def swept_words(facts: EndFacts) -> str:
             return f"Afterwards {what}: {sweeper.why}."
         case _:
             return ""
+
+
+def claim_words(facts: EndFacts) -> str:
+    """What the caller said when it ended the call after the main process had died of a signal, if
+    that is not said of what was left running; empty: nothing."""
+    if facts.claim is None or facts.sweeper is facts.claim:
+        return ""
+    return f"The call was ended afterwards: {CALLER_SAYS[facts.claim.reason]}."

@@ -14,7 +14,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.enforce.outside import SEARCH_S, find_outsiders, place_outside
 from agentcgroupd.errors import KnobError
 from agentcgroupd.host.syscalls import pidfd_ended, process_stat
-from agentcgroupd.state.ending import Asked, Asker
+from agentcgroupd.state.ending import CALLER_WORDS, Asked, Asker
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import Call, all_inside, unix_usec
 
@@ -42,11 +42,6 @@ _ASKED = {
     Asker.WENT_ON: ("its main process asked for another call", "attach"),
 }
 """What each request is, as a clause, and where it comes from."""
-_REASONS = {
-    pb.END_REASON_DONE: " and says that the command has ended",
-    pb.END_REASON_TIMEOUT: " and says that a timeout of its own had passed",
-    pb.END_REASON_CANCELLED: " and says that it was cancelled or interrupted itself",
-}
 
 
 def main_ended(call: Call) -> bool:
@@ -85,7 +80,8 @@ def ask_end(
     if ran and by is not Asker.WENT_ON:
         find_outsiders(call, pids, search_s)
     what, source = _ASKED[by]
-    what += _REASONS.get(reason, "")
+    if reason in CALLER_WORDS:
+        what += f" and says that {CALLER_WORDS[reason]}"
     if call.entered:
         state = "its main process ran" if ran else "its main process had ended"
         what += f"; {state}, and there {'was' if count == 1 else 'were'} {count} in its cgroups"
@@ -219,6 +215,18 @@ def _kill_main_and_outsiders(call: Call) -> None:
         if each.main is not None:
             each.main.signal(signal.SIGKILL)
         kill_outsiders(each)
+
+
+def kill_command(
+    call: Call, by: Asker, why: str, reason: pb.EndReason.ValueType = pb.END_REASON_UNSPECIFIED
+) -> None:
+    """Kill the main process of a call, wherever it is, and take down who asked for that; the call
+    stays open. Nothing is done where the main process has ended. `why` as for `ask_end`."""
+    if call.main is None or pidfd_ended(call.main.pidfd):
+        return
+    call.account.main_killed = True
+    ask_end(call, by, why, reason)
+    call.main.signal(signal.SIGKILL)
 
 
 def kill_outsiders(call: Call) -> None:

@@ -96,6 +96,8 @@ class AgentCalls:
         if status is not None and not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
             raise InvalidField("wait_status", str(status), "a wait status of an ended process")
         asker, why = _asker(caller)
+        if message.command_only:
+            return end_command(self._calls, call, message, asker, why)
         return self._calls.end(call, message.detach, status, asker, message.reason, why)
 
     def update(self, peer: Peer, message: pb.UpdateIntentRequest) -> pb.Call:
@@ -103,6 +105,15 @@ class AgentCalls:
         call, only_lower = self.caller(peer).find_to_change(message.call_id)
         updated = self._calls.update(call, intent_of_proto(message.intent), only_lower)
         return call_to_proto(updated, admin=False)
+
+
+def end_command(
+    calls: Calls, call: Call, message: pb.EndCallRequest, asker: Asker, why: str = ""
+) -> pb.Report:
+    """Answer EndCall for the command of a call alone. Raises InvalidField."""
+    if message.detach:
+        raise InvalidField("command_only", "true", "false together with detach")
+    return calls.end_command(call, asker, message.reason, why)
 
 
 def _asker(caller: Caller) -> tuple[Asker, str]:

@@ -32,7 +32,7 @@ from agentcgroupd.errors import (
 from agentcgroupd.guard.policy_files import PolicyFiles
 from agentcgroupd.history.read import ALL
 from agentcgroupd.host.listening import remove_stale
-from agentcgroupd.rpc.agent_calls import AgentCalls, refuse_unknown
+from agentcgroupd.rpc.agent_calls import AgentCalls, end_command, refuse_unknown
 from agentcgroupd.rpc.callers import Caller
 from agentcgroupd.rpc.frames import FRAME_BYTES_MAX
 from agentcgroupd.rpc.gate import Gate, abort
@@ -347,6 +347,8 @@ class AdminService(_Service, pb_grpc.AdminServicer):
         if waited is not None:
             return waited
         call = self._open_call(request.call_id)
+        if request.command_only:
+            return end_command(self.parts.calls, call, request, Asker.OPERATOR)
         report = self.parts.calls.end(call, request.detach, None, Asker.OPERATOR)
         return report if isinstance(report, pb.Report) else await report
 

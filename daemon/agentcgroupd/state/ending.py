@@ -22,6 +22,14 @@ FACTS_MOST = 64
 one, and a tool can have any number of them."""
 
 
+CALLER_WORDS = {
+    pb.END_REASON_DONE: "the command has ended",
+    pb.END_REASON_TIMEOUT: "a timeout of its own had passed",
+    pb.END_REASON_CANCELLED: "it was cancelled or interrupted itself",
+}
+"""What a caller says with its reason for ending a call, as a clause after "it says that"."""
+
+
 class Asker(enum.StrEnum):
     """Parties that can ask for the end of a call."""
 

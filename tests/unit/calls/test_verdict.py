@@ -229,11 +229,16 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
         pb.VERDICT_CANCELLED,
         ["its caller says that it was cancelled or interrupted"],
     ),
-    # Killed by its caller, who then says why; a process that has ended by itself was not.
+    # What a caller says afterwards is no word on who sent the signal.
     (
-        killed(**asked(Asker.AGENT, main_ran=False, reason=pb.END_REASON_TIMEOUT)),
-        pb.VERDICT_CANCELLED,
-        ["SIGKILL", "its caller says that a timeout"],
+        killed(**asked(Asker.AGENT, main_ran=False, processes=0, reason=pb.END_REASON_TIMEOUT)),
+        pb.VERDICT_SIGNALED,
+        ["by whom is not known", "ended afterwards: its caller says that a timeout"],
+    ),
+    (
+        killed(**asked(Asker.AGENT, main_ran=False, processes=1, reason=pb.END_REASON_TIMEOUT)),
+        pb.VERDICT_SIGNALED,
+        ["by whom is not known", "running was ended: its caller says that a timeout"],
     ),
     (
         asked(Asker.AGENT, main_ran=False, processes=0, reason=pb.END_REASON_TIMEOUT),
@@ -334,6 +339,12 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
     ),
     # Nothing is known of its end, or it never began.
     ({"ever_entered": False, "wait_status": None}, pb.VERDICT_ABANDONED, ["agentcg-exec"]),
+    ({"ever_entered": False, "wait_status": 0}, pb.VERDICT_ABANDONED, ["agentcg-exec"]),
+    (
+        {"ever_entered": False, "wait_status": 126 << 8},
+        pb.VERDICT_ABANDONED,
+        ["could not be started (exit status 126)", "in a file or on standard input"],
+    ),
     ({"wait_status": None, "main_lost": True}, pb.VERDICT_UNKNOWN, ["the daemon was not there"]),
     ({"wait_status": None, "commands": 0}, pb.VERDICT_UNKNOWN, ["known as its main process"]),
     ({"wait_status": None}, pb.VERDICT_UNKNOWN, ["gone before the kernel could be asked"]),

@@ -196,6 +196,8 @@ def test_the_daemon_is_told_why_a_call_ends(
         with agent.tool_call("x") as call:
             exec(leave, {"call": call})
     assert [end.reason for end in daemon.ended] == [reason]
+    given_up = [reason] if ".run(" in leave and "timeout" in leave else []
+    assert [end.reason for end in daemon.given_up] == given_up
 
 
 def test_an_interrupted_run_is_ended_by_the_daemon(daemon: FakeDaemon) -> None:
