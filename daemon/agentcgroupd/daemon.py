@@ -62,6 +62,7 @@ from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.limits import Ceilings
 from agentcgroupd.sessions.pool import ALIVE_XATTR, Pool, PoolClaim
 from agentcgroupd.sessions.registry import Sessions
+from agentcgroupd.state.second_records import SecondRecords
 from agentcgroupd.telemetry.audit import Audit, AuditLimits
 from agentcgroupd.telemetry.feed import Feed
 from agentcgroupd.telemetry.metrics import Heartbeat, Metrics
@@ -167,6 +168,7 @@ class Daemon:
             ceilings.of,
             queue.count,
             turns,
+            SecondRecords(run_dir),
         )
         undo.callback(calls.let_go)
         admission = Admission(calls, queue)

@@ -38,6 +38,7 @@ from agentcgroupd.errors import (
 from agentcgroupd.host.syscalls import wait_channel
 from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.process import Process
+from agentcgroupd.state.second_records import SecondRecords
 from agentcgroupd.state.session import (
     Call,
     Session,
@@ -67,9 +68,10 @@ class OpenCalls:
         observer: CallObserver,
         admit: Callable[[Call, Process], None],
         turns: Turns,
+        second: SecondRecords,
     ) -> None:
         """`admit` moves one more process into a call. `turns`: when a session has its turn on the
-        loop."""
+        loop. `second`: where the records of open calls are kept besides."""
         self._config = config
         self._events = events
         self.actions = actions
@@ -94,6 +96,7 @@ class OpenCalls:
         self.open: dict[str, Call] = {}
         self._postponed: dict[str, Call] = {}
         self.ended = 0
+        self.second = second
 
     # Following
 
@@ -333,6 +336,7 @@ class OpenCalls:
                 removed = False
             kill_outsiders(call)
             self._forget(call, removed)
+            self.second.drop(call.id)
             self.ended += 1
             self._reports.keep(call.session, report)
             self._reports.learn(call, report)

@@ -48,6 +48,7 @@ from agentcgroupd.state.candidate import Candidate
 from agentcgroupd.state.ending import Account, Asker
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.records import plain
+from agentcgroupd.state.second_records import SecondRecords
 from agentcgroupd.state.session import (
     CALL_PREFIX,
     Call,
@@ -77,11 +78,14 @@ class Calls(OpenCalls):
         ceiling: Callable[[Session], Ceiling],
         waiting: Callable[[Session], int],
         turns: Turns,
+        second: SecondRecords,
     ) -> None:
         """`ceiling`: the limits above a new call of a session. `waiting`: how many calls of a
         session wait to begin; they count towards its calls_max. `turns`: when a session has its
-        turn on the loop."""
-        super().__init__(config, events, actions, notices, reports, observer, self.admit, turns)
+        turn on the loop. `second`: where the records of open calls are kept besides."""
+        super().__init__(
+            config, events, actions, notices, reports, observer, self.admit, turns, second
+        )
         self._ceiling = ceiling
         self._waiting = waiting
         self.begun = 0
@@ -175,18 +179,25 @@ class Calls(OpenCalls):
                 outer = nesting.above(call.parent)
                 call.grant = write_grant(call.session, call.cgroup, grant, outer)
                 call.bounds.written = (call.grant.memory_high_bytes,)
-                call.cgroup.set_xattr(call.record())
+                self._keep(call)
                 self._follow(call)
                 nesting.begun(call)
             except (AgentcgroupdError, OSError) as error:
                 self._forget(call)
                 call.cgroup.remove()
+                self.second.drop(call.id)
                 if isinstance(error, RequestError):
                     raise
                 raise Unavailable(f"the call's limits could not be set: {error}") from None
             self._tell_begun(call, candidate.request.intent)
         self._observer.call_begun(call)
         return call
+
+    def _keep(self, call: Call) -> None:
+        """Write a call's record, and the second one. Raises KnobError."""
+        record = call.record()
+        call.cgroup.set_xattr(record)
+        self.second.keep(call.id, record)
 
     def _with_cgroup(
         self, candidate: Candidate, grant: Grant, owner: Process | None, age_usec: int
@@ -313,7 +324,7 @@ class Calls(OpenCalls):
         if call.state == pb.CALL_STATE_PENDING:
             call.state = pb.CALL_STATE_RUNNING
         self._deadlines.entered(call)
-        call.cgroup.set_xattr(call.record())
+        self._keep(call)
 
     def update(self, call: Call, intent: Intent, only_lower: bool = False) -> Call:
         """Change an open call's grant. `only_lower`: refuse what would raise anything that the call
@@ -336,7 +347,7 @@ class Calls(OpenCalls):
         if call.grant.leftovers != leftovers:
             self._leftovers.watch(call)
         call.likely_bytes, _ = self._reports.expect(call.session, call.name, call.argv, call.grant)
-        call.cgroup.set_xattr(call.record())
+        self._keep(call)
         self._deadlines.changed(call)
         self._audit.write(
             "call_updated", session=call.session.id, call=call.id, grant=plain(call.grant)

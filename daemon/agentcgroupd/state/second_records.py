@@ -1,0 +1,84 @@
+"""Second records of open calls, in files of the daemon's own.
+
+The record of a call lies on its cgroup, where root in a tool can remove it, if it may write to the
+host's cgroups (docs/security.md). A daemon that was killed then would find processes in a cgroup of
+which it knows nothing. So each record is written here as well when a call begins, when a process
+enters it and when its grant changes: one file for each open call, which is read only if the record
+on the cgroup is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+from agentcgroupd.state.records import read_record
+
+log = logging.getLogger(__name__)
+
+DIRECTORY = "private/calls"
+"""Below the run directory, where nobody but root can read or write."""
+BYTES_MOST = 65536
+"""As long as the kernel lets an extended attribute be (XATTR_SIZE_MAX)."""
+_ID = re.compile(r"[0-9a-f]{12}")
+
+
+class SecondRecords:
+    """The second records of one daemon's calls."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Nothing is made before the first call."""
+        self._directory = run_dir / DIRECTORY
+        self._failed = False
+        self.source = f"run directory: {DIRECTORY}"
+        """What a fact that comes from here names as its source."""
+
+    def keep(self, call_id: str, record: bytes) -> None:
+        """Write the record of a call. Where that fails, which is logged once, the one on its cgroup
+        is the only one."""
+        path = self._directory / call_id
+        try:
+            try:
+                path.write_bytes(record)
+            except FileNotFoundError:
+                self._directory.mkdir(mode=0o700)
+                path.write_bytes(record)
+        except OSError as error:
+            self.drop(call_id)
+            if not self._failed:
+                self._failed = True
+                log.warning(
+                    "%s: %s; calls have no second record until there is room (said once)",
+                    self._directory,
+                    error.strerror,
+                )
+
+    def drop(self, call_id: str) -> None:
+        """Remove the record of a call that has ended; no error if it has none."""
+        try:
+            (self._directory / call_id).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s of call %s: %s", self._directory, call_id, error.strerror)
+
+    def read(self, call_id: str) -> dict[str, Any] | None:
+        """Read the record of a call; None where there is none that can be read."""
+        if not _ID.fullmatch(call_id):
+            return None
+        try:
+            with (self._directory / call_id).open("rb") as file:
+                return read_record(file.read(BYTES_MOST), "call")
+        except OSError:
+            return None
+
+    def drop_all_but(self, open_ids: Container[str]) -> None:
+        """Remove the records of calls that ended while no daemon was there."""
+        try:
+            names = [path.name for path in self._directory.iterdir()]
+        except FileNotFoundError:
+            return
+        for name in names:
+            if name not in open_ids:
+                self.drop(name)
