@@ -149,11 +149,29 @@ def record_of(call: Call) -> dict[str, object]:
     return data
 
 
-def test_time_frozen_by_others_counts_where_the_kernel_tells_it(place: Place) -> None:
+def test_time_frozen_with_its_session_counts_and_a_freeze_of_its_own_does_not(
+    place: Place,
+) -> None:
     call = growing(place, "touching")
     if not call.cgroup.has(knobs.CGROUP_STAT_LOCAL):
         pytest.skip("this kernel has no cgroup.stat.local")
-    call.cgroup.write(knobs.CGROUP_FREEZE, True)
+    for cgroup, counts in ((call.cgroup, False), (place.session.cgroup, True)):
+        cgroup.write(knobs.CGROUP_FREEZE, True)
+        time.sleep(0.2)
+        cgroup.write(knobs.CGROUP_FREEZE, False)
+        assert (pause.paused_usec(call) >= 200_000) is counts
+    assert pause.frozen_by_others_usec(call) >= 400_000
+
+
+def test_a_pause_that_a_killed_daemon_left_counts_until_its_release(place: Place) -> None:
+    call = growing(place, "touching")
+    if not call.cgroup.has(knobs.CGROUP_STAT_LOCAL):
+        pytest.skip("this kernel has no cgroup.stat.local")
+    place.actions.freeze(call, "the pool is short")
+    other = Call.from_record(place.session, call.cgroup, record_of(call))
     time.sleep(0.2)
     call.cgroup.write(knobs.CGROUP_FREEZE, False)
-    assert pause.paused_usec(call) >= 200_000
+    time.sleep(0.2)
+    place.actions.take_up(other)
+    assert other.frozen_since_usec is None
+    assert 200_000 <= pause.paused_usec(other) < 400_000

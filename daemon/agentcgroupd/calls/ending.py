@@ -23,19 +23,18 @@ from agentcgroupd.calls.leftovers import Leftovers, kept_feedback
 from agentcgroupd.calls.observer import CallObserver
 from agentcgroupd.calls.owners import Owners
 from agentcgroupd.calls.reports import Reports
+from agentcgroupd.calls.stuck import stuck_words
 from agentcgroupd.calls.timers import Deadlines
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import CallDefaults
 from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.enforce.kill import ask_end, end_with, kill, kill_command, kill_outsiders
-from agentcgroupd.enforce.outside import place_outside
 from agentcgroupd.errors import (
     CgroupGone,
     KnobError,
     Unavailable,
 )
-from agentcgroupd.host.syscalls import wait_channel
 from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.second_records import SecondRecords
@@ -207,22 +206,9 @@ class OpenCalls:
             return await asyncio.wait_for(asyncio.shield(done), END_TIMEOUT_S)
         except TimeoutError:
             raise Unavailable(
-                f"call {call.id} was killed, but {self._stuck(call)}; its report comes when the "
+                f"call {call.id} was killed, but {stuck_words(call)}; its report comes when the "
                 "last process has ended"
             ) from None
-
-    def _stuck(self, call: Call) -> str:
-        """Say which processes of a killed call are still there, and where they wait."""
-        try:
-            found = call.cgroup.all_procs()
-        except KnobError as error:
-            return f"its processes cannot be read: {error}"
-        for each in (call, *all_inside(call)):
-            if each.main is not None and place_outside(each) is not None:
-                found.append(each.main.pid)
-        waits = [f"process {pid} waits in the kernel at {wait_channel(pid)}" for pid in found[:3]]
-        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-        return ", ".join(waits) + more if waits else "its cgroup still counts as populated"
 
     def _kill(self, call: Call) -> None:
         """Kill all processes of a call, whose end was asked for."""

@@ -20,7 +20,7 @@ from agentcgroupd.calls.words import at_least, limit_words
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.enforce.outside import is_gone, outside_path
-from agentcgroupd.enforce.pause import paused_usec
+from agentcgroupd.enforce.pause import frozen_by_others_usec
 from agentcgroupd.errors import CgroupGone, KnobError
 from agentcgroupd.host.kernel_log import OomLog
 from agentcgroupd.host.syscalls import (
@@ -31,7 +31,7 @@ from agentcgroupd.host.syscalls import (
 )
 from agentcgroupd.sessions.holding import held_by
 from agentcgroupd.state.ending import Left
-from agentcgroupd.state.session import Call, boottime_usec, unix_usec
+from agentcgroupd.state.session import Call, boottime_usec, frozen_usec, unix_usec
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,8 @@ def gather(call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
         commands=account.commands,
         cpus_seen=call.cpus_seen,
         session_cpu_millicores=call.session.limits.cpu_max_millicores,
-        frozen_usec=paused_usec(call),
+        frozen_usec=frozen_usec(call, boottime_usec()),
+        frozen_by_others_usec=frozen_by_others_usec(call),
         late_pauses=call.late_pauses,
     )
     try:

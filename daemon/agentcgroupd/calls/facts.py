@@ -119,6 +119,9 @@ class EndFacts:
     io_read_bytes: int | None = None
     io_write_bytes: int | None = None
     frozen_usec: int = 0
+    """For how long the daemon had paused it."""
+    frozen_by_others_usec: int = 0
+    """For how long others than the daemon had frozen it, alone or with its session."""
     late_pauses: int = 0
     """Pauses that did not stop all tasks at once (`Call.late_pauses`)."""
 

@@ -210,6 +210,13 @@ def _of_slowing(facts: EndFacts) -> list[pb.Feedback]:
             )
         code = pb.FEEDBACK_CODE_MEMORY_THROTTLED
         told.append(_feedback(code, sentence, stalled_usec=stalled, memory_peak_bytes=peak))
+    others = facts.frozen_by_others_usec
+    if others >= THROTTLED_LEAST_USEC:
+        sentence = (
+            f"The call was frozen for {show_usec(others)} by others than agentcgroup, who wrote to "
+            "cgroup.freeze of its cgroup or of one above it."
+        )
+        told.append(_feedback(pb.FEEDBACK_CODE_FROZEN, sentence, frozen_usec=others))
     frozen = facts.frozen_usec
     if frozen >= THROTTLED_LEAST_USEC:
         sentence = (

@@ -28,6 +28,7 @@ from agentcgroupd.enforce.limits import (
     settle,
     write_grant,
 )
+from agentcgroupd.enforce.pause import session_frozen_usec
 from agentcgroupd.errors import (
     AgentcgroupdError,
     CgroupGone,
@@ -236,6 +237,7 @@ class Calls(OpenCalls):
             parent=outer,
             cut=candidate.cut,
             frozen_since_usec=outer.frozen_since_usec if outer is not None else None,
+            session_frozen_usec=session_frozen_usec(session),
         )
 
     def _tell_begun(self, call: Call, intent: Intent) -> None:

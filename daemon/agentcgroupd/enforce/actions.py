@@ -52,6 +52,7 @@ class Actions:
             _note_frozen(each)
         self.touched(call)
         self.notices.acted_on_call("freeze", call, why, pb.FEEDBACK_CODE_FROZEN)
+        call.cgroup.set_xattr(call.record())
 
     def thaw(self, call: Call, why: str) -> None:
         """Let a paused call go on; no error if it runs. Raises KnobError, or CgroupGone."""
@@ -147,8 +148,10 @@ class Actions:
         memory_high.take_up(call)
         # cgroup.freeze says what was asked for: a process that sleeps in the kernel may not have
         # stopped yet.
-        if call.cgroup.read(knobs.CGROUP_FREEZE):
-            call.frozen_since_usec = boottime_usec()
+        if not call.cgroup.read(knobs.CGROUP_FREEZE):
+            pause.take_up(call)
+        else:
+            call.frozen_since_usec = call.frozen_since_usec or boottime_usec()
             self.thaw(call, "The daemon was restarted; what it had paused goes on.")
 
     def kill(self, call: Call, why: str) -> None:

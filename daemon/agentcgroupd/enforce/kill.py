@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.enforce.outside import SEARCH_S, find_outsiders, place_outside
+from agentcgroupd.enforce.tracers import kill_tracers
 from agentcgroupd.errors import KnobError
 from agentcgroupd.host.syscalls import pidfd_ended, process_stat
 from agentcgroupd.state.ending import CALLER_WORDS, Asked, Asker
@@ -24,6 +25,8 @@ AGAIN_S = 0.05
 """How long after cgroup.kill the processes that are left are killed one by one."""
 AGAIN_MOST_S = 5.0
 """The longest pause between two tries; each pause is twice the one before."""
+TRACERS_S = 1.6
+"""From this pause on, 3 s after the first kill, tracers that keep a killed process are killed."""
 TIMER, SIGNALS_TIMER = "kill", "signals"
 """Names of timers in Call.timers, all of which are cancelled when the call is over."""
 SIGNALS_S = 0.005
@@ -239,4 +242,6 @@ def kill_outsiders(call: Call) -> None:
 def _kill_again(call: Call, waited_s: float) -> None:
     _signal_all(call, signal.SIGKILL)
     _kill_main_and_outsiders(call)
+    if waited_s >= TRACERS_S:
+        kill_tracers(call)
     _again_later(call, min(2 * waited_s, AGAIN_MOST_S))

@@ -14,9 +14,10 @@ task).
 from __future__ import annotations
 
 from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.enforce import memory_high
 from agentcgroupd.errors import KnobError
-from agentcgroupd.state.session import Call, boottime_usec
+from agentcgroupd.state.session import Call, Session, boottime_usec, frozen_usec
 
 BRAKE_SHARE = 0.95
 """Part of what a call holds that the brake leaves it. Measured on Linux 6.18 for a call of 150 MiB
@@ -79,13 +80,47 @@ def is_late(call: Call) -> bool:
 
 
 def paused_usec(call: Call) -> int:
-    """Return for how long a call has been frozen in all: by the kernel's own count where it keeps
-    one (cgroup.stat.local), which goes on while no daemon runs; else by the daemon's."""
-    ours = call.frozen_usec
-    if call.frozen_since_usec is not None:
-        ours += boottime_usec() - call.frozen_since_usec
+    """Return for how long a call could not run through no doing of its own: the daemon had frozen
+    it, or its session was frozen, as when a container is paused. A freeze of the call's own cgroup
+    by others is not counted: a tool that may write there could put off its timeout for ever."""
+    ours, counted = _ours_usec(call), _counted_usec(call.cgroup)
+    if counted is None:
+        return ours
+    above = session_frozen_usec(call.session) - call.session_frozen_usec
+    return max(ours, min(counted, ours + above))
+
+
+def frozen_by_others_usec(call: Call) -> int:
+    """Return for how long a call was frozen by others than the daemon, at its own cgroup or above
+    it, where the kernel tells it (cgroup.stat.local)."""
+    counted = _counted_usec(call.cgroup)
+    return 0 if counted is None else max(0, counted - _ours_usec(call))
+
+
+def session_frozen_usec(session: Session) -> int:
+    """Return for how long a session has been frozen in all, where the kernel tells it; else 0."""
+    return _counted_usec(session.cgroup) or 0
+
+
+def take_up(call: Call) -> None:
+    """Count the pause of a call that an earlier daemon had frozen and that goes on meanwhile."""
+    since, counted = call.frozen_since_usec, _counted_usec(call.cgroup)
+    call.frozen_since_usec = None
+    if since is not None and counted is not None:
+        longest = call.frozen_usec + boottime_usec() - since
+        call.frozen_usec = max(call.frozen_usec, min(longest, counted))
+
+
+def _ours_usec(call: Call) -> int:
+    """Count the time for which the daemon has frozen a call, the present pause included."""
+    return frozen_usec(call, boottime_usec()) + call.sliced_usec
+
+
+def _counted_usec(cgroup: Cgroup) -> int | None:
+    """Read for how long a cgroup has been frozen, by itself or from above; None: the kernel does
+    not count it, or the cgroup is gone."""
     try:
-        counted = call.cgroup.read_if(knobs.CGROUP_STAT_LOCAL)
+        counted = cgroup.read_if(knobs.CGROUP_STAT_LOCAL)
     except KnobError:
-        counted = None  # the cgroup is gone
-    return ours if counted is None else max(ours, counted.get("frozen_usec", 0))
+        return None
+    return None if counted is None else counted.get("frozen_usec", 0)

@@ -95,10 +95,12 @@ class TimeSlicing:
             self._freeze(tenant, False)
         except KnobError as error:
             log.debug("%s: %s", tenant.name, error)
-        tenant.held_usec += boottime_usec() - tenant.held_since_usec
+        held = boottime_usec() - tenant.held_since_usec
+        tenant.held_usec += held
         tenant.held_since_usec = None
         if tenant.call is not None:
             tenant.call.held_for_slice = False
+            tenant.call.sliced_usec += held
 
     @staticmethod
     def _freeze(tenant: GpuTenant, frozen: bool) -> None:

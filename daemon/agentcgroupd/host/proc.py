@@ -76,6 +76,20 @@ def children_of(pid: int) -> Iterator[list[int]]:
         return
 
 
+def tracer_of(pid: int, threads_most: int = 256) -> int:
+    """The pid of the tracer that a process, or one of its first threads, is stopped for, as in
+    ptrace(2); 0: it is stopped for none, or has ended."""
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task")[:threads_most]:
+            lines = read_proc(pid, f"task/{thread}/status").split(b"\n")
+            fields = dict(line.split(b":\t", 1) for line in lines if b":\t" in line)
+            if fields.get(b"State", b"").startswith(b"t"):
+                return int(fields[b"TracerPid"])
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return 0
+
+
 def command_line(pid: int, most_bytes: int = -1) -> list[str]:
     """The arguments of a process, or those in the first `most_bytes`, with U+FFFD for what is not
     UTF-8; empty for a process that has ended."""

@@ -139,6 +139,10 @@ class Call:
     """Pauses that had not stopped all its tasks after `enforce.pause.LATE_USEC`."""
     lent_priority: int = 0
     """Priority of the most important one who waits for a file lock that it holds; 0: nobody."""
+    session_frozen_usec: int = 0
+    """For how long its session had been frozen when it began, as the kernel counts it."""
+    sliced_usec: int = 0
+    """For how long it was frozen while others had their time slice on a GPU."""
     held_for_slice: bool = False
     """Whether it is frozen while others have their time slice on a GPU (gpu.time_slicing),
     whatever else freezes it."""
@@ -194,6 +198,9 @@ class Call:
                 "cpus_seen": self.cpus_seen,
                 "entered": self.entered,
                 "frozen_usec": self.frozen_usec,
+                "frozen_since_usec": self.frozen_since_usec,
+                "session_frozen_usec": self.session_frozen_usec,
+                "sliced_usec": self.sliced_usec,
                 "waited_usec": self.waited_usec,
                 "split": self.main_leaf is not None,
                 "inner_ids": self.inner_ids,
@@ -227,6 +234,9 @@ class Call:
             observed=bool(data.get("observed")),
             cpus_seen=data.get("cpus_seen"),
             frozen_usec=int(data["frozen_usec"]),
+            frozen_since_usec=data.get("frozen_since_usec"),
+            session_frozen_usec=int(data.get("session_frozen_usec", 0)),
+            sliced_usec=int(data.get("sliced_usec", 0)),
             waited_usec=int(data.get("waited_usec", 0)),
             inner_ids=list(map(str, data.get("inner_ids", ()))),
             ended_inside=list(map(str, data.get("ended_inside", ()))),
