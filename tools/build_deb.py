@@ -25,12 +25,22 @@ from tools import manylinux
 ROOT = Path(__file__).resolve().parents[1]
 HOME = Path("usr/lib/agentcgroup")
 UNITS = Path("usr/lib/systemd/system")
-PROGRAMS = ("agentcg", "agentcg-exec", "agentcg-load", "agentcg-release")
+PROGRAMS = (
+    "agentcg",
+    "agentcg-exec",
+    "agentcg-hook",
+    "agentcg-load",
+    "agentcg-release",
+    "agentcg-sh",
+)
 SCRIPTS = {
     "agentcg-cli": "from agentcgroup.cli import main",
     "agentcgroupd": "from agentcgroupd.__main__ import main",
 }
-ON_PATH = {"usr/bin": ("agentcg", "agentcg-exec", "agentcg-load"), "usr/sbin": ("agentcgroupd",)}
+ON_PATH = {
+    "usr/bin": ("agentcg", "agentcg-exec", "agentcg-hook", "agentcg-load", "agentcg-sh"),
+    "usr/sbin": ("agentcgroupd",),
+}
 GLIBC = "2.34"
 PLATFORMS = ("manylinux_2_34", "manylinux_2_28", "manylinux_2_17", "manylinux2014")
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}

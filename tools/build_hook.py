@@ -31,6 +31,8 @@ CFLAGS = ["-std=c11", "-O2", "-g0", "-static", "-Wall", "-Wextra", "-Werror", "-
 PROGRAMS = {
     "agentcg-exec": Path("agent_sdk/exec/agentcg-exec.c"),
     "agentcg": Path("agent_sdk/exec/agentcg.c"),
+    "agentcg-hook": Path("agent_sdk/exec/agentcg-hook.c"),
+    "agentcg-sh": Path("agent_sdk/exec/agentcg-sh.c"),
     "agentcg-load": Path("daemon/load/agentcg-load.c"),
     "agentcg-release": Path("daemon/release/agentcg-release.c"),
 }

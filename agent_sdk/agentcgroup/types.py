@@ -276,6 +276,18 @@ class Fact(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
+class TryNext(_Answer):
+    """What to do about the way in which a call ended."""
+
+    steps: tuple[str, ...]
+    """A sentence each, the likeliest to help first."""
+    enough: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Fields of the intent, and what is likely to be enough for each."""
+    admitted_now: bool | None = None
+    """Whether such a call would have started at once when this one ended; None: not known."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report(_Answer):
     """The end of a call, and what the call used."""
 
@@ -320,6 +332,14 @@ class Report(_Answer):
     """Calls that were begun in this one."""
     went_on_as: str = ""
     """The call that its main process asked for and went on as."""
+    command: str = ""
+    """What the model asked for, without what its agent puts around it."""
+    tool_use_id: str = ""
+    """The agent's own name for the tool call, where it tells its tools."""
+    in_call_id: str = ""
+    """The observed call from inside which this one was declared."""
+    try_next: TryNext | None = None
+    """None: there is nothing to try."""
 
 
 @dataclass(frozen=True, slots=True)

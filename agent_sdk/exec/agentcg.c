@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * agentcg: the command. `agentcg exec` is run before every tool call, and starting Python for it
- * would cost many times what the call itself does; everything else goes to the Python command.
+ * agentcg: the command. `agentcg exec` is run before every tool call and `agentcg hook` after it,
+ * and starting Python for them would cost many times what the call itself does; everything else
+ * goes to the Python command.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -18,6 +19,9 @@ int main(int argc, char **argv)
 
 	if (argc > 1 && !strcmp(argv[1], "exec")) {
 		name = "agentcg-exec";
+		argv++;
+	} else if (argc > 1 && !strcmp(argv[1], "hook")) {
+		name = "agentcg-hook";
 		argv++;
 	}
 	argv[0] = strcmp(name, "agentcg-exec") ? (char *)name : "agentcg exec";

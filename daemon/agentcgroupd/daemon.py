@@ -49,6 +49,7 @@ from agentcgroupd.rpc.attach import AttachServer
 from agentcgroupd.rpc.budgets import Budgets
 from agentcgroupd.rpc.callers import Callers
 from agentcgroupd.rpc.gate import Gate
+from agentcgroupd.rpc.hook_verb import HookVerb
 from agentcgroupd.rpc.memory import MemoryWatch
 from agentcgroupd.rpc.messages import Messages
 from agentcgroupd.rpc.past import Past
@@ -311,6 +312,7 @@ class Daemon:
             callers = Callers(parts.sessions, self._config.calls.tools_may)
             agent = AgentVerbs(callers, parts.calls, admission)
             verbs |= {"attach": agent.attach, "begin": agent.begin, "report": agent.report}
+            verbs["told"] = HookVerb(callers, parts.calls).told
         else:
             for_operator = AdminService(parts, relay)
             pb_grpc.add_AdminServicer_to_server(for_operator, server.server)

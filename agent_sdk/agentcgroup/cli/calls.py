@@ -179,6 +179,8 @@ def print_report(report: Report) -> None:
     print_fields([(name, value) for name, value in fields if value not in ("", "-")])
     for item in report.feedback:
         say(f"{paint('feedback', 'yellow')}: {item.code}: {item.sentence}")
+    for step in () if report.try_next is None else report.try_next.steps:
+        say(f"{paint('try next', 'yellow')}: {step}")
 
 
 def _gpu_fields(gpu: GpuUsage) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls import nesting
 from agentcgroupd.calls.ending import OpenCalls
 from agentcgroupd.calls.observer import CallObserver
+from agentcgroupd.calls.purposes import purpose_of
 from agentcgroupd.calls.reports import Reports
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
@@ -263,9 +264,9 @@ class Calls(OpenCalls):
 
     # Entering
 
-    def attach(self, call: Call, process: Process) -> None:
-        """Move a process into a call as its main process, whose exit status is the call's. Raises
-        RequestError or KnobError."""
+    def attach(self, call: Call, process: Process, came_from: Call | None = None) -> None:
+        """Move a process into a call as its main process, whose exit status is the call's.
+        `came_from`: the call that it is in so far. Raises RequestError or KnobError."""
         if call.state == pb.CALL_STATE_ENDING:
             raise FailedPrecondition(f"call {call.id} is ending")
         self._leavers.check_room(call)
@@ -274,6 +275,7 @@ class Calls(OpenCalls):
         self._leave_others(call, process)
         self._leavers.replaced(call)
         self._begin_account(call)
+        call.purpose = call.purpose or purpose_of(call, process, came_from)
         call.main = process.copy()
         call.cpus_seen = cpus_of(process.pid)
         call.client_status = call.exit_status = None

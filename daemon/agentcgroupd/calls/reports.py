@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,18 +13,26 @@ from agentcgroupd.calls import nesting
 from agentcgroupd.calls.counters import baseline_now, baseline_of_new
 from agentcgroupd.calls.evidence import gather
 from agentcgroupd.calls.facts import EndFacts
+from agentcgroupd.calls.purposes import declared
+from agentcgroupd.calls.try_next import Room, try_next
 from agentcgroupd.calls.verdict import report_of
+from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.errors import KnobError
 from agentcgroupd.host.kernel_log import OomLog
 from agentcgroupd.intents.grant import Ceiling, Grant, grant_for
 from agentcgroupd.intents.parse import Intent, cut_argv
 from agentcgroupd.policy.command_shape import shape_of
 from agentcgroupd.policy.learning import Peaks, learn
+from agentcgroupd.sessions.holding import used_for_good
 from agentcgroupd.state.ending import Baseline, Fact
+from agentcgroupd.state.purpose import Purpose
 from agentcgroupd.state.session import Call, Session, unix_usec
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import cpu_to_proto, grant_to_proto
 from agentcgroupd.units import CgroupId
+
+log = logging.getLogger(__name__)
 
 _TOLD_BEFORE = frozenset(
     {
@@ -121,10 +130,53 @@ class Reports:
             report.gpu.CopyFrom(call.gpu_usage)
             report.feedback.extend(call.gpu_feedback)
         nesting.tell(report, call)
+        self._tell_purpose(report, call)
         for feedback in report.feedback:
             feedback.call_id, feedback.session_id = call.id, call.session.id
             feedback.at_unix_usec = unix_usec()
         return report
+
+    def _tell_purpose(self, report: pb.Report, call: Call) -> None:
+        """Add what the call was begun for, and what to try next."""
+        purpose = call.purpose or Purpose(declared(call))
+        report.command, report.tool_use_id = purpose.command, purpose.tool_use_id
+        report.in_call_id = purpose.in_call_id
+        if report.verdict == pb.VERDICT_OK:
+            return
+        argv = ["sh", "-c", purpose.command] if purpose.command else call.argv
+        whole = call.session.learned.whole_peak(shape_of(call.name, call.argv))
+        advice = try_next(report, argv, whole, self._room(call))
+        if advice is not None:
+            report.try_next.CopyFrom(advice)
+
+    def _room(self, call: Call) -> Room:
+        """What another call of the session could have once this one is gone."""
+        session, ceiling = call.session, self._ceiling(call.session)
+        most, free = ceiling.memory_max_bytes, None
+        try:
+            free = self._memory_free(call)
+        except KnobError as error:
+            log.debug("call %s: what is free cannot be read: %s", call.id, error)
+        if most is not None:
+            most -= ceiling.agent_memory_bytes + ceiling.files_memory_bytes
+        return Room(
+            memory_free_bytes=free,
+            memory_most_bytes=None if most is None else max(0, most),
+            pids_most=ceiling.pids_max,
+            timeout_most_usec=ceiling.timeout_max_usec,
+            calls_left=session.limits.calls_max - len(session.calls) + 1,
+        )
+
+    def _memory_free(self, call: Call) -> int | None:
+        """Memory that is free in the session and the pool, in bytes, with what this call still
+        holds; None: there is no limit. Raises KnobError."""
+        mine = used_for_good(call.cgroup) or 0
+        sides = (
+            (call.session.limits.memory_max_bytes, used_for_good(call.session.cgroup)),
+            (self._pool.read_if(knobs.MEMORY_MAX), used_for_good(self._pool)),
+        )
+        left = [most - used + mine for most, used in sides if most and used is not None]
+        return max(0, min(left)) if left else None
 
     def of_short(
         self,

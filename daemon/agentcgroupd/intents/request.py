@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from agentcgroup.unwrap import command_of
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.errors import InvalidField
+from agentcgroupd.intents.command import tool_name
 from agentcgroupd.intents.parse import (
     PARSERS,
     Intent,
@@ -16,7 +19,7 @@ from agentcgroupd.intents.parse import (
 )
 from agentcgroupd.units import parse_count
 
-WORDS = ("name", "argc", "arg", *PARSERS)
+WORDS = ("name", "by_script", "argc", "arg", *PARSERS)
 """Keys of a `begin` packet of the attach protocol."""
 
 
@@ -56,11 +59,21 @@ def request_of_proto(message: pb.BeginCallRequest) -> CallRequest:
     return CallRequest(name, cut_argv(message.argv), intent_of_proto(message.intent))
 
 
+def name_of_words(values: Mapping[str, str], args: Sequence[str]) -> str:
+    """Name a call that its caller gives no name: by its program, or with `by_script` by what a
+    shell's script is run for. Raises InvalidField."""
+    if values.get("by_script", "no") not in ("yes", "no"):
+        raise InvalidField("by_script", values["by_script"], "yes or no")
+    if values.get("by_script") == "yes":
+        return tool_name(name_of_program(args), ["sh", "-c", command_of(args)])
+    return name_of_program(args)
+
+
 def request_of_words(values: Mapping[str, str], args: Sequence[str]) -> CallRequest:
     """Read the words of a `begin` packet: `values` by key, and its `arg` words in order. Without a
     name the call is named by its program. Raises InvalidField."""
     if "argc" in values:
         parse_count("argc", values["argc"], 0, ARGC_MOST)
     texts = {key: text for key, text in values.items() if key in PARSERS}
-    name = check_name(values["name"]) if "name" in values else name_of_program(args)
+    name = check_name(values["name"]) if "name" in values else name_of_words(values, args)
     return CallRequest(name, cut_argv(args), parse_intent(texts))

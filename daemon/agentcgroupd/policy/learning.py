@@ -100,6 +100,11 @@ class Learned:
         sentence = self._wrong(shape, asked, runs, most) if asked else ""
         return Expectation(most if sentence or not asked else asked, sentence, len(runs))
 
+    def whole_peak(self, shape: str) -> int:
+        """Return the most that a run of this shape took that was not cut short; 0: none is kept."""
+        runs = self._runs.get(shape, ())
+        return max((run.peak_bytes for run in runs if not run.cut_short), default=0)
+
     def advice(self, shape: str, asked_bytes: int | None) -> str:
         """Return a sentence for the agent where its intent is wrong, by what calls of this shape
         took or, for a new shape, by how this session has asked so far; else an empty one."""

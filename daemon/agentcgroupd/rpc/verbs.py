@@ -8,6 +8,7 @@ from typing import Any
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.admission import Admission
 from agentcgroupd.calls.lifecycle import Calls
+from agentcgroupd.calls.try_next import in_words
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.enforce.limits import AGENT_OOM_SCORE_ADJ, SETTINGS, set_oom_score_adj
 from agentcgroupd.errors import AgentcgroupdError, NotFound, PermissionDenied
@@ -43,8 +44,9 @@ class AgentVerbs:
     def attach(self, peer: Peer, request: Request) -> list[str]:
         """Move the peer into an open call."""
         request.only("call")
-        call = self._callers.of(peer).find_to_enter(request.value("call"))
-        self._calls.attach(call, peer.process)
+        caller = self._callers.of(peer)
+        call = caller.find_to_enter(request.value("call"))
+        self._calls.attach(call, peer.process, caller.call)
         return _entered(call)
 
     def begin(self, peer: Peer, request: Request) -> Answer:
@@ -56,20 +58,26 @@ class AgentVerbs:
             asked = request_of_words(request.values, request.args)
         call = self._admission.begin(caller.session, asked, None, caller.outer)
         if isinstance(call, Call):
-            return self._enter(call, peer.process, request.values)
-        return self._enter_later(call, peer.process.copy(), request.values)
+            return self._enter(call, peer.process, request.values, caller.call)
+        return self._enter_later(call, peer.process.copy(), request.values, caller.call)
 
     async def _enter_later(
-        self, later: Coroutine[Any, Any, Call], process: Process, asked: Mapping[str, str]
+        self,
+        later: Coroutine[Any, Any, Call],
+        process: Process,
+        asked: Mapping[str, str],
+        came_from: Call | None,
     ) -> list[str]:
         try:
-            return self._enter(await later, process, asked)
+            return self._enter(await later, process, asked, came_from)
         finally:
             process.close()
 
-    def _enter(self, call: Call, process: Process, asked: Mapping[str, str]) -> list[str]:
+    def _enter(
+        self, call: Call, process: Process, asked: Mapping[str, str], came_from: Call | None
+    ) -> list[str]:
         try:
-            self._calls.attach(call, process)
+            self._calls.attach(call, process, came_from)
         except AgentcgroupdError:
             self._calls.withdraw(call)
             raise
@@ -146,6 +154,8 @@ def _ending(report: pb.Report) -> list[str]:
     said = [report.sentence]
     if report.verdict in BY_ITSELF:
         said = [item.sentence for item in report.feedback if item.code in WHY_FAILED]
+    if said and report.HasField("try_next"):
+        said[-1] = f"{said[-1]} {in_words(report.try_next)}"
     return ["OK", *(f"say={sentence}" for sentence in said)]
 
 

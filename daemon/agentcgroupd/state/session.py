@@ -15,6 +15,7 @@ from agentcgroupd.intents.grant import Grant
 from agentcgroupd.policy.learning import Learned
 from agentcgroupd.state.ending import NOTHING_HELD, Account, Held, Place
 from agentcgroupd.state.process import Process
+from agentcgroupd.state.purpose import Purpose
 from agentcgroupd.state.records import RECORD_VERSION, cut_argv_of_record, plain, sendable
 
 AGENT_LEAF = "agent"
@@ -75,6 +76,8 @@ class Call:
     state: pb.CallState.ValueType = pb.CALL_STATE_PENDING
     account: Account = field(default_factory=Account)
     """What is known so far of how it ends."""
+    purpose: Purpose | None = None
+    """What it was begun for; None: no process has entered it while this daemon ran."""
     observed: bool = False
     """Whether the daemon itself began the call, because it saw an exec in the agent leaf."""
     exit_status: int | None = None
@@ -339,6 +342,8 @@ class Session:
     """Interface files that a leaf of this session has, so that those it lacks are not asked for."""
     calls: dict[str, Call] = field(default_factory=dict)
     reports: deque[pb.Report] = field(default_factory=deque)
+    told: set[str] = field(default_factory=set)
+    """Calls whose reports a hook has told of, as long as they are kept."""
     learned: Learned = field(default_factory=Learned)
     calls_ended: int = 0
     connections: int = 0

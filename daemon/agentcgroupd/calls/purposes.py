@@ -1,0 +1,74 @@
+"""Purposes of calls: the command without what an agent puts around it, and the agent's own name for
+the tool call. By these a hook finds the report that it is to tell of.
+
+Both are read from the process that enters the call. They name a report of the caller's own session
+to itself, and decide nothing.
+"""
+
+from __future__ import annotations
+
+from agentcgroup.text import printable
+from agentcgroup.unwrap import CUT, command_of, kept
+from agentcgroupd.bpf import abi
+from agentcgroupd.host.proc import read_proc
+from agentcgroupd.state.process import Process
+from agentcgroupd.state.purpose import Purpose
+from agentcgroupd.state.session import Call
+
+CMDLINE_BYTES_MAX = 65_536
+ENVIRON_BYTES_MAX = 65_536
+TOOL_USE_ID_CHARS_MAX = 128
+TOOL_USE_ID_NAMES = (b"AGENTCG_TOOL_USE_ID=", b"CODEX_TOOL_CALL_ID=")
+"""Variables in which an agent tells a command its tool call's name; the first one that is set."""
+
+
+def purpose_of(call: Call, process: Process, came_from: Call | None) -> Purpose:
+    """Find out what a call was begun for, by the process that has entered it. `came_from`: the call
+    that this process was in before; None: in none."""
+    if came_from is not None and came_from is not call and came_from.observed:
+        around = came_from.purpose
+        if around is not None:
+            command = around.command or declared(call)
+            return Purpose(command, around.tool_use_id, came_from.id)
+    command = _observed(call, process.pid) if call.observed else ""
+    return Purpose(command or declared(call), tool_use_id(process.pid))
+
+
+def tool_use_id(pid: int) -> str:
+    """The name that a process's agent has given its tool call; empty: none."""
+    try:
+        data = read_proc(pid, "environ", ENVIRON_BYTES_MAX)
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return ""
+    words = data.split(b"\0")
+    for name in TOOL_USE_ID_NAMES:
+        found = next((word[len(name) :] for word in words if word.startswith(name)), b"")
+        if found:
+            text = found[: 4 * TOOL_USE_ID_CHARS_MAX].decode("utf-8", "replace")
+            return printable(text)[:TOOL_USE_ID_CHARS_MAX]
+    return ""
+
+
+def _observed(call: Call, pid: int) -> str:
+    """The command of a process that nobody has declared, read whole: what an agent puts in front of
+    it may be longer than what the kernel program passes on."""
+    try:
+        data = read_proc(pid, "cmdline", CMDLINE_BYTES_MAX)
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    words = data.removesuffix(b"\0").decode("utf-8", "replace").split("\0")
+    if not data or (words[:1] != list(call.argv[:1]) and not _is_head(call)):
+        return ""  # it has become another program since, by the shell's own exec
+    return kept(command_of(words), len(data) >= CMDLINE_BYTES_MAX)
+
+
+def _is_head(call: Call) -> bool:
+    """Whether the arguments that were seen of a call may not be all of them."""
+    return sum(len(word.encode()) + 1 for word in call.argv) >= abi.ABI_ARGV_BYTES
+
+
+def declared(call: Call) -> str:
+    """The command of a call by the arguments that are kept of it."""
+    if not call.argv:
+        return ""
+    return kept(command_of(call.argv), call.argv[-1].endswith(CUT))
