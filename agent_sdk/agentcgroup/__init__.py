@@ -20,8 +20,8 @@ _HOMES = {
     "results": "CallPopen CheckFailed Result",
     "types": (
         "Budget CallInfo CallState Event Evidence Fact Feedback FeedbackCode Grant Level "
-        "PastSession Place PoolInfo Report SessionEnd SessionInfo SessionSums Step Story Usage "
-        "Usages Verdict"
+        "PastSession Place PoolInfo Report SessionEnd SessionInfo SessionSums Step Story "
+        "TryNext Usage Usages Verdict"
     ),
 }
 """Public names by the module that has them."""
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         SessionSums,
         Step,
         Story,
+        TryNext,
         Usage,
         Usages,
         Verdict,
@@ -136,6 +137,7 @@ __all__ = [
     "SessionSums",
     "Step",
     "Story",
+    "TryNext",
     "Unavailable",
     "Usage",
     "Usages",

@@ -557,6 +557,7 @@ _MESSAGES: dict[str, type[_Answer]] = {
     "Feedback": Feedback,
     "GpuUsage": GpuUsage,
     "Fact": Fact,
+    "TryNext": TryNext,
     "Report": Report,
     "GpuBudget": GpuBudget,
     "Budget": Budget,

@@ -204,6 +204,8 @@ int main(int argc, char **argv)
 		return 0;
 	}
 	event = json_find_text(document, "hook_event_name");
+	if (!event) /* OpenHands */
+		event = json_find_text(document, "event_type");
 	if (follows_tool(dialect, event))
 		after_tool(document, event);
 	return 0;

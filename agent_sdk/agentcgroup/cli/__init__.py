@@ -1,7 +1,7 @@
 """The command `agentcg` (everything but `exec`, which its C front does itself).
 
 One module a group: status (status, sessions, budget, version), calls (calls, end, report), session,
-policy, streams (feedback, events), audit, history (history, usage, explain), install,
+policy, streams (feedback, events), audit, history (history, usage, explain), install, setup,
 trace (doctor, record, replay). `commands` makes the parser of them, importing only the module of
 the command that is asked for.
 """

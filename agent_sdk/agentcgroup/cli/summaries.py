@@ -34,6 +34,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "install",
         "Stop the service and remove all of it: units, configuration, audit log (root).",
     ),
+    "setup": ("setup", "Make an agent tell its model what became of its tool calls."),
+    "hook": ("setup", "Tell an agent's model what became of a tool call; agents run it."),
     "doctor": ("trace", "Show what this kernel can enforce, and what is missing."),
     "record": ("trace", "Write a trace of a running session (root)."),
     "replay": ("trace", "Replay traces as real processes."),
