@@ -69,6 +69,19 @@ static void make_request(int what, int argc, char **argv)
 	}
 }
 
+/* Sets a variable that tells a program how much it gets, where the user has set none. */
+static void set_cap(char *word)
+{
+	char *value = strncmp(word, "cap=", 4) ? NULL : strchr(word + 4, '=');
+
+	if (!value)
+		return;
+	*value = 0;
+	if (setenv(word + 4, value + 1, 0))
+		die(REFUSED, "out of memory");
+	*value = '=';
+}
+
 static const char hung_up[] = "it hung up";
 
 /*
@@ -117,6 +130,7 @@ static const char *enter_cgroup(int what)
 		for (char *word = (char *)second; *word; word += strlen(word) + 1) {
 			if (!strncmp(word, "env=", 4) && putenv(word + 4))
 				die(REFUSED, "out of memory");
+			set_cap(word);
 			if (!strncmp(word, "say=", 4) && speaks())
 				say_in_options("warning: ", word + 4);
 		}

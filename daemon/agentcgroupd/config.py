@@ -93,6 +93,8 @@ class CallDefaults(Section):
     tools_may: Literal["nest", "manage"] = "nest"
     """What a process inside a declared call may do to calls of its session (rpc/callers.py): begin
     and end calls inside its own, or all that the agent may."""
+    rightsize: tuple[Literal["caps", "jobs", "affinity"], ...] = ("caps",)
+    """What tells programs how much they get (calls/rightsize.py); none: nothing does."""
 
 
 class GuardConfig(Section):

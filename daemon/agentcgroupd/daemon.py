@@ -310,7 +310,7 @@ class Daemon:
             pb_grpc.add_AgentServicer_to_server(for_agents, server.server)
             messages = Messages("Agent", for_agents, parts.agent_calls, metrics, parts.turns)
             callers = Callers(parts.sessions, self._config.calls.tools_may)
-            agent = AgentVerbs(callers, parts.calls, admission)
+            agent = AgentVerbs(callers, parts.calls, admission, self._config.calls.rightsize)
             verbs |= {"attach": agent.attach, "begin": agent.begin, "report": agent.report}
             verbs["told"] = HookVerb(callers, parts.calls).told
         else:

@@ -40,7 +40,8 @@ class Setting:
         if found is None:
             return None
         text = found[1]
-        return text if text in ("true", "false") or text.isdecimal() else json.dumps(text)
+        is_value = text in ("true", "false") or text.isdecimal() or text.startswith("[")
+        return text if is_value else json.dumps(text)
 
 
 def page() -> Path:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 DONE = "All done."
-SHELL_TOOLS = {
+SHELL_TOOLS: dict[str, Callable[[str], dict[str, Any]]] = {
     "Bash": lambda command: {"command": command, "description": "scripted"},
     "exec_command": lambda command: {"cmd": command},
     "shell_command": lambda command: {"command": command},

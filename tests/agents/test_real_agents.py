@@ -94,6 +94,10 @@ def test_the_model_hears_what_became_of_its_command(
     home.mkdir()
     base = {"HOME": str(home), "PATH": os.environ["PATH"], "TERM": "dumb", "LANG": "C.UTF-8"}
     base["AGENTCG_RUN_DIR"] = str(daemon.run_dir)
+    if agent == "gemini":
+        settings = {"security": {"auth": {"selectedType": "gemini-api-key"}}}
+        (home / ".gemini").mkdir()
+        (home / ".gemini/settings.json").write_text(json.dumps(settings))
     subprocess.run([FRONT, "setup", agent], env=base, check=True, cwd=work, stdout=2)
     with Model(f"{FRONT} exec --quiet --timeout 300ms -- sleep 1000; echo over") as model:
         argv, env = command_line(agent, programs, home, model.url)
@@ -101,6 +105,7 @@ def test_the_model_hears_what_became_of_its_command(
         done = session.run(RUN, argv=argv, env={**base, **env}, cwd=str(work))
     assert model.told, (done, model.tools)
     said = json.loads(model.told[-1])
-    assert "was ended at its timeout of 300 ms" in json.dumps(said), model.told[-1][-3000:]
+    heard = said.get("contents") or said.get("messages") or said.get("input")
+    assert "was ended at its timeout of 300 ms" in json.dumps(heard), json.dumps(heard)[-3000:]
     log = home / ".local/state/agentcgroup/hook.log"
     assert not log.exists(), log.read_text()

@@ -11,6 +11,7 @@ from agentcgroup.text import printable
 from agentcgroup.unwrap import CUT, command_of, kept
 from agentcgroupd.bpf import abi
 from agentcgroupd.host.proc import read_proc
+from agentcgroupd.host.syscalls import process_stat
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.purpose import Purpose
 from agentcgroupd.state.session import Call
@@ -18,6 +19,8 @@ from agentcgroupd.state.session import Call
 CMDLINE_BYTES_MAX = 65_536
 ENVIRON_BYTES_MAX = 65_536
 TOOL_USE_ID_CHARS_MAX = 128
+PARENTS_MAX = 4
+"""Most processes between a shell that an agent starts and a launcher in its script."""
 TOOL_USE_ID_NAMES = (b"AGENTCG_TOOL_USE_ID=", b"CODEX_TOOL_CALL_ID=")
 """Variables in which an agent tells a command its tool call's name; the first one that is set."""
 
@@ -31,7 +34,33 @@ def purpose_of(call: Call, process: Process, came_from: Call | None) -> Purpose:
             command = around.command or declared(call)
             return Purpose(command, around.tool_use_id, came_from.id)
     command = _observed(call, process.pid) if call.observed else ""
-    return Purpose(command or declared(call), tool_use_id(process.pid))
+    parents = () if call.observed or came_from is not None else _parents(process.pid)
+    return Purpose(command or declared(call), tool_use_id(process.pid), parents=parents)
+
+
+def placed_later(call: Call) -> Purpose | None:
+    """The purpose of a call that was declared by a command of an observed one, before that had its
+    cgroup; None: it was not."""
+    purpose = call.purpose
+    if purpose is None or purpose.in_call_id or not purpose.parents:
+        return None
+    for other in call.session.calls.values():
+        if other.observed and other.main is not None and other.main.pid in purpose.parents:
+            around = other.purpose or Purpose()
+            command = around.command or purpose.command
+            return Purpose(command, around.tool_use_id or purpose.tool_use_id, other.id)
+    return None
+
+
+def _parents(pid: int) -> tuple[int, ...]:
+    found = list[int]()
+    try:
+        while len(found) < PARENTS_MAX and pid > 1:
+            pid = process_stat(pid).parent_pid
+            found.append(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # it has ended, and so has what it was started for
+    return tuple(found)
 
 
 def tool_use_id(pid: int) -> str:

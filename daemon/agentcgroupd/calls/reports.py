@@ -13,7 +13,7 @@ from agentcgroupd.calls import nesting
 from agentcgroupd.calls.counters import baseline_now, baseline_of_new
 from agentcgroupd.calls.evidence import gather
 from agentcgroupd.calls.facts import EndFacts
-from agentcgroupd.calls.purposes import declared
+from agentcgroupd.calls.purposes import declared, placed_later
 from agentcgroupd.calls.try_next import Room, try_next
 from agentcgroupd.calls.verdict import report_of
 from agentcgroupd.cgroup import knobs
@@ -138,7 +138,7 @@ class Reports:
 
     def _tell_purpose(self, report: pb.Report, call: Call) -> None:
         """Add what the call was begun for, and what to try next."""
-        purpose = call.purpose or Purpose(declared(call))
+        purpose = placed_later(call) or call.purpose or Purpose(declared(call))
         report.command, report.tool_use_id = purpose.command, purpose.tool_use_id
         report.in_call_id = purpose.in_call_id
         if report.verdict == pb.VERDICT_OK:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.admission import Admission
 from agentcgroupd.calls.lifecycle import Calls
+from agentcgroupd.calls.rightsize import Kind, caps
 from agentcgroupd.calls.try_next import in_words
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.enforce.limits import AGENT_OOM_SCORE_ADJ, SETTINGS, set_oom_score_adj
@@ -38,8 +39,12 @@ def pong(peer: Peer, request: Request) -> list[str]:
 class AgentVerbs:
     """Verbs for agents: a process enters a call of its own session."""
 
-    def __init__(self, callers: Callers, calls: Calls, admission: Admission) -> None:
+    def __init__(
+        self, callers: Callers, calls: Calls, admission: Admission, rightsize: Sequence[Kind]
+    ) -> None:
+        """`rightsize`: what tells programs how much they get (calls.rightsize)."""
         self._callers, self._calls, self._admission = callers, calls, admission
+        self._rightsize = rightsize
 
     def attach(self, peer: Peer, request: Request) -> list[str]:
         """Move the peer into an open call."""
@@ -47,7 +52,7 @@ class AgentVerbs:
         caller = self._callers.of(peer)
         call = caller.find_to_enter(request.value("call"))
         self._calls.attach(call, peer.process, caller.call)
-        return _entered(call)
+        return _entered(call, self._rightsize)
 
     def begin(self, peer: Peer, request: Request) -> Answer:
         """Begin a call, which may have to wait, and move the peer into it."""
@@ -81,7 +86,10 @@ class AgentVerbs:
         except AgentcgroupdError:
             self._calls.withdraw(call)
             raise
-        return [*_entered(call), *(f"say={sentence}" for sentence in _otherwise(call, asked))]
+        return [
+            *_entered(call, self._rightsize),
+            *(f"say={sentence}" for sentence in _otherwise(call, asked)),
+        ]
 
     def report(self, peer: Peer, request: Request) -> Answer:
         """Say how a call ended, once it has, where it did not simply end by itself."""
@@ -159,7 +167,8 @@ def _ending(report: pb.Report) -> list[str]:
     return ["OK", *(f"say={sentence}" for sentence in said)]
 
 
-def _entered(call: Call) -> list[str]:
+def _entered(call: Call, rightsize: Sequence[Kind]) -> list[str]:
     """Make the reply to a process that is in its call now, with what the launcher is to set in the
-    tool's environment."""
-    return ["OK", f"call={call.id}", *(f"env={word}" for word in call.grant.environment)]
+    tool's environment, and with what only where it is not set there."""
+    words = ["OK", f"call={call.id}", *(f"env={word}" for word in call.grant.environment)]
+    return [*words, *(f"cap={name}={value}" for name, value in caps(call, rightsize))]

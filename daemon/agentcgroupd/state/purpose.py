@@ -15,3 +15,6 @@ class Purpose:
     """The agent's own name for the tool call."""
     in_call_id: str = ""
     """The observed call from inside which this one was declared: both are of one tool call."""
+    parents: tuple[int, ...] = ()
+    """Pids of the processes above the one that entered, where it came from no call: what started
+    it may be found to be a call a moment later."""

@@ -54,7 +54,7 @@ def test_each_field_of_the_message_has_a_parser_and_each_parser_a_field() -> Non
     declared = {field.name for field in pb.Intent.DESCRIPTOR.fields}
     assert set(PARSERS) == declared == {field.name for field in fields(Intent)} == set(EXAMPLES)
     assert all(field.type == field.TYPE_STRING for field in pb.Intent.DESCRIPTOR.fields)
-    assert set(WORDS) == {"name", "argc", "arg"} | declared
+    assert set(WORDS) == {"name", "by_script", "argc", "arg"} | declared
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
