@@ -396,6 +396,9 @@ class SessionInfo(_Answer):
     owner_pid: int
     cpu: CpuNumbers | None = None
     """None where the kernel's own scheduler runs."""
+    container: str = ""
+    """Runtime and id of the container that it was made of, as `docker:ID`; empty for agents, and
+    where no runtime has told of it."""
 
 
 @dataclass(frozen=True, slots=True)

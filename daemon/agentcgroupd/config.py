@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from agentcgroupd import documents
+from agentcgroupd.config_containers import ContainersConfig
 from agentcgroupd.config_values import (
     AUDIT_BYTES,
     Count,
@@ -22,6 +23,7 @@ from agentcgroupd.config_values import (
     LoopbackAddress,
     MemorySize,
     OptionalDuration,
+    OptionalPath,
     PagesPerS,
     Pids,
     PoolPath,
@@ -33,15 +35,12 @@ from agentcgroupd.config_values import (
     quantity,
     zram_size,
 )
+from agentcgroupd.config_values import (
+    Section as Section,
+)
 from agentcgroupd.locations import Location
 from agentcgroupd.mistakes import DocumentError, ErrorDetail, Path, explained, in_order
 from agentcgroupd.units import IMPORTANT_PRIORITY, parse_bytes, parse_duration, show_usec
-
-
-class Section(BaseModel):
-    """Base of all parts: frozen, and nothing unknown is let in."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
 
 class PoolConfig(Section):
@@ -152,11 +151,6 @@ class LimitsConfig(Section):
     """Open gRPC connections of all together."""
     memory: Annotated[int, quantity(parse_bytes, "size"), Field(ge=64 << 20)] = 512 << 20
     """Memory that the daemon itself may hold; above it, whoever has most open is disconnected."""
-
-
-OptionalPath = Annotated[
-    FilePath | None, BeforeValidator(lambda value: None if value == "" else value)
-]
 
 
 class PolicyConfig(Section):
@@ -313,6 +307,7 @@ class Config(Section):
     guard: GuardConfig = GuardConfig()
     policy: PolicyConfig = PolicyConfig()
     boundaries: BoundariesConfig = BoundariesConfig()
+    containers: ContainersConfig = ContainersConfig()
     bpf: BpfConfig = BpfConfig()
     gpu: GpuConfig = GpuConfig()
     cpu: CpuConfig = CpuConfig()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from agentcgroupd.errors import InvalidField
 from agentcgroupd.units import parse_bytes, parse_count, parse_duration, parse_priority
@@ -20,6 +20,12 @@ PROGRAM_CHARS_MAX = 64
 """The longest glob on a program's name, whose characters may each need a set: `[xX]`."""
 AUDIT_BYTES = 64 << 20
 """Size at which the audit log is renamed, where the configuration says nothing."""
+
+
+class Section(BaseModel):
+    """Base of all parts: frozen, and nothing unknown is let in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
 
 def quantity(parse: Callable[[str, str], T], field: str) -> BeforeValidator:
@@ -135,6 +141,7 @@ def _metrics_address(address: str) -> str:
 PoolPath = Annotated[str, AfterValidator(_pool_cgroup)]
 RunDir = Annotated[Path, AfterValidator(_run_dir)]
 LoopbackAddress = Annotated[str, AfterValidator(_metrics_address)]
+OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
 FileOfOurs = Annotated[Path | None, AfterValidator(_file)]
 ProgramGlob = Annotated[str, AfterValidator(_program)]
 PagesPerS = Annotated[Count, Field(ge=0, le=PAGES_PER_S_MOST)]

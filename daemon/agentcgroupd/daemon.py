@@ -58,6 +58,7 @@ from agentcgroupd.rpc.services import AdminService, AgentService, GrpcServer, Pa
 from agentcgroupd.rpc.verbs import PING, AgentVerbs, OperatorVerbs, Verb, pong
 from agentcgroupd.rpc.views import Views
 from agentcgroupd.running import Running, note_alive
+from agentcgroupd.runtime.watching import Runtimes
 from agentcgroupd.sessions.cgroups import SessionCgroups
 from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.limits import Ceilings
@@ -188,6 +189,7 @@ class Daemon:
                 events,
                 plane.look,
             )
+        runtimes = Runtimes(config.containers, sessions, notices)
         lifecycle = SessionLifecycle(
             SessionCgroups(
                 config.sessions, pool, sessions, lambda: gpus.ceiling, gpus.grants.place_part
@@ -198,7 +200,9 @@ class Daemon:
             notices,
             admission,
             cpu.numbers,
-            [observers] if guard is None else [observers, guard],
+            [observers, runtimes.containers]
+            if guard is None
+            else [observers, guard, runtimes.containers],
         )
         undo.callback(lifecycle.stop)
 
@@ -208,24 +212,22 @@ class Daemon:
         restore(lifecycle, sessions, calls, notices, peaks)
 
         # Who may ask, and what goes on from now on.
-        views = Views(
-            pool,
-            sessions,
-            lifecycle,
-            calls,
-            queue,
-            policy_files,
-            gpus,
-            guard.loop if guard is not None else None,
-        )
-        agent_calls = AgentCalls(Callers(sessions, config.calls.tools_may), calls, queue, admission)
         parts = Parts(
             sessions,
             lifecycle,
             calls,
             queue,
-            agent_calls,
-            views,
+            AgentCalls(Callers(sessions, config.calls.tools_may), calls, queue, admission),
+            Views(
+                pool,
+                sessions,
+                lifecycle,
+                calls,
+                queue,
+                policy_files,
+                gpus,
+                guard.loop if guard is not None else None,
+            ),
             Past(notices.history, calls.open.get, queue.waits),
             policy_files,
             notices,
@@ -250,6 +252,7 @@ class Daemon:
             undo.callback(guard.stop)
             guard.start()
         observers.start(guard)
+        runtimes.start(lifecycle, undo)
         place.keep()
         return _ready(running, pool, sessions, observers, run_dir)
 

@@ -108,7 +108,7 @@ def print_sessions(sessions: Sequence[SessionInfo]) -> None:
             f"{session.calls_open}/{session.calls_max}",
             str(session.calls_ended),
             since(session.opened_unix_usec),
-            "adopted" if session.adopted else "own",
+            session.container.partition(":")[0] or ("adopted" if session.adopted else "own"),
         ]
         for session in sessions
     ]

@@ -27,6 +27,12 @@ from agentcgroupd.errors import (
 from agentcgroupd.intents.gpu import GpuCeiling
 from agentcgroupd.intents.gpu_part import Part, gpu_part
 from agentcgroupd.intents.parse import parse_intent
+from agentcgroupd.sessions.containers import (
+    agent_leaf,
+    changed_by_runtime,
+    check_processes,
+    with_changed,
+)
 from agentcgroupd.sessions.holding import used_for_good
 from agentcgroupd.sessions.limits import (
     as_found,
@@ -156,8 +162,7 @@ class SessionCgroups:
         try:
             write_limits(cgroup, limits)
             cgroup.enable(offered_controllers(cgroup))
-            has_leaf = AGENT_LEAF in set(cgroup.children())
-            agent = cgroup.child(AGENT_LEAF) if has_leaf else cgroup.make_child(AGENT_LEAF)
+            agent = agent_leaf(cgroup)
             session = Session(
                 id=session_id,
                 cgroup=cgroup,
@@ -169,6 +174,7 @@ class SessionCgroups:
                 found=found,
                 offered=agent.files(),
                 owner=owner,
+                written=read_limits(cgroup) if found else {},
             )
             cgroup.set_xattr(session.record())
         except BaseException:
@@ -194,13 +200,7 @@ class SessionCgroups:
         except OSError:
             sentence = f"there is no cgroup {path} below {self._pool.mount}"
             raise NotFound(sentence, "cgroup_path", cgroup_path) from None
-        busy = [name for name in cgroup.children() if cgroup.child(name).populated()]
-        if busy:
-            cgroup.close()
-            raise FailedPrecondition(
-                f"cgroup {path} is split already: {busy[0]}/ below it has processes; "
-                "only a cgroup whose processes are all its own can be adopted"
-            )
+        check_processes(cgroup, path)
         found = read_limits(cgroup)
         adopted = f"{ADOPTED_XATTR}{cgroup.id}"
         try:
@@ -208,7 +208,7 @@ class SessionCgroups:
             # what was done.
             self._pool.cgroup.set_xattr(path.encode(), adopted)
             cgroup.set_xattr(_split_record(found))
-            agent = cgroup.make_child(AGENT_LEAF)
+            agent = agent_leaf(cgroup)
         except KnobError as error:
             for marked, name in ((cgroup, XATTR_NAME), (self._pool.cgroup, adopted)):
                 marked.remove_xattr(name)
@@ -268,7 +268,22 @@ class SessionCgroups:
     def keep_changed(self, session: Session, limits: SessionLimits) -> None:
         """Keep new limits that have been written. Raises KnobError."""
         session.limits = limits
+        if session.adopted:
+            session.written = read_limits(session.cgroup)
         session.cgroup.set_xattr(session.record())
+
+    @staticmethod
+    def reread(session: Session) -> bool:
+        """Take over limits that a runtime has changed on its container; what it has set stays.
+        Returns whether there were any. Raises KnobError."""
+        changed = changed_by_runtime(session.cgroup, session.written)
+        if not changed:
+            return False
+        session.found |= changed
+        session.written |= changed
+        session.limits = with_changed(session.limits, changed)
+        session.cgroup.set_xattr(session.record())
+        return True
 
     # Closing
 
@@ -280,7 +295,8 @@ class SessionCgroups:
         """
         try:
             if session.adopted:
-                self._give_back(session.cgroup, session.found)
+                kept = changed_by_runtime(session.cgroup, session.written)
+                self._give_back(session.cgroup, {**session.found, **kept})
             else:
                 session.cgroup.kill_and_remove()
         except CgroupGone:
@@ -386,6 +402,7 @@ class SessionCgroups:
                 opened_unix_usec=int(data["opened_unix_usec"]),
                 adopted=bool(data["adopted"]),
                 found=dict(data["found"]),
+                written=dict(data.get("written", {})),
                 offered=agent.files(),
             )
             if data.get("owner") is not None:

@@ -203,7 +203,24 @@ class SessionLifecycle:
         self._notices.feed.publish(session.id, pb.Event(session_changed=described))
         return session
 
+    def reread(self, session: Session) -> None:
+        """Take over the limits that a runtime has changed on its container, an adopted session,
+        since they were read. Raises KnobError."""
+        if session.closing or session.changing or not self._cgroups.reread(session):
+            return
+        for observer in self._observers:
+            observer.session_changed(session)
+        log.info("session %s: its runtime has changed its container's limits", session.id)
+        described = self.describe(session, admin=True)
+        self._notices.history.session_opened(described)
+        self._notices.feed.publish(session.id, pb.Event(session_changed=described))
+
     # Closing
+
+    def look_at(self, session: Session) -> None:
+        """Close an adopted session whose last process has ended, if nobody closes it yet."""
+        if session.adopted:
+            self._adopted_changed(session)
 
     async def close(self, session: Session, why: str = "the operator closed it") -> Closed:
         """End a session's calls, then its agent. `why`: a clause. Raises RequestError or KnobError,

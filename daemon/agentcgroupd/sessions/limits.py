@@ -199,6 +199,13 @@ WRITTEN_KNOBS = (
 """What `write_limits` sets."""
 
 
+def millicores_of(cpu: knobs.CpuMax | None) -> int | None:
+    """Thousandths of a CPU that cpu.max allows; None: no limit."""
+    if cpu is None or cpu.quota_usec is None:
+        return None
+    return cpu.quota_usec * 1000 // cpu.period_usec
+
+
 def read_limits(cgroup: Cgroup) -> dict[str, str]:
     """The text of the files that `write_limits` would set, by file. Raises KnobError."""
     found = {}
@@ -232,10 +239,7 @@ def tighten(read: Read, ours: SessionLimits) -> SessionLimits:
     def least(a: int | None, b: int | None) -> int | None:
         return min((v for v in (a, b) if v is not None), default=None)
 
-    cpu = read(knobs.CPU_MAX)
-    theirs = None
-    if cpu is not None and cpu.quota_usec is not None:
-        theirs = cpu.quota_usec * 1000 // cpu.period_usec
+    theirs = millicores_of(read(knobs.CPU_MAX))
     return replace(
         ours,
         memory_low_bytes=ours.memory_low_bytes or read(knobs.MEMORY_LOW) or None,

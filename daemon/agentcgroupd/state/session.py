@@ -338,6 +338,11 @@ class Session:
     adopted: bool = False
     found: dict[str, str] = field(default_factory=dict)
     """Interface files of an adopted cgroup as they were before, to be put back."""
+    written: dict[str, str] = field(default_factory=dict)
+    """What was written to them: what has another value now was changed by its runtime since."""
+    container: str = ""
+    """Runtime and id of the container that it was made of, as `docker:ID`; empty: of none that a
+    runtime has told of."""
     offered: frozenset[str] = frozenset()
     """Interface files that a leaf of this session has, so that those it lacks are not asked for."""
     calls: dict[str, Call] = field(default_factory=dict)
@@ -383,6 +388,7 @@ class Session:
                 "opened_unix_usec": self.opened_unix_usec,
                 "adopted": self.adopted,
                 "found": self.found,
+                "written": self.written,
                 "owner": [self.owner.pid, self.owner.start_ticks] if self.owner else None,
             },
             separators=(",", ":"),

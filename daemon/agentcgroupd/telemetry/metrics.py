@@ -39,6 +39,9 @@ class Metrics:
         self.pool_memory_current = gauge("pool_memory_bytes", "Memory charged to the pool")
         self.pool_memory_max = gauge("pool_memory_max_bytes", "The pool's limit (NaN: none)")
         self.sessions_open = gauge("sessions_open", "Open sessions")
+        self.containers = counter(
+            "containers", "Containers that asked to be sessions", "runtime", "result"
+        )
         self.calls_open = gauge("calls_open", "Open calls", "state")
         self.calls_begun = counter("calls_begun", "Calls granted")
         self.calls_refused = counter("calls_refused", "Calls refused", "code")

@@ -107,4 +107,5 @@ def session_to_proto(
         opened_unix_usec=session.opened_unix_usec,
         owner_pid=session.owner.pid if session.owner is not None and admin else 0,
         cpu=cpu_to_proto(cpu) if cpu is not None else None,
+        container=session.container if admin else "",
     )

@@ -1,0 +1,63 @@
+"""Configuration of containers that become sessions by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+from agentcgroupd.config_values import Flag, OptionalPath, Section
+from agentcgroupd.errors import InvalidField
+
+LABEL_FIELDS = {
+    "session": "",
+    "exec-is-call": "",
+    "memory": "memory_low",
+    "memory-high": "memory_high",
+    "memory-max": "memory_max",
+    "cpu-weight": "cpu_weight",
+    "cpu-max": "cpu_max",
+    "pids-max": "pids_max",
+    "priority": "priority",
+    "calls-max": "calls_max",
+    "gpu": "gpu",
+    "gpu-memory": "gpu_memory",
+    "gpu-priority": "gpu_priority",
+    "gpu-device": "gpu_device",
+}
+"""Labels of containers without `agentcgroup.`, and the field of a session's spec that each sets;
+empty: it is read otherwise."""
+
+
+def _labels(labels: dict[str, str]) -> dict[str, str]:
+    for name, value in labels.items():
+        if name not in LABEL_FIELDS:
+            raise InvalidField("labels", name, ", ".join(LABEL_FIELDS))
+        if not isinstance(value, str):
+            raise InvalidField("labels", repr(value), "text, in quotes")
+    return labels
+
+
+class ContainerRule(Section):
+    """Containers that are sessions without a label of their own."""
+
+    image: str = "*"
+    """Glob on the image, as it was named when the container was made."""
+    name: str = "*"
+    """Glob on the container's name."""
+    labels: Annotated[Mapping[str, str], BeforeValidator(_labels)] = MappingProxyType({})
+    """Labels that it is taken to have, without `agentcgroup.`; its own win."""
+
+
+class ContainersConfig(Section):
+    """Containers that become sessions by themselves (runtime/)."""
+
+    enabled: Flag = True
+    docker: OptionalPath = Path("/run/docker.sock")
+    """Docker's socket, which need not be there; empty: Docker is not asked."""
+    podman: OptionalPath = Path("/run/podman/podman.sock")
+    rules: tuple[ContainerRule, ...] = ()
+    """The first that fits gives a container its labels."""

@@ -1,0 +1,95 @@
+"""What labels and rules make of a container."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentcgroupd.config import load_config
+from agentcgroupd.config_containers import LABEL_FIELDS, ContainerRule
+from agentcgroupd.errors import ConfigError
+from agentcgroupd.runtime.labels import Container, other_id, session_id, wanted, wish_of
+from agentcgroupd.sessions.cgroups import _ID
+
+ID = "0123456789abcdef" * 4
+RULES = (
+    ContainerRule(image="agents/*", labels={"priority": "batch", "memory-max": "2G"}),
+    ContainerRule(name="web-*", labels={"priority": "important"}),
+)
+
+
+def container(labels: dict[str, str], name: str = "My_Web.1", image: str = "box") -> Container:
+    return Container("docker", ID, name, image, 1, labels)
+
+
+def test_a_container_without_labels_is_no_session() -> None:
+    assert wish_of(container({"maintainer": "me"}), ()) is None
+    assert wish_of(container({"agentcgroup.priority": "batch"}), ()) is None
+    assert wish_of(container({"agentcgroup.session": "false"}, image="agents/x"), RULES) is None
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [("true", "my_web.1"), ("", "my_web.1"), ("web", "web"), ("Team A/1", "team-a-1")],
+)
+def test_the_session_is_named_by_the_label_or_after_the_container(
+    label: str, expected: str
+) -> None:
+    wish = wish_of(container({"agentcgroup.session": label}), ())
+    assert wish is not None and wish.spec.id == expected
+
+
+def test_labels_are_limits_and_what_means_nothing_is_said() -> None:
+    labels = {
+        "agentcgroup.session": "a",
+        "agentcgroup.memory": "1G",
+        "agentcgroup.cpu-max": "1.5",
+        "agentcgroup.exec-is-call": "true",
+        "agentcgroup.priorty": "batch",
+        "agentcgroup.gpu": "1" * 300,
+    }
+    wish = wish_of(container(labels), ())
+    assert wish is not None
+    assert (wish.spec.memory_low, wish.spec.cpu_max, wish.spec.gpu) == ("1G", "1.5", "")
+    assert len(wish.ignored) == 2
+    assert "'agentcgroup.priorty'" in wish.ignored[0] and "256" in wish.ignored[1]
+
+
+def test_the_first_rule_that_fits_gives_labels_and_the_containers_own_win() -> None:
+    wish = wish_of(container({}, name="web-1", image="agents/coder:2"), RULES)
+    assert wish is not None
+    assert (wish.spec.id, wish.spec.priority, wish.spec.memory_max) == ("web-1", "batch", "2G")
+    own = {"agentcgroup.session": "x", "agentcgroup.priority": "normal"}
+    wish = wish_of(container(own, name="web-1"), RULES)
+    assert wish is not None and (wish.spec.id, wish.spec.priority) == ("x", "normal")
+
+
+def test_an_event_is_enough_to_know_whether_a_container_may_be_one() -> None:
+    assert wanted({"agentcgroup.session": "a"}, "n", "i", ())
+    assert wanted({}, "web-7", "i", RULES) and wanted({}, "n", "agents/a", RULES)
+    assert not wanted({"agentcgroup.memory": "1G"}, "n", "i", RULES)
+
+
+@given(st.text(max_size=200), st.text(alphabet="0123456789abcdefABCDEF", min_size=12, max_size=64))
+def test_every_name_makes_an_id_that_a_session_may_have(name: str, number: str) -> None:
+    made = session_id(name)
+    assert _ID.fullmatch(made)
+    assert _ID.fullmatch(other_id(made, number)) and other_id(made, number) != made
+
+
+def test_a_rule_with_a_label_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "agentcgroupd.toml"
+    path.write_text('[[containers.rules]]\nimage = "a"\nlabels = { memry = "1G" }\n')
+    with pytest.raises(ConfigError, match="memory-max"):
+        load_config(path)
+    path.write_text('[[containers.rules]]\nimage = "a"\nlabels = { memory-max = "1G" }\n')
+    assert load_config(path).containers.rules[0].labels == {"memory-max": "1G"}
+
+
+def test_each_label_is_explained() -> None:
+    page = Path(__file__).parents[3].joinpath("docs/containers.md").read_text()
+    for name in LABEL_FIELDS:
+        assert f"`agentcgroup.{name}`" in page
