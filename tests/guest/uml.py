@@ -38,6 +38,7 @@ class Uml:
     memory_mib: the guest's RAM, a file of the host's that takes up what the guest has touched.
     rw: directories shared read-write, at the same path inside.
     systemd: boot systemd as PID 1 and run the command as a service.
+    root: another root file system for the guest, a directory of the host.
     timeout_sec: for the boot and the command together.
     boot_timeout_sec: until the first sign of life.
     """
@@ -45,6 +46,7 @@ class Uml:
     memory_mib: int = MEMORY_MIB
     rw: tuple[Path, ...] = (CHECKOUT / "build",)
     systemd: bool = False
+    root: Path = Path("/")
     kernel_args: tuple[str, ...] = ()
     timeout_sec: float = 600
     boot_timeout_sec: float = 60
@@ -73,7 +75,7 @@ class Uml:
             _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
             with state_dir() as state:
-                vm.write_state(state, Path("/"), self.rw, config_text(self, kernel))
+                vm.write_state(state, self.root, self.rw, config_text(self, kernel))
                 (state / "command").write_text(vm.command_text(command, cwd, env))
                 limits = Limits(self.boot_timeout_sec, self.timeout_sec)
                 with Boot(state, limits, out, err, show_console=self.verbose) as boot:
@@ -95,7 +97,7 @@ def passed_env(environ: Mapping[str, str]) -> dict[str, str]:
 def config_text(uml: Uml, kernel: UmlKernel) -> str:
     """What init.sh needs to know."""
     values = {
-        "lower": "/",
+        "lower": str(uml.root.absolute()),
         "release": kernel.modules.name,
         "modules": str(kernel.modules),
         "checkout": str(CHECKOUT),
@@ -155,6 +157,8 @@ def parser(prog: str = "python -m tests.guest.uml") -> argparse.ArgumentParser:
     writable = "share DIR read-write, as build/ always is"
     add("-w", "--rw", type=Path, action="append", default=[], metavar="DIR", help=writable)
     add("-s", "--systemd", action="store_true", help="boot systemd, run the command as a service")
+    root = "another root file system"
+    add("-r", "--root", type=Path, default=Path("/"), metavar="DIR", help=root)
     add("-a", "--kernel-arg", action="append", default=[], metavar="ARG")
     variable = "set a variable, or pass one on (AGENTCG_* and a few more always are)"
     add("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]", help=variable)
@@ -170,6 +174,7 @@ def from_arguments(arguments: argparse.Namespace) -> Uml:
         memory_mib=arguments.memory,
         rw=(CHECKOUT / "build", *(path.absolute() for path in arguments.rw)),
         systemd=arguments.systemd,
+        root=arguments.root.absolute(),
         kernel_args=tuple(arguments.kernel_arg),
         timeout_sec=arguments.timeout,
         verbose=arguments.verbose,

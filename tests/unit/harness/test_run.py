@@ -192,8 +192,8 @@ def collected() -> dict[str, list[str]]:
     return {test: marks for test, marks in tests.items() if not test.startswith(ELSEWHERE)}
 
 
-ELSEWHERE = "tests/gpu/"
-"""Needs a GPU: tests/gpu/on_device.sh runs it."""
+ELSEWHERE = ("tests/gpu/", "tests/containers/")
+"""Need a GPU (tests/gpu/on_device.sh) or container runtimes (python -m tests.containers)."""
 
 
 def test_every_test_runs_somewhere(collected: dict[str, list[str]]) -> None:
