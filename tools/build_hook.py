@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # hatchling loads 
 from tools.bpf_toolchain import MULTIARCH, Libbpf, ToolchainError, ensure_libbpf, find_clang
 
 PROTO = Path("proto/agentcgroup/v1/agentcgroup.proto")
+PROTOS = (PROTO, Path("proto/agentcgroup/v1/nri.proto"))
 CFLAGS = ["-std=c11", "-O2", "-g0", "-static", "-Wall", "-Wextra", "-Werror", "-Wl,--build-id=none"]
 PROGRAMS = {
     "agentcg-exec": Path("agent_sdk/exec/agentcg-exec.c"),
@@ -52,7 +53,9 @@ def generate_grpc(root: Path) -> None:
     includes = [f"-I{root / 'proto'}", f"-I{well_known}"]
     outputs = [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
     protoc = [sys.executable, "-m", "grpc_tools.protoc"]
-    subprocess.run([*protoc, *includes, *outputs, str(root / PROTO)], check=True, env=env)
+    subprocess.run(
+        [*protoc, *includes, *outputs, *(str(root / path) for path in PROTOS)], check=True, env=env
+    )
     (out / "agentcgroup/v1/__init__.py").write_text('"""Generated from proto/."""\n')
 
 

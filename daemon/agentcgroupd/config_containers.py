@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from agentcgroupd.config_values import Flag, OptionalPath, Section
 from agentcgroupd.errors import InvalidField
@@ -41,6 +41,15 @@ def _labels(labels: dict[str, str]) -> dict[str, str]:
     return labels
 
 
+def _label_name(name: str) -> str:
+    if name not in LABEL_FIELDS:
+        raise InvalidField("annotations", name, ", ".join(LABEL_FIELDS))
+    return name
+
+
+LabelName = Annotated[str, AfterValidator(_label_name)]
+
+
 class ContainerRule(Section):
     """Containers that are sessions without a label of their own."""
 
@@ -59,5 +68,12 @@ class ContainersConfig(Section):
     docker: OptionalPath = Path("/run/docker.sock")
     """Docker's socket, which need not be there; empty: Docker is not asked."""
     podman: OptionalPath = Path("/run/podman/podman.sock")
+    nri: OptionalPath = Path("/run/nri/nri.sock")
+    """Socket of the Node Resource Interface of containerd or CRI-O."""
+    annotations: tuple[LabelName, ...] = (
+        *("session", "exec-is-call", "memory-high", "memory-max", "cpu-max"),
+        *("pids-max", "calls-max"),
+    )
+    """What annotations of pods may set, which are not the operator's own."""
     rules: tuple[ContainerRule, ...] = ()
     """The first that fits gives a container its labels."""

@@ -189,7 +189,7 @@ class Daemon:
                 events,
                 plane.look,
             )
-        runtimes = Runtimes(config.containers, sessions, notices)
+        runtimes = Runtimes(config.containers, run_dir, pool.mount, sessions, notices)
         lifecycle = SessionLifecycle(
             SessionCgroups(
                 config.sessions, pool, sessions, lambda: gpus.ceiling, gpus.grants.place_part

@@ -9,6 +9,7 @@ import secrets
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroup.v1 import nri_pb2 as nri
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from tests.conftest import StartDaemon
 from tests.docker_api import DockerApi
 from tests.harness import DaemonProcess, wait_until
+from tests.nri_runtime import NriRuntime
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -65,17 +68,24 @@ class Docker:
 @pytest.fixture
 def docker(start_daemon: StartDaemon, tmp_path: Path) -> Iterator[Docker]:
     api = DockerApi(tmp_path / "docker.sock")
+    config = f'[containers]\ndocker = "{api.path}"\npodman = ""\n'
+    with _base() as base:
+        found = Docker(start_daemon(config), api, base, [])
+        yield found
+        found.daemon.stop()
+        api.stop()
+        for process in found.processes:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _base() -> Iterator[Cgroup]:
+    """A cgroup below which the test makes those of containers."""
     root = Cgroup.open(cgroup2_mount())
     made = root.make_child(f"agentcg-test-{secrets.token_hex(4)}")
     base = Cgroup.open(made.path)
-    config = f'[containers]\ndocker = "{api.path}"\npodman = ""\n'
-    found = Docker(start_daemon(config), api, base, [])
-    yield found
-    found.daemon.stop()
-    api.stop()
-    for process in found.processes:
-        process.kill()
-        process.wait()
+    yield base
     base.kill_and_remove()
     base.close()
     root.close()
@@ -177,3 +187,38 @@ def test_a_docker_that_hangs_delays_nobody(docker: Docker) -> None:
     docker.daemon.process.send_signal(signal.SIGTERM)
     assert docker.daemon.process.wait(10) == 0
     docker.api.hold.set()
+
+
+def test_a_pod_is_in_its_agent_leaf_before_its_first_instruction(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    """By NRI: what the runtime has put into the cgroup is in agent/ when the runtime has its
+    answer, and the session follows."""
+    with NriRuntime(tmp_path / "nri.sock") as runtime, _base() as base:
+        config = f'[containers]\ndocker = ""\npodman = ""\nnri = "{runtime.path}"\n'
+        daemon = start_daemon(config)
+        runtime.accept()
+        one = secrets.token_hex(32)
+        pod = nri.Pod(name="web", namespace="team", annotations={"agentcgroup.session": "true"})
+        linux = nri.LinuxContainer(cgroups_path=f"/{base.path.name}/{one}")
+        about = nri.NriContainer(id=one, name="main", linux=linux)
+        created = runtime.ask("CreateContainer", nri.OfContainer(pod=pod, container=about))
+        (mount,) = nri.Created.FromString(created).adjust.mounts
+        assert mount.source == str(daemon.run_dir / "agent")
+        made = base.make_child(one)
+        process = subprocess.Popen(["sleep", "1000"])
+        made.attach(process.pid)
+        runtime.ask("StateChange", nri.StateChange(event=6, pod=pod, container=about))
+        assert placed(process) == f"/{base.path.name}/{one}/agent"
+
+        def sessions() -> dict[str, pb.Session]:
+            listed = daemon.admin.ListSessions(pb.ListSessionsRequest()).sessions
+            return {session.id: session for session in listed}
+
+        wait_until("it is a session", lambda: "team-web-main" in sessions(), 20)
+        assert sessions()["team-web-main"].container == f"nri:{one}"
+        process.kill()
+        process.wait()
+        made.remove()
+        wait_until("its session has ended", lambda: sessions() == {})
+        assert max(runtime.took_s) < 0.5

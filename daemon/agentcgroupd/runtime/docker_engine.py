@@ -31,6 +31,8 @@ CHANGES = {
 class DockerEngine:
     """One Docker or podman; see `runtime.engine.Engine`."""
 
+    waits = True
+
     def __init__(self, name: str, socket: Path, rules: Sequence[ContainerRule]) -> None:
         """`name`: `docker` or `podman`; `socket`: where it listens."""
         self.name, self._socket, self._rules = name, socket, rules

@@ -53,6 +53,8 @@ class Engine(Protocol):
     """A container runtime; each method may block, and raises EngineError."""
 
     name: str
+    waits: bool
+    """Whether the runtime may be kept waiting until the loop has dealt with what it has told."""
 
     def there(self) -> bool:
         """Whether the runtime can be asked here."""
@@ -151,7 +153,7 @@ class Watcher:
                 done.set_result(None)
 
         self._loop.call_soon_threadsafe(deal)
-        while not done.done():
+        while self._engine.waits and not done.done():
             if self._stopping.is_set():
                 raise CancelledError
             _wait_a_moment(done)

@@ -34,9 +34,27 @@ def cgroup_of_container(container: Container) -> str:
             raise NoPlace(str(error)) from None
     names = path.split("/")
     with_id = [place for place, name in enumerate(names) if container.id and container.id in name]
+    if ".." in names:
+        raise NoPlace(f"{path} is no path of a cgroup")
     if not with_id:
         raise NoPlace(f"its process {container.pid} is in {path}, which does not have its id")
     end = with_id[-1] + 1
     if names[end : end + 1] == [PODMANS_LEAF]:
         end += 1
     return "/".join(names[:end])
+
+
+def cgroup_of_oci_path(path: str) -> str:
+    """The path of a cgroup below the mount from what an OCI runtime is given for it: a path, or
+    `SLICE:PREFIX:NAME` where systemd makes it (a slice lies below those that its name begins with,
+    systemd.slice(5))."""
+    parts = path.split(":")
+    if len(parts) != 3 or path.startswith("/"):
+        return path
+    slice_name, prefix, name = parts
+    begun, slices = "", ""
+    for part in slice_name.removesuffix(".slice").split("-"):
+        if part:
+            begun = f"{begun}-{part}" if begun else part
+            slices += f"/{begun}.slice"
+    return f"{slices}/{prefix}-{name}.scope" if prefix else f"{slices}/{name}"

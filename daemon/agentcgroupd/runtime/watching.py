@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 from agentcgroupd.config_containers import ContainersConfig
 from agentcgroupd.runtime.containers import Containers, Lifecycle
 from agentcgroupd.runtime.docker_engine import DockerEngine
+from agentcgroupd.runtime.early import Splitter
 from agentcgroupd.runtime.engine import Engine, Watcher
+from agentcgroupd.runtime.nri import Nri
 from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.telemetry.notices import Notices
 
@@ -17,8 +20,18 @@ from agentcgroupd.telemetry.notices import Notices
 class Runtimes:
     """The threads in which runtimes are asked for their containers."""
 
-    def __init__(self, config: ContainersConfig, sessions: Sessions, notices: Notices) -> None:
-        self._engines = list(_engines(config)) if config.enabled else []
+    def __init__(
+        self,
+        config: ContainersConfig,
+        run_dir: Path,
+        mount: Path,
+        sessions: Sessions,
+        notices: Notices,
+    ) -> None:
+        """`run_dir`: of the daemon's sockets; `mount`: where cgroup2 is mounted."""
+        self._splitter = Splitter(mount)
+        engines = _engines(config, run_dir, self._splitter)
+        self._engines = list(engines) if config.enabled else []
         self.containers = Containers(config.rules, sessions, notices)
         """What makes sessions of containers; it has to be told of sessions that end."""
         self._watchers: list[Watcher] = []
@@ -37,9 +50,12 @@ class Runtimes:
         """Stop; the threads are not waited for. Sessions stay."""
         for watcher in self._watchers:
             watcher.stop()
+        self._splitter.close()
 
 
-def _engines(config: ContainersConfig) -> Iterator[Engine]:
+def _engines(config: ContainersConfig, run_dir: Path, splitter: Splitter) -> Iterator[Engine]:
     for name, socket in (("docker", config.docker), ("podman", config.podman)):
         if socket is not None:
             yield DockerEngine(name, socket, config.rules)
+    if config.nri is not None:
+        yield Nri(config.nri, config.rules, config.annotations, run_dir / "agent", splitter)
