@@ -2,8 +2,9 @@
 
 The largest call of each session holds its peak at the same moment, by agreement, and together they
 want more than the pool has. The demo runs them with no control, with a static split, and with this
-daemon, and the most important session once more alone; says in three sentences what became of the
-calls; draws memory over time; and ends with 1 where what it claims did not hold.
+daemon; beside the last, at the same time and in a pool of its own, the most important session runs
+alone. The demo says in three sentences what became of the calls, draws memory over time, and ends
+with 1 where what it claims did not hold.
 
 Where this machine cannot run the daemon, the runs take place in user-mode Linux (one boot) and the
 picture is drawn out here.
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from agentcgroup_lab.replay import engine, result
@@ -25,6 +27,7 @@ from agentcgroup_lab.replay.backends import STRATEGIES, ReplayError
 from agentcgroup_lab.trace import format as trace_format
 from agentcgroupd.errors import AgentcgroupdError
 from bench.demo import verdict
+from bench.demo.beside import run_beside
 from bench.demo.choose import Prepared, prepare
 from bench.demo.live import Lines, View, part_title
 from tests.guest.where import decide
@@ -35,7 +38,7 @@ OUTPUT = ROOT / "build/demo"
 GUEST = os.environ.get("AGENTCG_GUEST", "")
 GUEST_MIB, GUEST_TIMEOUT_S = 1536, 300
 PLAN_S = 18.0 if GUEST else 8.0
-"""Seconds that a strategy takes when all runs on time. Four of them, the delays that they cause,
+"""Seconds that a strategy takes when all runs on time. Three of them, the delays that they cause,
 and the start of guest and daemon stay below 2 minutes in the guest and 45 seconds natively."""
 SAMPLE_S = 0.2 if GUEST else 0.05
 """Where the guest has one CPU, looking on is not to take much of it."""
@@ -45,24 +48,28 @@ EXIT_OK, EXIT_FAILED = 0, 1
 
 
 def run(prepared: Prepared, view: Lines | View) -> result.ReplayResult:
-    """Run the important session alone, then all strategies in a row, here."""
+    """Run all strategies in a row, here, and beside the last the important session alone."""
 
-    def one(
-        strategy: str, specs: Sequence[engine.SessionSpec], how: engine.EngineOptions
-    ) -> result.StrategyResult:
-        view.begin(part_title(strategy, len(specs)))
-        return engine.run_strategy(strategy, specs, prepared.pool_bytes, how, watch=view.watch)
+    def one(strategy: str, how: engine.EngineOptions) -> result.StrategyResult:
+        view.begin(part_title(strategy))
+        return engine.run_strategy(
+            strategy, prepared.specs, prepared.pool_bytes, how, watch=view.watch
+        )
 
-    alone = one("none", *prepared.alone())
-    strategies = [one(name, prepared.specs, prepared.how) for name in STRATEGIES]
+    def alone(how: engine.EngineOptions) -> result.StrategyResult:
+        return engine.run_strategy("none", prepared.specs[:1], prepared.pool_bytes, how)
+
+    *others, last = STRATEGIES
+    strategies = [one(name, prepared.how) for name in others]
+    ours, by_itself = run_beside(partial(one, last), prepared.how, alone, prepared.how_alone())
     return result.ReplayResult(
         kernel=os.uname().release,
         where={"uml": "user-mode Linux", "qemu": "emulated guest"}.get(GUEST, "native"),
         memory_scale=prepared.how.memory_scale,
         speed=prepared.speed,
-        strategies=tuple(strategies),
+        strategies=(*strategies, ours),
         rules=prepared.rules,
-        alone=alone,
+        alone=by_itself,
     )
 
 

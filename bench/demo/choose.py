@@ -22,7 +22,7 @@ from agentcgroup_lab.trace import plan
 from bench.demo.trim import largest, most_kept, trimmed
 
 SESSIONS = 4
-HEADROOM = 1.2
+HEADROOM = 1.24
 """The pool over what must fit: below some 6 % of free memory the daemon holds calls back."""
 AGENT_LEAST_BYTES = 6_000_000
 """A replayed agent is a Python process, which holds so much by itself."""
@@ -265,11 +265,11 @@ class Prepared:
     speed: float
     rules: dict[str, str]
 
-    def alone(self) -> tuple[list[engine.SessionSpec], engine.EngineOptions]:
-        """The important session without the others."""
+    def how_alone(self) -> engine.EngineOptions:
+        """Options for the important session without the others; it starts when it does beside
+        them."""
         assert self.how.meeting is not None
-        first = replace(self.specs[0], delay_s=0.0)
-        return [first], replace(self.how, meeting=self.how.meeting.alone())
+        return replace(self.how, meeting=self.how.meeting.alone())
 
 
 def prepare(directory: Path, plan_s: float, sample_s: float) -> Prepared:

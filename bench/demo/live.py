@@ -99,8 +99,6 @@ def _session(session: SessionProgress) -> str:
     return f"{text}  {session.tool}"
 
 
-def part_title(strategy: str, sessions: int) -> str:
+def part_title(strategy: str) -> str:
     """The title of a part of the demo."""
-    if sessions == 1:
-        return "the important session alone, for comparison"
-    return f"{sessions} sessions, {TITLES[strategy]}"
+    return f"four sessions, {TITLES[strategy]}"

@@ -33,10 +33,16 @@ def _by_name(result: ReplayResult) -> tuple[StrategyResult, StrategyResult, Stra
     return named["none"], named["static"], named["ours"]
 
 
+def seconds_of_important(result: StrategyResult) -> float:
+    """How long the important session took, without the time for which its largest call held its
+    peak for others that were late: that is the agreement's doing, and the machine's."""
+    return important(result).seconds - result.meeting_waited_s
+
+
 def of_alone(result: ReplayResult) -> float:
     """How long the important session took under the daemon, of its time alone."""
     assert result.alone is not None
-    return important(_by_name(result)[2]).seconds / important(result.alone).seconds
+    return seconds_of_important(_by_name(result)[2]) / seconds_of_important(result.alone)
 
 
 def failures(result: ReplayResult) -> list[str]:
@@ -96,15 +102,15 @@ def sentences(result: ReplayResult) -> list[str]:
         for call in session.calls
         for span in call.frozen
     )
-    mine, alone = important(ours), important(result.alone)
+    mine_s, alone_s = seconds_of_important(ours), seconds_of_important(result.alone)
     return [
         f"Without control {all_lost(none)} of {calls} calls were lost, "
         f"{lost(important(none))} of them the important session's.",
         f"With an even part of {part} for each, {all_lost(static)} were lost"
         + (f", and {agents} agent{'s' if agents > 1 else ''} with them." if agents else "."),
         f"agentcgroup lost {all_lost(ours) or 'none'}: calls of the others were paused for "
-        f"{paused_s:.1f} s in all, and the important session took {mine.seconds:.1f} s, "
-        f"{of_alone(result):.2f} times its {alone.seconds:.1f} s alone.",
+        f"{paused_s:.1f} s in all, and the important session took {mine_s:.1f} s, "
+        f"{of_alone(result):.2f} times its {alone_s:.1f} s alone at the same time.",
     ]
 
 
@@ -122,7 +128,7 @@ def table(result: ReplayResult) -> str:
                 f"{calls - all_lost(one)} of {calls}",
                 str(all_lost(one)),
                 str(lost(important(one))),
-                f"{important(one).seconds:.1f} s",
+                f"{seconds_of_important(one):.1f} s",
                 f"{one.seconds:.1f} s",
             )
         )
@@ -130,5 +136,5 @@ def table(result: ReplayResult) -> str:
         alone = important(result.alone)
         done = f"{len(alone.calls) - lost(alone)} of {len(alone.calls)}"
         row = ("the important session alone", done, str(lost(alone)), str(lost(alone)))
-        rows.append((*row, f"{alone.seconds:.1f} s", ""))
+        rows.append((*row, f"{seconds_of_important(result.alone):.1f} s", ""))
     return "\n".join(tables.table(_COLUMNS, rows, rule=True))

@@ -11,6 +11,7 @@ import os
 import shutil
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,19 +34,34 @@ _UP_S = 30.0
 Say = Callable[[str], None]
 Watch = Callable[[Progress], None]
 
-__all__ = ["EngineOptions", "Meeting", "Progress", "SessionSpec", "find_load", "run_strategy"]
+__all__ = [
+    "EngineOptions",
+    "Meeting",
+    "NotTogetherError",
+    "Progress",
+    "SessionSpec",
+    "find_load",
+    "run_strategy",
+    "wait_for_others",
+]
+
+
+class NotTogetherError(ReplayError):
+    """Another replay that was to start at the same moment did not."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """Settings of a replay. `timeout_s`: None is five times the longest plan and a minute.
     `memory_scale`: of the plans; the daemon's policy is scaled alike. `meeting`: calls that hold
-    their peaks together."""
+    their peaks together. `together`: passed by each replay that is to start at the same moment, once
+    its agents are up."""
 
     sample_period_s: float = 0.05
     timeout_s: float | None = None
     memory_scale: float = 1.0
     meeting: Meeting | None = None
+    together: threading.Barrier | None = None
 
 
 def find_load() -> str:
@@ -111,6 +127,17 @@ def _wait_until_up(sessions: Sequence[Session], sampler: _Sampler, options: Engi
         if all(session.events or session.state is not None for session in sessions):
             return
         time.sleep(options.sample_period_s)
+
+
+def wait_for_others(options: EngineOptions) -> None:
+    """Wait until each replay that is to start at the same moment is as far as this one. Raises
+    NotTogetherError where one of them never will be."""
+    if options.together is None:
+        return
+    try:
+        options.together.wait()
+    except threading.BrokenBarrierError as error:
+        raise NotTogetherError("the replay beside this one did not start") from error
 
 
 def _run_until_done(
@@ -261,6 +288,7 @@ def run_strategy(
                 session.start(job, backend.environment())
             try:
                 _wait_until_up(sessions, sampler, options)
+                wait_for_others(options)
             finally:
                 gate.unlink()
                 os.close(gate_fd)
@@ -288,6 +316,7 @@ def run_strategy(
             leaks=tuple(dict.fromkeys(left)),
             notes=backend.notes(),
             met=dict(meeting.became) if meeting else {},
+            meeting_waited_s=meeting.waited_s() if meeting else 0.0,
         )
 
 

@@ -88,6 +88,15 @@ class Place:
         if len(self.became) == len(self.meeting.calls):
             self._part.touch()
 
+    def waited_s(self) -> float:
+        """Seconds for which the leader waited for the others after it had held its peak for as long
+        as planned; 0 where it never held it."""
+        try:
+            reached = self._reached(self.meeting.leader).stat().st_mtime
+            return max(0.0, self._part.stat().st_mtime - reached - self.meeting.hold_s)
+        except FileNotFoundError:
+            return 0.0
+
 
 def schedule_text(steps: tuple[Step, ...]) -> str:
     """Steps as agentcg-load reads them."""

@@ -106,6 +106,9 @@ class StrategyResult:
     notes: tuple[str, ...] = ()
     met: Mapping[str, str] = field(default_factory=dict)
     """What became of each session's call that was to hold its peak with the others'."""
+    meeting_waited_s: float = 0.0
+    """How long the leader held its peak for others that came late, beyond what was planned: no
+    strategy's doing, but the machine's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,7 @@ class ReplayResult:
     strategies: tuple[StrategyResult, ...]
     rules: Mapping[str, str] = field(default_factory=dict)
     alone: StrategyResult | None = None
-    """The important session without the others, without control."""
+    """The important session without the others, without control, at the same time as `ours`."""
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain values, with the schema's name."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from agentcgroup_lab.trace import plan
 from agentcgroup_lab.trace.plan import PlannedCall, Step
 from bench.demo import choose, verdict
 from bench.demo.__main__ import RECORDINGS
+from bench.demo.beside import run_beside
 from bench.demo.live import Lines, View
 
 FAST = choose.Speed(touch_bytes_per_s=8e9, free_bytes=64 * 10**9)
@@ -151,6 +154,55 @@ def test_a_leader_that_was_killed_keeps_nobody_waiting(tmp_path: Path) -> None:
     assert place.became == {"s1": ENDED, "s2": ENDED}
 
 
+def test_what_the_leader_waited_for_who_was_late_is_known(tmp_path: Path) -> None:
+    place = Place(Meeting("s1", {"s1": 3, "s2": 3}, 1.5), tmp_path)
+    assert place.waited_s() == 0.0  # nobody came at all
+    (tmp_path / "reached-s1").touch()
+    (tmp_path / "reached-s2").touch()
+    place.look(lambda name, index: False, lambda name, index: False)
+    os.utime(tmp_path / "reached-s1", (1000.0, 1000.0))
+    for parted_s, waited_s in ((1001.0, 0.0), (1001.5, 0.0), (1004.0, 2.5)):
+        os.utime(tmp_path / "part", (parted_s, parted_s))
+        assert place.waited_s() == pytest.approx(waited_s)
+
+
+# --- two replays at once -------------------------------------------------------------------------
+
+
+def both_started(how: engine.EngineOptions, seconds: float) -> StrategyResult:
+    assert how.together is not None
+    how.together.wait(10)  # broken where the other does not come
+    return strategy("none", "ff", "ff", seconds, ENDED)
+
+
+def test_two_replays_start_together() -> None:
+    first, other = run_beside(
+        lambda how: both_started(how, 1.0),
+        engine.EngineOptions(),
+        lambda how: both_started(how, 2.0),
+        engine.EngineOptions(),
+    )
+    assert (first.sessions[0].seconds, other.sessions[0].seconds) == (1.0, 2.0)
+
+
+def waits_for_the_other(how: engine.EngineOptions) -> StrategyResult:
+    engine.wait_for_others(how)
+    raise AssertionError("the other never came")
+
+
+def cannot_start(how: engine.EngineOptions) -> StrategyResult:
+    raise ReplayError("no memory controller")
+
+
+@pytest.mark.parametrize("first", [waits_for_the_other, cannot_start])
+def test_the_error_of_the_one_that_failed_is_told(
+    first: Callable[[engine.EngineOptions], StrategyResult],
+) -> None:
+    other = cannot_start if first is waits_for_the_other else waits_for_the_other
+    with pytest.raises(ReplayError, match="no memory controller"):
+        run_beside(first, engine.EngineOptions(), other, engine.EngineOptions())
+
+
 # --- the verdict ---------------------------------------------------------------------------------
 
 
@@ -189,9 +241,18 @@ def test_what_is_claimed_is_said_in_three_sentences() -> None:
     none, static, ours = verdict.sentences(result)
     assert none == "Without control 1 of 4 calls were lost, 1 of them the important session's."
     assert static == "With an even part of 50 MB for each, 4 were lost, and 1 agent with them."
-    assert ours.endswith("took 10.4 s, 1.04 times its 10.0 s alone.")
+    assert ours.endswith("took 10.4 s, 1.04 times its 10.0 s alone at the same time.")
     assert "agentcgroup lost none" in ours
     assert verdict.table(result).splitlines()[-1].startswith("the important session alone")
+
+
+def test_what_the_meeting_itself_cost_is_not_the_daemon_s() -> None:
+    result = replayed(seconds=13.0)
+    assert verdict.of_alone(result) == pytest.approx(1.3)
+    *others, ours = result.strategies
+    late = replace(result, strategies=(*others, replace(ours, meeting_waited_s=2.8)))
+    assert verdict.of_alone(late) == pytest.approx(1.02)
+    assert verdict.failures(late) == []
 
 
 @pytest.mark.parametrize(
