@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDINGS = ROOT / "bench/recordings"
 OUTPUT = ROOT / "build/demo"
 GUEST = os.environ.get("AGENTCG_GUEST", "")
-GUEST_MIB, GUEST_TIMEOUT_S = 1536, 300
+GUEST_MIB, GUEST_TIMEOUT_S = 1536, 600
 PLAN_S = 18.0 if GUEST else 8.0
 """Seconds that a strategy takes when all runs on time. Three of them, the delays that they cause,
 and the start of guest and daemon stay below 2 minutes in the guest and 45 seconds natively."""

@@ -1,7 +1,7 @@
 """Two replays that start at the same moment: all sessions under a strategy, and one of them alone.
 
-What a session takes longer than alone is compared with a run of it beside, in a pool of its own, and
-not with an earlier or later one: whatever else the machine has to do then slows both alike.
+How much longer a session takes than alone is told from a run of it beside, in a pool of its own,
+not from an earlier or later one: whatever else the machine has to do then slows both alike.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from agentcgroupd.guard.sampler import Sampler
 from agentcgroupd.policy import credit
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import Snapshot
-from agentcgroupd.state.session import Call, boottime_usec
+from agentcgroupd.state.session import Call, boottime_usec, frozen_usec
 from agentcgroupd.units import show_bytes
 
 P = ParamSpec("P")
@@ -258,15 +258,21 @@ class CreditKeeper:
             calls=(),
             peaks_bytes=self.peaks(),
         )
-        given = credit.serve(policy, seen, budget, accounts)
         first = credit.in_order(accounts)[0].view.id
+        leads = self._leads(ledgers[first].call, policy, now)
+        given = credit.serve(policy, seen, budget, accounts, first_leads=leads)
         for account in accounts:
             ledger = ledgers[account.view.id]
             bound = given.get(account.view.id)
-            is_first = ledger.call.id == first
+            is_first = leads and ledger.call.id == first
             self._attempt(ledger.call, self._answer, ledger, bound, account.asks, is_first, now)
         if any(a.asks and given.get(a.view.id, 0) <= a.bound_bytes for a in accounts):
             self._take_back(policy, budget, limit)
+
+    def _leads(self, call: Call, policy: Policy, now: int) -> bool:
+        """Tell whether the first of those that grow or ask leads: no call is more important, or the
+        call has been paused for a whole lease, as in `Headroom.leader`."""
+        return self._ledgers.ranks_first(call) or frozen_usec(call, now) >= policy.headroom.lease
 
     def _takes_no_part(self, ledger: Ledger) -> bool:
         """Tell whether a call is ending, or paused by the policy: it may have nothing in hand."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ class Ledger:
 
     call: Call
     bound: int
+    priority: int
+    """The call's own when the ledger was opened: what others lend it is lent for a moment."""
     seen: int = 0
     """Bytes that it was last seen to hold."""
     grew_usec: int = 0
@@ -92,6 +95,7 @@ class Ledgers:
         """What calls hold that grew and do so no more, ascending: as good as their peaks."""
         self._peaks: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         """Peaks of ended calls, and the same with what is in `_rested`, ascending."""
+        self._priorities: Counter[int] = Counter()
         self.unused_bytes = 0
         """What all calls may take without asking."""
 
@@ -110,7 +114,8 @@ class Ledgers:
 
     def add(self, call: Call) -> Ledger:
         """Open a ledger for a call that may take nothing yet."""
-        ledger = self._of[call.id] = Ledger(call, 0)
+        ledger = self._of[call.id] = Ledger(call, 0, call.grant.priority)
+        self._priorities[ledger.priority] += 1
         return ledger
 
     def remove(self, ledger: Ledger) -> None:
@@ -119,6 +124,13 @@ class Ledgers:
         ledger.close()
         self.grows(ledger)
         del self._of[ledger.call.id]
+        self._priorities[ledger.priority] -= 1
+        if not self._priorities[ledger.priority]:
+            del self._priorities[ledger.priority]
+
+    def ranks_first(self, call: Call) -> bool:
+        """Tell whether no open call is more important."""
+        return call.priority >= max(self._priorities, default=call.priority)
 
     def see(self, ledger: Ledger, seen: int) -> None:
         """Note what a call is seen to hold."""

@@ -339,8 +339,8 @@ def kill(headroom: Headroom, ruleset: Ruleset, do: Kill, taken: Set[str]) -> lis
 def _more_is_needed(headroom: Headroom) -> bool:
     """Tell whether the pool still grows or stalls; a pool that is only full harms nobody."""
     stalled = (headroom.now.stalled_share or 0.0) > KILL_STALLED
-    grows = headroom.starves or headroom.growth_bytes_per_s > GROWING_BYTES_PER_S
-    return stalled or grows
+    grows = headroom.unheld_growth_bytes_per_s > GROWING_BYTES_PER_S
+    return stalled or headroom.starves_unheld or grows
 
 
 def victim_of(

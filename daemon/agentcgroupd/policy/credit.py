@@ -148,13 +148,19 @@ def last_bytes(policy: Policy, limit_bytes: int) -> int:
 
 
 def serve(
-    policy: Policy, now: Snapshot, budget: Budget, accounts: Sequence[Account]
+    policy: Policy,
+    now: Snapshot,
+    budget: Budget,
+    accounts: Sequence[Account],
+    first_leads: bool = True,
 ) -> dict[str, int]:
     """Return new bounds in bytes, by the ids of the calls that get more, or lose what they have not
     used.
 
-    `now` tells the limit and what calls took before; `accounts`: all calls that grow or ask. Who is
-    not in the result and asks has to wait.
+    `now` tells the limit and what calls took before; `accounts`: all calls that grow or ask;
+    `first_leads`: whether no call that is more important holds what it has, and rests. Else even
+    the first one leaves free what is always to be free, as the others do: that one may grow again.
+    Who is not in the result and asks has to wait.
     """
     order = in_order(accounts)
     if not order:
@@ -167,7 +173,8 @@ def serve(
     first = order[0]
     if first.asks and first.may_go_on:
         # Where even the first can get no more, it passes its bound a little, and not the pool's.
-        last = max(last_bytes(policy, now.limit_bytes), overshoot_bytes(first.view.memory_bytes))
+        least = last_bytes if first_leads else hold_free_bytes
+        last = max(least(policy, now.limit_bytes), overshoot_bytes(first.view.memory_bytes))
         room = budget.free_bytes - last - budget.unused_bytes
         unused += _give(policy, now, first, room, given)
     kept = kept_for_first_bytes(policy, now, first.view) - _unused_now(first, given)

@@ -23,6 +23,9 @@ DENIED_SLACK_BYTES = 48 << 20
 """Growth that is normal after growth was denied: the allowance, and memory that was asked for
 before but not touched yet. Where a call grows by more, denying was not enough."""
 
+STOPS_USEC = 50_000
+"""Time that a pause takes at most where no task is inside a system call."""
+
 
 def is_growing(call: CallView) -> bool:
     """Tell whether a call takes memory fast enough to matter."""
@@ -116,6 +119,33 @@ class Headroom:
     def starves(self) -> bool:
         """Whether even the call that is the first to get more is held at its credit."""
         return any(c.starved for c in self.running)
+
+    @cached_property
+    def _held_back(self) -> set[str]:
+        """Ids of calls that take no more, or will not in a moment: those that are paused or being
+        paused, and those that may not be paused just yet, as they were a moment ago. Until they may
+        their growth is held back at their credit."""
+        now, leader = self.now, self.leader
+        settling = (c for c in self.running if c is not leader and not self.may_pause(c))
+        paused = (c for c in now.active_calls if c.frozen_for_usec is not None)
+        stops = (c for c in paused if c.stopped or (c.frozen_for_usec or 0) < STOPS_USEC)
+        return {c.id for calls in (settling, stops) for c in calls}
+
+    @property
+    def unheld_growth_bytes_per_s(self) -> float:
+        """The growth that goes on: of calls that nothing holds back, or of the pool without those
+        that are held back, if that is faster, for agents grow as well. What a call took just before
+        it was paused is no growth to come."""
+        free = [c for c in self.moving if c.id not in self._held_back]
+        held = [c for c in self.now.active_calls if c.id in self._held_back]
+        calls = sum(c.growth_bytes_per_s for c in free)
+        return max(calls, self.now.growth_bytes_per_s - sum(c.growth_bytes_per_s for c in held))
+
+    @property
+    def starves_unheld(self) -> bool:
+        """Whether a call is held at its credit though it is the first to get more, and pausing it
+        in a moment is no answer."""
+        return any(c.starved and c.id not in self._held_back for c in self.running)
 
     # Changes of direction
 

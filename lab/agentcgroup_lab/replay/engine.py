@@ -54,8 +54,8 @@ class NotTogetherError(ReplayError):
 class EngineOptions:
     """Settings of a replay. `timeout_s`: None is five times the longest plan and a minute.
     `memory_scale`: of the plans; the daemon's policy is scaled alike. `meeting`: calls that hold
-    their peaks together. `together`: passed by each replay that is to start at the same moment, once
-    its agents are up."""
+    their peaks together. `together`: passed by each of the replays that are to start at the same
+    moment, once its agents are up."""
 
     sample_period_s: float = 0.05
     timeout_s: float | None = None

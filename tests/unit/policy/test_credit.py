@@ -94,6 +94,18 @@ def test_the_first_gets_what_is_there_and_the_others_leave_it_what_it_may_need()
     assert "other" in served(2900, first, other)
 
 
+def test_who_goes_first_while_a_more_important_one_rests_leaves_it_room() -> None:
+    first = account("first", 400)
+    budget = Budget(300 * MIB, 0, 2)
+    alone = credit.serve(POLICY, seen(), budget, [first])
+    beside = credit.serve(POLICY, seen(), budget, [first], first_leads=False)
+    assert alone["first"] - first.bound_bytes == 100 * MIB
+    assert beside == {} and HOLD > 300 * MIB
+    more = Budget(HOLD + 50 * MIB, 0, 2)
+    beside = credit.serve(POLICY, seen(), more, [first], first_leads=False)
+    assert beside["first"] - first.bound_bytes == 50 * MIB
+
+
 def test_a_call_that_may_not_go_on_yet_takes_nobody_s_room() -> None:
     first = account("first", 400, 64, asks=False)
     waits = replace(account("waits", 300, held=True), may_go_on=False)

@@ -420,6 +420,39 @@ def test_agents_that_grow_over_the_rest_cost_a_call_not_an_agent() -> None:
     assert actions(now) == [(Action.KILL, "b")]
 
 
+def test_a_call_that_was_paused_a_moment_ago_costs_nobody_s_life() -> None:
+    """The leader holds its peak and wants nothing; the other is held at its credit until it may be
+    paused again."""
+    vip = call("vip", priority=80, memory_bytes=500 * MIB)
+    other = call("other", paused_ago_usec=500_000, asks=True, starved=True)
+    waits = call("waits", frozen_for_usec=3_000_000, cpu_usec=1)
+    now = snapshot(vip, other, waits, free=5, host=HOLDING)
+    assert actions(now) == []
+    may_be_paused = replace(other, paused_ago_usec=1_500_000)
+    assert actions(snapshot(vip, may_be_paused, waits, free=5, host=HOLDING)) == [
+        (Action.FREEZE, "other")
+    ]
+    # A leader that does want more is worth a call, and so is one that nobody can hold.
+    starves = replace(vip, asks=True, starved=True)
+    assert actions(snapshot(starves, replace(other, starved=False), waits, free=5, host=HOLDING))[
+        0
+    ] == (Action.KILL, "waits")
+
+
+def test_what_a_paused_call_took_before_is_no_growth_to_come() -> None:
+    vip = call("vip", priority=80, memory_bytes=500 * MIB)
+    paused = call("paused", frozen_for_usec=60_000, growth_bytes_per_s=FAST)
+    now = snapshot(vip, paused, free=5, host=HOLDING)
+    assert actions(now) == []
+    # Not yet stopped after so long it is inside a system call, and goes on taking memory.
+    takes = replace(paused, stopped=False)
+    assert actions(snapshot(vip, takes, free=5, host=HOLDING)) == [(Action.KILL, "paused")]
+    stops = replace(takes, frozen_for_usec=4_000)
+    assert actions(snapshot(vip, stops, free=5, host=HOLDING)) == []
+    agents_grow_too = replace(now, growth_bytes_per_s=2 * FAST)
+    assert actions(agents_grow_too) == [(Action.KILL, "paused")]
+
+
 # Denying, throttling ------------------------------------------------------------------------------
 
 
