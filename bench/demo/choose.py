@@ -300,7 +300,7 @@ def prepare(directory: Path, plan_s: float, sample_s: float) -> Prepared:
         sample_period_s=sample_s,
         memory_scale=options.memory_scale,
         meeting=meeting,
-        timeout_s=max(30.0, 4 * plan_s),
+        timeout_s=max(30.0, LATE_MOST * plan_s),
     )
     return Prepared(specs, choice.pool_bytes, how, options.speed, _rules(choice, speed, options))
 

@@ -9,6 +9,7 @@ Who compares with more strategies registers a backend for each.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -21,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from agentcgroupd.cgroup.knobs import MEMORY_CURRENT, MEMORY_HIGH, MEMORY_MAX
+from agentcgroupd.cgroup.knobs import CPU_WEIGHT, MEMORY_CURRENT, MEMORY_HIGH, MEMORY_MAX
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
-from agentcgroupd.errors import CgroupGone
+from agentcgroupd.errors import CgroupGone, KnobError
 
 # Functions import what only DaemonBackend needs: gRPC, which is slow to load, and the policy, whose
 # pydantic is no dependency of the command line that reads STRATEGIES for its help.
@@ -37,6 +38,8 @@ _ENTER = 'echo 0 >"$0/cgroup.procs" && exec "$@"'
 _START_S = 90.0
 _RPC_S = 60.0
 _STOP_S = 20.0
+NICE = -10
+"""As in systemd/agentcgroupd.service."""
 
 
 class ReplayError(RuntimeError):
@@ -95,6 +98,15 @@ def _base(name: str) -> tuple[Cgroup, str]:
     return root, name
 
 
+def _even_cpu(pool: Cgroup, sessions: int) -> None:
+    """Have sessions share the CPU evenly with those of other pools, however many are in each."""
+    try:
+        pool.write(CPU_WEIGHT, min(100 * sessions, 10_000))
+    except KnobError as error:
+        if error.errno != errno.ENOENT:  # without the controller each process counts alone
+            raise
+
+
 def _below(cgroup: Cgroup, depth: int = 4) -> list[str]:
     """Paths of all cgroups below this one, deepest last."""
     found: list[str] = []
@@ -133,6 +145,7 @@ class PlainBackend:
         self.pool = root.make_child(pool)
         self.pool.write(MEMORY_MAX, pool_bytes)
         self.pool.enable(("memory", "cpu", "pids"))
+        _even_cpu(self.pool, sessions)
         self._share_bytes = pool_bytes // sessions
 
     def open(self, session_id: str, important: bool) -> Place:
@@ -181,7 +194,7 @@ class DaemonBackend:
     name = "ours"
     holds_back = True
 
-    def __init__(self, pool_bytes: int, work: Path, memory_scale: float = 1.0) -> None:
+    def __init__(self, pool_bytes: int, sessions: int, work: Path, memory_scale: float) -> None:
         """`memory_scale`: of what is replayed. What the policy says in bytes, such as how far a
         recorded call goes, is true of the recordings, and so scaled alike."""
         from agentcgroup.paths import admin_socket, find_launcher
@@ -209,12 +222,22 @@ class DaemonBackend:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": _python_path()},
             )
+        self._notes: list[str] = []
+        self._hurry()
         try:
             self._connect(admin_socket(str(self._run_dir)))
             self.pool = Cgroup.open(self._pool_path)
+            _even_cpu(self.pool, sessions)
         except BaseException:
             self._end_daemon()
             raise
+
+    def _hurry(self) -> None:
+        """Let the daemon run before what calls burn, as its unit does."""
+        try:
+            os.setpriority(os.PRIO_PROCESS, self._daemon.pid, NICE)
+        except PermissionError as error:
+            self._notes.append(f"the daemon waits for its CPU time as calls do: {error}")
 
     def _connect(self, socket: str) -> None:
         import grpc
@@ -233,7 +256,7 @@ class DaemonBackend:
             info = self._admin.GetPool(pb.GetPoolRequest(), timeout=_START_S, wait_for_ready=True)
         except grpc.RpcError as error:
             raise ReplayError(f"the daemon does not answer: {error}") from error
-        self._notes = [f"not enforced here: {name}" for name in info.not_enforced]
+        self._notes += [f"not enforced here: {name}" for name in info.not_enforced]
         self._events: list[pb.Event] = []
         self._stream = self._admin.WatchEvents(pb.WatchEventsRequest())
         self._watcher = threading.Thread(target=self._watch, name="watch-events", daemon=True)
@@ -377,8 +400,7 @@ def _plain(strategy: str) -> MakeBackend:
 
 
 def _ours(pool_bytes: int, sessions: int, work: Path, memory_scale: float) -> Backend:
-    del sessions
-    return DaemonBackend(pool_bytes, work, memory_scale)
+    return DaemonBackend(pool_bytes, sessions, work, memory_scale)
 
 
 for _strategy in ("none", "static", "high"):
