@@ -27,6 +27,7 @@ have() { command -v "$1" >/dev/null 2>&1 || [ -x "/usr/sbin/$1" ]; }
 missing_packages() {
 	have git || echo git
 	have setpriv || echo util-linux
+	have bwrap || echo bubblewrap # tests run agents' sandboxes
 	have groff || echo groff-base # checks the manual pages
 	have "${CC:-cc}" || echo gcc
 	[ -e /usr/include/stdlib.h ] || echo libc6-dev

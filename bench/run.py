@@ -17,6 +17,7 @@ ANYWHERE = frozenset(
     {
         "calls",
         "boundaries",
+        "sealed",
         "overhead",
         "learning",
         "density",

@@ -123,7 +123,7 @@ int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 
 /*
  * Whether a task is our launcher. It declares its call itself, so its exec need not wake the
- * daemon.
+ * daemon, unless that is the declaration.
  */
 static __always_inline bool is_launcher(struct task_struct *task)
 {
@@ -133,15 +133,37 @@ static __always_inline bool is_launcher(struct task_struct *task)
 	return !bpf_strncmp(comm, sizeof("agentcg-exec"), "agentcg-exec");
 }
 
+/*
+ * Whether our launcher executes itself to declare a call, because it may use no socket
+ * (agent_sdk/exec/sealed.h). So a process in a call may declare one, inside that.
+ */
+static __always_inline bool declares(struct task_struct *task)
+{
+	static const char head[] = "agentcg-exec\0--sealed=";
+	char found[sizeof(head)] = {};
+
+	if (bpf_probe_read_user(found, sizeof(head) - 1, (void *)task->mm->arg_start))
+		return false;
+	for (u32 i = 0; i < sizeof(head) - 1; i++)
+		if (found[i] != head[i])
+			return false;
+	return true;
+}
+
 static __always_inline void tell_exec(struct task_struct *task)
 {
 	unsigned long start, length;
+	bool launcher, declared;
 	struct exec_event *event;
 	struct managed *entry;
 	u64 own, id;
 
 	entry = find_managed(task, &own, &id);
-	if (!entry || entry->kind == KIND_CALL)
+	if (!entry)
+		return;
+	launcher = is_launcher(task);
+	declared = launcher && declares(task);
+	if (entry->kind == KIND_CALL && !declared)
 		return;
 	event = reserve(EVENT_EXEC, sizeof(*event), id);
 	if (!event)
@@ -160,7 +182,7 @@ static __always_inline void tell_exec(struct task_struct *task)
 	if (bpf_probe_read_user(event->argv, length, (void *)start))
 		length = 0;
 	event->argv_bytes = length;
-	submit(event, !is_launcher(task));
+	submit(event, !launcher || declared);
 }
 
 SEC("tp_btf/sched_process_exec")

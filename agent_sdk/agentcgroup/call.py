@@ -14,6 +14,7 @@ from agentcgroup.errors import (
     AgentcgWarning,
     InvalidIntent,
     ReportNotReady,
+    Sealed,
     Unavailable,
 )
 from agentcgroup.flow import Flow, OnUnavailable
@@ -101,6 +102,8 @@ class CallBase:
         id: the call's id; empty before it is begun and where it runs without control.
         grant: what the daemon granted; None where it runs without control.
         confined: the call is begun and has a cgroup.
+        sealed: a sandbox keeps this process from the daemon, so that each command that is started
+            is a call of its own, which its launcher declares.
     """
 
     def __init__(
@@ -109,7 +112,7 @@ class CallBase:
         self.name = cut_name(name)
         self.id = ""
         self.grant: Grant | None = None
-        self.confined = False
+        self.confined = self.sealed = False
         self._settings = settings
         self._request = begin_request(self.name, intent, argv)
         self._launch: list[str] = []
@@ -148,6 +151,10 @@ class CallBase:
 
     def _begun(self, launcher: str, outcome: pb.Call | AgentcgError) -> None:
         self._state = "open"
+        if isinstance(outcome, Sealed):
+            self.sealed = True
+            self._launch = self._declaring(launcher)
+            return
         if isinstance(outcome, AgentcgError):
             self._settings.seen = False
             warn(f"{self.name} runs without resource control: {outcome}")
@@ -159,6 +166,18 @@ class CallBase:
         self._launch = [
             launcher,
             f"--call={outcome.id}",
+            f"--socket={paths.attach_socket(self._settings.run_dir)}",
+            f"--on-unavailable={self._settings.on_unavailable}",
+            "--",
+        ]
+
+    def _declaring(self, launcher: str) -> list[str]:
+        """Make the command line of a launcher that declares a call like this one."""
+        words = [("name", self.name)]
+        words += [(f.name, text) for f, text in self._request.intent.ListFields()]
+        return [
+            launcher,
+            *(f"--{field.replace('_', '-')}={text}" for field, text in words),
             f"--socket={paths.attach_socket(self._settings.run_dir)}",
             f"--on-unavailable={self._settings.on_unavailable}",
             "--",

@@ -72,6 +72,11 @@ class DaemonAway(Unavailable):
     """Nobody listens on the daemon's socket: it does not run. No other error says that."""
 
 
+class Sealed(Unavailable):
+    """A sandbox around this process refuses sockets, so that the daemon cannot be asked. A command
+    is declared by its launcher all the same (docs/sealed.md)."""
+
+
 class ConnectionLost(Unavailable):
     """The daemon ended the connection without an answer: it stops, or had no room for it."""
 

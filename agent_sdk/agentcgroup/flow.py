@@ -18,6 +18,7 @@ from agentcgroup.errors import (
     CallNotFound,
     ConnectionLost,
     DaemonAway,
+    Sealed,
     Unavailable,
 )
 from agentcgroup.types import Report
@@ -73,7 +74,8 @@ def begin(
 ) -> Flow[pb.Call | Unavailable]:
     """Begin a call. The outcome is the call, or why it has to run without control.
 
-    Without control is only what finds nobody on the daemon's socket: every other error is raised.
+    Without control is only what finds nobody on the daemon's socket; in a sandbox that refuses
+    sockets the outcome is Sealed, and the launcher declares the call. Every other error is raised.
 
     Args:
         request: what to begin.
@@ -86,6 +88,8 @@ def begin(
         if on_unavailable == "refuse":
             raise
         return away
+    except Sealed as sealed:
+        return sealed
 
 
 def _begin(request: pb.BeginCallRequest, seen: bool) -> Flow[pb.Call]:

@@ -7,6 +7,7 @@ everything else. docs/protocol.md describes the packets (verb `rpc`).
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -19,6 +20,7 @@ from agentcgroup.errors import (
     AgentcgError,
     ConnectionLost,
     DaemonAway,
+    Sealed,
     Unavailable,
     from_message,
 )
@@ -114,11 +116,20 @@ def away(error: OSError, path: str) -> Unavailable:
     """Return the typed error for a socket at `path` that could not be used."""
     if isinstance(error, TimeoutError):
         return Unavailable("agentcgroupd did not answer in time", code="DEADLINE_EXCEEDED")
+    if _is_sealed(error, path):
+        return Sealed(f"a sandbox keeps this process from {path}: {os.strerror(error.errno or 0)}")
     # No socket, or nobody who listens on it (unix(7)).
     is_away = isinstance(error, (FileNotFoundError, ConnectionRefusedError))
     kind = DaemonAway if is_away else ConnectionLost
     why = os.strerror(error.errno) if error.errno else str(error)
     return kind(f"agentcgroupd cannot be reached at {path}: {why}")
+
+
+def _is_sealed(error: OSError, path: str) -> bool:
+    """Tell whether a sandbox refuses sockets, rather than the socket's own mode."""
+    if error.errno == errno.EACCES:
+        return os.access(path, os.W_OK)
+    return error.errno in (errno.EPERM, errno.EAFNOSUPPORT)
 
 
 def parse(method: str, reply: bytes, path: str) -> Any:

@@ -19,6 +19,7 @@
 
 #include "options.h"
 #include "say.h"
+#include "sealed.h"
 #include "user.h"
 #include "wait.h"
 
@@ -85,8 +86,9 @@ static void set_cap(char *word)
 static const char hung_up[] = "it hung up";
 
 /*
- * Returns NULL when this process is in its cgroup, `hung_up` when there was no answer, or why the
- * daemon is taken to be away: it is only where nobody listens.
+ * Returns NULL when this process is in its cgroup, `hung_up` when there was no answer, `sealed`
+ * where nothing can be asked at all, or why the daemon is taken to be away: it is only where nobody
+ * listens.
  */
 static const char *enter_cgroup(int what)
 {
@@ -97,12 +99,18 @@ static const char *enter_cgroup(int what)
 	ssize_t len;
 	char rest;
 
+	if (fd < 0 && what != SESSION && is_sealed(errno))
+		return sealed;
 	if (fd < 0)
 		die(REFUSED, "socket: %s", strerror(errno));
 	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout));
 	len = TEMP_FAILURE_RETRY(connect(fd, (struct sockaddr *)&server, sizeof(server)));
 	if (!len)
 		len = TEMP_FAILURE_RETRY(send(fd, request, request_len, MSG_NOSIGNAL));
+	if (len < 0 && what != SESSION && is_sealed(errno)) {
+		close(fd);
+		return sealed;
+	}
 	/* A daemon may refuse and hang up before it reads the request: its reply still counts. */
 	while (len > 0 || errno == EPIPE || errno == ECONNRESET) {
 		setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout));
@@ -179,10 +187,12 @@ static void leave_group(void)
 
 int main(int argc, char **argv)
 {
+	const char *declared = argc > 1 ? argv[1] : NULL;
+	bool was_declared = is_declared(&argc, &argv);
 	int i = parse_options(argc, argv);
 	struct stat file_stat;
 	int what = values[CALL] ? CALL : values[SESSION] ? SESSION : NAME;
-	const char *policy = values[AWAY], *run = getenv("AGENTCG_RUN_DIR"), *away;
+	const char *policy = values[AWAY], *run = getenv("AGENTCG_RUN_DIR"), *away, *is;
 	const char *policy_source = "--on-unavailable";
 	const char *file = what == SESSION ? "admin/attach.sock" : "agent/attach.sock";
 
@@ -210,9 +220,12 @@ int main(int argc, char **argv)
 	strcpy(server.sun_path, values[SOCKET]);
 
 	make_request(what, argc - i, argv + i);
-	if (what == NAME && speaks())
+	if (what == NAME && speaks() && !was_declared)
 		start_waiter(&server);
-	away = enter_cgroup(what);
+	away = was_declared ? wait_to_be_moved(declared, !strcmp(policy, "run")) :
+			      enter_cgroup(what);
+	if (away == sealed)
+		declare(request + strlen("ACG1") + 1, request_len - strlen("ACG1") - 1, argc, argv);
 	/* The daemon is being started anew, or turns away those who ask too much at a time. */
 	for (unsigned int wait_ms = 25; away == hung_up && wait_ms < 3000; wait_ms *= 2) {
 		usleep(wait_ms * 1000);
@@ -220,11 +233,12 @@ int main(int argc, char **argv)
 	}
 	if (away == hung_up)
 		die(REFUSED, "daemon at '%s' hangs up; command not run", server.sun_path);
+	is = was_declared || away == sealed ? "cannot be asked" : "is away";
 	if (away && !strcmp(policy, "refuse"))
-		die(REFUSED, "daemon at '%s' is away: %s; command not run", server.sun_path, away);
+		die(REFUSED, "daemon at '%s' %s: %s; command not run", server.sun_path, is, away);
 	if (away)
-		say("%s: warning: daemon at '%s' is away: %s; running without limits", program,
-		    server.sun_path, away);
+		say("%s: warning: daemon at '%s' %s: %s; running without limits", program,
+		    server.sun_path, is, away);
 	if (values[USER])
 		become_user(values[USER]);
 	if (values[OWN_GROUP])

@@ -54,6 +54,7 @@ from agentcgroupd.rpc.memory import MemoryWatch
 from agentcgroupd.rpc.messages import Messages
 from agentcgroupd.rpc.past import Past
 from agentcgroupd.rpc.relay import Relay
+from agentcgroupd.rpc.sealed import SealedDoor
 from agentcgroupd.rpc.services import AdminService, AgentService, GrpcServer, Parts
 from agentcgroupd.rpc.verbs import PING, AgentVerbs, OperatorVerbs, Verb, pong
 from agentcgroupd.rpc.views import Views
@@ -278,7 +279,9 @@ class Daemon:
         """Let agents, the operator and the metrics' reader in. `given`: the sockets that systemd
         handed over. Raises OSError or ConfigError."""
         for role in ("agent", "admin"):
-            budgets = await self._open_sockets(undo, parts, admission, role, given)
+            budgets = await self._open_sockets(
+                undo, parts, admission, running.observers, role, given
+            )
             running.memory.add(budgets)
         await self._serve_metrics(undo, parts.notices.metrics, running.heartbeat)
         undo.callback(parts.notices.feed.end)
@@ -288,6 +291,7 @@ class Daemon:
         undo: AsyncExitStack,
         parts: Parts,
         admission: Admission,
+        observers: Observers,
         role: str,
         given: Mapping[str, socket.socket],
     ) -> Budgets:
@@ -314,7 +318,11 @@ class Daemon:
             messages = Messages("Agent", for_agents, parts.agent_calls, metrics, parts.turns)
             callers = Callers(parts.sessions, self._config.calls.tools_may)
             agent = AgentVerbs(callers, parts.calls, admission, self._config.calls.rightsize)
-            verbs |= {"attach": agent.attach, "begin": agent.begin, "report": agent.report}
+            verbs |= {"attach": agent.attach, "begin": agent.begin}
+            sealed = SealedDoor(dict(verbs), find, budgets, parts.turns, parts.notices)
+            undo.callback(sealed.stop)
+            observers.declared = sealed.declared
+            verbs["report"] = agent.report
             verbs["told"] = HookVerb(callers, parts.calls).told
         else:
             for_operator = AdminService(parts, relay)

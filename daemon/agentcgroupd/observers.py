@@ -51,6 +51,8 @@ class Observers:
         self._protection = Protection(pool, sessions)
         self._guard: PoolGuard | None = None
         self._boundaries: Boundaries | None = None
+        self.declared: Callable[[int, int, bytes], None] = lambda pid, start_ticks, head: None
+        """Told of launchers that declare a call without a socket; set once there is who listens."""
         self._signals = self._make_signals()
         if self._signals is None:
             plane.drop_memory("the pool has no memory controller")
@@ -86,6 +88,7 @@ class Observers:
                 self._sessions,
                 self._notices,
                 self._pool.settled_ticks,
+                lambda *launcher: self.declared(*launcher),
             )
 
     def start(self, guard: PoolGuard | None) -> None:

@@ -62,7 +62,7 @@ class Running:
         self.memory = memory
         self._events = events
         self._pool = pool
-        self._observers = observers
+        self.observers = observers
         self._cpu = cpu
         self._gpus = gpus
         self._calls = parts.calls
@@ -109,7 +109,7 @@ class Running:
                 log.error("housekeeping: %s", error)
 
     def _sweep_observers(self) -> Iterator[None]:
-        self._observers.sweep()
+        self.observers.sweep()
         yield
 
     def sweep_at_once(self) -> None:

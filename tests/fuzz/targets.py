@@ -24,6 +24,7 @@ from agentcgroupd.policy.load import load_policy
 from agentcgroupd.rpc.agent_calls import refuse_unknown
 from agentcgroupd.rpc.frames import BadFrame, Reader, Streams
 from agentcgroupd.rpc.packets import RPC_PREFIX, Request, rpc_request
+from agentcgroupd.rpc.sealed import request_in
 from agentcgroupd.state.records import read_record
 from agentcgroupd.telemetry.logs import escaped
 
@@ -39,6 +40,15 @@ def packet(data: bytes) -> None:
                 request_of_proto(message)
             return
         request = Request(data)
+        request_of_words(request.values, request.args)
+    except AgentcgroupdError:
+        return
+
+
+def declared(data: bytes) -> None:
+    """The arguments of a launcher that may use no socket."""
+    try:
+        request = request_in(b"agentcg-exec\0--sealed=0:0\0" + data)
         request_of_words(request.values, request.args)
     except AgentcgroupdError:
         return
@@ -163,6 +173,7 @@ TARGETS: dict[str, Target] = {
     target.__name__: target
     for target in (
         packet,
+        declared,
         message,
         frames,
         proc_cgroup,

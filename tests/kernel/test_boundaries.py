@@ -133,6 +133,18 @@ def test_a_declared_call_is_not_seen_twice(daemon: DaemonProcess, agent: AgentPr
     assert ended(daemon) == before + 1
 
 
+def test_a_shell_that_the_command_runs_is_not_seen_twice(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    front = str(Path(EXEC).with_name("agentcg"))
+    before = ended(daemon)
+    code, _ = agent.run(RUN, argv=[front, "exec", "--name=mine", "--", "sh", "-c", "sleep 0.1"])
+    assert code == 0
+    shell(agent, "sleep 0.1")  # what is told late of the first comes before this
+    assert [report.name for report in reports(daemon)[:2]] == ["sleep", "mine"]
+    assert ended(daemon) == before + 2
+
+
 def test_a_shell_that_declares_a_call_has_both(daemon: DaemonProcess, agent: AgentProcess) -> None:
     code, out = shell(agent, f"{EXEC} --name inner -- cat /proc/self/cgroup; cat /proc/self/cgroup")
     assert code == 0

@@ -28,6 +28,7 @@ from agentcgroupd.boundaries.rules import (
     CMDLINE_BYTES_MAX,
     argv_of,
     begins_call,
+    declares,
     may_begin_call,
 )
 from agentcgroupd.bpf import abi
@@ -43,6 +44,8 @@ from agentcgroupd.telemetry.notices import Notices
 
 log = logging.getLogger(__name__)
 
+Declared = Callable[[int, int, bytes], None]
+"""Takes the pid and start time (clock ticks) of a launcher, and the head of its arguments."""
 SLICE_S = 0.005
 QUEUE_EVENTS_MAX = 4096
 
@@ -58,10 +61,13 @@ class Boundaries:
         sessions: Callable[[], Iterable[Session]],
         notices: Notices,
         settled_ticks: int,
+        declared: Declared,
     ) -> None:
         """`settled_ticks`: processes that were in an agent leaf at this time (clock ticks since
-        boot) and in no call belong to the agent itself, because a daemon was there to see them."""
+        boot) and in no call belong to the agent itself, because a daemon was there to see them.
+        `declared`: told of each launcher that declares a call without a socket."""
         self._config = config
+        self._declared = declared
         self._lifecycle = lifecycle
         self._calls = calls
         self._sessions = sessions
@@ -232,9 +238,13 @@ class Boundaries:
         session = self._agents.get(event.event.cgroup_id)
         key = key_of(event.process)
         forked = self._known.forked(key)
+        if forked is not None:
+            forked.executed = True
+        if declares(event):
+            self._declared(*key, bytes(event.argv[: event.argv_bytes]))
+            return
         if session is None or forked is None:
             return
-        forked.executed = True
         comm = event.process.comm.decode("utf-8", "replace")
         argv = argv_of(event)
         begins = begins_call(self._config, comm, argv)
@@ -263,8 +273,10 @@ class Boundaries:
 
     def _exec_was_missed(self, forked: Forked, event: abi.ExitEvent) -> None:
         """Report a call whose exec event was lost: the exit event says that the process had
-        executed something."""
+        executed something. Not one that ended in a call, which it had asked for itself."""
         comm = event.process.comm.decode("utf-8", "replace")
+        if event.event.cgroup_id not in self._agents:
+            return
         if forked.executed or not event.executed or not may_begin_call(self._config, comm):
             return
         key, name = key_of(event.process), tool_name(comm, [])

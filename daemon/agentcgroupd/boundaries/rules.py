@@ -14,6 +14,16 @@ OWN_LAUNCHERS = ("agentcg", "agentcg-exec")
 """Launchers ask for a call themselves."""
 
 
+DECLARES = b"agentcg-exec\0--sealed="
+"""Begins the arguments of a launcher that declares a call by this exec itself, because a sandbox
+lets it use no socket (agent_sdk/exec/sealed.h)."""
+
+
+def declares(event: abi.ExecEvent) -> bool:
+    """Whether an exec is the declaration of a call."""
+    return bytes(event.argv[: len(DECLARES)]) == DECLARES and event.argv_bytes > len(DECLARES)
+
+
 def argv_of(event: abi.ExecEvent) -> list[str]:
     """The head of a program's arguments."""
     raw = bytes(event.argv[: event.argv_bytes])

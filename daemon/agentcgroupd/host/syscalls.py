@@ -164,6 +164,22 @@ def refuse_descriptors(sock: socket.socket) -> bool:
     return True
 
 
+_SIGINFO = struct.Struct("=iiiiiIQ92x")
+"""siginfo_t of a signal with a value: number, errno, code, padding, pid, uid, value
+(include/uapi/asm-generic/siginfo.h)."""
+_SI_QUEUE = -1
+_SYS_PIDFD_SEND_SIGNAL = 424
+"""include/uapi/asm-generic/unistd.h, the same on all architectures."""
+
+
+def queue_signal(pidfd: int, number: int, value: int) -> None:
+    """Send a signal with a value of 64 bits, as sigqueue(3) does, to the process of a pidfd."""
+    info = _SIGINFO.pack(number, 0, _SI_QUEUE, 0, os.getpid(), os.getuid(), value)
+    arguments = (ctypes.c_int(pidfd), ctypes.c_int(number), info, ctypes.c_uint(0))
+    call = ctypes.c_long(_SYS_PIDFD_SEND_SIGNAL)
+    _check(_libc.syscall(call, *arguments), "pidfd_send_signal", f"descriptor {pidfd}")
+
+
 def pidfd_alive(fd: int) -> bool:
     """Whether the process of a pidfd has its pid still: it runs, or nobody has waited for it."""
     try:

@@ -14,6 +14,8 @@ from agentcgroupd.rpc.budgets import user_key
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import Session
 
+NOBODY = 65534
+"""A user and a group that own nothing (overflowuid, user_namespaces(7))."""
 ENDED = "the process that opened the connection has ended"
 NOT_IN_SESSION = (
     "this process is in no session: it is not in a cgroup that agentcgroup manages. "
@@ -55,6 +57,15 @@ class Peer:
             if isinstance(error, OSError):
                 raise _not_known(error) from None
             raise
+
+    @classmethod
+    def of_process(cls, process: Process) -> Peer:
+        """A process of which a program in the kernel has told, and which is taken over: it counts
+        for its session alone, whoever its user is."""
+        peer = cls.__new__(cls)
+        peer.uid = peer.gid = NOBODY
+        peer.process = process
+        return peer
 
     def cgroup_path(self) -> str:
         """The cgroup the process is in now, below the cgroup2 mount. Raises PermissionDenied, or

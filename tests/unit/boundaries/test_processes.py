@@ -161,6 +161,7 @@ class World:
             lambda: [cast(Session, session)],
             cast(Notices, notices),
             settled_ticks=0,
+            declared=lambda *_: None,
         )
         self.here, there = [], self.here
         self.boundaries.session_opened(cast(Session, session))

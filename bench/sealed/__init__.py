@@ -1,0 +1,1 @@
+"""Benchmark `sealed`: calls in sandboxes that refuse sockets."""

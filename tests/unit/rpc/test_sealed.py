@@ -1,0 +1,93 @@
+"""What a launcher in a sandbox asks by its arguments, and the answer that fits into a signal."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from agentcgroupd.boundaries.rules import DECLARES, declares
+from agentcgroupd.bpf import abi
+from agentcgroupd.errors import InvalidField
+from agentcgroupd.host.syscalls import queue_signal
+from agentcgroupd.intents.parse import PARSERS
+from agentcgroupd.rpc import sealed
+from agentcgroupd.rpc.packets import PACKET_BYTES_MAX
+from tests.harness import ROOT
+
+HEAD = DECLARES + b"0:1f\0"
+HEADER = (ROOT / "agent_sdk/exec/sealed.h").read_text()
+
+
+def test_the_words_before_the_launchers_own_arguments_are_the_request() -> None:
+    own = b"--\0agentcg-exec\0--name=other\0--\0rm\0"
+    request = sealed.request_in(HEAD + b"begin\0name=a\0memory=1G\0arg=x\0arg=--\0" + own)
+    assert (request.verb, request.args) == ("begin", ["x", "--"])
+    assert request.values == {"name": "a", "memory": "1G"}
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [b"", b"begin\0", b"begin\0name=a\0", b"--\0", b"begin\0name\0--\0", b"begin\0a=1\0a=2\0--\0"],
+)
+def test_what_is_no_request_is_refused(rest: bytes) -> None:
+    with pytest.raises(InvalidField):
+        sealed.request_in(HEAD + rest)
+
+
+def test_a_request_has_the_length_of_a_packet_at_most() -> None:
+    fits = PACKET_BYTES_MAX - len(HEAD) - len(b"begin\0arg=")
+    sealed.request_in(HEAD + b"begin\0arg=" + b"x" * fits + sealed.END)
+    with pytest.raises(InvalidField):
+        sealed.request_in(HEAD + b"begin\0arg=" + b"x" * (fits + 1) + sealed.END)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (HEAD, True),
+        (DECLARES, False),  # the mark has a value
+        (b"agentcg-exec\0--sealed\0begin\0", False),
+        (b"x" + HEAD, False),
+        (b"agentcg-exec\0--name=--sealed=0:1\0", False),
+    ],
+)
+def test_a_declaration_is_known_by_its_first_two_arguments(arguments: bytes, found: bool) -> None:
+    event = abi.ExecEvent(argv_bytes=len(arguments))
+    event.argv[: len(arguments)] = list(arguments)
+    assert declares(event) is found
+
+
+def test_each_field_has_a_mark_of_its_own() -> None:
+    marks = {sealed.name_mark(field) for field in ("name", "call", *PARSERS)}
+    assert len(marks) == 2 + len(PARSERS) and 0 not in marks
+    assert max(marks) < 1 << 16
+    assert sealed.name_mark("") == 0
+
+
+def test_the_launcher_has_the_same_numbers() -> None:
+    for name, value in (("OK", sealed.OK), ("REFUSED", sealed.REFUSED), ("WAIT", sealed.WAIT)):
+        assert re.search(rf"ANSWER_{name} = {value}\b", HEADER), name
+    assert f"0x{sealed.ANSWER_MAGIC:x}ULL" in HEADER
+    assert f"ANSWER_SIGNAL = {sealed.ANSWER_SIGNAL.name}," in HEADER
+    name, option = DECLARES.decode().split("\0")
+    assert re.search(rf'SEALED_NAME\s+"{name}"', HEADER)
+    assert re.search(rf'SEALED_OPTION "{option}"', HEADER)
+    program = (Path(ROOT) / "bpf/lifecycle.bpf.c").read_text()
+    assert f'"{name}\\0{option}"' in program
+
+
+def test_a_value_comes_with_a_signal() -> None:
+    value = sealed.ANSWER_MAGIC << 32 | 0xABCDEF
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGURG])
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        queue_signal(pidfd, signal.SIGURG, value)
+        info = signal.sigwaitinfo([signal.SIGURG])
+    finally:
+        os.close(pidfd)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert (info.si_code, info.si_pid, info.si_uid) == (-1, os.getpid(), os.getuid())
