@@ -269,6 +269,8 @@ class ServerConfig(Section):
     run_dir: RunDir = FilePath("/run/agentcgroup")
     metrics_address: LoopbackAddress = "127.0.0.1:9464"
     """Loopback only; empty: no metrics port."""
+    metrics_sessions: Annotated[Count, Field(ge=0, le=1000)] = 0
+    """Sessions that have metrics of their own, the oldest; the others are summed up."""
 
 
 class AuditConfig(Section):

@@ -347,6 +347,7 @@ class Daemon:
         address = self._config.server.metrics_address
         if not address:
             return
+        metrics.tell_health(heartbeat)
         try:
             server = MetricsServer(address, metrics, heartbeat.wrong, heartbeat.unready)
         except OSError as error:

@@ -24,6 +24,7 @@ from agentcgroupd.policy.snapshot import Host
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.sessions.protection import Protection
 from agentcgroupd.state.session import Call, Session
+from agentcgroupd.telemetry.labels import feature_label
 from agentcgroupd.telemetry.notices import Notices
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Observers:
         states_fd = plane.memory.states_fd if plane.memory is not None else None
         cpu_state = cpu.open(states_fd, config.bpf.enabled)
         for state in (*plane.states.values(), cpu_state):
-            notices.metrics.features.labels(state.name).set(int(state.works))
+            notices.metrics.features.labels(feature_label(state.name)).set(int(state.works))
 
     def features(self) -> list[tuple[str, bool]]:
         """Features of the programs by name, and whether each works here."""
@@ -223,7 +224,7 @@ class Observers:
             self._boundaries.catch_up()
             self._boundaries.prune()
         self._gpus.sweep()
-        self._notices.metrics.bpf_failures.set(self._plane.failures)
+        self._notices.metrics.bpf_failures.follow(self._plane.failures)
 
     def close(self) -> None:
         """Follow nothing any more, and take the CPU scheduler away; calls stay as they are."""

@@ -9,7 +9,6 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 
-from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import ServerConfig
@@ -23,20 +22,17 @@ from agentcgroupd.rpc.memory import MemoryWatch
 from agentcgroupd.rpc.services import Parts
 from agentcgroupd.sessions.pool import ALIVE_XATTR, Pool
 from agentcgroupd.state.session import boottime_usec
+from agentcgroupd.telemetry.labels import CALL_STATES
 from agentcgroupd.telemetry.metrics import Heartbeat
+from agentcgroupd.telemetry.session_metrics import SessionMetrics
 from agentcgroupd.turns import in_slices
 
 log = logging.getLogger(__name__)
 
 SWEEP_INTERVAL_S = 10.0
 BEAT_INTERVAL_S = 0.5
-CALL_STATES = {
-    "pending": pb.CALL_STATE_PENDING,
-    "running": pb.CALL_STATE_RUNNING,
-    "frozen": pb.CALL_STATE_FROZEN,
-    "ending": pb.CALL_STATE_ENDING,
-}
-"""States of calls by their names in metrics."""
+SHOW_INTERVAL_S = 2.0
+"""Between looks at all sessions for the metrics."""
 
 
 class PartFailed(AgentcgroupdError):
@@ -67,6 +63,7 @@ class Running:
         self._gpus = gpus
         self._calls = parts.calls
         self._metrics = parts.notices.metrics
+        self._sessions_shown = server.metrics_sessions
         self.heartbeat = Heartbeat()
         self._stop = asyncio.Event()
 
@@ -86,6 +83,7 @@ class Running:
                     group.create_task(self._sweep_forever()),
                     group.create_task(self._beat_forever()),
                     group.create_task(self._ask_forever()),
+                    group.create_task(self._show_forever()),
                     group.create_task(self._parts.policy_files.compare_forever()),
                 )
                 await self._stop.wait()
@@ -146,6 +144,14 @@ class Running:
             except KnobError as error:
                 log.error("the pool cannot be read: %s", error)
 
+    async def _show_forever(self) -> None:
+        """Keep the metrics of sessions, which there may be a thousand of."""
+        await asyncio.sleep(SHOW_INTERVAL_S)
+        shown = SessionMetrics(self._metrics, self._sessions_shown)
+        while True:
+            await in_slices(shown.show(tuple(self._parts.sessions.open.values())))
+            await asyncio.sleep(SHOW_INTERVAL_S)
+
     async def _ask_forever(self) -> None:
         """Ask the daemon itself; the answers feed systemd's watchdog and /readyz."""
         watchdog_s = watchdog_interval_s()
@@ -167,14 +173,16 @@ class Running:
         metrics.pool_memory_current.set(float("nan") if current is None else current)
         most = self._pool.memory_max_bytes
         metrics.pool_memory_max.set(float("nan") if most is None else most)
-        metrics.sessions_open.set(len(self._parts.sessions.open))
+        used = current / most if current is not None and most else float("nan")
+        metrics.pool_memory_ratio.set(used)
+        metrics.calls_waited_longest.set(self._parts.queue.longest_wait_usec() / 1e6)
         states = Counter(call.state for call in self._calls.open.values())
         for name, state in CALL_STATES.items():
             metrics.calls_open.labels(name).set(states[state])
         metrics.cgroups_polled.set(self._events.polled)
-        metrics.audit_lost.set(self._parts.notices.audit.lost)
-        metrics.audit_left_out.set(self._parts.notices.audit.left_out)
-        metrics.history_lost.set(self._parts.notices.history.lost)
+        metrics.audit_lost.follow(self._parts.notices.audit.lost)
+        metrics.audit_left_out.follow(self._parts.notices.audit.left_out)
+        metrics.history_lost.follow(self._parts.notices.history.lost)
         metrics.history_bytes.set(self._parts.notices.history.used_bytes)
         metrics.gpu_calls.set(len(self._gpus.tenants))
 

@@ -594,7 +594,7 @@ def test_more_cgroups_than_a_map_has_room_for(
 
     daemon.start()
     # Two of the four sessions that it took up.
-    assert metric(daemon, "agentcg_bpf_failures") == 2
+    assert metric(daemon, "agentcg_bpf_failures_total") == 2
     stopped = owned(pid_of(daemon))
     assert {name_of(item) for item in stopped if item[0] == "prog"} == programs
     daemon.stop()

@@ -143,6 +143,11 @@ class AdmissionQueue:
         """Calls of one session that wait."""
         return [t for t in self._tickets.values() if t.candidate.session is session]
 
+    def longest_wait_usec(self) -> int:
+        """How long the call that waits longest has waited; 0 where none waits."""
+        asked = [t.asked_usec for t in self._tickets.values() if t.wait is not None]
+        return boottime_usec() - min(asked) if asked else 0
+
     def waits_for(self, resource: Resource) -> bool:
         """Tell whether any call waits for a resource."""
         return any(self._waiting(resource))

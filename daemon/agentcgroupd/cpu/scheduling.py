@@ -30,6 +30,13 @@ from agentcgroupd.host.journal import DETAIL
 from agentcgroupd.intents.cpu_class import CpuClasses
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.state.session import Call, Session, all_inside
+from agentcgroupd.telemetry.labels import (
+    CPU_EVENTS,
+    CPU_TIMES,
+    SCHEDULER_EVENTS,
+    SCHEDULER_STATES,
+    feature_label,
+)
 from agentcgroupd.telemetry.metrics import Metrics
 from agentcgroupd.units import CgroupId
 
@@ -43,18 +50,6 @@ INTERACTIVE_FACTOR = 2
 SESSION_FACTOR = 4
 """Budgets of an interactive call, and of a session, over that of a normal call."""
 HURRY_USEC = 50_000
-SHOWN_COUNTS = (
-    "cgroups",
-    "queues",
-    "waiting",
-    "without_entry",
-    "picks",
-    "picks_empty",
-    "preempted",
-    "finishing",
-    "left",
-)
-"""Fields of the scheduler's `control` that are shown as metrics."""
 RETRY_MOST_S = 300.0
 
 
@@ -139,7 +134,7 @@ class CpuScheduling:
 
     def _set(self, state: FeatureState) -> None:
         self.state = state
-        self._metrics.features.labels(state.name).set(int(state.works))
+        self._metrics.features.labels(feature_label(state.name)).set(int(state.works))
 
     def _is_missing(self, reason: str, remedy: str = "") -> None:
         self._set(features.missing(self._definition, reason, remedy))
@@ -362,12 +357,14 @@ class CpuScheduling:
 
     def _show(self, scheduler: Scheduler) -> None:
         """Show what the scheduler counts in the metrics."""
-        control = scheduler.control
-        for name in SHOWN_COUNTS:
-            self._metrics.scheduler.labels(name).set(getattr(control, name))
+        metrics, control = self._metrics, scheduler.control
+        for name in SCHEDULER_STATES:
+            metrics.scheduler.labels(name).set(getattr(control, name))
+        for name in SCHEDULER_EVENTS:
+            metrics.scheduler_events.follow(getattr(control, name), name)
         found = self.numbers(self._pool.cgroup.id)
         if found is not None:
-            for name in ("run", "wait", "boosted", "penalty", "stalled"):
-                self._metrics.cpu_seconds.labels(name).set(getattr(found, f"{name}_usec") / 1e6)
-            for name in ("slices", "boosts", "penalties", "stalls", "rescues"):
-                self._metrics.cpu_events.labels(name).set(getattr(found, name))
+            for name in CPU_TIMES:
+                metrics.cpu_seconds.follow(getattr(found, f"{name}_usec") / 1e6, name)
+            for name in CPU_EVENTS:
+                metrics.cpu_events.follow(getattr(found, name), name)

@@ -134,7 +134,7 @@ class Monitor:
         if device.lost:
             return
         metrics, index = self._actions.notices.metrics, str(device.index)
-        metrics.gpu_busy.labels(index).set(_or_nan(sample.busy_percent))
+        metrics.gpu_busy.labels(index).set(_or_nan(sample.busy_percent) / 100)
         metrics.gpu_memory.labels(index).set(_or_nan(sample.memory_used_bytes))
 
     def _update_wants(

@@ -97,7 +97,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def test_what_is_told_is_shown() -> None:
-    assert gauges(DeviceSample(UUID, 5, 70))[:2] == (70, 5)
+    assert gauges(DeviceSample(UUID, 5, 70))[:2] == (0.7, 5)
 
 
 def test_what_is_not_told_is_nan() -> None:
