@@ -113,6 +113,27 @@ class Admin(Client["AdminStub"]):
         """End a call of any session; with `detach`, leave its processes alone."""
         return self._ask(queries.end_call(call_id, detach))
 
+    def pause_call(self, call_id: str, why: str = "") -> CallInfo:
+        """Hold an open call paused, whatever the policy does, until `resume_call` or the daemon's
+        end. `why`: told to its agent.
+
+        Raises:
+            CallNotFound: it is not open.
+            Refused: it is ending.
+        """
+        request = pb.PauseCallRequest(call_id=call_id, why=why)
+        return self._ask(Query("PauseCall", request, CallInfo.from_proto))
+
+    def resume_call(self, call_id: str) -> CallInfo:
+        """Let a paused call go on; one that the policy paused as well, until it decides so anew.
+
+        Raises:
+            CallNotFound: it is not open.
+            Refused: it is not paused, or only with a call that it is in.
+        """
+        request = pb.ResumeCallRequest(call_id=call_id)
+        return self._ask(Query("ResumeCall", request, CallInfo.from_proto))
+
     def report(self, call_id: str | None = None) -> Report:
         """Return the report of an ended call, or the newest one."""
         return self._ask(queries.report(call_id))

@@ -164,6 +164,16 @@ class Grant(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
+class NetUsage(_Answer):
+    """What the sockets of a cgroup have received and sent, loopback included."""
+
+    receive_bytes: int
+    receive_packets: int
+    send_bytes: int
+    send_packets: int
+
+
+@dataclass(frozen=True, slots=True)
 class Usage(_Answer):
     """The present use of a cgroup. None means: this kernel does not measure it here."""
 
@@ -171,6 +181,10 @@ class Usage(_Answer):
     memory_peak_bytes: int | None
     cpu_usage_usec: int
     pids_current: int | None
+    io_read_bytes: int | None = None
+    io_write_bytes: int | None = None
+    net: NetUsage | None = None
+    """Absent where nothing counts it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +225,13 @@ class CallInfo(_Answer):
     """Time spent waiting for room before the call began."""
     parent_call_id: str = ""
     """The call that this one was begun in."""
+    paused_why: str = ""
+    """The sentence of its last pause, while it is paused."""
+    frozen_usec: int = 0
+    memory_high_bytes: int | None = None
+    """What it may reach now without asking for more."""
+    held: bool = False
+    """Whether the operator holds it paused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +244,31 @@ class Feedback(_Answer):
     sentence: str
     numbers: Mapping[str, float]
     at_unix_usec: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delays(_Answer):
+    """What tasks of a call waited for, summed up over all of them."""
+
+    cpu_usec: int
+    io_usec: int
+    swapin_usec: int
+    reclaim_usec: int
+    """For memory to be taken back from others."""
+    tasks: int
+    thrashing_usec: int
+    """For pages of files that had just been thrown out."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceIo(_Answer):
+    """What a call read from a block device and wrote to it."""
+
+    device: str
+    read_bytes: int
+    write_bytes: int
+    reads: int
+    writes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +386,12 @@ class Report(_Answer):
     """The observed call from inside which this one was declared."""
     try_next: TryNext | None = None
     """None: there is nothing to try."""
+    net: NetUsage | None = None
+    """None where nothing counted it."""
+    delays: Delays | None = None
+    """None where the kernel does not tell."""
+    devices: tuple[DeviceIo, ...] = ()
+    """Block devices that it read or wrote, the busiest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,6 +471,14 @@ class PoolInfo(_Answer):
     version: str
     kernel: str
     started_unix_usec: int
+    calls_waiting: int = 0
+    calls_paused: int = 0
+    usage: Usage | None = None
+    memory_some_percent: float | None = None
+    """Share of the last 10 s in which some tasks of the pool waited for memory; `full`: all."""
+    memory_full_percent: float | None = None
+    cpu_some_percent: float | None = None
+    io_some_percent: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -559,6 +619,9 @@ _MESSAGES: dict[str, type[_Answer]] = {
     "Call": CallInfo,
     "Feedback": Feedback,
     "GpuUsage": GpuUsage,
+    "NetUsage": NetUsage,
+    "Delays": Delays,
+    "DeviceIo": DeviceIo,
     "Fact": Fact,
     "TryNext": TryNext,
     "Report": Report,

@@ -521,6 +521,22 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
             refuse(context, grpc.StatusCode.FAILED_PRECONDITION, self.policy.error, field="policy")
         return self.policy
 
+    def PauseCall(self, request: pb.PauseCallRequest, context: grpc.ServicerContext) -> pb.Call:
+        call = self._open(request.call_id, context)
+        call.state, call.held, call.paused_why = pb.CALL_STATE_FROZEN, True, request.why
+        return call
+
+    def ResumeCall(self, request: pb.ResumeCallRequest, context: grpc.ServicerContext) -> pb.Call:
+        call = self._open(request.call_id, context)
+        call.state, call.held, call.paused_why = pb.CALL_STATE_RUNNING, False, ""
+        return call
+
+    def _open(self, call_id: str, context: grpc.ServicerContext) -> pb.Call:
+        if call_id not in self.calls:
+            sentence = f"no call {call_id!r} is open"
+            refuse(context, grpc.StatusCode.NOT_FOUND, sentence, field="call_id")
+        return self.calls[call_id]
+
     def ExplainCall(
         self, request: pb.ExplainCallRequest, context: grpc.ServicerContext
     ) -> pb.Explanation:

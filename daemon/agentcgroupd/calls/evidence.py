@@ -31,7 +31,13 @@ from agentcgroupd.host.syscalls import (
 )
 from agentcgroupd.sessions.holding import held_by
 from agentcgroupd.state.ending import Left
-from agentcgroupd.state.session import Call, boottime_usec, frozen_usec, unix_usec
+from agentcgroupd.state.session import (
+    Call,
+    boottime_usec,
+    frozen_usec,
+    operator_usec,
+    unix_usec,
+)
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +103,7 @@ def gather(call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
         session_cpu_millicores=call.session.limits.cpu_max_millicores,
         frozen_usec=frozen_usec(call, boottime_usec()),
         frozen_by_others_usec=frozen_by_others_usec(call),
+        operator_usec=operator_usec(call),
         late_pauses=call.late_pauses,
     )
     try:

@@ -219,10 +219,12 @@ def _of_slowing(facts: EndFacts) -> list[pb.Feedback]:
         told.append(_feedback(pb.FEEDBACK_CODE_FROZEN, sentence, frozen_usec=others))
     frozen = facts.frozen_usec
     if frozen >= THROTTLED_LEAST_USEC:
-        sentence = (
-            f"The call was paused for {show_usec(frozen)} while more important work needed the "
-            "memory; nothing of it was lost."
-        )
+        why = "while more important work needed the memory"
+        if facts.operator_usec >= frozen:
+            why = "by the operator"
+        elif facts.operator_usec:
+            why += f", {show_usec(facts.operator_usec)} of it by the operator"
+        sentence = f"The call was paused for {show_usec(frozen)} {why}; nothing of it was lost."
         late, code = facts.late_pauses or None, pb.FEEDBACK_CODE_FROZEN
         told.append(_feedback(code, sentence, frozen_usec=frozen, late_pauses=late))
     return told

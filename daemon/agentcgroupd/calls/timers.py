@@ -11,7 +11,13 @@ from agentcgroupd.config import CallDefaults
 from agentcgroupd.enforce.kill import ask_end, terminate
 from agentcgroupd.enforce.pause import paused_usec
 from agentcgroupd.state.ending import Asker
-from agentcgroupd.state.session import Call, all_inside, boottime_usec, frozen_usec
+from agentcgroupd.state.session import (
+    Call,
+    all_inside,
+    boottime_usec,
+    frozen_usec,
+    held_around,
+)
 from agentcgroupd.turns import Turns
 from agentcgroupd.units import show_usec
 
@@ -132,7 +138,7 @@ class Deadlines:
         """End a call that has had its time, not counting the time for which it was frozen."""
         used = boottime_usec() - call.began_boot_usec - paused_usec(call)
         left = (call.grant.timeout_usec or 0) - used
-        if left > 0 or call.frozen_since_usec is not None:
+        if left > 0 or call.frozen_since_usec is not None or held_around(call) is not None:
             self._set(call, "timeout", max(left, FROZEN_CHECK_USEC), self._timed_out)
             return
         call.held = False

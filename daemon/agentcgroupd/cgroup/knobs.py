@@ -168,6 +168,8 @@ MEMORY_EVENTS = Knob("memory.events", parse_flat_keyed)
 MEMORY_EVENTS_LOCAL = Knob("memory.events.local", parse_flat_keyed)
 MEMORY_STAT = Knob("memory.stat", parse_flat_keyed)
 MEMORY_PRESSURE = Knob("memory.pressure", parse_pressure)
+CPU_PRESSURE = Knob("cpu.pressure", parse_pressure)
+IO_PRESSURE = Knob("io.pressure", parse_pressure)
 MEMORY_RECLAIM = Knob("memory.reclaim", _write_only, format_reclaim)
 """Linux 5.19. A write blocks while the kernel reclaims. It fails with EAGAIN if the kernel got less
 than was asked for; what it got stays reclaimed."""

@@ -16,9 +16,9 @@ from agentcgroupd.enforce.kill import ask_end, kill
 from agentcgroupd.enforce.reclaimer import ANON_FIRST, CACHE_ONLY, Reclaimer, Swappiness
 from agentcgroupd.errors import BpfError, CgroupGone, KnobError
 from agentcgroupd.state.ending import Asker
-from agentcgroupd.state.session import Call, Session, all_inside, boottime_usec
+from agentcgroupd.state.session import Call, Session, all_inside, boottime_usec, unix_usec
 from agentcgroupd.telemetry.notices import Notices
-from agentcgroupd.units import show_bytes
+from agentcgroupd.units import show_bytes, show_usec
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,34 @@ class Actions:
         self.touched(call)
         self.notices.acted_on_call("thaw", call, why, pb.FEEDBACK_CODE_THAWED)
         call.cgroup.set_xattr(call.record())
+
+    def hold(self, call: Call, why: str) -> None:
+        """Pause a call for the operator, whatever else pauses it; no error if it is held already.
+        Raises KnobError, or CgroupGone."""
+        if call.operator_since_usec is not None:
+            return
+        self.hurry(call)
+        call.cgroup.write(knobs.CGROUP_FREEZE, True)
+        call.operator_since_usec = boottime_usec()
+        self.notices.acted_on_call("hold", call, why, pb.FEEDBACK_CODE_FROZEN)
+
+    def unhold(self, call: Call, why: str) -> None:
+        """End the operator's pause of a call; no error if there is none. Raises KnobError, or
+        CgroupGone."""
+        since = call.operator_since_usec
+        if since is None:
+            return
+        call.operator_since_usec, took = None, boottime_usec() - since
+        call.operator_usec += took
+        said = f"the operator held it paused for {show_usec(took)}"
+        call.account.add(said, "PauseCall", unix_usec())
+        if call.frozen_since_usec is not None:
+            call.frozen_since_usec = min(call.frozen_since_usec, since)
+        else:
+            call.frozen_usec += took
+            if not call.held_frozen:
+                call.cgroup.write(knobs.CGROUP_FREEZE, False)
+        self.notices.acted_on_call("unhold", call, why, pb.FEEDBACK_CODE_THAWED)
 
     def check_pause(self, call: Call) -> None:
         """Look whether a paused call has stopped, and count it where it takes long: it may be
@@ -169,6 +197,7 @@ class Actions:
         call.bounds.credit_bytes = None
         undo: tuple[Callable[[], None], ...] = (
             lambda: memory_high.write(call),
+            lambda: self.unhold(call, why),
             lambda: self.thaw(call, why),
             lambda: self.unthrottle(call, why),
             lambda: self.restore(call.session, why),

@@ -48,11 +48,13 @@ def release(call: Call) -> None:
     CgroupGone."""
     call.bounds.brake_bytes = None
     memory_high.write(call)
-    if not call.held_for_slice:
+    if not call.held_frozen:
         call.cgroup.write(knobs.CGROUP_FREEZE, False)
     now = boottime_usec()
     if call.frozen_since_usec is not None:
-        call.frozen_usec += now - call.frozen_since_usec
+        # From when the operator holds it on, that pause counts.
+        until = call.operator_since_usec or now
+        call.frozen_usec += max(0, until - call.frozen_since_usec)
     call.frozen_since_usec, call.resumed_at_usec = None, now
     call.stopped = call.counted_late = False
 
@@ -60,7 +62,7 @@ def release(call: Call) -> None:
 def wake(call: Call) -> None:
     """End the sleep of tasks that wait at a memory.high that has been raised since: raising it does
     not, but thawing wakes every task. Raises KnobError, or CgroupGone."""
-    if call.frozen_since_usec is None and not call.held_for_slice:
+    if call.frozen_since_usec is None and not call.held_frozen:
         call.cgroup.write(knobs.CGROUP_FREEZE, True)
         call.cgroup.write(knobs.CGROUP_FREEZE, False)
 

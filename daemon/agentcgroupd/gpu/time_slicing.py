@@ -106,7 +106,7 @@ class TimeSlicing:
     def _freeze(tenant: GpuTenant, frozen: bool) -> None:
         """Freeze or thaw the cgroup, unless the memory guard holds it frozen. Raises KnobError."""
         call = tenant.call
-        if call is None or call.frozen_since_usec is None:
+        if call is None or (call.frozen_since_usec is None and call.operator_since_usec is None):
             tenant.cgroup.write(knobs.CGROUP_FREEZE, frozen)
 
     def stop(self) -> None:

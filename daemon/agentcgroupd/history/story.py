@@ -162,6 +162,8 @@ _WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     ),
     "freeze": lambda f: "It was paused.",
     "thaw": lambda f: "It went on.",
+    "hold": lambda f: "The operator paused it.",
+    "unhold": lambda f: "The operator let it go on.",
     "pause_late": lambda f: f"The pause had not stopped all of it after {_usec(f, 'passed_usec')}.",
     "deny": lambda f: "It was allowed to grow no further.",
     "allow": lambda f: "It was allowed to grow again.",

@@ -22,6 +22,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.calls.queue import AdmissionQueue
+from agentcgroupd.enforce import hold
 from agentcgroupd.errors import (
     AgentcgroupdError,
     ConfigError,
@@ -47,6 +48,7 @@ from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.notices import Notices
+from agentcgroupd.telemetry.wire import call_to_proto
 from agentcgroupd.turns import Slices, Turns
 
 log = logging.getLogger(__name__)
@@ -351,6 +353,22 @@ class AdminService(_Service, pb_grpc.AdminServicer):
             return end_command(self.parts.calls, call, request, Asker.OPERATOR)
         report = self.parts.calls.end(call, request.detach, None, Asker.OPERATOR)
         return report if isinstance(report, pb.Report) else await report
+
+    @answers
+    async def PauseCall(self, request: pb.PauseCallRequest, by: Asking) -> pb.Call:
+        """Hold an open call paused until the operator lets it go on."""
+        self._check(by)
+        call = self._open_call(request.call_id)
+        hold.hold(self.parts.calls.actions, call, request.why)
+        return call_to_proto(call, admin=True)
+
+    @answers
+    async def ResumeCall(self, request: pb.ResumeCallRequest, by: Asking) -> pb.Call:
+        """Let a paused call go on."""
+        self._check(by)
+        call = self._open_call(request.call_id)
+        hold.resume(self.parts.calls.actions, call)
+        return call_to_proto(call, admin=True)
 
     @answers
     async def GetReport(self, request: pb.GetReportRequest, by: Asking) -> pb.Report:

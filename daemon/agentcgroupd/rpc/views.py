@@ -23,7 +23,7 @@ from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.session import Call, Session, unix_usec
-from agentcgroupd.telemetry.wire import call_to_proto
+from agentcgroupd.telemetry.wire import call_to_proto, is_paused, pool_pressure, usage_of
 from agentcgroupd.turns import Slices
 from agentcgroupd.units import show_bytes
 
@@ -137,6 +137,10 @@ class Views:
             version=__version__,
             kernel=os.uname().release,
             started_unix_usec=self._started_unix_usec,
+            calls_waiting=len(self._queue),
+            calls_paused=sum(is_paused(call) for call in self._calls.open.values()),
+            usage=usage_of(self._pool.cgroup),
+            **pool_pressure(self._pool.cgroup),
         )
 
     def budget(self, session: Session, call: Call | None = None) -> pb.Budget:

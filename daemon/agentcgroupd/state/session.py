@@ -149,6 +149,11 @@ class Call:
     held_for_slice: bool = False
     """Whether it is frozen while others have their time slice on a GPU (gpu.time_slicing),
     whatever else freezes it."""
+    operator_since_usec: int | None = None
+    """Since when the operator holds it paused, whatever else freezes it, since boot; None: nobody
+    does (enforce.hold)."""
+    operator_usec: int = 0
+    """For how long the operator has held it so far, without the present pause."""
     gpu_usage: pb.GpuUsage | None = None
     """Use of its part of a GPU; made when the call ends, None where it had none."""
     gpu_feedback: tuple[pb.Feedback, ...] = ()
@@ -175,6 +180,11 @@ class Call:
     def priority(self) -> int:
         """The call's own priority, or that of a more important one whom it holds up."""
         return max(self.grant.priority, self.lent_priority)
+
+    @property
+    def held_frozen(self) -> bool:
+        """Whether it stays frozen although the policy lets it go on."""
+        return self.held_for_slice or self.operator_since_usec is not None
 
     @property
     def depth(self) -> int:
@@ -281,8 +291,24 @@ def lies_in(call: Call, outer: Call) -> bool:
 
 def frozen_usec(call: Call, now_usec: int) -> int:
     """Time for which a call has been paused so far, by itself or with a call that it is in."""
-    since = call.frozen_since_usec
-    return call.frozen_usec + (0 if since is None else now_usec - since)
+    starts = (call.frozen_since_usec, call.operator_since_usec)
+    since = min((start for start in starts if start is not None), default=now_usec)
+    return call.frozen_usec + now_usec - since
+
+
+def operator_usec(call: Call) -> int:
+    """Time for which the operator has held a call paused so far."""
+    since = call.operator_since_usec
+    return call.operator_usec + (0 if since is None else boottime_usec() - since)
+
+
+def held_around(call: Call) -> Call | None:
+    """Give the call that the operator holds paused, this one or one that it is in; None: none
+    is."""
+    outer: Call | None = call
+    while outer is not None and outer.operator_since_usec is None:
+        outer = outer.parent
+    return outer
 
 
 def all_inside(call: Call) -> list[Call]:

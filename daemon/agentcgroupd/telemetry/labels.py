@@ -44,7 +44,14 @@ CALL_STATES = {
 }
 """States of open calls by their labels."""
 _DONE = tuple(action.value for action in Action)
-ACTIONS = (*_DONE, *(f"dry_{action}" for action in _DONE), "confirm_urgent", "lift_urgent")
+ACTIONS = (
+    *_DONE,
+    *(f"dry_{action}" for action in _DONE),
+    "confirm_urgent",
+    "lift_urgent",
+    "hold",
+    "unhold",
+)
 FEATURES = tuple(
     feature_label(name)
     for name in (

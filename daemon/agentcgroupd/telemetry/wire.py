@@ -10,7 +10,14 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import RequestError
 from agentcgroupd.intents.grant import Grant
-from agentcgroupd.state.session import Call, Session, path_of
+from agentcgroupd.state.session import (
+    Call,
+    Session,
+    boottime_usec,
+    frozen_usec,
+    held_around,
+    path_of,
+)
 
 
 def grant_to_proto(grant: Grant) -> pb.Grant:
@@ -44,12 +51,35 @@ def cpu_to_proto(numbers: CpuNumbers) -> pb.CpuNumbers:
 
 def usage_of(cgroup: Cgroup) -> pb.Usage:
     """What a cgroup uses now. Raises CgroupGone."""
+    found = cgroup.read_if(knobs.IO_STAT)
+    devices = None if found is None else found.values()
     return pb.Usage(
         memory_current_bytes=cgroup.read_if(knobs.MEMORY_CURRENT),
         memory_peak_bytes=cgroup.read_if(knobs.MEMORY_PEAK),
         cpu_usage_usec=cgroup.read(knobs.CPU_STAT)["usage_usec"],
         pids_current=cgroup.read_if(knobs.PIDS_CURRENT),
+        io_read_bytes=None if devices is None else sum(d.get("rbytes", 0) for d in devices),
+        io_write_bytes=None if devices is None else sum(d.get("wbytes", 0) for d in devices),
     )
+
+
+_PRESSURES = {
+    "memory_some_percent": (knobs.MEMORY_PRESSURE, "some"),
+    "memory_full_percent": (knobs.MEMORY_PRESSURE, "full"),
+    "cpu_some_percent": (knobs.CPU_PRESSURE, "some"),
+    "io_some_percent": (knobs.IO_PRESSURE, "some"),
+}
+
+
+def pool_pressure(cgroup: Cgroup) -> dict[str, float]:
+    """Give the fields of the message Pool that tell how much its tasks wait; none where the kernel
+    does not tell. Raises KnobError."""
+    found = {}
+    for name, (knob, kind) in _PRESSURES.items():
+        pressure = cgroup.read_if(knob)
+        if pressure is not None and kind in pressure:
+            found[name] = pressure[kind].avg10
+    return found
 
 
 def error_to_proto(error: RequestError) -> pb.Error:
@@ -65,12 +95,14 @@ def error_to_proto(error: RequestError) -> pb.Error:
 
 def call_to_proto(call: Call, admin: bool, usage: bool = False) -> pb.Call:
     """A call; where its cgroup is, is told to the operator only."""
+    holder = held_around(call)
+    is_held = holder is not None and call.state != pb.CALL_STATE_ENDING
     return pb.Call(
         id=call.id,
         session_id=call.session.id,
         name=call.name,
         argv=call.argv,
-        state=call.state,
+        state=pb.CALL_STATE_FROZEN if is_held else call.state,
         grant=grant_to_proto(call.grant),
         cgroup_id=call.cgroup.id,
         cgroup_path=path_of(call) if admin else "",
@@ -79,7 +111,27 @@ def call_to_proto(call: Call, admin: bool, usage: bool = False) -> pb.Call:
         waited_usec=call.waited_usec,
         parent_call_id=call.parent.id if call.parent is not None else "",
         usage=usage_of(call.cgroup) if usage else None,
+        paused_why=_why_paused(holder or call) if is_paused(call) else "",
+        frozen_usec=frozen_usec(call, boottime_usec()),
+        memory_high_bytes=call.bounds.written[0] if call.bounds.written else None,
+        held=holder is not None,
     )
+
+
+def is_paused(call: Call) -> bool:
+    """Tell whether a call is paused, by whomever."""
+    return call.frozen_since_usec is not None or held_around(call) is not None
+
+
+def _why_paused(call: Call) -> str:
+    """Say why a call is paused: what its agent was told then, of it or the call that it is in."""
+    each: Call | None = call
+    while each is not None:
+        for feedback in reversed(each.history):
+            if feedback.code == pb.FEEDBACK_CODE_FROZEN:
+                return feedback.sentence
+        each = each.parent
+    return ""
 
 
 def session_to_proto(
