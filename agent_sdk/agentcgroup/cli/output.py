@@ -102,6 +102,12 @@ def give_up_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def draw_raw(text: str) -> None:
+    """Write to the terminal what moves its cursor: for `terminal` alone, which makes all text that
+    it shows printable. Raises OutputError."""
+    _print(text, end="", flush=True)
+
+
 def print_json(value: Any) -> None:
     """Print a JSON document, indented. Raises OutputError."""
     _print(escaped_json(json.dumps(value, indent=2, ensure_ascii=False)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 COMMANDS: dict[str, tuple[str, str]] = {
     "exec": ("execute", "Run a command as a tool call: agentcg exec [intent] COMMAND."),
     "status": ("status", "Show the pool with its sessions and calls, or one's own."),
+    "top": ("top", "Watch who uses the pool, who is paused and why, the queue, what helps (root)."),
     "sessions": ("status", "List the open sessions (root)."),
     "session": (
         "session",
@@ -12,6 +13,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "calls": ("calls", "List the open calls: of all sessions as root, else one's own."),
     "end": ("calls", "End an open call: its processes are killed. Prints its report."),
+    "pause": ("hold", "Hold an open call paused until it is resumed (root)."),
+    "resume": ("hold", "Let a paused call go on (root)."),
     "report": ("calls", "Show how a call ended and what it used."),
     "history": (
         "history",
