@@ -28,7 +28,8 @@ class Intent(TypedDict, total=False):
     "30s": how long it may wait for room before it is refused; 0: not at all. cpuset: CPUs, such as
     "0-3,8". leftovers: "end" (the default) or "keep" what the command leaves running. gpu: percent
     of each device, or text such as "10%"; gpu_memory: bytes on each device. gpu_priority: as
-    priority. gpu_device: "any", "any:2", an index, a UUID, or several with commas.
+    priority. gpu_device: "any", "any:2", an index, a UUID, or several with commas. io_read_max,
+    io_write_max: bytes a second of each block device, or text such as "10M". io_weight: 1..10000.
     """
 
     memory: Quantity | None
@@ -47,6 +48,9 @@ class Intent(TypedDict, total=False):
     gpu_memory: Quantity | None
     gpu_priority: Quantity | None
     gpu_device: Quantity | None
+    io_read_max: Quantity | None
+    io_write_max: Quantity | None
+    io_weight: Quantity | None
 
 
 INTENT_FIELDS = frozenset(Intent.__annotations__)

@@ -22,6 +22,9 @@ INTENT = {
     "gpu_memory": ("SIZE", "GPU memory of it"),
     "gpu_priority": ("PRIORITY", "whose turn it is on the GPU"),
     "gpu_device": ("DEVICE", "any, any:2, an index, a UUID, or several with commas"),
+    "io_read_max": ("SIZE", "bytes a second that it may read from each block device"),
+    "io_write_max": ("SIZE", "bytes a second that it may write to each block device"),
+    "io_weight": ("N", "its share of block devices, 1 to 10000 (default: as --cpu-weight)"),
 }
 """Fields of an intent: the kind of value, and what it means."""
 

@@ -122,6 +122,8 @@ class EndFacts:
     """For how long the daemon had paused it."""
     frozen_by_others_usec: int = 0
     """For how long others than the daemon had frozen it, alone or with its session."""
+    devices: tuple[pb.DeviceIo, ...] = ()
+    """What it did with each block device, the busiest first."""
     operator_usec: int = 0
     """Time for which the operator held it paused, a part of `frozen_usec`."""
     late_pauses: int = 0

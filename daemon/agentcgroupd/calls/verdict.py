@@ -327,6 +327,7 @@ def report_of(facts: EndFacts) -> pb.Report:
         oom_kills=facts.oom_kills,
         pids_max_events=facts.pids_max_events,
         frozen_usec=facts.frozen_usec,
+        devices=facts.devices,
         feedback=feedback_of(facts, verdict, sentence),
     )
     if facts.wait_status is not None:

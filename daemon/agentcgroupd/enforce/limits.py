@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.knobs import Knob, T
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.errors import InvalidField
+from agentcgroupd.errors import InvalidField, KnobError
+from agentcgroupd.host.block_devices import whole_devices
 from agentcgroupd.intents.grant import Grant
 from agentcgroupd.intents.parse import CpuList
 from agentcgroupd.state.session import Session
@@ -27,6 +30,8 @@ class Setting:
     within: Callable[[Cgroup, str, str], tuple[str, str]]
     """From the cgroup above a call, its name in sentences and the text to what of it that can give,
     and a sentence where that is less. Raises InvalidField where it is nothing, KnobError."""
+    lines: Callable[[str], Sequence[str]] = lambda text: (text,)
+    """From the text to what is written to the file, one line a write."""
 
 
 def _cpus_within(above: Cgroup, name: str, text: str) -> tuple[str, str]:
@@ -41,8 +46,22 @@ def _cpus_within(above: Cgroup, name: str, text: str) -> tuple[str, str]:
     return given, f"cpuset: you asked for {text}; {why}"
 
 
+def _as_asked(above: Cgroup, name: str, text: str) -> tuple[str, str]:
+    """Give what is asked for: the kernel holds a call to the limits above it as well."""
+    return text, ""
+
+
+def _of_each_device(key: str, text: str) -> list[str]:
+    """Give the lines of io.max for a limit in bytes a second of each device."""
+    return [f"{device} {key}={text}" for device in whole_devices()]
+
+
 CPUSET_EFFECTIVE = Knob("cpuset.cpus.effective", str.strip)
-SETTINGS: Mapping[str, Setting] = {"cpuset": Setting("cpuset.cpus", "cpuset", _cpus_within)}
+SETTINGS: Mapping[str, Setting] = {
+    "cpuset": Setting("cpuset.cpus", "cpuset", _cpus_within),
+    "io_read_max": Setting("io.max", "io", _as_asked, partial(_of_each_device, "rbps")),
+    "io_write_max": Setting("io.max", "io", _as_asked, partial(_of_each_device, "wbps")),
+}
 """By the name of the field."""
 
 
@@ -84,11 +103,21 @@ class _Writer:
     def put_settings(self, settings: Mapping[str, str]) -> None:
         """Write settings that have been settled. Raises KnobError."""
         for name, text in settings.items():
-            file = SETTINGS[name].file
-            if file in self._session.offered:
-                self._cgroup.write_text(file, text)
-            else:
+            setting = SETTINGS[name]
+            file, lines = setting.file, setting.lines(text)
+            if file not in self._session.offered or not lines:
                 self.missing.append(file)
+            for line in lines if file in self._session.offered else ():
+                self._write_line(file, line)
+
+    def _write_line(self, file: str, line: str) -> None:
+        try:
+            self._cgroup.write_text(file, line)
+        except KnobError as error:
+            # A device that was removed meanwhile, or of which the kernel keeps no limits.
+            if file != "io.max" or error.errno not in (errno.ENODEV, errno.EOPNOTSUPP):
+                raise
+            log.debug("%s", error)
 
 
 def settle(
@@ -134,6 +163,8 @@ def _write(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
     writer.put(knobs.CPU_WEIGHT, grant.cpu_weight, grant.cpu_weight != 100)
     if grant.io_weight not in (None, 100) and knobs.IO_WEIGHT.file in session.offered:
         cgroup.write(knobs.IO_WEIGHT, grant.io_weight)
+    elif grant.io_weight_asked:
+        writer.note(knobs.IO_WEIGHT)
     if grant.cpu_max_millicores is not None:
         writer.put(knobs.CPU_MAX, knobs.CpuMax(grant.cpu_max_millicores * 100), True)
     writer.put_settings(grant.settings)

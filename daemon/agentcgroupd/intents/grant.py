@@ -38,6 +38,8 @@ class Grant:
     on_pressure: str
     io_weight: int | None = None
     """Weight that is set beside cpu.weight; None: it is not set."""
+    io_weight_asked: bool = False
+    """Whether the intent says it."""
     leftovers: str = "keep"
     """What becomes of processes that live on after the main process: `end` or `keep`. The default
     is for records of a daemon that ended none."""
@@ -200,7 +202,8 @@ def grant_for(intent: Intent, above: Ceiling) -> Grant:
         memory_high_bytes=memory_high(on_pressure, memory_max),
         memory_max_bytes=memory_max,
         cpu_weight=weight,
-        io_weight=weight if above.cpu.io_weight else None,
+        io_weight=intent.io_weight or (weight if above.cpu.io_weight else None),
+        io_weight_asked=intent.io_weight is not None,
         cpu_max_millicores=cpu_max,
         pids_max=pids_max,
         timeout_usec=timeout,
@@ -261,7 +264,16 @@ def merge(old: Grant, update: Intent, above: Ceiling, current_bytes: int | None)
         memory_max_bytes=most,
         memory_high_bytes=memory_high(changed.get("on_pressure", old.on_pressure), most),
         cpu_weight=weight,
-        io_weight=weight if above.cpu.io_weight else None,
+        io_weight=_merged_io_weight(old, update, weight if above.cpu.io_weight else None),
+        io_weight_asked=old.io_weight_asked or update.io_weight is not None,
         advice=fresh.advice,
         settings={**old.settings, **fresh.settings},
     )
+
+
+def _merged_io_weight(old: Grant, update: Intent, follows: int | None) -> int | None:
+    """Give what an update says, else what was asked for before, else what `follows` from the
+    weight for CPU time."""
+    if update.io_weight is not None:
+        return update.io_weight
+    return old.io_weight if old.io_weight_asked else follows

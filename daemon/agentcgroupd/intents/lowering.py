@@ -20,6 +20,7 @@ _MOST: dict[str, tuple[Callable[[Grant], int | None], Callable[[int], str]]] = {
     "memory": (lambda g: g.memory_expected_bytes, show_bytes),
     "memory_max": (lambda g: g.memory_max_bytes, show_bytes),
     "cpu_weight": (lambda g: g.cpu_weight, str),
+    "io_weight": (lambda g: g.io_weight or 100, str),
     "cpu_max": (lambda g: g.cpu_max_millicores, lambda most: f"{most / 1000:g} cores"),
     "pids_max": (lambda g: g.pids_max, str),
     "timeout": (lambda g: g.timeout_usec, show_usec),
@@ -54,6 +55,11 @@ def refuse_raise(call_id: str, has: Grant, asked: Intent) -> None:
         raise _refusal(call_id, "leftovers", "keep", "end")
     if asked.gpu_device is not None:
         raise _refusal(call_id, "gpu_device", str(asked.gpu_device), "nothing: its devices stay")
+    for field in ("io_read_max", "io_write_max"):
+        rate, rate_most = getattr(asked, field), has.settings.get(field)
+        if rate is not None and rate_most is not None and rate > int(rate_most):
+            allowed = f"at most {show_bytes(int(rate_most))} a second"
+            raise _refusal(call_id, field, f"{show_bytes(rate)} a second", allowed)
     mine = has.settings.get("cpuset")
     if asked.cpuset is not None and mine is not None:
         if not asked.cpuset.cpus <= CpuList.parse(mine).cpus:

@@ -133,7 +133,8 @@ FILES = {
     "cpu_weight": knobs.CPU_WEIGHT.file,
     "cpu_max": knobs.CPU_MAX.file,
     "pids_max": knobs.PIDS_MAX.file,
-    "cpuset": SETTINGS["cpuset"].file,
+    "io_weight": knobs.IO_WEIGHT.file,
+    **{name: setting.file for name, setting in SETTINGS.items()},
 }
 """Fields of an intent by the interface file that keeps each."""
 BY_ITSELF = (pb.VERDICT_OK, pb.VERDICT_FAILED, pb.VERDICT_SIGNALED)

@@ -21,7 +21,7 @@ HAS = Grant(
     timeout_usec=60_000_000,
     priority=50,
     on_pressure="freeze",
-    settings={"cpuset": "0-1"},
+    settings={"cpuset": "0-1", "io_read_max": str(1 << 20), "io_write_max": str(1 << 20)},
     leftovers="end",
     gpu_percent=50,
     gpu_memory_bytes=1 << 30,
@@ -43,6 +43,9 @@ MORE = {
     "gpu_memory": "2G",
     "gpu_priority": "51",
     "gpu_device": "1",
+    "io_read_max": "2M",
+    "io_write_max": "2M",
+    "io_weight": "101",
 }
 AS_MUCH = {**MORE, "memory": "64M", "memory_max": "128M", "cpu_weight": "100", "cpu_max": "0.5"} | {
     "pids_max": "50",
@@ -55,6 +58,9 @@ AS_MUCH = {**MORE, "memory": "64M", "memory_max": "128M", "cpu_weight": "100", "
     "gpu": "50%",
     "gpu_memory": "1G",
     "gpu_priority": "50",
+    "io_read_max": "1M",
+    "io_write_max": "1M",
+    "io_weight": "100",
 }
 WAITS = {"wait"}
 """Of no use to a call that has begun."""

@@ -45,6 +45,9 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "gpu_memory": ("4G", 4 << 30),
     "gpu_priority": ("important", 80),
     "gpu_device": ("any:2", DeviceSelection(2)),
+    "io_read_max": ("10M/s", 10 << 20),
+    "io_write_max": ("1.5M", 3 << 19),
+    "io_weight": ("200", 200),
 }
 """For each field a text, and what that is read as."""
 TEXTS = {name: text for name, (text, _) in EXAMPLES.items()}
@@ -161,7 +164,8 @@ def write(controllers: tuple[str, ...], cpus: str) -> tuple[Any, dict[str, str]]
 
 def test_every_setting_has_its_file() -> None:
     intent = Intent(**{name: value for name, (_, value) in EXAMPLES.items()})  # type: ignore[arg-type]
-    assert settings_of(intent).keys() == SETTINGS.keys() == {"cpuset"}
+    assert settings_of(intent).keys() == SETTINGS.keys()
+    assert settings_of(intent).keys() == {"cpuset", "io_read_max", "io_write_max"}
 
 
 @given(st.frozensets(st.integers(0, 300), min_size=1))

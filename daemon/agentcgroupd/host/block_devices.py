@@ -1,0 +1,34 @@
+"""Block devices of the host, by their numbers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+SYS_BLOCK = Path("/sys/block")
+DEVICES_MOST = 256
+"""More than this many are not limited one by one."""
+
+
+def whole_devices(sys_block: Path = SYS_BLOCK) -> list[str]:
+    """List the numbers, as `8:0`, of all devices that are no partitions. The kernel keeps limits
+    and counts for these alone (block/blk-cgroup.c: blkg_conf_open_bdev)."""
+    found = []
+    try:
+        names = sorted(os.listdir(sys_block))
+    except FileNotFoundError:
+        return []
+    for name in names[:DEVICES_MOST]:
+        try:
+            found.append((sys_block / name / "dev").read_text(encoding="ascii").strip())
+        except OSError:
+            continue  # removed meanwhile
+    return found
+
+
+def device_name(number: str, sys_dev: Path = Path("/sys/dev/block")) -> str:
+    """Give the name of a device by its numbers, or these where it has gone."""
+    try:
+        return Path(os.readlink(sys_dev / number)).name
+    except OSError:
+        return number
