@@ -34,7 +34,7 @@ def without_record(
     """Start a tool in a call, and kill the daemon when that has lost its record, or has another in
     its place; returns the call's cgroup."""
     agent.run(BEGIN, script=script, options=list(options))
-    wait_until("it runs", lambda: any((d / "cgroup.procs").read_text() for d in daemon.call_dirs()))
+    wait_until("the launcher has become the tool", lambda: runs(daemon))
     (directory,) = daemon.call_dirs()
     if record:
         os.setxattr(directory, XATTR_NAME, record)
@@ -42,6 +42,15 @@ def without_record(
         os.removexattr(directory, XATTR_NAME)
     daemon.kill()
     return directory
+
+
+def runs(daemon: DaemonProcess) -> bool:
+    """Whether a call holds a process that is not the launcher any more."""
+    for directory in daemon.call_dirs():
+        for pid in (directory / "cgroup.procs").read_text().split():
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                return file.read().startswith(b"sh\0")
+    return False
 
 
 def copies(daemon: DaemonProcess) -> list[str]:
@@ -109,7 +118,7 @@ def test_what_ended_meanwhile_leaves_no_copy(fresh: DaemonProcess) -> None:
     wait_until("it has ended", lambda: not fresh.call_dirs())
     assert copies(fresh) == []
     agent.run(BEGIN, script="sleep 1000", options=[])
-    wait_until("it runs", lambda: len(copies(fresh)) == 1 and bool(fresh.call_dirs()))
+    wait_until("it runs", lambda: len(copies(fresh)) == 1 and runs(fresh))
     fresh.kill()
     agent.run("tool.kill(); tool.wait()")
     fresh.start()
