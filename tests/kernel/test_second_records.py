@@ -61,27 +61,36 @@ def copies(daemon: DaemonProcess) -> list[str]:
 @pytest.mark.parametrize(
     "record", [b"", b"no record", b'{"v":1,"kind":"call","id":"x"}', b'{"v":1,"kind":"session"}']
 )
-def test_its_timeout_is_kept(fresh: DaemonProcess, record: bytes) -> None:
+def test_the_call_is_found_with_all_that_it_was_granted(
+    fresh: DaemonProcess, record: bytes
+) -> None:
     agent = fresh.open("alpha")
-    seconds = 3 * SLOW
-    directory = without_record(
-        fresh, agent, "sleep 1000", "--timeout", f"{seconds}s", record=record
-    )
+    directory = without_record(fresh, agent, "sleep 1000", "--timeout", "500s", record=record)
     fresh.start()
     (call,) = fresh.admin.ListCalls(pb.ListCallsRequest()).calls
     assert (f"call-{call.id}", call.name) == (directory.name, "tool")
+    assert call.grant.timeout_usec == 500_000_000
     assert os.getxattr(directory, XATTR_NAME) != record
-    assert agent.run("result = tool.wait()") == -signal.SIGTERM
-    report = last(fresh)
-    assert report.verdict == pb.VERDICT_TIMEOUT
-    assert report.wall_usec >= seconds * 1e6
+    report = fresh.admin.EndCall(pb.EndCallRequest(call_id=call.id))
+    assert report.verdict == pb.VERDICT_CANCELLED
     assert any("its record on its cgroup was gone" in fact.what for fact in report.facts)
     assert copies(fresh) == []
 
 
+def test_its_timeout_is_kept(fresh: DaemonProcess) -> None:
+    agent = fresh.open("alpha")
+    seconds = 3 * SLOW
+    without_record(fresh, agent, "sleep 1000", "--timeout", f"{seconds}s")
+    fresh.start()
+    assert agent.run("result = tool.wait()") == -signal.SIGTERM
+    report = last(fresh)
+    assert report.verdict == pb.VERDICT_TIMEOUT
+    assert report.wall_usec >= seconds * 1e6
+
+
 def test_how_it_ended_is_known(fresh: DaemonProcess) -> None:
     agent = fresh.open("alpha")
-    without_record(fresh, agent, f"sleep {2 * SLOW}; exit 7")
+    without_record(fresh, agent, f"sleep {5 * SLOW}; exit 7")
     fresh.start()
     assert agent.run("result = tool.wait()") == 7
     report = last(fresh)
