@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
 from agentcgroup.errors import InvalidIntent
-from agentcgroup.keywords import meant
+from agentcgroup.meant import meant
 from agentcgroup.text import printable
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 

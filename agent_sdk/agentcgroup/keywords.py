@@ -3,15 +3,15 @@ have been meant, and times may be text."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import subprocess
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
 
 from agentcgroup.errors import InvalidIntent
+from agentcgroup.meant import meant
 
 RUN_KEYWORDS = frozenset({"input", "capture_output", "timeout", "check"})
 _TIME = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)")
@@ -33,12 +33,6 @@ TIME_ALLOWED = "seconds, or a time such as '1.5s', '250ms', '10m', '2h'"
 def popen_keywords() -> frozenset[str]:
     """Return the keyword arguments of subprocess.Popen in this version of Python."""
     return frozenset(inspect.signature(subprocess.Popen).parameters) - {"args"}
-
-
-def meant(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the known name that is nearest; empty where none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def refuse_unknown(

@@ -40,7 +40,13 @@ from agentcgroupd.config_values import (
 )
 from agentcgroupd.locations import Location
 from agentcgroupd.mistakes import DocumentError, ErrorDetail, Path, explained, in_order
-from agentcgroupd.units import IMPORTANT_PRIORITY, parse_bytes, parse_duration, show_usec
+from agentcgroupd.units import (
+    IMPORTANT_PRIORITY,
+    parse_bytes,
+    parse_duration,
+    show_bytes,
+    show_usec,
+)
 
 
 class PoolConfig(Section):
@@ -371,6 +377,20 @@ def _contradictions(config: Config) -> Iterator[tuple[Path, str]]:
             f"{show_usec(cpu.stall_timeout)} cannot be used with "
             f"cpu.wait_max = {show_usec(cpu.wait_max)}: a task may wait for twice that, and the "
             "kernel would take the scheduler away first",
+        )
+    limits = config.limits
+    if limits.answer_bytes_all < limits.answer_bytes:
+        yield (
+            ("limits", "answer_bytes_all"),
+            f"{show_bytes(limits.answer_bytes_all)} cannot be used with limits.answer_bytes = "
+            f"{show_bytes(limits.answer_bytes)}: one session may not have more than all together",
+        )
+    if limits.answer_bytes_all > limits.memory // 2:
+        yield (
+            ("limits", "answer_bytes_all"),
+            f"{show_bytes(limits.answer_bytes_all)} cannot be used with limits.memory = "
+            f"{show_bytes(limits.memory)}: answers that nobody takes may not fill more than half "
+            "of what the daemon may hold",
         )
 
 

@@ -40,6 +40,9 @@ def test_the_shipped_file_is_valid() -> None:
         ({"guard": {"tick": True}}, "guard.tick"),
         ({"pool": "big"}, "pool: 'big' cannot be used"),
         ({"cpu": {"stall_timeout": "5s"}}, "cpu.stall_timeout: 5 s cannot be used with"),
+        ({"limits": {"answer_bytes": "65M"}}, "limits.answer_bytes_all: 64 MiB cannot be used"),
+        ({"limits": {"answer_bytes_all": "1G"}}, "limits.answer_bytes_all: 1 GiB cannot be used"),
+        ({"limits": {"memory": "100M"}}, "limits.answer_bytes_all: 64 MiB cannot be used"),
     ],
 )
 def test_mistakes_are_named(data: dict[str, Any], words: str) -> None:

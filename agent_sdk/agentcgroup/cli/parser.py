@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from agentcgroup.meant import meant
 
 from .output import complain, say
 
 USAGE_CODE = 2
-
-
-def meant(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the known word that is nearest; empty where none is near."""
-    near = difflib.get_close_matches(word[:64], list(known), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 class Parser(argparse.ArgumentParser):

@@ -22,7 +22,7 @@ from agentcgroupd.bpf.libbpf import libbpf
 from agentcgroupd.bpf.loader import BpfObject
 from agentcgroupd.errors import BpfError
 from agentcgroupd.host.mounts import mounts
-from agentcgroupd.host.syscalls import open_cgroup
+from agentcgroupd.host.syscalls import cgroup_is_gone
 from agentcgroupd.units import CgroupId
 
 log = logging.getLogger(__name__)
@@ -155,18 +155,9 @@ def remove_stale(mount: Path, cgroups: Path) -> None:
     fd = os.open(cgroups, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for directory in directories:
-            if not _is_there(fd, int(directory.name)):
+            if cgroup_is_gone(fd, int(directory.name)):
                 for path in directory.iterdir():
                     path.unlink(missing_ok=True)
                 directory.rmdir()
     finally:
         os.close(fd)
-
-
-def _is_there(mount: int, cgroup: int) -> bool:
-    """Tell whether there is such a cgroup, for all that can be told."""
-    try:
-        os.close(open_cgroup(mount, cgroup))
-    except OSError as error:
-        return error.errno != errno.ESTALE
-    return True

@@ -20,11 +20,12 @@ from agentcgroupd.calls.facts import EndFacts, OomFacts
 from agentcgroupd.calls.words import at_least, limit_words
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.enforce.outside import is_gone, outside_path
+from agentcgroupd.enforce.outside import outside_path
 from agentcgroupd.enforce.pause import frozen_by_others_usec
 from agentcgroupd.errors import CgroupGone, KnobError
 from agentcgroupd.host.kernel_log import OomLog
 from agentcgroupd.host.syscalls import (
+    cgroup_is_gone,
     pidfd_ended,
     pidfd_exit_status,
     pidfd_info,
@@ -131,7 +132,7 @@ def _note_place_of_end(call: Call, pool: Cgroup) -> bool | None:
         return False
     path = outside_path(call, pool, found)
     if path is None:
-        return was_seen or (None if is_gone(pool, found) else False)
+        return was_seen or (None if cgroup_is_gone(pool.dir_fd, found) else False)
     if seen is None or seen.moved_back or seen.path != shown(path):
         left = Left(call.main.pid, shown(path), unix_usec())
         call.account.left.append(left)

@@ -6,7 +6,6 @@ descendant of the main process any more, as a daemon is none, cannot be told fro
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Collection, Iterator
@@ -63,15 +62,6 @@ def outside_path(call: Call, pool: Cgroup, cgroup_id: int) -> str | None:
     # The session's path is known both ways: below the mount, and in this process's own view.
     mount = str(call.session.cgroup.path).removesuffix(call.session.cgroup_path)
     return path.removeprefix(mount)
-
-
-def is_gone(pool: Cgroup, cgroup_id: int) -> bool:
-    """Tell whether there is no cgroup of this id any more."""
-    try:
-        os.close(open_cgroup(pool.dir_fd, cgroup_id))
-    except OSError as error:
-        return error.errno == errno.ESTALE
-    return False
 
 
 def find_outsiders(call: Call, inside: Collection[int], search_s: float = SEARCH_S) -> int:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, starmap
 from pathlib import Path
 from typing import Any, TypeVar
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.clock import unix_usec
 from agentcgroupd.errors import FailedPrecondition
 from agentcgroupd.history.reader import Query, Reader
 from agentcgroupd.history.room import Bounds
@@ -84,7 +84,7 @@ class History:
         key = self._open.pop(name, None)
         if self._store is not None and key is not None:
             message = b"" if last is None else last.SerializeToString()
-            self._store.put(Closed(key, _now_usec(), why, message), soon=True)
+            self._store.put(Closed(key, unix_usec(), why, message), soon=True)
 
     def settle(
         self,
@@ -98,7 +98,7 @@ class History:
         """
         if self._store is None:
             return
-        self._store.put(Settled(frozenset(self._open.values()), _now_usec()))
+        self._store.put(Settled(frozenset(self._open.values()), unix_usec()))
         self._store.recover(
             lambda since_usec: chain(
                 map(Found, ended_reports(since_usec)),
@@ -130,7 +130,7 @@ class History:
     def _put(self, key: SessionKey, call: str, event: str, fields: dict[str, Any]) -> None:
         assert self._store is not None
         text = json.dumps(fields, separators=(",", ":"), default=str)
-        self._store.put(Entry(key, call, _now_usec(), event, text))
+        self._store.put(Entry(key, call, unix_usec(), event, text))
 
     # What is asked
 
@@ -175,7 +175,3 @@ class History:
 def _cut(value: Any) -> Any:
     """Shorten a text of somebody else's."""
     return value[:FIELD_CHARS_MAX] if isinstance(value, str) else value
-
-
-def _now_usec() -> int:
-    return time.time_ns() // 1000

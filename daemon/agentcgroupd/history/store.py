@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import InvalidStateError
 from pathlib import Path
 
+from agentcgroupd.clock import boottime_usec, unix_usec
 from agentcgroupd.history.file import File
 from agentcgroupd.history.queue import Marker, RowQueue
 from agentcgroupd.history.room import Bounds
@@ -58,7 +59,7 @@ class Store:
         self._is_suspect = False
         self._transaction_bytes = min(TRANSACTION_BYTES, bounds.max_bytes // 64)
         self._next_house = 0.0
-        self._clock = (_wall_usec(), _boot_usec())
+        self._clock = (unix_usec(), boottime_usec())
         self.lost = 0
         """Rows that could not be kept so far."""
         self.used_bytes = 0
@@ -356,14 +357,6 @@ class Store:
     def _trusted_usec(self) -> int:
         """The wall clock; 0 where it has jumped, so that nothing is called too old by it."""
         wall, boot = self._clock
-        now = _wall_usec()
-        jumped = abs((now - wall) - (_boot_usec() - boot))
+        now = unix_usec()
+        jumped = abs((now - wall) - (boottime_usec() - boot))
         return now if jumped <= CLOCK_SLACK_USEC else 0
-
-
-def _wall_usec() -> int:
-    return time.time_ns() // 1000
-
-
-def _boot_usec() -> int:
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000

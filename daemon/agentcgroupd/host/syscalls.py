@@ -271,6 +271,16 @@ def open_cgroup(mount: int, cgroup_id: int) -> int:
     )
 
 
+def cgroup_is_gone(mount: int, cgroup_id: int) -> bool:
+    """Tell whether there is no cgroup of this id any more, for all that can be told. `mount`: a
+    descriptor of the mount, or of any cgroup of it."""
+    try:
+        os.close(open_cgroup(mount, cgroup_id))
+    except OSError as error:
+        return error.errno == errno.ESTALE
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessStat:
     """The fields of /proc/<pid>/stat that are used here (proc_pid_stat(5))."""

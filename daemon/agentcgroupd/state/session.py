@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections import deque
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.clock import boottime_usec as boottime_usec
+from agentcgroupd.clock import unix_usec as unix_usec
 from agentcgroupd.intents.grant import Grant
 from agentcgroupd.policy.learning import Learned
 from agentcgroupd.state.ending import NOTHING_HELD, Account, Held, Place
@@ -24,16 +25,6 @@ MAIN_LEAF = "main"
 """The cgroup of a call's own processes, below the call's, where that is split."""
 HISTORY_KEPT = 16
 INNER_IDS_MOST = 64
-
-
-def boottime_usec() -> int:
-    """Time since boot with suspends, which a restarted daemon shares with the one before it."""
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
-
-
-def unix_usec() -> int:
-    """Wall clock, for people only; no decision depends on it."""
-    return time.time_ns() // 1000
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.clock import unix_usec
 from agentcgroupd.history import read
 from agentcgroupd.history import store as module
 from agentcgroupd.history.room import Bounds
@@ -143,8 +144,8 @@ def test_a_clock_that_jumps_calls_nothing_too_old(
     store = started(path, bounds(days=10))
     store.put(ended(ALPHA, "c"))
     written(store)
-    wall = module._wall_usec
-    monkeypatch.setattr(module, "_wall_usec", lambda: wall() + 1000 * DAY_USEC)
+    wall = unix_usec
+    monkeypatch.setattr(module, "unix_usec", lambda: wall() + 1000 * DAY_USEC)
     time.sleep(0.1)
     written(store)
     assert store.close(WAIT_S)
