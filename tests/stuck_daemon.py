@@ -10,7 +10,7 @@ import time
 from agentcgroupd import __main__ as program
 from agentcgroupd import daemon
 from agentcgroupd.calls.lifecycle import Calls
-from agentcgroupd.rpc.services import GrpcServer
+from agentcgroupd.rpc.grpc_server import GrpcServer
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import Call
 

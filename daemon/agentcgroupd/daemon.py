@@ -49,13 +49,15 @@ from agentcgroupd.rpc.attach import AttachServer
 from agentcgroupd.rpc.budgets import Budgets
 from agentcgroupd.rpc.callers import Callers
 from agentcgroupd.rpc.gate import Gate
+from agentcgroupd.rpc.grpc_server import GrpcServer
 from agentcgroupd.rpc.hook_verb import HookVerb
 from agentcgroupd.rpc.memory import MemoryWatch
 from agentcgroupd.rpc.messages import Messages
 from agentcgroupd.rpc.past import Past
 from agentcgroupd.rpc.relay import Relay
 from agentcgroupd.rpc.sealed import SealedDoor
-from agentcgroupd.rpc.services import AdminService, AgentService, GrpcServer, Parts
+from agentcgroupd.rpc.service import Parts
+from agentcgroupd.rpc.services import AdminService, AgentService
 from agentcgroupd.rpc.verbs import PING, AgentVerbs, OperatorVerbs, Verb, pong
 from agentcgroupd.rpc.views import Views
 from agentcgroupd.running import Running, note_alive

@@ -19,7 +19,7 @@ from agentcgroupd.host.systemd import notify, watchdog_interval_s
 from agentcgroupd.observers import Observers
 from agentcgroupd.rpc.canary import EVERY_S, Canary
 from agentcgroupd.rpc.memory import MemoryWatch
-from agentcgroupd.rpc.services import Parts
+from agentcgroupd.rpc.service import Parts
 from agentcgroupd.sessions.pool import ALIVE_XATTR, Pool
 from agentcgroupd.state.session import boottime_usec
 from agentcgroupd.telemetry.labels import CALL_STATES

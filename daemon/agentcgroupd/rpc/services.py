@@ -3,132 +3,38 @@ daemon that answers it; what goes in and comes out is in agentcgroup.proto."""
 
 from __future__ import annotations
 
-import functools
 import logging
-import os
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
-
-import grpc
-import grpc.aio
-from google.protobuf import message
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from collections.abc import AsyncIterator, Callable
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
-from agentcgroupd.calls.lifecycle import Calls
-from agentcgroupd.calls.queue import AdmissionQueue
 from agentcgroupd.enforce import hold
 from agentcgroupd.errors import (
     AgentcgroupdError,
     ConfigError,
     FailedPrecondition,
     NotFound,
-    as_request_error,
 )
-from agentcgroupd.guard.policy_files import PolicyFiles
 from agentcgroupd.history.read import ALL
-from agentcgroupd.host.listening import remove_stale
-from agentcgroupd.rpc.agent_calls import AgentCalls, end_command, refuse_unknown
+from agentcgroupd.rpc.agent_calls import end_command, refuse_unknown
 from agentcgroupd.rpc.callers import Caller
-from agentcgroupd.rpc.frames import FRAME_BYTES_MAX
-from agentcgroupd.rpc.gate import Gate, abort
 from agentcgroupd.rpc.messages import Asking
 from agentcgroupd.rpc.pages import PAGE_BYTES, list_reports
-from agentcgroupd.rpc.past import Past, scope_of
+from agentcgroupd.rpc.past import scope_of
 from agentcgroupd.rpc.peers import check_operator
 from agentcgroupd.rpc.relay import Relay
-from agentcgroupd.rpc.views import Views
-from agentcgroupd.sessions.lifecycle import SessionLifecycle
-from agentcgroupd.sessions.registry import Sessions
+from agentcgroupd.rpc.service import Context, Parts, Service, answers
 from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import Call, Session
-from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import call_to_proto
-from agentcgroupd.turns import Slices, Turns
 
 log = logging.getLogger(__name__)
-
-MESSAGE_BYTES_MAX = 65_536
-"""The largest request."""
-METADATA_BYTES_MAX = 8192
-STREAMS_OF_CONNECTION = 256
-GRACE_S = 0.5
 
 OPERATOR = "operator"
 """Whose questions to the store are the operator's."""
 
-Context = grpc.aio.ServicerContext[Any, Any]
-Service = TypeVar("Service", bound="_Service")
-Request = TypeVar("Request", bound=message.Message)
-Response = TypeVar("Response")
 
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """The parts of the daemon that answer requests."""
-
-    sessions: Sessions
-    lifecycle: SessionLifecycle
-    calls: Calls
-    queue: AdmissionQueue
-    agent_calls: AgentCalls
-    views: Views
-    past: Past
-    policy_files: PolicyFiles
-    notices: Notices
-    turns: Turns
-
-
-def answers(
-    method: Callable[[Service, Request, Asking], Awaitable[Response]],
-) -> Callable[[Service, Request, Context], Awaitable[Response]]:
-    """Wrap a unary method for gRPC: it is timed, and the daemon's errors become statuses with a
-    trailer. `_Service.answer` calls the method itself."""
-    name = method.__name__
-
-    @functools.wraps(method)
-    async def wrapper(self: Service, request: Request, context: Context) -> Response:
-        started = time.perf_counter()
-        try:
-            refuse_unknown(request)
-            return await method(self, request, self.relay.connection(context.peer()))
-        except AgentcgroupdError as error:
-            await self.refuse(name, error, context)
-            raise AssertionError("abort always raises") from None
-        finally:
-            self.parts.notices.metrics.rpc.labels(name).observe(time.perf_counter() - started)
-
-    return wrapper
-
-
-class _Service:
-    def __init__(self, parts: Parts, relay: Relay) -> None:
-        self.parts = parts
-        self.relay = relay
-
-    async def answer(self, name: str, request: message.Message, by: Asking) -> message.Message:
-        """Answer a unary method of the service that came in a packet. Raises AgentcgroupdError."""
-        method: Callable[..., Awaitable[message.Message]]
-        method = vars(type(self))[name].__wrapped__
-        return await method(self, request, by)
-
-    def slices(self, by: Asking) -> Slices:
-        """Slices of a long piece of work, each in a turn of the caller's session."""
-        return Slices(self.parts.turns, by.crowd.turns_key)
-
-    async def refuse(self, name: str, error: AgentcgroupdError, context: Context) -> None:
-        """Abort with the error's code and sentence."""
-        refused = as_request_error(error)
-        self.parts.notices.metrics.rpc_errors.labels(name, refused.code).inc()
-        await abort(context, refused)
-
-
-class AgentService(_Service, pb_grpc.AgentServicer):
+class AgentService(Service, pb_grpc.AgentServicer):
     """What an agent may ask, about its own session only."""
 
     def __init__(self, parts: Parts, relay: Relay) -> None:
@@ -266,7 +172,7 @@ def _check_own(session_id: str, caller: Caller) -> None:
         raise NotFound("an agent sees its own session only", "session_id", session_id)
 
 
-class AdminService(_Service, pb_grpc.AdminServicer):
+class AdminService(Service, pb_grpc.AdminServicer):
     """What the operator may ask."""
 
     def _check(self, by: Asking) -> None:
@@ -482,60 +388,3 @@ class AdminService(_Service, pb_grpc.AdminServicer):
             await self.refuse("WatchEvents", error, context)
         finally:
             self.parts.notices.feed.leave(listener)
-
-
-class GrpcServer:
-    """A gRPC server with health and reflection, on a socket that only this process can reach.
-
-    The relay tells it whom a connection is of by the name that it gives to its own end. Others
-    could give theirs the same name, in another network namespace, so nobody else may connect: the
-    socket has no path any more once it is there.
-    """
-
-    def __init__(self, path: Path, service_name: str, gate: Gate) -> None:
-        self._path = path
-        self._name = service_name
-        self._fd: int | None = None
-        self.server = grpc.aio.server(
-            interceptors=[gate],
-            options=[
-                ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-                ("grpc.max_metadata_size", METADATA_BYTES_MAX),
-                ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
-                ("grpc.max_concurrent_streams", STREAMS_OF_CONNECTION),
-                ("grpc.http2.max_frame_size", FRAME_BYTES_MAX),
-                # Windows stay as small as they begin: what is sent faster than it is read waits
-                # with the sender.
-                ("grpc.http2.bdp_probe", 0),
-                ("grpc.http2.lookahead_bytes", MESSAGE_BYTES_MAX),
-                ("grpc.http2.max_ping_strikes", 2),
-            ],
-        )
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
-        names = (service_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self.server)
-
-    async def start(self) -> None:
-        """Serve. Raises ConfigError where something else than a socket is in the way, RuntimeError
-        if the socket cannot be bound."""
-        remove_stale(self._path)
-        self.server.add_insecure_port(f"unix:{self._path}")
-        self._fd = os.open(self._path, os.O_PATH | os.O_CLOEXEC)
-        self._path.unlink()
-        await self.server.start()
-        for name in ("", self._name):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-
-    def address(self) -> str:
-        """Where this process can connect to it, once it serves."""
-        assert self._fd is not None
-        return f"/proc/self/fd/{self._fd}"
-
-    async def stop(self) -> None:
-        """Stop serving; requests under way get GRACE_S to end."""
-        await self._health.enter_graceful_shutdown()
-        await self.server.stop(GRACE_S)
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
