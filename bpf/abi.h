@@ -13,7 +13,7 @@
 
 enum abi {
 	ABI_VERSION = 1,
-	ABI_ARGV_BYTES = 256,
+	ABI_ARGV_BYTES = 512,
 	ABI_COMM_BYTES = 16,
 	ABI_PROTECTED_MAX = 64,
 	ABI_SMALL_REQUEST_BYTES = 1114112, /* an allocator's arena of 1 MiB, and its head */

@@ -139,12 +139,21 @@ class RemoteRpcError(Exception):
         self.error = pb.Error.FromString(error)
 
 
+SHELLS_BEGIN_CALLS = """
+[[boundaries.rules]]
+program = ["sh", "bash", "dash", "zsh", "ash", "ksh"]
+shell_command = true
+"""
+"""Rules of daemons in tests: what else an agent starts stays with it, for tests that need that."""
+
+
 class DaemonProcess:
     """A daemon with a pool, sockets and files of its own."""
 
     def __init__(self, directory: Path, config: str = "") -> None:
         """Write the configuration. `config` is TOML to be added: sections other than [server] and
-        [audit]; a [pool] section comes first."""
+        [audit]; a [pool] section comes first. Where it does not speak of boundaries,
+        SHELLS_BEGIN_CALLS holds."""
         self.directory = directory
         self.run_dir = directory / "run"
         self.audit_path = directory / "audit.jsonl"
@@ -159,6 +168,7 @@ class DaemonProcess:
             f"{pool}\n[server]\nrun_dir = {str(self.run_dir)!r}\nmetrics_address = ''\n"
             f"[audit]\npath = {str(self.audit_path)!r}\n{config}"
             + ("" if "[history]" in pool + config else self._history())
+            + ("" if "boundaries" in pool + config else SHELLS_BEGIN_CALLS)
             # Its verification takes seconds where the CPU is emulated: for tests that ask for it.
             + ("" if "[cpu]" in pool + config else '[cpu]\nscheduler = "off"\n')
         )

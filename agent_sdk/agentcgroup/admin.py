@@ -43,7 +43,7 @@ class Admin(Client["AdminStub"]):
 
     Limits of a session are text or numbers, as in an intent: memory_low, memory_high, memory_max
     (bytes), cpu_weight, cpu_max (cores), pids_max, priority, calls_max; gpu, gpu_memory,
-    gpu_priority, gpu_device: for the agent itself.
+    gpu_priority, gpu_device: for the agent itself; exec_is_call: "yes" or "no".
     """
 
     def __init__(self, run_dir: str | None = None) -> None:

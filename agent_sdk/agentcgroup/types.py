@@ -451,6 +451,8 @@ class SessionInfo(_Answer):
     container: str = ""
     """Runtime and id of the container that it was made of, as `docker:ID`; empty for agents, and
     where no runtime has told of it."""
+    exec_is_call: bool = False
+    """Whether what is executed in it from outside is a call."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from agentcgroupd import documents
+from agentcgroupd.config_boundaries import BoundariesConfig as BoundariesConfig
 from agentcgroupd.config_containers import ContainersConfig
 from agentcgroupd.config_values import (
     AUDIT_BYTES,
@@ -28,7 +29,6 @@ from agentcgroupd.config_values import (
     Pids,
     PoolPath,
     Priority,
-    ProgramGlob,
     RunDir,
     audit_bytes,
     power_of_two,
@@ -74,6 +74,8 @@ class SessionDefaults(Section):
     """How deep they may lie in one another."""
     reports_kept: Annotated[Count, Field(ge=1, le=100_000)] = 256
     connections_max: Annotated[Count, Field(ge=1, le=10_000)] = 256
+    exec_is_call: Flag = False
+    """A program that is executed in a session from outside is a call."""
 
 
 class CallDefaults(Section):
@@ -166,31 +168,6 @@ class PolicyConfig(Section):
     """A file, or the name of a policy that came with the daemon; empty: its default."""
     drop_in: OptionalPath = FilePath("/etc/agentcgroup/policy.d")
     """Directory of files that change parts of it, and need not be there; empty: none."""
-
-
-class BoundaryRule(Section):
-    """Which programs begin a call when an agent's own process starts them."""
-
-    program: tuple[ProgramGlob, ...]
-    """Globs on the program's name as in /proc/<pid>/comm: its first 15 characters."""
-    first_argument: str = "*"
-    """Glob on the first argument; an empty one where there is none."""
-    shell_command: Flag = False
-    """Only with a command for a shell: `-c`, also among other options (`-lc`, `-o pipefail -c`)."""
-    begins_call: Flag = True
-
-
-SHELL_COMMANDS = BoundaryRule(
-    program=("sh", "bash", "dash", "zsh", "ash", "ksh"), shell_command=True
-)
-
-
-class BoundariesConfig(Section):
-    """Tool calls of agents that declare none (boundaries/)."""
-
-    enabled: Flag = True
-    rules: tuple[BoundaryRule, ...] = (SHELL_COMMANDS,)
-    """The first that fits decides; none: no call."""
 
 
 class BpfConfig(Section):

@@ -127,6 +127,15 @@ def _program(glob: str) -> str:
     return glob
 
 
+GLOB_CHARS_MAX = 256
+
+
+class Section(BaseModel):
+    """Base of all parts: frozen, and nothing unknown is let in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
 _LOOPBACK = re.compile(r"(127\.0\.0\.1|\[::1\]|localhost):(\d{1,5})")
 
 
@@ -143,5 +152,6 @@ RunDir = Annotated[Path, AfterValidator(_run_dir)]
 LoopbackAddress = Annotated[str, AfterValidator(_metrics_address)]
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
 FileOfOurs = Annotated[Path | None, AfterValidator(_file)]
+ArgumentsGlob = Annotated[str, Field(max_length=GLOB_CHARS_MAX)]
 ProgramGlob = Annotated[str, AfterValidator(_program)]
 PagesPerS = Annotated[Count, Field(ge=0, le=PAGES_PER_S_MOST)]

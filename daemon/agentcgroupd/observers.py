@@ -204,6 +204,12 @@ class Observers:
         """Have our CPU scheduler run a process that is in a call or an agent leaf now."""
         self._cpu.entered(pid)
 
+    def agent_entered(self, pid: int) -> None:
+        """Know a process that was put into an agent leaf as the agent's own."""
+        self.entered(pid)
+        if self._boundaries is not None:
+            self._boundaries.entered(pid)
+
     def catch_up(self) -> None:
         """Read what the kernel has told of processes: before a call is judged, its exit event may
         be there, unread."""

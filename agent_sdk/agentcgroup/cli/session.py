@@ -24,6 +24,7 @@ LIMITS = {
     "pids_max": ("N", "processes and threads that it may have"),
     "priority": ("PRIORITY", "how important it is"),
     "calls_max": ("N", "calls that may be open at the same time"),
+    "exec_is_call": ("yes|no", "whether what is executed in it from outside is a call"),
 }
 """What can be changed: the kind of value, and what it means."""
 GPU_LIMITS = {

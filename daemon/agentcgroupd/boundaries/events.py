@@ -19,26 +19,44 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache, partial
 
 from agentcgroup.text import printable
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.boundaries.insiders import Insiders, is_runtime
+from agentcgroupd.boundaries.jobs import Jobs, reads_its_commands
 from agentcgroupd.boundaries.placement import Placement
-from agentcgroupd.boundaries.processes import TICK_NS, Forked, KnownProcesses, ObservedCall, key_of
+from agentcgroupd.boundaries.processes import (
+    TICK_NS,
+    Forked,
+    Key,
+    KnownProcesses,
+    ObservedCall,
+    key_of,
+)
 from agentcgroupd.boundaries.resync import Resync
 from agentcgroupd.boundaries.rules import (
     CMDLINE_BYTES_MAX,
+    OWN_LAUNCHERS,
+    Rules,
+    Started,
     argv_of,
-    begins_call,
+    continues,
     declares,
-    may_begin_call,
 )
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import BoundariesConfig
-from agentcgroupd.errors import AgentcgroupdError
-from agentcgroupd.host.proc import command_line
+from agentcgroupd.errors import AgentcgroupdError, RequestError
+from agentcgroupd.host.proc import command_line, read_proc
 from agentcgroupd.intents.command import tool_name
+from agentcgroupd.intents.environment import ENVIRONMENT_BYTES_MAX, declared_in
+from agentcgroupd.intents.parse import Intent
+from agentcgroupd.intents.script import is_shell, shell_command
+from agentcgroupd.intents.wrapped import user_command
 from agentcgroupd.state.session import Call, Session, unix_usec
 from agentcgroupd.telemetry.notices import Notices
 
@@ -66,7 +84,7 @@ class Boundaries:
         """`settled_ticks`: processes that were in an agent leaf at this time (clock ticks since
         boot) and in no call belong to the agent itself, because a daemon was there to see them.
         `declared`: told of each launcher that declares a call without a socket."""
-        self._config = config
+        self._rules = Rules(config)
         self._declared = declared
         self._lifecycle = lifecycle
         self._calls = calls
@@ -79,9 +97,11 @@ class Boundaries:
         self._loop = asyncio.get_running_loop()
         self._work_later: asyncio.Handle | None = None
         self._known = KnownProcesses()
+        self._jobs = Jobs()
+        self._insiders = Insiders()
         self._placement = Placement(self._known, calls, notices, self._read_on)
         self._resync = Resync(
-            config,
+            self._rules,
             lifecycle,
             self._known,
             self._placement,
@@ -108,6 +128,11 @@ class Boundaries:
         """Follow the processes of a session's agent leaf. Raises BpfError."""
         self._lifecycle.manage(session.agent.id, abi.CgroupKind.AGENT)
         self._agents[session.agent.id] = session
+        self._insiders.add_all(session.agent.procs())
+
+    def entered(self, pid: int) -> None:
+        """Count a process that the daemon has put into an agent leaf as the agent's own."""
+        self._insiders.add_all([pid])
 
     def session_closed(self, session: Session) -> None:
         """Forget a session and its processes. Raises BpfError."""
@@ -230,35 +255,99 @@ class Boundaries:
         observed = self._known.seen(parent)
         if observed is None:
             comm = event.child.comm.decode("utf-8", "replace")
-            self._known.fork(child, Forked(session, comm, event.event.at_ns))
+            outside = self._is_outside(session, parent, comm)
+            self._known.fork(child, Forked(session, comm, event.event.at_ns, parent, outside))
         else:
             self._placement.follow(observed, child)
+
+    def _is_outside(self, session: Session, parent: Key, comm: str) -> bool:
+        """Whether a process that was forked in an agent leaf belongs to what came from outside.
+        `comm`: the name of its parent."""
+        forked = self._known.forked(parent)
+        if forked is not None:
+            return forked.outside
+        return is_runtime(comm) or not self._insiders.forks(session, parent)
 
     def _exec(self, event: abi.ExecEvent) -> None:
         session = self._agents.get(event.event.cgroup_id)
         key = key_of(event.process)
         forked = self._known.forked(key)
+        is_first = forked is not None and not forked.executed
         if forked is not None:
             forked.executed = True
         if declares(event):
-            self._declared(*key, bytes(event.argv[: event.argv_bytes]))
-            return
-        if session is None or forked is None:
+            self._declared(*key, bytes(event.argv)[: event.argv_bytes])
             return
         comm = event.process.comm.decode("utf-8", "replace")
-        argv = argv_of(event)
-        begins = begins_call(self._config, comm, argv)
-        if event.argv_cut or not argv:
-            # The head may not say it, or its page could not be read: /proc has all of it. Where the
-            # head did say it, the command that an agent wraps in a script of its own comes later.
-            argv = command_line(key[0], CMDLINE_BYTES_MAX) or argv
-            begins = begins or begins_call(self._config, comm, argv)
-        if begins:
-            name = tool_name(comm, argv)
-            self._placement.begin(ObservedCall(session, name, argv, key, event.event.at_ns))
+        if session is None or key in self._insiders:
+            return
+        if forked is None or forked.outside:
+            self._came_in(session, key, comm, event)
+            return
+        is_job = cache(partial(reads_its_commands, forked.parent, forked.comm))
+        started = Started(comm, argv_of(event), forked.comm, is_first, is_job)
+        if event.argv_cut or not started.argv:
+            started = self._in_full(started, key)
+        if self._rules.begins_call(started):
+            self._begin(forked, key, started, event.event.at_ns)
+
+    def _came_in(self, session: Session, key: Key, comm: str, event: abi.ExecEvent) -> None:
+        """Deal with a program that was executed in a session from outside: a call if the session
+        says so, else the agent's own."""
+        if is_runtime(comm) or self._known.settled(key):
+            return
+        if not session.limits.exec_is_call or comm in OWN_LAUNCHERS:
+            self._known.leave(key)
+            self._insiders.add(key)
+            return
+        started = self._in_full(Started(comm, argv_of(event)), key)
+        argv = user_command(started.argv)
+        said, intent = self._said_by(session, key[0], tool_name(comm, argv))
+        name = said or tool_name(comm, argv)
+        observed = ObservedCall(session, name, argv, key, event.event.at_ns, intent)
+        self._placement.begin(observed)
+
+    def _said_by(self, session: Session, pid: int, name: str) -> tuple[str, Intent | None]:
+        """Read what a program's environment says of its call. What makes no sense is refused, and
+        the program is a call as if it had said nothing."""
+        try:
+            environment = read_proc(pid, "environ", ENVIRONMENT_BYTES_MAX)
+            with self._calls.refusing(session, name):
+                return declared_in(environment)
+        except (FileNotFoundError, ProcessLookupError):
+            return "", None
+        except RequestError as error:
+            sentence = f"what the environment of {name!r} says of it is ignored: {error.sentence}"
+            feedback = pb.Feedback(code=pb.FEEDBACK_CODE_NOT_IN_CALL, sentence=sentence)
+            self._notices.tell(session, "", feedback)
+            return "", None
+
+    @staticmethod
+    def _in_full(started: Started, key: Key) -> Started:
+        """Complete what the event holds of a program's arguments: /proc has all of them, unless it
+        has executed another program since. Such a one counts where a shell has gone on as a shell,
+        as agents have theirs do."""
+        found = command_line(key[0], CMDLINE_BYTES_MAX)
+        head = started.argv
+        if continues(found, head) or (found and is_shell(found[0]) and shell_command(found)):
+            return replace(started, argv=found)
+        return started
+
+    def _begin(self, forked: Forked, key: Key, started: Started, at_ns: int) -> None:
+        """Begin a call, unless the program belongs to one that has begun: that of its job."""
+        argv = user_command(started.argv)
+        observed = ObservedCall(forked.session, tool_name(started.comm, argv), argv, key, at_ns)
+        if started.is_job():
+            of_job = self._jobs.of(key[0], forked.parent, at_ns)
+            if of_job is not None:
+                self._placement.follow(of_job, key)
+                return
+            self._jobs.began(key[0], forked.parent, observed)
+        self._placement.begin(observed)
 
     def _exit(self, event: abi.ExitEvent) -> None:
         key = key_of(event.process)
+        self._insiders.ended(key)
         forked, observed = self._known.end(key)
         if forked is not None:
             self._exec_was_missed(forked, event)
@@ -277,7 +366,7 @@ class Boundaries:
         comm = event.process.comm.decode("utf-8", "replace")
         if event.event.cgroup_id not in self._agents:
             return
-        if forked.executed or not event.executed or not may_begin_call(self._config, comm):
+        if forked.executed or not event.executed or not self._rules.may_begin_call(comm):
             return
         key, name = key_of(event.process), tool_name(comm, [])
         self._placement.over(ObservedCall(forked.session, name, [], key, forked.at_ns, exit=event))

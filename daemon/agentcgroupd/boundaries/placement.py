@@ -74,7 +74,7 @@ class Placement:
             waited = observed.was_refused or call is not None
             age_usec = 0 if waited else (time.monotonic_ns() - observed.at_ns) // 1000
             try:
-                request = observed_request(observed.name, observed.argv)
+                request = observed_request(observed.name, observed.argv, observed.intent)
                 call = self._calls.begin(observed.session, request, None, age_usec)
             except RequestError as error:
                 self._refused(observed, error)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from agentcgroupd.bpf import abi
 from agentcgroupd.host.syscalls import process_stat
+from agentcgroupd.intents.parse import Intent
 from agentcgroupd.state.session import Call, Session
 
 ENDED_MAX = 65_536
@@ -34,6 +35,10 @@ class Forked:
     comm: str
     """Name right after the fork, which is the name of its parent; empty: not known."""
     at_ns: int
+    parent: Key = (0, 0)
+    """The process that forked it; (0, 0): not known."""
+    outside: bool = False
+    """Whether a runtime's helper has forked it, which was put into the leaf from outside."""
     executed: bool = False
 
 
@@ -47,6 +52,8 @@ class ObservedCall:
     main: Key
     at_ns: int
     """Time of the exec (CLOCK_MONOTONIC)."""
+    intent: Intent | None = None
+    """What its environment says; None: that was not asked."""
     call: Call | None = None
     members: set[Key] = field(default_factory=set)
     exit: abi.ExitEvent | None = None
@@ -95,6 +102,10 @@ class KnownProcesses:
     def fork(self, key: Key, forked: Forked) -> None:
         """Take in a process that was forked and is in no call."""
         self._forked[key] = forked
+
+    def leave(self, key: Key) -> None:
+        """Forget a process that has turned out to be an agent's own."""
+        self._forked.pop(key, None)
 
     def join(self, observed: ObservedCall, key: Key) -> None:
         """Count a process, known or not, among those of an observed call."""

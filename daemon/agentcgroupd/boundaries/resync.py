@@ -11,7 +11,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
+from agentcgroupd.boundaries.jobs import reads_its_commands
 from agentcgroupd.boundaries.placement import Placement
 from agentcgroupd.boundaries.processes import (
     TICK_NS,
@@ -21,13 +23,13 @@ from agentcgroupd.boundaries.processes import (
     ObservedCall,
     lives,
 )
-from agentcgroupd.boundaries.rules import CMDLINE_BYTES_MAX, begins_call
+from agentcgroupd.boundaries.rules import CMDLINE_BYTES_MAX, Rules, Started
 from agentcgroupd.bpf.lifecycle import Lifecycle
-from agentcgroupd.config import BoundariesConfig
 from agentcgroupd.errors import AgentcgroupdError, BpfError
 from agentcgroupd.host.proc import command_line, program_name
 from agentcgroupd.host.syscalls import process_stat
 from agentcgroupd.intents.command import tool_name
+from agentcgroupd.intents.wrapped import user_command
 from agentcgroupd.state.session import Session, boottime_usec
 from agentcgroupd.telemetry.notices import Notices
 
@@ -45,7 +47,7 @@ class Resync:
 
     def __init__(
         self,
-        config: BoundariesConfig,
+        rules: Rules,
         lifecycle: Lifecycle,
         known: KnownProcesses,
         placement: Placement,
@@ -57,7 +59,7 @@ class Resync:
         """`sessions`: those whose agent leaf is watched. `behind`: whether events wait to be dealt
         with. `settled_ticks`: processes that were in an agent leaf at this time (clock ticks since
         boot) and in no call belong to the agent itself."""
-        self._config = config
+        self._rules = rules
         self._lifecycle = lifecycle
         self._known = known
         self._placement = placement
@@ -175,12 +177,15 @@ class Resync:
         if forked is None:
             if parent is None or key[1] <= self._settled_ticks:
                 return  # put here from outside, or seen before: the agent itself
-            forked = Forked(session, "", time.monotonic_ns())
+            forked = Forked(session, program_name(parent[0]), time.monotonic_ns(), parent)
             self._known.fork(key, forked)
         comm = program_name(pid)
         argv = command_line(pid, CMDLINE_BYTES_MAX)
+        is_first = not forked.executed
         forked.executed = forked.executed or comm != forked.comm
-        if begins_call(self._config, comm, argv):
+        is_job = partial(reads_its_commands, forked.parent, forked.comm)
+        if self._rules.begins_call(Started(comm, argv, forked.comm, is_first, is_job)):
+            argv = user_command(argv)
             name = tool_name(comm, argv)
             self._placement.begin(ObservedCall(session, name, argv, key, time.monotonic_ns()))
 

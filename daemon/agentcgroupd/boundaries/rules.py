@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from agentcgroupd.bpf import abi
-from agentcgroupd.config import BoundariesConfig, BoundaryRule
-from agentcgroupd.intents.script import shell_command
+from agentcgroupd.config_boundaries import BoundariesConfig, BoundaryRule
+from agentcgroupd.intents.command import tool_name
+from agentcgroupd.intents.script import reads_commands, shell_command
+from agentcgroupd.intents.wrapped import user_command
 
 CMDLINE_BYTES_MAX = 65_536
 """Most that is read of a command line."""
-OWN_LAUNCHERS = ("agentcg", "agentcg-exec")
-"""Launchers ask for a call themselves."""
+GLOBBED_CHARS = 4096
+"""As much of the beginning and of the end of a long command line is looked at."""
+OWN_LAUNCHERS = ("agentcg", "agentcg-exec", "agentcg-cli")
+"""Launchers ask for a call themselves; the command is no tool."""
 
 
 DECLARES = b"agentcg-exec\0--sealed="
@@ -21,39 +29,130 @@ lets it use no socket (agent_sdk/exec/sealed.h)."""
 
 def declares(event: abi.ExecEvent) -> bool:
     """Whether an exec is the declaration of a call."""
-    return bytes(event.argv[: len(DECLARES)]) == DECLARES and event.argv_bytes > len(DECLARES)
+    return bytes(event.argv)[: len(DECLARES)] == DECLARES and event.argv_bytes > len(DECLARES)
 
 
 def argv_of(event: abi.ExecEvent) -> list[str]:
     """The head of a program's arguments."""
-    raw = bytes(event.argv[: event.argv_bytes])
+    raw = bytes(event.argv)[: event.argv_bytes]
     words = raw.split(b"\0")
     if not event.argv_cut and words:
         words.pop()  # what follows the last NUL
     return [word.decode("utf-8", "replace") for word in words]
 
 
-def begins_call(config: BoundariesConfig, comm: str, argv: list[str]) -> bool:
-    """Whether a program with these arguments begins a call: the first rule that fits decides; where
-    none does, it begins none."""
-    if not config.enabled or comm in OWN_LAUNCHERS:
+def continues(argv: Sequence[str], head: Sequence[str]) -> bool:
+    """Whether arguments begin with a head that may end within one of them."""
+    if not head or len(argv) < len(head):
         return False
-    argument = argv[1] if len(argv) > 1 else ""
-    for rule in config.rules:
-        if not _names(rule, comm) or not fnmatch.fnmatchcase(argument, rule.first_argument):
-            continue
-        if rule.shell_command and shell_command(argv) is None:
-            continue
-        return rule.begins_call
-    return False
+    cut = len(head) - 1
+    # A character may have been cut in two.
+    return list(argv[:cut]) == list(head[:cut]) and argv[cut].startswith(head[cut].rstrip("\ufffd"))
 
 
-def may_begin_call(config: BoundariesConfig, comm: str) -> bool:
-    """Whether a program begins a call with some arguments or other."""
-    if not config.enabled or comm in OWN_LAUNCHERS:
+@dataclass(frozen=True)
+class Started:
+    """A program that a process in an agent leaf has just executed."""
+
+    comm: str
+    argv: Sequence[str]
+    parent: str = ""
+    """Name of the process that forked it; empty: not known."""
+    is_first: bool = True
+    """Whether it has executed no other program since its fork."""
+    is_job: Callable[[], bool] = lambda: False
+    """Whether a shell that reads its commands has started it."""
+
+    @cached_property
+    def command_line(self) -> str:
+        """Its arguments in one text; of a long one the beginning and the end."""
+        text = " ".join(self.argv)
+        return (
+            text if len(text) <= 2 * GLOBBED_CHARS else text[:GLOBBED_CHARS] + text[-GLOBBED_CHARS:]
+        )
+
+    @cached_property
+    def has_script(self) -> bool:
+        """Whether it is a shell with a command."""
+        return shell_command(self.argv) is not None
+
+    @cached_property
+    def reads_commands(self) -> bool:
+        """Whether it runs a shell that reads its commands."""
+        return reads_commands(self.argv)
+
+    @cached_property
+    def name(self) -> str:
+        """What its call would be called."""
+        return tool_name(self.comm, user_command(self.argv))
+
+
+class Rules:
+    """The rules of a configuration, prepared once: they are asked for each program that an agent
+    executes."""
+
+    def __init__(self, config: BoundariesConfig) -> None:
+        rules = config.rules if config.enabled else ()
+        self._rules = [_Prepared(rule) for rule in rules]
+
+    def begins_call(self, started: Started) -> bool:
+        """Whether a program begins a call: the first rule that fits decides; where none does, it
+        begins none."""
+        if started.comm in OWN_LAUNCHERS:
+            return False
+        for rule in self._rules:
+            if rule.fits(started):
+                return rule.begins_call
         return False
-    return any(rule.begins_call and _names(rule, comm) for rule in config.rules)
+
+    def may_begin_call(self, comm: str) -> bool:
+        """Whether a program begins a call with some arguments or other, whoever started it; of
+        rules for all programs that is not said."""
+        if comm in OWN_LAUNCHERS:
+            return False
+        rules = (rule for rule in self._rules if rule.begins_call and not rule.is_for_all)
+        return any(rule.names(comm) for rule in rules)
 
 
-def _names(rule: BoundaryRule, comm: str) -> bool:
-    return any(fnmatch.fnmatchcase(comm, pattern) for pattern in rule.program)
+class _Prepared:
+    """A rule whose globs are compiled. None: anything fits."""
+
+    def __init__(self, rule: BoundaryRule) -> None:
+        self._rule = rule
+        self.begins_call = rule.begins_call
+        self.is_for_all = "*" in rule.program
+        self._program = _compiled(rule.program)
+        self._parent = _compiled(rule.parent)
+        self._first_argument = _compiled((rule.first_argument,))
+        self._command_line = _compiled((rule.command_line,))
+        self._runs = _compiled((rule.runs,))
+
+    def names(self, comm: str) -> bool:
+        """Whether it is about programs of that name."""
+        return self._program is None or self._program.match(comm) is not None
+
+    def fits(self, started: Started) -> bool:
+        """Whether all that the rule demands holds; what costs most is asked last."""
+        rule, argv = self._rule, started.argv
+        return (
+            self.names(started.comm)
+            and (started.is_first or not self.is_for_all)
+            and _matches(self._parent, started.parent)
+            and _matches(self._first_argument, argv[1] if len(argv) > 1 else "")
+            and (not rule.shell_command or started.has_script)
+            and (not rule.reads_commands or started.reads_commands)
+            and (self._command_line is None or _matches(self._command_line, started.command_line))
+            and (self._runs is None or _matches(self._runs, started.name))
+            and (not rule.job or started.is_job())
+        )
+
+
+def _compiled(globs: Sequence[str]) -> re.Pattern[str] | None:
+    """Compile globs into one expression; None: one of them fits everything."""
+    if "*" in globs:
+        return None
+    return re.compile("|".join(fnmatch.translate(glob) for glob in globs) if globs else r"(?!)")
+
+
+def _matches(pattern: re.Pattern[str] | None, text: str) -> bool:
+    return pattern is None or pattern.match(text) is not None

@@ -9,7 +9,7 @@ import ctypes
 import enum
 
 ABI_VERSION = 1
-ABI_ARGV_BYTES = 256
+ABI_ARGV_BYTES = 512
 ABI_COMM_BYTES = 16
 ABI_PROTECTED_MAX = 64
 ABI_SMALL_REQUEST_BYTES = 1114112
@@ -157,7 +157,7 @@ class ForkEvent(ctypes.Structure):
 
 
 class ExecEvent(ctypes.Structure):
-    """struct exec_event, 328 bytes"""
+    """struct exec_event, 584 bytes"""
 
     _fields_ = (
         ("event", Event),
@@ -165,7 +165,7 @@ class ExecEvent(ctypes.Structure):
         ("own_cgroup_id", ctypes.c_uint64),
         ("argv_bytes", ctypes.c_uint32),
         ("argv_cut", ctypes.c_uint32),
-        ("argv", ctypes.c_uint8 * 256),
+        ("argv", ctypes.c_uint8 * 512),
     )
     event: Event
     process: Process

@@ -399,7 +399,7 @@ class Calls(OpenCalls):
         """Move a process into a session's agent leaf. Raises KnobError, or FailedPrecondition if
         the process has ended."""
         _move(process, session.agent)
-        self._observer.entered(process.pid)
+        self._observer.agent_entered(process.pid)
 
 
 def _move(process: Process, leaf: Cgroup) -> None:

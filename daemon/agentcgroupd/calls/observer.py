@@ -25,6 +25,9 @@ class CallObserver(Protocol):
     def entered(self, pid: int) -> None:
         """Take note that a process is in a call or in an agent leaf, as all that it will fork."""
 
+    def agent_entered(self, pid: int) -> None:
+        """Take note that a process of the agent itself was put into an agent leaf."""
+
     def catch_up(self) -> None:
         """Read what is known of processes that have ended, before a call is judged by it."""
 

@@ -287,6 +287,7 @@ class ProcessStat:
 
     state: str
     parent_pid: int
+    group: int
     start_ticks: int
     exit_status: int
     """Wait status; meaningful while state is Z."""
@@ -301,6 +302,7 @@ def process_stat(pid: int) -> ProcessStat:
     return ProcessStat(
         state=fields[0],
         parent_pid=int(fields[1]),
+        group=int(fields[2]),
         start_ticks=int(fields[19]),
         exit_status=int(fields[49]),
     )

@@ -39,13 +39,17 @@ class CallRequest:
     """Nobody asked: the daemon saw an agent execute a tool."""
 
 
-def observed_request(name: str, argv: Sequence[str]) -> CallRequest:
-    """Make the request for a call that nobody asked for. Raises InvalidField for its name.
+NO_INTENT = Intent(leftovers="keep")
+
+
+def observed_request(name: str, argv: Sequence[str], intent: Intent | None = None) -> CallRequest:
+    """Make the request for a call that nobody asked for. `intent`: from its environment; None: it
+    has none. Raises InvalidField for its name.
 
     A server that such a tool starts lives on, as it would without the daemon: whoever started it
     has never heard of calls.
     """
-    return CallRequest(check_name(name), cut_argv(argv), Intent(leftovers="keep"), observed=True)
+    return CallRequest(check_name(name), cut_argv(argv), intent or NO_INTENT, observed=True)
 
 
 def intent_of_proto(message: pb.Intent) -> Intent:

@@ -90,6 +90,29 @@ def shell_command(argv: Sequence[str]) -> str | None:
     return None
 
 
+def reads_commands(argv: Sequence[str]) -> bool:
+    """Tell whether a command line runs a shell that reads its commands from its standard input: it
+    has neither `-c` nor a file among its operands."""
+    shell = _unwrapped(_bounded(argv))
+    if not shell or not is_shell(shell[0]):
+        return False
+    words = iter(shell[1:])
+    for word in words:
+        if word in ("-", "--") or word[:1] not in ("-", "+"):
+            return word in ("-", "--") and next(words, None) is None
+        if word.startswith("--"):
+            if word in ("--rcfile", "--init-file"):
+                next(words, None)
+            continue
+        if word[0] == "-" and "c" in word:
+            return False
+        if word[0] == "-" and "s" in word:
+            return True
+        if word[-1] in "oO":
+            next(words, None)
+    return True
+
+
 def is_shell(program: str) -> bool:
     """Tell whether a program, by its path or as a login shell has it (`-bash`), is a shell."""
     return os.path.basename(program).removeprefix("-") in SHELLS

@@ -23,6 +23,7 @@ from agentcgroupd.units import (
     parse_cores,
     parse_count,
     parse_priority,
+    parse_word,
     show_bytes,
 )
 
@@ -90,6 +91,9 @@ def parse_limits(
         cgroups_max=max(defaults.cgroups_max, 2 * calls_max + CGROUPS_BESIDE_CALLS),
         cgroup_depth_max=defaults.cgroup_depth_max,
         swap_max_bytes=_swap_max_bytes(priority),
+        exec_is_call=_parse_yes("exec_is_call", spec.exec_is_call)
+        if spec.exec_is_call
+        else defaults.exec_is_call,
     )
     _check_sizes(spec, limits, pool_bytes)
     return limits
@@ -98,6 +102,10 @@ def parse_limits(
 def _swap_max_bytes(priority: int) -> int | None:
     """Most that may be swapped out of a session of this priority; None: no limit of its own."""
     return 0 if priority >= IMPORTANT_PRIORITY else None
+
+
+def _parse_yes(field: str, text: str) -> bool:
+    return parse_word(field, text, ("yes", "no")) == "yes"
 
 
 _REMOVABLE = ("memory_low", "memory_high", "memory_max", "cpu_max")
@@ -141,6 +149,7 @@ _CHANGEABLE: dict[str, tuple[str, Callable[[str, str], int]]] = {
     "cpu_max": ("cpu_max_millicores", parse_cores),
     "pids_max": ("pids_max", lambda field, text: parse_count(field, text, 1, PIDS_MOST)),
     "priority": ("priority", parse_priority),
+    "exec_is_call": ("exec_is_call", _parse_yes),
     "calls_max": ("calls_max", lambda field, text: parse_count(field, text, 1, CALLS_MOST)),
 }
 """Fields of a spec that can be changed: the limit that each sets, and its parser."""

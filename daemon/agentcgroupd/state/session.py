@@ -339,6 +339,8 @@ class SessionLimits:
     swap_max_bytes: int | None = None
     """What of it may be swapped out: nothing of an important session, because what comes back from
     swap is time that it loses."""
+    exec_is_call: bool = False
+    """Whether a program that is executed in the session from outside is a call."""
 
 
 @dataclass(slots=True, eq=False)

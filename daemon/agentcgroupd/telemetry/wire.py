@@ -160,4 +160,5 @@ def session_to_proto(
         owner_pid=session.owner.pid if session.owner is not None and admin else 0,
         cpu=cpu_to_proto(cpu) if cpu is not None else None,
         container=session.container if admin else "",
+        exec_is_call=limits.exec_is_call,
     )

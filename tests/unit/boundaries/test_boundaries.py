@@ -9,16 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcgroupd.boundaries.rules import OWN_LAUNCHERS, argv_of, begins_call
+from agentcgroupd.boundaries.rules import OWN_LAUNCHERS, Rules, Started, argv_of
 from agentcgroupd.bpf import abi
-from agentcgroupd.config import SHELL_COMMANDS, BoundariesConfig, BoundaryRule, parse_config
+from agentcgroupd.config import parse_config
+from agentcgroupd.config_boundaries import SHELL_COMMANDS, BoundariesConfig, BoundaryRule
 from agentcgroupd.errors import ConfigError
 from agentcgroupd.intents.command import tool_name
 from agentcgroupd.intents.parse import NAME_CHARS_MAX, check_name
 
-DEFAULT = BoundariesConfig()
+SHELLS_ONLY = BoundariesConfig(rules=(SHELL_COMMANDS,))
 ARGUMENTS = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
+EDGE = int(abi.ABI_ARGV_BYTES)
 PLAIN_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+def begins_call(config: BoundariesConfig, comm: str, argv: list[str]) -> bool:
+    """Whether a program of that name begins a call, whoever has started it."""
+    return Rules(config).begins_call(Started(comm, argv))
+
 
 # --- Arguments ------------------------------------------------------------------------------------
 
@@ -51,10 +59,10 @@ def test_arguments_come_back_whole_or_cut_at_the_end(argv: list[str]) -> None:
         ([], False),
         ([""], False),
         (["", "", ""], False),
-        (["x" * 255], False),
-        (["x" * 256], True),
-        (["x" * 254, ""], False),
-        (["x" * 255, ""], True),
+        (["x" * (EDGE - 1)], False),
+        (["x" * EDGE], True),
+        (["x" * (EDGE - 2), ""], False),
+        (["x" * (EDGE - 1), ""], True),
         (["bash", "-c", "y" * 1000, "last"], True),
     ],
 )
@@ -233,16 +241,14 @@ def test_only_a_shell_has_a_script() -> None:
         ([], False),
     ],
 )
-def test_by_default_a_shells_commands_begin_calls(
-    shell: str, argv: list[str], begins: bool
-) -> None:
-    assert begins_call(DEFAULT, shell, [shell, *argv]) is begins
+def test_a_shells_commands_begin_calls(shell: str, argv: list[str], begins: bool) -> None:
+    assert begins_call(SHELLS_ONLY, shell, [shell, *argv]) is begins
 
 
 @pytest.mark.parametrize("comm", ["python3", "BASH", "bash2", "rbash", "", "sh "])
-def test_by_default_nothing_else_does(comm: str) -> None:
-    assert not begins_call(DEFAULT, comm, [comm, "-c", "ls"])
-    assert not begins_call(DEFAULT, comm, [])
+def test_nothing_else_does(comm: str) -> None:
+    assert not begins_call(SHELLS_ONLY, comm, [comm, "-c", "ls"])
+    assert not begins_call(SHELLS_ONLY, comm, [])
 
 
 def test_the_first_rule_that_fits_decides() -> None:

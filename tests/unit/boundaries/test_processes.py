@@ -143,6 +143,9 @@ class Tool:
         )
 
 
+LIMITS = SimpleNamespace(exec_is_call=False)
+
+
 class World:
     """Boundaries with one session, whose agent leaf holds this process and the tool."""
 
@@ -152,7 +155,9 @@ class World:
         self.lost_counts: list[dict[str, int]] = []
         self.here = [os.getpid(), tool.key[0]]
         agent = SimpleNamespace(id=AGENT_ID, procs=lambda: self.here)
-        session = SimpleNamespace(id="s", agent=agent, cgroup_path="/pool/s", closing=False)
+        session = SimpleNamespace(
+            id="s", agent=agent, cgroup_path="/pool/s", closing=False, limits=LIMITS
+        )
         notices = SimpleNamespace(moved=lambda *_: None, events_lost=self.lost_counts.append)
         self.boundaries = Boundaries(
             BoundariesConfig(),
@@ -183,7 +188,9 @@ class World:
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tool]:
     """A tool that runs, and is in the agent leaf as far as its cgroup says."""
-    monkeypatch.setattr("agentcgroupd.boundaries.placement.cgroup_of", lambda pid: "/pool/s/agent")
+    for module in ("placement", "insiders"):
+        where = f"agentcgroupd.boundaries.{module}.cgroup_of"
+        monkeypatch.setattr(where, lambda pid: "/pool/s/agent")
     made = Tool()
     try:
         yield made

@@ -1,0 +1,70 @@
+"""Which processes in an agent leaf are the agent's own, and which were put there from outside, as a
+container's runtime does for `docker exec`.
+
+A runtime may move a process into the leaf, which then executes the program; or it starts a helper
+there, which forks that process. So an outsider is a process that nobody in the leaf has forked, and
+whatever such a helper forks. The session's first processes and those that entered by the launcher
+are insiders.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+
+from agentcgroupd.boundaries.processes import Key
+from agentcgroupd.errors import AgentcgroupdError
+from agentcgroupd.host.proc import cgroup_of
+from agentcgroupd.host.syscalls import process_stat
+from agentcgroupd.state.session import AGENT_LEAF, Session
+
+RUNTIMES = ("runc*", "crun*", "youki*", "conmon*", "containerd*", "docker*")
+"""Names of the processes by which runtimes start others in a container."""
+
+
+def is_runtime(comm: str) -> bool:
+    """Whether a process of that name is a runtime's."""
+    return any(fnmatch.fnmatchcase(comm, pattern) for pattern in RUNTIMES)
+
+
+class Insiders:
+    """The agents' own processes of which no fork was seen."""
+
+    def __init__(self) -> None:
+        self._keys: set[Key] = set()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._keys
+
+    def add(self, key: Key) -> None:
+        """Count a process as an agent's own."""
+        self._keys.add(key)
+
+    def add_all(self, pids: Iterable[int]) -> None:
+        """Count processes as an agent's own; those that have ended are left out."""
+        for pid in pids:
+            try:
+                self._keys.add((pid, process_stat(pid).start_ticks))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+
+    def ended(self, key: Key) -> None:
+        """Forget a process."""
+        self._keys.discard(key)
+
+    def forks(self, session: Session, parent: Key) -> bool:
+        """Whether an agent's own process has forked: one that is known, or that is found in the
+        agent leaf now and so becomes known. One that has ended counts as such."""
+        if parent in self._keys:
+            return True
+        leaf = f"{session.cgroup_path}/{AGENT_LEAF}"
+        try:
+            path = cgroup_of(parent[0])
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        except AgentcgroupdError:
+            return False
+        if path != leaf and not path.startswith(f"{leaf}/"):
+            return False
+        self._keys.add(parent)
+        return True

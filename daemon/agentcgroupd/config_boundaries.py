@@ -1,0 +1,113 @@
+"""Which programs begin a call when nobody declares one: the rules, and those that hold without any.
+
+The rules without configuration know how agents start tools, and what they run for themselves: the
+recorded command lines of Claude Code, Codex, Gemini CLI, OpenHands and SWE-ReX are in
+tests/unit/boundaries/agents.json.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agentcgroupd.config_values import ArgumentsGlob, Flag, ProgramGlob, Section
+
+SHELLS = ("sh", "bash", "dash", "zsh", "ash", "ksh")
+
+
+class BoundaryRule(Section):
+    """Which programs begin a call when an agent's own process starts them."""
+
+    program: tuple[ProgramGlob, ...]
+    """Globs on the program's name as in /proc/<pid>/comm: its first 15 characters."""
+    first_argument: str = "*"
+    """Glob on the first argument; an empty one where there is none."""
+    command_line: ArgumentsGlob = "*"
+    """Glob on all arguments, from the program's name on, with blanks between them."""
+    parent: tuple[ProgramGlob, ...] = ("*",)
+    """Globs on the name of the process that started it, as `program`."""
+    runs: ArgumentsGlob = "*"
+    """Glob on what the call would be called: for a shell what its script is run for."""
+    shell_command: Flag = False
+    """Only with a command for a shell: `-c`, also among other options (`-lc`, `-o pipefail -c`)."""
+    reads_commands: Flag = False
+    """Only what runs a shell that reads its commands: it has neither `-c` nor a file."""
+    job: Flag = False
+    """Only what such a shell has started."""
+    begins_call: Flag = True
+
+
+def _none(*programs: str, **fits: Any) -> BoundaryRule:
+    return BoundaryRule(program=programs or ("*",), begins_call=False, **fits)
+
+
+SHELL_COMMANDS = BoundaryRule(program=SHELLS, shell_command=True)
+FOR_THEMSELVES = (
+    "* env",
+    "*SNAPSHOT_FILE=*",
+    "*# Snapshot file*unalias -a*",
+    "*set -e; . *shell_snapshots/*",
+    "* npm root -g",
+    "* ps aux | grep -E *code|cursor|*",
+    "*env bash -n <<*",
+    "* nice -n * */bash",
+)
+"""What agents have a shell do for themselves: they save the user's shell settings, look for editors
+and packages, or check the syntax of a command that comes next."""
+CLAUDE = ("*/shell-snapshots/snapshot-*", "*pwd -P >| *")
+"""What Claude Code wraps each command of its model in. What else it has a shell do are hooks, MCP
+servers and the like."""
+SANDBOXES = ("bwrap", "codex-linux-san*", "codex-execve-wr*", "srt", "apply-seccomp", "socat")
+"""Programs that put a sandbox around a command, which begins the call inside; and its proxies."""
+AGENTS = ("claude*", "codex*", "gemini*", "opencode*", "openhands*", "aider", "goose*", "qwen*")
+TERMINALS = ("tmux*", "screen", "script", "agent-server")
+PROBES = (
+    *("arch", "basename", "dircolors", "dirname", "file", "getconf", "groups", "hostname", "id"),
+    *("infocmp", "ldconfig*", "ldd", "lesspipe", "locale", "lsb_release", "lscpu", "nproc"),
+    *("nvidia-smi", "pgrep", "ps", "readlink", "stty", "sw_vers", "sysctl", "tput", "tty", "uname"),
+    *("which", "whoami", "xdg-*", "dbus-*"),
+)
+"""What runtimes and shells ask of the system for themselves."""
+GIT_LOOKS = (
+    *("--version", "-c", "--no-optional-locks", "branch", "cat-file", "check-ignore", "config"),
+    *("diff", "log", "ls-files", "remote", "rev-parse", "show", "status", "symbolic-ref"),
+    "version",
+)
+"""Commands of git by which agents learn where they are."""
+RUNNERS = ("node", "python*", "npx", "npm*", "uv", "uvx", "bun*", "deno", "docker", "MainThread")
+SERVERS = (
+    *("*mcp-*", "* -m mcp*", "*mcp_server*", "*modelcontextprotocol*", "*/mcp*", "*-mcp*"),
+    *("*--stdio*", "*language-server*", "*langserver*", "*--service=*", "*multiprocessing.*"),
+)
+"""Servers that an agent keeps: their tools are told from them. Helpers of the runtimes as well."""
+
+DEFAULT_RULES = (
+    *(_none(*SHELLS, shell_command=True, command_line=glob) for glob in FOR_THEMSELVES),
+    _none(*SHELLS, shell_command=True, runs="*mcp*"),
+    *(_none(*SHELLS, shell_command=True, runs=name) for name in ("agentcg*", "bwrap")),
+    *(
+        BoundaryRule(program=SHELLS, shell_command=True, parent=("claude*",), command_line=glob)
+        for glob in CLAUDE
+    ),
+    _none(*SHELLS, parent=("claude*",)),
+    SHELL_COMMANDS,
+    _none(reads_commands=True),
+    _none(*SHELLS, first_argument="-n"),
+    _none(*SANDBOXES, *AGENTS, *TERMINALS, *PROBES),
+    _none("*mcp*"),
+    *(_none(*RUNNERS, command_line=glob) for glob in SERVERS),
+    *(_none(first_argument=word) for word in ("--version", "--stdio")),
+    _none("rg", first_argument="--files"),
+    *(_none("git", first_argument=word) for word in GIT_LOOKS),
+    _none("node", "MainThread", "bun", parent=("node*", "MainThread", "bun")),
+    BoundaryRule(program=("*",), job=True),
+    _none(parent=SHELLS),
+    BoundaryRule(program=("*",)),
+)
+
+
+class BoundariesConfig(Section):
+    """Tool calls of agents that declare none (boundaries/)."""
+
+    enabled: Flag = True
+    rules: tuple[BoundaryRule, ...] = DEFAULT_RULES
+    """The first that fits decides; none: no call."""

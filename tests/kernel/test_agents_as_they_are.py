@@ -1,0 +1,151 @@
+"""Calls of agents that declare none, by the rules without configuration, on this kernel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.bpf.features import load
+from tests.conftest import StartDaemon
+from tests.harness import AgentProcess, DaemonProcess, wait_until
+
+pytestmark = pytest.mark.programs
+
+OTHERS = "[boundaries]\nenabled = true\n"
+"""Without the rules that tests have otherwise."""
+RUN = """
+done = subprocess.run(argv, capture_output=True, text=True)
+result = (done.returncode, done.stdout)
+"""
+SHELL = """
+import pty
+if terminal:
+    pid, fd = pty.fork()
+    if not pid:
+        os.environ["PS1"] = os.environ["PROMPT_COMMAND"] = ""
+        os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+    said, heard = os.fdopen(fd, "wb", 0), fd
+else:
+    shell = subprocess.Popen(["bash"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    pid, said, heard = shell.pid, shell.stdin, shell.stdout.fileno()
+result = []
+for number, command in enumerate(commands):
+    said.write(f"{command}; echo end''-{number}\\n".encode())
+    said.flush()
+    text = b""
+    while f"end-{number}".encode() not in text:
+        text += os.read(heard, 65536)
+    result.append(text.decode())
+said.write(b"exit\\n")
+said.flush()
+os.waitpid(pid, 0)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _works() -> None:
+    """Skip the module where the lifecycle program does not load."""
+    bpf, states = load("lifecycle")
+    if bpf is None:
+        pytest.skip(f"no lifecycle program here: {states[0].reason}")
+    bpf.close()
+
+
+@pytest.fixture(scope="module")
+def daemon(start_module_daemon: StartDaemon) -> DaemonProcess:
+    """A daemon with the rules that hold without configuration."""
+    return start_module_daemon(OTHERS)
+
+
+@pytest.fixture
+def agent(daemon: DaemonProcess) -> Iterator[AgentProcess]:
+    """An agent in a session of its own."""
+    agent = daemon.open("alpha")
+    yield agent
+    daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="alpha"))
+
+
+def calls(daemon: DaemonProcess) -> list[tuple[str, list[str]]]:
+    """Names and arguments of all calls of the session, oldest first, when all have ended."""
+    wait_until("all calls have ended", lambda: not daemon.call_dirs())
+    time.sleep(0.3)  # what ended before it could be moved is reported by its exit event
+    request = pb.ListReportsRequest(session_id="alpha", limit=500)
+    reports = daemon.admin.ListReports(request).reports
+    assert all(report.observed for report in reports)
+    return [(report.name, list(report.argv)) for report in reversed(reports)]
+
+
+def test_a_program_that_a_python_agent_runs_is_a_call(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    code, _ = agent.run(RUN, argv=["sed", "", "/proc/self/cgroup", "/dev/null"])
+    assert code == 0
+    agent.run(RUN, argv=["sleep", "0.2"])
+    assert calls(daemon) == [
+        ("sed", ["sed", "", "/proc/self/cgroup", "/dev/null"]),
+        ("sleep", ["sleep", "0.2"]),
+    ]
+
+
+def test_probes_and_servers_are_none(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    for argv in (
+        ["uname", "-a"],
+        ["git", "rev-parse", "HEAD"],
+        ["bash", "-c", "env"],
+        ["bash", "-n", "/dev/null"],
+        ["sh", "-c", "nice -n 10 /bin/bash"],
+        ["python3", "-c", "import multiprocessing.resource_tracker"],
+    ):
+        agent.run("subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL)", argv=argv)
+    assert calls(daemon) == []
+
+
+def test_a_servers_tools_are_calls_and_it_is_none(
+    daemon: DaemonProcess, agent: AgentProcess, tmp_path: Path
+) -> None:
+    server = tmp_path / "mcp_demo.py"
+    server.write_text(
+        "import subprocess\nsubprocess.run(['sleep', '0.1'])\n"
+        "subprocess.run('sleep 0.1; true', shell=True)\n"
+    )
+    agent.run(RUN, argv=["python3", str(server)])
+    assert calls(daemon) == [
+        ("sleep", ["sleep", "0.1"]),
+        ("sleep", ["/bin/sh", "-c", "sleep 0.1; true"]),
+    ]
+
+
+def test_the_report_has_the_command_and_not_what_an_agent_wraps_around_it(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    script = (
+        "source /nonexistent/.claude/shell-snapshots/snapshot-bash-1-a.sh 2>/dev/null || true && "
+        + "true && " * 100
+        + "eval 'sleep 0.2; pwd' < /dev/null && pwd -P >| /dev/null"
+    )
+    agent.run(RUN, argv=["/bin/bash", "-c", script])
+    assert calls(daemon) == [("sleep", ["/bin/bash", "-c", "sleep 0.2; pwd"])]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_each_job_of_a_shell_is_a_call(
+    daemon: DaemonProcess, agent: AgentProcess, terminal: bool
+) -> None:
+    commands = [
+        "cd /",
+        "sleep 0.2",
+        "sleep 0.2 | cat | cat",
+        "grep 0:: /proc/self/cgroup",
+        "python3 -c 'import time; time.sleep(0.2)'",
+        "echo builtin",
+        "bash -c 'sleep 0.2; true'",
+    ]
+    agent.run(SHELL, commands=commands, terminal=terminal)
+    names = [name for name, _ in calls(daemon)]
+    assert len(names) == 5
+    assert names[0] == "sleep" and names[2:] == ["grep", "python3", "sleep"]
+    assert names[1] in ("sleep", "cat")  # of a pipeline, whichever was executed first

@@ -1,0 +1,205 @@
+"""What real agents start, and which of it is a call: recorded command lines against the rules that
+hold without configuration."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentcgroupd.boundaries.rules import Rules, Started, continues
+from agentcgroupd.config_boundaries import BoundariesConfig
+from agentcgroupd.intents.command import tool_name
+from agentcgroupd.intents.script import reads_commands
+from agentcgroupd.intents.wrapped import SCRIPT_CHARS_MAX, user_command, word_at
+
+ROWS: list[list[Any]] = json.loads(Path(__file__).with_name("agents.json").read_text())["rows"]
+DEFAULT = Rules(BoundariesConfig())
+
+
+def _claude(command: str) -> str:
+    return (
+        "source /home/u/.claude/shell-snapshots/snapshot-bash-17-ab.sh 2>/dev/null || true && "
+        "\\builtin shopt -u extglob 2>/dev/null || true && { \\builtin unalias -- 'which'; "
+        "\\builtin unset -f -- 'which'; } >/dev/null 2>&1 || true && "
+        f"eval {shlex.quote(command)} < /dev/null && pwd -P >| /tmp/claude-1eb4-cwd"
+    )
+
+
+def _claude_sandbox(command: str) -> str:
+    return (
+        "{ socat TCP4-LISTEN:3128,fork UNIX-CONNECT:/tmp/claude-http-1.sock; } >/dev/null 2>&1 &\n"
+        "trap 'rc=$?; kill %1 %2 2>/dev/null; exit $rc' EXIT\n"
+        "SRT_ALLOW_NESTED_USERNS=0 ARGV0=apply-seccomp /proc/self/fd/3 /bin/bash -c "
+        + shlex.quote("exec 3<&- || exit 126; " + _claude(command))
+    )
+
+
+def _codex(command: str) -> str:
+    saved = "".join(
+        f'__CODEX_SNAPSHOT_OVERRIDE_SET_{n}="${{VARIABLE_{n}+x}}"\n'
+        f'__CODEX_SNAPSHOT_OVERRIDE_{n}="${{VARIABLE_{n}-}}"\n'
+        for n in range(6)
+    )
+    return (
+        f"{saved}\nif . '/home/u/.codex/shell_snapshots/1.sh' >/dev/null 2>&1; then :; fi\n"
+        f'if [ -n "$__CODEX_SNAPSHOT_OVERRIDE_SET_0" ]; then export VARIABLE_0="x"; '
+        f"else unset VARIABLE_0; fi\n\nexec '/bin/bash' -c {shlex.quote(command)}"
+    )
+
+
+def _gemini(command: str) -> str:
+    return (
+        "shopt -u promptvars nullglob extglob nocaseglob dotglob; _bgpids_file='/tmp/g/bgpids.tmp'"
+        f"\n(\n  trap 'jobs -p > \"$_bgpids_file\"' EXIT\n{command}\n)\n__code=$?\nexit $__code"
+    )
+
+
+WRAPS: dict[str, Callable[[str], str]] = {
+    "CLAUDE": _claude,
+    "CLAUDE_SANDBOX": _claude_sandbox,
+    "CLAUDE_QUOTED": lambda command: shlex.quote(_claude(command)),
+    "CODEX": _codex,
+    "GEMINI": _gemini,
+}
+
+
+def expanded(word: str) -> str:
+    """A word with what an agent wraps around its command."""
+    for name, wrap in WRAPS.items():
+        head, found, command = word.partition(f"{name}(")
+        if found and not head.endswith("_"):
+            return head + wrap(command.removesuffix(")"))
+    return word
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{row[0]}: {row[3][-1][:40]!r}" for row in ROWS])
+def test_what_agents_start(row: list[Any]) -> None:
+    _, parent, comm, argv, name, command, job = [*row, None, None][:7]
+    argv = [expanded(word) for word in argv]
+    started = Started(comm, argv, parent, is_job=lambda: job == "job")
+    assert DEFAULT.begins_call(started) is (name is not None)
+    if name is None:
+        return
+    shown = user_command(argv)
+    assert tool_name(comm, shown) == name
+    assert (shown[2] if command is not None else None) == command
+
+
+def test_every_agent_is_there() -> None:
+    agents = {row[0].split(" ")[0] for row in ROWS}
+    expected = {"Claude", "Codex", "Gemini", "OpenHands", "SWE-ReX", "mini-swe-agent", "aider"}
+    assert expected <= agents
+
+
+def test_what_a_quiet_shell_goes_on_as_is_no_call() -> None:
+    """`bash -c env` becomes env, which is the same process."""
+    assert DEFAULT.begins_call(Started("make", ["make"], "claude"))
+    assert not DEFAULT.begins_call(Started("env", ["env"], "claude", is_first=False))
+
+
+@pytest.mark.parametrize("wrap", [_claude, _claude_sandbox, _codex, _gemini])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "true",
+        "echo 'a' \"b\" it\\'s $(x)",
+        "cat <<'E'\n a && eval 'x'\nE",
+        "x" * 9000,
+        "eval 'pwd' && pwd -P >| f",
+        "\n)\n",
+        "echo \u00e9",
+    ],
+)
+def test_a_wrapped_command_comes_back_as_it_was(wrap: Callable[[str], str], command: str) -> None:
+    assert user_command(["bash", "-c", wrap(command)]) == ["bash", "-c", command]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["bash", "-c", "make"],
+        ["bash", "-c", "echo /shell-snapshots/snapshot-1"],
+        ["bash", "-c", "__CODEX_SNAPSHOT_ is cut"],
+        ["python3", "-c", "eval('x')"],
+        ["bash", "script.sh"],
+        ["bash"],
+        [],
+    ],
+)
+def test_what_no_agent_wrapped_stays(argv: list[str]) -> None:
+    assert user_command(argv) == argv
+
+
+def test_a_command_that_wraps_itself_has_an_end() -> None:
+    script = "make"
+    for _ in range(8):
+        script = _claude(script)
+    assert user_command(["bash", "-c", script])[:2] == ["bash", "-c"]
+    endless = "source /shell-snapshots/snapshot- && eval '" + "x" * (2 * SCRIPT_CHARS_MAX)
+    assert len(user_command(["bash", "-c", endless])[2]) <= SCRIPT_CHARS_MAX
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("'a b' c", "a b"),
+        ("a'b'\"c\"\\d e", "abcd"),
+        ("'it'\"'\"'s'", "it's"),
+        ("'it'\\''s' x", "it's"),
+        ('"\\$x\\a"', "$x\\a"),
+        ("a;b", "a"),
+        ("", ""),
+        ("'never closed", "never closed"),
+    ],
+)
+def test_a_word_without_its_quotes(text: str, word: str) -> None:
+    assert word_at(text, 0) == word
+
+
+@pytest.mark.parametrize(
+    ("argv", "reads"),
+    [
+        (["bash"], True),
+        (["-bash"], True),
+        (["bash", "-i"], True),
+        (["bash", "-l", "-i"], True),
+        (["bash", "--norc", "--noprofile"], True),
+        (["bash", "--rcfile", "x"], True),
+        (["bash", "-o", "pipefail"], True),
+        (["bash", "-s", "a"], True),
+        (["sh", "-"], True),
+        (["bash", "-c", "ls"], False),
+        (["bash", "-lc", "ls"], False),
+        (["bash", "script.sh"], False),
+        (["bash", "-x", "script.sh"], False),
+        (["bash", "--", "script.sh"], False),
+        (["/usr/bin/env", "bash"], True),
+        (["nice", "-n", "10", "/bin/bash", "-l"], True),
+        (["nice", "-n", "10", "make"], False),
+        (["python3"], False),
+        ([], False),
+    ],
+)
+def test_a_shell_that_reads_its_commands(argv: list[str], reads: bool) -> None:
+    assert reads_commands(argv) is reads
+
+
+@pytest.mark.parametrize(
+    ("argv", "head", "found"),
+    [
+        (["sh", "-c", "abc"], ["sh", "-c", "ab"], True),
+        (["sh", "-c", "abc", "d"], ["sh", "-c", "abc"], True),
+        (["sh", "-c", "xbc"], ["sh", "-c", "ab"], False),
+        (["sh"], ["sh", "-c"], False),
+        (["a", "\u00e9"], ["a", "\ufffd"], True),
+        ([], ["a"], False),
+        (["a"], [], False),
+    ],
+)
+def test_a_head_is_that_of_these_arguments(argv: list[str], head: list[str], found: bool) -> None:
+    assert continues(argv, head) is found
