@@ -56,6 +56,14 @@ class Result(Completed):
         report = self._call.report
         return report.feedback if report is not None else ()
 
+    @property
+    def told(self) -> str:
+        """Return what a model should know of the call, and what to try next, in one line; empty
+        where it went as it should."""
+        from agentcgroup.told import told
+
+        return told(self._call.report)
+
     def check_returncode(self) -> None:
         """Raise CheckFailed (a subprocess.CalledProcessError) if the exit status is not 0."""
         if self.returncode:

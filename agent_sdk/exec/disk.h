@@ -36,9 +36,11 @@ static bool is_full(const char *directory, char *words, size_t size)
 static bool is_disk_full(const char *working_directory, char *words, size_t size)
 {
 	const char *temporary = getenv("TMPDIR");
+	char *path = realpath(working_directory ?: ".", NULL);
+	bool full = is_full(path, words, size);
 
-	return is_full(working_directory, words, size) ||
-	       is_full(temporary && *temporary ? temporary : "/tmp", words, size);
+	free(path);
+	return full || is_full(temporary && *temporary ? temporary : "/tmp", words, size);
 }
 
 #endif

@@ -21,6 +21,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "disk.h"
 #include "say.h"
 
 enum { ENDING_S = 5, ID_MAX = 128, WORDS_MAX = 16384 };
@@ -110,7 +111,7 @@ __attribute__((noreturn)) static void end_as(int status)
 
 __attribute__((noreturn)) static void wait_for_command(const struct sockaddr_un *daemon, int id_fd)
 {
-	char id[ID_MAX] = {};
+	char id[ID_MAX] = {}, disk[256];
 	int status;
 
 	close_others(id_fd);
@@ -120,6 +121,8 @@ __attribute__((noreturn)) static void wait_for_command(const struct sockaddr_un 
 	command = 0;
 	if (status && read(id_fd, id, sizeof(id) - 1) > 0)
 		say_how_it_ended(daemon, id);
+	if (status && is_disk_full(".", disk, sizeof(disk)))
+		say("%s: %s", program, disk);
 	end_as(status);
 }
 

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _TOLD_BEFORE = frozenset(
     {
         pb.FEEDBACK_CODE_FROZEN,
+        pb.FEEDBACK_CODE_GROWTH_DENIED,
         pb.FEEDBACK_CODE_GPU_CLOSED,
         pb.FEEDBACK_CODE_GPU_MEMORY_DENIED,
         pb.FEEDBACK_CODE_GPU_MEMORY_OVER,
@@ -46,6 +47,14 @@ _TOLD_BEFORE = frozenset(
     }
 )
 """Feedback that an agent was sent when it happened, before the report has it again."""
+
+
+def _denied(call: Call) -> pb.Feedback:
+    """The last word on memory that a call was refused."""
+    code = pb.FEEDBACK_CODE_GROWTH_DENIED
+    told = next((item for item in reversed(call.history) if item.code == code), None)
+    sentence = "The call was refused memory while others needed it."
+    return pb.Feedback(code=code, sentence=sentence) if told is None else told
 
 
 def _fact_to_proto(fact: Fact) -> pb.Fact:
@@ -130,6 +139,8 @@ class Reports:
             report.gpu.CopyFrom(call.gpu_usage)
             report.feedback.extend(call.gpu_feedback)
         nesting.tell(report, call)
+        if call.was_denied:
+            report.feedback.append(_denied(call))
         self._tell_purpose(report, call)
         for feedback in report.feedback:
             feedback.call_id, feedback.session_id = call.id, call.session.id

@@ -27,7 +27,7 @@ FRESH_USEC = 30_000_000
 ENDING_S = 0.1
 """How long an answer waits for the end of a call whose main process has ended already."""
 SENTENCES_MAX = 6
-BY_ITSELF = (pb.VERDICT_OK, pb.VERDICT_FAILED, pb.VERDICT_SIGNALED)
+BY_ITSELF = (pb.VERDICT_OK, pb.VERDICT_FAILED)
 WORTH_TELLING = (
     pb.FEEDBACK_CODE_OOM,
     pb.FEEDBACK_CODE_PIDS_LIMIT,
