@@ -7,12 +7,13 @@ CMD ?= uname -a
 GUEST ?= vm
 export PYTHON CMD
 
-.PHONY: help setup lock demo test lint bench guest wheel deb image clean
+.PHONY: help setup lock demo test test-integrations lint bench guest wheel deb image clean
 
 help:
 	@echo 'make setup                install what is missing, build, fetch the test kernels where they are needed'
 	@echo 'make demo [TRACES=dir]    replay recorded agents with no control, a static split, and the daemon'
 	@echo 'make test                 unit tests, and tests on a real kernel (AGENTCG_NO_SKIP=1: no skips)'
+	@echo 'make test-integrations    the adapters with the real frameworks (AGENTS=1: and the real agents, from npm)'
 	@echo 'make lint                 ruff, import-linter, mypy, clang-format'
 	@echo 'make bench BENCH=name     a benchmark; results in build/bench/name.json'
 	@echo "make guest CMD='...'      run something on a recent kernel in QEMU (GUEST=uml: in user-mode Linux;"
@@ -33,6 +34,15 @@ demo: setup
 
 test: setup
 	@$(VENV)/python -m tests.run
+
+# Some 30 s with a warm cache of pip, the first time; nothing of it is in the lock.
+test-integrations: setup
+	@test -x build/integrations/bin/python || $(PYTHON) -m venv build/integrations
+	@build/integrations/bin/pip install --quiet --disable-pip-version-check \
+		-r tests/integrations/requirements.txt grpcio protobuf
+	@echo $(CURDIR)/agent_sdk > "$$(build/integrations/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/agentcgroup.pth"
+	@cp build/bin/agentcg-exec build/integrations/bin/
+	$(if $(AGENTS),AGENTCG_AGENTS=1) $(VENV)/pytest tests/integrations $(if $(AGENTS),tests/agents)
 
 lint: setup
 	$(VENV)/ruff check

@@ -30,6 +30,7 @@ from agentcgroup.intent import (
 from agentcgroup.keywords import RUN_KEYWORDS, popen_keywords, refuse_unknown
 from agentcgroup.launch import CANNOT_EXEC, Launch
 from agentcgroup.results import wait_status
+from agentcgroup.telling import note
 from agentcgroup.types import Grant, Report
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 
@@ -230,6 +231,8 @@ class CallBase:
             warn(f"the report of call {self.id} ({self.name}) is lost: {outcome}")
         else:
             self._report = outcome
+            if outcome is not None:
+                note(outcome)
 
     def _update_request(self, intent: Intent) -> pb.UpdateIntentRequest:
         if self._state != "open":
