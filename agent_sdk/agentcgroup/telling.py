@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from agentcgroup.types import Report
 
-TIMEOUT_S = 0.5
+TIMEOUT_S = 2.0
 COMMAND_BYTES_MAX = 8192
 _ended: ContextVar[list[Report] | None] = ContextVar("agentcgroup_ended", default=None)
 
@@ -52,7 +52,7 @@ class Telling:
         _ended.reset(self._token)
 
     def text(self) -> str:
-        """Return what a model should know, in one line; empty: nothing. Blocks for half a second
+        """Return what a model should know, in one line; empty: nothing. Blocks for two seconds
         at most."""
         said = list(filter(None, map(told, self._reports)))
         if not self._reports and (self._command or self._id):

@@ -22,7 +22,7 @@
 #include "json.h"
 #include "say.h"
 
-enum { INPUT_MAX = 8 << 20, COMMAND_MAX = 8192, LOG_MAX = 256 << 10, ALL_S = 5, ANSWER_MS = 500 };
+enum { INPUT_MAX = 8 << 20, COMMAND_MAX = 8192, LOG_MAX = 256 << 10, ALL_S = 5, ANSWER_MS = 2000 };
 
 /* The events after a tool, in the dialects of the agents. */
 static const struct {

@@ -226,6 +226,12 @@ RULES: tuple[Rule, ...] = (
         _never_started,
     ),
     Rule(
+        "its timeout passed before anybody entered",
+        lambda f: not f.ever_entered and any(a.by is Asker.TIMEOUT for a in f.asked),
+        pb.VERDICT_TIMEOUT,
+        _timeout,
+    ),
+    Rule(
         "nobody entered",
         lambda f: not f.ever_entered,
         pb.VERDICT_ABANDONED,

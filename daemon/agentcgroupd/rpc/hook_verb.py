@@ -15,7 +15,7 @@ from agentcgroup.unwrap import is_same
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.calls.try_next import in_words
-from agentcgroupd.errors import RequestError
+from agentcgroupd.errors import KnobError, RequestError
 from agentcgroupd.host.syscalls import pidfd_alive
 from agentcgroupd.rpc.callers import Caller, Callers
 from agentcgroupd.rpc.packets import Request
@@ -24,8 +24,9 @@ from agentcgroupd.state.session import Call, Session, unix_usec
 
 FRESH_USEC = 30_000_000
 """A report that is found by its command ended at most this long ago: a hook comes at once."""
-ENDING_S = 0.1
-"""How long an answer waits for the end of a call whose main process has ended already."""
+ENDING_S, GOING_ON_S = 1.0, 0.1
+"""How long an answer waits for the end of a call whose main process has ended already: one whose
+processes are ended now, and one in which what was left running may go on."""
 SENTENCES_MAX = 6
 BY_ITSELF = (pb.VERDICT_OK, pb.VERDICT_FAILED)
 WORTH_TELLING = (
@@ -70,7 +71,8 @@ class HookVerb:
         """Answer once calls have ended that are about to, or without them when they take long:
         what a command has left running may go on."""
         waits = [asyncio.ensure_future(self._calls.ended_report(call)) for call in ending]
-        done, late = await asyncio.wait(waits, timeout=ENDING_S)
+        most = GOING_ON_S if all(map(_may_go_on, ending)) else ENDING_S
+        done, late = await asyncio.wait(waits, timeout=most)
         for task in late:
             task.cancel()
         for task in done:
@@ -81,6 +83,13 @@ class HookVerb:
 
 def _has_ended(call: Call) -> bool:
     return call.main is not None and not pidfd_alive(call.main.pidfd)
+
+
+def _may_go_on(call: Call) -> bool:
+    try:
+        return call.grant.leftovers == "keep" and call.cgroup.populated()
+    except KnobError:
+        return False  # its cgroup is going
 
 
 def _open(caller: Caller, tool_use_id: str, command: str) -> Iterator[Call]:

@@ -338,6 +338,11 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
         ["exit status 1; it had been refused a process or thread."],
     ),
     # Nothing is known of its end, or it never began.
+    (
+        {"ever_entered": False, "wait_status": None, **asked(Asker.TIMEOUT, main_ran=False)},
+        pb.VERDICT_TIMEOUT,
+        ["was ended at its timeout"],
+    ),
     ({"ever_entered": False, "wait_status": None}, pb.VERDICT_ABANDONED, ["agentcg-exec"]),
     ({"ever_entered": False, "wait_status": 0}, pb.VERDICT_ABANDONED, ["agentcg-exec"]),
     (
