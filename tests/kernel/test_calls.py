@@ -345,3 +345,17 @@ assert codes == [0] * 1000, codes
     after = daemon.admin.GetPool(pb.GetPoolRequest())
     assert after.calls_ended - before.calls_ended == 1000
     assert after.leftovers_removed == before.leftovers_removed
+
+
+def test_a_timeout_that_passes_before_anybody_enters_is_one(agent: AgentProcess) -> None:
+    """A slow machine may need longer than that to start the command."""
+    code = (
+        "call = agent.tool_call('late', timeout='50ms')\n"
+        "call.__enter__()\n"
+        "while agent.calls(): time.sleep(0.01)\n"
+        "report = agent.report(call.id)\n"
+        "result = (str(report.verdict), report.sentence, dict(report.try_next.enough))"
+    )
+    verdict, sentence, enough = agent.run(code)
+    assert verdict == "timeout" and "was ended at its timeout of 50 ms" in sentence
+    assert enough == {"timeout": "1s"}

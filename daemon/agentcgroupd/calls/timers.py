@@ -143,6 +143,9 @@ class Deadlines:
             return
         call.held = False
         if not self._goes_on(call):
+            if not call.entered:
+                # Else it would be told that nobody wanted to enter.
+                ask_end(call, Asker.TIMEOUT, _late_words(call))
             self._finish(call)
             return
         self._look(call)

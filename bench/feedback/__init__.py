@@ -1,0 +1,1 @@
+"""Scripted agents at recorded calls that were killed: one obeys what it is told, others guess."""
