@@ -142,7 +142,7 @@ if [ "$(cat "$STAMPS/venv" 2>/dev/null)" != "$here" ]; then rm -f "$STAMPS"/{loc
 once venv "$here" "making .venv with Python ${version% *}" make_venv
 once lock "$(hash_of requirements.lock)" "installing requirements.lock" install_lock
 "$PYTHON" -m tools.bpf_toolchain libbpf >/dev/null # asks the system and build/libbpf, not a stamp
-mapfile -t sources < <(find agent_sdk/exec bpf daemon/load daemon/release proto -type f | LC_ALL=C sort)
+mapfile -t sources < <(find agent_sdk/exec bpf daemon/load daemon/oci daemon/release proto -type f | LC_ALL=C sort)
 once project "$(hash_of pyproject.toml tools/*.py agent_sdk/agentcgroup/cli/*.py "${sources[@]}")" \
 	"building gRPC code, C and BPF programs, installing agentcgroup" install_project
 

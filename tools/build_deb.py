@@ -31,6 +31,7 @@ PROGRAMS = (
     "agentcg-hook",
     "agentcg-load",
     "agentcg-release",
+    "agentcg-runtime",
     "agentcg-sh",
 )
 SCRIPTS = {

@@ -36,6 +36,7 @@ PROGRAMS = {
     "agentcg-sh": Path("agent_sdk/exec/agentcg-sh.c"),
     "agentcg-load": Path("daemon/load/agentcg-load.c"),
     "agentcg-release": Path("daemon/release/agentcg-release.c"),
+    "agentcg-runtime": Path("daemon/oci/agentcg-runtime.c"),
 }
 BPF_OUT = Path("daemon/agentcgroupd/bpf")
 # The next instruction set, v4, needs Linux 6.6.

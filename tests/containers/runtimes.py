@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ BUSYBOX = Path("/bin/busybox")
 APPLETS = ("sh", "sleep", "cat", "echo", "true", "dd", "tail", "kill")
 IMAGE = "agentcg-test:1"
 STORE = Path("/var/lib")
+WRAPPER = Path(EXEC).with_name("agentcg-runtime")
 WITH_SYSTEMD = Path("/run/systemd/system").is_dir()
 
 
@@ -124,6 +126,7 @@ def dockerd(directory: Path, *options: str) -> Service:
         *("dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none", "--live-restore"),
         *("--storage-driver=vfs", f"--exec-opt=native.cgroupdriver={driver}"),
         *(f"--host=unix://{socket}", f"--data-root={STORE}/docker", *options),
+        f"--add-runtime=agentcg={WRAPPER}",
     )
     return Service("docker", argv, socket, directory / "docker.log")
 
@@ -134,9 +137,24 @@ def podman(directory: Path) -> Service:
     socket = directory / "podman.sock"
     argv = (
         *("podman", f"--cgroup-manager={manager}", "--storage-driver=vfs"),
+        f"--hooks-dir={_hooks(directory)}",
         *("system", "service", "--time=0", f"unix://{socket}"),
     )
     return Service("podman", argv, socket, directory / "podman.log")
+
+
+def _hooks(directory: Path) -> Path:
+    """A directory with our hook for podman, as docs/containers.md has it."""
+    hooks = directory / "hooks"
+    hooks.mkdir()
+    hook = {
+        "version": "1.0.0",
+        "hook": {"path": str(WRAPPER), "args": ["agentcg-runtime", "--hook"]},
+        "when": {"annotations": {r"^agentcgroup\.session$": ".*"}},
+        "stages": ["createRuntime"],
+    }
+    (hooks / "agentcgroup.json").write_text(json.dumps(hook))
+    return hooks
 
 
 @contextmanager
@@ -156,7 +174,7 @@ def _import(service: Service) -> None:
     if service.name == "podman":
         path = service.log.with_name("image.tar")
         path.write_bytes(image())
-        argv = [*service.argv[:3], "import", "--quiet", str(path), IMAGE]
+        argv = [*service.argv[:4], "import", "--quiet", str(path), IMAGE]
         subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
         return
     service.client.api.import_image_from_data(image(), repository=repository, tag=tag)

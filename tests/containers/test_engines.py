@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from tests.containers.runtimes import Service, since
+from tests.containers.runtimes import IMAGE, Service, since
 from tests.harness import DaemonProcess, wait_until
 
 SLEEP = ("sleep", "100000")
@@ -39,6 +42,11 @@ def cgroup_of(pid: int) -> str:
 
 def pid_of(service: Service, name: str) -> int:
     return int(service.client.containers.get(name).attrs["State"]["Pid"])
+
+
+def _has_said(container: Any, times: int) -> bool:
+    """Whether a container has told so often where it is."""
+    return bool(container.logs().count(b"0::") == times)
 
 
 def execute(service: Service, name: str, *command: str) -> tuple[int, str]:
@@ -155,4 +163,42 @@ def test_a_runtime_that_ends_in_the_middle_of_a_call(
     at = Path(f"/sys/fs/cgroup{sessions(daemon)[name].cgroup_path}")
     assert "frozen 0" in (at / "cgroup.events").read_text()
     docker.remove(name)
+    is_none(daemon, name)
+
+
+def test_docker_with_the_wrapper_starts_in_the_agent_leaf(
+    daemon: DaemonProcess, services: dict[str, Service]
+) -> None:
+    docker = services["docker"]
+    show = ("sh", "-c", "cat /proc/self/cgroup; exec sleep 100000")
+    for number in range(3):
+        name = f"early-{number}"
+        container = docker.run(name, show, LABELS, runtime="agentcg", mem_limit="64m")
+        wait_until("it has spoken", partial(_has_said, container, 1), 30)
+        assert container.logs().strip() == b"0::/agent"
+        is_session(daemon, name)
+        code, output = execute(docker, name, "cat", "/proc/self/cgroup")
+        assert (code, output.strip()[-6:]) == (0, "/agent")
+        container.restart(timeout=1)
+        wait_until("it has spoken again", partial(_has_said, container, 2), 30)
+        assert container.logs().split() == [b"0::/agent"] * 2
+        docker.remove(name)
+        is_none(daemon, name)
+
+
+def test_podman_with_the_hook_starts_in_the_agent_leaf(
+    daemon: DaemonProcess, services: dict[str, Service]
+) -> None:
+    podman = services["podman"]
+    name, mark = "early-podman", "agentcgroup.session=true"
+    show = ("sh", "-c", "cat /proc/self/cgroup; exec sleep 100000")
+    options = ("--detach", f"--name={name}", "--network=none", "--stop-signal=SIGKILL")
+    argv = [*podman.argv[:4], "run", *options, f"--label={mark}", f"--annotation={mark}"]
+    subprocess.run([*argv, IMAGE, *show], check=True, stdout=subprocess.DEVNULL)
+    podman.made.append(name)
+    container = podman.client.containers.get(name)
+    wait_until("it has spoken", lambda: b"0::" in container.logs(), 30)
+    assert container.logs().strip() == b"0::/agent"
+    is_session(daemon, name)
+    podman.remove(name)
     is_none(daemon, name)
