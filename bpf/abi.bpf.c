@@ -46,3 +46,4 @@ struct vram_process vram_process;
 struct vram_key vram_key;
 struct vram_allocation vram_allocation;
 struct vram_event vram_event;
+struct net_traffic net_traffic;

@@ -475,4 +475,12 @@ struct vram_event {
 	__u32 refused; /* 0: the kernel could not refuse */
 };
 
+/* net.bpf.c: what the sockets of a cgroup and of those below it have received and sent. */
+struct net_traffic {
+	__u64 receive_bytes;
+	__u64 receive_packets;
+	__u64 send_bytes;
+	__u64 send_packets;
+};
+
 #endif

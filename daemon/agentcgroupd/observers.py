@@ -13,6 +13,7 @@ from agentcgroupd.boundaries.events import Boundaries
 from agentcgroupd.bpf import features
 from agentcgroupd.bpf.plane import DataPlane
 from agentcgroupd.calls.lifecycle import Calls
+from agentcgroupd.calls.traffic import Traffic
 from agentcgroupd.config import Config
 from agentcgroupd.cpu.scheduling import CpuScheduling
 from agentcgroupd.gpu.service import Gpus
@@ -57,6 +58,8 @@ class Observers:
         self._signals = self._make_signals()
         if self._signals is None:
             plane.drop_memory("the pool has no memory controller")
+        programs = plane.count_traffic(pool.cgroup)
+        self._traffic = Traffic(programs) if programs is not None else None
         states_fd = plane.memory.states_fd if plane.memory is not None else None
         cpu_state = cpu.open(states_fd, config.bpf.enabled)
         for state in (*plane.states.values(), cpu_state):
@@ -122,8 +125,8 @@ class Observers:
 
     # Sessions and calls
 
-    def _programs(self) -> tuple[Signals | Boundaries | CpuScheduling, ...]:
-        found = (self._signals, self._boundaries, self._cpu)
+    def _programs(self) -> tuple[Signals | Boundaries | CpuScheduling | Traffic, ...]:
+        found = (self._signals, self._boundaries, self._cpu, self._traffic)
         return tuple(observer for observer in found if observer is not None)
 
     def session_opened(self, session: Session) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from agentcgroup import errors
 from agentcgroup.admin import Admin
 from agentcgroup.client import Agent
-from agentcgroup.types import CpuNumbers, GpuUsage, Report, Verdict
+from agentcgroup.types import CpuNumbers, GpuUsage, NetUsage, Report, Verdict
 
 from . import common
 from .output import duration, number, paint, print_fields, print_json, print_table, say, size
@@ -172,6 +172,7 @@ def print_report(report: Report) -> None:
         ("processes peak", number(report.pids_peak)),
         ("read", size(report.io_read_bytes)),
         ("written", size(report.io_write_bytes)),
+        ("network", net_text(report.net)),
         ("oom kills", number(report.oom_kills or None)),
     ]
     if report.gpu is not None:
@@ -181,6 +182,16 @@ def print_report(report: Report) -> None:
         say(f"{paint('feedback', 'yellow')}: {item.code}: {item.sentence}")
     for step in () if report.try_next is None else report.try_next.steps:
         say(f"{paint('try next', 'yellow')}: {step}")
+
+
+def net_text(net: NetUsage | None) -> str:
+    """Say what a call received and sent; `-` where nothing counted it, or it was nothing."""
+    if net is None or not (net.receive_packets or net.send_packets):
+        return "-"
+    return (
+        f"{size(net.receive_bytes)} received ({net.receive_packets} packets), "
+        f"{size(net.send_bytes)} sent ({net.send_packets})"
+    )
 
 
 def _gpu_fields(gpu: GpuUsage) -> list[tuple[str, str]]:

@@ -820,3 +820,18 @@ class VramEvent(ctypes.Structure):
     quota_bytes: int
     pid: int
     refused: int
+
+
+class NetTraffic(ctypes.Structure):
+    """struct net_traffic, 32 bytes"""
+
+    _fields_ = (
+        ("receive_bytes", ctypes.c_uint64),
+        ("receive_packets", ctypes.c_uint64),
+        ("send_bytes", ctypes.c_uint64),
+        ("send_packets", ctypes.c_uint64),
+    )
+    receive_bytes: int
+    receive_packets: int
+    send_bytes: int
+    send_packets: int

@@ -30,6 +30,7 @@ URGENT = "urgent reaction"
 RECLAIM_HOOKS = "reclaim hooks"
 LOOK = "look at all calls at once"
 CPU_SCHEDULER = "CPU scheduler"
+NET = "network counts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ _REMEDIES = {
     "bpf_rcu_read_lock": "use Linux 6.10 or newer",
     "psi_memstall_enter": "use a kernel with CONFIG_PSI",
     "psi_memstall_leave": "use a kernel with CONFIG_PSI",
+    "sock_cgroup_data": "use a kernel with CONFIG_SOCK_CGROUP_DATA and CONFIG_CGROUP_BPF",
     "sched_ext_ops": (
         "use Linux 7.1 or newer with CONFIG_SCHED_CLASS_EXT and CONFIG_EXT_GROUP_SCHED"
     ),
@@ -210,6 +212,13 @@ DEFINITIONS = (
         "memcg_ops",
         tuple(map(_callback, ("below_low", "below_min", "get_high_delay_ms", "memcg_charged"))),
         "memory.low and memory.high alone",
+    ),
+    # Attached to the pool, by bpf.net.
+    Definition(
+        NET,
+        "net",
+        (Way(("on_receive", "on_send"), (Need("struct", "sock_cgroup_data", "cgroup"),)),),
+        "what calls receive and send is not counted",
     ),
     # Attached as a whole, by cpu.scheduling.
     Definition(

@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import ParamSpec
 
-from agentcgroupd.bpf import features, look, memcg_ops
+from agentcgroupd.bpf import features, look, memcg_ops, net
 from agentcgroupd.bpf.features import FeatureState
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.bpf.loader import BpfObject
 from agentcgroupd.bpf.look import LookProgram
 from agentcgroupd.bpf.memcg_ops import ReclaimHooks
 from agentcgroupd.bpf.memory import MemoryPrograms
+from agentcgroupd.bpf.net import NetPrograms
 from agentcgroupd.bpf.pins import Pins, remove_stale
-from agentcgroupd.cgroup.tree import cgroup2_mount
+from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from agentcgroupd.config import BpfConfig, GuardConfig
 from agentcgroupd.errors import BpfError
 from agentcgroupd.host.journal import DETAIL
@@ -34,7 +35,7 @@ OFF = "switched off in the configuration (bpf.enabled)"
 
 class DataPlane:
     """The loaded objects: `open` loads them, `close` unloads them. Between the two, `lifecycle`,
-    `memory`, `reclaim` and `look` are there unless they are None."""
+    `memory`, `reclaim`, `look` and `net` are there unless they are None."""
 
     def __init__(self, config: BpfConfig, guard: GuardConfig, pool: CgroupId | None = None) -> None:
         """Keep the configuration; nothing is loaded yet. `pool`: the cgroup whose programs outlive
@@ -50,6 +51,7 @@ class DataPlane:
         self.memory: MemoryPrograms | None = None
         self.reclaim: ReclaimHooks | None = None
         self.look: LookProgram | None = None
+        self.net: NetPrograms | None = None
         self.failures = 0
         self._said: set[str] = set()
 
@@ -83,6 +85,8 @@ class DataPlane:
         self.states.update((state.name, state) for state in states)
         self.look, states = look.load(self._config.objects)
         self.states.update((state.name, state) for state in states)
+        self.net, states = net.load(self._config.objects)
+        self.states.update((state.name, state) for state in states)
         _log_missing(state for state in self.states.values() if not state.works)
         working = [state.name for state in self.states.values() if state.works]
         log.info("in the kernel: %s", ", ".join(working) or "nothing", extra=DETAIL)
@@ -113,6 +117,22 @@ class DataPlane:
             return lambda bpf: None
         return self._pins.lend
 
+    def count_traffic(self, pool: Cgroup) -> NetPrograms | None:
+        """Have traffic below the pool counted from now on; None: that does not work here."""
+        if self.net is None:
+            return None
+        try:
+            self.net.attach(pool)
+        except BpfError as error:
+            (definition,) = features.definitions_of(net.OBJECT)
+            remedy = features.remedy_of(error)
+            gone = features.missing(definition, features.one_line(error), remedy)
+            self.states[definition.name] = gone
+            _log_missing([gone])
+            self.net.close()
+            self.net = None
+        return self.net
+
     def drop_memory(self, reason: str) -> None:
         """Unload the memory programs, whose features are missing from now on for the reason."""
         if self.memory is not None:
@@ -141,17 +161,17 @@ class DataPlane:
             self.failures += 1
             if what not in self._said:
                 self._said.add(what)
-                log.error("%s: %s (said once; counted in agentcg_bpf_failures)", what, error)
+                log.error("%s: %s (said once; counted in agentcg_bpf_failures_total)", what, error)
             return False
         return True
 
     def close(self) -> None:
         """Detach and unload everything; no error if nothing is loaded."""
         self._unpin()
-        for part in (self.look, self.reclaim, self.memory, self.lifecycle):
+        for part in (self.net, self.look, self.reclaim, self.memory, self.lifecycle):
             if part is not None:
                 part.close()
-        self.look = self.reclaim = self.memory = self.lifecycle = None
+        self.look = self.reclaim = self.memory = self.lifecycle = self.net = None
 
     def _unpin(self) -> None:
         """Have the memory programs end with this process, or before."""

@@ -135,6 +135,8 @@ class Reports:
         report.grant.CopyFrom(grant_to_proto(call.grant))
         report.began_unix_usec = call.began_unix_usec
         report.observed, report.waited_usec = call.observed, call.waited_usec
+        if call.traffic is not None and (net := call.traffic()) is not None:
+            report.net.CopyFrom(net)
         if call.gpu_usage is not None:
             report.gpu.CopyFrom(call.gpu_usage)
             report.feedback.extend(call.gpu_feedback)

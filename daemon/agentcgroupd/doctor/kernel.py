@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agentcgroupd.bpf import features, look, memcg_ops, pins, sched
+from agentcgroupd.bpf import features, look, memcg_ops, net, pins, sched
 from agentcgroupd.bpf.features import FeatureState
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import XATTR_NAME, Cgroup
@@ -312,6 +312,10 @@ def _tried() -> Iterator[FeatureState]:
             hooks, states = memcg_ops.load()
             if hooks is not None:
                 hooks.close()
+        elif name == net.OBJECT:
+            counts, states = net.load()
+            if counts is not None:
+                counts.close()
         elif name == look.OBJECT:
             program, states = look.load()
             if program is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -145,6 +146,8 @@ class Call:
     does (enforce.hold)."""
     operator_usec: int = 0
     """For how long the operator has held it so far, without the present pause."""
+    traffic: Callable[[], pb.NetUsage | None] | None = None
+    """Reads what its sockets have received and sent; None: nobody counts it."""
     gpu_usage: pb.GpuUsage | None = None
     """Use of its part of a GPU; made when the call ends, None where it had none."""
     gpu_feedback: tuple[pb.Feedback, ...] = ()
@@ -369,6 +372,8 @@ class Session:
     told: set[str] = field(default_factory=set)
     """Calls whose reports a hook has told of, as long as they are kept."""
     learned: Learned = field(default_factory=Learned)
+    traffic: Callable[[], pb.NetUsage | None] | None = None
+    """Reads what its sockets have received and sent; None: nobody counts it."""
     calls_ended: int = 0
     connections: int = 0
     closing: bool = False

@@ -65,6 +65,7 @@ FEATURES = tuple(
         features.RECLAIM_HOOKS,
         features.LOOK,
         features.CPU_SCHEDULER,
+        features.NET,
     )
 )
 LOST = ("exec", "exit", "fork", "memory", "memory_state", "oom_victim")

@@ -171,6 +171,13 @@ class Metrics:
             **by,
         )
 
+        self.used_net = counter(
+            "calls_network_bytes",
+            "Bytes that ended calls received and sent, where that is counted",
+            direction=("receive", "send"),
+            **by,
+        )
+
     def _add_policy(self) -> None:
         counter = self._counter
         self.actions = counter("actions", "Actions of the policy", action=known.ACTIONS)
@@ -319,6 +326,8 @@ class Metrics:
         self.used_memory.labels(priority).inc(held)
         self.used_io.labels("read", priority).inc(report.io_read_bytes)
         self.used_io.labels("write", priority).inc(report.io_write_bytes)
+        self.used_net.labels("receive", priority).inc(report.net.receive_bytes)
+        self.used_net.labels("send", priority).inc(report.net.send_bytes)
 
     def count_feedback(self, feedback: pb.Feedback) -> None:
         """Count one piece of feedback to an agent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -49,8 +50,9 @@ def cpu_to_proto(numbers: CpuNumbers) -> pb.CpuNumbers:
     return pb.CpuNumbers(**asdict(numbers))
 
 
-def usage_of(cgroup: Cgroup) -> pb.Usage:
-    """What a cgroup uses now. Raises CgroupGone."""
+def usage_of(cgroup: Cgroup, traffic: Callable[[], pb.NetUsage | None] | None = None) -> pb.Usage:
+    """What a cgroup uses now. `traffic` reads what its sockets have received and sent; None: nobody
+    counts it. Raises CgroupGone."""
     found = cgroup.read_if(knobs.IO_STAT)
     devices = None if found is None else found.values()
     return pb.Usage(
@@ -60,6 +62,7 @@ def usage_of(cgroup: Cgroup) -> pb.Usage:
         pids_current=cgroup.read_if(knobs.PIDS_CURRENT),
         io_read_bytes=None if devices is None else sum(d.get("rbytes", 0) for d in devices),
         io_write_bytes=None if devices is None else sum(d.get("wbytes", 0) for d in devices),
+        net=traffic() if traffic is not None else None,
     )
 
 
@@ -110,7 +113,7 @@ def call_to_proto(call: Call, admin: bool, usage: bool = False) -> pb.Call:
         observed=call.observed,
         waited_usec=call.waited_usec,
         parent_call_id=call.parent.id if call.parent is not None else "",
-        usage=usage_of(call.cgroup) if usage else None,
+        usage=usage_of(call.cgroup, call.traffic) if usage else None,
         paused_why=_why_paused(holder or call) if is_paused(call) else "",
         frozen_usec=frozen_usec(call, boottime_usec()),
         memory_high_bytes=call.bounds.written[0] if call.bounds.written else None,
@@ -154,7 +157,7 @@ def session_to_proto(
         calls_max=limits.calls_max,
         calls_open=len(session.calls),
         calls_ended=session.calls_ended,
-        usage=usage_of(session.cgroup),
+        usage=usage_of(session.cgroup, session.traffic),
         not_enforced=not_enforced,
         opened_unix_usec=session.opened_unix_usec,
         owner_pid=session.owner.pid if session.owner is not None and admin else 0,

@@ -1,0 +1,85 @@
+"""Daemon's side of net.bpf.c: what the sockets of cgroups receive and send."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from agentcgroupd.bpf import abi, features
+from agentcgroupd.bpf.btf import VMLINUX, kernel_btf
+from agentcgroupd.bpf.features import FeatureState
+from agentcgroupd.bpf.libbpf import libbpf
+from agentcgroupd.bpf.loader import BpfObject
+from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.errors import BpfError
+from agentcgroupd.units import CgroupId
+
+OBJECT = "net"
+# include/uapi/linux/bpf.h: enum bpf_attach_type
+_PROGRAMS = {"on_receive": 0, "on_send": 1}
+
+
+class NetPrograms:
+    """The loaded programs, and an entry for each cgroup whose traffic is counted."""
+
+    def __init__(self, bpf: BpfObject) -> None:
+        """Take over a loaded object. Raises BpfError."""
+        self._bpf = bpf
+        self._traffic = bpf.map("traffic", abi.NetTraffic)
+        self._links: list[int] = []
+
+    def attach(self, cgroup: Cgroup) -> None:
+        """Count below a cgroup from now on, beside other programs there, until `close` or the end
+        of this process. Raises BpfError."""
+        fd = os.open(cgroup.proc_path(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for name, kind in _PROGRAMS.items():
+                program, what = self._bpf.program_fd(name), f"attaching net/{name}"
+                link = libbpf().check(what, "bpf_link_create", program, fd, kind, None)
+                self._links.append(link)
+        finally:
+            os.close(fd)
+
+    def follow(self, cgroup: CgroupId) -> None:
+        """Count for a cgroup, from zero. Raises BpfError."""
+        self._traffic[cgroup] = abi.NetTraffic()
+
+    def forget(self, cgroup: CgroupId) -> None:
+        """Count for a cgroup no more; no error if that was not done. Raises BpfError."""
+        self._traffic.pop(cgroup)
+
+    def of(self, cgroup: CgroupId) -> abi.NetTraffic | None:
+        """Give what was counted for a cgroup; None: it is not followed. Raises BpfError."""
+        return self._traffic.get(cgroup)
+
+    def close(self) -> None:
+        """Detach and unload the programs."""
+        for link in self._links:
+            os.close(link)
+        self._links = []
+        self._bpf.close()
+
+
+def load(objects: Path | None = None) -> tuple[NetPrograms | None, list[FeatureState]]:
+    """Load the programs if this kernel can have them; returns like features.load, and raises no
+    BpfError. They are attached to nothing yet."""
+    (definition,) = features.definitions_of(OBJECT)
+    try:
+        types = kernel_btf()
+    except BpfError as error:
+        remedy = "" if VMLINUX.exists() else features.BTF_REMEDY
+        return None, [features.missing(definition, features.one_line(error), remedy)]
+    try:
+        state = features.gate(definition, types)
+        if not state.works:
+            return None, [state]
+        bpf = BpfObject.open(OBJECT, objects / f"{OBJECT}.bpf.o" if objects else None)
+        try:
+            bpf.load()
+            return NetPrograms(bpf), [state]
+        except BaseException:
+            bpf.close()
+            raise
+    except BpfError as error:
+        remedy = features.remedy_of(error)
+        return None, [features.missing(definition, features.one_line(error), remedy)]
