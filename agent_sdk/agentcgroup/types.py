@@ -248,16 +248,15 @@ class Feedback(_Answer):
 
 @dataclass(frozen=True, slots=True)
 class Delays(_Answer):
-    """What tasks of a call waited for, summed up over all of them."""
+    """What a call waited for: parts of its wall time in which some task of it did. `full`: in
+    which none of them went on."""
 
     cpu_usec: int
     io_usec: int
-    swapin_usec: int
-    reclaim_usec: int
-    """For memory to be taken back from others."""
-    tasks: int
-    thrashing_usec: int
-    """For pages of files that had just been thrown out."""
+    memory_usec: int
+    """For memory to be taken back, or to come back from swap."""
+    io_full_usec: int
+    memory_full_usec: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,12 +130,6 @@ def _program(glob: str) -> str:
 GLOB_CHARS_MAX = 256
 
 
-class Section(BaseModel):
-    """Base of all parts: frozen, and nothing unknown is let in."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-
 _LOOPBACK = re.compile(r"(127\.0\.0\.1|\[::1\]|localhost):(\d{1,5})")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from agentcgroup import errors
 from agentcgroup.admin import Admin
 from agentcgroup.client import Agent
-from agentcgroup.types import CpuNumbers, GpuUsage, NetUsage, Report, Verdict
+from agentcgroup.types import CpuNumbers, Delays, GpuUsage, NetUsage, Report, Verdict
 
 from . import common
 from .output import duration, number, paint, print_fields, print_json, print_table, say, size
@@ -172,6 +172,7 @@ def print_report(report: Report) -> None:
         ("processes peak", number(report.pids_peak)),
         ("read", size(report.io_read_bytes)),
         ("written", size(report.io_write_bytes)),
+        ("waited for", delays_text(report.delays)),
         ("network", net_text(report.net)),
         ("oom kills", number(report.oom_kills or None)),
     ]
@@ -182,6 +183,18 @@ def print_report(report: Report) -> None:
         say(f"{paint('feedback', 'yellow')}: {item.code}: {item.sentence}")
     for step in () if report.try_next is None else report.try_next.steps:
         say(f"{paint('try next', 'yellow')}: {step}")
+
+
+def delays_text(delays: Delays | None) -> str:
+    """Say what a call waited for, in wall time; `-` where the kernel does not tell, or nothing."""
+    if delays is None:
+        return "-"
+    waits = (
+        ("disks", delays.io_usec),
+        ("memory", delays.memory_usec),
+        ("a CPU", delays.cpu_usec),
+    )
+    return ", ".join(f"{what} {duration(usec)}" for what, usec in waits if usec) or "-"
 
 
 def net_text(net: NetUsage | None) -> str:

@@ -15,6 +15,7 @@ from agentcgroupd.calls.counters import (
     shown,
     swap_hit,
 )
+from agentcgroupd.calls.delays import delays_of
 from agentcgroupd.calls.devices import devices_of
 from agentcgroupd.calls.facts import EndFacts, OomFacts
 from agentcgroupd.calls.words import at_least, limit_words
@@ -205,6 +206,7 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup, oom_log: OomLog) -
         io_read_bytes=sum(d.get("rbytes", 0) for d in io.values()) if io is not None else None,
         io_write_bytes=sum(d.get("wbytes", 0) for d in io.values()) if io is not None else None,
         devices=devices_of(io or {}),
+        delays=delays_of(call.cgroup, pressure),
     )
 
 

@@ -122,6 +122,8 @@ class EndFacts:
     """For how long the daemon had paused it."""
     frozen_by_others_usec: int = 0
     """For how long others than the daemon had frozen it, alone or with its session."""
+    delays: pb.Delays | None = None
+    """What it waited for; None: the kernel does not tell."""
     devices: tuple[pb.DeviceIo, ...] = ()
     """What it did with each block device, the busiest first."""
     operator_usec: int = 0

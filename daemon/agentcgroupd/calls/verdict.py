@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.calls import delays
 from agentcgroupd.calls.facts import EndFacts, LimitHit
 from agentcgroupd.calls.feedback import feedback_of
 from agentcgroupd.calls.words import (
@@ -317,7 +318,7 @@ def report_of(facts: EndFacts) -> pb.Report:
     verdict, sentence = judge(facts)
     report = pb.Report(
         verdict=verdict,
-        sentence=sentence,
+        sentence=sentence + delays.told(facts.delays, facts.wall_usec),
         evidence=facts.evidence,
         wall_usec=facts.wall_usec,
         memory_peak_bytes=facts.memory_peak_bytes,
@@ -333,6 +334,7 @@ def report_of(facts: EndFacts) -> pb.Report:
         oom_kills=facts.oom_kills,
         pids_max_events=facts.pids_max_events,
         frozen_usec=facts.frozen_usec,
+        delays=facts.delays,
         devices=facts.devices,
         feedback=feedback_of(facts, verdict, sentence),
     )
