@@ -498,6 +498,13 @@ class SessionSums(_Answer):
     """The largest peak of a call."""
     memory_byte_seconds: float | None
     """Peaks times wall times: at most this much was held."""
+    io_read_bytes: int | None = None
+    """This and what follows: of `usage` alone; None where none of the calls was measured."""
+    io_write_bytes: int | None = None
+    net_receive_bytes: int | None = None
+    net_send_bytes: int | None = None
+    gpu_energy_mj: int | None = None
+    gpu_memory_byte_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 
 from agentcgroup import errors
 from agentcgroup.admin import Admin
 from agentcgroup.queries import USAGE_BY
-from agentcgroup.types import CallState, PastSession, Report, Story, Usages, Verdict
+from agentcgroup.text import printable
+from agentcgroup.types import CallState, PastSession, Report, SessionSums, Story, Usages, Verdict
 
 from . import common
 from .audit import moment
@@ -46,6 +50,9 @@ def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     since = "from the day on that was 10m, 2h, 1d ago, or that of 2026-01-31"
     parser.add_argument("--since", type=moment, metavar="TIME", default=0, help=since)
     parser.add_argument("--limit", type=whole_number, metavar="N", default=20, help="the first N")
+    parser.add_argument(
+        "--csv", action="store_true", help="all columns as comma-separated values, sizes in bytes"
+    )
     parser = common.command(subparsers, "explain", run_explain, summary("explain"))
     parser.add_argument("call", metavar="CALL", help="the call's id")
 
@@ -153,6 +160,8 @@ def run_usage(args: argparse.Namespace) -> int:
         found = client.usage(args.by, session_id=args.session, since=since, limit=args.limit)
     if args.json:
         print_json([each.to_dict() for each in found])
+    elif args.csv:
+        print_csv(args.by, found)
     elif found:
         print_usage(args.by, found)
     else:
@@ -163,6 +172,7 @@ def run_usage(args: argparse.Namespace) -> int:
 def print_usage(by: str, found: Sequence[Usages]) -> None:
     """Print a table of sums. CPU in seconds, memory in GiB times hours."""
     headers = [by.upper(), ">CALLS", ">NOT OK", ">CPU S", ">GIB H", ">WALL", ">WAITED", ">PAUSED"]
+    headers += [">DISKS", ">NETWORK"]
     rows = [
         [
             each.key,
@@ -173,11 +183,31 @@ def print_usage(by: str, found: Sequence[Usages]) -> None:
             duration(sums.wall_usec),
             duration(sums.waited_usec),
             duration(sums.frozen_usec),
+            size(_both(sums.io_read_bytes, sums.io_write_bytes)),
+            size(_both(sums.net_receive_bytes, sums.net_send_bytes)),
         ]
         for each in found
         if (sums := each.sums) is not None
     ]
     print_table(headers, rows)
+
+
+def _both(a: int | None, b: int | None) -> int | None:
+    return None if a is None and b is None else (a or 0) + (b or 0)
+
+
+def print_csv(by: str, found: Sequence[Usages]) -> None:
+    """Print sums as comma-separated values, with the names of the protocol; a field that was not
+    measured is empty. What a spreadsheet would take for a formula is quoted by an apostrophe."""
+    names = [field.name for field in fields(SessionSums) if field.name != "memory_peak_bytes"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([by, *names])
+    for each in found:
+        key = f"'{each.key}" if each.key.startswith(("=", "+", "-", "@")) else each.key
+        values = [getattr(each.sums, name) for name in names]
+        writer.writerow([printable(key), *("" if v is None else v for v in values)])
+    say(text.getvalue(), end="")
 
 
 def run_explain(args: argparse.Namespace) -> int:

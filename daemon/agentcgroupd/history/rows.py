@@ -212,7 +212,25 @@ def _sums(report: pb.Report) -> Sums:
         "cpu_usage_usec": counts * report.cpu_usage_usec,
         "peak": peak,
         "held": None if peak is None else counts * peak * report.wall_usec / 1e6,
+        **_more_sums(report, counts),
     }
+
+
+def _more_sums(report: pb.Report, counts: int) -> Sums:
+    """What a report adds of disks, network and GPUs."""
+    net = report.net if report.HasField("net") else None
+    gpu = report.gpu if report.HasField("gpu") else None
+    has_energy = gpu is not None and gpu.HasField("energy_mj")
+    vram = gpu.memory_peak_bytes if gpu is not None and gpu.HasField("memory_peak_bytes") else None
+    found: dict[str, float | None] = {
+        "io_read_bytes": report.io_read_bytes if report.HasField("io_read_bytes") else None,
+        "io_write_bytes": report.io_write_bytes if report.HasField("io_write_bytes") else None,
+        "net_receive_bytes": None if net is None else net.receive_bytes,
+        "net_send_bytes": None if net is None else net.send_bytes,
+        "gpu_energy_mj": report.gpu.energy_mj if has_energy else None,
+        "gpu_memory_byte_seconds": None if vram is None else vram * report.wall_usec / 1e6,
+    }
+    return {name: None if value is None else counts * value for name, value in found.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,17 @@ import sqlite3
 import stat
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 """Version of the tables, in `PRAGMA user_version`."""
+USAGE_MORE = (
+    "io_read_bytes",
+    "io_write_bytes",
+    "net_receive_bytes",
+    "net_send_bytes",
+    "gpu_energy_mj",
+    "gpu_memory_byte_seconds",
+)
+"""Columns of `usage` that came with version 2; NULL: nothing was measured."""
 APPLICATION = 0x61636748
 """`PRAGMA application_id` of our files: "acgH"."""
 PAGE_BYTES = 4096
@@ -88,6 +97,10 @@ what a row takes, about, with its part of the indexes; of a session, the sum of 
 entries. `usage` has sums by day since 1970 in UTC, session name and tool, and outlives calls."""
 
 
+_FROM_1 = "".join(f"ALTER TABLE usage ADD COLUMN {name} REAL;" for name in USAGE_MORE)
+"""What makes tables of version 2 of those of version 1."""
+
+
 class NewerSchema(Exception):
     """The file is of a newer daemon, or of another program."""
 
@@ -115,15 +128,29 @@ def open_store(path: Path, max_bytes: int) -> sqlite3.Connection:
         db.execute(f"PRAGMA journal_size_limit = {WAL_PAGES * PAGE_BYTES}")
         if is_new:
             db.executescript(
-                f"BEGIN IMMEDIATE; {_TABLES} PRAGMA application_id = {APPLICATION};"
+                f"BEGIN IMMEDIATE; {_TABLES} {_FROM_1} PRAGMA application_id = {APPLICATION};"
                 f"PRAGMA user_version = {VERSION}; COMMIT;"
             )
+        elif version < VERSION:
+            _upgrade(db)
         db.execute(f"PRAGMA max_page_count = {max_bytes // PAGE_BYTES}")
         _check_tables(db)
     except BaseException:
         db.close()
         raise
     return db
+
+
+def _upgrade(db: sqlite3.Connection) -> None:
+    """Make the tables of an earlier daemon those of this one, with what is in them. Raises
+    sqlite3.Error; then they are as they were."""
+    script = f"BEGIN IMMEDIATE; {_FROM_1} PRAGMA user_version = {VERSION}; COMMIT;"
+    try:
+        db.executescript(script)
+    except sqlite3.Error:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 def open_for_reading(path: Path) -> sqlite3.Connection:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.history.schema import USAGE_MORE
 
 DAY_USEC = 86_400_000_000
 TOOLS_MOST = 50
@@ -20,9 +22,10 @@ _ADD = """
 UPDATE usage SET calls = calls + :calls, calls_not_ok = calls_not_ok + :calls_not_ok,
   wall_usec = wall_usec + :wall_usec, waited_usec = waited_usec + :waited_usec,
   frozen_usec = frozen_usec + :frozen_usec, cpu_usage_usec = cpu_usage_usec + :cpu_usage_usec,
-  memory_byte_seconds = coalesce(memory_byte_seconds + :held, memory_byte_seconds, :held)
+  memory_byte_seconds = coalesce(memory_byte_seconds + :held, memory_byte_seconds, :held),
+  {more}
 WHERE day = :day AND name = :name AND tool = :tool
-"""
+""".format(more=", ".join(f"{c} = coalesce({c} + :{c}, {c}, :{c})" for c in USAGE_MORE))
 _KEYS = {
     pb.USAGE_BY_SESSION: "name",
     pb.USAGE_BY_TOOL: "tool",
@@ -81,9 +84,10 @@ def usages(
     use of CPU first. `session`: empty: of every name. Raises sqlite3.Error."""
     key = _KEYS.get(by, "name")
     order = "day DESC" if key == "day" else "6 DESC, 1"
+    more = "".join(f", sum({name})" for name in USAGE_MORE)
     found = db.execute(
         f"SELECT {key}, sum(calls), sum(calls_not_ok), sum(wall_usec), sum(waited_usec), "
-        "sum(cpu_usage_usec), sum(frozen_usec), sum(memory_byte_seconds) FROM usage "
+        f"sum(cpu_usage_usec), sum(frozen_usec), sum(memory_byte_seconds){more} FROM usage "
         f"WHERE day >= ? AND (? = '' OR name = ?) GROUP BY {key} ORDER BY {order} LIMIT ?",
         (since_usec // DAY_USEC, session, session, min(limit, ROWS_MAX)),
     )
@@ -98,10 +102,18 @@ def usages(
                 cpu_usage_usec=row[5],
                 frozen_usec=row[6],
                 memory_byte_seconds=row[7],
+                **_more(row[8:]),
             ),
         )
         for row in found
     ]
+
+
+def _more(values: Sequence[float | None]) -> dict[str, Any]:
+    """Give the sums of USAGE_MORE that were measured, as the fields of SessionSums have them."""
+    known = zip(USAGE_MORE, values, strict=True)
+    found = {name: value for name, value in known if value is not None}
+    return {n: v if n.endswith("_seconds") else int(v) for n, v in found.items()}
 
 
 def _day(number: int) -> str:
