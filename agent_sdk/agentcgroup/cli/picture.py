@@ -28,7 +28,7 @@ _ENDED_BY_OTHERS = "#b23b3b"
 _STYLE = (
     "text{font:12px sans-serif;fill:#222}.t{font-size:15px;font-weight:bold}.s{fill:#666}"
     ".wait{fill:#ddd;stroke:#999}.pause{fill:#fff;opacity:.75}.mem{fill:#9db8d9;stroke:#476a99}"
-    ".grid{stroke:#e4e4e4}.mark{fill:#b23b3b}"
+    ".grid{stroke:#e4e4e4}.mark{fill:#111;stroke:#fff;stroke-width:1.5}"
 )
 _STEPS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400)
 
