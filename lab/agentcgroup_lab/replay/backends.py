@@ -9,7 +9,6 @@ Who compares with more strategies registers a backend for each.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import subprocess
@@ -22,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from agentcgroupd.cgroup.knobs import CPU_WEIGHT, MEMORY_CURRENT, MEMORY_HIGH, MEMORY_MAX
+from agentcgroupd.cgroup.knobs import MEMORY_CURRENT, MEMORY_HIGH, MEMORY_MAX
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
-from agentcgroupd.errors import CgroupGone, KnobError
+from agentcgroupd.errors import CgroupGone
 
 # Functions import what only DaemonBackend needs: gRPC, which is slow to load, and the policy, whose
 # pydantic is no dependency of the command line that reads STRATEGIES for its help.
@@ -98,15 +97,6 @@ def _base(name: str) -> tuple[Cgroup, str]:
     return root, name
 
 
-def _even_cpu(pool: Cgroup, sessions: int) -> None:
-    """Have sessions share the CPU evenly with those of other pools, however many are in each."""
-    try:
-        pool.write(CPU_WEIGHT, min(100 * sessions, 10_000))
-    except KnobError as error:
-        if error.errno != errno.ENOENT:  # without the controller each process counts alone
-            raise
-
-
 def _below(cgroup: Cgroup, depth: int = 4) -> list[str]:
     """Paths of all cgroups below this one, deepest last."""
     found: list[str] = []
@@ -145,7 +135,6 @@ class PlainBackend:
         self.pool = root.make_child(pool)
         self.pool.write(MEMORY_MAX, pool_bytes)
         self.pool.enable(("memory", "cpu", "pids"))
-        _even_cpu(self.pool, sessions)
         self._share_bytes = pool_bytes // sessions
 
     def open(self, session_id: str, important: bool) -> Place:
@@ -194,7 +183,7 @@ class DaemonBackend:
     name = "ours"
     holds_back = True
 
-    def __init__(self, pool_bytes: int, sessions: int, work: Path, memory_scale: float) -> None:
+    def __init__(self, pool_bytes: int, work: Path, memory_scale: float = 1.0) -> None:
         """`memory_scale`: of what is replayed. What the policy says in bytes, such as how far a
         recorded call goes, is true of the recordings, and so scaled alike."""
         from agentcgroup.paths import admin_socket, find_launcher
@@ -227,7 +216,6 @@ class DaemonBackend:
         try:
             self._connect(admin_socket(str(self._run_dir)))
             self.pool = Cgroup.open(self._pool_path)
-            _even_cpu(self.pool, sessions)
         except BaseException:
             self._end_daemon()
             raise
@@ -400,7 +388,8 @@ def _plain(strategy: str) -> MakeBackend:
 
 
 def _ours(pool_bytes: int, sessions: int, work: Path, memory_scale: float) -> Backend:
-    return DaemonBackend(pool_bytes, sessions, work, memory_scale)
+    del sessions
+    return DaemonBackend(pool_bytes, work, memory_scale)
 
 
 for _strategy in ("none", "static", "high"):

@@ -11,7 +11,7 @@ import pytest
 from agentcgroup_lab.replay import backends
 from agentcgroup_lab.replay.backends import ReplayError, current_bytes, make_backend, register
 from agentcgroup_lab.replay.engine import find_load
-from agentcgroupd.errors import CgroupGone, KnobError
+from agentcgroupd.errors import CgroupGone
 
 
 def test_a_strategy_that_somebody_registered_is_known(
@@ -61,26 +61,3 @@ def test_agentcg_load_is_looked_for_as_programs_are(
 def test_the_replayed_daemon_runs_as_its_unit_says() -> None:
     unit = Path(__file__).parents[3] / "systemd/agentcgroupd.service"
     assert f"\nNice={backends.NICE}\n" in unit.read_text(encoding="utf-8")
-
-
-class Pool:
-    """A cgroup without a CPU controller, or one that refuses."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def write(self, knob: object, value: int) -> None:
-        raise KnobError(OSError(self._number, "no"), "a/pool", "cpu.weight", str(value))
-
-
-def test_a_pool_s_part_of_the_cpu_goes_by_its_sessions() -> None:
-    written: list[int] = []
-    pool: Any = Pool(errno.ENOENT)
-    backends._even_cpu(pool, 4)  # nothing to share by
-    refusing: Any = Pool(errno.EACCES)
-    with pytest.raises(KnobError):
-        backends._even_cpu(refusing, 4)
-    pool.write = lambda knob, value: written.append(value)
-    for sessions in (1, 4, 1000):
-        backends._even_cpu(pool, sessions)
-    assert written == [100, 400, 10_000]
