@@ -20,6 +20,22 @@ from agentcgroupd.arguments import make_parser
 
 COMPLETES = {"FILE": shtab.FILE, "TRACE": shtab.FILE, "DIR": shtab.DIRECTORY}
 """What completes an argument, by its name in the help."""
+OPEN_SESSIONS, OPEN_CALLS = (
+    {"bash": f"_agentcg_open_{what}", "zsh": f"_agentcg_open_{what}"}
+    for what in ("sessions", "calls")
+)
+NAME_OPEN_SESSIONS = ("agentcg session set", "agentcg session close")
+"""Commands whose NAME is that of a session that is open already."""
+PREAMBLE = {
+    "bash": """
+_agentcg_open_sessions() { compgen -W "$(agentcg completion sessions 2>/dev/null)" -- "$1"; }
+_agentcg_open_calls() { compgen -W "$(agentcg completion calls 2>/dev/null)" -- "$1"; }
+""",
+    "zsh": """
+_agentcg_open_sessions() { compadd -- ${(f)"$(agentcg completion sessions 2>/dev/null)"} }
+_agentcg_open_calls() { compadd -- ${(f)"$(agentcg completion calls 2>/dev/null)"} }
+""",
+}
 NAMES = {
     "bash": "bash-completion/completions/agentcg",
     "zsh": "zsh/site-functions/_agentcg",
@@ -28,23 +44,33 @@ AGENTCG = "resource control for AI agents, one tool call at a time"
 AGENTCGROUPD = "the daemon that gives each tool call of an AI agent a cgroup of its own"
 
 
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """All arguments of a parser and of the parsers below it."""
+def _actions(
+    parser: argparse.ArgumentParser,
+) -> Iterator[tuple[argparse.ArgumentParser, argparse.Action]]:
+    """All arguments of a parser and of the parsers below it, each with its parser."""
     for action in parser._actions:
-        yield action
+        yield parser, action
         if isinstance(action, argparse._SubParsersAction):
             for below in dict.fromkeys(action.choices.values()):
                 yield from _actions(below)
 
 
+def completes(parser: argparse.ArgumentParser, action: argparse.Action) -> dict[str, str] | None:
+    """What completes an argument: files, directories, or names of what is open; None: nothing."""
+    if action.metavar == "CALL":
+        return OPEN_CALLS
+    if action.dest == "session" or (action.dest == "name" and parser.prog in NAME_OPEN_SESSIONS):
+        return OPEN_SESSIONS
+    return COMPLETES.get(action.metavar) if isinstance(action.metavar, str) else None
+
+
 def completion(shell: str) -> str:
     """The completion of `agentcg` for a shell."""
     parser = build_parser()
-    for action in _actions(parser):
-        metavar = action.metavar if isinstance(action.metavar, str) else ""
-        if metavar in COMPLETES:
-            action.complete = COMPLETES[metavar]  # type: ignore[attr-defined]
-    text: str = shtab.complete(parser, shell=shell)
+    for below, action in _actions(parser):
+        if (found := completes(below, action)) is not None:
+            action.complete = found  # type: ignore[attr-defined]
+    text: str = shtab.complete(parser, shell=shell, preamble=PREAMBLE)
     return text
 
 

@@ -20,10 +20,10 @@ from agentcgroup_lab.replay import engine
 from agentcgroup_lab.replay.backends import ReplayError
 from agentcgroup_lab.trace import format as trace_format
 from agentcgroup_lab.trace import plan
-from bench.demo.trim import largest, most_kept, trimmed
+from bench.demo.trim import largest, most_kept, steady, trimmed
 
 SESSIONS = 4
-HEADROOM = 1.24
+HEADROOM = 1.3
 """The pool over what must fit: below some 6 % of free memory the daemon holds calls back."""
 AGENT_LEAST_BYTES = 6_000_000
 """A replayed agent is a Python process, which holds so much by itself."""
@@ -168,7 +168,9 @@ def pool_for(plans: Sequence[plan.Plan]) -> int:
 def _choices(
     recordings: Mapping[str, trace_format.Trace], options: plan.Options
 ) -> Iterator[Choice]:
-    plans = {name: plan.make_plan(recorded, options) for name, recorded in recordings.items()}
+    plans = {
+        name: steady(plan.make_plan(recorded, options)) for name, recorded in recordings.items()
+    }
     rises = {
         name: max((call.peak_bytes for call in one.calls), default=0) for name, one in plans.items()
     }

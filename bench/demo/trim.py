@@ -50,6 +50,13 @@ def most_kept(plans: Sequence[Plan], room_bytes: int) -> list[int]:
     return most
 
 
+def steady(plan: Plan) -> Plan:
+    """Have the agent hold from the start what it ever holds. Nobody can stop an agent: one that
+    grows while the calls fill the pool costs one of them, whoever watches."""
+    most = plan.agent_peak_bytes
+    return replace(plan, agent=tuple(replace(step, memory_bytes=most) for step in plan.agent))
+
+
 def trimmed(plan: Plan, most_bytes: int) -> Plan:
     """Leave out the calls that are larger, but for the largest of all, and cut the gaps."""
     peak = largest(plan)

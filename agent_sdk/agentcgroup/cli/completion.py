@@ -1,4 +1,5 @@
-"""`completion`: what makes a shell complete the command line, as the build made it."""
+"""`completion`: what makes a shell complete the command line, as the build made it, and the names
+that it asks for meanwhile."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import argparse
 import sysconfig
 from pathlib import Path
 
+from agentcgroup.admin import Admin
 from agentcgroup.errors import AgentcgError
 
 from . import common
@@ -16,6 +18,7 @@ FILES = {
     "bash": "share/bash-completion/completions/agentcg",
     "zsh": "share/zsh/site-functions/_agentcg",
 }
+NAMES = ("calls", "sessions")
 USE = """\
 bash:  eval "$(agentcg completion bash)"                 in ~/.bashrc
 zsh:   agentcg completion zsh > "${fpath[1]}/_agentcg"   once
@@ -26,17 +29,31 @@ def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     """Add this module's command."""
     text = summary("completion")
     parser = common.command(subparsers, "completion", run_completion, text, epilog=USE)
-    parser.add_argument("shell", choices=sorted(FILES), metavar="SHELL", help="bash or zsh")
+    words = "bash or zsh; for these, calls or sessions prints the names of those that are open"
+    parser.add_argument("shell", choices=[*sorted(FILES), *NAMES], metavar="SHELL", help=words)
 
 
 def run_completion(args: argparse.Namespace) -> int:
-    """Print the completion for a shell; returns the exit code."""
+    """Print the completion for a shell, or names for it; returns the exit code."""
+    if args.shell in NAMES:
+        names = _open(args.shell)
+        print_json(names) if args.json else say("".join(f"{name}\n" for name in names), end="")
+        return common.OK
     text = find(args.shell).read_text(encoding="utf-8")
     if args.json:
         print_json({"shell": args.shell, "text": text})
     else:
         say(text, end="")
     return common.OK
+
+
+def _open(what: str) -> list[str]:
+    """Return the names of open sessions, or the ids of open calls, that the user may see."""
+    with common.either() as client:
+        if what == "calls":
+            return [call.id for call in client.calls()]
+        sessions = client.sessions() if isinstance(client, Admin) else [client.session()]
+    return [session.id for session in sessions]
 
 
 def find(shell: str) -> Path:

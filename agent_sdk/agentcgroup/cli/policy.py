@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agentcgroup.errors import AgentcgError
+from agentcgroup.errors import AgentcgError, PermissionDenied, Unavailable
 from agentcgroup.types import Explanation, PolicyState
 
 from . import common, summaries
@@ -110,6 +110,8 @@ def run_check(args: argparse.Namespace) -> int:
     parse_bytes = load("agentcgroupd.units").parse_bytes
     loaded = _load(args.file, args.drop_in, args.pool and parse_bytes("--pool", args.pool))
     sources = [str(source) for source in loaded.sources]
+    if args.file is None and args.drop_in is None and (wrong := _wrong_in_daemon()):
+        return _say_wrong(args, wrong)
     if args.json:
         found = {"ok": True, "name": loaded.policy.name, "sources": sources}
         print_json({**found, "warnings": list(loaded.warnings)})
@@ -118,7 +120,39 @@ def run_check(args: argparse.Namespace) -> int:
     say(f"policy {loaded.policy.name}: {ok}, {count} rulesets, from {' '.join(sources)}")
     for warning in loaded.warnings:
         say(f"{paint('warning', 'yellow')}: {warning}")
+    if args.file is not None and args.drop_in is None:
+        _say_left_out(args.file)
     return common.OK
+
+
+def _wrong_in_daemon() -> str:
+    """Return what the running daemon finds wrong with the files that it reads, which may be others
+    than the configuration names by now; empty where no daemon answers, or not to this user."""
+    try:
+        with common.admin() as client:
+            return client.policy().error
+    except (Unavailable, PermissionDenied):
+        return ""
+
+
+def _say_wrong(args: argparse.Namespace, wrong: str) -> int:
+    text = f"the running daemon cannot use its files, and goes by those before: {wrong}"
+    if args.json:
+        print_json({"ok": False, "error": AgentcgError(text).to_dict(), "mistakes": []})
+    complain(f"agentcg: {text}")
+    return common.BAD
+
+
+def _say_left_out(file: str) -> None:
+    """Say which drop-ins the daemon would lay over a file, though they were not looked at. Of a
+    configuration that cannot be read nothing is said: nobody asked for it."""
+    try:
+        config = load("agentcgroupd.config").load_config(CONFIG if CONFIG.exists() else None)
+    except load("agentcgroupd.errors").ConfigError:
+        return
+    drop_in = config.policy.drop_in
+    if drop_in is not None and any(Path(drop_in).glob("*.toml")):
+        say(f"{file} alone; with what is in {drop_in}: --drop-in {drop_in}")
 
 
 def run_show(args: argparse.Namespace) -> int:

@@ -7,11 +7,12 @@ the kernel and asks for more.
 
 Who asks is served in order: the most important first, among equals the one that is furthest on,
 because its end gives most back soonest. What the first one may need to its end is kept for it, as
-the reserve is. The others get more as long as what all those before them are likely to need is
-there as well: calls that grow side by side until nothing is left would all be half done. For the
-same reason, what they have not used yet is taken back where it is missing for the first one, such
-as one that is more important and began to grow later. Where even that is not enough for the first
-one to end, another that can end with what is free goes before it, and gives back what it holds.
+the reserve is; an important one gets all of that at once, so that it waits for nobody to look. The
+others get more as long as what all those before them are likely to need is there as well: calls
+that grow side by side until nothing is left would all be half done. For the same reason, what they
+have not used yet is taken back where it is missing for the first one, such as one that is more
+important and began to grow later. Where even that is not enough for the first one to end, another
+that can end with what is free goes before it, and gives back what it holds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from agentcgroupd.policy.engine import THAW_SHARE, hold_free_bytes
 from agentcgroupd.policy.headroom import still_needs
 from agentcgroupd.policy.schema import Kill, Policy, PoolFree
 from agentcgroupd.policy.snapshot import CallView, Snapshot
+from agentcgroupd.units import IMPORTANT_PRIORITY
 
 LEAST_BYTES = 4 << 20
 """Credit that a call always has while anything is free: too little for most programs to start would
@@ -176,7 +178,9 @@ def serve(
         least = last_bytes if first_leads else hold_free_bytes
         last = max(least(policy, now.limit_bytes), overshoot_bytes(first.view.memory_bytes))
         room = budget.free_bytes - last - budget.unused_bytes
-        unused += _give(policy, now, first, room, given)
+        kept = kept_for_first_bytes(policy, now, first.view)
+        at_once = kept if first.view.priority >= IMPORTANT_PRIORITY and first_leads else 0
+        unused += _give(policy, now, first, room, given, at_once)
     kept = kept_for_first_bytes(policy, now, first.view) - _unused_now(first, given)
     room = budget.free_bytes - hold_free_bytes(policy, now.limit_bytes) - unused - max(0, kept)
     if room < 0:
@@ -236,11 +240,18 @@ def _unused_now(account: Account, given: dict[str, int]) -> int:
 
 
 def _give(
-    policy: Policy, now: Snapshot, account: Account, room_bytes: int, given: dict[str, int]
+    policy: Policy,
+    now: Snapshot,
+    account: Account,
+    room_bytes: int,
+    given: dict[str, int],
+    least_bytes: int = 0,
 ) -> int:
-    """Note what an account gets of `room_bytes`, and return how much more that is."""
+    """Note what an account gets of `room_bytes`, a step or `least_bytes` if that is more, and
+    return how much more than before that is."""
     view = account.view
-    wanted = view.memory_bytes + step_bytes(policy, view.memory_bytes, now.limit_bytes)
+    step = step_bytes(policy, view.memory_bytes, now.limit_bytes)
+    wanted = view.memory_bytes + max(step, least_bytes)
     bound = min(wanted, account.bound_bytes + room_bytes)
     if bound < max(account.bound_bytes, view.memory_bytes) + STEP_LEAST_BYTES:
         return 0

@@ -94,6 +94,16 @@ def test_the_first_gets_what_is_there_and_the_others_leave_it_what_it_may_need()
     assert "other" in served(2900, first, other)
 
 
+def test_an_important_call_gets_at_once_what_is_kept_for_it() -> None:
+    """What others may get is the same: it was kept from them before."""
+    vip, other = account("vip", 400, priority=80), account("other", 100)
+    given = served(6000, vip, other)
+    assert given == {"vip": 2048 - 400, "other": 64}
+    common = served(6000, replace(vip, view=replace(vip.view, priority=79)), other)
+    assert common == {"vip": 100, "other": 64}
+    assert served(800, vip, other) == {"vip": 800 - 27}  # less its overshoot, and no more
+
+
 def test_who_goes_first_while_a_more_important_one_rests_leaves_it_room() -> None:
     first = account("first", 400)
     budget = Budget(300 * MIB, 0, 2)
@@ -154,7 +164,7 @@ def test_what_all_may_take_is_never_more_than_what_is_free(
 def test_what_is_not_used_is_taken_back_for_a_more_important_call() -> None:
     batch = account("batch", 1000, 1000, priority=20, asks=False)
     important = account("important", 200, priority=80)
-    assert served(2200, batch, important) == {"important": 64, "batch": -1000}
+    assert served(2200, batch, important) == {"important": 1184, "batch": -1000}
     assert "batch" not in served(6000, batch, important)
 
 
@@ -163,7 +173,7 @@ def test_who_can_end_goes_first_where_the_first_cannot() -> None:
     peaks = (200, *[1000] * 20)
     important = account("important", 201, priority=80)
     near = account("near", 950, priority=50)
-    assert served(6000, near, important, peaks=peaks)["important"] == 64
+    assert served(6000, near, important, peaks=peaks)["important"] == 1000 - 201
     given = served(600, near, important, peaks=peaks)
     assert given["near"] > 0
 

@@ -77,6 +77,32 @@ def test_check_with_drop_ins(run: Cli, tmp_path: Path) -> None:
     assert found["name"] == "ours" and found["sources"][1] == str(drop_in / "a.toml")
 
 
+def test_check_of_a_file_says_which_drop_ins_it_left_out(run: Cli, tmp_path: Path) -> None:
+    drop_in = tmp_path / "policy.d"
+    config = tmp_path / "agentcgroupd.toml"
+    config.write_text(f"[policy]\ndrop_in = '{drop_in}'\n")
+    assert "--drop-in" not in run("policy", "check", "default")
+    drop_in.mkdir()
+    (drop_in / "a.toml").write_text("name = 1")
+    assert f"--drop-in {drop_in}" in run("policy", "check", "default")
+    run("policy", "check", "default", "--drop-in", str(drop_in), code=1)
+    config.write_text("no = 'such table'")
+    assert "policy default: ok" in run("policy", "check", "default")
+
+
+def test_check_without_a_file_is_not_ok_where_the_daemon_s_files_are_broken(
+    run: Cli, daemon: FakeDaemon
+) -> None:
+    assert "policy default: ok" in run("policy", "check")
+    daemon.policy.error = "/etc/elsewhere/a.toml:3: no such key"
+    assert run("policy", "check", code=1) == ""
+    assert "the running daemon cannot use its files" in run.err
+    assert "/etc/elsewhere/a.toml:3: no such key" in run.err
+    found = run.json("policy", "check", code=1)
+    assert found["ok"] is False and "a.toml:3" in found["error"]["sentence"]
+    assert "policy default: ok" in run("policy", "check", "default")
+
+
 def test_check_without_a_file_is_what_the_daemon_would_read(run: Cli, tmp_path: Path) -> None:
     config = tmp_path / "agentcgroupd.toml"
     config.write_text("[policy]\npath = 'workstation'\ndrop_in = ''\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -58,6 +59,34 @@ def test_bash_offers_files_where_one_is_wanted(share: Path, tmp_path: Path) -> N
     (tmp_path / "my-policy.toml").touch()
     assert "my-policy.toml" in _complete(share, "policy", "check", "my-", cwd=tmp_path)
     assert "my-policy.toml" in _complete(share, "config", "show", "my-", cwd=tmp_path)
+
+
+@pytest.fixture
+def with_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An `agentcg` that knows of some sessions and calls."""
+    program = tmp_path / "agentcg"
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = completion ] || exit 2\n'
+        'case $2 in sessions) printf "%s\\n" alpha beta alps ;; calls) echo 0a1b2c ;; esac\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+
+@pytest.mark.usefixtures("with_open")
+def test_bash_offers_what_is_open(share: Path) -> None:
+    assert _complete(share, "session", "close", "al") == {"alpha", "alps"}
+    assert _complete(share, "session", "set", "b") == {"beta"}
+    assert _complete(share, "calls", "--session", "") == {"alpha", "beta", "alps"}
+    assert _complete(share, "record", "be") == {"beta"}
+    assert _complete(share, "end", "") >= {"0a1b2c"}
+    assert _complete(share, "explain", "0a") == {"0a1b2c"}
+    # A session that is opened has a name that is not taken yet.
+    assert not _complete(share, "session", "open", "al")
+
+
+def test_bash_offers_nothing_where_no_daemon_answers(share: Path) -> None:
+    assert not _complete(share, "session", "close", "al")
 
 
 def test_zsh_has_the_same_commands(share: Path) -> None:
