@@ -117,9 +117,13 @@ def compile_programs(root: Path, version: str) -> None:
 
 
 def make_shell_files(root: Path, version: str) -> None:
-    """Write completion and manual pages below build/share, from the parsers in this checkout."""
+    """Write completion and manual pages below build/share, from the parsers in this checkout.
+
+    What pip has put into PYTHONPATH stays: where it builds in isolation, shtab is found by that.
+    """
     packages = [str(root / name) for name in (".", "agent_sdk", "daemon", "lab")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}
+    paths = [*packages, *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     share = root / "build/share"
     shutil.rmtree(share, ignore_errors=True)
     command = [sys.executable, "-m", "tools.shell_files", str(share), version]

@@ -36,7 +36,7 @@ MORE = 1.04
 the same moment, so little more is enough."""
 MEMORY_SHARE = 0.5
 """Share of this machine's free memory that the pool may have."""
-TOUCH_SHARE = 0.15
+TOUCH_SHARE = 0.08
 """Share of the time in which this machine could touch the memory of all calls."""
 CPU_SHARE = 0.05
 """Share of this machine's CPUs that all sessions may burn together: only memory is short."""
@@ -48,7 +48,7 @@ HOLD_SHARE = 1.5
 """How long the important call holds its peak, of the time in which the others fill the pool."""
 SCALES = (1.0, 0.75, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12)
 """The least is where the agents' own processes are still small beside the calls."""
-LATE_MOST = 8.0
+LATE_MOST = 12.0
 """How much longer than planned touching memory may take, on a slow machine or a busy one."""
 PROBE_BYTES, PROBES = 24 << 20, 3
 
@@ -302,7 +302,7 @@ def prepare(directory: Path, plan_s: float, sample_s: float) -> Prepared:
         sample_period_s=sample_s,
         memory_scale=options.memory_scale,
         meeting=meeting,
-        timeout_s=max(30.0, LATE_MOST * plan_s),
+        timeout_s=max(30.0, 8 * plan_s),
     )
     return Prepared(specs, choice.pool_bytes, how, options.speed, _rules(choice, speed, options))
 

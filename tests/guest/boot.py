@@ -201,6 +201,7 @@ class Boot:
         except FileNotFoundError as error:
             raise GuestError("setpriv is missing (Debian: util-linux)") from error
         self._stack.callback(_end, process)
+        _keep_priority(process.pid)
         pidfd = os.pidfd_open(process.pid)
         self._stack.callback(os.close, pidfd)
         self._selector.register(pidfd, selectors.EVENT_READ)
@@ -272,6 +273,16 @@ class Boot:
             lines.extend(f"{path.stem}: {line}" for line in log[-10:])
         tail = "\n".join(f"  | {line}" for line in lines) or "  | (nothing)"
         return GuestError(f"{message}; the console's last lines:\n{tail}", status)
+
+
+def _keep_priority(pid: int) -> None:
+    """Give a session of its own the priority of this one, where the scheduler groups by session: a
+    group begins with nice 0, whatever its first process has."""
+    own = Path("/proc/self/autogroup")
+    if own.exists():
+        nice = own.read_text(encoding="ascii").split()[-1]
+        if nice != "0":
+            Path(f"/proc/{pid}/autogroup").write_text(nice, encoding="ascii")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

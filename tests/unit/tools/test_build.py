@@ -296,3 +296,18 @@ def test_the_programs_compile_for_every_machine(tmp_path: Path, machine: str) ->
         target = tmp_path / f"{source.stem}.o"
         build_hook.compile_object(ROOT, clang, libbpf, source, target, machine)
         assert target.read_bytes()[:4] == b"\x7fELF"
+
+
+def test_what_pip_gives_a_build_in_isolation_is_found_by_what_the_build_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There shtab is in a directory that only PYTHONPATH names."""
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        "tools.build_hook.subprocess.run", lambda command, env, **_: started.append(env)
+    )
+    for given, last in (("/pip/isolation", "/pip/isolation"), ("", str(tmp_path / "lab"))):
+        monkeypatch.setenv("PYTHONPATH", given)
+        build_hook.make_shell_files(tmp_path, "1.2")
+        paths = started[-1]["PYTHONPATH"].split(os.pathsep)
+        assert paths[0] == str(tmp_path) and paths[-1] == last
