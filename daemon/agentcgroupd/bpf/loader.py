@@ -16,6 +16,7 @@ import re
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, cast
 
@@ -252,16 +253,15 @@ class BpfObject:
     def missed(self, name: str) -> int | None:
         """Number of times that the kernel left out a loaded program because it was running on that
         CPU already; None on kernels that do not count them (before 5.12). Raises BpfError."""
-        btf = kernel_btf()
-        record = btf.find("bpf_prog_info", KIND_STRUCT)
-        place = btf.member(record, "recursion_misses") if record else None
-        if record is None or place is None:
+        found = _misses(kernel_btf())
+        if found is None:
             return None
-        info = ctypes.create_string_buffer(btf.record(record)[3])
+        info_bytes, offset = found
+        info = ctypes.create_string_buffer(info_bytes)
         size, fd = ctypes.c_uint32(len(info)), self.program_fd(name)
         what = f"program {name}"
         libbpf().check(what, "bpf_obj_get_info_by_fd", fd, info, ctypes.byref(size))
-        return ctypes.c_uint64.from_buffer(info, place.offset_bits // 8).value
+        return ctypes.c_uint64.from_buffer(info, offset).value
 
     def run(self, name: str, context: ctypes.Structure) -> int:
         """Run a loaded program of type syscall once, which reads and writes `context`. Returns what
@@ -328,6 +328,18 @@ def capabilities() -> int:
     data = Path("/proc/self/status").read_bytes()
     found = re.search(rb"^CapEff:\s*([0-9a-f]+)$", data, re.MULTILINE)
     return int(found[1], 16) if found else 0
+
+
+@cache
+def _misses(btf: Btf) -> tuple[int, int] | None:
+    """Return the size of what the kernel tells of a program, and where in it the count of misses
+    is; None where there is none. Found once: it takes a quarter of a millisecond, and is asked for
+    several times a second."""
+    record = btf.find("bpf_prog_info", KIND_STRUCT)
+    place = btf.member(record, "recursion_misses") if record else None
+    if record is None or place is None:
+        return None
+    return btf.record(record)[3], place.offset_bits // 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from agentcgroupd.policy import credit
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import Snapshot
 from agentcgroupd.state.session import Call, boottime_usec, frozen_usec
-from agentcgroupd.units import show_bytes
+from agentcgroupd.units import IMPORTANT_PRIORITY, show_bytes
 
 P = ParamSpec("P")
 log = logging.getLogger(__name__)
@@ -47,6 +47,12 @@ CACHE_MATTERS_SHARE = 0.5
 """While more of the pool than this is free, nobody asks how much of its use is file cache."""
 TAKE_BACK_MOST = 100
 """Calls that credit is taken back from at a time."""
+
+
+def _rest_usec(policy: Policy, call: Call) -> int:
+    """Return the time after which a call that does not grow rests. An important one keeps what it
+    was given between its bursts, so that it asks once, and not for each of them."""
+    return policy.headroom.steady if call.priority >= IMPORTANT_PRIORITY else REST_USEC
 
 
 class CreditKeeper:
@@ -236,7 +242,7 @@ class CreditKeeper:
             step = credit.step_bytes(policy, ledger.seen, limit)
             asks = ledger.unused < step // 2
             waits = ledger.call.asks or ledger.call.awaits_credit
-            if not waits and now - ledger.grew_usec > REST_USEC:
+            if not waits and now - ledger.grew_usec > _rest_usec(policy, ledger.call):
                 self._attempt(ledger.call, self._rest, ledger)
                 continue
             ledgers[ledger.call.id] = ledger

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,3 +52,34 @@ def test_a_kernel_that_does_not_count_is_not_a_count_of_zero(
 ) -> None:
     monkeypatch.setattr(loader, "kernel_btf", NoTypes)
     assert BpfObject.missed(Loaded({}), "on_exec") is None
+
+
+class CountedTypes:
+    """Types of a kernel that counts, and how often somebody looked for them."""
+
+    looked = 0
+
+    def find(self, name: str, *kinds: int) -> int:
+        self.looked += 1
+        return 7
+
+    def member(self, record: int, name: str) -> Any:
+        return SimpleNamespace(offset_bits=64)
+
+    def record(self, type_id: int) -> tuple[int, int, int, int]:
+        return 0, 0, 0, 24
+
+
+def test_where_the_kernel_counts_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    types = CountedTypes()
+
+    def tell(what: str, name: str, fd: int, info: Any, size: Any) -> int:
+        assert (name, fd, len(info)) == ("bpf_obj_get_info_by_fd", 5, 24)
+        info[8] = 3
+        return 0
+
+    monkeypatch.setattr(loader, "kernel_btf", lambda: types)
+    monkeypatch.setattr(loader, "libbpf", lambda: SimpleNamespace(check=tell))
+    loaded: Any = SimpleNamespace(program_fd=lambda name: 5)
+    assert [BpfObject.missed(loaded, "on_exec") for _ in range(3)] == [3, 3, 3]
+    assert types.looked == 1

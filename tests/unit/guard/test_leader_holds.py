@@ -49,3 +49,32 @@ def test_nobody_is_ended_while_the_leader_holds_its_peak_and_it_keeps_its_room(
     assert not machine.calls and machine.killed == 0 and machine.limit_hit == 0
     limit = POOL_MIB * MIB
     assert highest <= limit - 0.75 * hold_free_bytes(POLICY, limit)
+
+
+@pytest.mark.parametrize(("priority", "most"), [(80, 2), (50, 100)])
+def test_an_important_call_asks_once_however_it_grows(
+    tmp_path: Path, priority: int, most: int
+) -> None:
+    """In bursts of 100 MiB with half a second between them; others have to ask for each."""
+    asked = 0
+
+    async def run() -> None:
+        nonlocal asked
+        machine = Machine(POLICY, 2 * POOL_MIB * MIB, tmp_path)
+        call = machine.begin("call", 900 * MIB, 1.0, priority=priority)
+        grows = machine.of(call)
+        grows.bytes_per_s = 1000 * MIB
+        bounds = {grows.high}
+        for _ in range(8):
+            grows.began_s = machine.loop.time()
+            await machine.run(machine.loop.time() + 0.1)
+            grows.began_s = None
+            bounds.add(grows.high)
+            await machine.run(machine.loop.time() + 0.5)
+            bounds.add(grows.high)
+        asked = len(bounds) - 1
+        machine.guard.stop()
+
+    run_in_made_up_time(run())
+    assert asked <= most
+    assert priority == 80 or asked > 8
