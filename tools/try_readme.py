@@ -31,6 +31,8 @@ HAS = ("ca-certificates", "dbus", "procps", "sudo", "systemd", "systemd-sysv")
 INSIDE = "/usr/src/agentcgroup"
 """Where the checkout is, in the fresh root."""
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+TOLD = ("timeout", "oom_call", "ok")
+"""Verdicts of the three calls of the tour."""
 GUEST_MIB, GUEST_TIMEOUT_S = 2048, 1500
 _ENTER = """set -e
 mount --rbind /dev "$1/dev"
@@ -114,6 +116,7 @@ def in_guest(root: Path, pasted: Sequence[str], tour: Sequence[str]) -> None:
         *pasted,
         "systemctl is-active agentcgroupd.service",
         *tour,
+        *(f"sudo agentcg history --session demo | grep -q ' {verdict} '" for verdict in TOLD),
         "sudo agentcg uninstall",
         "! test -e /etc/agentcgroup -o -e /usr/local/bin/agentcg",
         "! systemctl is-active agentcgroupd.service",
