@@ -105,6 +105,8 @@ class Daemon:
         async with AsyncExitStack() as undo:
             # What is registered here is undone in the opposite order.
             running = await self._start(undo)
+            running.garbage.start()
+            undo.callback(running.garbage.stop)
             undo.callback(notify, "STOPPING=1")
             undo.callback(running.heartbeat.stopping)
             undo.callback(self._on_stop)

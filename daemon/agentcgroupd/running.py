@@ -14,6 +14,7 @@ from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import ServerConfig
 from agentcgroupd.cpu.scheduling import CpuScheduling
 from agentcgroupd.errors import AgentcgroupdError, KnobError
+from agentcgroupd.garbage import Garbage
 from agentcgroupd.gpu.service import Gpus
 from agentcgroupd.host.systemd import notify, watchdog_interval_s
 from agentcgroupd.observers import Observers
@@ -56,6 +57,7 @@ class Running:
         self._run_dir, self._is_watched = server.run_dir, bool(server.metrics_address)
         self._parts = parts
         self.memory = memory
+        self.garbage = Garbage()
         self._events = events
         self._pool = pool
         self.observers = observers
@@ -139,6 +141,7 @@ class Running:
             note_alive(self._pool)
             self._cpu.check()
             self.memory.check()
+            self.garbage.check()
             try:
                 self._set_gauges()
             except KnobError as error:

@@ -6,10 +6,10 @@ such as what libraries keep for a connection, whoever has most open is disconnec
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 
+from agentcgroupd.garbage import collect_all
 from agentcgroupd.host.kept_file import KeptFile
 from agentcgroupd.host.syscalls import give_memory_back, use_few_arenas
 from agentcgroupd.rpc.budgets import Budgets, Crowd
@@ -61,7 +61,7 @@ class MemoryWatch:
             budgets.refused("memory")
             for close in list(crowd.connections.values()):
                 close()
-        gc.collect()
+        collect_all()
         give_memory_back()
 
     def resident_bytes(self) -> int:
