@@ -46,21 +46,29 @@ struct node {
 	u32 parent; /* slot */
 	u32 depth;
 	u32 weight;
-	u32 tasks;	  /* waiting in its own queue */
-	u64 vtime;	  /* its virtual time in the competition among its siblings */
-	u64 own_vtime;	  /* virtual time of its own tasks in the competition with its children */
-	u64 vtime_now;	  /* virtual time that the competition among its children has reached */
-	u64 task_vtime;	  /* the highest virtual time of an own task that was given a CPU */
-	u64 paused_ns;	  /* since when it is paused; 0: it is not */
-	u64 period_usec;  /* of cpu.max */
-	u64 quota_usec;	  /* of cpu.max; 0: no limit */
-	u64 burst_usec;	  /* cpu.max.burst */
-	u64 tokens_at_ns; /* when tokens were last added */
-	s64 tokens_ns;	  /* CPU time that is left of cpu.max; below 0: to be paid back */
-	u64 budget_at_ns; /* when the budget was last computed */
-	s64 budget_ns;	  /* CPU time that may be taken ahead of others */
-	u32 penalty;	  /* factor by which it pays for its CPU time; 0, 1: none */
-	u32 for_memory;	  /* 1: paused for its memory, 0: for cpu.max */
+	u32 tasks;	   /* waiting in its own queue */
+	u64 vtime;	   /* its virtual time in the competition among its siblings */
+	u64 own_vtime;	   /* virtual time of its own tasks in the competition with its children */
+	u64 vtime_now;	   /* virtual time that the competition among its children has reached */
+	u64 task_vtime;	   /* the highest virtual time of an own task that was given a CPU */
+	u64 paused_ns;	   /* since when it is paused; 0: it is not */
+	u64 period_usec;   /* of cpu.max */
+	u64 quota_usec;	   /* of cpu.max; 0: no limit */
+	u64 burst_usec;	   /* cpu.max.burst */
+	u64 tokens_at_ns;  /* when tokens were last added */
+	s64 tokens_ns;	   /* CPU time that is left of cpu.max; below 0: to be paid back */
+	u64 budget_at_ns;  /* when the budget was last computed */
+	s64 budget_ns;	   /* CPU time that may be taken ahead of others */
+	u32 penalty;	   /* factor by which it pays for its CPU time; 0, 1: none */
+	u32 for_memory;	   /* 1: paused for its memory, 0: for cpu.max */
+	u64 flat;	   /* its CPU time by its part of the whole tree: see sched_lane.h */
+	u64 active_weight; /* of its children that are active */
+	u32 runnable;	   /* own tasks that run or wait */
+	u32 active;	   /* 1: it or a cgroup below it has such tasks */
+	u32 counted;	   /* weight with which it is in its parent's active_weight */
+	u32 has_lane;	   /* 1: a task of it has waited in a lane */
+	u32 parked;	   /* tasks in its own queue that belong into a lane */
+	u32 reserved;
 	u32 children[LEVELS]; /* heads of ORDER_TREE among its children */
 	struct link links[ORDERS];
 };

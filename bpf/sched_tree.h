@@ -28,13 +28,14 @@
 #define REFILL_MOST_USEC   10000000ULL /* time that is counted at most, against overflow */
 #define QUOTA_MOST_USEC	   1000000000ULL
 #define PENALTY_PAUSE_MOST (100 * NSEC_PER_MSEC)
+#define SLACK_SLICES	   2 /* that a cgroup with something to run may be behind, for its weight */
+#define FLAT_MOST_NS	   10000000000ULL
 
 struct bpf_spin_lock lock SEC(".bss.lock") __hidden;
 
 struct sched_control control;
 struct sched_cgroup cgroups[SLOTS];
 
-static u64 lead_slices;	 /* lead of a cgroup in slices, for all CPUs; set at the start */
 static u32 at_once = 32; /* cgroups that a single call resumes, or whose boost it ends, at most */
 
 /* Reason of a turn. */
@@ -45,8 +46,6 @@ enum turn {
 	TURN_RESCUE = 3, /* too long a wait */
 	TURN_KEEP = 4,	 /* the CPU stays with the cgroup whose task was running on it */
 };
-
-#define NO_MARKS ABI_SCHED_CPUS /* in place of a CPU: of which no cgroup is marked as tried */
 
 /* A turn as one number: its reason, and the slot of the cgroup. */
 #define TURN(how, slot) ((u64)(how) << 32 | (slot))
@@ -70,20 +69,44 @@ static __always_inline bool is_settled(u32 slot)
 	return !link_of(slot, ORDER_TREE)->linked == !wants(node_of(slot));
 }
 
-/* Add a cgroup to ORDER_TREE or remove it, as it belongs. Returns whether anything was changed. */
-__noinline int settle(u32 slot)
+/* Virtual time that a cgroup is charged for CPU time. */
+static __always_inline u64 charged(struct node *node, u64 ran)
+{
+	return ran * WEIGHT_DEFAULT / (node->weight ?: 1);
+}
+
+/* The least virtual time that a cgroup has which comes back: see settle(). */
+static __always_inline u64 floor_of(struct node *node, u32 went_on)
+{
+	u64 now = node_of(node->parent)->vtime_now;
+
+	return went_on ? now - charged(node, SLACK_SLICES * control.slice_ns) : now;
+}
+
+/**
+ * settle - add a cgroup to ORDER_TREE or remove it, as it belongs
+ * @slot: the cgroup
+ * @went_on: whether the task that comes back had no more than its CPU taken, and did not sleep
+ *
+ * One that slept gets the virtual time that its siblings have reached. One whose only task was
+ * running, so that nothing of it waited, may still be a little behind: it had its turn because it
+ * was, and would lose that.
+ *
+ * Return: whether anything was changed.
+ */
+__noinline int settle(u32 slot, u32 went_on)
 {
 	struct node *node = node_of(slot);
 	bool linked, wanted;
-	u64 now;
+	u64 least;
 
 	bpf_spin_lock(&lock);
 	linked = link_of(slot, ORDER_TREE)->linked;
 	wanted = wants(node);
 	if (wanted && !linked) {
-		now = node_of(node->parent)->vtime_now;
-		if (before(node->vtime, now))
-			node->vtime = now;
+		least = floor_of(node, went_on);
+		if (before(node->vtime, least))
+			node->vtime = least;
 		order_add(ORDER_TREE, slot, node->vtime);
 	} else if (linked && !wanted) {
 		order_remove(ORDER_TREE, slot);
@@ -93,14 +116,74 @@ __noinline int settle(u32 slot)
 }
 
 /* Settle a cgroup and those above it, up to the first where nothing changes. Returns 0. */
-__noinline int settle_up(u32 slot)
+__noinline int settle_up(u32 slot, u32 went_on)
 {
 	while (slot && can_loop) {
-		if (is_settled(slot) || !settle(slot))
+		if (is_settled(slot) || !settle(slot, went_on))
 			break;
 		slot = node_of(slot)->parent;
 	}
 	return 0;
+}
+
+/*
+ * Note whether a cgroup is active: whether tasks of it, or of a cgroup below it, run or wait. One
+ * that becomes active gets at least the virtual time that its siblings have reached. Returns
+ * whether anything was changed.
+ */
+__noinline int activate(u32 slot)
+{
+	struct node *node = node_of(slot), *parent = node_of(node->parent);
+	bool is_active, changed;
+
+	bpf_spin_lock(&lock);
+	is_active = node->runnable || node->active_weight;
+	changed = is_active != node->active;
+	if (changed && is_active) {
+		node->counted = node->weight ?: 1;
+		parent->active_weight += node->counted;
+		if (before(node->vtime, parent->vtime_now) && !link_of(slot, ORDER_TREE)->linked)
+			node->vtime = parent->vtime_now;
+	} else if (changed) {
+		parent->active_weight -= node->counted;
+	}
+	node->active = is_active;
+	bpf_spin_unlock(&lock);
+	return changed;
+}
+
+/* The same for those above it, up to the first where nothing changes. Returns 0. */
+__noinline int activate_up(u32 slot)
+{
+	while (slot && can_loop) {
+		if (!activate(slot))
+			break;
+		slot = node_of(slot)->parent;
+	}
+	return 0;
+}
+
+/*
+ * CPU time of a cgroup, by the part of the tree's time that it gets while all that are active now
+ * stay so: in the unit of virtual time at the highest level at which there is a choice.
+ */
+__noinline u64 flat_time(u32 slot, u64 ran)
+{
+	u64 flat = ran;
+
+	while (slot && can_loop) {
+		struct node *node = node_of(slot);
+		u64 all = node_of(node->parent)->active_weight, weight = node->weight ?: 1;
+
+		if (all > weight) {
+			flat = ran * WEIGHT_DEFAULT / weight;
+			ran = ran * all / weight;
+			if (ran > FLAT_MOST_NS)
+				ran = FLAT_MOST_NS;
+		}
+		slot = node->parent;
+	}
+	return flat;
 }
 
 /* --- Pauses: because cpu.max is used up, or for memory --- */
@@ -212,7 +295,7 @@ __noinline int resume_due(u64 now)
 		slot = resume_one(now);
 		if (!slot)
 			break;
-		settle_up(slot);
+		settle_up(slot, false);
 	}
 	return 0;
 }
@@ -282,7 +365,7 @@ __noinline int may_boost(u32 slot, u64 now)
 			if (cgroup->kind != KIND_SESSION)
 				has_budget = true;
 		}
-		lead = control.boost_lead_ns * WEIGHT_DEFAULT / (node->weight ?: 1);
+		lead = charged(node, control.boost_lead_ns);
 		if ((s64)(node->vtime - node_of(node->parent)->vtime_now) > (s64)lead)
 			return false;
 		slot = node->parent;
@@ -305,8 +388,8 @@ __noinline int pay(u32 slot, u64 ran, u64 now, u32 boosted)
 {
 	struct node *node = node_of(slot), *parent = node_of(node->parent);
 	struct sched_cgroup *cgroup = cgroup_of(slot);
-	u32 weight = node->weight ?: 1, penalty = node->penalty ?: 1;
-	u64 lead = lead_slices * control.slice_ns * WEIGHT_DEFAULT / weight, out, until = 0;
+	u32 penalty = node->penalty ?: 1;
+	u64 out, until = 0;
 	bool was_paused;
 
 	bpf_spin_lock(&lock);
@@ -320,12 +403,10 @@ __noinline int pay(u32 slot, u64 ran, u64 now, u32 boosted)
 	}
 	if (!slot)
 		goto unlock;
-	node->vtime += ran * WEIGHT_DEFAULT * penalty / weight;
+	node->vtime += charged(node, ran * penalty);
 	/* No sibling waits, so running has cost none of them anything. */
 	if (!parent->children[0] && before(parent->vtime_now, node->vtime))
 		parent->vtime_now = node->vtime;
-	if ((s64)(node->vtime - parent->vtime_now) > (s64)lead)
-		node->vtime = parent->vtime_now + lead;
 	if (link_of(slot, ORDER_TREE)->linked)
 		order_move(ORDER_TREE, slot, node->vtime);
 	if (penalty > 1) {
@@ -353,11 +434,13 @@ __noinline int pay_up(u32 slot, u64 ran, u64 now, u32 boosted)
 	struct node *node = node_of(slot);
 
 	node->own_vtime += ran;
+	if (node->has_lane)
+		node->flat += flat_time(slot, ran * (node->penalty ?: 1));
 	if (!node->children[0] && !node->tasks)
 		node->vtime_now = node->own_vtime;
 	while (can_loop) {
 		if (pay(slot, ran, now, boosted))
-			settle_up(slot);
+			settle_up(slot, false);
 		if (!slot)
 			break;
 		slot = node_of(slot)->parent;
@@ -437,80 +520,15 @@ __noinline int rescue_again(u32 slot, u64 at, u64 now)
 
 /* --- Choosing --- */
 
-/*
- * Marks of the cgroups in whose queues the dispatch of a CPU has found no task for that CPU. Each
- * CPU has marks of its own: with common ones, CPUs would remove the marks that others still need.
- */
-static struct {
-	u64 any;
-	u64 marks[SLOTS / 64];
-} tried[ABI_SCHED_CPUS];
-
-/* Whether a cgroup is marked for a CPU. */
-static __always_inline bool was_tried(u32 cpu, u32 slot)
-{
-	u64 row = MASKED(cpu, ABI_SCHED_CPUS - 1), word = MASKED(slot / 64, SLOTS / 64 - 1);
-
-	return cpu != NO_MARKS && tried[row].marks[word] >> (slot % 64) & 1;
-}
-
-/*
- * Mark a cgroup for a CPU. Returns 0. Not inline: the verifier would check the rest of a dispatch
- * anew for each outcome.
- */
-__noinline int mark_tried(u32 cpu, u32 slot)
-{
-	u64 row = MASKED(cpu, ABI_SCHED_CPUS - 1), word = MASKED(slot / 64, SLOTS / 64 - 1);
-
-	tried[row].any = 1;
-	tried[row].marks[word] |= 1ULL << (slot % 64);
-	return 0;
-}
-
-/* Remove all marks for a CPU. Returns 0. */
-__noinline int forget_tried(u32 cpu)
-{
-	u64 row = MASKED(cpu, ABI_SCHED_CPUS - 1);
-	u32 word = 0;
-
-	if (!tried[row].any)
-		return 0;
-	while (word < SLOTS / 64 && can_loop)
-		tried[row].marks[MASKED(word++, SLOTS / 64 - 1)] = 0;
-	tried[row].any = 0;
-	return 0;
-}
-
-/* The first cgroup of an order that is not marked for a CPU; 0: none. The caller holds the lock. */
-static __always_inline u32 first_not_tried(u32 order, u32 parent, u32 cpu)
-{
-	u32 slot = order_first(order, parent);
-
-	while (slot && was_tried(cpu, slot) && can_loop)
-		slot = *next_of(order, parent, slot, 0);
-	return slot;
-}
-
-/* A cgroup with tasks that may have waited for too long, not marked for a CPU; 0: none. */
-__noinline u32 rescue_due(u64 now, u32 cpu)
+/* A cgroup with tasks that may have waited for too long; 0: none. */
+__noinline u32 rescue_due(u64 now)
 {
 	u32 slot;
 
 	bpf_spin_lock(&lock);
-	slot = first_not_tried(ORDER_RESCUE, 0, cpu);
+	slot = order_first(ORDER_RESCUE, 0);
 	if (slot && !is_due(slot, ORDER_RESCUE, now))
 		slot = 0;
-	bpf_spin_unlock(&lock);
-	return slot;
-}
-
-/* The first cgroup in ORDER_BOOST that is not marked for a CPU; 0: none. */
-__noinline u32 first_boosted(u32 cpu)
-{
-	u32 slot;
-
-	bpf_spin_lock(&lock);
-	slot = first_not_tried(ORDER_BOOST, 0, cpu);
 	bpf_spin_unlock(&lock);
 	return slot;
 }
@@ -534,13 +552,13 @@ __noinline int no_more_boost(u32 slot)
 	return 0;
 }
 
-/* The first cgroup that may go ahead of others, not marked for a CPU; 0: none. */
-__noinline u32 boost_due(u64 now, u32 cpu)
+/* The first cgroup that may go ahead of others; 0: none. */
+__noinline u32 boost_due(u64 now)
 {
 	u32 left = at_once, slot;
 
 	while (left-- && can_loop) {
-		slot = first_boosted(cpu);
+		slot = order_first(ORDER_BOOST, 0);
 		if (!slot || may_boost(slot, now))
 			return slot;
 		no_more_boost(slot);
@@ -553,21 +571,23 @@ __noinline u32 boost_due(u64 now, u32 cpu)
  * @at: the cgroup whose children and own tasks compete
  * @mine: the child that contains the task which ran on the CPU and could go on; 0: none
  * @keep: whether that task is one of the cgroup's own
- * @cpu: the CPU whose marks count
+ *
+ * The time of the competition follows what is chosen, and nothing holds it back: a cgroup that is
+ * passed over because its tasks cannot be had is no reason to stop the others' time.
  *
  * Return: TURN(TURN_NONE, child) for a child; TURN(TURN_TREE, at) for the cgroup's own tasks; 0:
  * there is nothing to run here.
  */
-__noinline u64 choose_at(u32 at, u32 mine, u32 keep, u32 cpu)
+__noinline u64 choose_at(u32 at, u32 mine, u32 keep)
 {
 	struct node *node = node_of(at);
 	u64 vtime = node->own_vtime;
-	u32 best, first;
+	u32 best;
 	bool own;
 
 	bpf_spin_lock(&lock);
-	best = first_not_tried(ORDER_TREE, at, cpu);
-	own = keep || (node->tasks && !was_tried(cpu, at));
+	best = order_first(ORDER_TREE, at);
+	own = keep || node->tasks;
 	if (mine && (!best || before(node_of(mine)->vtime, node_of(best)->vtime)))
 		best = mine;
 	if (own && (!best || !before(node_of(best)->vtime, vtime)))
@@ -576,10 +596,6 @@ __noinline u64 choose_at(u32 at, u32 mine, u32 keep, u32 cpu)
 		own = false;
 	if (best)
 		vtime = node_of(best)->vtime;
-	/* The time does not pass a child that was skipped for this CPU: its turn is to come. */
-	first = order_first(ORDER_TREE, at);
-	if (first && before(node_of(first)->vtime, vtime))
-		vtime = node_of(first)->vtime;
 	if ((own || best) && before(node->vtime_now, vtime))
 		node->vtime_now = vtime;
 	bpf_spin_unlock(&lock);
@@ -589,12 +605,11 @@ __noinline u64 choose_at(u32 at, u32 mine, u32 keep, u32 cpu)
 /**
  * descend - choose from the root down, by the least virtual time
  * @prev: slot, plus one, of the task that ran on the CPU and could go on; 0: there is none
- * @cpu: the CPU whose marks count
  *
  * Return: a turn: TURN_TREE, or TURN_KEEP if it comes to that task's own cgroup; TURN_NONE: there
- * is nothing to run. A cgroup without anything to run is marked.
+ * is nothing to run.
  */
-__noinline u64 descend(u32 prev, u32 cpu)
+__noinline u64 descend(u32 prev)
 {
 	bool along = prev > 0;
 	u32 at = 0, last = within(prev - 1);
@@ -609,46 +624,60 @@ __noinline u64 descend(u32 prev, u32 cpu)
 			while (node_of(mine)->parent != at && mine && can_loop)
 				mine = node_of(mine)->parent;
 		}
-		turn = choose_at(at, mine, keep, cpu);
+		turn = choose_at(at, mine, keep);
 		if (turn >> 32)
 			return keep ? TURN(TURN_KEEP, at) : turn;
-		if (!turn) {
-			if (!at)
-				break;
-			mark_tried(cpu, at);
-			at = 0;
-			along = prev > 0;
-			continue;
-		}
+		if (!turn)
+			break;
 		at = turn;
 		if (at != mine)
 			along = false;
 	}
-	return TURN(TURN_NONE, 0);
+	return TURN(TURN_NONE, at);
 }
 
 /**
  * choose - choose the cgroup that a CPU is to serve next
  * @prev: slot, plus one, of the task that ran on the CPU and could go on; 0: there is none
  * @now: the time
- * @cpu: the CPU whose marks count
  *
  * Return: a turn. A rescue comes first, then a boost (of a waiting task before one of the task that
- * ran here), then the least virtual time.
+ * ran here), then the least virtual time. TURN_NONE with a slot: another CPU has just taken the
+ * last task below that cgroup.
  */
-__noinline u64 choose(u32 prev, u64 now, u32 cpu)
+__noinline u64 choose(u32 prev, u64 now)
 {
 	u32 slot;
 
-	slot = rescue_due(now, cpu);
+	slot = rescue_due(now);
 	if (slot)
 		return TURN(TURN_RESCUE, slot);
-	slot = boost_due(now, cpu);
+	slot = boost_due(now);
 	if (slot)
 		return TURN(TURN_BOOST, slot);
 	if (prev && may_boost(prev - 1, now))
 		return TURN(TURN_KEEP, within(prev - 1));
-	return descend(prev, cpu);
+	return descend(prev);
+}
+
+/* Two cgroups as one number, and the parts of it. */
+#define PAIR(a, b) ((u64)(a) << 32 | (b))
+
+/*
+ * The ancestors of two cgroups, or they themselves, that are siblings, as a PAIR; the same slot
+ * twice: one of the two is the other's ancestor, or they are the same.
+ */
+__noinline u64 siblings_of(u32 a, u32 b)
+{
+	while (node_of(a)->depth > node_of(b)->depth && can_loop)
+		a = node_of(a)->parent;
+	while (node_of(b)->depth > node_of(a)->depth && can_loop)
+		b = node_of(b)->parent;
+	while (a != b && node_of(a)->parent != node_of(b)->parent && can_loop) {
+		a = node_of(a)->parent;
+		b = node_of(b)->parent;
+	}
+	return PAIR(a, b);
 }
 
 /**
@@ -662,22 +691,56 @@ __noinline u64 choose(u32 prev, u64 now, u32 cpu)
  */
 __noinline int comes_before(u32 waiting, u32 running, u64 ran)
 {
-	struct node *node;
+	u64 pair = siblings_of(waiting, running);
+	struct node *node = node_of((u32)pair);
 
-	while (node_of(waiting)->depth > node_of(running)->depth && can_loop)
-		waiting = node_of(waiting)->parent;
-	while (node_of(running)->depth > node_of(waiting)->depth && can_loop)
-		running = node_of(running)->parent;
-	while (waiting != running && node_of(waiting)->parent != node_of(running)->parent &&
-	       can_loop) {
-		waiting = node_of(waiting)->parent;
-		running = node_of(running)->parent;
-	}
-	if (waiting == running)
+	waiting = pair >> 32;
+	if (waiting == (u32)pair)
 		return false;
-	node = node_of(running);
-	return before(node_of(waiting)->vtime,
-		      node->vtime + ran * WEIGHT_DEFAULT / (node->weight ?: 1));
+	return before(node_of(waiting)->vtime, node->vtime + charged(node, ran));
+}
+
+/*
+ * Have a cgroup pass its turn on for once, because none of its waiting tasks can be had here: it
+ * and those above it are charged some time that they did not run. Returns 0.
+ */
+__noinline int give_way(u32 slot, u64 ns)
+{
+	while (slot && can_loop) {
+		struct node *node = node_of(slot);
+
+		bpf_spin_lock(&lock);
+		node->vtime += charged(node, ns);
+		if (link_of(slot, ORDER_TREE)->linked)
+			order_move(ORDER_TREE, slot, node->vtime);
+		bpf_spin_unlock(&lock);
+		slot = node->parent;
+	}
+	return 0;
+}
+
+/*
+ * Set a cgroup's weight. What it is ahead of its siblings counts by the new one: it would wait for
+ * long otherwise, after a rise. Returns 0.
+ */
+__noinline int set_weight(u32 slot, u32 weight)
+{
+	struct node *node = node_of(slot), *parent = node_of(node->parent);
+	s64 ahead;
+
+	bpf_spin_lock(&lock);
+	ahead = node->vtime - parent->vtime_now;
+	if (ahead > 0 && weight)
+		node->vtime = parent->vtime_now + (u64)ahead * node->weight / weight;
+	node->weight = weight;
+	if (link_of(slot, ORDER_TREE)->linked)
+		order_move(ORDER_TREE, slot, node->vtime);
+	if (node->active) {
+		parent->active_weight += (weight ?: 1) - (u64)node->counted;
+		node->counted = weight ?: 1;
+	}
+	bpf_spin_unlock(&lock);
+	return 0;
 }
 
 /* --- Entries --- */

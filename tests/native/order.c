@@ -36,15 +36,15 @@ static u64 dispatches, steps_most, steps_all, locks_all;
 /* Tell of a task that has something to run, and let an idle CPU have it. */
 static void wake(struct task *task, u64 now)
 {
+	int idle = -1;
+
+	for (u32 cpu = 0; cpu < cpu_count && idle < 0; cpu++)
+		if (!cpus[cpu].task && !cpus[cpu].away && may_run(task, cpu))
+			idle = cpu;
 	task->waits = true;
-	driver_enqueue(task, now);
-	for (u32 cpu = 0; cpu < cpu_count; cpu++) {
-		if (!cpus[cpu].task && !cpus[cpu].away && may_run(task, cpu)) {
-			if (cpus[cpu].until > now)
-				cpus[cpu].until = now;
-			return;
-		}
-	}
+	driver_enqueue(task, now, true, idle);
+	if (idle >= 0 && cpus[idle].until > now)
+		cpus[idle].until = now;
 }
 
 /* Have a CPU choose, with the task that ran there if that can go on. */

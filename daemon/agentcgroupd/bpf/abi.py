@@ -549,7 +549,7 @@ class SchedCgroup(ctypes.Structure):
 
 
 class SchedControl(ctypes.Structure):
-    """struct sched_control, 104 bytes"""
+    """struct sched_control, 112 bytes"""
 
     _fields_ = (
         ("slice_ns", ctypes.c_uint64),
@@ -560,6 +560,7 @@ class SchedControl(ctypes.Structure):
         ("cgroups", ctypes.c_uint64),
         ("queues", ctypes.c_uint64),
         ("waiting", ctypes.c_uint64),
+        ("in_lanes", ctypes.c_uint64),
         ("without_entry", ctypes.c_uint64),
         ("picks", ctypes.c_uint64),
         ("picks_empty", ctypes.c_uint64),
@@ -575,6 +576,7 @@ class SchedControl(ctypes.Structure):
     cgroups: int
     queues: int
     waiting: int
+    in_lanes: int
     without_entry: int
     picks: int
     picks_empty: int

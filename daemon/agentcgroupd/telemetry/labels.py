@@ -123,7 +123,7 @@ SIGNALS = (
     "urgent",
 )
 PHASES = ("attach", "begin", "finish")
-SCHEDULER_STATES = ("cgroups", "queues", "waiting")
+SCHEDULER_STATES = ("cgroups", "queues", "waiting", "in_lanes")
 SCHEDULER_EVENTS = ("without_entry", "picks", "picks_empty", "preempted", "finishing", "left")
 CPU_TIMES = ("run", "wait", "boosted", "penalty", "stalled")
 CPU_EVENTS = ("slices", "boosts", "penalties", "stalls", "rescues")

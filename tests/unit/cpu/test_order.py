@@ -4,7 +4,9 @@ and what a dispatch costs."""
 from __future__ import annotations
 
 import itertools
+import math
 import random
+from dataclasses import dataclass
 
 import pytest
 
@@ -116,3 +118,119 @@ def test_a_dispatch_costs_little_in_a_large_tree() -> None:
     result = scenario.run(1)
     assert result.steps / result.dispatches < 200
     assert result.locks / result.dispatches < 24
+
+
+# --- Tasks that may not run everywhere ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cpus", [4, 16, 64])
+@pytest.mark.parametrize("weights", [(100, 300), (100, 100), (25, 100, 400)])
+def test_one_that_waits_for_a_cpu_that_serves_none(cpus: int, weights: tuple[int, ...]) -> None:
+    """Anyone can have that with `taskset`, where the host keeps a CPU busy: the others share by
+    weight all the same."""
+    scenario = Scenario(cpus + 1, away=(cpus,))
+    names = [scenario.cgroup(weight=weight) for weight in weights]
+    for name in names:
+        scenario.hogs(name, cpus + 2)
+    for _ in range(3):
+        waiter = scenario.cgroup(weight=1000)
+        scenario.task(waiter, cpu=cpus, cpus=1, since_s=1.5)
+    expected = {n: 100 * weight / sum(weights) for n, weight in zip(names, weights, strict=True)}
+    assert worst(scenario.run(), expected) < POINTS
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A cgroup of a flat tree: its weight, the CPUs that its tasks may run on, how many it has."""
+
+    weight: int
+    mask: frozenset[int]
+    tasks: int
+
+
+def fair_parts(demands: list[Demand], cpus: int) -> list[float]:
+    """The parts of the machine in CPUs, so that none could have more without another having less
+    that has no more for its weight: all rise together, and those stop first whose CPUs are full."""
+    parts = [0.0] * len(demands)
+    rising = set(range(len(demands)))
+    sets = [set(s) for n in range(1, cpus + 1) for s in itertools.combinations(range(cpus), n)]
+    while rising:
+        step, full = math.inf, set()
+        bounds = [
+            (set(who), float(len(where))) for where in sets if (who := inside(demands, where))
+        ]
+        bounds += [({i}, float(min(d.tasks, len(d.mask)))) for i, d in enumerate(demands)]
+        for who, most in bounds:
+            if not who & rising:
+                continue
+            room = most - sum(parts[i] for i in who)
+            time = max(0.0, room) / sum(demands[i].weight for i in who & rising)
+            if time < step - 1e-9:
+                step, full = time, set()
+            if time < step + 1e-9:
+                full |= who & rising
+        for i in rising:
+            parts[i] += step * demands[i].weight
+        rising -= full
+    return parts
+
+
+def inside(demands: list[Demand], where: set[int]) -> list[int]:
+    """Those that may run nowhere else."""
+    return [i for i, demand in enumerate(demands) if demand.mask <= where]
+
+
+@pytest.mark.parametrize("cpus", [2, 4, 6])
+@pytest.mark.parametrize("seed", range(8))
+def test_any_affinity_is_shared_by_weight(seed: int, cpus: int) -> None:
+    """Cgroups that may run on one CPU or on all of them."""
+    dice = random.Random(200 + seed)
+    demands = []
+    for i in range(dice.randint(3, 8)):
+        mask = {dice.randrange(cpus)} if i and dice.random() < 0.6 else set(range(cpus))
+        weight = dice.choice([50, 100, 100, 200, 400])
+        demands.append(Demand(weight, frozenset(mask), len(mask) + dice.randint(0, 2)))
+    check_affinity(demands, cpus)
+
+
+def check_affinity(demands: list[Demand], cpus: int) -> None:
+    """Simulate it and compare with what is fair."""
+    scenario = Scenario(cpus)
+    names = [scenario.cgroup(weight=demand.weight) for demand in demands]
+    for name, demand in zip(names, demands, strict=True):
+        for _ in range(demand.tasks):
+            scenario.task(name, cpu=min(demand.mask), cpus=len(demand.mask))
+    parts = fair_parts(demands, cpus)
+    expected = {n: 100 * part / sum(parts) for n, part in zip(names, parts, strict=True)}
+    result = scenario.run()
+    found = [round(share, 1) for share in result.shares(names)]
+    due = [round(share, 1) for share in expected.values()]
+    assert worst(result, expected) < POINTS, f"{demands}: {found}, due {due}"
+
+
+@pytest.mark.parametrize("cpus", [2, 8])
+@pytest.mark.parametrize("seed", range(6))
+def test_any_tree_on_one_cpu(seed: int, cpus: int) -> None:
+    """All tasks are bound to the same CPU: the whole tree shares that one by weight."""
+    dice = random.Random(300 + seed)
+    scenario = Scenario(cpus)
+    leaves, tree = grow(scenario, dice, dice.randint(1, 3), 3)
+    for leaf in leaves:
+        for _ in range(dice.randint(1, 3)):
+            scenario.task(leaf, cpu=1, cpus=1)
+    assert worst(scenario.run(), due(tree, set(leaves))) < POINTS
+
+
+def test_a_dispatch_costs_no_more_for_what_is_bound_elsewhere() -> None:
+    """A thousand calls bound to one CPU are nothing to the others."""
+    costs = []
+    for count in (10, 1000):
+        scenario = Scenario(4)
+        free = [scenario.cgroup() for _ in range(2)]
+        for name in free:
+            scenario.hogs(name, 4)
+        for _ in range(count):
+            scenario.task(scenario.cgroup(), cpu=3, cpus=1)
+        costs.append(scenario.run(1))
+    few, many = (cost.steps / cost.dispatches for cost in costs)
+    assert many < 2 * few and costs[1].steps_most < 2000
