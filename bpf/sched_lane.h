@@ -16,7 +16,7 @@
 #ifndef AGENTCG_SCHED_LANE_H
 #define AGENTCG_SCHED_LANE_H
 
-#include "sched_tree.h"
+#include "sched_choice.h"
 
 #define LANE_BEHIND_NS (500 * NSEC_PER_MSEC)  /* of virtual time */
 #define LANE_BOOST_NS  (1000 * NSEC_PER_MSEC) /* by which the key of one that goes first is less */
@@ -84,15 +84,10 @@ __noinline int lane_taken(u32 cpu, u32 slot, u64 key)
 		struct node *node = node_of(slot), *parent = node_of(node->parent);
 		u64 least = parent->vtime_now - LANE_BEHIND_NS;
 
-		bpf_spin_lock(&lock);
-		if (before(node->vtime, least)) {
+		if (before(node->vtime, least))
 			node->vtime = least;
-			if (link_of(slot, ORDER_TREE)->linked)
-				order_move(ORDER_TREE, slot, least);
-		}
 		if (before(parent->vtime_now, node->vtime))
 			parent->vtime_now = node->vtime;
-		bpf_spin_unlock(&lock);
 		slot = node->parent;
 	}
 	return 0;

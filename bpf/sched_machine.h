@@ -8,6 +8,8 @@
 
 #include "compat.h"
 
+#include "sched_guards.h"
+
 /*
  * can_loop in the condition of a loop lets the verifier accept it: the kernel ends the loop if it
  * does not end by itself (the instruction may_goto, Linux 6.9). It is written as bytes because some
@@ -40,5 +42,29 @@
 		asm volatile("%0 &= %1" : "+r"(masked) : "i"(mask)); \
 		masked;                                              \
 	})
+
+/* A lock, on a cache line of its own. */
+struct guard {
+	struct bpf_spin_lock lock;
+	u32 reserved[15];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, GUARDS_ALL);
+	__type(key, u32);
+	__type(value, struct guard);
+} guards SEC(".maps");
+
+/* A lock; never NULL, which only the verifier does not know. */
+static __always_inline struct guard *guard_at(u32 number)
+{
+	return bpf_map_lookup_elem(&guards, &number);
+}
+
+static __always_inline u32 this_cpu(void)
+{
+	return bpf_get_smp_processor_id();
+}
 
 #endif

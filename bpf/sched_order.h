@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
  * The scheduler's entry of each cgroup, and orders of cgroups. An entry is named by its slot. An
- * order is a skip list in plain memory, whose links are slots. One spin lock guards all of it; its
- * holder calls the functions here.
+ * order is a skip list in plain memory, whose links are slots. The holder of the order's lock calls
+ * the functions here.
  *
  * A cgroup can be in four orders at once: in one it stands among its siblings by virtual time, in
  * the others among all cgroups by the time at which something is due. Slot 0 is the root cgroup,
@@ -21,13 +21,14 @@
 #define SLOT_BITS  14
 #define LEVELS	   4 /* each level holds an eighth of the one below: enough for 8^5 */
 #define LEVEL_BITS 3
+#define STRIPES	   4
+#define DICE	   0x9e3779b97f4a7c15ULL /* Fibonacci hashing, Knuth, vol. 3, 6.4 */
 
 enum order {
-	ORDER_TREE = 0,	  /* siblings with something to run, by virtual time */
-	ORDER_BOOST = 1,  /* cgroups that may go ahead of others, first come first served */
-	ORDER_PAUSE = 2,  /* paused cgroups, by the time at which the pause ends */
-	ORDER_RESCUE = 3, /* cgroups with waiting tasks, by the time to look for long waits */
-	ORDERS = 4,
+	ORDER_TREE = 0,	 /* siblings with something to run, by virtual time */
+	ORDER_BOOST = 1, /* cgroups that may go ahead of others, first come first served */
+	ORDER_PAUSE = 2, /* paused cgroups, by the time at which the pause ends */
+	ORDERS = 4,	 /* one more, as a power of two is needed */
 };
 
 /* A cgroup's place in an order. */
@@ -43,41 +44,53 @@ struct link {
  * with weight 100 would have run.
  */
 struct node {
+	/* Seldom written. */
 	u32 parent; /* slot */
 	u32 depth;
 	u32 weight;
-	u32 tasks;	   /* waiting in its own queue */
-	u64 vtime;	   /* its virtual time in the competition among its siblings */
-	u64 own_vtime;	   /* virtual time of its own tasks in the competition with its children */
-	u64 vtime_now;	   /* virtual time that the competition among its children has reached */
-	u64 task_vtime;	   /* the highest virtual time of an own task that was given a CPU */
+	u32 penalty;	   /* factor by which it pays for its CPU time; 0, 1: none */
 	u64 paused_ns;	   /* since when it is paused; 0: it is not */
 	u64 period_usec;   /* of cpu.max */
 	u64 quota_usec;	   /* of cpu.max; 0: no limit */
 	u64 burst_usec;	   /* cpu.max.burst */
-	u64 tokens_at_ns;  /* when tokens were last added */
-	s64 tokens_ns;	   /* CPU time that is left of cpu.max; below 0: to be paid back */
-	u64 budget_at_ns;  /* when the budget was last computed */
-	s64 budget_ns;	   /* CPU time that may be taken ahead of others */
-	u32 penalty;	   /* factor by which it pays for its CPU time; 0, 1: none */
-	u32 for_memory;	   /* 1: paused for its memory, 0: for cpu.max */
-	u64 flat;	   /* its CPU time by its part of the whole tree: see sched_lane.h */
 	u64 active_weight; /* of its children that are active */
-	u32 runnable;	   /* own tasks that run or wait */
-	u32 active;	   /* 1: it or a cgroup below it has such tasks */
-	u32 counted;	   /* weight with which it is in its parent's active_weight */
 	u32 has_lane;	   /* 1: a task of it has waited in a lane */
-	u32 parked;	   /* tasks in its own queue that belong into a lane */
-	u32 reserved;
-	u32 children[LEVELS]; /* heads of ORDER_TREE among its children */
-	struct link links[ORDERS];
-};
+	u32 for_memory;	   /* 1: paused for its memory, 0: for cpu.max */
+
+	/* Written at each switch between its tasks. */
+	u64 vtime __line; /* its virtual time in the competition among its siblings */
+	u64 own_vtime;	  /* virtual time of its own tasks in the competition with its children */
+	u64 task_vtime;	  /* the highest virtual time of an own task that was given a CPU */
+	u64 flat;	  /* its CPU time by its part of the whole tree: see sched_lane.h */
+	u64 rescue_at_ns; /* when to look for long waits in its queue */
+	u32 tasks;	  /* waiting in its own queue */
+	u32 runnable;	  /* own tasks that run or wait */
+	u32 parked;	  /* tasks in its own queue that belong into a lane */
+	u32 barrier;	  /* see full_barrier */
+
+	/* Read by everyone who comes along in an order. */
+	struct link links[ORDERS] __line;
+
+	u64 vtime_now __line; /* virtual time that the competition among its children has reached */
+	u64 tokens_at_ns;     /* when tokens were last added */
+	s64 tokens_ns;	      /* CPU time that is left of cpu.max; below 0: to be paid back */
+	u64 budget_at_ns;     /* when the budget was last computed */
+	s64 budget_ns;	      /* CPU time that may be taken ahead of others */
+	u32 active;	      /* 1: it or a cgroup below it has such tasks */
+	u32 counted;	      /* weight with which it is in its parent's active_weight */
+} __line;
 
 static struct node nodes[SLOTS];
+/*
+ * Heads of the lists. Siblings are in several, by their slot, so that CPUs which move different
+ * siblings do not wait for each other: see group_of().
+ */
 static struct {
 	u32 next[LEVELS];
 } heads[ORDERS];
-static u32 dice = 2463534242; /* xorshift, "Xorshift RNGs", Marsaglia 2003 */
+static struct {
+	u32 next[LEVELS];
+} groups[SLOTS * STRIPES] __line; /* those of one parent on one line */
 _Static_assert(SLOTS == 1 << SLOT_BITS, "a slot in a place");
 
 /*
@@ -101,23 +114,29 @@ static __always_inline struct link *link_of(u32 slot, u32 order)
 	return &node_of(slot)->links[MASKED(order, ORDERS - 1)];
 }
 
+/* The part of a cgroup's siblings that it is in a list with, and that has a lock. */
+static __always_inline u32 group_of(u32 slot)
+{
+	return node_of(slot)->parent * STRIPES + slot % STRIPES;
+}
+
 /**
  * next_of - the link that leads to the next cgroup of an order
  * @order: the order
- * @parent: for ORDER_TREE, the cgroup whose children are meant
+ * @group: for ORDER_TREE, the siblings that are meant, as group_of() has it
  * @at: slot after which to look; 0: at the head
  * @level: level of the skip list
  *
  * Return: the address of the link.
  */
-static __always_inline u32 *next_of(u32 order, u32 parent, u32 at, u32 level)
+static __always_inline u32 *next_of(u32 order, u32 group, u32 at, u32 level)
 {
 	u64 row = MASKED(level, LEVELS - 1);
 
 	if (at)
 		return &link_of(at, order)->next[row];
 	if (order == ORDER_TREE)
-		return &node_of(parent)->children[row];
+		return &groups[MASKED(group, SLOTS * STRIPES - 1)].next[row];
 	return &heads[MASKED(order, ORDERS - 1)].next[row];
 }
 
@@ -142,29 +161,26 @@ static __always_inline bool is_due(u32 slot, u32 order, u64 now)
 	return !before(place_of(now, SLOTS - 1), link_of(slot, order)->place);
 }
 
-/* The slot that is first in an order (ORDER_TREE: among the children of `parent`); 0: none. */
-static __always_inline u32 order_first(u32 order, u32 parent)
+/* The slot that is first in an order (ORDER_TREE: in a group of siblings); 0: none. */
+static __always_inline u32 order_first(u32 order, u32 group)
 {
-	return *next_of(order, parent, 0, 0);
+	return READ_ONCE(*next_of(order, group, 0, 0));
 }
 
 /* Add a cgroup that is not in an order to it, at the place of a key. Returns 0. */
 static __noinline int order_add(u32 order, u32 slot, u64 key)
 {
 	struct link *link = link_of(slot, order);
-	u32 parent = node_of(slot)->parent;
+	u32 group = group_of(slot);
 	u64 mine = place_of(key, slot);
-	u32 height, at = 0, level = top_level;
+	u32 height, at = 0, level = top_level, dice = mine * DICE >> 32;
 
-	dice ^= dice << 13;
-	dice ^= dice >> 17;
-	dice ^= dice << 5;
 	height = 1 + __builtin_ctz(dice | 1U << LEVEL_BITS * (LEVELS - 1)) / LEVEL_BITS;
 	link->place = mine;
 	link->height = height;
 	link->linked = 1;
 	while (can_loop) {
-		u32 *to_next = next_of(order, parent, at, level);
+		u32 *to_next = next_of(order, group, at, level);
 		u32 next = *to_next;
 
 		if (next && before(link_of(next, order)->place, mine)) {
@@ -172,7 +188,7 @@ static __noinline int order_add(u32 order, u32 slot, u64 key)
 			continue;
 		}
 		if (level < height) {
-			*next_of(order, parent, slot, level) = next;
+			*next_of(order, group, slot, level) = next;
 			*to_next = slot;
 		}
 		if (!level)
@@ -186,10 +202,10 @@ static __noinline int order_add(u32 order, u32 slot, u64 key)
 static __noinline int order_remove(u32 order, u32 slot)
 {
 	struct link *link = link_of(slot, order);
-	u32 parent = node_of(slot)->parent, at = 0, level = top_level;
+	u32 group = group_of(slot), at = 0, level = top_level;
 
 	while (can_loop) {
-		u32 *to_next = next_of(order, parent, at, level);
+		u32 *to_next = next_of(order, group, at, level);
 		u32 next = *to_next;
 
 		if (next && before(link_of(next, order)->place, link->place)) {
@@ -197,7 +213,7 @@ static __noinline int order_remove(u32 order, u32 slot)
 			continue;
 		}
 		if (next == slot)
-			*to_next = *next_of(order, parent, slot, level);
+			*to_next = *next_of(order, group, slot, level);
 		if (!level)
 			break;
 		level--;

@@ -21,6 +21,7 @@ struct task {
 };
 
 _Thread_local u64 loop_steps, locks_taken;
+_Thread_local u32 this_thread;
 static struct {
 	struct task *first, *last;
 } queues[SLOTS];
@@ -43,6 +44,7 @@ static void driver_begin(void)
 static void driver_start(u32 cpus, u64 slice)
 {
 	driver_cpus = cpus;
+	own_groups = cpus < STRIPES ? cpus : STRIPES;
 	control.slice_ns = slice;
 	control.wait_max_ns = 1000000000000;
 	control.boost_lead_ns = 20 * NSEC_PER_MSEC;
@@ -172,14 +174,16 @@ static struct task *driver_dispatch(u32 cpu, struct task *prev, u64 now)
 	}
 	if (!task)
 		task = steal(cpu);
-	if (task)
+	if (task) {
 		task->last_cpu = cpu;
+		lend(cpu, task->slot);
+	}
 	return task;
 }
 
 static void driver_charge(u32 cpu, struct task *task, u64 ran, u64 now)
 {
-	pay_up(task->slot, ran, now, false);
+	pay_up(task->slot, ran, now, false, cpu);
 }
 
 /* A task that was running sleeps, or has ended. */

@@ -49,4 +49,23 @@ static inline void bpf_spin_unlock(struct bpf_spin_lock *lock)
 	__atomic_store_n(&lock->held, 0, __ATOMIC_RELEASE);
 }
 
+#include "../../bpf/sched_guards.h"
+
+struct guard {
+	struct bpf_spin_lock lock __line;
+};
+
+static struct guard guards[GUARDS_ALL];
+extern _Thread_local u32 this_thread;
+
+static inline struct guard *guard_at(u32 number)
+{
+	return &guards[number];
+}
+
+static inline u32 this_cpu(void)
+{
+	return this_thread;
+}
+
 #endif

@@ -7,6 +7,7 @@
     result.used_ns[a]
 
 The order is the header that the BPF program includes, compiled by the machine's compiler.
+`python -m tests.native.order` measures how many switches a second it makes.
 """
 
 from __future__ import annotations
@@ -55,6 +56,25 @@ class Result:
         """In percent of what these had together."""
         total = sum(self.used_ns[cgroup] for cgroup in cgroups)
         return [100 * self.used_ns[cgroup] / total for cgroup in cgroups]
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Switches between the tasks of a tree in which all have something to run."""
+
+    per_second: float
+    """Of all threads together, by the CPU time of each."""
+    steps: float
+    """Turns of loops, of one switch."""
+    locks: float
+    """Locks taken, of one switch."""
+
+
+def speed(sessions: int, calls: int, threads: int, rounds: int = 200_000) -> Speed:
+    """Measure on this machine's CPUs, one for each thread; `calls`: of each session."""
+    command = [str(build("switches")), *map(str, (sessions, calls, threads, rounds))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    return Speed(*map(float, done.stdout.split()))
 
 
 @dataclass(slots=True)
@@ -114,3 +134,18 @@ class Scenario:
                 used[int(numbers[0])] = int(numbers[1])
         dispatches, steps, most, locks = map(int, numbers)
         return Result(used, dispatches, steps, most, locks)
+
+
+def main() -> None:
+    """Print switches a second for some trees, with one thread and with one for each CPU."""
+    threads = min(8, len(os.sched_getaffinity(0)))
+    print("sessions  calls  threads  switches/s  loops  locks")
+    for sessions, calls in ((1, 1000), (50, 20), (1000, 10)):
+        for count in sorted({1, threads}):
+            found = speed(sessions, calls, count, 1_000_000)
+            numbers = f"{found.per_second:10,.0f}  {found.steps:5.0f}  {found.locks:5.1f}"
+            print(f"{sessions:8}  {calls:5}  {count:7}  {numbers}")
+
+
+if __name__ == "__main__":
+    main()
