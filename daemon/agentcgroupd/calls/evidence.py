@@ -226,6 +226,15 @@ def _oom_facts(call: Call, pool: Cgroup, counters: Counters, oom_log: OomLog) ->
     if not kills:
         return found
     hits = tuple(memory_hits(call, counted))
+    if not hits and found.hits_before and not _main_chosen(call, kills, oom_log):
+        # The kernel kills a group process by process, and counts each (mm/oom_kill.c:
+        # oom_kill_memcg_member). The earlier command may have ended, and this one entered, before
+        # it came to the last.
+        return replace(
+            found,
+            kills_before=now.oom_kills,
+            groups_before=now.group_kills,
+        )
     at_session = bool(hits) and hits[0].level == pb.LEVEL_SESSION
     whole = ended_as_a_whole(call, counted, hits)
     # One above the call is not counted in it, and before Linux 5.17 none is.
