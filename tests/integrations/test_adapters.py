@@ -92,7 +92,7 @@ def test_each_adapter_is_small_and_has_an_example_of_some_ten_lines() -> None:
     for name, path in adapters.items():
         assert len(path.read_text().split("\n")) <= 61, name
         lines = [line for line in examples()[name].split("\n") if line]
-        assert len(lines) <= 13, name
+        assert len(lines) <= 15, name
 
 
 @pytest.mark.parametrize("adapter", PRELUDES)
@@ -116,7 +116,7 @@ def test_the_shell_tools_shell_is_a_call(agent: AgentProcess) -> None:
 def test_the_pinned_versions_are_installed() -> None:
     lines = (ROOT / "tests/integrations/requirements.txt").read_text().split("\n")
     wanted = {line for line in lines if line and not line.startswith("#")}
-    command = [PYTHON, "-m", "pip", "freeze"]
+    command = [str(PYTHON), "-m", "pip", "freeze"]
     found = set(
         subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
     )

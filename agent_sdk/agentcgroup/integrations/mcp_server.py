@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-import asyncio
+import subprocess
+from typing import Any
 
 from mcp.server.mcpserver import MCPServer
 
@@ -11,6 +12,12 @@ import agentcgroup
 from agentcgroup.told import told
 
 server = MCPServer("agentcgroup")
+PIPES: dict[str, Any] = {
+    "stdin": subprocess.DEVNULL,
+    "capture_output": True,
+    "text": True,
+    "errors": "replace",
+}
 
 
 @server.tool()  # type: ignore[untyped-decorator]
@@ -24,20 +31,15 @@ async def budget() -> str:
 async def declare(
     command: str, memory: str = "", memory_max: str = "", cpu_max: str = "", timeout: str = ""
 ) -> str:
-    """Run a shell command that says what it needs: `memory` it expects (512M), `memory_max` it may
-    reach (2G), `cpu_max` in cores (1.5), `timeout` (90s). It waits for room where it has to."""
+    """Run a shell command that says what it needs, such as memory=512M, memory_max=2G, cpu_max=1.5,
+    timeout=90s; it waits for room where it has to."""
     asked = {"memory": memory, "memory_max": memory_max, "cpu_max": cpu_max}
-    intent = {name: value for name, value in asked.items() if value}
+    intent = PIPES | {name: value for name, value in asked.items() if value}
     async with agentcgroup.AsyncAgent() as agent:
-        result = await agent.run(
-            ["bash", "-c", command],
-            call_timeout=timeout or None,
-            stdin=asyncio.subprocess.DEVNULL,
-            **{"capture_output": True, "text": True, "errors": "replace"},
-            **intent,
-        )
-    ended = f"exit status {result.returncode}"
-    return "\n".join(filter(None, (result.stdout, result.stderr, ended, result.told)))
+        argv, limit = ["bash", "-c", command], timeout or None
+        result = await agent.run(argv, call_timeout=limit, **intent)
+    parts = (result.stdout, result.stderr, f"exit status {result.returncode}", result.told)
+    return "\n".join(filter(None, parts))
 
 
 @server.tool()  # type: ignore[untyped-decorator]

@@ -46,7 +46,7 @@ def shell_tool(agent: agentcgroup.AsyncAgent, **intent: Any) -> FunctionTool:
         Args:
             command: the command.
         """
-        options = {"capture_output": True, "text": True, "errors": "replace"}
+        options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace"}
         result = await agent.run(["bash", "-c", command], **options, **intent)
         ended = f"exit status {result.returncode}" if result.returncode else ""
         said = f"agentcgroup: {result.told}" if result.told else ""
