@@ -31,23 +31,21 @@ async def budget() -> str:
 async def declare(
     command: str, memory: str = "", memory_max: str = "", cpu_max: str = "", timeout: str = ""
 ) -> str:
-    """Run a shell command that says what it needs, such as memory=512M, memory_max=2G, cpu_max=1.5,
-    timeout=90s; it waits for room where it has to."""
+    """Run a shell command that says what it needs, as 512M, 2G, 1.5 and 90s; it may wait for room."""
     asked = {"memory": memory, "memory_max": memory_max, "cpu_max": cpu_max}
     intent = PIPES | {name: value for name, value in asked.items() if value}
     async with agentcgroup.AsyncAgent() as agent:
-        argv, limit = ["bash", "-c", command], timeout or None
-        result = await agent.run(argv, call_timeout=limit, **intent)
-    parts = (result.stdout, result.stderr, f"exit status {result.returncode}", result.told)
-    return "\n".join(filter(None, parts))
+        done = await agent.run(command, shell=True, call_timeout=timeout or None, **intent)
+    ended = f"exit status {done.returncode}"
+    return "\n".join(filter(None, (done.stdout, done.stderr, ended, done.told)))
 
 
 @server.tool()  # type: ignore[untyped-decorator]
 async def report(call_id: str = "") -> str:
     """Say how a call ended and what to try next; without an id, the newest one."""
     async with agentcgroup.AsyncAgent() as agent:
-        found = await agent.report(call_id or None)
-    return f"{found.name} ({found.call_id}): {told(found) or found.sentence}"
+        r = await agent.report(call_id or None)
+    return f"{r.name} ({r.call_id}): {told(r) or r.sentence}"
 
 
 @server.tool()  # type: ignore[untyped-decorator]
