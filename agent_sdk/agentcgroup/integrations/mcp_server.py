@@ -31,11 +31,11 @@ async def budget() -> str:
 async def declare(
     command: str, memory: str = "", memory_max: str = "", cpu_max: str = "", timeout: str = ""
 ) -> str:
-    """Run a shell command that says what it needs, as 512M, 2G, 1.5 and 90s; it may wait for room."""
+    """Run a shell command that says what it needs (512M, 2G, 1.5, 90s); it may wait for room."""
     asked = {"memory": memory, "memory_max": memory_max, "cpu_max": cpu_max}
     intent = PIPES | {name: value for name, value in asked.items() if value}
     async with agentcgroup.AsyncAgent() as agent:
-        done = await agent.run(command, shell=True, call_timeout=timeout or None, **intent)
+        done = await agent.run(["sh", "-c", command], call_timeout=timeout or None, **intent)
     ended = f"exit status {done.returncode}"
     return "\n".join(filter(None, (done.stdout, done.stderr, ended, done.told)))
 
