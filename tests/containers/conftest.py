@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.containers.runtimes import Service, dockerd, own_mounts, podman, running
+from tests.containers.runtimes import Service, dockerd, podman, prepare_guest, running
 from tests.harness import DaemonProcess
 
 
@@ -20,7 +20,7 @@ def in_a_guest_with_runtimes() -> None:
     """Skip elsewhere: what these tests do to a machine's runtimes is not for any other."""
     if "AGENTCG_GUEST" not in os.environ or shutil.which("dockerd") is None:
         pytest.skip("needs a guest with container runtimes: python -m tests.containers")
-    own_mounts()
+    prepare_guest()
 
 
 @pytest.fixture(scope="session")

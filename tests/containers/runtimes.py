@@ -180,8 +180,11 @@ def _import(service: Service) -> None:
     service.client.api.import_image_from_data(image(), repository=repository, tag=tag)
 
 
-def own_mounts() -> None:
-    """Put what runtimes store into memory: an overlay cannot lie on another one."""
+def prepare_guest() -> None:
+    """Put what runtimes store into memory, because an overlay cannot lie on another one; and give
+    all controllers on at the root, as systemd does: user-mode Linux refuses that for the CPU once
+    a runtime has made cgroups."""
+    Path("/sys/fs/cgroup/cgroup.subtree_control").write_text("+cpu +io +memory +pids")
     for name in ("docker", "containers", "containerd"):
         where = STORE / name
         where.mkdir(parents=True, exist_ok=True)

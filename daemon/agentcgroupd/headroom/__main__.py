@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--metrics", default=METRICS, metavar="URL", help="the daemon's (default %(default)s)")
     add("--least", default="128M", metavar="SIZE", help="what an agent is taken to hold at least")
+    add("--least-call", default="1G", metavar="SIZE", help="what a large call needs at least")
     add("--agents-max", type=int, default=250, metavar="N", help="the most that is ever told")
     add("--rise-after", type=float, default=RISE_AFTER_S, metavar="SEC")
     given = parser.parse_args(argv)
@@ -73,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stopping.set())
     try:
         node = Node.of_environment()
-        settings = Settings(parse_bytes("--least", given.least), given.agents_max)
+        settings = Settings(
+            parse_bytes("--least", given.least),
+            parse_bytes("--least-call", given.least_call),
+            given.agents_max,
+        )
     except (ConfigError, ValueError) as error:
         print(f"agentcgroupd.headroom: {error}", file=sys.stderr)
         return 78

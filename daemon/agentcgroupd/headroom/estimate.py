@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 LEAST_BYTES = 128 << 20
 """What an agent is taken to hold at least: one that has just begun holds little, and will not stay
 so."""
+LEAST_CALL_BYTES = 1 << 30
+"""What the large call is taken to need at least: a node on which none has ended yet knows of none,
+and would fill with agents whose first large call could never run."""
 PEAK_QUANTILE = 0.99
 """Of the peaks of calls, the one that has to fit beside all agents: calls that are larger take
 their turn, or wait."""
@@ -31,6 +34,7 @@ class Settings:
     """What the operator may change."""
 
     least_bytes: int = LEAST_BYTES
+    least_call_bytes: int = LEAST_CALL_BYTES
     agents_max: int = 250
     """The most that is ever told, those that are there among them."""
 
@@ -44,7 +48,8 @@ def agents_that_fit(numbers: Numbers, settings: Settings) -> int:
     """
     mean = numbers.used_bytes / numbers.sessions if numbers.sessions else 0
     each = max(settings.least_bytes, mean)
-    free = numbers.pool_bytes - numbers.used_bytes - large_call_bytes(numbers.peaks)
+    call = max(settings.least_call_bytes, large_call_bytes(numbers.peaks))
+    free = numbers.pool_bytes - numbers.used_bytes - call
     more = max(0, math.floor(free / each))
     return max(numbers.sessions, min(numbers.sessions + more, settings.agents_max))
 

@@ -33,7 +33,7 @@ SETTINGS = Settings(least_bytes=128 * MIB, agents_max=250)
 
 
 def test_an_empty_node_has_room_for_agents_that_hold_the_least() -> None:
-    assert agents_that_fit(Numbers(8 * GIB, 0, 0), SETTINGS) == 64
+    assert agents_that_fit(Numbers(8 * GIB, 0, 0), SETTINGS) == 56
 
 
 def test_further_agents_hold_what_the_present_ones_do() -> None:
@@ -174,8 +174,8 @@ def test_only_changes_are_told_and_what_was_not_taken_again() -> None:
     refuse = False
     publisher.step(5)
     publisher.step(10)
-    assert told == [64]
+    assert told == [56]
     metrics.pool_memory_current.set(4 * GIB)
     publisher.step(15)
     publisher.step(15 + AGAIN_S)
-    assert told == [64, 32, 32]
+    assert told == [56, 24, 24]
