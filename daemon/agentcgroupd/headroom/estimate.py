@@ -17,6 +17,11 @@ PEAK_QUANTILE = 0.99
 their turn, or wait."""
 
 
+AGENTS_A_CALL = 32
+"""So many agents have one large call at a time among them, in the mean: a large call lasts for
+seconds, and agents mostly wait (docs/cluster.md)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Numbers:
     """What the daemon tells of its pool."""
@@ -44,12 +49,14 @@ def agents_that_fit(numbers: Numbers, settings: Settings) -> int:
 
     Agents mostly wait and hold little; now and then a call takes much more for a moment, and the
     daemon has the others wait when two of these meet. So each further agent is counted with what
-    the present ones hold in the mean, and one large call has to fit beside them all.
+    the present ones hold in the mean, and a large call for every AGENTS_A_CALL of them, and one
+    more, has to fit beside them all.
     """
     mean = numbers.used_bytes / numbers.sessions if numbers.sessions else 0
     each = max(settings.least_bytes, mean)
     call = max(settings.least_call_bytes, large_call_bytes(numbers.peaks))
-    free = numbers.pool_bytes - numbers.used_bytes - call
+    calls = 1 + numbers.sessions // AGENTS_A_CALL
+    free = numbers.pool_bytes - numbers.used_bytes - call * calls
     more = max(0, math.floor(free / each))
     return max(numbers.sessions, min(numbers.sessions + more, settings.agents_max))
 

@@ -194,20 +194,27 @@ class Simulation:
 
     def _wait(self, active: Indices, here: Indices, wanted: Bytes, goes_on: Any) -> None:
         """Let those grow that fit, the oldest first; the others wait with what they hold."""
-        held = self._held[active[here]]
-        free = self._cluster.node_bytes - float(held.sum())
-        moved = False
-        for place in np.argsort(active[here], kind="stable"):
-            if not goes_on[here[place]]:
-                continue  # it thinks
-            index, more = here[place], wanted[here[place]] - held[place]
-            if more > free:
+        here = here[goes_on[here]]  # the others think, and hold what they hold
+        more = wanted[here] - self._held[active[here]]
+        grows = more > 0
+        free = self._cluster.node_bytes - self._waiting_bytes(active, here, wanted)
+        moved = not grows.all()
+        growers = here[grows]
+        order = np.argsort(active[growers], kind="stable")
+        for index, rise in zip(growers[order], more[grows][order], strict=True):
+            if rise > free:
                 goes_on[index] = False
             else:
-                free -= more
+                free -= rise
                 moved = True
         if not moved:
             self._end_one(active, here)
+
+    def _waiting_bytes(self, active: Indices, here: Indices, wanted: Bytes) -> float:
+        """What a node's agents hold if none of them grows."""
+        node = self._node[active[here[0]]] if len(here) else -1
+        all_here = self._node[active] == node
+        return float(np.minimum(wanted[all_here], self._held[active[all_here]]).sum())
 
     def _kill(self, active: Indices, here: Indices, wanted: Bytes, goes_on: Any) -> None:
         """Kill the largest calls until the others fit."""
