@@ -19,8 +19,8 @@ INTERVAL_S = 2.0
 FIRST_S = 0.5
 """Between the first two looks, without which nothing is known of what is used in a second."""
 REST = 20
-"""How many times as long as a look took is waited before the next: so looks at a thousand sessions
-take at most 5 % of a CPU, the daemon's part included."""
+"""How many times as long as a look and its drawing took is waited before the next: so a thousand
+sessions take at most 5 % of a CPU, the daemon's part included."""
 ONCE_LINES = 60
 
 
@@ -131,12 +131,20 @@ def _interactive(admin: Admin, args: argparse.Namespace) -> None:
     operator.refresh()
     with terminal.taken() as screen:
         due = time.monotonic() + FIRST_S
+        _draw(operator, screen)
         while not operator.is_done:
-            _draw(operator, screen)
-            for key in screen.keys(due - time.monotonic()):
+            keys = screen.keys(due - time.monotonic())
+            for key in keys:
                 operator.key(key)
-            if time.monotonic() >= due and not operator.is_done:
-                due = time.monotonic() + _refreshed(operator, args.watch or INTERVAL_S)
+            started = time.monotonic()
+            is_due = started >= due and not operator.is_done
+            if is_due:
+                _refresh(operator)
+            if keys or is_due:
+                _draw(operator, screen)
+            if is_due:
+                took_s = time.monotonic() - started
+                due = time.monotonic() + rest_s(args.watch or INTERVAL_S, took_s)
 
 
 def _draw(operator: Operator, screen: terminal.Terminal) -> None:
@@ -146,14 +154,11 @@ def _draw(operator: Operator, screen: terminal.Terminal) -> None:
     screen.draw(frame(operator.look, operator.rates, operator.view, width, height, now)[:height])
 
 
-def _refreshed(operator: Operator, interval_s: float) -> float:
-    """Look again; returns how long to wait before the next time. While the daemon is away, that is
-    said and tried again."""
-    started = time.monotonic()
+def _refresh(operator: Operator) -> None:
+    """Look again. While the daemon is away, that is said and tried again."""
     try:
         operator.refresh()
     except errors.CallNotFound as error:
         operator.view.message = error.sentence
     except errors.Unavailable as error:
         operator.view.message = f"{error.sentence}; this is how it was before"
-    return rest_s(interval_s, time.monotonic() - started)
