@@ -18,7 +18,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +42,8 @@ PLAN_S = 18.0 if GUEST else 8.0
 and the start of guest and daemon stay below 2 minutes in the guest and 45 seconds natively."""
 SAMPLE_S = 0.2 if GUEST else 0.05
 """Where the guest has one CPU, looking on is not to take much of it."""
+TRIES = 3
+Both = tuple[result.StrategyResult, result.StrategyResult]
 NICE = -15
 BUSY_SHARE = 0.25
 """More than this much other work is worth a word where something did not hold."""
@@ -62,7 +64,9 @@ def run(prepared: Prepared, view: Lines | View) -> result.ReplayResult:
 
     *others, last = STRATEGIES
     strategies = [one(name, prepared.how) for name in others]
-    ours, by_itself = run_beside(partial(one, last), prepared.how, alone, prepared.how_alone())
+    ours, by_itself = _undisturbed(
+        lambda: run_beside(partial(one, last), prepared.how, alone, prepared.how_alone()), view
+    )
     return result.ReplayResult(
         kernel=os.uname().release,
         where={"uml": "user-mode Linux", "qemu": "emulated guest"}.get(GUEST, "native"),
@@ -72,6 +76,21 @@ def run(prepared: Prepared, view: Lines | View) -> result.ReplayResult:
         rules=prepared.rules,
         alone=by_itself,
     )
+
+
+def _undisturbed(run_both: Callable[[], Both], view: Lines | View) -> Both:
+    """Run all sessions and one alone until the times can be compared, TRIES times at most, and
+    return the try that was disturbed least. Other work of this machine only ever adds time to one
+    of the two. A call that is lost is lost: then there is no other try."""
+    tries: list[Both] = []
+    while True:
+        tries.append(run_both())
+        ratio = verdict.ratio(*tries[-1])
+        if verdict.all_lost(tries[-1][0]) or ratio <= verdict.MOST_OF_ALONE:
+            return tries[-1]
+        if len(tries) == TRIES:
+            return min(tries, key=lambda both: verdict.ratio(*both))
+        view.say(f"the important session took {ratio:.2f} times as long as alone: once more")
 
 
 def go_first() -> None:

@@ -31,6 +31,9 @@ CALL_OWN_BYTES = 1_500_000
 """The load itself, and its page tables."""
 CLEARLY = 1.1
 """Factor between what has to be larger and what smaller, for a contrast that is certain."""
+ALWAYS_FREE = 0.03
+"""Part of the pool that the daemon keeps free while the others fill it. Once they hold the rest, a
+larger call would wait for the end of one of them, however important it is."""
 MORE = 1.04
 """Factor between what is left when the largest call has been killed and the pool: it is held at
 the same moment, so little more is enough."""
@@ -180,8 +183,10 @@ def _choices(
         pool_bytes = pool_for(whole)
         room_bytes = pool_bytes - sum(map(agent_bytes, whole)) - CALL_OWN_BYTES * len(whole)
         most = most_kept(whole, room_bytes)
+        after_bytes = int(ALWAYS_FREE * pool_bytes)
         chosen = tuple(
-            trimmed(one, most_bytes) for one, most_bytes in zip(whole, most, strict=True)
+            trimmed(one, most_bytes, None if one is not whole[0] else after_bytes)
+            for one, most_bytes in zip(whole, most, strict=True)
         )
         yield Choice(names, chosen, pool_bytes)
 

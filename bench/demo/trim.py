@@ -57,10 +57,19 @@ def steady(plan: Plan) -> Plan:
     return replace(plan, agent=tuple(replace(step, memory_bytes=most) for step in plan.agent))
 
 
-def trimmed(plan: Plan, most_bytes: int) -> Plan:
-    """Leave out the calls that are larger, but for the largest of all, and cut the gaps."""
+def trimmed(plan: Plan, most_bytes: int, after_bytes: int | None = None) -> Plan:
+    """Leave out the calls that are larger, but for the largest of all, and cut the gaps.
+
+    `after_bytes`: how large those may be that begin after it; None: as the others.
+    """
     peak = largest(plan)
-    kept = [call for call in plan.calls if call is peak or call.peak_bytes <= most_bytes]
+    most_after = most_bytes if after_bytes is None else min(most_bytes, after_bytes)
+    kept = [
+        call
+        for call in plan.calls
+        if call is peak
+        or call.peak_bytes <= (most_after if call.start_s > peak.start_s else most_bytes)
+    ]
     gap_s = GAP_S / plan.options.speed
     ends = itertools.accumulate((call.end_s for call in kept), max, initial=0.0)
     starts = [*(call.start_s for call in kept), plan.duration_s]

@@ -39,10 +39,15 @@ def seconds_of_important(result: StrategyResult) -> float:
     return important(result).seconds - result.meeting_waited_s
 
 
+def ratio(among_others: StrategyResult, alone: StrategyResult) -> float:
+    """How long the important session took among others, of its time alone."""
+    return seconds_of_important(among_others) / seconds_of_important(alone)
+
+
 def of_alone(result: ReplayResult) -> float:
     """How long the important session took under the daemon, of its time alone."""
     assert result.alone is not None
-    return seconds_of_important(_by_name(result)[2]) / seconds_of_important(result.alone)
+    return ratio(_by_name(result)[2], result.alone)
 
 
 def failures(result: ReplayResult) -> list[str]:

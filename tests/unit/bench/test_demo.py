@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ from agentcgroup_lab.replay.result import (
 from agentcgroup_lab.trace import plan
 from agentcgroup_lab.trace.plan import PlannedCall, Step
 from bench.demo import choose, verdict
-from bench.demo.__main__ import RECORDINGS
+from bench.demo.__main__ import RECORDINGS, _undisturbed
 from bench.demo.beside import run_beside
 from bench.demo.live import Lines, View
 
@@ -201,6 +202,39 @@ def test_the_error_of_the_one_that_failed_is_told(
     other = cannot_start if first is waits_for_the_other else waits_for_the_other
     with pytest.raises(ReplayError, match="no memory controller"):
         run_beside(first, engine.EngineOptions(), other, engine.EngineOptions())
+
+
+def both(seconds: float, first: str = "ff") -> tuple[StrategyResult, StrategyResult]:
+    alone = strategy("none", "ff", "", 10.0, ENDED)
+    return strategy("ours", first, "ff", seconds, HELD), alone
+
+
+@pytest.mark.parametrize(
+    ("tries", "runs", "seconds"),
+    [
+        ([both(10.4)], 1, 10.4),
+        ([both(12.0), both(10.2)], 2, 10.2),
+        ([both(12.0), both(11.0), both(13.0)], 3, 11.0),
+        ([both(12.0, "fk"), both(10.2)], 1, 12.0),  # what is lost is not tried again
+        ([both(12.0), both(10.2, "fk")], 2, 10.2),
+    ],
+)
+def test_a_disturbed_time_is_measured_again_and_a_lost_call_is_not(
+    tries: list[Any], runs: int, seconds: float
+) -> None:
+    left = list(tries)
+    found, _ = _undisturbed(lambda: left.pop(0), Lines(io.StringIO()))
+    assert verdict.seconds_of_important(found) == seconds
+    assert len(tries) - len(left) == runs
+
+
+def test_once_the_others_hold_the_pool_the_important_session_asks_for_what_is_always_free() -> None:
+    choice = chosen(0.2)
+    first, peak = choice.plans[0], choice.peaks[0]
+    after = [call.peak_bytes for call in first.calls if call.index > peak.index]
+    assert after and max(after) <= choose.ALWAYS_FREE * choice.pool_bytes
+    before = [call.peak_bytes for call in first.calls if call.index < peak.index]
+    assert max(before) > choose.ALWAYS_FREE * choice.pool_bytes
 
 
 # --- the verdict ---------------------------------------------------------------------------------
