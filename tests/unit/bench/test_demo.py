@@ -204,30 +204,6 @@ def test_the_error_of_the_one_that_failed_is_told(
         run_beside(first, engine.EngineOptions(), other, engine.EngineOptions())
 
 
-def both(seconds: float, first: str = "ff") -> tuple[StrategyResult, StrategyResult]:
-    alone = strategy("none", "ff", "", 10.0, ENDED)
-    return strategy("ours", first, "ff", seconds, HELD), alone
-
-
-@pytest.mark.parametrize(
-    ("tries", "runs", "seconds"),
-    [
-        ([both(10.4)], 1, 10.4),
-        ([both(12.0), both(10.2)], 2, 10.2),
-        ([both(12.0), both(11.0), both(13.0)], 3, 11.0),
-        ([both(12.0, "fk"), both(10.2)], 1, 12.0),  # what is lost is not tried again
-        ([both(12.0), both(10.2, "fk")], 2, 10.2),
-    ],
-)
-def test_a_disturbed_time_is_measured_again_and_a_lost_call_is_not(
-    tries: list[Any], runs: int, seconds: float
-) -> None:
-    left = list(tries)
-    found, _ = _undisturbed(lambda: left.pop(0), Lines(io.StringIO()))
-    assert verdict.seconds_of_important(found) == seconds
-    assert len(tries) - len(left) == runs
-
-
 def test_once_the_others_hold_the_pool_the_important_session_asks_for_what_is_always_free() -> None:
     choice = chosen(0.2)
     first, peak = choice.plans[0], choice.peaks[0]
@@ -267,6 +243,30 @@ def replayed(
         strategy("ours", ours, "ff", seconds, HELD),
     )
     return ReplayResult("7", "native", 1.0, 5.0, results, {}, alone)
+
+
+def both(seconds: float, first: str = "ff") -> tuple[StrategyResult, StrategyResult]:
+    alone = strategy("none", "ff", "", 10.0, ENDED)
+    return strategy("ours", first, "ff", seconds, HELD), alone
+
+
+@pytest.mark.parametrize(
+    ("tries", "runs", "seconds"),
+    [
+        ([both(10.4)], 1, 10.4),
+        ([both(12.0), both(10.2)], 2, 10.2),
+        ([both(12.0), both(11.0), both(13.0)], 3, 11.0),
+        ([both(12.0, "fk"), both(10.2)], 1, 12.0),  # what is lost is not tried again
+        ([both(12.0), both(10.2, "fk")], 2, 10.2),
+    ],
+)
+def test_a_disturbed_time_is_measured_again_and_a_lost_call_is_not(
+    tries: list[Any], runs: int, seconds: float
+) -> None:
+    left = list(tries)
+    found, _ = _undisturbed(lambda: left.pop(0), Lines(io.StringIO()))
+    assert verdict.seconds_of_important(found) == seconds
+    assert len(tries) - len(left) == runs
 
 
 def test_what_is_claimed_is_said_in_three_sentences() -> None:
