@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import shtab
 from argparse_manpage.manpage import Manpage
@@ -55,8 +56,9 @@ def _actions(
                 yield from _actions(below)
 
 
-def completes(parser: argparse.ArgumentParser, action: argparse.Action) -> dict[str, str] | None:
-    """What completes an argument: files, directories, or names of what is open; None: nothing."""
+def completes(parser: argparse.ArgumentParser, action: argparse.Action) -> Any:
+    """What completes an argument, as shtab has it: files, directories, or names of what is open;
+    None: nothing."""
     if action.metavar == "CALL":
         return OPEN_CALLS
     if action.dest == "session" or (action.dest == "name" and parser.prog in NAME_OPEN_SESSIONS):
@@ -70,7 +72,8 @@ def completion(shell: str) -> str:
     for below, action in _actions(parser):
         if (found := completes(below, action)) is not None:
             action.complete = found  # type: ignore[attr-defined]
-    text: str = shtab.complete(parser, shell=shell, preamble=PREAMBLE)
+    preamble: Any = PREAMBLE  # declared as text, and documented as one for each shell
+    text: str = shtab.complete(parser, shell=shell, preamble=preamble)
     return text
 
 

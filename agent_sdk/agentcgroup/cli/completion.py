@@ -29,8 +29,9 @@ def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     """Add this module's command."""
     text = summary("completion")
     parser = common.command(subparsers, "completion", run_completion, text, epilog=USE)
-    words = "bash or zsh; for these, calls or sessions prints the names of those that are open"
-    parser.add_argument("shell", choices=[*sorted(FILES), *NAMES], metavar="SHELL", help=words)
+    choices = [*sorted(FILES), *NAMES]
+    for_shells = "bash or zsh; for these, calls or sessions prints the names of those that are open"
+    parser.add_argument("shell", choices=choices, metavar="SHELL", help=for_shells)
 
 
 def run_completion(args: argparse.Namespace) -> int:
