@@ -9,6 +9,7 @@ Who compares with more strategies registers a backend for each.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -21,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from agentcgroupd.cgroup.knobs import MEMORY_CURRENT, MEMORY_HIGH, MEMORY_MAX
+from agentcgroupd.cgroup.knobs import CPU_WEIGHT, MEMORY_CURRENT, MEMORY_HIGH, MEMORY_MAX
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
-from agentcgroupd.errors import CgroupGone
+from agentcgroupd.errors import CgroupGone, KnobError
 
 # Functions import what only DaemonBackend needs: gRPC, which is slow to load, and the policy, whose
 # pydantic is no dependency of the command line that reads STRATEGIES for its help.
@@ -97,6 +98,16 @@ def _base(name: str) -> tuple[Cgroup, str]:
             "test guest (make guest) or on a host that boots with cgroup v2 only"
         )
     return root, name
+
+
+def _weigh_cpu(pool: Cgroup) -> None:
+    """Give the pool one part of the CPU for its important session, and one for all others, beside
+    pools with one part each: that session's is then not the others' to use."""
+    try:
+        pool.write(CPU_WEIGHT, 200)
+    except KnobError as error:
+        if error.errno != errno.ENOENT:  # without the controller each process counts alone
+            raise
 
 
 def _below(cgroup: Cgroup, depth: int = 4) -> list[str]:
@@ -218,6 +229,7 @@ class DaemonBackend:
         try:
             self._connect(admin_socket(str(self._run_dir)))
             self.pool = Cgroup.open(self._pool_path)
+            _weigh_cpu(self.pool)
         except BaseException:
             self._end_daemon()
             raise

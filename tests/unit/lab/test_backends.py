@@ -11,7 +11,7 @@ import pytest
 from agentcgroup_lab.replay import backends
 from agentcgroup_lab.replay.backends import ReplayError, current_bytes, make_backend, register
 from agentcgroup_lab.replay.engine import find_load
-from agentcgroupd.errors import CgroupGone
+from agentcgroupd.errors import CgroupGone, KnobError
 
 
 def test_a_strategy_that_somebody_registered_is_known(
@@ -61,3 +61,21 @@ def test_agentcg_load_is_looked_for_as_programs_are(
 def test_the_replayed_daemon_runs_as_its_unit_says() -> None:
     unit = Path(__file__).parents[3] / "systemd/agentcgroupd.service"
     assert f"\nNice={backends.NICE}\n" in unit.read_text(encoding="utf-8")
+
+
+class Pool:
+    """A cgroup that refuses its CPU weight."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def write(self, knob: object, value: int) -> None:
+        raise KnobError(OSError(self._number, "no"), "a/pool", "cpu.weight", str(value))
+
+
+def test_a_pool_without_a_cpu_controller_has_no_weight_and_any_other_refusal_is_told() -> None:
+    absent: Any = Pool(errno.ENOENT)
+    backends._weigh_cpu(absent)
+    refusing: Any = Pool(errno.EACCES)
+    with pytest.raises(KnobError):
+        backends._weigh_cpu(refusing)
