@@ -364,7 +364,7 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 	}
 	resume_due(now);
 	counts[at].picks++;
-	if (rescue_in_lane(at, now))
+	if (rescue_in_lanes(at, now))
 		return;
 	while (left-- && can_loop) {
 		u64 turn = choose(free_prev, now);
@@ -614,6 +614,17 @@ void BPF_PROG(cgroup_set_bandwidth, struct cgroup *cgrp, u64 period_us, u64 quot
 	settle_up(slot, false);
 }
 
+/* A CPU comes or goes. Without these two the kernel would detach the scheduler. */
+SEC("struct_ops/cpu_online")
+void BPF_PROG(cpu_online, s32 cpu)
+{
+}
+
+SEC("struct_ops/cpu_offline")
+void BPF_PROG(cpu_offline, s32 cpu)
+{
+}
+
 /* The scheduler is attached: starts the timer. Returns 0, or the errno of that, negative. */
 SEC("struct_ops.s/sched_init")
 s32 BPF_PROG(sched_init)
@@ -690,6 +701,8 @@ struct sched_ext_ops___agentcg scheduler = {
 	.cgroup_move = (void *)cgroup_move,
 	.cgroup_set_weight = (void *)cgroup_set_weight,
 	.cgroup_set_bandwidth = (void *)cgroup_set_bandwidth,
+	.cpu_online = (void *)cpu_online,
+	.cpu_offline = (void *)cpu_offline,
 	.init = (void *)sched_init,
 	.exit = (void *)sched_exit,
 	/* SCX_OPS_ENQ_LAST, SCX_OPS_SWITCH_PARTIAL */

@@ -280,17 +280,33 @@ __noinline int steal(u32 cpu, u64 now)
 	return moved;
 }
 
-/* Look for long waits in a CPU's lane when it is time. Returns whether a task was moved. */
-__noinline int rescue_in_lane(u32 cpu, u64 now)
+/* Look for long waits in a lane when it is time. Returns whether a task was moved to this CPU. */
+__noinline int rescue_in_lane(u32 cpu, u32 of, u64 now)
 {
-	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1), moved;
+	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1), lane = MASKED(of, ABI_SCHED_CPUS - 1), moved;
 
-	if (before(now, running_on[at].look_ns) || scx_bpf_dsq_nr_queued(LANE(at)) <= 0)
+	if (before(now, running_on[lane].look_ns) || scx_bpf_dsq_nr_queued(LANE(lane)) <= 0)
 		return false;
 	running_on[at].next = TURN_RESCUE;
-	moved = move_oldest(LANE(at), now);
-	running_on[at].look_ns = now + control.wait_max_ns / RESCUED_MOST;
+	moved = move_oldest(LANE(lane), now);
+	running_on[lane].look_ns = now + control.wait_max_ns / RESCUED_MOST;
 	return moved == MOVED_HERE;
+}
+
+/*
+ * Look for long waits in a CPU's own lane and in that of one other, each time of another one, which
+ * may be a CPU that serves none of our tasks or is offline. Returns whether a task was moved to
+ * this CPU.
+ */
+__noinline int rescue_in_lanes(u32 cpu, u64 now)
+{
+	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1);
+	u32 other = running_on[at].look_at + 1;
+
+	if (other >= scx_bpf_nr_cpu_ids())
+		other = 0;
+	running_on[at].look_at = other;
+	return rescue_in_lane(at, at, now) || rescue_in_lane(at, other, now);
 }
 
 /* Give the task that has waited longest in a cgroup's queue a turn. Returns whether on this CPU. */

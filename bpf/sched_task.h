@@ -93,7 +93,7 @@ static struct {
 	u64 paid_ns;	/* time up to which the task has paid */
 	u64 look_ns;	/* when to look for long waits in its lane */
 	u32 steal_from; /* CPU whose lane was looked at last by this one, when it was idle */
-	u32 reserved;
+	u32 look_at;	/* CPU whose lane was looked at last for long waits */
 } running_on[ABI_SCHED_CPUS];
 
 /* Variables, as top_level is. */

@@ -524,6 +524,35 @@ def test_more_cgroups_bound_to_a_cpu_than_are_tried_at_once(scheduler: Scheduler
 
 
 @patient
+def test_cpus_come_and_go(scheduler: Scheduler) -> None:
+    """Five times, as when a laptop is suspended: the kernel does not let go of it, and a task that
+    was bound to that CPU goes on."""
+    switch = Path("/sys/devices/system/cpu/cpu1/online")
+    if not switch.exists():
+        pytest.skip("this machine cannot switch its second CPU off")
+    with Load() as load:
+        for name in ("free", "bound"):
+            load.make(name)
+        load.start("free")
+        load.start("bound", bound_to_last)
+        try:
+            for _ in range(5):
+                switch.write_text("0")
+                switch.write_text("1")
+        finally:
+            switch.write_text("1")
+        used = load.used_usec(["free", "bound"], 1.0)
+        assert scheduler.ending() is None
+    assert min(used.values()) > 100_000
+
+
+def bound_to_last() -> None:
+    """Spin on the second CPU only."""
+    os.sched_setaffinity(0, {1})
+    spin()
+
+
+@patient
 def test_it_is_the_object_that_the_daemon_loads() -> None:
     """What is tested here is what is installed."""
     with BpfObject.open(sched.OBJECT) as bpf:

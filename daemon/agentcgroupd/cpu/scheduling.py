@@ -16,6 +16,7 @@ import asyncio
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,8 @@ SESSION_FACTOR = 4
 """Budgets of an interactive call, and of a session, over that of a normal call."""
 HURRY_USEC = 50_000
 RETRY_MOST_S = 300.0
+GOOD_S = 600.0
+"""A scheduler that ran for so long has made up for the failures before."""
 
 
 def set_policy(pid: int, policy: int, of: tuple[int, ...] = (*OURS, SCHED_EXT)) -> int:
@@ -102,8 +105,9 @@ class CpuScheduling:
         self._retry: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._left = 0
+        self._attached_at = 0.0
         self.failures = 0
-        """How often the kernel has let go of it, or did not take it again."""
+        """How often the kernel has let go of it, or did not take it again, one after another."""
         (definition,) = features.definitions_of(sched.OBJECT)
         self._definition = definition
         self.state = features.missing(definition, "it has not been tried yet")
@@ -172,6 +176,7 @@ class CpuScheduling:
                 self._is_missing(features.one_line(error) + why, features.remedy_of(error))
             return
         self._scheduler = loaded
+        self._attached_at = time.monotonic()
         self._left = 0
         self._set(replace(sched.gate(), reason="", works=True))
         log.info("%s: attached, as %s", self.state.name, sched.running())
@@ -194,6 +199,8 @@ class CpuScheduling:
             return
         self._scheduler = None
         scheduler.close()
+        if time.monotonic() - self._attached_at > GOOD_S:
+            self.failures = 0
         self.failures += 1
         self._metrics.scheduler_ejected.inc()
         self._is_missing(f"the kernel has let go of it: {ending.sentence}")

@@ -169,6 +169,26 @@ def test_it_is_tried_again_ever_later_and_then_no_more(
     assert "not tried again: it failed 4 times" in caplog.text
 
 
+def test_failures_of_long_ago_are_forgotten(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        scheduling, first = opened(kernel, retries=1, retry_after="10ms")
+        first.ended = STALL
+        scheduling.check()
+        assert scheduling.failures == 1
+        await asyncio.sleep(0.2)
+        second = kernel.loaded[-1]
+        assert second is not first
+        monkeypatch.setattr("agentcgroupd.cpu.scheduling.GOOD_S", 0.0)
+        second.ended = STALL
+        scheduling.check()
+        assert scheduling.failures == 1
+        scheduling.close()
+
+    asyncio.run(run())
+
+
 def empty_call(priority: int) -> Any:
     """A call that no process has entered, in cgroup 12."""
     grant = SimpleNamespace(priority=priority)
