@@ -445,13 +445,13 @@ class SessionInfo(_Answer):
     not_enforced: tuple[str, ...]
     opened_unix_usec: int
     owner_pid: int
+    exec_is_call: bool = False
+    """Whether what is executed in it from outside is a call."""
     cpu: CpuNumbers | None = None
     """None where the kernel's own scheduler runs."""
     container: str = ""
     """Runtime and id of the container that it was made of, as `docker:ID`; empty for agents, and
     where no runtime has told of it."""
-    exec_is_call: bool = False
-    """Whether what is executed in it from outside is a call."""
 
 
 @dataclass(frozen=True, slots=True)
