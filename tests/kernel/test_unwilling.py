@@ -81,7 +81,7 @@ def is_gone(pid: int) -> bool:
 def test_a_tool_that_its_agent_keeps_at_its_exit_ends_with_that(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
-    """Nothing else moves it: the kernel drops signals to a process that exits."""
+    """The kernel drops signals to a process that exits, so only its tracer can move it."""
     pid = start(agent, "exec sleep 1000", SECOND)
     agent.run(TRACE, pid=pid)
     report = last(daemon)

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 DIRECTORY = "private/calls"
 """Below the run directory, where nobody but root can read or write."""
 BYTES_MOST = 65536
-"""As long as the kernel lets an extended attribute be (XATTR_SIZE_MAX)."""
+"""Length of the longest extended attribute that the kernel keeps (XATTR_SIZE_MAX)."""
 _ID = re.compile(r"[0-9a-f]{12}")
 
 
@@ -30,7 +30,7 @@ class SecondRecords:
     """The second records of one daemon's calls."""
 
     def __init__(self, run_dir: Path) -> None:
-        """Nothing is made before the first call."""
+        """Keep the place; the directory is made with the first record."""
         self._directory = run_dir / DIRECTORY
         self._failed = False
         self.source = f"run directory: {DIRECTORY}"
