@@ -192,8 +192,9 @@ def collected() -> dict[str, list[str]]:
     return {test: marks for test, marks in tests.items() if not test.startswith(ELSEWHERE)}
 
 
-ELSEWHERE = ("tests/gpu/", "tests/containers/")
-"""Need a GPU (tests/gpu/on_device.sh) or container runtimes (python -m tests.containers)."""
+ELSEWHERE = ("tests/gpu/", "tests/containers/", "tests/agents/", "tests/integrations/")
+"""Need a GPU (tests/gpu/on_device.sh), container runtimes (python -m tests.containers), or packages
+of agents and frameworks (make test-integrations)."""
 
 
 def test_every_test_runs_somewhere(collected: dict[str, list[str]]) -> None:
