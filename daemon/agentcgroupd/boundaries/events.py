@@ -128,16 +128,17 @@ class Boundaries:
         """Follow the processes of a session's agent leaf. Raises BpfError."""
         self._lifecycle.manage(session.agent.id, abi.CgroupKind.AGENT)
         self._agents[session.agent.id] = session
-        self._insiders.add_all(session.agent.procs())
+        self._insiders.opened(session)
 
     def entered(self, pid: int) -> None:
         """Count a process that the daemon has put into an agent leaf as the agent's own."""
-        self._insiders.add_all([pid])
+        self._insiders.add_pid(pid)
 
     def session_closed(self, session: Session) -> None:
         """Forget a session and its processes. Raises BpfError."""
         self._agents.pop(session.agent.id, None)
         self._known.drop(session)
+        self._insiders.closed(session)
         self._lifecycle.unmanage(session.agent.id)
 
     def _watched(self) -> list[Session]:
@@ -279,10 +280,11 @@ class Boundaries:
             self._declared(*key, bytes(event.argv)[: event.argv_bytes])
             return
         comm = event.process.comm.decode("utf-8", "replace")
-        if session is None or key in self._insiders:
+        if session is None:
             return
         if forked is None or forked.outside:
-            self._came_in(session, key, comm, event)
+            if not self._insiders.has(session, key):
+                self._came_in(session, key, comm, event)
             return
         is_job = cache(partial(reads_its_commands, forked.parent, forked.comm))
         started = Started(comm, argv_of(event), forked.comm, is_first, is_job)

@@ -3,20 +3,19 @@ container's runtime does for `docker exec`.
 
 A runtime may move a process into the leaf, which then executes the program; or it starts a helper
 there, which forks that process. So an outsider is a process that nobody in the leaf has forked, and
-whatever such a helper forks. The session's first processes and those that entered by the launcher
-are insiders.
+whatever such a helper forks. Processes that are older than the session and those that entered by
+the launcher are insiders.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
 
-from agentcgroupd.boundaries.processes import Key
+from agentcgroupd.boundaries.processes import TICK_NS, Key
 from agentcgroupd.errors import AgentcgroupdError
 from agentcgroupd.host.proc import cgroup_of
 from agentcgroupd.host.syscalls import process_stat
-from agentcgroupd.state.session import AGENT_LEAF, Session
+from agentcgroupd.state.session import AGENT_LEAF, Session, boottime_usec
 
 RUNTIMES = ("runc*", "crun*", "youki*", "conmon*", "containerd*", "docker*")
 """Names of the processes by which runtimes start others in a container."""
@@ -32,21 +31,31 @@ class Insiders:
 
     def __init__(self) -> None:
         self._keys: set[Key] = set()
+        self._since: dict[int, int] = {}
+        """When each session was opened, in clock ticks since boot, by the id of its agent leaf."""
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self._keys
+    def opened(self, session: Session) -> None:
+        """Count all that runs now as a session's own, should it be in there."""
+        self._since[session.agent.id] = boottime_usec() * 1000 // TICK_NS
+
+    def closed(self, session: Session) -> None:
+        """Forget a session."""
+        self._since.pop(session.agent.id, None)
+
+    def has(self, session: Session, key: Key) -> bool:
+        """Whether a process in a session's agent leaf is the agent's own."""
+        return key in self._keys or key[1] < self._since.get(session.agent.id, 0)
 
     def add(self, key: Key) -> None:
         """Count a process as an agent's own."""
         self._keys.add(key)
 
-    def add_all(self, pids: Iterable[int]) -> None:
-        """Count processes as an agent's own; those that have ended are left out."""
-        for pid in pids:
-            try:
-                self._keys.add((pid, process_stat(pid).start_ticks))
-            except (FileNotFoundError, ProcessLookupError):
-                continue
+    def add_pid(self, pid: int) -> None:
+        """Count a process as an agent's own, unless it has ended."""
+        try:
+            self._keys.add((pid, process_stat(pid).start_ticks))
+        except (FileNotFoundError, ProcessLookupError):
+            return
 
     def ended(self, key: Key) -> None:
         """Forget a process."""

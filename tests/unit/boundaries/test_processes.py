@@ -191,6 +191,8 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tool]:
     for module in ("placement", "insiders"):
         where = f"agentcgroupd.boundaries.{module}.cgroup_of"
         monkeypatch.setattr(where, lambda pid: "/pool/s/agent")
+    # A busy machine must not end a slice between two events that belong together here.
+    monkeypatch.setattr("agentcgroupd.boundaries.events.SLICE_S", 10.0)
     made = Tool()
     try:
         yield made
