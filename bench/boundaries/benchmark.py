@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--storm", type=int, default=STORM if SLOW == 1 else 300)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="agentcg-") as directory:
-        daemon = DaemonProcess(Path(directory))
+        daemon = DaemonProcess(Path(directory), "[boundaries]\nenabled = true\n")
         try:
             daemon.start()
             report = measure(daemon, arguments.calls, arguments.storm)
