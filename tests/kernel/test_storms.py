@@ -68,7 +68,7 @@ def ended(daemon: DaemonProcess) -> int:
 
 @pytest.mark.timeout(400)
 def test_many_shells_at_once(daemon: DaemonProcess, agent: AgentProcess) -> None:
-    """As many have calls as may be, the others are told why not, and each has its report."""
+    """Calls are open up to the limit, the others are told why not, and each has its report."""
     before = ended(daemon)
     agent.run(STORM, count=SHELLS)
     wait_until("as many calls are open as may be", lambda: len(daemon.call_dirs()) == LIMIT, 60)
