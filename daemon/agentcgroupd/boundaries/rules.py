@@ -17,7 +17,7 @@ from agentcgroupd.intents.wrapped import user_command
 CMDLINE_BYTES_MAX = 65_536
 """Most that is read of a command line."""
 GLOBBED_CHARS = 4096
-"""As much of the beginning and of the end of a long command line is looked at."""
+"""How much of the beginning and of the end of a long command line is looked at."""
 OWN_LAUNCHERS = ("agentcg", "agentcg-exec", "agentcg-cli")
 """Launchers ask for a call themselves; the command is no tool."""
 
@@ -65,7 +65,7 @@ class Started:
 
     @cached_property
     def command_line(self) -> str:
-        """Its arguments in one text; of a long one the beginning and the end."""
+        """All arguments in one text; of a long one the beginning and the end."""
         text = " ".join(self.argv)
         return (
             text if len(text) <= 2 * GLOBBED_CHARS else text[:GLOBBED_CHARS] + text[-GLOBBED_CHARS:]
