@@ -25,7 +25,7 @@ WAYS = (
     ("headroom", True),
 )
 """How agents are placed, and whether nodes have the daemon."""
-HEADERS = ["PLACED BY", "DAEMON", ">KILLED", ">MAKESPAN", ">WAITED", ">SLOWER"]
+HEADERS = ["PLACED BY", "DAEMON", ">KILLED", ">LOST", ">MAKESPAN", ">WAITED", ">SLOWER"]
 HEADERS += [">NODES", ">NODE-S/H", ">USE", ">AGENTS"]
 
 
@@ -66,6 +66,7 @@ def _row(outcome: Outcome) -> list[str]:
         outcome.placing,
         "yes" if outcome.daemon else "no",
         str(outcome.calls_killed),
+        str(outcome.agents_lost),
         f"{outcome.makespan_s / 3600:.2f} h",
         f"{outcome.waited_mean_s / 60:.1f} min",
         f"{outcome.slower:.3f}",

@@ -44,6 +44,8 @@ class Outcome:
     calls_killed: int = 0
     calls_given_up: int = 0
     """Killed as often as an agent tries."""
+    agents_lost: int = 0
+    """Ended because all of a node's memory was agents', and each wanted more."""
     makespan_s: int = 0
     ideal_s: int = 0
     """The makespan if there were room for all at once."""
@@ -194,7 +196,7 @@ class Simulation:
 
     def _wait(self, active: Indices, here: Indices, wanted: Bytes, goes_on: Any) -> None:
         """Let those grow that fit, the oldest first; the others wait with what they hold."""
-        here = here[goes_on[here]]  # the others think, and hold what they hold
+        everyone, here = here, here[goes_on[here]]  # the others think, and hold what they hold
         more = wanted[here] - self._held[active[here]]
         grows = more > 0
         free = self._cluster.node_bytes - self._waiting_bytes(active, here, wanted)
@@ -208,7 +210,7 @@ class Simulation:
                 free -= rise
                 moved = True
         if not moved:
-            self._end_one(active, here)
+            self._end_one(active, here, len(here) == len(everyone))
 
     def _waiting_bytes(self, active: Indices, here: Indices, wanted: Bytes) -> float:
         """What a node's agents hold if none of them grows."""
@@ -228,11 +230,16 @@ class Simulation:
                 goes_on[index] = False
                 excess -= freed
 
-    def _end_one(self, active: Indices, here: Indices) -> None:
-        """End the call of the youngest that has one: nobody could go on otherwise."""
+    def _end_one(self, active: Indices, here: Indices, everyone: bool) -> None:
+        """End the call of the youngest that has one: nobody could go on otherwise. Where there is
+        no call, the youngest agent is lost, unless `everyone` is false: some will go on."""
         for agent in sorted(active[here].tolist(), reverse=True):
             if self._begin_anew(agent, float(self._held[agent])) is not None:
                 return
+        if everyone and len(here):
+            lost = int(active[here].max())
+            self._at[lost], self._held[lost] = self._kinds.lengths[self._kind[lost]], 0.0
+            self.outcome.agents_lost += 1
 
     def _begin_anew(self, agent: int, held: float) -> float | None:
         """Kill an agent's call; it thinks, and begins it again, or does without it when that was
