@@ -258,10 +258,8 @@ class Simulation:
         if self._tries[agent] >= TRIES:
             self._tries[agent] = 0
             self.outcome.calls_given_up += 1
-            row = self._kinds.begins[kind]
-            while (
-                self._at[agent] < self._kinds.lengths[kind] - 1 and row[self._at[agent]] == begins
-            ):
+            row, length = self._kinds.begins[kind], self._kinds.lengths[kind]
+            while self._at[agent] < length and row[self._at[agent]] == begins:
                 self._at[agent] += 1
         return max(0.0, held - before)
 

@@ -90,3 +90,12 @@ def test_an_unknown_way_of_placing_is_named() -> None:
 def test_rows_of_different_lengths_stand_side_by_side() -> None:
     kinds: Kinds = kinds_of([profile(1, 2), profile(1, 2, 30.0)])
     assert kinds.held.shape == (2, 30) and kinds.held[0, 20:].sum() == 0
+
+
+def test_an_agent_that_ends_with_a_call_that_never_fits_ends_without_it() -> None:
+    last = CallProfile("t", 18.0, 20.0, 2.0, False, 9e9, (Segment(2.0, 9e9, 0.0, 1.0),))
+    one = Profile("x", 20.0, (AgentStep(0.0, MB, 1),), (last,), int(9e9), float(MB))
+    for daemon in (True, False):
+        cluster = Cluster(nodes=1, node_bytes=1000.0 * MB, sessions=2, arrive_s=1)
+        outcome = simulate(kinds_of([one]), cluster, "packing", daemon)
+        assert outcome.calls_killed == 6 and outcome.calls_given_up == 2
