@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m agentcgroup_lab.cluster", description=__doc__)
     add = parser.add_argument
     add("--trace", type=Path, action="append", required=True, help="a recording or a folder")
-    add("--nodes", type=int, default=100)
+    add("--nodes", type=int, default=10)
     add("--memory", default="32G", help="of a node (default %(default)s)")
-    add("--sessions", type=int, default=10_000)
+    add("--sessions", type=int, default=1000)
     add("--arrive", type=int, default=3600, metavar="SEC", help="agents come over this time")
     add("--seed", type=int, default=1)
     add("--out", type=Path, help="a picture")
