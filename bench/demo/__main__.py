@@ -42,7 +42,7 @@ PLAN_S = 18.0 if GUEST else 8.0
 and the start of guest and daemon stay below 2 minutes in the guest and 45 seconds natively."""
 SAMPLE_S = 0.2 if GUEST else 0.05
 """Where the guest has one CPU, looking on is not to take much of it."""
-TRIES = 3
+TRIES = 4
 Both = tuple[result.StrategyResult, result.StrategyResult]
 NICE = -15
 BUSY_SHARE = 0.25

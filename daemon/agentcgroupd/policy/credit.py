@@ -178,8 +178,10 @@ def serve(
         least = last_bytes if first_leads else hold_free_bytes
         last = max(least(policy, now.limit_bytes), overshoot_bytes(first.view.memory_bytes))
         room = budget.free_bytes - last - budget.unused_bytes
-        kept = kept_for_first_bytes(policy, now, first.view)
-        at_once = kept if first.view.priority >= IMPORTANT_PRIORITY and first_leads else 0
+        at_once = 0
+        if first.view.priority >= IMPORTANT_PRIORITY and first_leads:
+            kept = kept_for_first_bytes(policy, now, first.view)
+            at_once = kept if kept <= room else likely_need_bytes(policy, now, first.view)
         unused += _give(policy, now, first, room, given, at_once)
     kept = kept_for_first_bytes(policy, now, first.view) - _unused_now(first, given)
     room = budget.free_bytes - hold_free_bytes(policy, now.limit_bytes) - unused - max(0, kept)
@@ -217,7 +219,8 @@ def _put_first_who_can_end(
         return left > 0 and min(likely_need_bytes(policy, now, account.view), left) <= free
 
     able = [account for account in order if can_end(account)]
-    if able:
+    # An important one of which little is known, which may end as well as the others, stays first.
+    if able and not (able[0] is order[0] and able[0].view.priority >= IMPORTANT_PRIORITY):
         found = max(able, key=lambda account: account.view.memory_bytes)
         order.remove(found)
         order.insert(0, found)

@@ -255,7 +255,7 @@ def both(seconds: float, first: str = "ff") -> tuple[StrategyResult, StrategyRes
     [
         ([both(10.4)], 1, 10.4),
         ([both(12.0), both(10.2)], 2, 10.2),
-        ([both(12.0), both(11.0), both(13.0)], 3, 11.0),
+        ([both(12.0), both(11.0), both(13.0), both(14.0)], 4, 11.0),
         ([both(12.0, "fk"), both(10.2)], 1, 12.0),  # what is lost is not tried again
         ([both(12.0), both(10.2, "fk")], 2, 10.2),
     ],

@@ -101,7 +101,17 @@ def test_an_important_call_gets_at_once_what_is_kept_for_it() -> None:
     assert given == {"vip": 2048 - 400, "other": 64}
     common = served(6000, replace(vip, view=replace(vip.view, priority=79)), other)
     assert common == {"vip": 100, "other": 64}
-    assert served(800, vip, other) == {"vip": 800 - 27}  # less its overshoot, and no more
+    # Where that is not there, what it is likely to need: to hold a tenth of the pool.
+    assert served(800, vip, other) == {"vip": 819 - 400}
+    assert served(300, vip, other) == {"vip": 300 - 27}  # less its overshoot, and no more
+
+
+def test_an_important_call_that_begins_goes_before_those_that_hold_more() -> None:
+    """Nothing is known of any of them, and less is free than an important one may take."""
+    vip, other = account("vip", 8, priority=80), account("other", 100)
+    assert list(served(1500, vip, other)) == ["vip"]
+    common = account("vip", 8)
+    assert next(iter(served(1500, common, other))) == "other"
 
 
 def test_who_goes_first_while_a_more_important_one_rests_leaves_it_room() -> None:
@@ -164,7 +174,7 @@ def test_what_all_may_take_is_never_more_than_what_is_free(
 def test_what_is_not_used_is_taken_back_for_a_more_important_call() -> None:
     batch = account("batch", 1000, 1000, priority=20, asks=False)
     important = account("important", 200, priority=80)
-    assert served(2200, batch, important) == {"important": 1184, "batch": -1000}
+    assert served(2200, batch, important) == {"important": 819 - 200, "batch": -1000}
     assert "batch" not in served(6000, batch, important)
 
 
