@@ -87,7 +87,7 @@ METHODS = tuple(
 )
 RUNTIMES = ("docker", "nri", "podman")
 """The ways by which containers become sessions."""
-NO_METHODS = ("attach", "gate", "packet")
+NO_METHODS = ("attach", "gate", "packet", "sealed")
 """What stands for the method where a request was refused before it had one."""
 LIMITS = (
     "answers",
