@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-from agentcgroupd.bpf import abi, features
-from agentcgroupd.bpf.btf import VMLINUX, Btf, kernel_btf
+from agentcgroupd.bpf import abi
+from agentcgroupd.bpf.btf import Btf
 from agentcgroupd.bpf.features import FeatureState
 from agentcgroupd.bpf.loader import BpfObject
+from agentcgroupd.bpf.loading import load_one
 from agentcgroupd.errors import BpfError
 from agentcgroupd.units import CgroupId
 
@@ -99,23 +100,4 @@ def load(
 ) -> tuple[LookProgram | None, list[FeatureState]]:
     """Load the program if this kernel can have it; returns like features.load, and raises no
     BpfError. `btf`: the kernel's types, where they are not those of its own image."""
-    (definition,) = features.definitions_of(OBJECT)
-    try:
-        types = btf or kernel_btf()
-    except BpfError as error:
-        remedy = "" if VMLINUX.exists() else features.BTF_REMEDY
-        return None, [features.missing(definition, features.one_line(error), remedy)]
-    try:
-        state = features.gate(definition, types)
-        if not state.works:
-            return None, [state]
-        bpf = BpfObject.open(OBJECT, objects / f"{OBJECT}.bpf.o" if objects else None)
-        try:
-            bpf.load()
-            return LookProgram(bpf), [state]
-        except BaseException:
-            bpf.close()
-            raise
-    except BpfError as error:
-        remedy = features.remedy_of(error)
-        return None, [features.missing(definition, features.one_line(error), remedy)]
+    return load_one(OBJECT, LookProgram, objects, btf)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from agentcgroupd.bpf import abi, features
-from agentcgroupd.bpf.btf import VMLINUX, kernel_btf
+from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.features import FeatureState
 from agentcgroupd.bpf.libbpf import libbpf
 from agentcgroupd.bpf.loader import BpfObject
+from agentcgroupd.bpf.loading import load_one
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.errors import BpfError
 from agentcgroupd.units import CgroupId
 
 OBJECT = "net"
@@ -63,23 +62,4 @@ class NetPrograms:
 def load(objects: Path | None = None) -> tuple[NetPrograms | None, list[FeatureState]]:
     """Load the programs if this kernel can have them; returns like features.load, and raises no
     BpfError. They are attached to nothing yet."""
-    (definition,) = features.definitions_of(OBJECT)
-    try:
-        types = kernel_btf()
-    except BpfError as error:
-        remedy = "" if VMLINUX.exists() else features.BTF_REMEDY
-        return None, [features.missing(definition, features.one_line(error), remedy)]
-    try:
-        state = features.gate(definition, types)
-        if not state.works:
-            return None, [state]
-        bpf = BpfObject.open(OBJECT, objects / f"{OBJECT}.bpf.o" if objects else None)
-        try:
-            bpf.load()
-            return NetPrograms(bpf), [state]
-        except BaseException:
-            bpf.close()
-            raise
-    except BpfError as error:
-        remedy = features.remedy_of(error)
-        return None, [features.missing(definition, features.one_line(error), remedy)]
+    return load_one(OBJECT, NetPrograms, objects)
