@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from agentcgroupd.bpf.features import load
 from tests.harness import AgentProcess, DaemonProcess
+
+
+@pytest.fixture(scope="session")
+def lifecycle_program() -> None:
+    """Skip what needs the program that sees processes begin, where it does not load."""
+    bpf, states = load("lifecycle")
+    if bpf is None:
+        pytest.skip(f"no lifecycle program here: {states[0].reason}")
+    bpf.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.bpf.features import load
 from tests.conftest import StartDaemon
 from tests.harness import AgentProcess, DaemonProcess, wait_until
 
-pytestmark = pytest.mark.programs
+pytestmark = [pytest.mark.programs, pytest.mark.usefixtures("lifecycle_program")]
 
 OTHERS = "[boundaries]\nenabled = true\n"
 """Without the rules that tests have otherwise."""
@@ -44,15 +43,6 @@ said.write(b"exit\\n")
 said.flush()
 os.waitpid(pid, 0)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _works() -> None:
-    """Skip the module where the lifecycle program does not load."""
-    bpf, states = load("lifecycle")
-    if bpf is None:
-        pytest.skip(f"no lifecycle program here: {states[0].reason}")
-    bpf.close()
 
 
 @pytest.fixture(scope="module")

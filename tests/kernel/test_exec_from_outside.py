@@ -11,22 +11,12 @@ from pathlib import Path
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.bpf.features import load
 from tests.conftest import StartDaemon
 from tests.harness import EXEC, DaemonProcess, wait_until
 
-pytestmark = pytest.mark.programs
+pytestmark = [pytest.mark.programs, pytest.mark.usefixtures("lifecycle_program")]
 
 ALL_RULES = "[boundaries]\nenabled = true\n"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _works() -> None:
-    """Skip the module where the lifecycle program does not load."""
-    bpf, states = load("lifecycle")
-    if bpf is None:
-        pytest.skip(f"no lifecycle program here: {states[0].reason}")
-    bpf.close()
 
 
 @pytest.fixture(scope="module")

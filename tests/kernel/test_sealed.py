@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.bpf.features import load
 from tests.conftest import StartDaemon
 from tests.harness import EXEC, AgentProcess, DaemonProcess, wait_until
 from tests.sandbox import KINDS, compile_filter, sandbox
 
-pytestmark = pytest.mark.programs
+pytestmark = [pytest.mark.programs, pytest.mark.usefixtures("lifecycle_program")]
 
 FRONT = str(Path(EXEC).with_name("agentcg"))
 RUN = """
@@ -25,15 +24,6 @@ result = (done.returncode, done.stdout, done.stderr)
 """
 PATIENT = {"AGENTCG_ON_UNAVAILABLE": "refuse"}
 """So that a machine that is busy moves it before it runs."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _works() -> None:
-    """Skip the module where the lifecycle program does not load."""
-    bpf, states = load("lifecycle")
-    if bpf is None:
-        pytest.skip(f"no lifecycle program here: {states[0].reason}")
-    bpf.close()
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.bpf.features import load
 from tests.conftest import StartDaemon
 from tests.harness import AgentProcess, DaemonProcess, wait_until
 
-pytestmark = [pytest.mark.programs, pytest.mark.full_speed]
+pytestmark = [
+    pytest.mark.programs,
+    pytest.mark.full_speed,
+    pytest.mark.usefixtures("lifecycle_program"),
+]
 
 SHELLS = 300
 LIMIT = 50
@@ -36,15 +39,6 @@ ESCAPES = {
     "nohup": "nohup sleep 1000 > /dev/null 2>&1 &",
 }
 RUN = "result = subprocess.run(['sh', '-c', script]).returncode"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _works() -> None:
-    """Skip the module where the lifecycle program does not load."""
-    bpf, states = load("lifecycle")
-    if bpf is None:
-        pytest.skip(f"no lifecycle program here: {states[0].reason}")
-    bpf.close()
 
 
 @pytest.fixture(scope="module")
