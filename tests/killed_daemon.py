@@ -62,8 +62,10 @@ def main() -> int:
         setattr(os, name, steps.counted(getattr(os, name)))
     attach = Calls.attach
 
-    def attach_and_hold(calls: Calls, call: Call, process: Process) -> None:
-        attach(calls, call, process)
+    def attach_and_hold(
+        calls: Calls, call: Call, process: Process, came_from: Call | None = None
+    ) -> None:
+        attach(calls, call, process, came_from)
         hold(calls, call)
 
     setattr(Calls, "attach", attach_and_hold)  # noqa: B010

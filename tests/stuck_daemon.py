@@ -8,7 +8,7 @@ import os
 import time
 
 from agentcgroupd import __main__ as program
-from agentcgroupd import daemon
+from agentcgroupd import stopping
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.rpc.grpc_server import GrpcServer
 from agentcgroupd.state.process import Process
@@ -34,11 +34,13 @@ def main() -> int:
     """Run the daemon's own main()."""
     attach = Calls.attach
 
-    def attach_and_freeze(calls: Calls, call: Call, process: Process) -> None:
-        attach(calls, call, process)
+    def attach_and_freeze(
+        calls: Calls, call: Call, process: Process, came_from: Call | None = None
+    ) -> None:
+        attach(calls, call, process, came_from)
         asyncio.get_running_loop().call_later(0.2, calls.actions.freeze, call, "to be held")
 
     setattr(Calls, "attach", attach_and_freeze)  # noqa: B010
     setattr(GrpcServer, "stop", block if "AGENTCG_TEST_BLOCK" in os.environ else never)  # noqa: B010
-    daemon.STOP_MOST_S = STOP_MOST_S
+    stopping.STOP_MOST_S = STOP_MOST_S
     return program.main()

@@ -10,15 +10,13 @@ import asyncio
 import logging
 import os
 import resource
-import socket
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
-from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
 from agentcgroupd.bpf.plane import DataPlane
 from agentcgroupd.calls.admission import Admission
 from agentcgroupd.calls.lifecycle import Calls
@@ -27,51 +25,41 @@ from agentcgroupd.calls.reports import Reports
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import Config
 from agentcgroupd.cpu.scheduling import CpuScheduling
+from agentcgroupd.doors import Doors
 from agentcgroupd.enforce.actions import Actions
-from agentcgroupd.errors import ConfigError
 from agentcgroupd.gpu.enforcement import GpuSources
 from agentcgroupd.gpu.service import Gpus
 from agentcgroupd.guard.assembly import PoolGuard
 from agentcgroupd.guard.high_mark import HighMark, PoolMark
-from agentcgroupd.guard.policy_files import PolicyFiles, read_policy
+from agentcgroupd.guard.policy_files import PolicyFiles, ReadPolicy, read_policy
 from agentcgroupd.history.history import History
 from agentcgroupd.history.room import Bounds
 from agentcgroupd.host.journal import DETAIL
 from agentcgroupd.host.kernel_log import OomLog
-from agentcgroupd.host.listening import handed_over, listen
+from agentcgroupd.host.listening import handed_over
 from agentcgroupd.host.run_dir import RunDir
 from agentcgroupd.host.systemd import notify
 from agentcgroupd.observers import Observers
 from agentcgroupd.policy.learning import Peaks
 from agentcgroupd.restore import restore
 from agentcgroupd.rpc.agent_calls import AgentCalls
-from agentcgroupd.rpc.attach import AttachServer
-from agentcgroupd.rpc.budgets import Budgets
 from agentcgroupd.rpc.callers import Callers
-from agentcgroupd.rpc.gate import Gate
-from agentcgroupd.rpc.grpc_server import GrpcServer
-from agentcgroupd.rpc.hook_verb import HookVerb
 from agentcgroupd.rpc.memory import MemoryWatch
-from agentcgroupd.rpc.messages import Messages
 from agentcgroupd.rpc.past import Past
-from agentcgroupd.rpc.relay import Relay
-from agentcgroupd.rpc.sealed import SealedDoor
 from agentcgroupd.rpc.service import Parts
-from agentcgroupd.rpc.services import AdminService, AgentService
-from agentcgroupd.rpc.verbs import PING, AgentVerbs, OperatorVerbs, Verb, pong
 from agentcgroupd.rpc.views import Views
 from agentcgroupd.running import Running, note_alive
 from agentcgroupd.runtime.watching import Runtimes
 from agentcgroupd.sessions.cgroups import SessionCgroups
-from agentcgroupd.sessions.lifecycle import SessionLifecycle
+from agentcgroupd.sessions.lifecycle import SessionLifecycle, SessionObserver
 from agentcgroupd.sessions.limits import Ceilings
 from agentcgroupd.sessions.pool import ALIVE_XATTR, Pool, PoolClaim
 from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.second_records import SecondRecords
+from agentcgroupd.stopping import bounded
 from agentcgroupd.telemetry.audit import Audit, AuditLimits
 from agentcgroupd.telemetry.feed import Feed
-from agentcgroupd.telemetry.metrics import Heartbeat, Metrics
-from agentcgroupd.telemetry.metrics_server import MetricsServer
+from agentcgroupd.telemetry.metrics import Metrics
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.started import started
 from agentcgroupd.turns import Turns
@@ -81,8 +69,39 @@ log = logging.getLogger(__name__)
 FILES_WANTED = 262_144
 THREADS = 8
 """In which what blocks is done."""
-STOP_MOST_S = 1.5
-"""How long one part may take to stop; then the daemon goes on stopping without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What all other parts are made with."""
+
+    pool: Pool
+    sessions: Sessions
+    policy_files: PolicyFiles
+    notices: Notices
+    turns: Turns
+    events: FileEvents
+
+
+@dataclass(frozen=True, slots=True)
+class _Acting:
+    """What acts on sessions and calls, and what follows them."""
+
+    plane: DataPlane
+    cpu: CpuScheduling
+    actions: Actions
+    gpus: Gpus
+    observers: Observers
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """The calls, and what lets them in."""
+
+    calls: Calls
+    queue: AdmissionQueue
+    admission: Admission
+    peaks: Peaks
 
 
 class Daemon:
@@ -118,15 +137,60 @@ class Daemon:
         await _start_threads()
         place = Place(config, undo)
         _raise_file_limit()
+        base = self._begin(undo, policy, place.claim)
+        acting = await self._make_enforcers(undo, base)
+        entry = self._make_calls(undo, base, acting)
+        guard = self._make_guard(base, acting, entry)
+        runtimes = Runtimes(
+            config.containers, run_dir, base.pool.mount, base.sessions, base.notices
+        )
+        followers = [acting.observers, guard, runtimes.containers]
+        lifecycle = self._make_lifecycle(undo, base, acting, entry, [f for f in followers if f])
+
+        # What an earlier daemon left.
+        base.pool.settled_ticks = _last_alive_ticks(base.pool)
+        acting.observers.follow(entry.calls)
+        restore(lifecycle, base.sessions, entry.calls, base.notices, entry.peaks)
+
+        # Who may ask, and what goes on from now on.
+        parts = self._make_parts(base, acting, entry, guard, lifecycle)
+        running = Running(
+            parts,
+            base.pool,
+            acting.observers,
+            acting.cpu,
+            acting.gpus,
+            base.events,
+            MemoryWatch(config.limits.memory),
+            config.server,
+        )
+        running.sweep_at_once()
+        await Doors(config, undo, parts, entry.admission, running, place.sockets).open()
+        # What is held is let go of first: no part that is slow to stop can keep it.
+        undo.callback(entry.calls.release)
+        undo.callback(acting.gpus.let_go)
+        if guard is not None:
+            undo.callback(guard.stop)
+            guard.start()
+        acting.observers.start(guard)
+        runtimes.start(lifecycle, undo)
+        place.keep()
+        return _ready(running, base.pool, base.sessions, acting.observers, run_dir)
+
+    # The parts, each made of those before it
+
+    def _begin(self, undo: AsyncExitStack, policy: ReadPolicy, claim: PoolClaim) -> _Base:
         notices = self._make_notices(undo)
         turns = Turns()
-        pool = place.claim.prepare()
-        policy_files = PolicyFiles(config.policy, policy, notices, pool.memory_max_bytes)
+        pool = claim.prepare()
+        policy_files = PolicyFiles(self._config.policy, policy, notices, pool.memory_max_bytes)
         events = FileEvents(turns)
         undo.callback(events.close)
+        return _Base(pool, Sessions(pool), policy_files, notices, turns, events)
 
-        # What acts on sessions and calls, and what follows them.
-        sessions = Sessions(pool)
+    async def _make_enforcers(self, undo: AsyncExitStack, base: _Base) -> _Acting:
+        """Make what acts on sessions and calls, and what follows them."""
+        config, pool, notices = self._config, base.pool, base.notices
         plane = DataPlane(config.bpf, config.guard, pool.cgroup.id)
         undo.callback(plane.close)
         plane.open()
@@ -134,232 +198,148 @@ class Daemon:
             config.cpu,
             config.bpf.objects,
             notices.metrics,
-            lambda: policy_files.policy.cpu,
+            lambda: base.policy_files.policy.cpu,
             pool,
-            sessions.open.values,
+            base.sessions.open.values,
         )
         actions = Actions(notices, lambda: plane.memory, pool.cgroup, cpu.hurry)
         gpus = Gpus(
             config.gpu,
-            run_dir,
-            sessions,
+            config.server.run_dir,
+            base.sessions,
             actions,
             objects=config.bpf.objects,
             programs=config.bpf.enabled,
             sources=self.gpu_sources,
         )
-        undo.push_async_callback(_bounded, "GPU sharing", gpus.stop)
+        undo.push_async_callback(bounded, "GPU sharing", gpus.stop)
         await gpus.start(pool.cgroup)
-        observers = Observers(config, plane, cpu, gpus, pool, sessions.open.values, notices)
+        observers = Observers(config, plane, cpu, gpus, pool, base.sessions.open.values, notices)
         undo.callback(observers.close)
+        return _Acting(plane, cpu, actions, gpus, observers)
 
-        # Calls, what lets them in, and the sessions that they are in.
-        ceilings = Ceilings(config.calls, pool, lambda: gpus.ceiling)
+    def _make_calls(self, undo: AsyncExitStack, base: _Base, acting: _Acting) -> _Entry:
+        """Make the calls, and what lets them in."""
+        config, gpus = self._config, acting.gpus
+        ceilings = Ceilings(config.calls, base.pool, lambda: gpus.ceiling)
         peaks = Peaks()
         reports = Reports(
-            pool.cgroup,
-            notices,
+            base.pool.cgroup,
+            base.notices,
             ceilings.of,
-            cpu.numbers,
+            acting.cpu.numbers,
             peaks,
             undo.enter_context(closing(OomLog.open())),
         )
-        queue = AdmissionQueue([gpus.resource], notices)
+        queue = AdmissionQueue([gpus.resource], base.notices)
         calls = Calls(
             config.calls,
-            events,
-            actions,
-            notices,
+            base.events,
+            acting.actions,
+            base.notices,
             reports,
-            observers,
+            acting.observers,
             ceilings.of,
             queue.count,
-            turns,
-            SecondRecords(run_dir),
+            base.turns,
+            SecondRecords(config.server.run_dir),
         )
         undo.callback(calls.let_go)
-        admission = Admission(calls, queue)
-        guard = None
-        if config.guard.enabled and pool.memory_max_bytes is not None:
-            guard = PoolGuard(
-                config.guard,
-                policy_files,
-                pool,
-                calls,
-                queue,
-                peaks,
-                sessions.open,
-                observers.abilities,
-                _marks(config, pool, events, observers),
-                events,
-                plane.look,
-            )
-        runtimes = Runtimes(config.containers, run_dir, pool.mount, sessions, notices)
-        lifecycle = SessionLifecycle(
-            SessionCgroups(
-                config.sessions, pool, sessions, lambda: gpus.ceiling, gpus.grants.place_part
-            ),
-            sessions,
+        return _Entry(calls, queue, Admission(calls, queue), peaks)
+
+    def _make_guard(self, base: _Base, acting: _Acting, entry: _Entry) -> PoolGuard | None:
+        """Make the pool's guard; None where there is nothing to guard."""
+        config, pool = self._config, base.pool
+        if not config.guard.enabled or pool.memory_max_bytes is None:
+            return None
+        return PoolGuard(
+            config.guard,
+            base.policy_files,
             pool,
-            events,
-            notices,
-            admission,
-            cpu.numbers,
-            [observers, runtimes.containers]
-            if guard is None
-            else [observers, guard, runtimes.containers],
+            entry.calls,
+            entry.queue,
+            entry.peaks,
+            base.sessions.open,
+            acting.observers.abilities,
+            _marks(config, pool, base.events, acting.observers),
+            base.events,
+            acting.plane.look,
+        )
+
+    def _make_lifecycle(
+        self,
+        undo: AsyncExitStack,
+        base: _Base,
+        acting: _Acting,
+        entry: _Entry,
+        followers: Sequence[SessionObserver],
+    ) -> SessionLifecycle:
+        """Make what opens and closes sessions. `followers`: are told of each."""
+        gpus = acting.gpus
+        cgroups = SessionCgroups(
+            self._config.sessions,
+            base.pool,
+            base.sessions,
+            lambda: gpus.ceiling,
+            gpus.grants.place_part,
+        )
+        lifecycle = SessionLifecycle(
+            cgroups,
+            base.sessions,
+            base.pool,
+            base.events,
+            base.notices,
+            entry.admission,
+            acting.cpu.numbers,
+            followers,
         )
         undo.callback(lifecycle.stop)
+        return lifecycle
 
-        # What an earlier daemon left.
-        pool.settled_ticks = _last_alive_ticks(pool)
-        observers.follow(calls)
-        restore(lifecycle, sessions, calls, notices, peaks)
-
-        # Who may ask, and what goes on from now on.
-        parts = Parts(
+    def _make_parts(
+        self,
+        base: _Base,
+        acting: _Acting,
+        entry: _Entry,
+        guard: PoolGuard | None,
+        lifecycle: SessionLifecycle,
+    ) -> Parts:
+        """Make what answers requests."""
+        sessions, calls, queue = base.sessions, entry.calls, entry.queue
+        callers = Callers(sessions, self._config.calls.tools_may)
+        views = Views(
+            base.pool,
             sessions,
             lifecycle,
             calls,
             queue,
-            AgentCalls(Callers(sessions, config.calls.tools_may), calls, queue, admission),
-            Views(
-                pool,
-                sessions,
-                lifecycle,
-                calls,
-                queue,
-                policy_files,
-                gpus,
-                guard.loop if guard is not None else None,
-            ),
-            Past(notices.history, calls.open.get, queue.waits),
-            policy_files,
-            notices,
-            turns,
+            base.policy_files,
+            acting.gpus,
+            guard.loop if guard is not None else None,
         )
-        running = Running(
-            parts,
-            pool,
-            observers,
-            cpu,
-            gpus,
-            events,
-            MemoryWatch(config.limits.memory),
-            config.server,
+        return Parts(
+            sessions,
+            lifecycle,
+            calls,
+            queue,
+            AgentCalls(callers, calls, queue, entry.admission),
+            views,
+            Past(base.notices.history, calls.open.get, queue.waits),
+            base.policy_files,
+            base.notices,
+            base.turns,
         )
-        running.sweep_at_once()
-        await self._open_doors(undo, parts, admission, running, place.sockets)
-        # What is held is let go of first: no part that is slow to stop can keep it.
-        undo.callback(calls.release)
-        undo.callback(gpus.let_go)
-        if guard is not None:
-            undo.callback(guard.stop)
-            guard.start()
-        observers.start(guard)
-        runtimes.start(lifecycle, undo)
-        place.keep()
-        return _ready(running, pool, sessions, observers, run_dir)
 
     def _make_notices(self, undo: AsyncExitStack) -> Notices:
         config, kept = self._config.audit, self._config.history
         history = History(kept.path, Bounds(kept.max_bytes, kept.session_percent, kept.max_age))
-        undo.push_async_callback(_bounded, "the history", history.close)
+        undo.push_async_callback(bounded, "the history", history.close)
         limits = AuditLimits(
             config.max_bytes, config.files, config.session_percent, config.session_rate
         )
         audit = Audit(config.path, config.max_bytes, limits, history.note)
         undo.callback(audit.close)
         return Notices(audit, Metrics(), Feed(), history)
-
-    async def _open_doors(
-        self,
-        undo: AsyncExitStack,
-        parts: Parts,
-        admission: Admission,
-        running: Running,
-        given: Mapping[str, socket.socket],
-    ) -> None:
-        """Let agents, the operator and the metrics' reader in. `given`: the sockets that systemd
-        handed over. Raises OSError or ConfigError."""
-        for role in ("agent", "admin"):
-            budgets = await self._open_sockets(
-                undo, parts, admission, running.observers, role, given
-            )
-            running.memory.add(budgets)
-        await self._serve_metrics(undo, parts.notices.metrics, running.heartbeat)
-        undo.callback(parts.notices.feed.end)
-
-    async def _open_sockets(
-        self,
-        undo: AsyncExitStack,
-        parts: Parts,
-        admission: Admission,
-        observers: Observers,
-        role: str,
-        given: Mapping[str, socket.socket],
-    ) -> Budgets:
-        run_dir, metrics = self._config.server.run_dir, parts.notices.metrics
-        mode = 0o666 if role == "agent" else 0o600
-        stream, packets = socket.SOCK_STREAM, socket.SOCK_SEQPACKET
-        listener = listen(run_dir / role / "grpc.sock", stream, mode, f"{role}-grpc", given)
-        undo.callback(listener.close)
-        attach_listener = listen(
-            run_dir / role / "attach.sock", packets, mode, f"{role}-attach", given
-        )
-        undo.callback(attach_listener.close)
-        find = parts.sessions.of_cgroup
-        budgets = Budgets(self._config.limits, self._config.sessions.connections_max, metrics)
-        gate = Gate(metrics, parts.turns)
-        private = run_dir / f"private/{role}.sock"
-        server = GrpcServer(private, f"agentcgroup.v1.{role.capitalize()}", gate)
-        relay = Relay(listener, server.address, metrics, find, budgets, parts.turns)
-        gate.relay = relay
-        verbs: dict[str, Verb] = {PING: pong}
-        if role == "agent":
-            for_agents = AgentService(parts, relay)
-            pb_grpc.add_AgentServicer_to_server(for_agents, server.server)
-            messages = Messages("Agent", for_agents, parts.agent_calls, metrics, parts.turns)
-            callers = Callers(parts.sessions, self._config.calls.tools_may)
-            agent = AgentVerbs(callers, parts.calls, admission, self._config.calls.rightsize)
-            verbs |= {"attach": agent.attach, "begin": agent.begin}
-            sealed = SealedDoor(dict(verbs), find, budgets, parts.turns, parts.notices)
-            undo.callback(sealed.stop)
-            observers.declared = sealed.declared
-            verbs["report"] = agent.report
-            verbs["told"] = HookVerb(callers, parts.calls).told
-        else:
-            for_operator = AdminService(parts, relay)
-            pb_grpc.add_AdminServicer_to_server(for_operator, server.server)
-            messages = Messages("Admin", for_operator, None, metrics, parts.turns)
-            verbs["enter"] = OperatorVerbs(parts.sessions, parts.calls).enter
-        attach = AttachServer(attach_listener, verbs, messages, metrics, find, budgets, parts.turns)
-        # Undone from the last: nobody new is let in, requests under way get a moment to end, and
-        # then connections are closed.
-        undo.push_async_callback(_bounded, f"the {role} relay", relay.stop)
-        undo.push_async_callback(_bounded, f"the {role} gRPC server", server.stop)
-        undo.callback(relay.close_door)
-        undo.callback(attach.stop)
-        await server.start()
-        await relay.start()
-        attach.start()
-        return budgets
-
-    async def _serve_metrics(
-        self, undo: AsyncExitStack, metrics: Metrics, heartbeat: Heartbeat
-    ) -> None:
-        address = self._config.server.metrics_address
-        if not address:
-            return
-        metrics.tell_health(heartbeat)
-        try:
-            server = MetricsServer(address, metrics, heartbeat.wrong, heartbeat.unready)
-        except OSError as error:
-            why = os.strerror(error.errno or 0)
-            message = f"server.metrics_address: {address!r} cannot be used: {why}"
-            raise ConfigError(message) from None
-        close = partial(asyncio.to_thread, server.close)
-        undo.push_async_callback(_bounded, "the metrics server", close)
 
 
 class Place:
@@ -462,14 +442,3 @@ def _ready(
     for line in lines:
         log.info("%s", line)
     return running
-
-
-async def _bounded(what: str, stop: Callable[[], Awaitable[None]]) -> None:
-    """Stop a part, but wait no longer than STOP_MOST_S for it."""
-    task = asyncio.ensure_future(stop())
-    done, _ = await asyncio.wait({task}, timeout=STOP_MOST_S)
-    if done:
-        task.result()
-        return
-    task.cancel()
-    log.error("%s did not stop within %g s: the daemon ends without it", what, STOP_MOST_S)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agentcgroupd import daemon
+from agentcgroupd import stopping
 from agentcgroupd.config import ServerConfig
 from agentcgroupd.running import PartFailed, Running
 
@@ -61,7 +61,7 @@ def test_a_signal_cancels_every_part_and_is_no_failure(number: int) -> None:
 def test_a_part_that_does_not_stop_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(daemon, "STOP_MOST_S", 0.05)
+    monkeypatch.setattr(stopping, "STOP_MOST_S", 0.05)
     stopped: list[str] = []
 
     async def never() -> None:
@@ -74,10 +74,10 @@ def test_a_part_that_does_not_stop_is_not_waited_for(
         raise OSError("cannot")
 
     async def run() -> None:
-        await daemon._bounded("the stuck part", never)
-        await daemon._bounded("the good part", at_once)
+        await stopping.bounded("the stuck part", never)
+        await stopping.bounded("the good part", at_once)
         with pytest.raises(OSError, match="cannot"):
-            await daemon._bounded("the wrong part", wrong)
+            await stopping.bounded("the wrong part", wrong)
 
     asyncio.run(run())
     assert stopped == ["at once"]
