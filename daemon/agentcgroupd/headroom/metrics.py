@@ -32,20 +32,20 @@ def read(url: str) -> str:
 def numbers_of(text: str) -> Numbers:
     """The numbers in the text of the metrics. Raises NoNumbers where one is missing or unknown: a
     node without a limit has no headroom that could be told."""
-    single: dict[str, float] = {}
+    sums: dict[str, float] = {}
     peaks: list[tuple[float, float]] = []
     try:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name == "agentcg_call_memory_peak_bytes_bucket":
                     peaks.append((float(sample.labels["le"]), sample.value))
-                elif not sample.labels:
-                    single[sample.name] = sample.value
+                else:  # What is told by priority counts together.
+                    sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
     except (KeyError, ValueError) as error:
         raise NoNumbers(f"the metrics cannot be read: {error}") from None
 
     def value(name: str) -> int:
-        found = single.get(name, math.nan)
+        found = sums.get(name, math.nan)
         if not math.isfinite(found):
             raise NoNumbers(f"{name} is not known")
         return int(found)
