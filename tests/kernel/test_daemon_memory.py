@@ -58,7 +58,7 @@ def test_who_has_most_open_is_disconnected(start_daemon: StartDaemon) -> None:
     unbounded = start_daemon("")
     opened(unbounded)
     limit = rss_bytes(unbounded) + ROOM_MIB * MIB
-    daemon = start_daemon(f"[limits]\nmemory = {limit}\n")
+    daemon = start_daemon(f"[limits]\nmemory = {limit}\nanswer_bytes_all = {limit // 2}\n")
     hostile, quiet = opened(daemon)
     hostile.run(FLOOD, count=200)
     said = "the connections of session hostile are closed"

@@ -14,7 +14,7 @@ from tests.harness import AgentProcess, DaemonProcess
 pytestmark = pytest.mark.psi
 
 RUN = "result = agent.run(argv, check=True).call_id"
-SPIN = "timeout {seconds} sh -c 'while :; do :; done'; true"
+SPIN = "(timeout {seconds} sh -c 'while :; do :; done'; true)"
 
 
 @pytest.fixture
