@@ -11,21 +11,25 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 COMMAND_CHARS_MAX = 4096
 """Most characters of a command that are kept."""
 SAME_CHARS_LEAST = 64
 """Fewest characters that have to be the same where a command was cut."""
 CUT = "…"
+WORD_CHARS_MAX = 4 * COMMAND_CHARS_MAX
+"""Most characters that are read of a command inside a wrapper, with its quotes."""
 _NESTED_MAX = 6
 """Most wrappers in one another: a sandbox, its shell, a snapshot's shell, the agent's own."""
 
 _SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "ash"})
 _SANDBOXES = frozenset({"bwrap", "codex-linux-sandbox"})
 _EVALUATED = re.compile(r"(?:^|&& |; )eval (?=\S)")
-_INNER_SHELL = re.compile(r"(?:^|[\s'])(?:\S*/)?(?:bash|zsh|sh)'? -l?c (?=\S)")
+# Each is matched in time that grows with the script alone, whatever is in it: the daemon uses them.
+_INNER_SHELL = re.compile(r"(?<![^\s'/])(?:bash|zsh|sh)'? -l?c (?=\S)")
 _HANDED_OVER = re.compile(r"(?:^|\n)[ \t]*exec '[^'\n]*' -l?c (?=\S)")
+_GEMINI_HEAD = "_bgpids_file="
 _GEMINI = re.compile(
     r"_bgpids_file=[^\n]*\n\(\n *trap '[^\n]*' EXIT\n(.*?)(?:\n\)\n__code=\$\?|\Z)", re.DOTALL
 )
@@ -35,15 +39,18 @@ _ESCAPED = re.compile(r"\\([$`\"\\])")
 
 def command_of(argv: Sequence[str]) -> str:
     """Return what a command line was started for: the script of a shell's `-c` without what an
-    agent puts around it, else the arguments, quoted as a shell wants them. Not cut."""
+    agent puts around it, else the arguments, quoted as a shell wants them. Nothing is left
+    out of it that `kept` would keep."""
     words = list(argv)
-    script = _shell_script(words)
-    if script is None:
+    for _ in range(_NESTED_MAX):
+        script = _shell_script(words)
+        if script is not None:
+            return unwrapped(script)
         inner = _sandboxed(words)
         if inner is None:
-            return shlex.join(words)
-        return command_of(inner)
-    return unwrapped(script)
+            break
+        words = inner
+    return shlex.join(_head(words))
 
 
 def unwrapped(script: str) -> str:
@@ -75,6 +82,16 @@ def is_same(asked: str, kept: str) -> bool:
     return least >= SAME_CHARS_LEAST and heads[0][:least] == heads[1][:least]
 
 
+def _head(words: Sequence[str]) -> Iterator[str]:
+    """Yield as many words as it takes for a command that has to be cut."""
+    chars = 0
+    for word in words:
+        yield word
+        chars += len(word) + 1
+        if chars > COMMAND_CHARS_MAX + 1:
+            break
+
+
 def _shell_script(words: Sequence[str]) -> str | None:
     """Return the script of `sh -c SCRIPT`; None: the words are no such command."""
     if not words or os.path.basename(words[0]).removeprefix("-") not in _SHELLS:
@@ -99,7 +116,8 @@ def _sandboxed(words: Sequence[str]) -> list[str] | None:
 
 def _inner(script: str) -> str | None:
     """Return what is in the outermost wrapper; None: there is none that is known."""
-    gemini = _GEMINI.search(script)
+    at = script.find(_GEMINI_HEAD)
+    gemini = _GEMINI.match(script, at) if at >= 0 else None
     if gemini is not None:
         return gemini[1]
     if "apply-seccomp" in script or script.startswith(("bwrap ", "exec bwrap ")):
@@ -116,7 +134,7 @@ def _word_behind(pattern: re.Pattern[str], script: str) -> str | None:
     found = pattern.search(script)
     if found is None:
         return None
-    at = found.end()
+    script, at = script[found.end() : found.end() + WORD_CHARS_MAX], 0
     parts: list[str] = []
     while piece := _PIECE.match(script, at):
         single, double, escaped, bare = piece.groups()

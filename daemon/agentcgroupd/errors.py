@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 
-from agentcgroup.text import printable_lines
+from agentcgroup.text import printable, printable_lines
 
 VALUE_SHOWN_CHARS = 200
 """How much of a caller's own value is repeated back to it."""
@@ -79,6 +79,8 @@ class InvalidField(RequestError, ValueError):
     code = "INVALID_ARGUMENT"
 
     def __init__(self, field: str, value: str, allowed: str, why: str = "") -> None:
+        # A caller may make up a name as well.
+        field = printable(field[:VALUE_SHOWN_CHARS])
         shown = value if len(value) <= VALUE_SHOWN_CHARS else value[:VALUE_SHOWN_CHARS] + "..."
         reason = f" {why};" if why else ""
         sentence = f"{field}: {shown!r} cannot be used:{reason} allowed is {allowed}"

@@ -316,7 +316,7 @@ class Boundaries:
             environment = read_proc(pid, "environ", ENVIRONMENT_BYTES_MAX)
             with self._calls.refusing(session, name):
                 return declared_in(environment)
-        except (FileNotFoundError, ProcessLookupError):
+        except OSError:
             return "", None
         except RequestError as error:
             sentence = f"what the environment of {name!r} says of it is ignored: {error.sentence}"

@@ -69,12 +69,12 @@ def tool_use_id(pid: int) -> str:
         data = read_proc(pid, "environ", ENVIRON_BYTES_MAX)
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return ""
-    words = data.split(b"\0")
+    data = b"\0" + data
     for name in TOOL_USE_ID_NAMES:
-        found = next((word[len(name) :] for word in words if word.startswith(name)), b"")
+        _, _, rest = data.partition(b"\0" + name)
+        found = rest[: 4 * TOOL_USE_ID_CHARS_MAX].partition(b"\0")[0]
         if found:
-            text = found[: 4 * TOOL_USE_ID_CHARS_MAX].decode("utf-8", "replace")
-            return printable(text)[:TOOL_USE_ID_CHARS_MAX]
+            return printable(found.decode("utf-8", "replace"))[:TOOL_USE_ID_CHARS_MAX]
     return ""
 
 

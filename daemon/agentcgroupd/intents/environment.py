@@ -3,12 +3,17 @@ from outside: `docker exec -e AGENTCG_CALL_MEMORY_MAX=2G ...`."""
 
 from __future__ import annotations
 
+import re
+
 from agentcgroupd.intents.parse import PARSERS, Intent, check_name, parse_intent
 
 PREFIX = "AGENTCG_CALL_"
 HINT = "AGENT_RESOURCE_HINT"
 ENVIRONMENT_BYTES_MAX = 65_536
 """Most that is read of an environment."""
+_ENTRY = re.compile(rb"(?<![^\0])(?:%b([^=\0]*)|%b)=([^\0]*)" % (PREFIX.encode(), HINT.encode()))
+"""An entry that is for us, found without looking at the others one by one: an agent may have made
+tens of thousands of them."""
 
 
 def texts_in(environment: bytes) -> dict[str, str]:
@@ -16,12 +21,9 @@ def texts_in(environment: bytes) -> dict[str, str]:
     AGENTCG_CALL_ and the field in capitals. Of a variable that is there twice the first counts, as
     for getenv(3)."""
     texts: dict[str, str] = {}
-    for entry in environment[:ENVIRONMENT_BYTES_MAX].split(b"\0"):
-        variable, separator, value = entry.partition(b"=")
-        name = variable.decode("ascii", "replace")
-        field = "hint" if name == HINT else name.removeprefix(PREFIX).lower()
-        if not separator or (name != HINT and not name.startswith(PREFIX)):
-            continue
+    for entry in _ENTRY.finditer(environment[:ENVIRONMENT_BYTES_MAX]):
+        name, value = entry.groups()
+        field = "hint" if name is None else name.decode("ascii", "replace").lower()
         texts.setdefault(field, value.decode("utf-8", "replace"))
     return {field: text for field, text in texts.items() if text}
 

@@ -207,9 +207,13 @@ def _commands(script: str) -> Iterator[tuple[list[str], bool]]:
 def _behind(heredocs: list[str], script: str, at: int) -> int:
     """Return where a script goes on after the text of its here-documents."""
     for delimiter in heredocs:
-        end = re.compile(rf"^\t*{re.escape(delimiter)}$", re.M).search(script, at)
-        at = end.end() if end else len(script)
-    return at
+        while at < len(script):
+            line, _, _ = script[at:].partition("\n")
+            at += len(line)
+            if line.lstrip("\t") == delimiter:
+                break
+            at += 1
+    return min(at, len(script))
 
 
 def _unquoted(word: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,3 +46,20 @@ def test_no_environment_is_a_fault(data: bytes, field: str) -> None:
         declared_in(b"AGENTCG_CALL_" + field.upper().encode() + b"=" + data)
     except AgentcgroupdError:
         return
+
+
+def test_names_that_an_agent_makes_up_cannot_pass_for_lines() -> None:
+    with pytest.raises(InvalidField) as caught:
+        declared_in(b"AGENTCG_CALL_A\n<0>forged\x1b[31m" + b"a" * 60_000 + b"=1\0")
+    assert "\n" not in caught.value.sentence
+    assert len(caught.value.sentence) < 4096
+
+
+def test_an_environment_of_empty_entries_takes_no_time() -> None:
+    began_s = time.thread_time()
+    assert texts_in(b"\0" * 65_500 + b"AGENTCG_CALL_MEMORY=1G\0") == {"memory": "1G"}
+    assert time.thread_time() - began_s < 0.02
+
+
+def test_only_whole_names_count() -> None:
+    assert texts_in(b"X=AGENTCG_CALL_CPU=1\0XAGENTCG_CALL_CPU=1\0AGENT_RESOURCE_HINTS=1\0") == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -73,3 +74,24 @@ def test_a_short_command_is_known_as_a_whole() -> None:
     assert is_same(" make all\n", "make all")
     assert not is_same("make all", "make")
     assert not is_same("make", "make" + CUT)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "apply-seccomp " + "'/" * 32_000,
+        "apply-seccomp " + "''" * 32_000,
+        "_bgpids_file=" * 5_000,
+        "shell-snapshots/; eval " + '"' + "\\\\" * 32_000,
+        "shell-snapshots/; eval " + "a''" * 20_000,
+    ],
+)
+def test_no_script_takes_long(script: str) -> None:
+    began_s = time.thread_time()
+    command_of(["bash", "-c", script])
+    command_of(["'"] * 32_000)
+    assert time.thread_time() - began_s < 0.1
+
+
+def test_sandboxes_in_one_another_without_end() -> None:
+    assert command_of(["bwrap", "--"] * 7_000).startswith("bwrap -- bwrap")
