@@ -206,6 +206,7 @@ class Boundaries:
     def prune(self) -> None:
         """Give up processes whose end nobody will tell; to be called again and again."""
         self._resync.prune()
+        self._insiders.prune()
 
     def _read_on(self) -> None:
         """Take in what is there, unless so much waits that it is better left in the buffer."""

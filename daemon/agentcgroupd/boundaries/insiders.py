@@ -10,8 +10,9 @@ the launcher are insiders.
 from __future__ import annotations
 
 import fnmatch
+from itertools import islice
 
-from agentcgroupd.boundaries.processes import TICK_NS, Key
+from agentcgroupd.boundaries.processes import TICK_NS, Key, lives
 from agentcgroupd.errors import AgentcgroupdError
 from agentcgroupd.host.proc import cgroup_of
 from agentcgroupd.host.syscalls import process_stat
@@ -19,6 +20,9 @@ from agentcgroupd.state.session import AGENT_LEAF, Session, boottime_usec
 
 RUNTIMES = ("runc*", "crun*", "youki*", "conmon*", "containerd*", "docker*")
 """Names of the processes by which runtimes start others in a container."""
+
+PRUNED_MOST = 256
+"""How many processes are looked at each time."""
 
 
 def is_runtime(comm: str) -> bool:
@@ -30,7 +34,8 @@ class Insiders:
     """The agents' own processes of which no fork was seen."""
 
     def __init__(self) -> None:
-        self._keys: set[Key] = set()
+        self._keys: dict[Key, None] = {}
+        """A set that is in order: what was looked at last is behind."""
         self._since: dict[int, int] = {}
         """When each session was opened, in clock ticks since boot, by the id of its agent leaf."""
 
@@ -48,18 +53,26 @@ class Insiders:
 
     def add(self, key: Key) -> None:
         """Count a process as an agent's own."""
-        self._keys.add(key)
+        self._keys[key] = None
 
     def add_pid(self, pid: int) -> None:
         """Count a process as an agent's own, unless it has ended."""
         try:
-            self._keys.add((pid, process_stat(pid).start_ticks))
+            self._keys[pid, process_stat(pid).start_ticks] = None
         except (FileNotFoundError, ProcessLookupError):
             return
 
     def ended(self, key: Key) -> None:
         """Forget a process."""
-        self._keys.discard(key)
+        self._keys.pop(key, None)
+
+    def prune(self) -> None:
+        """Forget processes whose end nobody has told; to be called again and again. It was lost, or
+        they had left the session."""
+        for key in list(islice(self._keys, PRUNED_MOST)):
+            del self._keys[key]
+            if lives(key):
+                self._keys[key] = None
 
     def forks(self, session: Session, parent: Key) -> bool:
         """Whether an agent's own process has forked: one that is known, or that is found in the
@@ -75,5 +88,5 @@ class Insiders:
             return False
         if path != leaf and not path.startswith(f"{leaf}/"):
             return False
-        self._keys.add(parent)
+        self._keys[parent] = None
         return True
