@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentcgroupd.config_containers import ContainerRule
-from agentcgroupd.runtime.engine import Change, EngineError, Told
+from agentcgroupd.runtime.engine import Change, EngineError, Told, is_runtimes_socket
 from agentcgroupd.runtime.labels import Container, wanted
 
 if TYPE_CHECKING:
@@ -41,10 +40,7 @@ class DockerEngine:
 
     def there(self) -> bool:
         """Whether its socket is there."""
-        try:
-            return stat.S_ISSOCK(self._socket.stat().st_mode)
-        except OSError:
-            return False
+        return is_runtimes_socket(self._socket)
 
     def connect(self) -> str:
         """Connect anew; returns the version. Raises EngineError."""

@@ -7,6 +7,8 @@ to the daemon's loop one container at a time, and the next is read once that has
 from __future__ import annotations
 
 import logging
+import os
+import stat
 import threading
 import time
 from asyncio import AbstractEventLoop
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Protocol
 
 from agentcgroupd.runtime.labels import Container
@@ -27,6 +30,15 @@ AGAIN_MOST_S = 30.0
 OVERLAP_S = 1.0
 """Events are asked for from this much before a list: a container that starts meanwhile is told
 twice rather than never."""
+
+
+def is_runtimes_socket(path: Path) -> bool:
+    """Whether a socket is there that a runtime is believed at: root's, or the daemon's own user's."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    return stat.S_ISSOCK(found.st_mode) and found.st_uid in (0, os.geteuid())
 
 
 class EngineError(Exception):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from agentcgroup.v1 import nri_pb2 as nri
 from agentcgroupd.config_containers import ContainerRule
 from agentcgroupd.runtime.early import Splitter
-from agentcgroupd.runtime.engine import Change, EngineError, Told
+from agentcgroupd.runtime.engine import Change, EngineError, Told, is_runtimes_socket
 from agentcgroupd.runtime.labels import PREFIX, Container, wish_of
 from agentcgroupd.runtime.place import HasEnded, NoPlace, cgroup_of_container, cgroup_of_oci_path
 from agentcgroupd.runtime.ttrpc import REQUEST, RESPONSE, BrokenFrame, Frame, Mux
@@ -81,10 +80,7 @@ class Nri:
 
     def there(self) -> bool:
         """Whether the runtime's socket is there."""
-        try:
-            return stat.S_ISSOCK(self._path.stat().st_mode)
-        except OSError:
-            return False
+        return is_runtimes_socket(self._path)
 
     def connect(self) -> str:
         """Register, and have the runtime tell what runs. Raises EngineError."""

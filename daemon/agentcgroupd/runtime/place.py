@@ -38,7 +38,8 @@ def cgroup_of_container(container: Container) -> str:
         raise NoPlace(f"{path} is no path of a cgroup")
     if not with_id:
         raise NoPlace(f"its process {container.pid} is in {path}, which does not have its id")
-    end = with_id[-1] + 1
+    # The first: a container that may make cgroups can make others of that name below.
+    end = with_id[0] + 1
     if names[end : end + 1] == [PODMANS_LEAF]:
         end += 1
     return "/".join(names[:end])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 import threading
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from agentcgroup.v1 import nri_pb2 as nri
 from agentcgroupd.runtime import early, engine
 from agentcgroupd.runtime.early import Splitter
-from agentcgroupd.runtime.engine import Change, Told, Watcher
+from agentcgroupd.runtime.engine import Change, Told, Watcher, is_runtimes_socket
 from agentcgroupd.runtime.labels import Container
 from agentcgroupd.runtime.nri import Nri
 from agentcgroupd.runtime.place import NoPlace, cgroup_of_container, cgroup_of_oci_path
@@ -284,3 +285,23 @@ def test_messages_come_whole_however_they_are_cut(
             sock.sendall(struct.pack(">II", connection, len(piece)) + piece)
     sock.close()
     assert [(f.connection, f.payload) for f in mux.frames()] == messages
+
+
+def test_a_container_cannot_move_its_session_deeper() -> None:
+    path = "/kubepods.slice/cri-containerd-abc.scope/agent/x-abc-x/y"
+    found = cgroup_of_container(Container("nri", "abc", "n", "", 0, {}, path))
+    assert found == "/kubepods.slice/cri-containerd-abc.scope"
+
+
+def test_a_runtime_is_not_believed_at_anybodys_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "nri.sock"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        assert is_runtimes_socket(path)
+        if os.geteuid() == 0:
+            os.chown(path, 1000, 1000)
+        else:
+            monkeypatch.setattr(os, "geteuid", lambda: 1)
+        assert not is_runtimes_socket(path)
