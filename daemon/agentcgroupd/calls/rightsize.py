@@ -7,6 +7,7 @@ stays: a variable is for the launcher to set where there is none.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ from typing import Literal
 
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import Call
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["caps", "jobs", "affinity"]
 
@@ -99,7 +102,9 @@ class Affinity:
             if len(chosen) != count:
                 chosen = self._choose(allowed, count)
             os.sched_setaffinity(process.pid, chosen)
-        except ProcessLookupError:
+        except OSError as error:
+            # It has ended, or its cpuset is another by now: it runs where it may.
+            log.debug("call %s is not pinned: %s", call.id, error)
             return
         self._pinned[call.id] = chosen
         call.cpus_seen = len(chosen)

@@ -83,7 +83,7 @@ class AgentVerbs:
     ) -> list[str]:
         try:
             self._calls.attach(call, process, came_from)
-        except AgentcgroupdError:
+        except (AgentcgroupdError, OSError):
             self._calls.withdraw(call)
             raise
         return [
