@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -54,6 +55,8 @@ def run_setup(args: argparse.Namespace) -> int:
     """Show what changes in an agent's settings, and write it; returns the exit code."""
     assert args.scope in SCOPES
     settings = settings_of(args.agent, args.scope, _front(), Path.home(), Path.cwd())
+    if os.geteuid() == 0:
+        _check_links(settings.path)
     path = Path(os.path.realpath(settings.path))
     try:
         old = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -73,6 +76,21 @@ def run_setup(args: argparse.Namespace) -> int:
     else:
         _tell(args, settings, new != old)
     return common.OK
+
+
+def _check_links(path: Path) -> None:
+    """Refuse to have root follow a link that somebody else has put in its way, as an agent may in
+    its project. Raises CannotSetUp."""
+    for part in (path, *path.parents):
+        try:
+            found = part.lstat()
+        except FileNotFoundError:
+            continue
+        if stat.S_ISLNK(found.st_mode) and found.st_uid != 0:
+            raise CannotSetUp(
+                f"{part} is a symbolic link of uid {found.st_uid}, which root does not follow; "
+                "run this as that user"
+            )
 
 
 def _tell(args: argparse.Namespace, settings: Settings, changes: bool) -> None:

@@ -152,6 +152,18 @@ def test_mode_and_links_are_kept(tmp_path: Path) -> None:
     assert "AfterTool" in real.read_text()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a link to another user")
+def test_root_follows_no_link_of_others(tmp_path: Path) -> None:
+    (tmp_path / ".claude").mkdir()
+    link, target = tmp_path / ".claude/settings.json", tmp_path / "target.json"
+    link.symlink_to(target)
+    os.lchown(link, 1000, 1000)
+    refused = run(tmp_path, "claude")
+    assert refused.returncode != 0 and not target.exists()
+    os.lchown(link, 0, 0)
+    assert run(tmp_path, "claude").returncode == 0 and target.exists()
+
+
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
     (tmp_path / ".claude").mkdir()
     path = tmp_path / ".claude/settings.json"
