@@ -82,7 +82,7 @@ def _call_in(session: Session, cgroup: Cgroup, second: SecondRecords) -> Call | 
         log.error("the record on %s cannot be read: %s", cgroup.path, error)
     if foreign_version(raw, "call") is not None:
         return None
-    kept = second.read(cgroup.path.name.removeprefix(CALL_PREFIX))
+    kept = second.read(cgroup.path.name.removeprefix(CALL_PREFIX), cgroup.id)
     if kept is None:
         return None
     if not kept["split"] and MAIN_LEAF in set(cgroup.children()):

@@ -201,7 +201,7 @@ class Calls(OpenCalls):
         """Write a call's record, and the second one. Raises KnobError."""
         record = call.record()
         call.cgroup.set_xattr(record)
-        self.second.keep(call.id, record)
+        self.second.keep(call.id, call.cgroup.id, record)
 
     def _with_cgroup(
         self, candidate: Candidate, grant: Grant, owner: Process | None, age_usec: int

@@ -4,7 +4,8 @@ The record of a call lies on its cgroup, where root in a tool can remove it, if 
 host's cgroups (docs/security.md). A daemon that was killed then would find processes in a cgroup of
 which it knows nothing. So each record is written here as well when a call begins, when a process
 enters it and when its grant changes: one file for each open call, which is read only if the record
-on the cgroup is gone.
+on the cgroup is gone. It is for the cgroup alone that it was written for: another of the same name,
+which an agent may have made in its own session, is no call.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from agentcgroupd.state.records import read_record
+from agentcgroupd.units import CgroupId
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +38,11 @@ class SecondRecords:
         self.source = f"run directory: {DIRECTORY}"
         """What a fact that comes from here names as its source."""
 
-    def keep(self, call_id: str, record: bytes) -> None:
-        """Write the record of a call. Where that fails, which is logged once, the one on its cgroup
-        is the only one."""
+    def keep(self, call_id: str, cgroup: CgroupId, record: bytes) -> None:
+        """Write the record of a call. `cgroup`: the id of its cgroup. Where that fails, which is
+        logged once, the one on its cgroup is the only one."""
         path = self._directory / call_id
+        record = b"%d\n%b" % (cgroup, record)
         try:
             try:
                 path.write_bytes(record)
@@ -63,15 +66,17 @@ class SecondRecords:
         except OSError as error:
             log.warning("%s of call %s: %s", self._directory, call_id, error.strerror)
 
-    def read(self, call_id: str) -> dict[str, Any] | None:
-        """Read the record of a call; None where there is none that can be read."""
+    def read(self, call_id: str, cgroup: CgroupId) -> dict[str, Any] | None:
+        """Read the record of a call in the cgroup of that id; None where there is none that can be
+        read."""
         if not _ID.fullmatch(call_id):
             return None
         try:
             with (self._directory / call_id).open("rb") as file:
-                return read_record(file.read(BYTES_MOST), "call")
+                mark, _, record = file.read(BYTES_MOST + 32).partition(b"\n")
         except OSError:
             return None
+        return read_record(record, "call") if mark == b"%d" % cgroup else None
 
     def drop_all_but(self, open_ids: Container[str]) -> None:
         """Remove the records of calls that ended while no daemon was there."""
