@@ -39,6 +39,7 @@ class Splitter:
         try:
             return done.result(SPLIT_S)
         except TimeoutError:
+            done.cancel()  # not later, when the path may be another container's
             return f"it took more than {SPLIT_S:g} s"
 
     def _split(self, path: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup import knobs
-from agentcgroupd.errors import CgroupGone
+from agentcgroupd.errors import KnobError
 from agentcgroupd.state.session import Session
 from agentcgroupd.telemetry.labels import PRIORITIES, priority_label
 from agentcgroupd.telemetry.metrics import Metrics
@@ -39,7 +39,7 @@ class SessionMetrics:
         for session in sessions:
             try:
                 held = session.cgroup.read_if(knobs.MEMORY_CURRENT)
-            except CgroupGone:
+            except KnobError:  # gone, as a rule
                 continue
             priority = priority_label(session.limits.priority)
             count[priority] += 1
