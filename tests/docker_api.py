@@ -25,6 +25,8 @@ class DockerApi:
         """Listen on `path`; a socket of an earlier server is replaced."""
         self.path = path
         self.containers: dict[str, dict[str, Any]] = {}
+        self.images: dict[str, dict[str, str]] = {}
+        """Labels of images, by their name."""
         self.events: list[dict[str, Any]] = []
         self.asked: list[str] = []
         """Paths of the requests so far, with their queries."""
@@ -64,6 +66,7 @@ class DockerApi:
         self.containers[container_id] = {
             "Id": container_id,
             "Name": f"/{name}",
+            "Image": image,
             "State": {"Running": True, "Pid": pid},
             "Config": {"Image": image, "Labels": dict(labels)},
         }
@@ -143,6 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
             container = self.api.containers.get(found[1])
             missing = {"message": f"No such container: {found[1]}"}
             self._answer(200 if container else 404, container or missing)
+        elif found := re.fullmatch(r"/images/([\w/]+)/json", path):
+            self._answer(200, {"Config": {"Labels": self.api.images.get(found[1])}})
         elif path == "/events":
             self._events(int(float(query["since"]) * NS), json.loads(query["filters"]))
         else:

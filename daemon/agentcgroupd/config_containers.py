@@ -74,6 +74,6 @@ class ContainersConfig(Section):
         *("session", "exec-is-call", "memory-high", "memory-max", "cpu-max"),
         *("pids-max", "calls-max"),
     )
-    """What annotations of pods may set, which are not the operator's own."""
+    """What annotations of pods and labels of images may set, which are not the operator's own."""
     rules: tuple[ContainerRule, ...] = ()
     """The first that fits gives a container its labels."""

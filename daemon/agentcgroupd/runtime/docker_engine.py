@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentcgroupd.config_containers import ContainerRule
 from agentcgroupd.runtime.engine import Change, EngineError, Told, is_runtimes_socket
-from agentcgroupd.runtime.labels import Container, wanted
+from agentcgroupd.runtime.labels import PREFIX, Container, wanted
 
 if TYPE_CHECKING:
     import docker
@@ -32,9 +32,13 @@ class DockerEngine:
 
     waits = True
 
-    def __init__(self, name: str, socket: Path, rules: Sequence[ContainerRule]) -> None:
-        """`name`: `docker` or `podman`; `socket`: where it listens."""
+    def __init__(
+        self, name: str, socket: Path, rules: Sequence[ContainerRule], may: Sequence[str] = ()
+    ) -> None:
+        """`name`: `docker` or `podman`; `socket`: where it listens; `may`: labels that an image
+        may set."""
         self.name, self._socket, self._rules = name, socket, rules
+        self._may = frozenset(f"{PREFIX}{label}" for label in may)
         self._client: docker.APIClient | None = None
         self._stream: Any = None
 
@@ -122,7 +126,7 @@ class DockerEngine:
         pid = state.get("Pid")
         if not state.get("Running") or not isinstance(pid, int) or pid <= 0:
             return None
-        labels = {str(k): str(v) for k, v in (config.get("Labels") or {}).items()}
+        labels = self._believed(found.get("Image"), _texts(config.get("Labels")))
         return Container(
             self.name,
             str(found.get("Id", "")),
@@ -131,6 +135,24 @@ class DockerEngine:
             pid,
             labels,
         )
+
+    def _believed(self, image: object, labels: dict[str, str]) -> dict[str, str]:
+        """A container's labels without those that its image has given it and may not: whoever made
+        the image is not who started the container. Raises EngineError."""
+        import docker.errors
+
+        doubtful = {n for n in labels if n.startswith(PREFIX)} - self._may
+        if not doubtful:
+            return labels
+        of_image: dict[str, str] | None = None
+        with self._errors():
+            try:
+                about = self._connected().inspect_image(str(image))
+                of_image = _texts((about.get("Config") or {}).get("Labels"))
+            except docker.errors.NotFound:
+                log.warning("%s: there is no image %.80s any more", self.name, image)
+        dropped = {n for n in doubtful if of_image is None or of_image.get(n) == labels[n]}
+        return {name: value for name, value in labels.items() if name not in dropped}
 
     def _connected(self) -> docker.APIClient:
         client = self._client
@@ -161,3 +183,7 @@ class DockerEngine:
             if self._client is not None:
                 raise
             raise EngineError("it was disconnected") from error
+
+
+def _texts(labels: Mapping[str, Any] | None) -> dict[str, str]:
+    return {str(name): str(value) for name, value in (labels or {}).items()}

@@ -33,7 +33,7 @@ twice rather than never."""
 
 
 def is_runtimes_socket(path: Path) -> bool:
-    """Whether a socket is there that a runtime is believed at: root's, or the daemon's own user's."""
+    """Whether a socket is there that a runtime is believed at: root's, or one of our own user."""
     try:
         found = path.stat()
     except OSError:

@@ -56,6 +56,6 @@ class Runtimes:
 def _engines(config: ContainersConfig, run_dir: Path, splitter: Splitter) -> Iterator[Engine]:
     for name, socket in (("docker", config.docker), ("podman", config.podman)):
         if socket is not None:
-            yield DockerEngine(name, socket, config.rules)
+            yield DockerEngine(name, socket, config.rules, config.annotations)
     if config.nri is not None:
         yield Nri(config.nri, config.rules, config.annotations, run_dir / "agent", splitter)

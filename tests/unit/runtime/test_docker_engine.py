@@ -141,3 +141,15 @@ def test_a_file_that_is_no_socket_is_no_runtime(tmp_path: Path) -> None:
     assert not DockerEngine("docker", path, ()).there()
     path.touch()
     assert not DockerEngine("docker", path, ()).there()
+
+
+def test_an_image_sets_only_what_others_may(api: DockerApi) -> None:
+    mine = {"agentcgroup.pids-max": "10", "agentcgroup.cpu-weight": "50", "x": "y"}
+    by_image = {"agentcgroup.session": "a", "agentcgroup.priority": "100", "z": "1"}
+    api.images["box"] = by_image | {"agentcgroup.cpu-weight": "10"}
+    api.add(ONE, "web", 41, by_image | mine)
+    engine = DockerEngine("docker", api.path, (), ("session", "pids-max"))
+    engine.connect()
+    found = next(engine.running())
+    assert found.labels == mine | {"agentcgroup.session": "a", "z": "1"}
+    engine.close()
