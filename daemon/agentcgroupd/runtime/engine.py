@@ -122,8 +122,14 @@ class Watcher:
                 reason = "it has ended its events"
             except EngineError as error:
                 reason = str(error)
-            except (CancelledError, RuntimeError):
-                return  # the daemon's loop has ended
+            except CancelledError:
+                return
+            except Exception:
+                if self._loop.is_closed():
+                    return
+                # Whatever it was, containers are followed again after a while.
+                log.exception("%s: what it tells cannot be dealt with", self._engine.name)
+                reason = "it was not understood"
             if self._stopping.is_set():
                 return
             pause_s = LOOK_EVERY_S if self.connected > before else min(pause_s * 2, AGAIN_MOST_S)

@@ -153,3 +153,18 @@ def test_an_image_sets_only_what_others_may(api: DockerApi) -> None:
     found = next(engine.running())
     assert found.labels == mine | {"agentcgroup.session": "a", "z": "1"}
     engine.close()
+
+
+def test_what_nobody_expected_does_not_end_the_following(
+    api: DockerApi, followed: Followed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_until("it is connected", lambda: followed.watcher.connected == 1)
+
+    def broken(*_: object) -> bool:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DockerEngine, "_told", broken)
+        api.start(ONE, "web", 41, LABELS)
+        time.sleep(0.2)
+    wait_until("it is told all the same", lambda: "1" in followed.ids())
