@@ -6,28 +6,11 @@ from __future__ import annotations
 import os
 import tempfile
 
+from agentcgroup import worth_telling
 from agentcgroup.types import FeedbackCode, Report, Verdict
 
-BY_ITSELF = frozenset({Verdict.OK, Verdict.FAILED})
-"""Verdicts on a command that was not ended by a limit or by others."""
-WORTH_TELLING = frozenset(
-    {
-        FeedbackCode.OOM,
-        FeedbackCode.PIDS_LIMIT,
-        FeedbackCode.GROWTH_DENIED,
-        FeedbackCode.FROZEN,
-        FeedbackCode.CPU_THROTTLED,
-        FeedbackCode.MEMORY_THROTTLED,
-        FeedbackCode.OVERSTATED,
-        FeedbackCode.LEFTOVERS,
-        FeedbackCode.LEFT_CALL,
-        FeedbackCode.GPU_CLOSED,
-        FeedbackCode.GPU_MEMORY_DENIED,
-        FeedbackCode.GPU_FAULT,
-        FeedbackCode.GPU_LOST,
-    }
-)
-"""Feedback that a model hears of a call that ended by itself."""
+BY_ITSELF = frozenset(Verdict[name] for name in worth_telling.BY_ITSELF)
+WORTH_TELLING = frozenset(FeedbackCode[name] for name in worth_telling.FEEDBACK)
 DISK_LEAST_BYTES = 1 << 20
 """With less free than that, writing has begun to fail."""
 

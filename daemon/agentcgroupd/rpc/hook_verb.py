@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 
+from agentcgroup import worth_telling
 from agentcgroup.unwrap import is_same
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.lifecycle import Calls
@@ -28,23 +29,10 @@ ENDING_S, GOING_ON_S = 1.0, 0.1
 """How long an answer waits for the end of a call whose main process has ended already: one whose
 processes are ended now, and one in which what was left running may go on."""
 SENTENCES_MAX = 6
-BY_ITSELF = (pb.VERDICT_OK, pb.VERDICT_FAILED)
-WORTH_TELLING = (
-    pb.FEEDBACK_CODE_OOM,
-    pb.FEEDBACK_CODE_PIDS_LIMIT,
-    pb.FEEDBACK_CODE_GROWTH_DENIED,
-    pb.FEEDBACK_CODE_FROZEN,
-    pb.FEEDBACK_CODE_CPU_THROTTLED,
-    pb.FEEDBACK_CODE_MEMORY_THROTTLED,
-    pb.FEEDBACK_CODE_OVERSTATED,
-    pb.FEEDBACK_CODE_LEFTOVERS,
-    pb.FEEDBACK_CODE_LEFT_CALL,
-    pb.FEEDBACK_CODE_GPU_CLOSED,
-    pb.FEEDBACK_CODE_GPU_MEMORY_DENIED,
-    pb.FEEDBACK_CODE_GPU_FAULT,
-    pb.FEEDBACK_CODE_GPU_LOST,
+BY_ITSELF = frozenset(pb.Verdict.Value(f"VERDICT_{name}") for name in worth_telling.BY_ITSELF)
+WORTH_TELLING = frozenset(
+    pb.FeedbackCode.Value(f"FEEDBACK_CODE_{name}") for name in worth_telling.FEEDBACK
 )
-"""What a model hears of a call that ended by itself."""
 
 
 class HookVerb:
