@@ -17,6 +17,8 @@ from agentcgroupd.units import show_bytes
 
 MARGIN = 1.25
 """What is asked for, as a multiple of what was seen to be taken."""
+ENDED_BY_ITSELF = (pb.VERDICT_OK, pb.VERDICT_FAILED, pb.VERDICT_SIGNALED)
+"""Verdicts on a command that was not ended by a limit or by others, as far as is known."""
 _MIB = 1 << 20
 _SHELL_KILLED = 128 + signal.SIGKILL
 
@@ -98,9 +100,9 @@ def _of_oom(
 ) -> None:
     verdict, peak = report.verdict, report.memory_peak_bytes
     child = _told(report, pb.FEEDBACK_CODE_OOM)
-    if verdict == pb.VERDICT_OOM_CALL or (child is not None and verdict in _BY_ITSELF):
+    if verdict == pb.VERDICT_OOM_CALL or (child is not None and verdict in ENDED_BY_ITSELF):
         limit = report.grant.memory_max_bytes or peak
-        if child is not None and verdict in _BY_ITSELF and peak < limit // 2:
+        if child is not None and verdict in ENDED_BY_ITSELF and peak < limit // 2:
             _elsewhere(report, argv, room, advice)
         else:
             _more_memory(limit, argv, whole, room, advice)
@@ -113,9 +115,6 @@ def _of_oom(
         advice.enough["memory"] = size_text(advice.memory_bytes)
     elif verdict in (pb.VERDICT_OOM_POOL, pb.VERDICT_OOM_HOST):
         _elsewhere(report, argv, room, advice)
-
-
-_BY_ITSELF = (pb.VERDICT_OK, pb.VERDICT_FAILED, pb.VERDICT_SIGNALED)
 
 
 def _more_memory(limit: int, argv: Sequence[str], whole: int, room: Room, advice: _Advice) -> None:

@@ -9,7 +9,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.admission import Admission
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.calls.rightsize import Kind, caps
-from agentcgroupd.calls.try_next import in_words
+from agentcgroupd.calls.try_next import ENDED_BY_ITSELF, in_words
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.enforce.limits import AGENT_OOM_SCORE_ADJ, SETTINGS, set_oom_score_adj
 from agentcgroupd.errors import AgentcgroupdError, NotFound, PermissionDenied
@@ -137,8 +137,6 @@ FILES = {
     **{name: setting.file for name, setting in SETTINGS.items()},
 }
 """Fields of an intent by the interface file that keeps each."""
-BY_ITSELF = (pb.VERDICT_OK, pb.VERDICT_FAILED, pb.VERDICT_SIGNALED)
-"""Verdicts on a command that was not ended by a limit or by others."""
 WHY_FAILED = (
     pb.FEEDBACK_CODE_OOM,
     pb.FEEDBACK_CODE_PIDS_LIMIT,
@@ -161,7 +159,7 @@ def _otherwise(call: Call, asked: Mapping[str, str]) -> Iterator[str]:
 def _ending(report: pb.Report) -> list[str]:
     """Make the reply to whoever waits for the end of a call."""
     said = [report.sentence]
-    if report.verdict in BY_ITSELF:
+    if report.verdict in ENDED_BY_ITSELF:
         said = [item.sentence for item in report.feedback if item.code in WHY_FAILED]
     if said and report.HasField("try_next"):
         said[-1] = f"{said[-1]} {in_words(report.try_next)}"
