@@ -112,13 +112,13 @@ class AlreadyExists(Refused):
 
 
 class NotFound(AgentcgError):
-    """No session or cgroup of that name exists."""
+    """A session or cgroup of that name does not exist."""
 
     default_code = "NOT_FOUND"
 
 
 class CallNotFound(NotFound):
-    """No call of that id is in reach of the caller, or its report is not kept any more."""
+    """A call of that id is not in reach of the caller, or its report is not kept any more."""
 
 
 class LauncherNotFound(AgentcgError):

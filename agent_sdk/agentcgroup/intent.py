@@ -1,4 +1,4 @@
-"""From Python values to the requests of the protocol."""
+"""Requests of the protocol, made of Python values."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ def show(rows: dict[str, dict[int, Round]]) -> None:
 
 
 def inside(rounds: int) -> int:
-    """On a kernel with cgroup controllers and sched_ext."""
+    """Measure on this kernel, which has cgroup controllers and sched_ext."""
     built = flatcg.program(os.uname().release).exists()
     wanted = [name for name in SCHEDULERS if name != "flatcg" or built]
     rows: dict[str, dict[int, Round]] = {name: {} for name in wanted}

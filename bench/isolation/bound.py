@@ -115,7 +115,8 @@ def _busy_bound_s(work: Sequence[Piece], need_s: Callable[[Piece], float]) -> fl
 def makespan_bound_s(
     plans: Sequence[Plan], delays_s: Sequence[float], pool_bytes: float, cpus: float
 ) -> float:
-    """No order of the plans' calls on this pool and so many CPUs ends earlier. The most of
+    """Give the time before which no order of the plans' calls on this pool and so many CPUs ends:
+    the most of
 
     - the longest session: max(delay + duration);
     - memory: max over (r, q) of r + (byte seconds of all pieces released at r or later that have a

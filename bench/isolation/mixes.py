@@ -115,7 +115,7 @@ class Mix:
         return [replace(self.specs()[0], delay_s=0.0)]
 
     def bound_s(self, ratio: float, cpus: int) -> float:
-        """No order of things ends earlier."""
+        """Give the time before which no order of things ends."""
         return makespan_bound_s(self.plans, self.offsets_s, self.pool_bytes(ratio), cpus)
 
     def to_json(self) -> dict[str, Any]:

@@ -223,7 +223,7 @@ class Worker:
         return statistics.median((await self.run(what, operations, size.chunks + 1))[1:])
 
     async def end(self) -> None:
-        """No more work."""
+        """End the process: there is no more work."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         await self._process.wait()
@@ -345,7 +345,7 @@ class Programs:
                 bpf.detach(program)
 
     def close(self) -> None:
-        """No error if nothing is loaded."""
+        """Unload what is loaded; no error if nothing is."""
         while self._close:
             self._close.pop()()
         self.loaded.clear()

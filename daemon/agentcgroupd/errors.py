@@ -88,7 +88,7 @@ class InvalidField(RequestError, ValueError):
 
 
 class NotFound(RequestError):
-    """No such session, call or report, as far as the caller may know."""
+    """A session, call or report that is not there, as far as the caller may know."""
 
     code = "NOT_FOUND"
 

@@ -110,7 +110,7 @@ def test_a_call_of_a_container(daemon: DaemonProcess, service: Service) -> None:
 
 
 def test_starts_mixed_with_restarts_of_everything(daemon: DaemonProcess, service: Service) -> None:
-    """No container that is started is missed, whatever else begins anew meanwhile; and nothing is
+    """Every container that is started is found, whatever else begins anew meanwhile; and nothing is
     left when they have ended."""
     started, live = time.monotonic(), list[str]()
     for number in range(STARTS):

@@ -69,7 +69,7 @@ def _of_status(seen: Seen) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Way:
-    """One way in which it can have been."""
+    """A way in which it can have been."""
 
     ended: bool
     """Whether the plan's ender ended the main process."""

@@ -89,7 +89,7 @@ def weights_of(leaves: dict[str, int]) -> dict[str, int]:
 
 
 def expected_shares(weights: dict[str, int]) -> dict[str, float]:
-    """In percent, when every leaf always has something to run."""
+    """Shares in percent, when every leaf always has something to run."""
     found = {}
     for name in weights:
         share, parts = 100.0, name.split("/")
@@ -250,7 +250,7 @@ def test_a_burst_may_be_saved_up(scheduler: Scheduler) -> None:
 
 @patient
 def test_a_limit_that_is_lifted(scheduler: Scheduler) -> None:
-    """At once, also for one that is paused for long."""
+    """The leaf runs at once, also one that is paused for long."""
     with Load() as load:
         load.make("a", 100, "1000 1000000")
         load.start("a")
@@ -322,7 +322,8 @@ def test_a_call_that_turns_out_long_falls_back(scheduler: Scheduler) -> None:
 def test_an_allocator_above_its_mark_grows_slower(
     scheduler: Scheduler, memory: MemoryPrograms
 ) -> None:
-    """In proportion to how far it is above, on an idle machine too, and not with penalties off."""
+    """The penalty grows with the distance, on an idle machine too; with penalties off there is
+    none."""
     took = {}
     for most in (1, 8):
         scheduler.control.penalty_most = most

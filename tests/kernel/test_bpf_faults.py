@@ -414,7 +414,7 @@ def test_a_locked_down_kernel_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     reason="no QEMU, or no test kernel in the cache",
 )
 def test_a_kernel_that_is_locked_down() -> None:
-    """In a guest: the verifier says EINVAL, and the reason that is given is the lockdown."""
+    """Guests show it: the verifier says EINVAL, and the reason that is given is the lockdown."""
     script = (
         "mount -t securityfs none /sys/kernel/security; "
         "echo confidentiality > /sys/kernel/security/lockdown; "

@@ -70,7 +70,7 @@ def test_a_tool_runs_in_its_own_cgroup_and_nothing_remains(
 
 
 def test_cpu_time_is_told(daemon: DaemonProcess, agent: AgentProcess) -> None:
-    """Of a tool that takes enough of it to be seen by a kernel that counts in clock ticks."""
+    """The tool takes enough of it to be seen by a kernel that counts in clock ticks."""
     spin = "import time; end = time.process_time() + 0.2\nwhile time.process_time() < end: pass"
     tool(agent, [], sys.executable, "-c", spin)
     # The tool's parent may see its end before the daemon does.

@@ -192,8 +192,8 @@ def test_a_docker_that_hangs_delays_nobody(docker: Docker) -> None:
 def test_a_pod_is_in_its_agent_leaf_before_its_first_instruction(
     start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
-    """By NRI: what the runtime has put into the cgroup is in agent/ when the runtime has its
-    answer, and the session follows."""
+    """NRI asks before: what the runtime has put into the cgroup is in agent/ when the runtime has
+    its answer, and the session follows."""
     with NriRuntime(tmp_path / "nri.sock") as runtime, _base() as base:
         config = f'[containers]\ndocker = ""\npodman = ""\nnri = "{runtime.path}"\n'
         daemon = start_daemon(config)

@@ -53,7 +53,7 @@ class Result:
     locks: int
 
     def shares(self, cgroups: list[int]) -> list[float]:
-        """In percent of what these had together."""
+        """Shares in percent of what these had together."""
         total = sum(self.used_ns[cgroup] for cgroup in cgroups)
         return [100 * self.used_ns[cgroup] / total for cgroup in cgroups]
 

@@ -245,7 +245,7 @@ def test_a_killed_daemon_that_cannot_start_leaves_nothing_frozen(
 def test_when_it_was_started_too_often_nothing_stays_frozen(
     admin: pb_grpc.AdminStub, agent: AgentProcess
 ) -> None:
-    """With a program in its place that fails at once, until systemd gives up."""
+    """A program in its place fails at once, until systemd gives up."""
     (call_id,) = calls(admin)
     freeze = POOL / f"pool/alpha/call-{call_id}/cgroup.freeze"
     drop_in = DROP_INS / "broken.conf"

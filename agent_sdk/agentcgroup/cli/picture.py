@@ -42,12 +42,12 @@ class Row:
 
     @property
     def asked_usec(self) -> int:
-        """When it was asked for."""
+        """Return when it was asked for."""
         return self.report.began_unix_usec - self.report.waited_usec
 
     @property
     def ended_usec(self) -> int:
-        """When it had ended."""
+        """Return when it had ended."""
         return self.report.began_unix_usec + self.report.wall_usec
 
     def pauses(self) -> Iterator[tuple[int, int, str]]:
@@ -70,7 +70,7 @@ def row_of(report: Report, story: Story | None) -> Row:
 
 
 class _Scale:
-    """From time to the picture's x."""
+    """The picture's x for a time."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.start = min(row.asked_usec for row in rows)

@@ -12,8 +12,8 @@ from agentcgroup.telling import Telling
 
 
 class AgentcgroupMiddleware(Middleware):  # type: ignore[misc]
-    """For `server.add_middleware(AgentcgroupMiddleware())`: adds to a tool's result what the model
-    should know of its calls."""
+    """Adds to a tool's result what the model should know of its calls:
+    `server.add_middleware(AgentcgroupMiddleware())`."""
 
     async def on_call_tool(self, context: Any, call_next: Any) -> Any:
         """Run a tool and tell of it."""

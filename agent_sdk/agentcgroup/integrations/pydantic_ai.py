@@ -11,9 +11,9 @@ from agentcgroup.telling import Telling
 
 
 class Agentcgroup(AbstractCapability[Any]):  # type: ignore[misc]
-    """For `Agent(capabilities=[Agentcgroup()])`: adds to a tool's result what the model should know
-    of its calls. Text is added to text; anything else goes with it as `result` and `agentcgroup`.
-    """
+    """Adds to a tool's result what the model should know of its calls:
+    `Agent(capabilities=[Agentcgroup()])`. Text is added to text; anything else goes with it as
+    `result` and `agentcgroup`."""
 
     async def wrap_tool_execute(
         self, ctx: Any, *, call: Any, tool_def: Any, args: Any, handler: Any

@@ -20,8 +20,6 @@ GLOBBED_CHARS = 4096
 """How much of the beginning and of the end of a long command line is looked at."""
 OWN_LAUNCHERS = ("agentcg", "agentcg-exec", "agentcg-cli")
 """Launchers ask for a call themselves; the command is no tool."""
-
-
 DECLARES = b"agentcg-exec\0--sealed="
 """Begins the arguments of a launcher that declares a call by this exec itself, because a sandbox
 lets it use no socket (agent_sdk/exec/sealed.h)."""

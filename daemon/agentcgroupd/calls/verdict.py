@@ -1,4 +1,4 @@
-"""From the evidence of how a call ended to a verdict and a sentence: rules, of which the first that
+"""Verdict and sentence of a call, from the evidence of how it ended: rules, of which the first that
 applies decides. Pure.
 
 An exit code alone never decides: 137 is what a shell returns for a child that someone killed as

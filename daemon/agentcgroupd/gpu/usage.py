@@ -1,4 +1,4 @@
-"""From samples of devices to what each tenant uses: memory, processors, energy.
+"""What each tenant uses, from samples of devices: memory, processors, energy.
 
 Pure, except that the given `owner` is asked to whom a process belongs.
 """

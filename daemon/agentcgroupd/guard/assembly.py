@@ -60,11 +60,11 @@ class PoolGuard:
         events: FileEvents,
         look: LookProgram | None,
     ) -> None:
-        """On a running loop. From now on calls that `queue` lets in may have to wait for memory;
-        nothing is done to calls before `start`. `peaks`: what ended calls took; `programs`: what
-        the programs in the kernel can do; `marks`: what tells that use of the pool has passed its
-        mark; `events` tells when calls have used up their credit; `look`: the program that looks at
-        all calls, None: their files are read."""
+        """Make the parts, on a running loop. From now on calls that `queue` lets in may have to
+        wait for memory; nothing is done to calls before `start`. `peaks`: what ended calls
+        took; `programs`: what the programs in the kernel can do; `marks`: what tells that use of
+        the pool has passed its mark; `events` tells when calls have used up their credit; `look`:
+        the program that looks at all calls, None: their files are read."""
         self._actions = calls.actions
         self._sessions = sessions
         self._pool = pool

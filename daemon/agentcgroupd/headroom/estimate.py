@@ -15,8 +15,6 @@ and would fill with agents whose first large call could never run."""
 PEAK_QUANTILE = 0.99
 """Of the peaks of calls, the one that has to fit beside all agents: calls that are larger take
 their turn, or wait."""
-
-
 AGENTS_A_CALL = 32
 """So many agents have one large call at a time among them, in the mean: a large call lasts for
 seconds, and agents mostly wait (docs/cluster.md)."""

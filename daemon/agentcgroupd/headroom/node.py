@@ -23,7 +23,7 @@ class NotTold(AgentcgroupdError):
 
 
 class Node:
-    """One node of the cluster, whose number of agents is kept."""
+    """A node of the cluster, whose number of agents is kept."""
 
     def __init__(self, url: str, name: str, account: Path) -> None:
         """`url`: of the API server; `account`: the directory of the pod's service account."""

@@ -1,4 +1,4 @@
-"""From an intent to a grant: pure arithmetic over the session's limits and what the host has.
+"""Grants, made of intents: pure arithmetic over the session's limits and what the host has.
 
 Three outcomes: the grant as asked; a smaller one, with a sentence for each thing given otherwise;
 or an error, when what the caller says it needs cannot fit at all.

@@ -109,8 +109,8 @@ def session_of(path: str, find: SessionFinder) -> Session:
 
 
 def check_operator(peer: Peer, find: SessionFinder) -> None:
-    """Only root outside every session is the operator: root inside a container is still an
-    agent."""
+    """Refuse whoever is not the operator, which is root outside every session: root inside a
+    container is still an agent. Raises PermissionDenied."""
     if peer.uid != 0:
         raise PermissionDenied(f"only root may do this (the caller has uid {peer.uid})")
     session = find(peer.cgroup_path())

@@ -163,13 +163,13 @@ class Containers:
     # As an observer of sessions
 
     def session_opened(self, session: Session) -> None:
-        """Nothing is to be done."""
+        """Do nothing: no container waits for this."""
 
     def session_changed(self, session: Session) -> None:
-        """Nothing is to be done."""
+        """Do nothing, likewise."""
 
     def session_given_back(self, session: Session) -> None:
-        """Nothing is to be done."""
+        """Do nothing, likewise."""
 
     def session_closed(self, session: Session) -> None:
         """Let in the containers that have waited for the end of this session."""

@@ -28,7 +28,7 @@ CHANGES = {
 
 
 class DockerEngine:
-    """One Docker or podman; see `runtime.engine.Engine`."""
+    """Docker or podman; see `runtime.engine.Engine`."""
 
     waits = True
 
@@ -98,7 +98,7 @@ class DockerEngine:
                     yield told
 
     def _told(self, event: Mapping[str, Any]) -> Told | None:
-        """One event, with what the container is now; None: it is none of ours."""
+        """Complete an event with what the container is now; None: it is none of ours."""
         action = str(event.get("Action") or event.get("status") or "")
         actor = event.get("Actor") or {}
         about = actor.get("Attributes") or {}

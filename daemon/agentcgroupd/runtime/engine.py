@@ -55,7 +55,7 @@ class Change(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One thing that a runtime tells."""
+    """A change that a runtime tells of."""
 
     change: Change
     container: Container

@@ -28,7 +28,7 @@ class BrokenFrame(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One message."""
+    """A message."""
 
     connection: int
     stream: int

@@ -287,7 +287,7 @@ class Metrics:
         self.history_bytes = gauge("history_bytes", "Size of the history that is kept")
 
     def _add_sessions(self) -> None:
-        """Of as many sessions as `server.metrics_sessions` says, and of all others together."""
+        """Add those of as many sessions as `server.metrics_sessions` says, and of all others."""
         gauge, which = self._gauge, {"session": ANY}
         self.session_memory = gauge("session_memory_bytes", "Memory charged to a session", **which)
         self.session_memory_max = gauge(

@@ -24,25 +24,25 @@ class Placing(Protocol):
         `sessions`: agents on each."""
 
     def ended(self, node: int, peak_bytes: float) -> None:
-        """A call has ended on a node."""
+        """Take note that a call has ended on a node."""
 
 
 class ByRequest:
-    """As many as fit when each asks for the same: the cluster's own scheduler."""
+    """Takes as many as fit when each asks for the same: the cluster's own scheduler."""
 
     def __init__(self, nodes: int, node_bytes: float, request_bytes: float) -> None:
         self._room = np.full(nodes, math.floor(node_bytes / request_bytes), dtype=np.int64)
 
     def room(self, second: int, used: Bytes, sessions: Indices) -> Indices:
-        """The same at all times."""
+        """Give the same at all times."""
         return self._room
 
     def ended(self, node: int, peak_bytes: float) -> None:
-        """Requests do not change."""
+        """Do nothing: requests do not change."""
 
 
 class ByHeadroom:
-    """As many as each node tells that it has room for (agentcgroupd.headroom)."""
+    """Takes as many as each node tells that it has room for (agentcgroupd.headroom)."""
 
     def __init__(self, nodes: int, node_bytes: float, settings: Settings) -> None:
         self._bytes, self._settings = int(node_bytes), settings
@@ -71,8 +71,9 @@ class ByHeadroom:
 
 
 def make(name: str, kinds: Kinds, nodes: int, node_bytes: float) -> Placing:
-    """A scheduler by its name: `requests` (each asks for the highest recorded peak, because nobody
-    knows who will reach it), `packing` (each asks for what it holds in the mean), `headroom`."""
+    """Make a scheduler by its name: `requests` (each asks for the highest recorded peak, because
+    nobody knows who will reach it), `packing` (each asks for what it holds in the mean),
+    `headroom`. Raises ValueError for another name."""
     match name:
         case "requests":
             return ByRequest(nodes, node_bytes, float(kinds.peaks.max()))

@@ -68,7 +68,7 @@ class Outcome:
 
 
 class Simulation:
-    """One cluster with one way of placing."""
+    """A cluster with a way of placing."""
 
     def __init__(self, kinds: Kinds, cluster: Cluster, placing: str, daemon: bool) -> None:
         self._kinds, self._cluster, self._daemon = kinds, cluster, daemon

@@ -161,12 +161,12 @@ class PlainBackend:
         return Place(cgroup, ("/bin/sh", "-c", _ENTER, str(cgroup.path)))
 
     def call_prefix(self, tool: str) -> tuple[str, ...]:
-        """No words: calls are plain children of their agent."""
+        """Give no words: calls are plain children of their agent."""
         del tool
         return ()
 
     def environment(self) -> dict[str, str]:
-        """No variables: plain cgroups need none."""
+        """Give no variables: plain cgroups need none."""
         return {}
 
     def close(self, session_id: str) -> None:
@@ -174,11 +174,11 @@ class PlainBackend:
         self.pool.child(session_id).kill_and_remove()
 
     def events(self) -> Sequence[pb.Event]:
-        """No events: nobody watches."""
+        """Give no events: nobody watches."""
         return ()
 
     def notes(self) -> tuple[str, ...]:
-        """No sentences: there is nobody to say any."""
+        """Give no sentences: there is nobody to say any."""
         return ()
 
     def stop(self) -> tuple[str, ...]:

@@ -287,7 +287,7 @@ def test_nothing_is_pruned_while_events_are_queued(
 
 
 def test_a_process_goes_from_forked_to_seen_to_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the newest that have ended are remembered."""
+    """The newest that have ended are remembered, and no others."""
     monkeypatch.setattr(processes, "ENDED_MAX", 2)
     session = cast(Session, SimpleNamespace(id="s"))
     known = KnownProcesses()

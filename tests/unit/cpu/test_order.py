@@ -122,7 +122,7 @@ def test_a_dispatch_costs_little_in_a_large_tree() -> None:
 
 
 def test_a_switch_takes_few_locks_in_a_large_tree() -> None:
-    """One of the session's siblings, two of the call's; and none is waited for in long loops."""
+    """A lock of the session's siblings, two of the call's; and none is waited for in long loops."""
     found = speed(1000, 10, threads=1)
     assert found.locks < 6
     assert found.steps < 250
@@ -191,7 +191,7 @@ def fair_parts(demands: list[Demand], cpus: int) -> list[float]:
 
 
 def inside(demands: list[Demand], where: set[int]) -> set[int]:
-    """Those that may run nowhere else."""
+    """Tell which may run nowhere else."""
     return {i for i, demand in enumerate(demands) if demand.mask <= where}
 
 

@@ -56,7 +56,7 @@ class FakeScheduler:
         return True
 
     def numbers(self, cgroup: int) -> None:
-        """No cgroup is known."""
+        """Know no cgroup."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Kernel:
     loads: list[float] = field(default_factory=list)
 
     def load(self, settings: SchedSettings, *_: Any) -> FakeScheduler:
-        """In place of Scheduler.load."""
+        """Stand in for Scheduler.load."""
         self.loads.append(time.monotonic())
         if self.next_errno:
             raise BpfError("loading sched", self.next_errno)
@@ -90,7 +90,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 
 def make(pool: Any = POOL, *sessions: Any, **config: Any) -> CpuScheduling:
-    """Not opened yet."""
+    """Make one that is not opened yet."""
     return CpuScheduling(
         CpuConfig(**config), None, Metrics(), lambda: Policy().cpu, pool, lambda: sessions
     )
@@ -230,7 +230,7 @@ def test_a_batch_call_has_no_budget(kernel: Kernel) -> None:
 
 
 def test_the_policy_of_every_thread_is_set_and_others_are_kept() -> None:
-    """On this very process: SCHED_BATCH is for anyone."""
+    """The process is this very one: SCHED_BATCH is for anyone."""
     started, done = threading.Barrier(3), threading.Event()
     found: list[int] = []
 

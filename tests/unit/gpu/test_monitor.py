@@ -34,7 +34,7 @@ class Nvml:
         self._sample = sample
 
     def devices(self) -> list[DeviceInfo]:
-        """No devices: the state has them already."""
+        """Tell of none: the state has them already."""
         return []
 
     def sample(self, uuids: Sequence[str]) -> list[DeviceSample]:
@@ -42,7 +42,7 @@ class Nvml:
         return [self._sample] if self._sample.uuid in uuids else []
 
     def wait_fault(self) -> Fault | None:
-        """No fault, at once."""
+        """Tell at once that there is no fault."""
         return None
 
     def close(self) -> None:

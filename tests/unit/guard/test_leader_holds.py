@@ -22,7 +22,7 @@ HELD_S = 5.0
 def test_nobody_is_ended_while_the_leader_holds_its_peak_and_it_keeps_its_room(
     tmp_path: Path, mib_per_s: int
 ) -> None:
-    """No two of the calls fit into the pool together. The leader rests when the others begin."""
+    """Two of the calls never fit into the pool together. The leader rests when the others begin."""
     highest = 0.0
 
     async def run() -> Machine:
@@ -55,7 +55,7 @@ def test_nobody_is_ended_while_the_leader_holds_its_peak_and_it_keeps_its_room(
 def test_an_important_call_asks_once_however_it_grows(
     tmp_path: Path, priority: int, most: int
 ) -> None:
-    """In bursts of 100 MiB with half a second between them; others have to ask for each."""
+    """Calls grow in bursts of 100 MiB, half a second apart; others have to ask for each."""
     asked = 0
 
     async def run() -> None:

@@ -55,7 +55,7 @@ def seen(*peaks_mib: int) -> Snapshot:
 
 
 def served(free_mib: int, *accounts: Account, peaks: tuple[int, ...] = ()) -> dict[str, int]:
-    """Who gets how many MiB more, in a pool of 8 GiB in which nobody else has credit."""
+    """Tell who gets how many MiB more, in a pool of 8 GiB in which nobody else has credit."""
     unused = sum(a.unused_bytes for a in accounts)
     budget = Budget(free_mib * MIB, unused, len(accounts))
     given = credit.serve(POLICY, seen(*peaks), budget, accounts)
@@ -107,7 +107,7 @@ def test_an_important_call_gets_at_once_what_is_kept_for_it() -> None:
 
 
 def test_an_important_call_that_begins_goes_before_those_that_hold_more() -> None:
-    """Nothing is known of any of them, and less is free than an important one may take."""
+    """Calls of which nothing is known; and less is free than an important one may take."""
     vip, other = account("vip", 8, priority=80), account("other", 100)
     assert list(served(1500, vip, other)) == ["vip"]
     common = account("vip", 8)

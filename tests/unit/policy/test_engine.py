@@ -151,7 +151,7 @@ def test_room_is_kept_for_a_growing_leader() -> None:
 
 
 def test_of_a_call_of_which_nothing_is_known_much_is_expected() -> None:
-    """Only one call grows at a time then, unless it is small."""
+    """A single call grows at a time then, unless it is small."""
     vip = call("vip", priority=80, growth_bytes_per_s=FAST)
     batch = call("batch", priority=20, growth_bytes_per_s=FAST)
     policy = with_prior(DEFAULT, 500 * MIB)
@@ -176,7 +176,7 @@ def test_the_room_follows_what_calls_like_it_took() -> None:
 
 
 def test_a_paused_call_that_has_not_stopped_counts_as_growth_and_is_not_paused_again() -> None:
-    """It may be inside a system call that takes memory."""
+    """The call may be inside a system call that takes memory."""
     paused = call("batch", priority=20, frozen_for_usec=1_000_000, growth_bytes_per_s=FAST)
     moving = replace(paused, stopped=False)
     vip = call("vip", priority=80)

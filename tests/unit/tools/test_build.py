@@ -301,7 +301,7 @@ def test_the_programs_compile_for_every_machine(tmp_path: Path, machine: str) ->
 def test_what_pip_gives_a_build_in_isolation_is_found_by_what_the_build_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There shtab is in a directory that only PYTHONPATH names."""
+    """Modules such as shtab are there in a directory that only PYTHONPATH names."""
     started: list[dict[str, str]] = []
     monkeypatch.setattr(
         "tools.build_hook.subprocess.run", lambda command, env, **_: started.append(env)
