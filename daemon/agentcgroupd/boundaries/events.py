@@ -37,7 +37,6 @@ from agentcgroupd.boundaries.processes import (
 )
 from agentcgroupd.boundaries.resync import Resync
 from agentcgroupd.boundaries.rules import (
-    CMDLINE_BYTES_MAX,
     OWN_LAUNCHERS,
     Rules,
     Started,
@@ -51,7 +50,7 @@ from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import BoundariesConfig
 from agentcgroupd.errors import AgentcgroupdError, RequestError
-from agentcgroupd.host.proc import command_line, read_proc
+from agentcgroupd.host.proc import CMDLINE_BYTES_MAX, command_line, read_proc
 from agentcgroupd.intents.command import tool_name
 from agentcgroupd.intents.environment import ENVIRONMENT_BYTES_MAX, declared_in
 from agentcgroupd.intents.parse import Intent

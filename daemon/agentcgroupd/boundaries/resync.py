@@ -23,10 +23,10 @@ from agentcgroupd.boundaries.processes import (
     ObservedCall,
     lives,
 )
-from agentcgroupd.boundaries.rules import CMDLINE_BYTES_MAX, Rules, Started
+from agentcgroupd.boundaries.rules import Rules, Started
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.errors import AgentcgroupdError, BpfError
-from agentcgroupd.host.proc import command_line, program_name
+from agentcgroupd.host.proc import CMDLINE_BYTES_MAX, command_line, program_name
 from agentcgroupd.host.syscalls import process_stat
 from agentcgroupd.intents.command import tool_name
 from agentcgroupd.intents.wrapped import user_command

@@ -14,8 +14,6 @@ from agentcgroupd.intents.command import tool_name
 from agentcgroupd.intents.script import reads_commands, shell_command
 from agentcgroupd.intents.wrapped import user_command
 
-CMDLINE_BYTES_MAX = 65_536
-"""Most that is read of a command line."""
 GLOBBED_CHARS = 4096
 """How much of the beginning and of the end of a long command line is looked at."""
 OWN_LAUNCHERS = ("agentcg", "agentcg-exec", "agentcg-cli")

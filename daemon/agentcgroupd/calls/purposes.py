@@ -10,14 +10,13 @@ from __future__ import annotations
 from agentcgroup.text import printable
 from agentcgroup.unwrap import CUT, command_of, kept
 from agentcgroupd.bpf import abi
-from agentcgroupd.host.proc import read_proc
+from agentcgroupd.host.proc import CMDLINE_BYTES_MAX, read_proc
 from agentcgroupd.host.syscalls import process_stat
+from agentcgroupd.intents.environment import ENVIRONMENT_BYTES_MAX
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.purpose import Purpose
 from agentcgroupd.state.session import Call
 
-CMDLINE_BYTES_MAX = 65_536
-ENVIRON_BYTES_MAX = 65_536
 TOOL_USE_ID_CHARS_MAX = 128
 PARENTS_MAX = 4
 """Most processes between a shell that an agent starts and a launcher in its script."""
@@ -66,7 +65,7 @@ def _parents(pid: int) -> tuple[int, ...]:
 def tool_use_id(pid: int) -> str:
     """The name that a process's agent has given its tool call; empty: none."""
     try:
-        data = read_proc(pid, "environ", ENVIRON_BYTES_MAX)
+        data = read_proc(pid, "environ", ENVIRONMENT_BYTES_MAX)
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return ""
     data = b"\0" + data

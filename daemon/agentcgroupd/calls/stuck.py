@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agentcgroupd.enforce.outside import place_outside
-from agentcgroupd.enforce.tracers import held_by
+from agentcgroupd.enforce.tracers import kept_by
 from agentcgroupd.errors import KnobError
 from agentcgroupd.host.syscalls import wait_channel
 from agentcgroupd.state.session import Call, all_inside
@@ -24,4 +24,4 @@ def stuck_words(call: Call) -> str:
 
 
 def _waits(pid: int) -> str:
-    return held_by(pid) or f"process {pid} waits in the kernel at {wait_channel(pid)}"
+    return kept_by(pid) or f"process {pid} waits in the kernel at {wait_channel(pid)}"

@@ -37,7 +37,7 @@ def kill_tracers(call: Call) -> None:
             _kill(call, pid, tracer)
 
 
-def held_by(pid: int) -> str:
+def kept_by(pid: int) -> str:
     """Say who keeps a killed process at its exit; empty: nobody does."""
     tracer = tracer_of(pid)
     if not tracer:

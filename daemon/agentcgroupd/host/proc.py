@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from agentcgroupd.errors import AgentcgroupdError
 
 _READ_BYTES = 65_536
+CMDLINE_BYTES_MAX = 65_536
+"""Most that is read of the command line of a process that an agent started."""
 UNIFIED = b"0::"
 """Begins the line of the cgroup v2 hierarchy in /proc/<pid>/cgroup (cgroups(7))."""
 

@@ -20,7 +20,7 @@ from agentcgroup.v1 import nri_pb2 as nri
 from agentcgroupd.config_containers import ContainerRule
 from agentcgroupd.runtime.early import Splitter
 from agentcgroupd.runtime.engine import Change, EngineError, Told, is_runtimes_socket
-from agentcgroupd.runtime.labels import PREFIX, Container, wish_of
+from agentcgroupd.runtime.labels import PREFIX, SHORT_ID, Container, wish_of
 from agentcgroupd.runtime.place import HasEnded, NoPlace, cgroup_of_container, cgroup_of_oci_path
 from agentcgroupd.runtime.ttrpc import REQUEST, RESPONSE, BrokenFrame, Frame, Mux
 
@@ -235,7 +235,7 @@ class Nri:
         if why:
             log.warning(
                 "container %s (%s) is not split before it starts: %s",
-                container.id[:12],
+                container.id[:SHORT_ID],
                 container.name[:200],
                 why,
             )
