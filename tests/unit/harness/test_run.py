@@ -11,20 +11,21 @@ import pytest
 
 from tests import run
 from tests.harness import ROOT
+from tests.suites import Suite, plan
 
 
 @pytest.fixture
-def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> run.Suite:
-    monkeypatch.setattr(run, "RESULTS", tmp_path)
-    return run.Suite("one", ("tests/unit",), "native", 60)
+def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    monkeypatch.setattr("tests.suites.RESULTS", tmp_path)
+    return Suite("one", ("tests/unit",), "native", 60)
 
 
-def results(suite: run.Suite, **counts: int) -> None:
+def results(suite: Suite, **counts: int) -> None:
     attributes = " ".join(f'{name}="{count}"' for name, count in counts.items())
     suite.results.write_text(f"<testsuites><testsuite {attributes}/></testsuites>")
 
 
-def test_counts(suite: run.Suite) -> None:
+def test_counts(suite: Suite) -> None:
     results(suite, tests=10, failures=1, errors=1, skipped=3)
     totals = run.Totals()
     totals.add(suite, 1, 4.0, 3.0)
@@ -32,14 +33,14 @@ def test_counts(suite: run.Suite) -> None:
     assert totals.broken == []
 
 
-def test_no_results_is_a_failure(suite: run.Suite) -> None:
+def test_no_results_is_a_failure(suite: Suite) -> None:
     totals = run.Totals()
     totals.add(suite, 125, 4.0, 3.0)
     assert str(totals) == "0 passed, 1 failed, 0 skipped"
     assert totals.broken == ["one: no results, exit status 125"]
 
 
-def test_nothing_collected_is_a_failure(suite: run.Suite) -> None:
+def test_nothing_collected_is_a_failure(suite: Suite) -> None:
     results(suite, tests=0, failures=0, errors=0, skipped=0)
     totals = run.Totals()
     totals.add(suite, 5, 4.0, 3.0)
@@ -47,7 +48,7 @@ def test_nothing_collected_is_a_failure(suite: run.Suite) -> None:
     assert totals.broken == ["one: collected no tests"]
 
 
-def test_a_bad_status_is_a_failure_whatever_was_counted(suite: run.Suite) -> None:
+def test_a_bad_status_is_a_failure_whatever_was_counted(suite: Suite) -> None:
     results(suite, tests=3, failures=0, errors=0, skipped=0)
     totals = run.Totals()
     totals.add(suite, 137, 4.0, 3.0)
@@ -55,7 +56,7 @@ def test_a_bad_status_is_a_failure_whatever_was_counted(suite: run.Suite) -> Non
     assert totals.broken == ["one: exit status 137"]
 
 
-def test_the_table_has_a_line_for_each_suite_and_one_for_all(suite: run.Suite) -> None:
+def test_the_table_has_a_line_for_each_suite_and_one_for_all(suite: Suite) -> None:
     totals = run.Totals()
     for tests in (3, 5):
         results(suite, tests=tests, failures=0, errors=0, skipped=1)
@@ -76,7 +77,7 @@ FAILED_TWICE_OF_FIVE = """<testsuites><testsuite tests="5" failures="1" errors="
 </testsuite></testsuites>"""
 
 
-def test_what_failed_is_run_again_and_both_results_are_kept(suite: run.Suite) -> None:
+def test_what_failed_is_run_again_and_both_results_are_kept(suite: Suite) -> None:
     totals = run.Totals()
     suite.results.write_text(FAILED_TWICE_OF_FIVE)
     totals.add(suite, 1, 4.0, 3.0)
@@ -97,7 +98,7 @@ def test_what_failed_is_run_again_and_both_results_are_kept(suite: run.Suite) ->
     assert str(totals) == "4 passed, 1 failed, 0 skipped"
 
 
-def test_what_cannot_be_run_again_stays_failed(suite: run.Suite) -> None:
+def test_what_cannot_be_run_again_stays_failed(suite: Suite) -> None:
     totals = run.Totals()
     suite.results.write_text(FAILED_TWICE_OF_FIVE)
     totals.add(suite, 1, 4.0, 3.0)
@@ -110,7 +111,7 @@ def test_what_cannot_be_run_again_stays_failed(suite: run.Suite) -> None:
     assert totals.passed_alone == []
 
 
-def test_many_failures_or_a_broken_suite_are_not_run_again(suite: run.Suite) -> None:
+def test_many_failures_or_a_broken_suite_are_not_run_again(suite: Suite) -> None:
     totals = run.Totals()
     case = '<testcase classname="t.a" name="test_{}" file="t/a.py"><failure/></testcase>'
     cases = "".join(case.format(number) for number in range(run.RUN_AGAIN_MAX + 1))
@@ -123,15 +124,15 @@ def test_many_failures_or_a_broken_suite_are_not_run_again(suite: run.Suite) -> 
     assert totals.outcomes[1].to_run_again() is None
 
 
-def planned(name: str) -> run.Suite:
+def planned(name: str) -> Suite:
     """Return a suite of a machine without controllers, by name."""
-    suites, _ = run.plan("guest", systemd_here=False)
+    suites, _ = plan("guest", systemd_here=False)
     (found,) = (suite for suite in suites if suite.name == name)
     return found
 
 
 def test_the_guests_do_what_the_host_cannot() -> None:
-    suites, left_out = run.plan("guest", systemd_here=False)
+    suites, left_out = plan("guest", systemd_here=False)
     assert {suite.name: suite.place for suite in suites} == {
         "host": "native",
         "uml": "uml",
@@ -169,7 +170,7 @@ class Marks(dict[str, bool]):
         return False
 
 
-def has(suite: run.Suite, test: str, marks: list[str]) -> bool:
+def has(suite: Suite, test: str, marks: list[str]) -> bool:
     """Whether a test belongs to a suite."""
     path = test.partition("::")[0]
     if not any(f"{path}/".startswith(f"{at}/") for at in suite.paths):
@@ -198,7 +199,7 @@ of agents and frameworks (make test-integrations)."""
 
 
 def test_every_test_runs_somewhere(collected: dict[str, list[str]]) -> None:
-    suites, _ = run.plan("guest", systemd_here=False)
+    suites, _ = plan("guest", systemd_here=False)
     assert len(collected) > 500
     nowhere = [
         test
@@ -219,7 +220,7 @@ def test_every_test_runs_somewhere(collected: dict[str, list[str]]) -> None:
 
 def test_each_place_has_the_tests_that_only_it_can_run(collected: dict[str, list[str]]) -> None:
     def places(test: str) -> set[str]:
-        suites, _ = run.plan("guest", systemd_here=False)
+        suites, _ = plan("guest", systemd_here=False)
         (marks,) = (marks for name, marks in collected.items() if name.endswith(f"::{test}"))
         (name,) = (name for name in collected if name.endswith(f"::{test}"))
         return {suite.name for suite in suites if has(suite, name, marks)}
@@ -236,13 +237,13 @@ def test_each_place_has_the_tests_that_only_it_can_run(collected: dict[str, list
 
 
 def test_native_says_what_it_leaves_out() -> None:
-    suites, left_out = run.plan("native", systemd_here=False)
+    suites, left_out = plan("native", systemd_here=False)
     assert [suite.place for suite in suites] == ["native"]
     assert "systemd" in left_out[0]
-    suites, left_out = run.plan("native", systemd_here=True)
+    suites, left_out = plan("native", systemd_here=True)
     assert [suite.name for suite in suites] == ["host", "systemd"]
     assert left_out == []
 
 
-def test_options_go_to_pytest(suite: run.Suite) -> None:
+def test_options_go_to_pytest(suite: Suite) -> None:
     assert suite.argv(["-x"])[-2:] == ["-x", "tests/unit"]
