@@ -21,7 +21,7 @@ from agentcgroup_lab.replay.backends import Backend, ReplayError, current_bytes,
 from agentcgroup_lab.replay.meeting import Meeting
 from agentcgroup_lab.replay.meeting import Place as MeetingPlace
 from agentcgroup_lab.replay.progress import Progress
-from agentcgroup_lab.replay.result import StrategyResult, Timeline
+from agentcgroup_lab.replay.result import SessionResult, StrategyResult, Timeline
 from agentcgroup_lab.replay.session import Session, SessionSpec
 from agentcgroupd.errors import CgroupGone, KnobError
 
@@ -233,6 +233,23 @@ class _Run:
             ),
         )
 
+    def result(
+        self, started: float, sessions: tuple[SessionResult, ...], left: tuple[str, ...]
+    ) -> StrategyResult:
+        """What came of it, when all have ended. `left`: cgroups that are still there."""
+        meeting = self._meeting
+        return StrategyResult(
+            strategy=self._strategy,
+            limit_bytes=self._limit_bytes,
+            seconds=max(session.ended for session in self.sessions) - started,
+            sessions=sessions,
+            timeline=self.sampler.timeline(),
+            leaks=tuple(dict.fromkeys(left)),
+            notes=self._backend.notes(),
+            met=dict(meeting.became) if meeting else {},
+            meeting_waited_s=meeting.waited_s() if meeting else 0.0,
+        )
+
 
 def _teller(run: _Run, started: float, say: Say, watch: Watch | None) -> Callable[[], None]:
     """Tell about progress when it is time: in lines, and to who watches."""
@@ -307,17 +324,7 @@ def run_strategy(
         finally:
             if not stopped:
                 _abort(backend, sessions)
-        return StrategyResult(
-            strategy=strategy,
-            limit_bytes=pool_bytes,
-            seconds=max(session.ended for session in sessions) - started,
-            sessions=results,
-            timeline=sampler.timeline(),
-            leaks=tuple(dict.fromkeys(left)),
-            notes=backend.notes(),
-            met=dict(meeting.became) if meeting else {},
-            meeting_waited_s=meeting.waited_s() if meeting else 0.0,
-        )
+        return run.result(started, results, left)
 
 
 def _abort(backend: Backend, sessions: Sequence[Session]) -> None:
