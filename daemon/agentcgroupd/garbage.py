@@ -12,7 +12,6 @@ import gc
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 OLDEST = 2
 """The generation that holds all objects."""
@@ -66,6 +65,6 @@ class Garbage:
         self._looked_s, self._blocks = self._clock(), sys.getallocatedblocks()
 
     @staticmethod
-    def _looked(phase: str, info: dict[str, Any]) -> None:
+    def _looked(phase: str, info: dict[str, int]) -> None:
         if phase == "stop" and info["generation"] == OLDEST:
             gc.freeze()
