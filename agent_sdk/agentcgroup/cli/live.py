@@ -116,7 +116,7 @@ def memory_of(each: SessionInfo | CallInfo) -> int:
 
 
 def priority_of(call: CallInfo) -> int:
-    """Return the priority of a call."""
+    """Return the priority of a call; that of `normal` where it has no grant yet."""
     return 50 if call.grant is None else call.grant.priority
 
 

@@ -11,7 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from agentcgroupd.errors import ConfigError
-from agentcgroupd.headroom.estimate import Settings, Steady, agents_that_fit
+from agentcgroupd.headroom.estimate import (
+    EVERY_S,
+    RISE_AFTER_S,
+    Settings,
+    Steady,
+    agents_that_fit,
+)
 from agentcgroupd.headroom.metrics import NoNumbers, numbers_of, read
 from agentcgroupd.headroom.node import Node, NotTold
 from agentcgroupd.units import parse_bytes
@@ -19,8 +25,6 @@ from agentcgroupd.units import parse_bytes
 log = logging.getLogger(__name__)
 
 METRICS = "http://127.0.0.1:9464/metrics"
-EVERY_S = 5.0
-RISE_AFTER_S = 60.0
 AGAIN_S = 300.0
 """The number is told again after this time, should the node have been made anew meanwhile."""
 

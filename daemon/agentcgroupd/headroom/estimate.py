@@ -6,6 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+EVERY_S = 5.0
+"""How often the number is measured."""
+RISE_AFTER_S = 60.0
+"""For how long it has to be larger before a larger one is told."""
 LEAST_BYTES = 128 << 20
 """What an agent is taken to hold at least: one that has just begun holds little, and will not stay
 so."""

@@ -9,11 +9,15 @@ from typing import Protocol
 import numpy as np
 
 from agentcgroup_lab.cluster.workload import Bytes, Indices, Kinds
-from agentcgroupd.headroom.estimate import Numbers, Settings, Steady, agents_that_fit
+from agentcgroupd.headroom.estimate import (
+    EVERY_S,
+    RISE_AFTER_S,
+    Numbers,
+    Settings,
+    Steady,
+    agents_that_fit,
+)
 from agentcgroupd.telemetry.metrics import BYTES_BUCKETS
-
-TELL_EVERY_S = 5
-RISE_AFTER_S = 60.0
 
 
 class Placing(Protocol):
@@ -52,7 +56,7 @@ class ByHeadroom:
 
     def room(self, second: int, used: Bytes, sessions: Indices) -> Indices:
         """What the nodes have told last."""
-        if second % TELL_EVERY_S == 0:
+        if second % EVERY_S == 0:
             for node, steady in enumerate(self._steady):
                 numbers = Numbers(
                     self._bytes, int(used[node]), int(sessions[node]), self._peaks(node)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from agentcgroup_lab.cluster.placing import Placing, make
-from agentcgroup_lab.cluster.workload import Bytes, Indices, Kinds
+from agentcgroup_lab.cluster.workload import Bytes, Flags, Indices, Kinds
 
 SECONDS_MOST = 100_000
 THINK_S = 20
@@ -194,7 +194,7 @@ class Simulation:
         self._on_nodes[active] += 1
         self._active = active[self._at[active] < kinds.lengths[kind]]
 
-    def _wait(self, active: Indices, here: Indices, wanted: Bytes, goes_on: Any) -> None:
+    def _wait(self, active: Indices, here: Indices, wanted: Bytes, goes_on: Flags) -> None:
         """Let those grow that fit, the oldest first; the others wait with what they hold."""
         everyone, here = here, here[goes_on[here]]  # the others think, and hold what they hold
         more = wanted[here] - self._held[active[here]]
@@ -218,7 +218,7 @@ class Simulation:
         all_here = self._node[active] == node
         return float(np.minimum(wanted[all_here], self._held[active[all_here]]).sum())
 
-    def _kill(self, active: Indices, here: Indices, wanted: Bytes, goes_on: Any) -> None:
+    def _kill(self, active: Indices, here: Indices, wanted: Bytes, goes_on: Flags) -> None:
         """Kill the largest calls until the others fit."""
         excess = float(wanted[here].sum()) - self._cluster.node_bytes
         for place in np.argsort(-wanted[here], kind="stable"):

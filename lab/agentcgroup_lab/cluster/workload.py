@@ -13,6 +13,7 @@ from agentcgroup_lab.simulate.plans import CallProfile, Profile
 
 Bytes = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
