@@ -11,8 +11,10 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Literal
 
+from agentcgroupd.host.memory import host_memory_bytes
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import Call
 
@@ -42,8 +44,9 @@ JOB_VARIABLES = {"MAKEFLAGS": "-j{}", "JAVA_TOOL_OPTIONS": "-XX:ActiveProcessorC
 """Variables that change more than a number: make would take one job without, and a JVM says on
 stderr that it has read them."""
 NODE_SHARE, NODE_LEAST_MIB, NODE_DEFAULT_MIB = 0.75, 64, 2048
-"""V8's old generation may have this part of a call's memory; its own default is 2 GiB or more on a
-host with 8 GiB, and no variable is to raise it."""
+"""V8's old generation may have this part of a call's memory. Its own default is a quarter of the
+host's memory, on hosts below 16 GiB at most 2 GiB, and no variable is to raise it."""
+NODE_HOST_SHARE = 4
 GO_SHARE = 0.9
 """Part of a call's memory at which Go's runtime collects harder (GOMEMLIMIT)."""
 
@@ -76,9 +79,14 @@ def caps(call: Call, kinds: Sequence[Kind]) -> Iterator[tuple[str, str]]:
     most = call.grant.memory_max_bytes
     if most is not None and "caps" in kinds:
         heap_mib = int(most * NODE_SHARE) // _MIB
-        if NODE_LEAST_MIB <= heap_mib < NODE_DEFAULT_MIB:
+        if NODE_LEAST_MIB <= heap_mib < _node_default_mib():
             yield "NODE_OPTIONS", f"--max-old-space-size={heap_mib}"
         yield "GOMEMLIMIT", f"{int(most * GO_SHARE) // _MIB}MiB"
+
+
+@cache
+def _node_default_mib() -> int:
+    return min(NODE_DEFAULT_MIB, host_memory_bytes() // NODE_HOST_SHARE // _MIB)
 
 
 class Affinity:
