@@ -138,6 +138,7 @@ class Boundaries:
         self._agents.pop(session.agent.id, None)
         self._known.drop(session)
         self._insiders.closed(session)
+        self._jobs.closed(session)
         self._lifecycle.unmanage(session.agent.id)
 
     def _watched(self) -> list[Session]:
@@ -340,7 +341,7 @@ class Boundaries:
         argv = user_command(started.argv)
         observed = ObservedCall(forked.session, tool_name(started.comm, argv), argv, key, at_ns)
         if started.is_job():
-            of_job = self._jobs.of(key[0], forked.parent, at_ns)
+            of_job = self._jobs.of(forked.session, key[0], forked.parent, at_ns)
             if of_job is not None:
                 self._placement.follow(of_job, key)
                 return

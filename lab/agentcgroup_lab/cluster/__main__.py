@@ -50,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     cluster = Cluster(given.nodes, node_bytes, given.sessions, given.arrive, given.seed)
     kinds = kinds_of(profiles)
-    outcomes = [simulate(kinds, cluster, placing, daemon) for placing, daemon in WAYS]
+    try:
+        outcomes = [simulate(kinds, cluster, placing, daemon) for placing, daemon in WAYS]
+    except RuntimeError as error:
+        print(f"cluster: {error}", file=sys.stderr)
+        return 1
     if given.out is not None:
         save(outcomes, cluster, given.out)
     if given.json:
