@@ -16,7 +16,9 @@ CONFIG = '[bpf]\nenabled = false\n[calls]\nrightsize = ["caps", "jobs", "affinit
 LOOK = "import json, os; print(json.dumps([dict(os.environ), sorted(os.sched_getaffinity(0))]))"
 SHIM = str(Path(EXEC).with_name("agentcg-sh"))
 RUN = """
-done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, **more})
+# `make test` has set this one already.
+environ = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+done = subprocess.run(argv, capture_output=True, text=True, env={**environ, **more})
 result = done.stdout or done.stderr
 """
 several_cpus = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="there is one CPU")
