@@ -194,7 +194,9 @@ static __always_inline struct vram_process *process_of(struct task_struct *task,
 
 	if (process && process->start_ns == start_ns)
 		return process;
-	bpf_map_update_elem(&processes, &tgid, &fresh, BPF_ANY);
+	/* What another thread of the process has just made stays; an entry of a process that had
+	 * this pid before does not. */
+	bpf_map_update_elem(&processes, &tgid, &fresh, process ? BPF_ANY : BPF_NOEXIST);
 	return bpf_map_lookup_elem(&processes, &tgid);
 }
 
