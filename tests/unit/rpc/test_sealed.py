@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,14 +82,25 @@ def test_the_launcher_has_the_same_numbers() -> None:
     assert f'"{name}\\0{option}"' in program
 
 
+WAITS = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGURG])
+print("blocked", flush=True)
+info = signal.sigtimedwait([signal.SIGURG], 60)
+print(info.si_code, info.si_pid, info.si_uid)
+"""
+"""A process with one thread: of several, one that does not wait could get the signal."""
+
+
 def test_a_value_comes_with_a_signal() -> None:
     value = sealed.ANSWER_MAGIC << 32 | 0xABCDEF
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGURG])
-    pidfd = os.pidfd_open(os.getpid())
-    try:
-        queue_signal(pidfd, signal.SIGURG, value)
-        info = signal.sigwaitinfo([signal.SIGURG])
-    finally:
-        os.close(pidfd)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert (info.si_code, info.si_pid, info.si_uid) == (-1, os.getpid(), os.getuid())
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None and child.stdout.readline() == "blocked\n"
+        pidfd = os.pidfd_open(child.pid)
+        try:
+            queue_signal(pidfd, signal.SIGURG, value)
+        finally:
+            os.close(pidfd)
+        assert child.stdout.readline().split() == ["-1", str(os.getpid()), str(os.getuid())]
