@@ -48,7 +48,7 @@ def wrapped(agent: str, command: str) -> list[str]:
     """The command line that an agent makes of a command."""
     quoted = shlex.quote(command)
     if agent == "claude":
-        snapshot = "/root/.claude/shell-snapshots/snapshot-bash-1795922799595-wibv25.sh"
+        snapshot = "/home/dev/.claude/shell-snapshots/snapshot-bash-1795922799595-wibv25.sh"
         script = (
             f"source {snapshot} 2>/dev/null || true && \\builtin shopt -u extglob 2>/dev/null || "
             "true && { \\builtin unalias -- 'which'; \\builtin unset -f -- 'which'; } >/dev/null "
@@ -59,7 +59,7 @@ def wrapped(agent: str, command: str) -> list[str]:
         script = (
             '__CODEX_SNAPSHOT_OVERRIDE_SET_0="${CODEX_PERMISSION_PROFILE+x}"\n'
             '__CODEX_SNAPSHOT_OVERRIDE_0="${CODEX_PERMISSION_PROFILE-}"\n'
-            "if . '/root/.codex/shell_snapshots/01.sh' >/dev/null 2>&1; then :; fi\n\n"
+            "if . '/home/dev/.codex/shell_snapshots/01.sh' >/dev/null 2>&1; then :; fi\n\n"
             f"exec '/bin/bash' -c {quoted}"
         )
     else:

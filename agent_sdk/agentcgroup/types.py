@@ -499,7 +499,7 @@ class SessionSums(_Answer):
     memory_byte_seconds: float | None
     """Peaks times wall times: at most this much was held."""
     io_read_bytes: int | None = None
-    """This and what follows: of `usage` alone; None where none of the calls was measured."""
+    """Measured for `usage` alone, as is what follows; None where none of the calls was measured."""
     io_write_bytes: int | None = None
     net_receive_bytes: int | None = None
     net_send_bytes: int | None = None

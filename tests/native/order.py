@@ -63,7 +63,7 @@ class Speed:
     """Switches between the tasks of a tree in which all have something to run."""
 
     per_second: float
-    """Of all threads together, by the CPU time of each."""
+    """Switches of all threads together, by the CPU time of each."""
     steps: float
     """Turns of loops, of one switch."""
     locks: float

@@ -17,7 +17,7 @@ LEAST_CALL_BYTES = 1 << 30
 """What the large call is taken to need at least: a node on which none has ended yet knows of none,
 and would fill with agents whose first large call could never run."""
 PEAK_QUANTILE = 0.99
-"""Of the peaks of calls, the one that has to fit beside all agents: calls that are larger take
+"""The peak among those of calls that has to fit beside all agents: calls that are larger take
 their turn, or wait."""
 AGENTS_A_CALL = 32
 """So many agents have one large call at a time among them, in the mean: a large call lasts for

@@ -50,7 +50,7 @@ class Change(Enum):
 
     RUNS = "runs"
     CHANGED = "changed"
-    """Its limits are others."""
+    """The limits of a container are others."""
 
 
 @dataclass(frozen=True, slots=True)

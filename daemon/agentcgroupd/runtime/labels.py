@@ -34,7 +34,7 @@ class Container:
     name: str
     image: str
     pid: int
-    """Its first process, in the daemon's pid namespace; 0: not known."""
+    """The first process, in the daemon's pid namespace; 0: not known."""
     labels: Mapping[str, str]
     cgroup: str = ""
     """Path below the cgroup2 mount, where the runtime tells it; empty: that of its process."""

@@ -81,7 +81,7 @@ CODES = (
     "UNAVAILABLE",
     "UNKNOWN",
 )
-"""Of errors: those of the classes in `errors`."""
+"""Codes of errors: those of the classes in `errors`."""
 METHODS = tuple(
     sorted({m.name for s in pb.DESCRIPTOR.services_by_name.values() for m in s.methods})
 )

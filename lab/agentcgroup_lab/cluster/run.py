@@ -59,7 +59,7 @@ class Outcome:
     nodes_of_load: float = 0.0
     """Node seconds per agent hour: what the work costs."""
     use_mean: float = 0.0
-    """Of the memory of nodes with an agent."""
+    """Share of the memory of nodes with an agent."""
     over_time: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

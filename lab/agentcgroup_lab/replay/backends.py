@@ -41,7 +41,7 @@ _STOP_S = 20.0
 IMPORTANT_CPU_WEIGHT = "10000"
 """What is short is memory: on a busy machine the others are not to take its CPU time either."""
 NICE = -10
-"""As in systemd/agentcgroupd.service."""
+"""The value of systemd/agentcgroupd.service."""
 
 
 class ReplayError(RuntimeError):
