@@ -311,7 +311,13 @@ class CreditKeeper:
         """Give a call its new bound, or have it wait. Raises KnobError or BpfError."""
         call = ledger.call
         if bound is None and not (is_first and call.awaits_credit):
+            if call.frozen_since_usec is not None and not credit.pauses(self._policy()):
+                self._let_go_on(call, "Going on: the policy in force pauses nobody.")
             call.asks = asks and ledger.seen >= ledger.bound - GREW_BYTES
+            if call.asks and not call.awaits_credit:
+                ledger.find_cache(now)
+                # To the policy such a call does not ask: it goes on, and takes nothing of others.
+                call.asks = not ledger.lives_on_cache
             call.starved = call.asks and is_first
             self._sampler.touch(call)
             if not call.asks:
@@ -333,7 +339,7 @@ class CreditKeeper:
             ledger.started = True
             self._ledgers.bind(ledger, bound)
         if call.awaits_credit:
-            self._let_go_on(call)
+            self._let_go_on(call, self._has_its_turn())
         elif slept:
             pause.wake(call)
 
@@ -347,6 +353,8 @@ class CreditKeeper:
             self._calls.actions.deny(call, f"No more memory for now: {kept}.")
             call.awaits_credit = call.denied_at_bytes is not None
             return
+        if not credit.pauses(self._policy()):
+            return
         settle = self._policy().headroom.settle
         if call.paused_at_usec is not None and now - call.paused_at_usec < settle:
             return
@@ -357,10 +365,12 @@ class CreditKeeper:
         settle, resumed = self._policy().headroom.settle, call.resumed_at_usec
         return resumed is None or now - resumed >= settle
 
-    def _let_go_on(self, call: Call) -> None:
-        """Let a call go on that waited for credit. Raises KnobError or BpfError."""
+    def _has_its_turn(self) -> str:
         free = show_bytes(max(0, self._budget().free_bytes))
-        why = f"Going on: {free} of the pool are free, and it is its turn."
+        return f"Going on: {free} of the pool are free, and it is its turn."
+
+    def _let_go_on(self, call: Call, why: str) -> None:
+        """Let a call go on that waited for credit. Raises KnobError or BpfError."""
         call.awaits_credit = False
         self._calls.actions.thaw(call, why)
         self._calls.actions.allow(call, why)

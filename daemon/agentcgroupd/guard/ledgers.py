@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.enforce import memory_high
 from agentcgroupd.errors import KnobError
+from agentcgroupd.guard.look import file_cache
 from agentcgroupd.policy.snapshot import CallView
 from agentcgroupd.state.session import Call
 
 GREW_BYTES = 1 << 20
+CACHE_USEC = 200_000
+"""What a call has in file cache is known for this long."""
+CACHE_PART = 4
+"""With this part of what it holds in clean file cache a call is slow at its bound, no more: the
+kernel takes cache of it (mm/memcontrol.c: reclaim_high) for each page that it is charged for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +40,10 @@ class Ledger:
     """Whether it got more since it is looked at."""
     since_usec: int | None = None
     """Since when it has asked for more than it got; None: it has not."""
+    cache_usec: int | None = None
+    """When it was last found out how much of what it holds is file cache; None: not yet."""
+    lives_on_cache: bool = False
+    """Whether that was enough to grow into: at its bound the kernel takes its cache for it."""
     rested_at: int | None = None
     """Bytes that it held when it began to rest after it had grown; None: it has not, or grows."""
     file: int | None = None
@@ -66,6 +76,14 @@ class Ledger:
         if seen > self.grew_to + GREW_BYTES:
             self.grew_usec, self.grew_to = now_usec, seen
         self.grew_to = min(self.grew_to, seen + GREW_BYTES)
+
+    def find_cache(self, now_usec: int) -> None:
+        """Find out whether it has file cache to grow into, if that was some time ago. Raises
+        KnobError."""
+        if self.cache_usec is not None and now_usec - self.cache_usec < CACHE_USEC:
+            return
+        clean = file_cache(self.call.cgroup).clean_bytes
+        self.cache_usec, self.lives_on_cache = now_usec, clean >= self.seen // CACHE_PART
 
     def view(self) -> CallView:
         """Show the call as the policy of credit sees it."""

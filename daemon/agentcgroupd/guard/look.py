@@ -29,6 +29,11 @@ SLICE_NS = 5_000_000
 """Time that one look spends on reading files."""
 COLD_SLICE_NS = 2_000_000
 """Time that one look spends on memory.stat."""
+STAYS_PART = 16
+STAYS_MOST_BYTES = 256 << 20
+"""File cache that does not count as free: a sixteenth of the pool, and no more than this. What runs
+in a pool shares its programs and libraries; those of a coding agent and its tools are 100 to 200
+MiB."""
 
 
 @dataclass(slots=True, eq=False)
@@ -125,7 +130,33 @@ def read_cold(wanted: Iterable[Seen], now_usec: int, slice_ns: int = COLD_SLICE_
 
 def cold_cache(cgroup: Cgroup) -> int:
     """File cache in bytes that the kernel would take back first. Raises KnobError."""
-    return cgroup.read(knobs.MEMORY_STAT).get("inactive_file", 0)
+    return file_cache(cgroup).cold_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FileCache:
+    """File cache of a cgroup and all below it."""
+
+    cold_bytes: int
+    """Not touched lately: the kernel takes it back first, and nobody misses it."""
+    clean_bytes: int
+    """All of it that needs no writing first, the part in use included: the kernel takes it back
+    before it ends anybody, and who needs a page of it again waits for the disk."""
+
+    def freeable_bytes(self, limit_bytes: int) -> int:
+        """What counts as free of a limit. Some stays, as in the kernel's own MemAvailable
+        (mm/show_mem.c: si_mem_available): without the pages of the programs that run, all of them
+        would wait for the disk all the time."""
+        stays = min(self.clean_bytes // 2, limit_bytes // STAYS_PART, STAYS_MOST_BYTES)
+        return max(self.cold_bytes, self.clean_bytes - stays)
+
+
+def file_cache(cgroup: Cgroup) -> FileCache:
+    """Read how much file cache there is, in one read of memory.stat. Raises KnobError."""
+    stat = cgroup.read(knobs.MEMORY_STAT)
+    cold = stat.get("inactive_file", 0)
+    waits = stat.get("file_dirty", 0) + stat.get("file_writeback", 0)
+    return FileCache(cold, max(0, cold + stat.get("active_file", 0) - waits))
 
 
 class KernelLook:

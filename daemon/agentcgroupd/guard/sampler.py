@@ -20,7 +20,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.errors import BpfError, KnobError
-from agentcgroupd.guard.look import CallLook, FileLook, Seen, cold_cache, read_cold
+from agentcgroupd.guard.look import CallLook, FileCache, FileLook, Seen, file_cache, read_cold
 from agentcgroupd.policy.choose import kill_least_bytes
 from agentcgroupd.policy.growth import Growth
 from agentcgroupd.policy.headroom import GROWING_BYTES_PER_S, rank
@@ -154,11 +154,11 @@ class Sampler:
         return used
 
     def free_bytes(self, matters_share: float) -> int:
-        """Bytes that are free of the pool; while that is less than `matters_share` of it, cold file
-        cache counts as free. Raises KnobError."""
+        """Bytes that are free of the pool; while that is less than `matters_share` of it, file
+        cache that the kernel can take back counts as free. Raises KnobError."""
         free = self.limit_bytes - self.usage()
         if free < self.limit_bytes * matters_share:
-            free += cold_cache(self._pool.cgroup)
+            free += file_cache(self._pool.cgroup).freeable_bytes(self.limit_bytes)
         return free
 
     def snapshot(self) -> Snapshot:
@@ -171,29 +171,30 @@ class Sampler:
         """What the policy sees now, with `usage` as it was just read. Raises KnobError when the
         pool cannot be read."""
         now = boottime_usec()
-        cache = 0
+        cache = FileCache(0, 0)
         tight = self.limit_bytes - usage < self.limit_bytes * CACHE_MATTERS_SHARE
         if tight:
-            cache = cold_cache(self._pool.cgroup)
+            cache = file_cache(self._pool.cgroup)
+        used = usage - cache.freeable_bytes(self.limit_bytes)
         active = self._judge_calls(now, tight)
         calls = tuple(self._views.values())
-        if self.limit_bytes - usage + cache < self.cpu_below_bytes():
+        if self.limit_bytes - used < self.cpu_below_bytes():
             calls = self._with_cpu(calls, self._may_be_ended(calls))
         # With and without the cache are two series: from one to the other is no growth.
         key, other = ("pool", "pool and cache") if tight else ("pool and cache", "pool")
-        growth = self._growth.of(key, now, usage - cache)
+        growth = self._growth.of(key, now, used)
         self._growth.forget(other)
         return Snapshot(
             now_usec=now,
             limit_bytes=self.limit_bytes,
-            usage_bytes=usage - cache,
+            usage_bytes=used,
             growth_bytes_per_s=growth,
             calls=calls,
             sessions=self._sessions(now),
             host=self._host(now),
             stalled_share=self._stalled(now),
             credit_bytes=self.credit_bytes(),
-            cache_bytes=cache,
+            cache_bytes=cache.cold_bytes,
             peaks_bytes=self._peaks(),
             active=active,
             first=self._first,

@@ -108,6 +108,12 @@ def step_bytes(policy: Policy, held_bytes: int, limit_bytes: int) -> int:
     return min(STEP_MOST * least, max(least, held_bytes // SHARE_OF_HELD))
 
 
+def pauses(policy: Policy) -> bool:
+    """Tell whether the policy pauses calls at all. Where it does not, who waits for credit sleeps
+    at its bound instead."""
+    return any(r.enabled and not r.dry_run and r.do.action == "freeze" for r in policy.rulesets)
+
+
 def in_order(accounts: Iterable[Account]) -> list[Account]:
     """Return the accounts, who is served first first."""
 

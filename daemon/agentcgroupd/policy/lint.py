@@ -21,8 +21,8 @@ def lint(policy: Policy, limit_bytes: int | None = None) -> Iterator[str]:
         yield "rulesets: all are disabled: nothing is done when memory runs short"
     elif "freeze" not in actions:
         yield (
-            "rulesets: none freezes calls: growth is not held up before the pool is full, unless "
-            "it is denied"
+            "rulesets: none freezes calls: with guard.credit, calls that have to wait sleep in the "
+            "kernel where they are; without it, growth is held up by denial alone"
         )
     if enabled and "kill" not in actions:
         yield (

@@ -140,7 +140,8 @@ class Snapshot:
     """Time of a clock that goes on while the machine sleeps (CLOCK_BOOTTIME)."""
     limit_bytes: int
     usage_bytes: int
-    """Memory in use, without cold file cache, which the kernel takes back by itself."""
+    """Memory in use, without the file cache that the kernel takes back by itself before it ends
+    anybody."""
     growth_bytes_per_s: float
     calls: tuple[CallView, ...]
     sessions: tuple[SessionView, ...] = ()
@@ -151,7 +152,8 @@ class Snapshot:
     credit_bytes: int | None = None
     """What calls may take without asking; None: as much as they like."""
     cache_bytes: int = 0
-    """Cold file cache in the pool, which is not counted in `usage_bytes`."""
+    """Cold file cache in the pool: the part of what is not counted in `usage_bytes` that nobody
+    misses."""
     peaks_bytes: tuple[int, ...] = ()
     """Peaks of the pool's ended calls, and what those hold that grew and do so no more,
     ascending."""
