@@ -311,21 +311,7 @@ class CreditKeeper:
         """Give a call its new bound, or have it wait. Raises KnobError or BpfError."""
         call = ledger.call
         if bound is None and not (is_first and call.awaits_credit):
-            if call.frozen_since_usec is not None and not credit.pauses(self._policy()):
-                self._let_go_on(call, "Going on: the policy in force pauses nobody.")
-            call.asks = asks and ledger.seen >= ledger.bound - GREW_BYTES
-            if call.asks and not call.awaits_credit:
-                ledger.find_cache(now)
-                # To the policy such a call does not ask: it goes on, and takes nothing of others.
-                call.asks = not ledger.lives_on_cache
-            call.starved = call.asks and is_first
-            self._sampler.touch(call)
-            if not call.asks:
-                ledger.since_usec = None
-            elif ledger.since_usec is None:
-                ledger.since_usec = now
-            elif not is_first and now - ledger.since_usec > HOLD_USEC:
-                self._hold(call, now)
+            self._have_wait(ledger, asks, is_first, now)
             return
         if bound is not None and bound < ledger.bound:
             self._ledgers.bind(ledger, bound)
@@ -342,6 +328,26 @@ class CreditKeeper:
             self._let_go_on(call, self._has_its_turn())
         elif slept:
             pause.wake(call)
+
+    def _have_wait(self, ledger: Ledger, asks: bool, is_first: bool, now: int) -> None:
+        """Leave a call its bound, and pause it once it has waited long enough. Raises KnobError or
+        BpfError."""
+        call = ledger.call
+        if call.frozen_since_usec is not None and not credit.pauses(self._policy()):
+            self._let_go_on(call, "Going on: the policy in force pauses nobody.")
+        call.asks = asks and ledger.seen >= ledger.bound - GREW_BYTES
+        if call.asks and not call.awaits_credit:
+            ledger.find_cache(now)
+            # To the policy such a call does not ask: it goes on, and takes nothing of others.
+            call.asks = not ledger.lives_on_cache
+        call.starved = call.asks and is_first
+        self._sampler.touch(call)
+        if not call.asks:
+            ledger.since_usec = None
+        elif ledger.since_usec is None:
+            ledger.since_usec = now
+        elif not is_first and now - ledger.since_usec > HOLD_USEC:
+            self._hold(call, now)
 
     def _hold(self, call: Call, now: int) -> None:
         """Pause a call that waits for credit, or refuse it more where it would rather have that.
