@@ -1,11 +1,12 @@
-"""Paste the commands of README.md, one by one, on a fresh Debian 13.
+"""Paste the commands of README.md, one by one, on a fresh Debian.
 
-    python -m tools.try_readme [--root DIR]
+    python -m tools.try_readme [--suite trixie|bookworm] [--root DIR]
 
-Debian's root is made by mmdebstrap, with what a small server has: sudo and systemd. The commands
-under "Install" are run in it, with this machine's network, up to the one that needs a running
-systemd. That one, and those under "In 60 seconds", are run in the test guest, which boots from the
-same root; `agentcg uninstall` comes last. Needs root, Debian's archive and PyPI, and some minutes.
+The suite is Debian 13's unless another is named; bookworm is Debian 12. Its root is made by
+mmdebstrap, with what a small server has: sudo and systemd. The commands under "Install" are run in
+it, with this machine's network, up to the one that needs a running systemd. That one, and those
+under "In 60 seconds", are run in the test guest, which boots from the same root with a kernel of
+its own; `agentcg uninstall` comes last. Needs root, Debian's archive and PyPI, and some minutes.
 """
 
 from __future__ import annotations
@@ -81,13 +82,13 @@ def unattended(command: str) -> str:
     return command.replace("apt-get install ", "apt-get install -y ", 1)
 
 
-def make_root(target: Path) -> None:
+def make_root(suite: str, target: Path) -> None:
     """Make a fresh Debian with this checkout in it. Raises ReadmeError, SuiteError."""
     if shutil.which("mmdebstrap") is None:
         raise ReadmeError("mmdebstrap is not here; try: apt-get install mmdebstrap")
     mirror = find_mirror().uris.split()[0]
     options = ["--quiet", "--variant=minbase", f"--include={','.join(HAS)}"]
-    _check(["mmdebstrap", *options, SUITE, str(target), mirror])
+    _check(["mmdebstrap", *options, suite, str(target), mirror])
     checkout = check_wheel.copy_checkout(target / INSIDE.lstrip("/"))
     shutil.rmtree(checkout / "build", ignore_errors=True)
     # The network is this machine's, and so is whom it trusts.
@@ -147,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.try_readme", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    which = f"a suite of Debian (default: {SUITE})"
+    parser.add_argument("--suite", default=SUITE, metavar="NAME", help=which)
     keep = "where the root is made, and stays; one that is there is used as it is"
     parser.add_argument("--root", type=Path, metavar="DIR", help=keep)
     arguments = parser.parse_args(argv)
@@ -156,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _directory(arguments.root) as root:
             if not (root / "etc/debian_version").exists():
-                make_root(root)
+                make_root(arguments.suite, root)
                 install(root, first)
             in_guest(root, [starts], tour)
     except (ReadmeError, SuiteError) as error:

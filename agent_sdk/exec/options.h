@@ -4,6 +4,7 @@
 #ifndef AGENTCG_OPTIONS_H
 #define AGENTCG_OPTIONS_H
 
+#include <errno.h>
 #include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -92,6 +93,14 @@ __attribute__((noreturn)) static void bad_option(char *word)
 	    meant ? "; did you mean '--" : "", meant ?: "", meant ? "'?" : "", program);
 }
 
+/* Ends the program after it has printed, with 1 where that could not be written. */
+__attribute__((noreturn)) static void end_printed(int result)
+{
+	if (result < 0 || fflush(stdout))
+		die(1, "the output cannot be written: %s", strerror(errno));
+	exit(0);
+}
+
 /* Returns the index of the command. */
 static int parse_options(int argc, char **argv)
 {
@@ -110,9 +119,9 @@ static int parse_options(int argc, char **argv)
 		if (o == '?')
 			bad_option(argv[optind - 1]);
 		if (o == HELP)
-			exit(printf(help, program) < 0);
+			end_printed(printf(help, program));
 		if (o == VERSION)
-			exit(fputs(version, stdout) < 0);
+			end_printed(fputs(version, stdout));
 		values[o] = optarg ?: "";
 	}
 	return optind;

@@ -14,6 +14,8 @@ import sys
 os.environ["GRPC_VERBOSITY"] = "NONE"
 
 from agentcgroup import __version__
+from agentcgroup.cli import BROKEN_PIPE, INTERRUPTED
+from agentcgroup.cli.output import OutputError, complain, flush, give_up_stdout, say
 from agentcgroup.extras import missing
 
 EXIT_CONFIG = 78
@@ -55,6 +57,23 @@ def _stop_in_time() -> None:
 
 
 def main() -> int:
+    """Run the command line; returns the exit status. What it prints is written, or it is told that
+    it could not be."""
+    try:
+        status = _run()
+        flush()
+        return status
+    except OutputError as error:
+        give_up_stdout()
+        if error.is_reader_gone:
+            return BROKEN_PIPE
+        complain(f"agentcgroupd: the output cannot be written: {error}")
+        return 1
+    except KeyboardInterrupt:  # before there is a daemon that stops for it
+        return INTERRUPTED
+
+
+def _run() -> int:
     """Parse, run, and turn what is known to go wrong into one line and an exit status."""
     arguments = make_parser(__version__).parse_args()
     set_up(arguments.verbose)
@@ -62,7 +81,7 @@ def main() -> int:
         config = load_config(arguments.config)
         if arguments.check:
             check(config)
-            print(show(arguments.config), end="")
+            say(show(arguments.config), end="")
             return 0
         if os.geteuid() != 0:
             log.error("it makes cgroups and moves processes, as root; try: sudo agentcgroupd")

@@ -187,7 +187,7 @@ def test_what_ends_by_itself_is_closed_once(daemon: DaemonProcess, admin: Admin)
     assert process.returncode == 3
     assert "once" not in _names(admin)
     closed = [e for e in _entries(daemon, "session_closed") if e["session"] == "once"]
-    assert len(closed) == 1
+    assert [entry["why"] for entry in closed] == ["its command ended"]
 
 
 def test_a_signal_for_session_run_reaches_the_command(daemon: DaemonProcess, admin: Admin) -> None:

@@ -23,6 +23,7 @@ from agentcgroupd.gpu.mps import Mps, MpsControl, MpsControlDaemon, MpsUnavailab
 from agentcgroupd.gpu.nvml import DriverNvml, Nvml
 from agentcgroupd.gpu.tenant import GpuTenant
 from agentcgroupd.gpu.time_slicing import TimeSlicing
+from agentcgroupd.host.journal import DETAIL
 from agentcgroupd.intents.gpu import Device
 from agentcgroupd.state.session import Session
 
@@ -84,9 +85,22 @@ class Enforcement:
             gate = Gate(DevicePrograms.load(self._objects), self._sources.majors)
             gate.close_for(pool)
         except (BpfError, OSError) as error:
-            log.error("device files of GPUs are open to everyone: %s", error)
+            self._say_open(error)
             return
         self.gate = gate
+
+    def _say_open(self, error: BpfError | OSError) -> None:
+        """Say that there is no gate: an error where there is a GPU, else one of many things that
+        `agentcg doctor` tells."""
+        words = ("device files of GPUs are open to everyone: %s", error)
+        try:
+            has_driver = bool(self._sources.majors())
+        except OSError:
+            has_driver = True
+        if has_driver:
+            log.error(*words)
+        else:
+            log.info(*words, extra=DETAIL)
 
     def session_opened(self, session: Session) -> None:
         """Put the gate on an adopted session: its cgroup is outside the pool."""

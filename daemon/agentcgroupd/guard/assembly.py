@@ -25,6 +25,7 @@ from agentcgroupd.guard.loop import GuardLoop
 from agentcgroupd.guard.policy_files import PolicyFiles
 from agentcgroupd.guard.sampler import Sampler
 from agentcgroupd.guard.session_sampler import SessionSampler
+from agentcgroupd.host.journal import DETAIL
 from agentcgroupd.policy.engine import kill_free_bytes
 from agentcgroupd.policy.learning import Peaks
 from agentcgroupd.policy.schedule import NUDGE_S
@@ -141,7 +142,7 @@ class PoolGuard:
             )
             self._trigger.start()
         except (KnobError, OSError) as error:
-            log.warning("stalls of the pool are not told by the kernel: %s", error)
+            log.warning("stalls of the pool are not told by the kernel: %s", error, extra=DETAIL)
             self._trigger = None
 
     def stop(self) -> None:

@@ -24,6 +24,7 @@ from agentcgroupd.rpc.past import scope_of
 from agentcgroupd.rpc.peers import check_operator
 from agentcgroupd.rpc.relay import Relay
 from agentcgroupd.rpc.service import Context, Parts, Service, answers
+from agentcgroupd.sessions.lifecycle import CLOSED, DONE
 from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.wire import call_to_proto
@@ -224,7 +225,8 @@ class AdminService(Service, pb_grpc.AdminServicer):
         """End a session and all of its calls; returns how many were open."""
         self._check(by)
         session = self.parts.sessions.get(request.session_id)
-        closed = await self.parts.lifecycle.close(session)
+        is_owner = session.owner is not None and session.owner.is_same(by.peer.process)
+        closed = await self.parts.lifecycle.close(session, DONE if is_owner else CLOSED)
         return pb.CloseSessionResponse(
             calls_ended=closed.calls_ended,
             agent_oom_kills=closed.agent_kills,

@@ -23,11 +23,30 @@ from agentcgroupd.state.records import foreign_version
 from agentcgroupd.state.session import Session
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.telemetry.wire import session_to_proto
-from agentcgroupd.units import CgroupId
+from agentcgroupd.units import CgroupId, show_bytes
 
 log = logging.getLogger(__name__)
 
 ORPHANED = "the process that it ends with is gone"
+CLOSED = "the operator closed it"
+DONE = "its command ended"
+"""Why a session was closed by the process that it ends with, which is `agentcg session run`."""
+
+
+def _change(name: str, old: object, new: object) -> str:
+    """Write a change of a limit as people read it: "memory_max from none to 1 GiB"."""
+    field, _, unit = name.rpartition("_")
+    if unit not in ("bytes", "millicores"):
+        field, unit = name, ""
+
+    def shown(value: object) -> str:
+        if value is None:
+            return "none"
+        if not isinstance(value, int) or not unit:
+            return str(value)
+        return show_bytes(value) if unit == "bytes" else f"{value / 1000:g}"
+
+    return f"{field} from {shown(old)} to {shown(new)}"
 
 
 class SessionObserver(Protocol):
@@ -196,7 +215,7 @@ class SessionLifecycle:
             if getattr(before, name) != getattr(limits, name)
         }
         self._notices.audit.write("session_changed", session=session.id, limits=changed)
-        words = (f"{name} from {old} to {new}" for name, (old, new) in changed.items())
+        words = (_change(name, *values) for name, values in changed.items())
         log.info("session %s: %s", session.id, ", ".join(words) or "its limits stay as they are")
         described = self.describe(session, admin=True)
         self._notices.history.session_opened(described)
@@ -222,7 +241,7 @@ class SessionLifecycle:
         if session.adopted:
             self._adopted_changed(session)
 
-    async def close(self, session: Session, why: str = "the operator closed it") -> Closed:
+    async def close(self, session: Session, why: str = CLOSED) -> Closed:
         """End a session's calls, then its agent. `why`: a clause. Raises RequestError or KnobError,
         and the session is then still open."""
         if session.closing:

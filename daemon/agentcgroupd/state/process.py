@@ -45,6 +45,10 @@ class Process:
         """The same process with a pidfd of its own."""
         return Process(self.pid, self.start_ticks, os.dup(self.pidfd))
 
+    def is_same(self, other: Process) -> bool:
+        """Whether both are the same process, by whatever pidfd."""
+        return (self.pid, self.start_ticks) == (other.pid, other.start_ticks)
+
     def signal(self, number: int) -> None:
         """Send a signal; no error if the process has ended. Raises PermissionError."""
         try:

@@ -171,6 +171,16 @@ def test_help_names_every_option(launcher: Launcher) -> None:
         assert option in result.stdout.split(), option
 
 
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_what_it_prints_is_written_or_it_is_told(programs: Path, option: str) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [programs / "agentcg-exec", option], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr.endswith(": the output cannot be written: No space left on device\n")
+
+
 # ---- what is asked
 
 
