@@ -40,10 +40,16 @@ def test_the_three_lines_run(daemon: DaemonProcess, tmp_path: Path, lines: str) 
         (programs / name).chmod(0o755)
     # Where the pool is limited, it may have less than what the page gives to a session.
     lines = lines.replace("--memory-max 4G", "--memory-max 400M")
+    # Root needs no sudo, and may have none. That takes PATH away, and knows users by name.
+    accounts = tmp_path / "passwd"
+    accounts.write_text(f"root:x:0:0::/root:/bin/sh\nsomebody:x:0:0::{home}:/bin/sh\n")
+    sudo = f'sudo() {{ shift; HOME=/root PATH="{BIN}:/usr/bin:/bin" "$@"; }}\n'
+    script = f'mount --bind "{accounts}" /etc/passwd\n{sudo}{lines}'
     done = subprocess.run(
-        ["sh", "-ec", f'sudo() {{ "$@"; }}\n{lines}'],  # root needs none, and may have none
+        ["unshare", "--mount", "sh", "-ec", script],
         env={
             "HOME": str(home),
+            "USER": "somebody",
             "AGENTCG_RUN_DIR": str(daemon.run_dir),
             "PATH": f"{programs}:{BIN}:{os.environ['PATH']}",
             "SHELL": "/bin/sh",

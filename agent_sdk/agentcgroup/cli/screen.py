@@ -277,11 +277,16 @@ def _session(look: Look, rates: Rates, view: View, width: int, room: int) -> lis
     session = next((each for each in look.sessions if each.id == view.session_id), None)
     if session is None:
         return [(f"Session {view.session_id} is closed.", BOLD)]
-    title = (
-        f"session {session.id}: priority {session.priority}, {size(memory_of(session))} of "
-        f"{size(session.memory_max_bytes)}, guaranteed {size(session.memory_low_bytes)}, "
-        f"{cores(session.cpu_max_millicores)} cores, {session.calls_ended} calls ended"
-    )
+    held = size(memory_of(session))
+    if session.memory_max_bytes is not None:
+        held += f" of {size(session.memory_max_bytes)}"
+    facts = [f"priority {session.priority}", held]
+    if session.memory_low_bytes is not None:
+        facts.append(f"{size(session.memory_low_bytes)} guaranteed")
+    if session.cpu_max_millicores is not None:
+        facts.append(f"{cores(session.cpu_max_millicores)} cores")
+    facts.append(f"{session.calls_ended} ended")
+    title = f"session {session.id}: {', '.join(facts)}"
     about = _about(calls, view.chosen, width)
     table = _calls_table(calls, rates, view, width)
     rows = _window(table, view.chosen, max(2, room - len(about) - 2))
