@@ -18,6 +18,7 @@ from pathlib import Path
 
 from agentcgroup_lab.replay import engine
 from agentcgroup_lab.replay.backends import ReplayError
+from agentcgroup_lab.replay.progress import MIB
 from agentcgroup_lab.trace import format as trace_format
 from agentcgroup_lab.trace import plan
 from bench.demo.trim import largest, most_kept, steady, trimmed
@@ -138,7 +139,7 @@ def measure() -> Speed:
             seconds = min(seconds, time.monotonic() - started)
             if any(statuses):
                 raise ReplayError(
-                    f"this machine could not touch {megabytes(SESSIONS * PROBE_BYTES)} ({load} "
+                    f"this machine could not touch {mebibytes(SESSIONS * PROBE_BYTES)} ({load} "
                     f"ended with {statuses}): free some memory, or raise the container's limit"
                 )
     fields = dict(line.split(":", 1) for line in open("/proc/meminfo", encoding="ascii"))
@@ -212,9 +213,9 @@ def shrink(choice: Choice, speed: Speed, plan_s: float) -> float:
     least = SCALES[-1]
     if by_memory < least or by_time < least / LATE_MOST:
         raise ReplayError(
-            f"this machine is too small: it touches {megabytes(speed.touch_bytes_per_s)} a second "
-            f"and has {megabytes(speed.free_bytes)} free, and the pool would have "
-            f"{megabytes(choice.pool_bytes * least)}"
+            f"this machine is too small: it touches {mebibytes(speed.touch_bytes_per_s)} a second "
+            f"and has {mebibytes(speed.free_bytes)} free, and the pool would have "
+            f"{mebibytes(choice.pool_bytes * least)}"
         )
     # A round number reads better; rounding down keeps both limits.
     return next((scale for scale in SCALES if scale <= min(by_time, by_memory)), least)
@@ -259,9 +260,9 @@ def meet(choice: Choice, plan_s: float) -> tuple[engine.Meeting, list[float]]:
     return engine.Meeting("s1", calls, hold_s), [start_s - earliest_s for start_s in starts_s]
 
 
-def megabytes(n_bytes: float) -> str:
+def mebibytes(n_bytes: float) -> str:
     """A size as it is printed."""
-    return f"{n_bytes / 1e6:.0f} MB"
+    return f"{n_bytes / MIB:.0f} MiB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,18 +316,18 @@ def prepare(directory: Path, plan_s: float, sample_s: float) -> Prepared:
 def _rules(choice: Choice, speed: Speed, options: plan.Options) -> dict[str, str]:
     """Say in plain words what was chosen, and why."""
     sessions = [
-        f"{name} ({len(one.calls)} calls up to {megabytes(peak.peak_bytes)}, "
-        f"agent {megabytes(agent_bytes(one))})"
+        f"{name} ({len(one.calls)} calls up to {mebibytes(peak.peak_bytes)}, "
+        f"agent {mebibytes(agent_bytes(one))})"
         for name, one, peak in zip(choice.names, choice.plans, choice.peaks, strict=True)
     ]
     together = sum(map(agent_bytes, choice.plans)) + sum(c.peak_bytes for c in choice.peaks)
     return {
-        "machine": f"touches {megabytes(speed.touch_bytes_per_s)}/s in {SESSIONS} processes "
-        f"together, has {megabytes(speed.free_bytes)} free",
+        "machine": f"touches {mebibytes(speed.touch_bytes_per_s)}/s in {SESSIONS} processes "
+        f"together, has {mebibytes(speed.free_bytes)} free",
         "scale": f"memory x{options.memory_scale:g}, {options.speed:.3g} times as fast as recorded",
         "sessions": ", ".join(sessions),
-        "pool": f"{megabytes(choice.pool_bytes)}: the largest call fits beside all agents, with "
-        f"{HEADROOM - 1:.0%} to spare; an even part is {megabytes(choice.share_bytes)}",
+        "pool": f"{mebibytes(choice.pool_bytes)}: the largest call fits beside all agents, with "
+        f"{HEADROOM - 1:.0%} to spare; an even part is {mebibytes(choice.share_bytes)}",
         "meeting": f"the largest call of each session waits for the others' at its peak: "
-        f"{megabytes(together)} are wanted at once",
+        f"{mebibytes(together)} are wanted at once",
     }

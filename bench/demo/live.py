@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
-from agentcgroup_lab.replay.progress import Progress, SessionProgress
+from agentcgroup_lab.replay.progress import MIB, Progress, SessionProgress
 from bench.demo.verdict import TITLES
 
 BAR = 44
@@ -80,13 +80,13 @@ def draw(title: str, progress: Progress) -> list[str]:
         bar += str(number) * round(share * BAR)
     bar = bar[:BAR].ljust(BAR, ".")
     head = f"{_BOLD}{title}{_PLAIN} {_DIM}{progress.passed_s:4.0f} s{_PLAIN}"
-    pool = f"  pool [{bar}] {held / 1e6:4.0f} of {progress.limit_bytes / 1e6:.0f} MB"
+    pool = f"  pool [{bar}] {held / MIB:4.0f} of {progress.limit_bytes / MIB:.0f} MiB"
     return [head, pool, *(_session(session) for session in progress.sessions)]
 
 
 def _session(session: SessionProgress) -> str:
     name = f"{session.id} important" if session.important else session.id
-    text = f"  {name:<13}{session.held_bytes / 1e6:5.0f} MB  "
+    text = f"  {name:<13}{session.held_bytes / MIB:5.0f} MiB  "
     text += f"{session.finished:2d} of {session.planned} calls"
     if session.lost:
         text += f"  {_RED}{session.lost} killed{_PLAIN}"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from agentcgroup import tables
 from agentcgroup_lab.replay.meeting import HELD
+from agentcgroup_lab.replay.progress import MIB
 from agentcgroup_lab.replay.result import ReplayResult, SessionResult, StrategyResult
 
 MOST_OF_ALONE = 1.05
@@ -100,7 +101,7 @@ def sentences(result: ReplayResult) -> list[str]:
     assert result.alone is not None
     calls = sum(len(session.calls) for session in none.sessions)
     agents = sum(session.state == "lost" for session in static.sessions)
-    part = f"{static.limit_bytes / len(static.sessions) / 1e6:.0f} MB"
+    part = f"{static.limit_bytes / len(static.sessions) / MIB:.0f} MiB"
     paused_s = sum(
         span.end_s - span.start_s
         for session in ours.sessions

@@ -168,6 +168,11 @@ def show_bytes(value: float) -> str:
     return f"{value:.0f} bytes"
 
 
+def show_cores(millicores: int) -> str:
+    """`1 core`, `1.5 cores`."""
+    return f"{millicores / 1000:g} {'core' if millicores == 1000 else 'cores'}"
+
+
 def show_usec(value: float) -> str:
     """`1.25 s`, `35 ms`, `2 min 5 s`."""
     if value >= 60_000_000:

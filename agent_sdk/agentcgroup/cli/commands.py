@@ -13,7 +13,7 @@ from agentcgroup import errors, extras, paths
 from . import BROKEN_PIPE, INTERRUPTED, common
 from .output import OutputError, complain, flush, give_up_stdout, print_json
 from .parser import Parser
-from .summaries import ALIASES, COMMANDS, summary
+from .summaries import ALIASES, COMMANDS, GUESSES, summary
 
 DESCRIPTION = "Resource control for AI agents, one tool call at a time."
 
@@ -24,6 +24,12 @@ class _Version(argparse.Action):
 
         parser._print_message(f"agentcg {__version__}\n", sys.stdout)
         parser.exit()
+
+
+class _Misplaced(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        option = self.option_strings[0]
+        parser.error(f"{option} stands behind the command, as in: agentcg sessions {option}")
 
 
 def run(arguments: list[str]) -> int:
@@ -90,6 +96,8 @@ def build_parser(words: tuple[str, ...] | None = None) -> Parser:
     parser.add_argument(
         "--version", action=_Version, nargs=0, help="print the version of this command"
     )
+    parser.add_argument("--json", action=_Misplaced, nargs=0, help=argparse.SUPPRESS)
+    parser.guesses = GUESSES
     parser.set_defaults(run=common.helping(parser), parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND")
     chosen = {other: name for name, names in ALIASES.items() for other in names}

@@ -183,6 +183,8 @@ def explain(error: errors.AgentcgError, line: Line | None = None) -> int:
     matching = (row for row in _ADVICE if isinstance(error, row[0]))
     _, code, advice = next(matching, (type(error), BAD, ""))
     sentence, allowed = error.sentence, error.allowed
+    if advice == _SESSIONS and allowed:
+        advice = ""  # it is no session that is not there
     if line is not None and line.args is not None:
         sentence = in_words_of(line.args, sentence, error.field)
         allowed = in_words_of(line.args, allowed, error.field)
@@ -227,6 +229,7 @@ _AS_ROOT = (
     "as root outside every session (sudo agentcg ...); inside a session only its own calls can be "
     "seen"
 )
+_SESSIONS = "'agentcg sessions'"
 _LIST = "'agentcg calls' for open calls, 'agentcg report --limit 20' for ended ones"
 
 # The first line that an error is an instance of counts: subclasses stand before their bases.
@@ -236,7 +239,7 @@ _ADVICE: list[tuple[type[errors.AgentcgError], int, str]] = [
     (errors.PermissionDenied, REFUSED, _AS_ROOT),
     (errors.AlreadyExists, REFUSED, "another name, or 'session run --reuse'"),
     (errors.CallNotFound, NOT_FOUND, _LIST),
-    (errors.NotFound, NOT_FOUND, "'agentcg sessions'"),
+    (errors.NotFound, NOT_FOUND, _SESSIONS),
     (errors.InvalidIntent, REFUSED, ""),
     (errors.Refused, REFUSED, ""),
     (errors.LauncherNotFound, BAD, ""),

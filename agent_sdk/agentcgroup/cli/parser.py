@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from agentcgroup.meant import meant
@@ -18,9 +18,11 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are two lines: what is wrong, and where help is.
 
     usage_code: the exit code for wrong usage.
+    guesses: commands by what others than this one call them.
     """
 
     usage_code = USAGE_CODE
+    guesses: Mapping[str, str] = {}
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -47,7 +49,9 @@ class Parser(argparse.ArgumentParser):
             return
         known = [str(choice) for choice in action.choices]
         if isinstance(action, argparse._SubParsersAction):
-            hint = meant(str(value), known) or f"; there are {', '.join(known)}"
+            guess = self.guesses.get(str(value))
+            hint = f"; did you mean {guess!r}?" if guess else meant(str(value), known)
+            hint = hint or f"; there are {', '.join(known)}"
             self.error(f"there is no command {value!r}{hint}")
         name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
         self.error(f"{name}: {value!r} cannot be used; allowed is {' or '.join(known)}")

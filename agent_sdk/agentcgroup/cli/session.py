@@ -146,7 +146,15 @@ def run_adopt(args: argparse.Namespace) -> int:
 
     path = cgroup_to_adopt(args.cgroup, args.pid, args.container)
     with common.admin() as client:
-        return _show(client.adopt_session(args.name, path, **_limits(args)), args)
+        try:
+            session = client.adopt_session(args.name, path, **_limits(args))
+        except errors.InvalidIntent as error:
+            if error.field == "cgroup_path" and args.cgroup is None:
+                # Nobody has typed that path.
+                error.field = "pid" if args.pid is not None else "container"
+                error.sentence = error.sentence.replace("cgroup_path:", f"{error.field}: cgroup", 1)
+            raise
+        return _show(session, args)
 
 
 def run_set(args: argparse.Namespace) -> int:

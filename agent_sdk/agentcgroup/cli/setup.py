@@ -74,7 +74,7 @@ def run_setup(args: argparse.Namespace) -> int:
         done = new != old and not args.dry_run
         print_json({"path": str(settings.path), "changed": done, "diff": diff})
     else:
-        _tell(args, settings, new != old)
+        _tell(args, settings, old, new)
     return common.OK
 
 
@@ -93,13 +93,14 @@ def _check_links(path: Path) -> None:
             )
 
 
-def _tell(args: argparse.Namespace, settings: Settings, changes: bool) -> None:
-    if not changes:
+def _tell(args: argparse.Namespace, settings: Settings, old: str, new: str) -> None:
+    done = "written" if new else "removed"
+    if new == old:
         say(f"{settings.path}: as it should be")
     elif args.dry_run:
-        say(f"{settings.path}: would be written")
+        say(f"{settings.path}: would be {done}")
     else:
-        say(f"{settings.path}: written")
+        say(f"{settings.path}: {done}")
         if settings.note and not args.remove:
             say(settings.note)
 

@@ -51,6 +51,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
 ALIASES: dict[str, tuple[str, ...]] = {"calls": ("ps",)}
 """Other words for a command."""
 
+GUESSES = {
+    **{verb: f"session {verb}" for verb in ("run", "open", "adopt", "set", "close", "list")},
+    **dict.fromkeys(("ls", "session-list"), "sessions"),
+    **dict.fromkeys(("kill", "stop", "rm", "cancel"), "end"),
+    **dict.fromkeys(("log", "logs"), "events"),
+    **dict.fromkeys(("unpause", "continue", "thaw"), "resume"),
+    **{"freeze": "pause", "stats": "usage", "why": "explain", "check": "policy check"},
+    **{"simulate": "policy simulate", "update": "session set", "start": "session run"},
+}
+"""Commands by words of other programs, and by the second word alone."""
+
 
 def summary(name: str) -> str:
     """Return what a command is for, in one sentence."""

@@ -36,12 +36,12 @@ def story(
         numbers = {"waited_usec": float(waited_usec)}
         steps.append(_step(began_usec, "call_started", sentence, numbers))
     if report is not None:
-        steps += [_fact(fact) for fact in report.facts]
+        steps += [_fact(fact, _ended_usec(report)) for fact in report.facts]
     # A fact whose time is not known is told right before the end.
     last = max((step.at_unix_usec for step in steps), default=0)
     steps.sort(key=lambda step: (step.at_unix_usec or last, _ORDER.get(step.what, 2)))
     if report is not None:
-        steps.append(_end(report))
+        steps.append(_end(report, last))
     kept = _middle_left_out(steps)
     return pb.Story(
         call_id=call_id,
@@ -193,12 +193,17 @@ _WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 # The end
 
 
-def _fact(fact: pb.Fact) -> pb.Step:
+def _ended_usec(report: pb.Report) -> int:
+    return report.began_unix_usec + report.wall_usec
+
+
+def _fact(fact: pb.Fact, ended_usec: int) -> pb.Step:
+    # What was found out a moment after the end is about the end.
     what = fact.what[:1].upper() + fact.what[1:]
-    return _step(fact.at_unix_usec, "fact", f"{what} ({fact.source}).")
+    return _step(min(fact.at_unix_usec, ended_usec), "fact", f"{what} ({fact.source}).")
 
 
-def _end(report: pb.Report) -> pb.Step:
+def _end(report: pb.Report, last_usec: int) -> pb.Step:
     numbers: dict[str, float] = {
         "wall_usec": report.wall_usec,
         "cpu_usage_usec": report.cpu_usage_usec,
@@ -208,7 +213,7 @@ def _end(report: pb.Report) -> pb.Step:
             numbers[name] = float(getattr(report, name))
     if report.frozen_usec:
         numbers["frozen_usec"] = report.frozen_usec
-    ended = report.began_unix_usec + report.wall_usec
+    ended = max(_ended_usec(report), last_usec)
     verdict = pb.Verdict.Name(report.verdict).removeprefix("VERDICT_").lower()
     took = [f"{show_usec(report.wall_usec)} of time", f"{show_usec(report.cpu_usage_usec)} of CPU"]
     if report.HasField("memory_peak_bytes"):

@@ -25,7 +25,7 @@ from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.session import Call, Session, unix_usec
 from agentcgroupd.telemetry.wire import call_to_proto, is_paused, pool_pressure, usage_of
 from agentcgroupd.turns import Slices
-from agentcgroupd.units import show_bytes
+from agentcgroupd.units import show_bytes, show_cores
 
 HELD_MATTERS_BYTES = 16 << 20
 """Less than this is not worth a word."""
@@ -184,7 +184,7 @@ class Views:
             pids_available=pids_left,
             calls_open=len(session.calls),
             calls_max=limits.calls_max,
-            sentence=f"You have {memory} and {millicores / 1000:g} cores; {calls}.",
+            sentence=f"You have {memory} and {show_cores(millicores)}; {calls}.",
             gpus=self._gpus.grants.budget(),
         )
 

@@ -226,9 +226,19 @@ class SessionCgroups:
     def _check_adoptable(self, path: str) -> None:
         inside = path == self._pool.path or path.startswith(f"{self._pool.path}/")
         above = self._pool.path.startswith(f"{path.rstrip('/')}/") or path == "/"
-        of_session = self._sessions.of_cgroup(path) is not None
-        if inside or above or of_session or ".." in path:
-            raise InvalidField("cgroup_path", path, "a cgroup beside the pool, of no other session")
+        of_session = self._sessions.of_cgroup(path)
+        why = ""
+        if of_session is not None:
+            why = f"it belongs to session {of_session.id}"
+        elif inside:
+            why = "it is in the pool"
+        elif above:
+            why = "the pool is in it"
+        elif ".." in path:
+            why = "'..' leads out of it"
+        if why:
+            allowed = "a cgroup beside the pool, of no other session"
+            raise InvalidField("cgroup_path", path, allowed, why)
 
     # Changing
 

@@ -19,6 +19,7 @@ from agentcgroup.cli.output import complain, print_json_line, say
 from agentcgroup.paths import run_dir
 from agentcgroup_lab import arguments
 from agentcgroup_lab.replay.backends import STRATEGIES
+from agentcgroup_lab.replay.progress import MIB
 
 EXIT_OK, EXIT_FAILED = 0, 1
 
@@ -94,7 +95,7 @@ def run_record(args: argparse.Namespace) -> int:
     else:
         say(
             f"{args.output}: {trace.duration_s:.1f} s, {len(trace.samples)} samples "
-            f"({missed} missed), {len(trace.calls)} calls, peak {trace.peak_mb:.0f} MB"
+            f"({missed} missed), {len(trace.calls)} calls, peak {trace.peak_bytes / MIB:.0f} MiB"
         )
     return EXIT_OK
 

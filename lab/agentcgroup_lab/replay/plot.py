@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentcgroup_lab.replay.progress import MIB
 from agentcgroup_lab.replay.result import ReplayResult, SessionResult, StrategyResult
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def _draw_memory(axes: Axes, result: StrategyResult, colours: dict[str, str]) ->
     sessions = _ordered(result.sessions)
     series = [
         # A session whose cgroup is gone holds nothing.
-        [(value or 0) / 1e6 for value in result.timeline.sessions_bytes[session.id]]
+        [(value or 0) / MIB for value in result.timeline.sessions_bytes[session.id]]
         for session in sessions
     ]
     axes.stackplot(
@@ -58,10 +59,10 @@ def _draw_memory(axes: Axes, result: StrategyResult, colours: dict[str, str]) ->
         linewidth=0.6,
         edgecolor="white",
     )
-    axes.axhline(result.limit_bytes / 1e6, color=_LIMIT, linewidth=1.6, linestyle=(0, (5, 3)))
+    axes.axhline(result.limit_bytes / MIB, color=_LIMIT, linewidth=1.6, linestyle=(0, (5, 3)))
     axes.annotate(
-        f"pool limit {result.limit_bytes / 1e6:.0f} MB",
-        (1.0, result.limit_bytes / 1e6),
+        f"pool limit {result.limit_bytes / MIB:.0f} MiB",
+        (1.0, result.limit_bytes / MIB),
         xycoords=("axes fraction", "data"),
         xytext=(-6, 4),
         textcoords="offset points",
@@ -70,7 +71,7 @@ def _draw_memory(axes: Axes, result: StrategyResult, colours: dict[str, str]) ->
         fontsize=10,
         color=_LIMIT,
     )
-    axes.set_ylabel("memory (MB)")
+    axes.set_ylabel("memory (MiB)")
     axes.set_title(_headline(result), loc="left", fontsize=12.5, fontweight="bold")
     axes.tick_params(labelbottom=False)
 
@@ -88,7 +89,7 @@ def _headline(result: StrategyResult) -> str:
     parts.append(f"{result.seconds:.0f} s")
     title = _TITLES.get(result.strategy, result.strategy)
     if result.strategy == "static":
-        title += f" ({result.limit_bytes / len(result.sessions) / 1e6:.0f} MB each)"
+        title += f" ({result.limit_bytes / len(result.sessions) / MIB:.0f} MiB each)"
     return f"{title}: {', '.join(parts)}"
 
 
@@ -213,8 +214,8 @@ def draw(result: ReplayResult) -> Figure:
     strategies = result.strategies
     colours = _colours(strategies[0].sessions)
     end_s = max(max(strategy.timeline.at_s, default=1.0) for strategy in strategies)
-    top_mb = max(
-        max(strategy.limit_bytes, *strategy.timeline.pool_bytes) / 1e6 for strategy in strategies
+    top_mib = max(
+        max(strategy.limit_bytes, *strategy.timeline.pool_bytes) / MIB for strategy in strategies
     )
     with mpl.rc_context(style):
         height_in = 1.6 + _PANEL_IN * len(strategies)
@@ -237,7 +238,7 @@ def draw(result: ReplayResult) -> Figure:
             _draw_memory(memory, strategy, colours)
             _draw_lanes(lanes, strategy, colours, end_s)
             memory.set_xlim(0, end_s)
-            memory.set_ylim(0, top_mb * 1.14)
+            memory.set_ylim(0, top_mib * 1.14)
             if position + 1 == len(strategies):
                 lanes.set_xlabel("seconds")
         title: Any = {"va": "top", "ha": "left", "fontsize": 15, "fontweight": "bold"}

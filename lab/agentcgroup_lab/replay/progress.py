@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MIB = 1 << 20
+"""Sizes are shown in the units that --pool takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class SessionProgress:
@@ -39,7 +42,7 @@ class Progress:
 
     def text(self) -> str:
         """Return it as a line of text."""
-        used = "   -" if self.pool_bytes is None else f"{self.pool_bytes / 1e6:4.0f}"
+        used = "   -" if self.pool_bytes is None else f"{self.pool_bytes / MIB:4.0f}"
         states = "  ".join(session.text() for session in self.sessions)
-        pool = f"pool {used}/{self.limit_bytes / 1e6:.0f} MB"
+        pool = f"pool {used}/{self.limit_bytes / MIB:.0f} MiB"
         return f"{self.strategy:>6} {self.passed_s:5.1f} s  {pool}  calls {states}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agentcgroup import tables
+from agentcgroup_lab.replay.progress import MIB
 
 SCHEMA = "agentcgroup-replay/1"
 
@@ -194,7 +195,7 @@ _COLUMNS = (
 
 
 def _row(result: StrategyResult, session: SessionResult) -> tuple[str, ...]:
-    peak = "-" if session.peak_bytes is None else f"{session.peak_bytes / 1e6:.0f} MB"
+    peak = "-" if session.peak_bytes is None else f"{session.peak_bytes / MIB:.0f} MiB"
     return (
         result.strategy if session is result.sessions[0] else "",
         session.id + (" *" if session.important else ""),

@@ -57,6 +57,14 @@ class TraceError(ValueError):
         )
 
 
+class UnreadableTrace(TraceError):
+    """A recording that cannot be read at all."""
+
+    def __init__(self, file: str, why: str) -> None:
+        super().__init__(file, 0, "file", why, "a file that can be read")
+        self.args = (f"{file}: cannot be read: {why}",)
+
+
 @dataclass(frozen=True, slots=True)
 class TraceSample:
     """Memory and CPU of the session at a moment."""
@@ -99,6 +107,11 @@ class Trace:
     def peak_mb(self) -> float:
         """The highest sample."""
         return max(sample.mem_mb for sample in self.samples)
+
+    @property
+    def peak_bytes(self) -> float:
+        """The highest sample, in bytes."""
+        return self.peak_mb * MEGABYTE_BYTES
 
     @property
     def mean_mb(self) -> float:
@@ -164,7 +177,7 @@ def _lines(path: Path) -> Iterator[_Line]:
         raise TraceError(str(path), number + 1, "file", str(error), "whole UTF-8 text") from error
     except OSError as error:
         why = os.strerror(error.errno or 0)
-        raise TraceError(str(path), 0, "file", why, "a file that can be read") from error
+        raise UnreadableTrace(str(path), why) from error
 
 
 def _sample(line: _Line, after_s: float) -> TraceSample:

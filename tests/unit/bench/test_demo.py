@@ -80,7 +80,7 @@ def test_the_scale_is_what_the_machine_can_touch_and_has() -> None:
     assert choose.shrink(choice, FAST, 18.0) == 1.0
     little = replace(FAST, free_bytes=choice.pool_bytes)
     assert choose.shrink(choice, little, 18.0) == 0.5
-    with pytest.raises(ReplayError, match="too small: it touches 1 MB a second"):
+    with pytest.raises(ReplayError, match="too small: it touches 1 MiB a second"):
         choose.shrink(choice, replace(FAST, touch_bytes_per_s=1e6), 18.0)
 
 
@@ -274,7 +274,7 @@ def test_what_is_claimed_is_said_in_three_sentences() -> None:
     assert verdict.failures(result) == []
     none, static, ours = verdict.sentences(result)
     assert none == "Without control 1 of 4 calls were lost, 1 of them the important session's."
-    assert static == "With an even part of 50 MB for each, 4 were lost, and 1 agent with them."
+    assert static == "With an even part of 48 MiB for each, 4 were lost, and 1 agent with them."
     assert ours.endswith("took 10.4 s, 1.04 times its 10.0 s alone at the same time.")
     assert "agentcgroup lost none" in ours
     assert verdict.table(result).splitlines()[-1].startswith("the important session alone")

@@ -48,6 +48,18 @@ def told(report: pb.Report | None, *entries: Happened) -> pb.Story:
     return story("c1", "alpha", None, report, entries)
 
 
+def test_a_story_never_goes_back_in_time() -> None:
+    report = ended()
+    end_usec = report.began_unix_usec + report.wall_usec
+    report.facts.add(what="it was reaped", source="wait", at_unix_usec=end_usec + 90_000)
+    found = told(report, entry(report.wall_usec + 200_000, "freeze", why="It was late."))
+    assert [(step.at_unix_usec - end_usec, step.what) for step in found.steps][-3:] == [
+        (0, "fact"),
+        (200_000, "freeze"),
+        (200_000, "ended"),
+    ]
+
+
 def test_a_story_goes_from_the_intent_to_the_end() -> None:
     intent = parse_intent({"memory": "512M", "memory_max": "4G", "timeout": "5", "cpu_max": "1.5"})
     report = ended(memory_peak_bytes=700 * MIB, frozen_usec=400_000)

@@ -9,7 +9,7 @@ import pytest
 
 from agentcgroup_lab.replay import plot, result
 
-MB = 1_000_000
+MIB = 1 << 20
 
 
 def call(index: int, outcome: result.Outcome, start_s: float, end_s: float) -> result.CallResult:
@@ -19,7 +19,7 @@ def call(index: int, outcome: result.Outcome, start_s: float, end_s: float) -> r
         tool="Bash",
         outcome=outcome,
         planned_s=1.0,
-        planned_peak_bytes=100 * MB,
+        planned_peak_bytes=100 * MIB,
         began_s=start_s if ran else None,
         ended_s=end_s if ran else None,
         term_signal=9 if outcome == "killed" else None,
@@ -37,8 +37,8 @@ def session(name: str, important: bool, state: result.SessionState) -> result.Se
         began_s=0.5,
         ended_s=9.0,
         planned_s=8.0,
-        planned_peak_bytes=300 * MB,
-        peak_bytes=290 * MB,
+        planned_peak_bytes=300 * MIB,
+        peak_bytes=290 * MIB,
         oom_kills=1,
         calls=tuple(
             call(i, outcome, 1.0 + 2 * i, 2.5 + 2 * i) for i, outcome in enumerate(outcomes)
@@ -53,11 +53,11 @@ def replayed() -> result.ReplayResult:
     times = tuple(float(i) for i in range(10))
     timeline = result.Timeline(
         times,
-        (300 * MB,) * 10,
-        {"s1": (100 * MB,) * 9 + (None,), "s2": tuple(i * 20 * MB for i in range(10))},
+        (300 * MIB,) * 10,
+        {"s1": (100 * MIB,) * 9 + (None,), "s2": tuple(i * 20 * MIB for i in range(10))},
     )
     strategies = tuple(
-        result.StrategyResult(name, 512 * MB, 9.5, sessions, timeline, leaks)
+        result.StrategyResult(name, 512 * MIB, 9.5, sessions, timeline, leaks)
         for name, leaks in (("none", ()), ("static", ()), ("ours", ("/pool/s1/call-1",)))
     )
     return result.ReplayResult("7.0", "here", 0.5, 2.0, strategies, {"pool": "why"})
@@ -75,7 +75,7 @@ def test_a_result_is_the_same_after_json(replayed: result.ReplayResult, tmp_path
 
 def test_the_table_has_a_line_for_each_session(replayed: result.ReplayResult) -> None:
     lines = result.table(replayed.strategies).splitlines()
-    assert re.search(r"^none +s1 +2/4 +1 +0 +1 +8.5 s +290 MB +lost$", lines[2])
+    assert re.search(r"^none +s1 +2/4 +1 +0 +1 +8.5 s +290 MiB +lost$", lines[2])
     assert re.search(r"^ +s2 \* +2/4 .* finished$", lines[3])
     assert [line.strip() for line in lines if "leaked" in line] == [
         "cgroups leaked: 0; 9.5 s in all",
@@ -97,9 +97,9 @@ def test_the_picture_names_strategies_and_sessions(
     text = svg.read_text(encoding="utf-8")
     for words in (
         "no control: 4 of 8 calls finished, 2 killed, 1 agent lost",
-        "static split (256 MB each)",
+        "static split (256 MiB each)",
         "agentcgroup: ",
-        "pool limit 512 MB",
+        "pool limit 512 MiB",
         "s2 (important)",
         "agent lost",
         "call frozen",

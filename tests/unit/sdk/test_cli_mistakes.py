@@ -15,6 +15,8 @@ import pytest
 
 from agentcgroup import Agent
 from agentcgroup.cli import adopt, common, execute, forward
+from agentcgroup.cli.commands import build_parser
+from agentcgroup.cli.summaries import GUESSES
 from agentcgroup.errors import NotFound
 from agentcgroup.intent import INTENT_FIELDS
 from tests.unit.fake_daemon import FakeDaemon, running
@@ -68,6 +70,9 @@ def test_other_words_for_the_same(daemon: FakeDaemon, run: Cli) -> None:
         (["sesions"], "there is no command 'sesions'; did you mean 'sessions'?"),
         (["session", "opne", "x"], "there is no command 'opne'; did you mean 'open'?"),
         (["frobnicate"], "there is no command 'frobnicate'; there are exec, status, "),
+        (["adopt", "x"], "there is no command 'adopt'; did you mean 'session adopt'?"),
+        (["kill", "x"], "there is no command 'kill'; did you mean 'end'?"),
+        (["--json", "sessions"], "--json stands behind the command, as in: agentcg sessions"),
         (["sessions", "--jsn"], "there is no option --jsn; did you mean '--json'?"),
         (["session", "open", "x", "--memory-mx", "1G"], "did you mean '--memory-max'?"),
         (["session", "open", "x", "--memory-mx=1G"], "there is no option --memory-mx;"),
@@ -86,7 +91,7 @@ def test_a_mistake_is_answered_with_what_may_have_been_meant(
     first, advice = run.err.splitlines()
     assert said in first
     words = [*argv[:2]] if argv[0] == "session" and argv[1] != "opne" else argv[:1]
-    known = argv[0] not in ("sesions", "frobnicate")
+    known = argv[0] not in ("sesions", "frobnicate", "adopt", "kill", "--json")
     assert advice == f"  try: {' '.join(['agentcg', *words] if known else ['agentcg'])} --help"
 
 
@@ -139,6 +144,16 @@ def test_the_options_of_exec_are_those_of_the_launcher(programs: Path) -> None:
 
 
 # Errors in the words of who typed
+
+
+def test_what_others_call_a_command_is_a_command() -> None:
+    for word, meant in GUESSES.items():
+        with pytest.raises(SystemExit) as ended:
+            build_parser((word,)).parse_args([word])
+        assert ended.value.code == 2
+        with pytest.raises(SystemExit) as ended:
+            build_parser().parse_args([*meant.split(), "--help"])
+        assert ended.value.code == 0, meant
 
 
 def test_an_error_names_the_option_that_was_typed(daemon: FakeDaemon, run: Cli) -> None:
