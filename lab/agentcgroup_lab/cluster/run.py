@@ -16,7 +16,10 @@ import numpy as np
 from agentcgroup_lab.cluster.placing import Placing, make
 from agentcgroup_lab.cluster.workload import Bytes, Flags, Indices, Kinds
 
-SECONDS_MOST = 100_000
+SECONDS_MOST = 1_000_000
+EMPTY_MOST_S = 600
+"""How long agents may wait for a node while all nodes are empty: longer than headroom takes to
+rise."""
 THINK_S = 20
 """For which an agent thinks after a call of it was killed."""
 TRIES = 3
@@ -85,23 +88,32 @@ class Simulation:
         self._second = 0
         self._thinks_until = np.zeros(count, dtype=np.int64)
         self._tries = np.zeros(count, dtype=np.int64)
+        self._reached = np.full(count, -1, dtype=np.int64)
+        """The last second in which each has lost a call: beyond it, its tries are counted anew."""
+        self._given_up_to = np.zeros(count, dtype=np.int64)
+        """Where each goes on since it has given up a call; it never goes back before that."""
         self._active: Indices = np.zeros(0, dtype=np.int64)
         self._next = 0
         self._on_nodes = np.zeros(count, dtype=np.int64)
         self.outcome = Outcome(placing, daemon)
 
     def run(self) -> Outcome:
-        """Run until all have ended. Raises RuntimeError where that takes SECONDS_MOST."""
+        """Run until all have ended. Raises RuntimeError where that takes SECONDS_MOST, or where no
+        node takes an agent."""
         cluster, outcome = self._cluster, self.outcome
         busy, used_all, ticks = 0.0, 0.0, 0
         timeline: dict[str, list[float]] = {"sessions": [], "nodes": [], "waiting": []}
-        second = 0
+        second = empty_since = 0
         while self._next < cluster.sessions or len(self._active):
             if second > SECONDS_MOST:
-                raise RuntimeError("the agents do not come to an end")
+                raise RuntimeError(f"the agents have not ended after {SECONDS_MOST:,} s")
             used = self._used()
             sessions = self._count()
             self._place(second, used, sessions)
+            if len(self._active) or not self._waiting(second):
+                empty_since = second
+            elif second - empty_since > EMPTY_MOST_S:
+                raise RuntimeError(f"placed by {outcome.placing}, no node has room for an agent")
             self._second = second
             self._tick()
             with_agent = sessions > 0
@@ -111,8 +123,7 @@ class Simulation:
             ticks += nodes > 0
             outcome.agents_on_node_most = max(outcome.agents_on_node_most, int(sessions.max()))
             if second % 60 == 0:
-                waiting = int(np.searchsorted(self._arrives, second)) - self._next
-                numbers = (len(self._active), nodes, max(0, waiting))
+                numbers = (len(self._active), nodes, self._waiting(second))
                 for name, value in zip(timeline, numbers, strict=True):
                     timeline[name].append(float(value))
             second += 1
@@ -137,6 +148,10 @@ class Simulation:
         outcome.nodes_of_load = busy / (lengths.sum() / 3600)
         outcome.use_mean = used_all / max(1.0, busy * self._cluster.node_bytes)
         outcome.over_time = timeline
+
+    def _waiting(self, second: int) -> int:
+        """How many agents have come and have no node."""
+        return max(0, int(np.searchsorted(self._arrives, second)) - self._next)
 
     def _count(self) -> Indices:
         return np.bincount(self._node[self._active], minlength=self._cluster.nodes)
@@ -246,22 +261,33 @@ class Simulation:
         the last try. Returns the bytes that it gives up. None: it has none."""
         if self._thinks_until[agent] > self._second:
             return None
-        kind, at = self._kind[agent], self._at[agent]
+        kind, at = self._kind[agent], int(self._at[agent])
         begins = int(self._kinds.begins[kind, at])
         if begins < 0:
             return None
         before = float(self._kinds.held[kind, begins - 1]) if begins else 0.0
+        before = min(before, held)
         self.outcome.calls_killed += 1
-        self._at[agent], self._held[agent] = begins, before
+        self._held[agent] = before
         self._thinks_until[agent] = self._second + THINK_S
-        self._tries[agent] += 1
+        self._tries[agent] = 1 if at > self._reached[agent] else self._tries[agent] + 1
+        self._reached[agent] = max(self._reached[agent], at)
+        # A call that has begun before another one was given up is not begun before that again:
+        # calls that overlap would be given up by turns, and the agent never come to an end.
+        self._at[agent] = max(begins, int(self._given_up_to[agent]))
         if self._tries[agent] >= TRIES:
-            self._tries[agent] = 0
-            self.outcome.calls_given_up += 1
-            row, length = self._kinds.begins[kind], self._kinds.lengths[kind]
-            while self._at[agent] < length and row[self._at[agent]] == begins:
-                self._at[agent] += 1
-        return max(0.0, held - before)
+            self._give_up(agent, begins, at)
+        return held - before
+
+    def _give_up(self, agent: int, begins: int, at: int) -> None:
+        """Have an agent do without a call, from the second `at` that it has come to."""
+        self._tries[agent] = 0
+        self.outcome.calls_given_up += 1
+        kind = self._kind[agent]
+        row, length = self._kinds.begins[kind], self._kinds.lengths[kind]
+        while at < length and row[at] == begins:
+            at += 1
+        self._at[agent] = self._given_up_to[agent] = at
 
     def _tell_ended(self, agents: Indices, kind: Indices, at: Indices) -> None:
         """Tell the scheduler of calls that end with this second."""

@@ -99,3 +99,35 @@ def test_an_agent_that_ends_with_a_call_that_never_fits_ends_without_it() -> Non
         cluster = Cluster(nodes=1, node_bytes=1000.0 * MB, sessions=2, arrive_s=1)
         outcome = simulate(kinds_of([one]), cluster, "packing", daemon)
         assert outcome.calls_killed == 6 and outcome.calls_given_up == 2
+
+
+def test_calls_that_overlap_are_given_up_one_after_the_other() -> None:
+    """A long call that goes on below a larger one is not begun again from before that."""
+    long = CallProfile("long", 2.0, 18.0, 16.0, True, 3e9, (Segment(16.0, 3e9, 0.0, 1.0),))
+    short = CallProfile("short", 6.0, 9.0, 3.0, False, 9e9, (Segment(3.0, 9e9, 0.0, 1.0),))
+    agent = (AgentStep(0.0, MB, 1), AgentStep(12.0, 2 * MB, 1))
+    one = Profile("x", 400.0, agent, (long, short), int(12e9), float(MB))
+    for daemon in (True, False):
+        cluster = Cluster(nodes=1, node_bytes=1000.0 * MB, sessions=5, arrive_s=1)
+        outcome = simulate(kinds_of([one]), cluster, "packing", daemon)
+        # Before the larger one, that one, and after it.
+        assert (outcome.calls_given_up, outcome.agents_lost) == (15, 0)
+        assert outcome.makespan_s < 2000
+
+
+@pytest.mark.parametrize("placing", ["requests", "packing", "headroom"])
+def test_an_agent_that_no_node_has_room_for_is_an_error(placing: str) -> None:
+    kinds = kinds_of([profile(500 * MB, 1000 * MB)])
+    cluster = Cluster(nodes=2, node_bytes=200.0 * MB, sessions=3, arrive_s=1)
+    with pytest.raises(RuntimeError, match="no node has room"):
+        simulate(kinds, cluster, placing, True)
+
+
+def test_memory_that_agents_hold_while_they_wait_may_fill_a_node() -> None:
+    """Those that no call can be taken from are ended, the youngest first, until the rest fits."""
+    steps = (AgentStep(0.0, 10 * MB, 1), AgentStep(10.0, 400 * MB, 1))
+    idle = Profile("x", 20.0, steps, (), 400 * MB, 10.0 * MB)
+    cluster = Cluster(nodes=1, node_bytes=1000.0 * MB, sessions=8, arrive_s=1)
+    outcome = simulate(kinds_of([idle]), cluster, "packing", True)
+    assert outcome.calls_killed == 0 and outcome.makespan_s < 100
+    assert outcome.agents_lost + 2 <= 8
