@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # hatchling loads 
 from tools.bpf_toolchain import MULTIARCH, Libbpf, ToolchainError, ensure_libbpf, find_clang
 
 PROTO = Path("proto/agentcgroup/v1/agentcgroup.proto")
-PROTOS = (PROTO, Path("proto/agentcgroup/v1/nri.proto"))
+PROTOS = (PROTO, *(PROTO.with_name(f"{name}.proto") for name in ("nri", "cri")))
 CFLAGS = ["-std=c11", "-O2", "-g0", "-static", "-Wall", "-Wextra", "-Werror", "-Wl,--build-id=none"]
 PROGRAMS = {
     "agentcg-exec": Path("agent_sdk/exec/agentcg-exec.c"),

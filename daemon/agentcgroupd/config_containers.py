@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from agentcgroupd.config_values import Flag, OptionalPath, Section
 from agentcgroupd.errors import InvalidField
@@ -57,7 +56,7 @@ class ContainerRule(Section):
     """Glob on the image, as it was named when the container was made."""
     name: str = "*"
     """Glob on the container's name."""
-    labels: Annotated[Mapping[str, str], BeforeValidator(_labels)] = MappingProxyType({})
+    labels: Annotated[Mapping[str, str], BeforeValidator(_labels)] = Field(default_factory=dict)
     """Labels that it is taken to have, without `agentcgroup.`; its own win."""
 
 
@@ -70,6 +69,11 @@ class ContainersConfig(Section):
     podman: OptionalPath = Path("/run/podman/podman.sock")
     nri: OptionalPath = Path("/run/nri/nri.sock")
     """Socket of the Node Resource Interface of containerd or CRI-O."""
+    cri: tuple[Path, ...] = (
+        Path("/run/containerd/containerd.sock"),
+        Path("/run/crio/crio.sock"),
+    )
+    """Sockets of the Container Runtime Interface; none need be there."""
     annotations: tuple[LabelName, ...] = (
         *("session", "exec-is-call", "memory-high", "memory-max", "cpu-max"),
         *("pids-max", "calls-max"),

@@ -1,6 +1,7 @@
 """Run the tests of this package with real container runtimes, in a guest.
 
     python -m tests.containers                        # in user-mode Linux, cgroupfs drivers
+    python -m tests.containers --systemd              # the same with systemd, its drivers
     python -m tests.containers --qemu                 # in QEMU with systemd as PID 1 (slow)
     python -m tests.containers --suite trixie -- -k docker -x
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.containers", description=__doc__)
     parser.add_argument("--suite", choices=SUITES, default=SUITES[0])
     parser.add_argument("--qemu", action="store_true")
+    parser.add_argument("--systemd", action="store_true", help="systemd makes the cgroups")
     parser.add_argument("pytest", nargs="*", help="after --")
     given = parser.parse_args(argv)
     try:
@@ -41,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         guest = vm.Guest(memory_mib=MEMORY_MIB, systemd=True, root=root, timeout_sec=LIMIT_SEC)
         env = vm.passed_env(os.environ)
     else:
-        guest = uml.Uml(memory_mib=MEMORY_MIB, root=root, timeout_sec=LIMIT_SEC)
+        guest = uml.Uml(
+            memory_mib=MEMORY_MIB, systemd=given.systemd, root=root, timeout_sec=LIMIT_SEC
+        )
         env = uml.passed_env(os.environ)
     env["PATH"] = f"{os.path.dirname(sys.executable)}:/usr/sbin:/usr/bin:/sbin:/bin"
     return vm.run_as_program(lambda: guest.run(command, cwd=vm.CHECKOUT, env=env))

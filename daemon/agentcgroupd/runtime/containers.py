@@ -72,9 +72,12 @@ class Containers:
             return
         session = self._open_at(path)
         if session is None:
-            self._adopt(container, path)
+            # One that the operator has closed stays so when limits change.
+            if told.change is Change.RUNS:
+                self._adopt(container, path)
             return
-        session.container = f"{container.runtime}:{container.id}"
+        if container.id not in session.container:  # a runtime may be asked in two ways
+            session.container = f"{container.runtime}:{container.id}"
         if told.change is Change.CHANGED:
             self._reread(session)
 

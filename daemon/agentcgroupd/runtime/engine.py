@@ -110,7 +110,7 @@ class Watcher:
         self._engine.close()
 
     def _run(self) -> None:
-        pause_s = LOOK_EVERY_S
+        pause_s, said = LOOK_EVERY_S, ("", 0)
         while not self._stopping.is_set():
             if not self._engine.there():
                 pause_s = LOOK_EVERY_S
@@ -133,12 +133,15 @@ class Watcher:
             if self._stopping.is_set():
                 return
             pause_s = LOOK_EVERY_S if self.connected > before else min(pause_s * 2, AGAIN_MOST_S)
-            log.warning(
+            # What goes on being so is said once: a socket may be there whose owner never answers.
+            log.log(
+                logging.DEBUG if (reason, before) == said else logging.WARNING,
                 "%s: %s; asked again in %g s, its containers go on meanwhile",
                 self._engine.name,
                 reason,
                 pause_s,
             )
+            said = (reason, self.connected)
             self._stopping.wait(pause_s)
 
     def _follow(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from agentcgroupd.config_containers import ContainersConfig
 from agentcgroupd.runtime.containers import Containers, Lifecycle
+from agentcgroupd.runtime.cri import Cri
 from agentcgroupd.runtime.docker_engine import DockerEngine
 from agentcgroupd.runtime.early import Splitter
 from agentcgroupd.runtime.engine import Engine, Watcher
@@ -59,3 +60,5 @@ def _engines(config: ContainersConfig, run_dir: Path, splitter: Splitter) -> Ite
             yield DockerEngine(name, socket, config.rules, config.annotations)
     if config.nri is not None:
         yield Nri(config.nri, config.rules, config.annotations, run_dir / "agent", splitter)
+    for path in config.cri:
+        yield Cri(path, config.rules, config.annotations)

@@ -93,3 +93,12 @@ def test_each_label_is_explained() -> None:
     page = Path(__file__).parents[3].joinpath("docs/containers.md").read_text()
     for name in LABEL_FIELDS:
         assert f"`agentcgroup.{name}`" in page
+
+
+def test_a_rule_need_not_have_labels(tmp_path: Path) -> None:
+    path = tmp_path / "agentcgroupd.toml"
+    path.write_text('[[containers.rules]]\nimage = "agents/*"\n')
+    assert load_config(path).containers.rules[0].labels == {}
+    container = Container("docker", "ab" * 32, "web", "agents/coder", 1, {})
+    wish = wish_of(container, load_config(path).containers.rules)
+    assert wish is not None and wish.spec.id == "web"
