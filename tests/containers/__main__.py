@@ -19,7 +19,7 @@ from tests.containers.root import SUITES, RootError, ensure
 from tests.guest import uml, vm
 from tests.guest.boot import EXIT_BROKEN
 
-LIMIT_SEC = 1800
+LIMIT_SEC = 5400
 MEMORY_MIB = 4096
 
 

@@ -11,13 +11,16 @@ import sys
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import grpc
 
 from tests.containers.runtimes import IMAGE, STORE, WITH_SYSTEMD, image
+from tests.containers.streams import follow
 from tests.harness import PATIENCE, wait_until
 
 PAUSE = "localhost/pause:1"
@@ -72,10 +75,24 @@ def oci_archive(name: str, rootfs: bytes, entry: Sequence[str]) -> bytes:
     return buffer.getvalue()
 
 
-class Containerd:
-    """A containerd with NRI, and pods in it."""
+@dataclass
+class Pod:
+    """A pod with one container, as it was asked for."""
 
-    def __init__(self, directory: Path) -> None:
+    id: str
+    container: str
+    config: Any
+    command: tuple[str, ...]
+    memory_bytes: int
+    mounts: Mapping[str, Path]
+    log_name: str
+    attempt: int = 0
+
+
+class Containerd:
+    """A containerd, and pods in it."""
+
+    def __init__(self, directory: Path, *, with_nri: bool = True) -> None:
         self.directory = directory
         self.socket, self.nri = directory / "containerd.sock", directory / "nri.sock"
         self.log = directory / "containerd.log"
@@ -83,12 +100,17 @@ class Containerd:
         self.pb, grpc_module = load_cri(directory)
         self._stub_type = grpc_module.RuntimeServiceStub
         self._count = 0
+        self.with_nri = with_nri
+        self.pods: dict[str, Pod] = {}
         runc = "plugins.'io.containerd.cri.v1.runtime'"
         self._config = directory / "containerd.toml"
         self._config.write_text(
-            f"version = 3\nroot = '{STORE}/containerd'\nstate = '{directory}/state'\n"
+            f"version = 3\nroot = '{STORE}/containerd/{directory.name}'\n"
+            f"state = '{directory}/state'\n"
             f"[grpc]\naddress = '{self.socket}'\n"
-            f"[plugins.'io.containerd.nri.v1.nri']\ndisable = false\nsocket_path = '{self.nri}'\n"
+            f"[ttrpc]\naddress = '{self.socket}.ttrpc'\n"
+            f"[plugins.'io.containerd.nri.v1.nri']\ndisable = {str(not with_nri).lower()}\n"
+            f"socket_path = '{self.nri}'\n"
             "[plugins.'io.containerd.cri.v1.images']\nsnapshotter = 'native'\n"
             f"[plugins.'io.containerd.cri.v1.images'.pinned_images]\nsandbox = '{PAUSE}'\n"
             f"[{runc}]\nignore_deprecation_warnings = []\n"
@@ -141,34 +163,65 @@ class Containerd:
         command: Sequence[str],
         annotations: Mapping[str, str],
         memory_bytes: int = 0,
+        mounts: Mapping[str, Path] | None = None,
     ) -> tuple[str, str]:
-        """Start a pod with one container; returns the ids of both."""
+        """Start a pod with one container; returns the ids of both. `mounts`: directories, by their
+        place in the container."""
         pb = self.pb
         self._count += 1
-        network = pb.Namespaces(network=2, pid=1)
         parent = "agentcg-test-pods.slice" if WITH_SYSTEMD else "/agentcg-test-pods"
-        pod = pb.PodConfig(
+        config = pb.PodConfig(
             metadata=pb.PodMetadata(name=name, uid=f"u{self._count}", namespace="team"),
             log_directory=str(self.directory),
             annotations=dict(annotations),
-            linux=pb.PodLinux(cgroup_parent=parent, security=pb.PodSecurity(namespaces=network)),
-        )
-        ask = pb.RunPodSandboxRequest(config=pod)
-        pod_id = self.stub.RunPodSandbox(ask, timeout=ANSWER_S).id
-        config = pb.ContainerConfig(
-            metadata=pb.ContainerMetadata(name="main"),
-            image=pb.Image(image=POD_IMAGE),
-            command=list(command),
-            log_path=f"{name}-{self._count}.log",
-            linux=pb.ContainerLinux(
-                resources=pb.Resources(memory_limit=memory_bytes),
-                security=pb.ContainerSecurity(namespaces=network),
+            linux=pb.PodLinux(
+                cgroup_parent=parent, security=pb.PodSecurity(namespaces=self._namespaces)
             ),
         )
-        create = pb.CreateContainerRequest(pod=pod_id, config=config, sandbox=pod)
-        container = self.stub.CreateContainer(create, timeout=ANSWER_S).id
-        self.stub.StartContainer(pb.Id(id=container), timeout=ANSWER_S)
-        return pod_id, container
+        ask = pb.RunPodSandboxRequest(config=config)
+        pod_id = self.stub.RunPodSandbox(ask, timeout=ANSWER_S).id
+        log_name = f"{name}-{self._count}.log"
+        pod = Pod(pod_id, "", config, tuple(command), memory_bytes, mounts or {}, log_name)
+        self.pods[pod_id] = pod
+        self._start(pod)
+        return pod_id, pod.container
+
+    @property
+    def _namespaces(self) -> Any:
+        return self.pb.Namespaces(network=2, pid=1)
+
+    def _start(self, pod: Pod) -> None:
+        """Make the container of a pod, and start it."""
+        pb = self.pb
+        config = pb.ContainerConfig(
+            metadata=pb.ContainerMetadata(name="main", attempt=pod.attempt),
+            image=pb.Image(image=POD_IMAGE),
+            command=list(pod.command),
+            mounts=[
+                pb.Mount(container_path=to, host_path=str(path)) for to, path in pod.mounts.items()
+            ],
+            log_path=pod.log_name,
+            linux=pb.ContainerLinux(
+                resources=pb.Resources(memory_limit=pod.memory_bytes),
+                security=pb.ContainerSecurity(namespaces=self._namespaces),
+            ),
+        )
+        create = pb.CreateContainerRequest(pod=pod.id, config=config, sandbox=pod.config)
+        pod.container = self.stub.CreateContainer(create, timeout=ANSWER_S).id
+        self.stub.StartContainer(pb.Id(id=pod.container), timeout=ANSWER_S)
+
+    def restart(self, pod_id: str) -> None:
+        """End a pod's container, and start another one in its place, as a kubelet does."""
+        pod = self.pods[pod_id]
+        self.stub.StopContainer(self.pb.Id(id=pod.container), timeout=ANSWER_S)
+        self.stub.RemoveContainer(self.pb.Id(id=pod.container), timeout=ANSWER_S)
+        pod.attempt += 1
+        self._start(pod)
+
+    def runs(self, container: str) -> bool:
+        """Whether a container runs."""
+        answer = self.stub.ContainerStatus(self.pb.Id(id=container), timeout=ANSWER_S)
+        return bool(answer.status.state == 1)
 
     def said(self, name: str) -> str:
         """What the containers of the pods of a name have written."""
@@ -180,20 +233,33 @@ class Containerd:
         done = self.stub.ExecSync(request, timeout=ANSWER_S)
         return done.exit_code, (done.stdout + done.stderr).decode(errors="replace")
 
+    def execute_with_streams(
+        self, container: str, *command: str, tty: bool
+    ) -> tuple[int | None, str]:
+        """Execute a command over a connection of its own, as `kubectl exec` does; returns its exit
+        status, None where it is not told, and what it has said."""
+        request = self.pb.ExecStreamsRequest(
+            id=container, command=command, tty=tty, stdout=True, stderr=not tty
+        )
+        url = self.stub.Exec(request, timeout=ANSWER_S).url
+        return follow(url)
+
     def remove(self, pod_id: str) -> None:
         """End a pod and remove it."""
+        self.pods.pop(pod_id, None)
         self.stub.StopPodSandbox(self.pb.Id(id=pod_id), timeout=ANSWER_S)
         self.stub.RemovePodSandbox(self.pb.Id(id=pod_id), timeout=ANSWER_S)
 
 
 @contextmanager
-def running(directory: Path) -> Iterator[Containerd]:
+def running(directory: Path, *, with_nri: bool = True) -> Iterator[Containerd]:
     """A containerd with our images."""
-    made = Containerd(directory)
+    made = Containerd(directory, with_nri=with_nri)
     made.start()
     try:
         made.load_images()
-        wait_until("NRI listens", made.nri.exists, 20)
+        if with_nri:
+            wait_until("NRI listens", made.nri.exists, 20)
         yield made
     finally:
         made.stop()
