@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.containers.runtimes import Service, dockerd, podman, prepare_guest, running
+from tests.containers.host import Host, all_runtimes
+from tests.containers.runtimes import Service, prepare_guest
 from tests.harness import DaemonProcess
 
 
@@ -31,23 +32,22 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def services(directory: Path) -> Iterator[dict[str, Service]]:
-    """Docker and podman."""
-    with running(dockerd(directory)) as docker, running(podman(directory)) as pods:
-        yield {"docker": docker, "podman": pods}
+def host(directory: Path) -> Iterator[Host]:
+    """All runtimes, and a daemon that follows them."""
+    with all_runtimes(directory) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
-def daemon(directory: Path, services: dict[str, Service]) -> Iterator[DaemonProcess]:
-    """A daemon that follows both."""
-    home = directory / "d"
-    home.mkdir()
-    sockets = "\n".join(f'{name} = "{each.socket}"' for name, each in services.items())
-    made = DaemonProcess(home, f"[containers]\n{sockets}\n")
-    made.start()
-    yield made
-    made.close()
-    print(made.log.read_text()[-6000:])
+def services(host: Host) -> dict[str, Service]:
+    """Docker and podman."""
+    return host.services
+
+
+@pytest.fixture(scope="session")
+def daemon(host: Host) -> DaemonProcess:
+    """The daemon."""
+    return host.daemon
 
 
 @pytest.fixture(params=["docker", "podman"])

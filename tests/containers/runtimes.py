@@ -18,6 +18,7 @@ from typing import Any
 import docker
 import docker.errors
 
+from agentcgroup.cli import install_docker
 from tests.harness import EXEC, PATIENCE, wait_until
 
 BUSYBOX = Path("/bin/busybox")
@@ -126,8 +127,9 @@ def dockerd(directory: Path, *options: str) -> Service:
         *("dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none", "--live-restore"),
         *("--storage-driver=vfs", f"--exec-opt=native.cgroupdriver={driver}"),
         *(f"--host=unix://{socket}", f"--data-root={STORE}/docker", *options),
-        f"--add-runtime=agentcg={WRAPPER}",
     )
+    # As `agentcg install --docker` does; Docker reads what it would be.
+    install_docker.apply(install_docker.adding(Path("/"), WRAPPER), check=True)
     return Service("docker", argv, socket, directory / "docker.log")
 
 

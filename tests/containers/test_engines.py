@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from tests.containers.host import is_none, is_session, sessions
 from tests.containers.runtimes import IMAGE, Service, since
 from tests.harness import DaemonProcess, wait_until
 
@@ -21,19 +22,6 @@ SLEEP = ("sleep", "100000")
 LABELS = {"agentcgroup.session": "true"}
 STARTS = int(os.environ.get("AGENTCG_STARTS") or 12)
 MIB = 1 << 20
-
-
-def sessions(daemon: DaemonProcess) -> dict[str, pb.Session]:
-    listed = daemon.admin.ListSessions(pb.ListSessionsRequest(), wait_for_ready=True, timeout=60)
-    return {session.id: session for session in listed.sessions}
-
-
-def is_session(daemon: DaemonProcess, name: str) -> None:
-    wait_until(f"{name} is a session", lambda: name in sessions(daemon), 30, every_s=0.02)
-
-
-def is_none(daemon: DaemonProcess, name: str) -> None:
-    wait_until(f"{name} has ended", lambda: name not in sessions(daemon), 30, every_s=0.02)
 
 
 def cgroup_of(pid: int) -> str:

@@ -6,16 +6,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from tests.containers import pods
+from tests.containers.host import Host, is_none, is_session, sessions
 from tests.containers.pods import Containerd
 from tests.containers.runtimes import since
-from tests.containers.test_engines import is_none, is_session, sessions
 from tests.harness import DaemonProcess, wait_until
 
 TRUE = {"agentcgroup.session": "true"}
@@ -24,26 +21,16 @@ STARTS = int(os.environ.get("AGENTCG_STARTS") or 12)
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def containerd(directory: Path) -> Iterator[Containerd]:
-    home = directory / "k"
-    home.mkdir()
-    with pods.running(home) as made:
-        yield made
+@pytest.fixture
+def containerd(host: Host) -> Containerd:
+    """One with NRI."""
+    return host.nri
 
 
-@pytest.fixture(scope="module")
-def follower(directory: Path, containerd: Containerd) -> Iterator[DaemonProcess]:
-    """A daemon that is a plugin of containerd."""
-    home = directory / "n"
-    home.mkdir()
-    only = f'docker = ""\npodman = ""\nnri = "{containerd.nri}"\n'
-    made = DaemonProcess(home, f"[containers]\n{only}")
-    made.start()
-    wait_until("it is a plugin", lambda: "nri containerd" in made.log.read_text(), 20)
-    yield made
-    made.close()
-    print(made.log.read_text()[-6000:])
+@pytest.fixture
+def follower(daemon: DaemonProcess) -> DaemonProcess:
+    """The daemon, which is a plugin of it."""
+    return daemon
 
 
 def _where(containerd: Containerd, name: str) -> str:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from agentcgroup import errors
 
-from . import common
+from . import common, install_docker
 from .install_files import (
     CONFIG,
     UNITS,
@@ -23,6 +23,7 @@ from .install_files import (
     Found,
     Installation,
     below,
+    is_packaged,
     put,
     refuse_packaged,
     removable,
@@ -47,10 +48,19 @@ def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     """Add this module's commands."""
     install = common.command(subparsers, "install", run_install, summary("install"))
     install.add_argument("--no-start", action="store_true", help="only the files")
+    install.add_argument(
+        "--docker",
+        action="store_true",
+        help="also tell Docker of the runtime agentcg, in /etc/docker/daemon.json",
+    )
     uninstall = common.command(subparsers, "uninstall", run_uninstall, summary("uninstall"))
     keep = "configuration, audit log and history stay"
     uninstall.add_argument("--keep", action="store_true", help=keep)
-    uninstall.add_argument("--force", action="store_true", help="end sessions that are open")
+    force = "end sessions that are open; forget Docker's runtime though containers have it"
+    uninstall.add_argument("--force", action="store_true", help=force)
+    uninstall.add_argument(
+        "--docker", action="store_true", help="only have Docker forget the runtime agentcg"
+    )
     for parser in (install, uninstall):
         parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
         parser.add_argument(
@@ -66,6 +76,13 @@ def run_install(args: argparse.Namespace) -> int:
     """Put the files in place and start the service; returns the exit code."""
     root = _root(args)
     installation = Installation.this()
+    docker = None
+    if args.docker:
+        docker = install_docker.adding(root, installation.programs / install_docker.PROGRAM)
+    if docker is not None and is_packaged(root):  # the service is there already
+        _change_docker(args, docker)
+        _tell_install(args, [], [], False, docker)
+        return common.OK
     installation.check(root)
     live = root == HOST and not args.no_start
     entries = installation.entries()
@@ -80,13 +97,22 @@ def run_install(args: argparse.Namespace) -> int:
     notes = installation.writers() if root == HOST else []
     if live and not args.dry_run:
         _start(found)
-    _tell_install(args, found, notes, live)
+    if docker is not None:
+        _change_docker(args, docker)
+    _tell_install(args, found, notes, live, docker)
     return common.OK
 
 
 def run_uninstall(args: argparse.Namespace) -> int:
     """Stop the service and remove its files; returns the exit code."""
     root = _root(args)
+    docker = install_docker.removing(root)
+    if docker is not None:
+        _refuse_used(root, args.force)
+    if args.docker:
+        if docker is not None:
+            _change_docker(args, docker)
+        return _tell_uninstall(args, [], docker)
     refuse_packaged(root, "apt-get remove agentcgroup")
     paths = removable(root, keep_data=args.keep)
     trees = [RUN] if args.keep else [LOG, STATE, RUN]
@@ -97,21 +123,54 @@ def run_uninstall(args: argparse.Namespace) -> int:
         if root == HOST:
             _stop(args.force)
             _refuse_running()
+        if docker is not None:
+            _change_docker(args, docker)
         _changing(lambda: remove(paths, root))
         for tree in trees:
             shutil.rmtree(tree, ignore_errors=False)
         pins = [PINS] if root == HOST and _changing(remove_pins) else []
         if root == HOST and _has_systemd():
             _systemctl("daemon-reload")
-    gone = [str(path) for path in (*paths, *trees, *pins)]
+    return _tell_uninstall(args, [str(path) for path in (*paths, *trees, *pins)], docker)
+
+
+def _tell_uninstall(
+    args: argparse.Namespace, gone: Sequence[str], docker: install_docker.Change | None
+) -> int:
     if args.json:
-        print_json({"removed": gone, "dry_run": args.dry_run})
+        told = None if docker is None else str(docker.place)
+        print_json({"removed": list(gone), "docker": told, "dry_run": args.dry_run})
         return common.OK
+    would = "would be " if args.dry_run else ""
     for path in gone:
-        say(f"{path}: {'would be removed' if args.dry_run else 'removed'}")
-    if not gone:
+        say(f"{path}: {would}removed")
+    if docker is not None:
+        say(f"{docker.place}: the runtime {install_docker.NAME} {would}taken out")
+    if not gone and docker is None:
         say("nothing of the service is here")
     return common.OK
+
+
+def _change_docker(args: argparse.Namespace, change: install_docker.Change) -> None:
+    """Write Docker's configuration, and have a Docker that runs read it."""
+    if args.dry_run or change.found == "same":
+        return
+    root = _root(args)
+    _need_root(root)
+    _changing(lambda: install_docker.apply(change, check=root == HOST))
+    if root == HOST and _has_systemd():
+        install_docker.reload()
+
+
+def _refuse_used(root: Path, force: bool) -> None:
+    """Raise Refused where Docker could not start containers any more."""
+    names = install_docker.users() if root == HOST and not force else []
+    if names:
+        raise errors.Refused(
+            f"containers have Docker's runtime {install_docker.NAME}: {', '.join(names[:10])}; "
+            "remove them first, or see to them yourself and use --force",
+            code="FAILED_PRECONDITION",
+        )
 
 
 def _root(args: argparse.Namespace) -> Path:
@@ -236,6 +295,7 @@ def _tell_install(
     found: Sequence[tuple[Entry, Found]],
     notes: Sequence[str],
     live: bool,
+    docker: install_docker.Change | None,
 ) -> None:
     started = live and not args.dry_run
     if args.json:
@@ -243,11 +303,21 @@ def _tell_install(
             {"path": str(below(args.root.absolute(), entry.path)), "found": state}
             for entry, state in found
         ]
+        if docker is not None:
+            files.append({"path": str(docker.place), "found": docker.found})
         print_json({"files": files, "notes": notes, "started": started, "dry_run": args.dry_run})
         return
     words = {**_DONE, **_WOULD} if args.dry_run else _DONE
     for entry, state in found:
         say(f"{below(args.root.absolute(), entry.path)}: {words[state]}")
+    if docker is not None:
+        would = "would be " if args.dry_run else ""
+        done = (
+            "as it was"
+            if docker.found == "same"
+            else f"{would}given the runtime {install_docker.NAME}"
+        )
+        say(f"{docker.place}: {done}")
     for note in notes:
         say(f"agentcg: note: {note}, so that others could change what root runs", file=sys.stderr)
     if started:

@@ -121,6 +121,11 @@ def refuse_packaged(root: Path, instead: str) -> None:
             )
 
 
+def is_packaged(root: Path) -> bool:
+    """Whether a package of the system brings the service."""
+    return any((root / packaged).is_file() for packaged in PACKAGED)
+
+
 def below(root: Path, path: Path) -> Path:
     """A path of the host, in an image whose files lie below `root`."""
     return root / path.relative_to("/")

@@ -22,6 +22,11 @@ their turn, or wait."""
 AGENTS_A_CALL = 32
 """So many agents have one large call at a time among them, in the mean: a large call lasts for
 seconds, and agents mostly wait (docs/cluster.md)."""
+AGENTS_FIRST = 16
+"""So many agents at most are let onto a node that has none. What they hold is known once they are
+there: many that come at once would fill the node by a guess, and none of them could go on."""
+TIMES_MORE = 2
+"""The most that is told of a node with agents, as a multiple of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +57,7 @@ def agents_that_fit(numbers: Numbers, settings: Settings) -> int:
     Agents mostly wait and hold little; now and then a call takes much more for a moment, and the
     daemon has the others wait when two of these meet. So each further agent is counted with what
     the present ones hold in the mean, and a large call for every AGENTS_A_CALL of them, and one
-    more, has to fit beside them all.
+    more, has to fit beside them all. No more than TIMES_MORE as many are told as were measured.
     """
     mean = numbers.used_bytes / numbers.sessions if numbers.sessions else 0
     each = max(settings.least_bytes, mean)
@@ -60,7 +65,8 @@ def agents_that_fit(numbers: Numbers, settings: Settings) -> int:
     calls = 1 + numbers.sessions // AGENTS_A_CALL
     free = numbers.pool_bytes - numbers.used_bytes - call * calls
     more = max(0, math.floor(free / each))
-    return max(numbers.sessions, min(numbers.sessions + more, settings.agents_max))
+    most = min(max(AGENTS_FIRST, TIMES_MORE * numbers.sessions), settings.agents_max)
+    return max(numbers.sessions, min(numbers.sessions + more, most))
 
 
 def large_call_bytes(peaks: Sequence[tuple[float, float]]) -> int:

@@ -33,12 +33,19 @@ SETTINGS = Settings(least_bytes=128 * MIB, agents_max=250)
 
 
 def test_an_empty_node_has_room_for_agents_that_hold_the_least() -> None:
-    assert agents_that_fit(Numbers(8 * GIB, 0, 0), SETTINGS) == 56
+    assert agents_that_fit(Numbers(2 * GIB, 0, 0), SETTINGS) == 8
+
+
+def test_few_are_let_onto_a_node_before_it_is_known_what_they_hold() -> None:
+    assert agents_that_fit(Numbers(64 * GIB, 0, 0), SETTINGS) == 16
+    assert agents_that_fit(Numbers(64 * GIB, GIB, 2), SETTINGS) == 16
+    assert agents_that_fit(Numbers(64 * GIB, 4 * GIB, 16), SETTINGS) == 32
+    assert agents_that_fit(Numbers(640 * GIB, 40 * GIB, 200), SETTINGS) == 250
 
 
 def test_further_agents_hold_what_the_present_ones_do() -> None:
-    # 10 agents hold 2 GiB; beside one large call of 1 GiB there is room for 25 more like them.
-    numbers = Numbers(8 * GIB, 2 * GIB, 10, ((float(GIB), 100.0), (math.inf, 100.0)))
+    # 20 agents hold 4 GiB; beside one large call of 1 GiB there is room for 15 more like them.
+    numbers = Numbers(8 * GIB, 4 * GIB, 20, ((float(GIB), 100.0), (math.inf, 100.0)))
     assert agents_that_fit(numbers, SETTINGS) == 35
 
 
@@ -175,8 +182,8 @@ def test_only_changes_are_told_and_what_was_not_taken_again() -> None:
     refuse = False
     publisher.step(5)
     publisher.step(10)
-    assert told == [56]
-    metrics.pool_memory_current.set(4 * GIB)
+    assert told == [16]
+    metrics.pool_memory_current.set(6.5 * GIB)
     publisher.step(15)
     publisher.step(15 + AGAIN_S)
-    assert told == [56, 24, 24]
+    assert told == [16, 4, 4]
