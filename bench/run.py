@@ -28,6 +28,7 @@ ANYWHERE = frozenset(
         "scale",
         "soak",
         "history",
+        "containers",
     }
 )
 """Benchmarks that any cgroup2 mount will do for, or that start the guest for a part themselves."""

@@ -31,24 +31,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--systemd", action="store_true", help="systemd makes the cgroups")
     parser.add_argument("pytest", nargs="*", help="after --")
     given = parser.parse_args(argv)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "--timeout=600"]
+    command += [*given.pytest, "tests/containers"]
+    return run(command, given.suite, with_systemd=given.systemd, qemu=given.qemu)
+
+
+def run(command: Sequence[str], suite: str, *, with_systemd: bool, qemu: bool) -> int:
+    """Run a command in a guest that has container runtimes; returns its exit status."""
     try:
-        root = ensure(given.suite)
+        root = ensure(suite)
     except RootError as error:
         print(f"containers: {error}", file=sys.stderr)
         return EXIT_BROKEN
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "--timeout=600"]
-    command += [*given.pytest, "tests/containers"]
     guest: uml.Uml | vm.Guest
-    if given.qemu:
+    if qemu:
         guest = vm.Guest(memory_mib=MEMORY_MIB, systemd=True, root=root, timeout_sec=LIMIT_SEC)
         env = vm.passed_env(os.environ)
     else:
         guest = uml.Uml(
-            memory_mib=MEMORY_MIB, systemd=given.systemd, root=root, timeout_sec=LIMIT_SEC
+            memory_mib=MEMORY_MIB, systemd=with_systemd, root=root, timeout_sec=LIMIT_SEC
         )
         env = uml.passed_env(os.environ)
     env["PATH"] = f"{os.path.dirname(sys.executable)}:/usr/sbin:/usr/bin:/sbin:/bin"
-    return vm.run_as_program(lambda: guest.run(command, cwd=vm.CHECKOUT, env=env))
+    return vm.run_as_program(lambda: guest.run(list(command), cwd=vm.CHECKOUT, env=env))
 
 
 if __name__ == "__main__":
