@@ -146,6 +146,18 @@ class Host:
         container = self._service(made).client.containers.get(made.name)
         return bool(container.status == "running")
 
+    def told_of_memory(self, made: Made) -> str:
+        """`OOMKilled` where a runtime says so of a container; a pod's is stopped for that, because
+        nothing is said of one that runs."""
+        if made.way not in ("nri", "cri"):
+            state = self._service(made).client.containers.get(made.name).attrs["State"]
+            return "OOMKilled" if state["OOMKilled"] else ""
+        containerd = self._containerd(made)
+        container = containerd.pods[made.id].container
+        containerd.stub.StopContainer(containerd.pb.Id(id=container))
+        reason = str(containerd.status(container).reason)
+        return "OOMKilled" if reason == "OOMKilled" else ""
+
     def check(self, made: Made) -> str:
         """Check that a container is a session and runs. Returns where it has begun, at its last
         start."""

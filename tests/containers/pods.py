@@ -238,10 +238,13 @@ class Containerd:
         pod.attempt += 1
         self._start(pod)
 
+    def status(self, container: str) -> Any:
+        """What is told of a container."""
+        return self.stub.ContainerStatus(self.pb.Id(id=container), timeout=ANSWER_S).status
+
     def runs(self, container: str) -> bool:
         """Whether a container runs."""
-        answer = self.stub.ContainerStatus(self.pb.Id(id=container), timeout=ANSWER_S)
-        return bool(answer.status.state == 1)
+        return bool(self.status(container).state == 1)
 
     def said(self, name: str) -> str:
         """What the containers of the pods of a name have written."""

@@ -27,6 +27,8 @@ def made(host: Host, request: pytest.FixtureRequest) -> Iterator[Made]:
 
 HOG = "dd if=/dev/zero of=/dev/null bs=24M count=1"
 FORKS = "for i in 1 2 3 4 5 6 7 8; do sleep 0.3 & done; wait"
+OOM_TOLD = {"docker": "OOMKilled", "podman": "", "nri": "OOMKilled", "cri": "OOMKilled"}
+"""What a runtime tells of the container, which has not been killed (docs/containers.md)."""
 CASES: tuple[tuple[tuple[str, ...], int | None, str], ...] = (
     (("--name", "fine", "--", "true"), 0, "VERDICT_OK"),
     (("--name", "status", "--", "sh", "-c", "exit 3"), 3, "VERDICT_FAILED"),
@@ -76,3 +78,12 @@ def test_whoever_says_nothing_is_the_agent(host: Host, made: Made) -> None:
     for tty in (False, True):
         code, text = host.execute(made, "sh", "-c", where, tty=tty)
         assert (code, text.strip()[-6:]) == (0, "/agent"), tty
+
+
+def test_what_its_runtime_tells_of_a_call_that_was_killed(host: Host, made: Made) -> None:
+    asked, _, _ = CASES[2]
+    for _ in range(2):
+        host.execute(made, "agentcg-exec", *asked)
+    assert host.runs(made)
+    print(f"{made.way}: {host.told_of_memory(made)}")
+    assert host.told_of_memory(made) == OOM_TOLD[made.way]

@@ -38,7 +38,23 @@ def is_runtimes_socket(path: Path) -> bool:
         found = path.stat()
     except OSError:
         return False
-    return stat.S_ISSOCK(found.st_mode) and found.st_uid in (0, os.geteuid())
+    if not stat.S_ISSOCK(found.st_mode):
+        return False
+    if found.st_uid in (0, os.geteuid()):
+        return True
+    if path not in _passed_over:
+        _passed_over.add(path)
+        log.warning(
+            "%s belongs to uid %d: a runtime of another user may set any label, so its containers "
+            "become no sessions by themselves; adopt them: agentcg session adopt NAME --pid PID",
+            path,
+            found.st_uid,
+        )
+    return False
+
+
+_passed_over: set[Path] = set()
+"""Sockets of which that was said: no more than the configuration names."""
 
 
 class EngineError(Exception):

@@ -90,3 +90,16 @@ def test_the_probes_ask_where_the_daemon_answers() -> None:
         get = daemon[probe]["httpGet"]
         assert f"{get['host']}:{get['port']}" == address
     assert daemon["livenessProbe"]["httpGet"]["path"] == "/healthz"
+
+
+def test_the_runtime_is_asked_through_the_nodes_first_process() -> None:
+    """A socket that is mounted is dead once the runtime was restarted."""
+    assert POD["hostPID"] is True and "SYS_PTRACE" in _capabilities()
+    for path in load_config(BASE / "agentcgroupd.toml").containers.cri:
+        assert path.parts[:4] == ("/", "proc", "1", "root")
+
+
+def _capabilities() -> list[str]:
+    (daemon,) = POD["containers"]
+    found: list[str] = daemon["securityContext"]["capabilities"]["add"]
+    return found
