@@ -75,7 +75,7 @@ GIT_LOOKS = (
 """Commands of git by which agents learn where they are."""
 RUNNERS = ("node", "python*", "npx", "npm*", "uv", "uvx", "bun*", "deno", "docker", "MainThread")
 SERVERS = (
-    *("*mcp-*", "* -m mcp*", "*mcp_server*", "*modelcontextprotocol*", "*/mcp*", "*-mcp*"),
+    *("*mcp-*", "* mcp*", "*mcp_server*", "*modelcontextprotocol*", "*/mcp*", "*-mcp*"),
     *("*--stdio*", "*language-server*", "*langserver*", "*--service=*", "*multiprocessing.*"),
 )
 """Servers that an agent keeps: their tools are told from them. Helpers of the runtimes as well."""

@@ -96,13 +96,13 @@ class Doors:
         self, server: GrpcServer, relay: Relay, budgets: Budgets
     ) -> tuple[dict[str, Verb], Messages]:
         """Make what answers agents: the verbs of packets, and messages in packets."""
-        parts, find = self._parts, self._parts.sessions.of_cgroup
+        parts = self._parts
         service = AgentService(parts, relay)
         pb_grpc.add_AgentServicer_to_server(service, server.server)
         callers = Callers(parts.sessions, self._config.calls.tools_may)
         agent = AgentVerbs(callers, parts.calls, self._admission, self._config.calls.rightsize)
         verbs: dict[str, Verb] = {PING: pong, "attach": agent.attach, "begin": agent.begin}
-        sealed = SealedDoor(dict(verbs), find, budgets, parts.turns, parts.notices)
+        sealed = SealedDoor(dict(verbs), budgets, parts.turns, parts.notices)
         self._undo.callback(sealed.stop)
         self._running.observers.declared = sealed.declared
         verbs |= {"report": agent.report, "told": HookVerb(callers, parts.calls).told}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
-from agentcgroupd.boundaries.events import Boundaries
+from agentcgroupd.boundaries.events import Boundaries, Declared
 from agentcgroupd.bpf import features
 from agentcgroupd.bpf.plane import DataPlane
 from agentcgroupd.calls.lifecycle import Calls
@@ -53,7 +53,7 @@ class Observers:
         self._protection = Protection(pool, sessions)
         self._guard: PoolGuard | None = None
         self._boundaries: Boundaries | None = None
-        self.declared: Callable[[int, int, bytes], None] = lambda pid, start_ticks, head: None
+        self.declared: Declared = lambda session, key, head, is_whole: None
         """Told of launchers that declare a call without a socket; set once there is who listens."""
         self._signals = self._make_signals()
         if self._signals is None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -34,6 +35,7 @@ from agentcgroupd.boundaries.processes import (
     KnownProcesses,
     ObservedCall,
     key_of,
+    runs,
 )
 from agentcgroupd.boundaries.resync import Resync
 from agentcgroupd.boundaries.rules import (
@@ -61,10 +63,13 @@ from agentcgroupd.telemetry.notices import Notices
 
 log = logging.getLogger(__name__)
 
-Declared = Callable[[int, int, bytes], None]
-"""Takes the pid and start time (clock ticks) of a launcher, and the head of its arguments."""
+Declared = Callable[[Session, Key, bytes, bool], None]
+"""Takes the session in which a launcher was executed, its process, the head of its arguments, and
+whether these are all of them."""
 SLICE_S = 0.005
 QUEUE_EVENTS_MAX = 4096
+READ_AGAIN, READ_AGAIN_S = 3, 0.0002
+"""How often, and after which time, arguments are read again that are not there."""
 
 
 class Boundaries:
@@ -278,21 +283,47 @@ class Boundaries:
         if forked is not None:
             forked.executed = True
         if declares(event):
-            self._declared(*key, bytes(event.argv)[: event.argv_bytes])
+            self._declare(session, key, event)
             return
         comm = event.process.comm.decode("utf-8", "replace")
         if session is None:
+            return
+        observed = self._known.seen(key)
+        if observed is not None:
+            self._goes_on(observed, key, comm, event)
             return
         if forked is None or forked.outside:
             if not self._insiders.has(session, key):
                 self._came_in(session, key, comm, event)
             return
         is_job = cache(partial(reads_its_commands, forked.parent, forked.comm))
-        started = Started(comm, argv_of(event), forked.comm, is_first, is_job)
-        if event.argv_cut or not started.argv:
+        is_cut = bool(event.argv_cut)
+        started = Started(comm, argv_of(event), forked.comm, is_first, is_job, is_cut)
+        if is_cut or not started.argv:
             started = self._in_full(started, key)
         if self._rules.begins_call(started):
             self._begin(forked, key, started, event.event.at_ns)
+
+    def _declare(self, session: Session | None, key: Key, event: abi.ExecEvent) -> None:
+        """Pass on a launcher that declares a call, in an agent leaf (`session` has it) or in a call
+        around its own."""
+        around = self._call_of_cgroup.get(event.event.cgroup_id)
+        session = around.session if around is not None else session
+        if session is not None:
+            head = bytes(event.argv)[: event.argv_bytes]
+            self._declared(session, key, head, not event.argv_cut)
+
+    @staticmethod
+    def _goes_on(observed: ObservedCall, key: Key, comm: str, event: abi.ExecEvent) -> None:
+        """Take in a further exec of a call's first process. Agents have a long script become a
+        shell with the command itself, and where all of that has ended by now nothing else tells
+        the command."""
+        argv = argv_of(event)
+        is_short = key == observed.main and observed.call is None and observed.is_cut
+        if is_short and argv and is_shell(argv[0]) and shell_command(argv) is not None:
+            observed.argv = user_command(argv)
+            observed.name = tool_name(comm, observed.argv)
+            observed.is_cut = bool(event.argv_cut)
 
     def _came_in(self, session: Session, key: Key, comm: str, event: abi.ExecEvent) -> None:
         """Deal with a program that was executed in a session from outside: a call if the session
@@ -331,15 +362,22 @@ class Boundaries:
         has executed another program since. Such a one counts where a shell has gone on as a shell,
         as agents have theirs do."""
         found = command_line(key[0], CMDLINE_BYTES_MAX)
+        for _ in range(READ_AGAIN):
+            if found or not runs(key):
+                break
+            # It is just executing another program, and has no arguments for a moment.
+            time.sleep(READ_AGAIN_S)
+            found = command_line(key[0], CMDLINE_BYTES_MAX)
         head = started.argv
         if continues(found, head) or (found and is_shell(found[0]) and shell_command(found)):
-            return replace(started, argv=found)
+            return replace(started, argv=found, is_cut=False)
         return started
 
     def _begin(self, forked: Forked, key: Key, started: Started, at_ns: int) -> None:
         """Begin a call, unless the program belongs to one that has begun: that of its job."""
         argv = user_command(started.argv)
-        observed = ObservedCall(forked.session, tool_name(started.comm, argv), argv, key, at_ns)
+        name = tool_name(started.comm, argv)
+        observed = ObservedCall(forked.session, name, argv, key, at_ns, is_cut=started.is_cut)
         if started.is_job():
             of_job = self._jobs.of(forked.session, key[0], forked.parent, at_ns)
             if of_job is not None:

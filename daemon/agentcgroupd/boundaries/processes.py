@@ -2,7 +2,7 @@
 
 A process that was forked there has begun no call at first; then it may belong to a call that was
 seen to begin; at last it has ended. It is in one of these states at a time, in this order. Only
-`lives` asks the kernel.
+`lives` and `runs` ask the kernel.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class ObservedCall:
     refused: str = ""
     """Why it has no call; tried again when another call of the session has ended."""
     was_refused: bool = False
+    is_cut: bool = False
+    """Whether only the head of its arguments is known."""
     declared: bool = False
     """Whether the main process asked for a call before it could be moved; the report is that
     call's then."""
@@ -145,3 +147,12 @@ def lives(key: Key) -> bool:
         return process_stat(key[0]).start_ticks == key[1]
     except OSError:
         return False
+
+
+def runs(key: Key) -> bool:
+    """Whether the very process of this key is there and has not ended."""
+    try:
+        stat = process_stat(key[0])
+    except OSError:
+        return False
+    return stat.start_ticks == key[1] and stat.state not in "ZX"

@@ -58,6 +58,8 @@ class Started:
     """Whether it has executed no other program since its fork."""
     is_job: Callable[[], bool] = lambda: False
     """Whether a shell that reads its commands has started it."""
+    is_cut: bool = False
+    """Whether only the head of its arguments is known."""
 
     @cached_property
     def command_line(self) -> str:

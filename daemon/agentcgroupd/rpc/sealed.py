@@ -30,10 +30,11 @@ from agentcgroupd.errors import (
 from agentcgroupd.host.proc import read_proc
 from agentcgroupd.host.syscalls import queue_signal
 from agentcgroupd.intents.parse import WAIT_MOST_USEC
+from agentcgroupd.rpc.attach import PENALTY
 from agentcgroupd.rpc.budgets import Budgets, Crowd
 from agentcgroupd.rpc.messages import known
 from agentcgroupd.rpc.packets import MAGIC, PACKET_BYTES_MAX, Request
-from agentcgroupd.rpc.peers import Peer, SessionFinder, session_of
+from agentcgroupd.rpc.peers import Peer
 from agentcgroupd.rpc.verbs import Verb
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import Session
@@ -67,10 +68,14 @@ def request_in(arguments: bytes) -> Request:
     InvalidField."""
     words, end, _ = arguments.partition(END)
     if not end or len(words) > PACKET_BYTES_MAX:
-        allowed = f"a request of at most {PACKET_BYTES_MAX} bytes before '--'"
-        raise InvalidField("request", f"{len(words)} bytes", allowed)
+        raise _no_request(len(words))
     declared = words.split(b"\0", 2)[2:]
     return Request(b"\0".join([MAGIC.encode(), *declared, b""]))
+
+
+def _no_request(size_bytes: int) -> InvalidField:
+    allowed = f"a request of at most {PACKET_BYTES_MAX} bytes before '--'"
+    return InvalidField("request", f"{size_bytes} bytes", allowed)
 
 
 class SealedDoor:
@@ -79,42 +84,57 @@ class SealedDoor:
     def __init__(
         self,
         verbs: Mapping[str, Verb],
-        find: SessionFinder,
         budgets: Budgets,
         turns: Turns,
         notices: Notices,
     ) -> None:
-        """`verbs`: by name. `find`: the session of a cgroup. `budgets`, `turns`: those of the
-        agents' attach socket, so that this way gives nobody more."""
-        self._verbs, self._find = verbs, find
+        """`verbs`: by name. `budgets`, `turns`: those of the agents' attach socket, so that this
+        way gives nobody more."""
+        self._verbs = verbs
         self._budgets, self._turns, self._notices = budgets, turns, notices
+        self._debt = budgets.limits.packets_per_s / 5
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
 
-    def declared(self, pid: int, start_ticks: int, head: bytes) -> None:
-        """Take in a launcher that the kernel has seen declare a call. `head`: the beginning of its
-        arguments."""
-        process = Process.find(pid, start_ticks)
+    def declared(self, session: Session, key: tuple[int, int], head: bytes, is_whole: bool) -> None:
+        """Take in a launcher that the kernel has seen declare a call. `session`: where it was
+        executed, which pays for it. `key`: its pid and start time in clock ticks. `head`: the
+        beginning of its arguments; `is_whole`: there are no others.
+
+        What is to be refused is refused here, before anything is opened or read for it.
+        """
+        crowd = self._budgets.crowd(session.turns_key)
+        if what := self._budgets.may_attach(crowd):
+            self._turn_away(key, crowd, what)
+            return
+        crowd.packets.take(1)
+        if is_whole and END not in head:
+            self._answer_once(key, self._refusal(_no_request(len(head))))
+            return
+        process = Process.find(*key)
         if process is None:
             return
         peer = Peer.of_process(process)
-        try:
-            session = session_of(peer.cgroup_path(), self._find)
-        except AgentcgroupdError as error:
-            log.debug("process %d declares a call: %s", pid, error)
-            peer.close()
-            return
-        crowd = self._budgets.crowd(session.turns_key)
-        if what := self._budgets.may_attach(crowd):
-            self._budgets.refused(what)
-            sentence = f"{crowd.key} asks too much at a time"
-            self._answer(peer, self._refusal(ResourceExhausted(sentence, what)))
-            peer.close()
-            return
-        crowd.packets.take(1)
         self._budgets.attached(crowd, 1)
         serve = partial(self._serve, peer, crowd, session, head)
         self._turns.submit_or_do(crowd.turns_key, serve)
+
+    def _turn_away(self, key: tuple[int, int], crowd: Crowd, what: str) -> None:
+        """Refuse a launcher of a crowd that asks too much. Where it goes on asking it is not
+        answered either, and waits as if no daemon were there."""
+        self._budgets.refused(what)
+        if crowd.packets.left(self._loop.time()) > -self._debt:
+            crowd.packets.take(PENALTY)
+            sentence = f"{crowd.key} asks too much at a time"
+            self._answer_once(key, self._refusal(ResourceExhausted(sentence, what)))
+
+    def _answer_once(self, key: tuple[int, int], answer: int) -> None:
+        """Answer a launcher that is not to be served."""
+        process = Process.find(*key)
+        if process is not None:
+            peer = Peer.of_process(process)
+            self._answer(peer, answer)
+            peer.close()
 
     def stop(self) -> None:
         """Give up calls that wait to begin."""

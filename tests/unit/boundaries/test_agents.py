@@ -4,7 +4,6 @@ hold without configuration."""
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,56 +15,10 @@ from agentcgroupd.config_boundaries import BoundariesConfig
 from agentcgroupd.intents.command import tool_name
 from agentcgroupd.intents.script import reads_commands
 from agentcgroupd.intents.wrapped import SCRIPT_CHARS_MAX, user_command, word_at
+from tests.trees.wraps import WRAPS, claude, claude_sandbox, codex, gemini
 
 ROWS: list[list[Any]] = json.loads(Path(__file__).with_name("agents.json").read_text())["rows"]
 DEFAULT = Rules(BoundariesConfig())
-
-
-def _claude(command: str) -> str:
-    return (
-        "source /home/u/.claude/shell-snapshots/snapshot-bash-17-ab.sh 2>/dev/null || true && "
-        "\\builtin shopt -u extglob 2>/dev/null || true && { \\builtin unalias -- 'which'; "
-        "\\builtin unset -f -- 'which'; } >/dev/null 2>&1 || true && "
-        f"eval {shlex.quote(command)} < /dev/null && pwd -P >| /tmp/claude-1eb4-cwd"
-    )
-
-
-def _claude_sandbox(command: str) -> str:
-    return (
-        "{ socat TCP4-LISTEN:3128,fork UNIX-CONNECT:/tmp/claude-http-1.sock; } >/dev/null 2>&1 &\n"
-        "trap 'rc=$?; kill %1 %2 2>/dev/null; exit $rc' EXIT\n"
-        "SRT_ALLOW_NESTED_USERNS=0 ARGV0=apply-seccomp /proc/self/fd/3 /bin/bash -c "
-        + shlex.quote("exec 3<&- || exit 126; " + _claude(command))
-    )
-
-
-def _codex(command: str) -> str:
-    saved = "".join(
-        f'__CODEX_SNAPSHOT_OVERRIDE_SET_{n}="${{VARIABLE_{n}+x}}"\n'
-        f'__CODEX_SNAPSHOT_OVERRIDE_{n}="${{VARIABLE_{n}-}}"\n'
-        for n in range(6)
-    )
-    return (
-        f"{saved}\nif . '/home/u/.codex/shell_snapshots/1.sh' >/dev/null 2>&1; then :; fi\n"
-        f'if [ -n "$__CODEX_SNAPSHOT_OVERRIDE_SET_0" ]; then export VARIABLE_0="x"; '
-        f"else unset VARIABLE_0; fi\n\nexec '/bin/bash' -c {shlex.quote(command)}"
-    )
-
-
-def _gemini(command: str) -> str:
-    return (
-        "shopt -u promptvars nullglob extglob nocaseglob dotglob; _bgpids_file='/tmp/g/bgpids.tmp'"
-        f"\n(\n  trap 'jobs -p > \"$_bgpids_file\"' EXIT\n{command}\n)\n__code=$?\nexit $__code"
-    )
-
-
-WRAPS: dict[str, Callable[[str], str]] = {
-    "CLAUDE": _claude,
-    "CLAUDE_SANDBOX": _claude_sandbox,
-    "CLAUDE_QUOTED": lambda command: shlex.quote(_claude(command)),
-    "CODEX": _codex,
-    "GEMINI": _gemini,
-}
 
 
 def expanded(word: str) -> str:
@@ -102,7 +55,7 @@ def test_what_a_quiet_shell_goes_on_as_is_no_call() -> None:
     assert not DEFAULT.begins_call(Started("env", ["env"], "claude", is_first=False))
 
 
-@pytest.mark.parametrize("wrap", [_claude, _claude_sandbox, _codex, _gemini])
+@pytest.mark.parametrize("wrap", [claude, claude_sandbox, codex, gemini])
 @pytest.mark.parametrize(
     "command",
     [
@@ -138,7 +91,7 @@ def test_what_no_agent_wrapped_stays(argv: list[str]) -> None:
 def test_a_command_that_wraps_itself_has_an_end() -> None:
     script = "make"
     for _ in range(8):
-        script = _claude(script)
+        script = claude(script)
     assert user_command(["bash", "-c", script])[:2] == ["bash", "-c"]
     endless = "source /shell-snapshots/snapshot- && eval '" + "x" * (2 * SCRIPT_CHARS_MAX)
     assert len(user_command(["bash", "-c", endless])[2]) <= SCRIPT_CHARS_MAX

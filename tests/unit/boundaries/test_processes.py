@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from agentcgroupd.intents.request import CallRequest
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.notices import Notices
+from tests.trees.wraps import codex
 
 AGENT_ID = 17
 ARGV = ["sh", "-c", "echo ready; read line; exit 3"]
@@ -124,11 +125,16 @@ class Tool:
             event=abi.Event(cgroup_id=AGENT_ID), child=self._of_itself(), parent_start_ns=parent_ns
         )
 
-    def exec(self) -> AnyEvent:
+    def exec(self, argv: Sequence[str] = ARGV) -> AnyEvent:
         """The event of its exec that on_exec would send."""
-        raw = b"".join(word.encode() + b"\0" for word in ARGV)
+        raw = b"".join(word.encode() + b"\0" for word in argv)
+        is_cut = len(raw) > abi.ABI_ARGV_BYTES
+        raw = raw[: abi.ABI_ARGV_BYTES]
         event = abi.ExecEvent(
-            event=abi.Event(cgroup_id=AGENT_ID), process=self._of_itself(), argv_bytes=len(raw)
+            event=abi.Event(cgroup_id=AGENT_ID),
+            process=self._of_itself(),
+            argv_bytes=len(raw),
+            argv_cut=is_cut,
         )
         event.argv[: len(raw)] = list(raw)
         return event
@@ -284,6 +290,29 @@ def test_nothing_is_pruned_while_events_are_queued(
         world.boundaries.prune()
 
     assert in_world(tool, test) == [("echo", EXIT_3)]
+
+
+@pytest.mark.parametrize(
+    ("second", "name"),
+    [
+        (["/bin/bash", "-c", "make -j2"], "make"),
+        (["/bin/bash", "script"], "__CODEX_SNAPSHOT_OVERRID"),
+        (["make", "-c", "x"], "__CODEX_SNAPSHOT_OVERRID"),
+    ],
+)
+def test_a_long_script_that_becomes_a_shell_is_named_by_that_where_both_have_ended(
+    tool: Tool, second: list[str], name: str
+) -> None:
+    """Of the first only the head is known; the second is what an agent ran for its model."""
+
+    async def test(world: World) -> None:
+        tool.end()
+        world.here.remove(tool.key[0])
+        first = tool.exec(["/bin/bash", "-c", codex("make -j2")])
+        world.events(tool.fork(), first, tool.exec(second), tool.exit())
+
+    ((found, status),) = in_world(tool, test)
+    assert found.startswith(name) and status == EXIT_3
 
 
 def test_a_process_goes_from_forked_to_seen_to_ended(monkeypatch: pytest.MonkeyPatch) -> None:

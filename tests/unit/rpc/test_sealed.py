@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from agentcgroupd.boundaries.rules import DECLARES, declares
 from agentcgroupd.bpf import abi
+from agentcgroupd.config import LimitsConfig
 from agentcgroupd.errors import InvalidField
 from agentcgroupd.host.syscalls import queue_signal
 from agentcgroupd.intents.parse import PARSERS
 from agentcgroupd.rpc import sealed
+from agentcgroupd.rpc.budgets import Budgets
 from agentcgroupd.rpc.packets import PACKET_BYTES_MAX
+from agentcgroupd.state.process import Process
+from agentcgroupd.state.session import Session
+from agentcgroupd.telemetry.metrics import Metrics
+from agentcgroupd.turns import Turns
 from tests.harness import ROOT
 
 HEAD = DECLARES + b"0:1f\0"
@@ -104,3 +113,68 @@ def test_a_value_comes_with_a_signal() -> None:
         finally:
             os.close(pidfd)
         assert child.stdout.readline().split() == ["-1", str(os.getpid()), str(os.getuid())]
+
+
+class Crowded:
+    """A door whose sessions may ask for little, and what is done for those who ask."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, packets_per_s: int) -> None:
+        # No token comes back meanwhile, however busy the machine is.
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: 1000.0)
+        metrics = Metrics()
+        limits = LimitsConfig(packets_per_s=packets_per_s)
+        budgets = Budgets(limits, 8, metrics)
+        self.looked_up: list[int] = []
+        self.served: list[int] = []
+        self.answers: list[int] = []
+        monkeypatch.setattr(Process, "find", self._find)
+        monkeypatch.setattr(sealed, "queue_signal", lambda fd, number, v: self.answers.append(v))
+        monkeypatch.setattr(sealed.SealedDoor, "_serve", lambda _, peer, *rest: self._serve(peer))
+        notices = cast(Any, SimpleNamespace(metrics=metrics))
+        turns = cast(Turns, SimpleNamespace(submit_or_do=lambda key, serve: serve()))
+        self.door = sealed.SealedDoor({}, budgets, turns, notices)
+
+    def _find(self, pid: int, start_ticks: int) -> Any:
+        self.looked_up.append(pid)
+        return SimpleNamespace(pid=pid, start_ticks=start_ticks, pidfd=-1, close=lambda: None)
+
+    def _serve(self, peer: Any) -> None:
+        self.served.append(peer.process.pid)
+
+    def ask(self, session: str, pid: int, head: bytes = HEAD, is_whole: bool = False) -> None:
+        """A launcher declares a call."""
+        of = cast(Session, SimpleNamespace(turns_key=f"session {session}"))
+        self.door.declared(of, (pid, 1), head, is_whole)
+
+
+def test_nothing_is_opened_for_who_asks_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many declarations a few are served, some are refused, and for the rest nothing is opened;
+    another session is served all the same."""
+
+    async def ask() -> None:
+        crowded = Crowded(monkeypatch, packets_per_s=20)
+        for pid in range(1, 5001):
+            crowded.ask("greedy", pid)
+        assert len(crowded.served) == 20
+        assert len(crowded.answers) == 16  # a fifth of its packets, a quarter for each
+        assert len(crowded.looked_up) == 36
+        assert {answer & 0xFF for answer in crowded.answers} == {sealed.REFUSED}
+        crowded.ask("other", 9000)
+        assert crowded.served[-1] == 9000
+
+    asyncio.run(ask())
+
+
+def test_what_holds_no_request_takes_a_token_and_is_read_no_further(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def ask() -> None:
+        crowded = Crowded(monkeypatch, packets_per_s=20)
+        for pid in range(1, 21):
+            crowded.ask("greedy", pid, is_whole=True)
+        assert crowded.served == []
+        assert len(crowded.answers) == 20
+        crowded.ask("greedy", 21, HEAD + b"begin\0--\0", is_whole=True)
+        assert crowded.served == []  # all its tokens were spent on nothing
+
+    asyncio.run(ask())
