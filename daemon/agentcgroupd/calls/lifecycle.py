@@ -16,7 +16,7 @@ from agentcgroupd.calls.ending import OpenCalls
 from agentcgroupd.calls.observer import CallObserver
 from agentcgroupd.calls.purposes import purpose_of
 from agentcgroupd.calls.reports import Reports
-from agentcgroupd.calls.rightsize import Affinity
+from agentcgroupd.calls.rightsize import Affinity, tell_resident
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.cgroup.tree import Cgroup
@@ -91,6 +91,7 @@ class Calls(OpenCalls):
         )
         self._ceiling = ceiling
         self._waiting = waiting
+        self._rightsize = config.rightsize
         self._affinity = Affinity(config.rightsize, self.open.get)
         self.begun = 0
 
@@ -281,6 +282,7 @@ class Calls(OpenCalls):
         call.main = process.copy()
         call.cpus_seen = cpus_of(process.pid)
         self._affinity.pin(call, process)
+        tell_resident(call, process, self._rightsize)
         call.client_status = call.exit_status = None
         self._leftovers.watch(call)
         call.went_on_as = ""

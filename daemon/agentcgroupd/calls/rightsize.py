@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Literal
@@ -49,6 +50,8 @@ host's memory, on hosts below 16 GiB at most 2 GiB, and no variable is to raise 
 NODE_HOST_SHARE = 4
 GO_SHARE = 0.9
 """Part of a call's memory at which Go's runtime collects harder (GOMEMLIMIT)."""
+RESIDENT_SHARE = 0.75
+"""Part of a call's memory that a program may take for itself that asks how much may be resident."""
 
 
 def cpus_of_grant(call: Call) -> int | None:
@@ -82,6 +85,22 @@ def caps(call: Call, kinds: Sequence[Kind]) -> Iterator[tuple[str, str]]:
         if NODE_LEAST_MIB <= heap_mib < _node_default_mib():
             yield "NODE_OPTIONS", f"--max-old-space-size={heap_mib}"
         yield "GOMEMLIMIT", f"{int(most * GO_SHARE) // _MIB}MiB"
+
+
+def tell_resident(call: Call, process: Process, kinds: Sequence[Kind]) -> None:
+    """Lower RLIMIT_RSS of a process that has entered a call, where nobody has: the kernel enforces
+    nothing by it, but sort(1) takes its buffer by it, else a part of the host's memory."""
+    most = call.grant.memory_max_bytes
+    if most is None or "caps" not in kinds:
+        return
+    try:
+        soft, hard = resource.prlimit(process.pid, resource.RLIMIT_RSS)
+        share = int(most * RESIDENT_SHARE)
+        if soft == resource.RLIM_INFINITY:
+            resource.prlimit(process.pid, resource.RLIMIT_RSS, (share, hard))
+    except (OSError, ValueError) as error:
+        # It has ended, or its hard limit is lower already.
+        log.debug("call %s is not told its memory: %s", call.id, error)
 
 
 @cache
