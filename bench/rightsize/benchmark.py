@@ -58,7 +58,7 @@ class Run:
     @property
     def is_harmed(self) -> bool:
         """Whether it was killed, was paused or did not finish its work."""
-        return self.status != 0 or self.paused_s > 0
+        return self.status != 0 or self.paused_s > 0 or self.verdict.startswith("oom")
 
 
 def measure(

@@ -123,7 +123,8 @@ def prepare(folder: Path, limit_mib: int, work: int) -> list[Command]:
     mib = limit_mib // 10
     files = {"worker.py": WORKER, "pool.py": POOL, "lines.py": LINES, "cache.py": CACHE}
     files |= {"test_many.py": TESTS.replace("{mib}", str(mib)).replace("{work}", str(work))}
-    files |= {"threads.c": THREADS, "heavy.cc": HEAVY}
+    # The last one keeps pytest from the settings of the checkout that this is in.
+    files |= {"threads.c": THREADS, "heavy.cc": HEAVY, "pytest.ini": "[pytest]\n"}
     for name, text in files.items():
         (folder / name).write_text(text)
     objects = " ".join(f"{n}.o" for n in range(16))
