@@ -28,6 +28,8 @@ from tests.harness import SLOW, AgentProcess, DaemonProcess, wait_until
 
 MIB, GIB = 1 << 20, 1 << 30
 HOLD_S = 1.5
+PAGE = 1000
+"""Reports that are asked for at a time. A page holds at most 64 KiB, so fewer may come."""
 STOPPED_S = 5.0
 TIME_MOST = 1.5
 """Times the best possible."""
@@ -94,6 +96,18 @@ def _used(daemon: DaemonProcess) -> int:
     return int((daemon.cgroup_dir / "memory.current").read_text())
 
 
+def _reports(daemon: DaemonProcess) -> list[pb.Report]:
+    """All reports of ended calls, of every page of the answer."""
+    found: list[pb.Report] = []
+    request = pb.ListReportsRequest(limit=PAGE)
+    while True:
+        reply = daemon.admin.ListReports(request)
+        found.extend(reply.reports)
+        if not reply.next_page_token:
+            return found
+        request.page_token = reply.next_page_token
+
+
 def _events(daemon: DaemonProcess) -> dict[str, int]:
     lines = (daemon.cgroup_dir / "memory.events").read_text().splitlines()
     return {key: int(value) for key, value in (line.split() for line in lines)}
@@ -148,8 +162,7 @@ def run(directory: Path, config: str, case: Case, alone_s: float) -> Outcome:
             time.sleep(0.005 * SLOW**0.5)
         seconds = time.monotonic() - began
         events = _events(daemon)
-        request = pb.ListReportsRequest(limit=case.calls + 10)
-        reports = list(daemon.admin.ListReports(request).reports)
+        reports = _reports(daemon)
         for agent in (vip, herd):
             agent.run("for t in tools: t.poll() is None and t.kill()")
     finally:
