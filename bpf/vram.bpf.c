@@ -11,6 +11,7 @@
  * entered needs as it is.
  *
  * Memory whose handle cannot be noted for want of room stays in the account until its process ends.
+ * What cannot be accounted for at all is refused where a quota holds.
  */
 #include "compat.h"
 
@@ -31,6 +32,8 @@ char LICENSE[] SEC("license") = "GPL";
 #define NO_QUOTA		 (~0UL)
 #define NOT_OURS		 0UL /* see enter() */
 #define REFUSED			 (~0UL)
+#define EEXIST			 17
+#define TRIES			 16
 
 #ifdef __TARGET_ARCH_x86
 #define ARG1(r)	  ((r)->di)
@@ -168,6 +171,28 @@ __noinline u64 quota_id(void)
 	return 0;
 }
 
+/**
+ * put - write an entry of a map
+ * @map, @key, @value, @flags: as for bpf_map_update_elem()
+ *
+ * A map refuses an update not only for want of room. The kernel's allocator for maps has a few
+ * elements on each CPU, and gets more in an interrupt (kernel/bpf/memalloc.c); a bucket's lock is
+ * given up when it cannot be had soon (kernel/bpf/hashtab.c). Both pass in a moment.
+ *
+ * Return: 0, or the error of the last try.
+ */
+static __always_inline long put(void *map, const void *key, const void *value, u64 flags)
+{
+	long error = 0;
+
+	for (int i = 0; i < TRIES; i++) {
+		error = bpf_map_update_elem(map, key, value, flags);
+		if (!error || error == -EEXIST)
+			break;
+	}
+	return error;
+}
+
 /* The account of a cgroup, which is made on first use; NULL: there is no room. */
 static __always_inline struct vram_account *account_of(u64 id)
 {
@@ -175,7 +200,7 @@ static __always_inline struct vram_account *account_of(u64 id)
 
 	if (account)
 		return account;
-	bpf_map_update_elem(&accounts, &id, &no_account, BPF_NOEXIST);
+	put(&accounts, &id, &no_account, BPF_NOEXIST);
 	return bpf_map_lookup_elem(&accounts, &id);
 }
 
@@ -196,7 +221,7 @@ static __always_inline struct vram_process *process_of(struct task_struct *task,
 		return process;
 	/* What another thread of the process has just made stays; an entry of a process that had
 	 * this pid before does not. */
-	bpf_map_update_elem(&processes, &tgid, &fresh, process ? BPF_ANY : BPF_NOEXIST);
+	put(&processes, &tgid, &fresh, process ? BPF_ANY : BPF_NOEXIST);
 	return bpf_map_lookup_elem(&processes, &tgid);
 }
 
@@ -253,7 +278,7 @@ static __always_inline struct holding *holding_of(struct pending *pending, u64 c
 	found = bpf_map_lookup_elem(&contexts, &key);
 	if (found)
 		return found;
-	bpf_map_update_elem(&contexts, &key, &fresh, BPF_NOEXIST);
+	put(&contexts, &key, &fresh, BPF_NOEXIST);
 	return bpf_map_lookup_elem(&contexts, &key);
 }
 
@@ -482,7 +507,7 @@ static __always_inline void note(struct pending *pending, u64 handle)
 	old = bpf_map_lookup_elem(&allocations, &key);
 	if (old) /* a handle whose end was not seen, since the driver gives it out again */
 		give_back(pending, old);
-	if (bpf_map_update_elem(&allocations, &key, &fresh, BPF_ANY)) {
+	if (put(&allocations, &key, &fresh, BPF_ANY)) {
 		if (account)
 			__sync_fetch_and_add(&account->untracked, 1);
 		return;
@@ -542,7 +567,7 @@ static __always_inline void set_context(u64 context, bool push)
 	u32 top;
 
 	if (!stack) {
-		bpf_map_update_elem(&threads, &thread, &no_contexts, BPF_NOEXIST);
+		put(&threads, &thread, &no_contexts, BPF_NOEXIST);
 		stack = bpf_map_lookup_elem(&threads, &thread);
 		if (!stack)
 			return;
@@ -607,7 +632,26 @@ static __always_inline void untake(struct pending *pending, u64 handle)
 	struct vram_key key;
 
 	key_of(&key, pending, handle, kind_of(pending->call));
-	bpf_map_update_elem(&allocations, &key, &pending->taken, BPF_NOEXIST);
+	put(&allocations, &key, &pending->taken, BPF_NOEXIST);
+}
+
+/**
+ * unaccounted - what becomes of a function that cannot be accounted for
+ * @call: the function, enum cuda_call
+ * @id: the cgroup whose quota holds
+ *
+ * Return: REFUSED: it allocates, and there is a quota that it could go over; else NOT_OURS.
+ */
+static __always_inline u64 unaccounted(u32 call, u64 id)
+{
+	struct vram_account *account = bpf_map_lookup_elem(&accounts, &id);
+	struct vram_quota *quota = bpf_map_lookup_elem(&quotas, &id);
+
+	if (call > CUDA_MIPMAP || !quota || quota->quota_bytes == NO_QUOTA)
+		return NOT_OURS;
+	if (account)
+		__sync_fetch_and_add(may_refuse ? &account->refused : &account->over, 1);
+	return may_refuse ? REFUSED : NOT_OURS;
 }
 
 /**
@@ -631,10 +675,10 @@ __noinline u64 enter(u32 call, u64 first, u64 second, u64 third, u64 fourth)
 	if (!pending.account)
 		return NOT_OURS;
 	if (!account_of(pending.account))
-		return NOT_OURS;
+		return unaccounted(call, pending.account);
 	process = process_of(task, pending.account);
 	if (!process)
-		return NOT_OURS;
+		return unaccounted(call, pending.account);
 	/* Not the account found above, if the process has been moved since its first allocation. */
 	pending.account = process->account;
 	pending.process = task->tgid;
@@ -642,7 +686,7 @@ __noinline u64 enter(u32 call, u64 first, u64 second, u64 third, u64 fourth)
 	quota = bpf_map_lookup_elem(&quotas, &pending.account);
 	account = bpf_map_lookup_elem(&accounts, &pending.account);
 	if (!quota || !account)
-		return NOT_OURS;
+		return unaccounted(call, pending.account);
 	pending.out = pending.first = first;
 	pending.second = second;
 	pending.fourth = fourth;
@@ -672,7 +716,7 @@ __noinline u64 enter(u32 call, u64 first, u64 second, u64 third, u64 fourth)
 		raise_peak(account, before + pending.size_bytes);
 	}
 	id = __sync_fetch_and_add(&serial, 1) + 1;
-	bpf_map_update_elem(&pendings, &id, &pending, BPF_ANY);
+	put(&pendings, &id, &pending, BPF_ANY);
 	return id;
 }
 
@@ -721,7 +765,7 @@ static __always_inline void mapped(struct pending *pending)
 		return;
 	__sync_fetch_and_add(&allocation->refs, 1);
 	key_of(&key, pending, pending->first, CUDA_MAP);
-	bpf_map_update_elem(&mappings, &key, &mapping, BPF_ANY);
+	put(&mappings, &key, &mapping, BPF_ANY);
 }
 
 /* Count a reference to physical memory more: cuMemRetainAllocationHandle(handle *, address). */
@@ -796,7 +840,7 @@ static __always_inline void left(struct pending *pending, u32 result)
 		if (bpf_copy_from_user(&context, sizeof(context), (void *)pending->out))
 			break;
 		key_of(&key, pending, pending->second, CUDA_PRIMARY_RETAIN);
-		bpf_map_update_elem(&primaries, &key, &context, BPF_ANY);
+		put(&primaries, &key, &context, BPF_ANY);
 		break;
 	case CUDA_PRIMARY_RESET: /* (device) */
 		key_of(&key, pending, pending->first, CUDA_PRIMARY_RETAIN);

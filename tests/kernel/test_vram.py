@@ -23,7 +23,7 @@ from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from agentcgroupd.errors import BpfError
 from agentcgroupd.gpu import cuda
 from agentcgroupd.gpu.libraries import Libraries
-from tests.harness import ROOT, SLOW, patient, wait_until
+from tests.harness import ROOT, SLOW, wait_until
 from tests.standin import build
 
 pytestmark = pytest.mark.programs
@@ -136,9 +136,8 @@ sys.stdin.readline()
 """
 
 
-@patient
 def test_threads_cannot_pass_together(programs: VramPrograms, cgroup: Cgroup) -> None:
-    """On an emulated CPU the kernel's maps refuse an update now and then while others make one."""
+    """Nor where the kernel's maps refuse an update now and then, as on an emulated CPU."""
     if not programs.refuses:
         pytest.skip("this kernel does not let a probe refuse (Linux 6.19)")
     programs.drop(cgroup.id)
