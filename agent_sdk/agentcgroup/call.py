@@ -17,7 +17,7 @@ from agentcgroup.errors import (
     Sealed,
     Unavailable,
 )
-from agentcgroup.flow import Flow, OnUnavailable
+from agentcgroup.flow import BEGIN_TIMEOUT_S, Flow, OnUnavailable, Rpc
 from agentcgroup.intent import (
     INTENT_FIELDS,
     Intent,
@@ -164,13 +164,27 @@ class CallBase:
         self.confined = True
         self.id = outcome.id
         self.grant = Grant.from_proto(outcome.grant)
-        self._launch = [
-            launcher,
-            f"--call={outcome.id}",
-            f"--socket={paths.attach_socket(self._settings.run_dir)}",
+        self._launch = [launcher, f"--call={outcome.id}", *self._launcher_options()]
+
+    def _launcher_options(self) -> list[str]:
+        return [
+            f"--socket={self._settings.attach_path}",
             f"--on-unavailable={self._settings.on_unavailable}",
             "--",
         ]
+
+    def _early_rpc(self) -> Rpc:
+        """Make the request that begins a call for one command, whose launcher is started
+        meanwhile."""
+        request = pb.BeginCallRequest(one_command=True)
+        request.MergeFrom(self._request)
+        return Rpc("BeginCall", request, BEGIN_TIMEOUT_S)
+
+    def _launched_early(self, launcher: str, command: list[str], options: dict[str, Any]) -> Launch:
+        """Prepare the start of `command` in this call, which is being begun."""
+        argv = [launcher, *self._launcher_options()]
+        self._last_launch = Launch(argv, command, options, piped=True, early=True)
+        return self._last_launch
 
     def _declaring(self, launcher: str) -> list[str]:
         """Make the command line of a launcher that declares a call like this one."""
@@ -179,9 +193,7 @@ class CallBase:
         return [
             launcher,
             *(f"--{field.replace('_', '-')}={text}" for field, text in words),
-            f"--socket={paths.attach_socket(self._settings.run_dir)}",
-            f"--on-unavailable={self._settings.on_unavailable}",
-            "--",
+            *self._launcher_options(),
         ]
 
     def _launched(self, command: list[str], options: dict[str, Any], piped: bool = True) -> Launch:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from agentcgroup import packets
 from agentcgroup.closing import Closing
-from agentcgroup.errors import AgentcgError, from_rpc_error
+from agentcgroup.errors import AgentcgError, ConnectionLost, Unavailable, from_rpc_error
 from agentcgroup.flow import CHANNEL_OPTIONS, Flow, Rpc
 from agentcgroup.queries import Query
 
@@ -58,8 +58,28 @@ class Connection(Generic[S]):
                 channel.close()
         return found[1]
 
-    def carry(self, flow: Flow[T]) -> T:
-        """Carry a conversation's messages to the daemon and back; returns its outcome.
+    def begin_early(self, rpc: Rpc) -> packets.Line | None:
+        """Send a request and do not wait for its answer; None: it has to be carried in another
+        way, which also tells whether the daemon is there."""
+        data = packets.packet_for(rpc)
+        if data is None:
+            return None
+        try:
+            line = packets.Line(self._attach_path)
+        except Unavailable:
+            return None
+        try:
+            line.send(data, rpc.timeout)
+        except BaseException as error:
+            line.close()
+            if isinstance(error, Unavailable):
+                return None
+            raise
+        return line
+
+    def carry(self, flow: Flow[T], line: packets.Line | None = None) -> T:
+        """Carry a conversation's messages to the daemon and back; returns its outcome. `line`: the
+        connection on which the call was begun, which is closed.
 
         Raises:
             AgentcgError: what the conversation let through.
@@ -70,7 +90,8 @@ class Connection(Generic[S]):
                 if rpc.pause:
                     time.sleep(rpc.pause)
                 try:
-                    reply = self._send(rpc)
+                    with_line, line = line, None
+                    reply = self._send(rpc, with_line)
                 except AgentcgError as error:
                     rpc = flow.throw(error)
                 else:
@@ -79,8 +100,14 @@ class Connection(Generic[S]):
             outcome: T = stop.value
             return outcome
 
-    def _send(self, rpc: Rpc) -> Any:
+    def _send(self, rpc: Rpc, line: packets.Line | None = None) -> Any:
         data = packets.packet_for(rpc)
+        if data is not None and line is not None:
+            try:
+                with line:
+                    return line.end(data, rpc.timeout)
+            except (ConnectionLost, packets.TooLong):
+                pass  # the daemon that held this connection is gone, or has more to say
         if data is not None:
             try:
                 return packets.ask(self._attach_path, rpc.method, data, rpc.timeout)

@@ -15,9 +15,12 @@ from agentcgroup.call import (
     split_run_arguments,
 )
 from agentcgroup.channel import Client, Connection
+from agentcgroup.errors import ConnectionLost
+from agentcgroup.flow import BEGIN_TIMEOUT_S
 from agentcgroup.intent import INTENT_FIELDS, Intent, command, name_of
 from agentcgroup.keywords import popen_keywords, refuse_unknown, seconds
 from agentcgroup.launch import Launch
+from agentcgroup.packets import Line
 from agentcgroup.queries import Query
 from agentcgroup.results import CallPopen, Result
 from agentcgroup.types import Budget, CallInfo, Feedback, Grant, Report, SessionInfo, Story
@@ -50,6 +53,7 @@ class Call(CallBase):
         self._connection = agent.connection
         self._process: CallPopen | None = None
         self._single = False  # whether the call is for one command: `Agent.run`
+        self._line: Line | None = None  # the connection on which such a call was begun
         self._popened: list[CallPopen] = []
 
     def begin(self) -> Self:
@@ -78,7 +82,8 @@ class Call(CallBase):
                 kill = process.kill if process is not None and self._single else None
                 signalled = process is not None and process.signalled
                 request = self._end_request(returncode, error, signalled)
-                outcome = self._connection.carry(flow.end(request, kill))
+                line, self._line = self._line, None
+                outcome = self._connection.carry(flow.end(request, kill), line)
             else:
                 for process in self._popened:
                     process.kill()
@@ -121,17 +126,91 @@ class Call(CallBase):
         arguments = RunArguments(args, input, capture_output, kwargs)
         timeout_s = seconds("timeout", timeout)
         with self._launched(arguments.argv, arguments.popen) as launch:
-            with self._spawn(launch, args) as process:
-                try:
-                    stdout, stderr = process.communicate(input, timeout=timeout_s)
-                except BaseException as error:
-                    self._give_up(process, error)
-                    raise
-            launch.check(process.returncode)
-        result = Result(self, args, process.returncode, stdout, stderr)
+            result = self._talk(launch, self._spawn(launch, args), args, input, timeout_s)
         if check:
             result.check_returncode()
         return result
+
+    def _talk(
+        self, launch: Launch, process: CallPopen, args: Any, input: Any, timeout_s: float | None
+    ) -> Result:
+        """Wait for a process and collect what it writes. Raises what `run` does."""
+        with process:
+            try:
+                stdout, stderr = process.communicate(input, timeout=timeout_s)
+            except BaseException as error:
+                self._give_up(process, error)
+                raise
+        launch.check(process.returncode)
+        return Result(self, args, process.returncode, stdout, stderr)
+
+    def run_alone(
+        self,
+        args: Any,
+        *,
+        input: Any = None,
+        capture_output: bool = False,
+        timeout: str | float | None = None,
+        **kwargs: Any,
+    ) -> Result:
+        """Begin the call, `run` a command in it, and end it: what `Agent.run` does.
+
+        The launcher is started while the daemon makes the call, and the daemon sends the report
+        when the kernel tells it that the command has ended.
+        """
+        self._single = True
+        arguments = RunArguments(args, input, capture_output, kwargs)
+        timeout_s = seconds("timeout", timeout)
+        launcher = self._launcher()
+        # What the caller has done in a new process is not done for a call that may be refused.
+        if arguments.popen.get("preexec_fn") is None:
+            self._line = self._connection.begin_early(self._early_rpc())
+        if self._line is not None:
+            with self._launched_early(launcher, arguments.argv, dict(arguments.popen)) as launch:
+                process = self._spawn_early(launcher, launch, args)
+                if process is not None:
+                    launch.tell(self.id)
+                    try:
+                        result = self._talk(launch, process, args, input, timeout_s)
+                    except BaseException as error:
+                        self._end(error)
+                        raise
+                    self._end(None)
+                    return result
+        with self:
+            with self._launched(arguments.argv, arguments.popen) as launch:
+                return self._talk(launch, self._spawn(launch, args), args, input, timeout_s)
+
+    def _spawn_early(self, launcher: str, launch: Launch, args: Any) -> CallPopen | None:
+        """Start a process while its call is being begun, and wait for that. None: the daemon has
+        just gone, and nothing has been begun."""
+        try:
+            process = self._spawn(launch, args)
+        except BaseException as error:
+            self._take_begun(launcher)
+            self._end(error)
+            raise
+        try:
+            self._take_begun(launcher)
+        except BaseException as error:
+            self._process = None
+            with process:
+                process.kill()
+            if not isinstance(error, ConnectionLost):
+                raise
+            return None
+        return process
+
+    def _take_begun(self, launcher: str) -> None:
+        """Receive the answer to the request that was sent early. Raises AgentcgError."""
+        assert self._line is not None
+        try:
+            outcome = self._line.answer("BeginCall", BEGIN_TIMEOUT_S)
+        except BaseException:
+            line, self._line = self._line, None
+            line.close()
+            raise
+        self._begun(launcher, outcome)
 
     def _give_up(self, process: CallPopen, error: BaseException) -> None:
         """End a process that is not waited for any more. The daemon does it, which then knows who
@@ -223,9 +302,7 @@ class Agent(Client["AgentStub"]):
         intent, rest = split_run_arguments(kwargs, call_timeout)
         argv = command(args, rest.get("shell", False), rest.get("executable"))
         call = self.tool_call(name or name_of(argv), argv=argv, **intent)
-        call._single = True
-        with call:
-            result = call.run(args, **rest)
+        result = call.run_alone(args, **rest)
         if check:
             result.check_returncode()
         return result

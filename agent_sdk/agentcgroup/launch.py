@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -21,7 +22,8 @@ class Launch:
     """A start of a program through the launcher; `with` closes its pipe.
 
     The launcher writes errno to a pipe when it cannot execute the tool, as the child of subprocess
-    does. The pipe is closed when it can.
+    does. The pipe is closed when it can. Where the launcher is started while its call is being
+    begun, the pipe is a pair of sockets, and the id of the call goes the other way.
 
     Attributes:
         argv, options: arguments for subprocess.Popen or loop.subprocess_exec.
@@ -29,23 +31,31 @@ class Launch:
     """
 
     def __init__(
-        self, launcher: list[str], command: list[str], options: dict[str, Any], piped: bool
+        self,
+        launcher: list[str],
+        command: list[str],
+        options: dict[str, Any],
+        piped: bool,
+        early: bool = False,
     ) -> None:
         """Prepare to start `command`. `launcher`: the command line that ends in "--"; empty: the
         command is started directly. `options`: arguments for Popen. `piped`: there is a pipe, and
-        `check` will be called; else the launcher says on stderr what is wrong."""
+        `check` will be called; else the launcher says on stderr what is wrong. `early`: the
+        launcher waits for `tell`; with `piped` only."""
         if launcher and options.get("process_group") is None:
             launcher = [*launcher[:-1], "--own-group", *launcher[-1:]]
         self.argv, self.options, self.failed = [*launcher, *command], options, False
         self._program, self._launcher = command[0], launcher[0] if launcher else None
         self._fds: list[int] = []
         if launcher and piped:
-            read, write = os.pipe()
+            read, write = _socket_pair() if early else os.pipe()
             # A number below 3 may be taken for one of the tool's own streams.
-            ours = fcntl.fcntl(write, fcntl.F_DUPFD_CLOEXEC, 3)
-            os.close(write)
+            ours = fcntl.fcntl(write, fcntl.F_DUPFD_CLOEXEC, 3) if write < 3 else write
+            if ours != write:
+                os.close(write)
             self._fds = [read, ours]
-            self.argv = [*launcher[:-1], f"--error-fd={ours}", *launcher[-1:], *command]
+            told = [f"--error-fd={ours}", *([f"--call-fd={ours}"] if early else [])]
+            self.argv = [*launcher[:-1], *told, *launcher[-1:], *command]
             self.options = self._handing_over(ours, options)
 
     @staticmethod
@@ -84,6 +94,16 @@ class Launch:
         if self._fds:
             os.close(self._fds.pop())  # from now on the pipe ends with the launcher
 
+    def tell(self, call_id: str) -> None:
+        """Tell a launcher that was started early which call to enter; no error if it has ended."""
+        line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, self._fds[0])
+        try:
+            line.send(f"{call_id}\n".encode(), socket.MSG_NOSIGNAL)
+        except OSError:
+            return  # it was killed, which its exit status says
+        finally:
+            line.detach()
+
     def check(self, returncode: int) -> None:
         """Raise what subprocess raises for a program that could not be executed, once the process
         has ended. A tool may end with such a status as well, and then nothing is raised.
@@ -96,9 +116,14 @@ class Launch:
         os.set_blocking(self._fds[0], False)
         try:
             said = os.read(self._fds[0], 16)
-        except BlockingIOError:
+        except (BlockingIOError, ConnectionResetError):
             return  # another child of this process has the pipe too: it was forked meanwhile
         if said.isdigit():
             self.failed = True
             number = int(said) or errno.ENOENT
             raise OSError(number, os.strerror(number), self._program)
+
+
+def _socket_pair() -> tuple[int, int]:
+    ours, launchers = socket.socketpair()
+    return ours.detach(), launchers.detach()

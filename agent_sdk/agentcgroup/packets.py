@@ -12,7 +12,8 @@ import os
 import socket
 import struct
 from functools import cache
-from typing import Any, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
 
 from google.protobuf.message import DecodeError, Message
 
@@ -26,6 +27,9 @@ from agentcgroup.errors import (
 )
 from agentcgroup.flow import Rpc
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 REQUEST_BYTES_MAX = 16_384
 REPLY_BYTES_MAX = 1 << 20
@@ -70,18 +74,84 @@ def ask(path: str, method: str, data: bytes, timeout: float) -> Any:
         AgentcgError: the daemon's error, or Unavailable.
         TooLong: the answer is too long for a packet.
     """
-    try:
-        with new_socket() as sock:
-            _connect(sock, path, timeout)
+    with Line(path) as line:
+        line.send(data, timeout)
+        return line.answer(method, timeout)
+
+
+class Line:
+    """A connection to the socket at `path`, for a request and what is answered to it."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self.socket = new_socket()
+        except OSError as error:
+            raise away(error, path) from None
+        self.path = path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.socket.close()
+
+    def send(self, data: bytes, timeout: float) -> None:
+        """Connect and send the first request. Raises Unavailable."""
+        try:
+            _connect(self.socket, self.path, timeout)
+            self.socket.settimeout(timeout)
+            self.socket.send(data)
+        except OSError as error:
+            raise away(error, self.path) from None
+
+    def answer(self, method: str, timeout: float) -> Any:
+        """Receive the answer to a request. Raises what `ask` does."""
+        sock = self.socket
+        try:
             sock.settimeout(timeout)
-            sock.send(data)
             reply = sock.recv(REPLY_BYTES_MAX)
             while (more := asks_to_wait(reply)) is not None:
                 sock.settimeout(timeout + more)
                 reply = sock.recv(REPLY_BYTES_MAX)
-    except OSError as error:
-        raise away(error, path) from None
-    return parse(method, reply, path)
+        except OSError as error:
+            raise away(error, self.path) from None
+        return parse(method, reply, self.path)
+
+    def end(self, data: bytes, timeout: float) -> Any:
+        """End the call that was begun on this connection by the packet `data`, unless its report is
+        there already. Raises what `ask` does."""
+        reply = self._report_or_ask(data)
+        if reply is not None:
+            return parse("EndCall", reply, self.path)
+        try:
+            return self.answer("EndCall", timeout)
+        except ConnectionLost:
+            # The daemon closed it with the request unread, which comes before the report that it
+            # has sent: unix(7), ECONNRESET.
+            return self.answer("EndCall", timeout)
+
+    def _report_or_ask(self, data: bytes) -> bytes | None:
+        try:
+            self.socket.settimeout(0)
+            return self.socket.recv(REPLY_BYTES_MAX)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise away(error, self.path) from None
+        try:
+            self.socket.send(data)
+        except OSError:
+            pass  # it was closed a moment ago, and the report lies there
+        return None
 
 
 def _connect(sock: socket.socket, path: str, timeout: float) -> None:

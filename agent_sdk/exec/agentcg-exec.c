@@ -84,6 +84,44 @@ static void set_cap(char *word)
 }
 
 static const char hung_up[] = "it hung up";
+static int connected = -1; /* a connection that was made early */
+
+/* Opens a connection, whose sends have a time limit. Returns -1 with errno set where it cannot. */
+static int open_connection(void)
+{
+	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0), error;
+	struct timeval timeout = { .tv_sec = TIMEOUT_S };
+
+	if (fd >= 0)
+		setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout));
+	if (fd < 0 || !TEMP_FAILURE_RETRY(connect(fd, (struct sockaddr *)&server, sizeof(server))))
+		return fd;
+	error = errno;
+	close(fd);
+	errno = error;
+	return -1;
+}
+
+/*
+ * Waits for the id of the call, which is being begun meanwhile. The daemon finds out who is there
+ * in the same time. Who started this ends it by closing the descriptor, without a word.
+ */
+static void wait_for_call(int fd)
+{
+	static char id[ID_MAX];
+	size_t len = 0;
+	ssize_t got;
+
+	connected = open_connection();
+	while (len < sizeof(id) - 1 && !memchr(id, '\n', len)) {
+		got = TEMP_FAILURE_RETRY(read(fd, id + len, sizeof(id) - 1 - len));
+		if (got <= 0)
+			exit(REFUSED);
+		len += got;
+	}
+	id[strcspn(id, "\n")] = 0;
+	values[CALL] = id;
+}
 
 /*
  * Returns NULL when this process is in its cgroup, `hung_up` when there was no answer, `sealed`
@@ -93,19 +131,14 @@ static const char hung_up[] = "it hung up";
 static const char *enter_cgroup(int what)
 {
 	const char *done = what == SESSION ? "session=" : "call=", *second = reply;
-	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	int fd = connected >= 0 ? connected : open_connection();
 	struct timeval timeout = { .tv_sec = TIMEOUT_S };
 	unsigned int seconds;
-	ssize_t len;
+	ssize_t len = -1;
 	char rest;
 
-	if (fd < 0 && what != SESSION && is_sealed(errno))
-		return sealed;
-	if (fd < 0)
-		die(REFUSED, "socket: %s", strerror(errno));
-	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout));
-	len = TEMP_FAILURE_RETRY(connect(fd, (struct sockaddr *)&server, sizeof(server)));
-	if (!len)
+	connected = -1;
+	if (fd >= 0)
 		len = TEMP_FAILURE_RETRY(send(fd, request, request_len, MSG_NOSIGNAL));
 	if (len < 0 && what != SESSION && is_sealed(errno)) {
 		close(fd);
@@ -124,7 +157,8 @@ static const char *enter_cgroup(int what)
 			break;
 		timeout.tv_sec = TIMEOUT_S + (len > 0 ? seconds : 0);
 	}
-	close(fd);
+	if (fd >= 0)
+		close(fd);
 	if (!len || (len < 0 && (errno == EPIPE || errno == ECONNRESET)))
 		return hung_up;
 	if (len < 0 && errno != ENOENT && errno != ECONNREFUSED)
@@ -191,7 +225,7 @@ int main(int argc, char **argv)
 	bool was_declared = is_declared(&argc, &argv);
 	int i = parse_options(argc, argv);
 	struct stat file_stat;
-	int what = values[CALL] ? CALL : values[SESSION] ? SESSION : NAME;
+	int what = values[CALL] || values[CALL_FD] ? CALL : values[SESSION] ? SESSION : NAME;
 	const char *policy = values[AWAY], *run = getenv("AGENTCG_RUN_DIR"), *away, *is;
 	const char *policy_source = "--on-unavailable";
 	const char *file = what == SESSION ? "admin/attach.sock" : "agent/attach.sock";
@@ -219,6 +253,8 @@ int main(int argc, char **argv)
 		die(REFUSED, "socket path too long: '%s'", values[SOCKET]);
 	strcpy(server.sun_path, values[SOCKET]);
 
+	if (values[CALL_FD])
+		wait_for_call(atoi(values[CALL_FD]));
 	make_request(what, argc - i, argv + i);
 	if (what == NAME && speaks() && !was_declared)
 		start_waiter(&server);

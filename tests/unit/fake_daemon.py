@@ -1,4 +1,4 @@
-"""A daemon without cgroups: both gRPC services on temporary sockets, and a launcher in sh.
+"""A daemon without cgroups: both gRPC services on temporary sockets, and a launcher in bash.
 
 It keeps the protocol's promises as far as the SDK can see them: calls and reports survive a
 restart, EndCall ends what entered the call. What has no cgroup cannot be measured: numbers are made
@@ -29,13 +29,14 @@ from agentcgroup.v1 import agentcgroup_pb2_grpc as rpc
 
 MIB = 1 << 20
 LAUNCHER = """\
-#!/bin/sh
+#!/bin/bash
 for option; do
     case $option in
     --call=*) call=${option#--call=} ;;
     --session=*) call=${option#--session=} ;;
     --socket=*) socket=${option#--socket=} ;;
     --error-fd=*) error=${option#--error-fd=} ;;
+    --call-fd=*) read -r call <&"${option#--call-fd=}" || exit 125 ;;
     --) break ;;
     esac
 done
@@ -45,7 +46,7 @@ shift
 if ! command -v -- "$1" > /dev/null || case $1 in */*) [ ! -x "$1" ] ;; *) false ;; esac; then
     number=2
     [ -e "$1" ] && number=13
-    [ -z "$error" ] || printf %s $number > "/dev/fd/$error"
+    [ -z "$error" ] || printf %s $number >&"$error"
     exit 127
 fi
 exec "$@"

@@ -29,7 +29,14 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.events import FileEvents
 from agentcgroupd.config import CallDefaults
 from agentcgroupd.enforce.actions import Actions
-from agentcgroupd.enforce.kill import ask_end, end_with, kill, kill_command, kill_outsiders
+from agentcgroupd.enforce.kill import (
+    ask_end,
+    end_with,
+    kill,
+    kill_command,
+    kill_outsiders,
+    main_ended_well,
+)
 from agentcgroupd.errors import (
     CgroupGone,
     KnobError,
@@ -91,7 +98,7 @@ class OpenCalls:
             observer.room_given_up,
             turns,
         )
-        self._leftovers = Leftovers(config, notices, self._populated, self._kill)
+        self._leftovers = Leftovers(config, notices, self._populated, self._kill, self._recheck)
         self.open: dict[str, Call] = {}
         self._postponed: dict[str, Call] = {}
         self.ended = 0
@@ -258,7 +265,7 @@ class OpenCalls:
         )
 
     def _recheck(self, call: Call) -> None:
-        """Check a call that waited for its main process alone, or for that of one inside it."""
+        """Check a call whose main process has ended, or that waited for that of one inside it."""
         try:
             self._changed(call)
         except (KnobError, OSError, ValueError) as error:
@@ -272,7 +279,9 @@ class OpenCalls:
         if call.observed and self._observer.behind():
             self._postponed[call.id] = call
             return
-        if call.held and call.entered and call.state != pb.CALL_STATE_ENDING:
+        if call.one_command and main_ended_well(call):
+            self._finish(call)
+        elif call.held and call.entered and call.state != pb.CALL_STATE_ENDING:
             self._deadlines.emptied(call)
         elif call.entered or call.account.removed or call.state == pb.CALL_STATE_ENDING:
             self._finish(call)
@@ -306,20 +315,18 @@ class OpenCalls:
             nesting.went_on(call)
             self._observer.call_ending(call)
             report = self._reports.of(call)
+            if call.line is not None:
+                # Nothing that follows changes the report, and its caller waits for it. If a process
+                # has just been put into the cgroup, the call ends with that.
+                call.held = False
+                call.line(report)
             # Before the cgroup goes: a daemon killed in between would lose the report. One killed
             # after this finds the empty cgroup and writes the entry again; the later one counts.
             self._reports.write(report)
-            removed = True
             nesting.inner_ends(call)
-            try:
-                call.cgroup.remove()
-            except KnobError as error:
-                if error.errno == errno.EBUSY:
-                    # A process has entered since the event; when it ends, this is called again.
-                    self._audit.write("call_goes_on", session=call.session.id, call=call.id)
-                    return None
-                log.error("call %s: its cgroup could not be removed: %s", call.id, error)
-                removed = False
+            removed = self._remove(call)
+            if removed is None:
+                return None
             kill_outsiders(call)
             self._forget(call, removed)
             self.second.drop(call.id)
@@ -333,6 +340,19 @@ class OpenCalls:
             # That may have waited for this one's main process alone, which nothing else tells.
             self._loop.call_soon(self._recheck, call.parent)
         return report
+
+    def _remove(self, call: Call) -> bool | None:
+        """Remove the cgroup of a call; False: it cannot be. None: a process has entered since it
+        was seen to be empty; when that ends, the call is looked at again."""
+        try:
+            call.cgroup.remove()
+        except KnobError as error:
+            if error.errno == errno.EBUSY:
+                self._audit.write("call_goes_on", session=call.session.id, call=call.id)
+                return None
+            log.error("call %s: its cgroup could not be removed: %s", call.id, error)
+            return False
+        return True
 
     def _forget(self, call: Call, removed: bool = False) -> None:
         self.open.pop(call.id, None)

@@ -47,10 +47,12 @@ class Leftovers:
         notices: Notices,
         populated: Callable[[Call], bool],
         kill: Callable[[Call], None],
+        recheck: Callable[[Call], None],
     ) -> None:
-        """`kill` kills all processes of a call whose end was asked for."""
+        """`kill` kills all processes of a call whose end was asked for; `recheck` ends a call that
+        is over."""
         self._config, self._notices = config, notices
-        self._populated, self._kill = populated, kill
+        self._populated, self._kill, self._recheck = populated, kill, recheck
         self._loop = asyncio.get_running_loop()
         self._fds: dict[Call, int] = {}
 
@@ -99,6 +101,10 @@ class Leftovers:
         status, evidence = main_status(call)
         if evidence == pb.EVIDENCE_KERNEL:
             call.exit_status = status
+        if call.one_command and call.exit_status == 0:
+            self._recheck(call)
+            if call.main is None:
+                return  # it was over
         self._carefully(self._keep_status, call)
         if not call.held:
             self._later(call, _GRACE, self._config.leftovers_grace, self._due)

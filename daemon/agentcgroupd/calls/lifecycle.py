@@ -194,7 +194,9 @@ class Calls(OpenCalls):
                 if isinstance(error, RequestError):
                     raise
                 raise Unavailable(f"the call's limits could not be set: {error}") from None
-            self._tell_begun(call, candidate.request.intent)
+            self.begun += 1
+            # After the answer, which somebody waits for.
+            self._loop.call_soon(self._tell_begun, call, candidate.request.intent)
         self._observer.call_begun(call)
         return call
 
@@ -235,6 +237,7 @@ class Calls(OpenCalls):
             began_boot_usec=boottime_usec() - age_usec,
             held=owner is not None,
             owner=owner,
+            one_command=request.one_command,
             observed=request.observed,
             account=Account(began=began),
             likely_bytes=candidate.likely_bytes,
@@ -245,7 +248,6 @@ class Calls(OpenCalls):
         )
 
     def _tell_begun(self, call: Call, intent: Intent) -> None:
-        self.begun += 1
         self._metrics.calls_begun.inc()
         if call.observed:
             self._metrics.calls_observed.labels("yes").inc()

@@ -58,6 +58,12 @@ def main_ended(call: Call) -> bool:
     return known or call.account.main_lost
 
 
+def main_ended_well(call: Call) -> bool:
+    """Whether the kernel has told that the main process has ended, with all of its threads, and
+    with status 0."""
+    return call.exit_status == 0 and call.main is not None and pidfd_ended(call.main.pidfd)
+
+
 def went_on_beside(call: Call) -> bool:
     """Whether the main process has gone on as a call that is not inside this one."""
     return any(asked.by is Asker.WENT_ON for asked in call.account.asked)

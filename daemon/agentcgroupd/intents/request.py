@@ -37,6 +37,8 @@ class CallRequest:
     intent: Intent
     observed: bool = False
     """Nobody asked: the daemon saw an agent execute a tool."""
+    one_command: bool = False
+    """Whether the call ends with its command, although somebody holds it open."""
 
 
 NO_INTENT = Intent(leftovers="keep")
@@ -60,7 +62,8 @@ def intent_of_proto(message: pb.Intent) -> Intent:
 def request_of_proto(message: pb.BeginCallRequest) -> CallRequest:
     """Read a BeginCallRequest. Raises InvalidField."""
     name = check_name(message.name)
-    return CallRequest(name, cut_argv(message.argv), intent_of_proto(message.intent))
+    intent = intent_of_proto(message.intent)
+    return CallRequest(name, cut_argv(message.argv), intent, one_command=message.one_command)
 
 
 def name_of_words(values: Mapping[str, str], args: Sequence[str]) -> str:

@@ -77,6 +77,10 @@ class AgentCalls:
         call = self._admission.begin(caller.session, request, peer.process, caller.outer)
         return call_to_proto(call, admin=False) if isinstance(call, Call) else _later(call)
 
+    def open_call(self, call_id: str) -> Call | None:
+        """Find an open call, for the daemon itself; None: it is not open."""
+        return self._calls.open.get(call_id)
+
     def end(
         self, peer: Peer, message: pb.EndCallRequest
     ) -> pb.Report | Coroutine[Any, Any, pb.Report]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.errors import (
     AgentcgroupdError,
     InvalidField,
@@ -29,10 +30,11 @@ from agentcgroupd.intents.parse import WAIT_MOST_USEC
 from agentcgroupd.rpc.budgets import STRANGERS, Budgets, Crowd
 from agentcgroupd.rpc.door import Door
 from agentcgroupd.rpc.lobby import Lobby
-from agentcgroupd.rpc.messages import Messages, known, refusal
+from agentcgroupd.rpc.messages import Messages, Stays, known, packet_of, refusal
 from agentcgroupd.rpc.packets import PACKET_BYTES_MAX, RPC_PREFIX, Request, packet
 from agentcgroupd.rpc.peers import ENDED, Peer, SessionFinder
 from agentcgroupd.rpc.verbs import Answer, Verb
+from agentcgroupd.state.session import Call
 from agentcgroupd.telemetry.metrics import Metrics
 from agentcgroupd.telemetry.seldom import Seldom
 from agentcgroupd.turns import Turns
@@ -59,6 +61,8 @@ class Client:
     crowd: Crowd
     timer: asyncio.TimerHandle | None = None
     """Closes the connection, as long as it is silent."""
+    call: Call | None = None
+    """The call whose end it waits for; None: it has not begun one like that."""
 
 
 class AttachServer:
@@ -189,7 +193,10 @@ class AttachServer:
             return
         self._heard(caller)
         self._callers.discard(caller)
-        self._budgets.attached(caller.crowd, -1)
+        if caller.call is None:
+            self._budgets.attached(caller.crowd, -1)
+        elif caller.call.line is not None:
+            self._leave_line(caller, caller.call)
         caller.socket.close()
         caller.peer.close()
 
@@ -300,9 +307,51 @@ class AttachServer:
             self._reply(caller.socket, answer)
             self._close(caller)
             return
+        if isinstance(answer, Stays):
+            self._reply(caller.socket, answer.packet)
+            self._stay(caller, answer.call)
+            return
         if answer.may_wait:
             self._reply(caller.socket, packet(self._wait_words()))
         self._answer_in_time(caller, self._answer_later(caller.socket, answer.packet))
+
+    # Those who stay until the end of a call
+
+    def _stay(self, caller: Client, call: Call) -> None:
+        """Keep a connection open for the end of a call. There are as many as there are open calls
+        at most, which are limited."""
+        if caller.call is not None:
+            # Its second call on one connection: the answer is all that it gets.
+            self._close(caller)
+            return
+        self._budgets.attached(caller.crowd, -1)
+        caller.call = call
+        call.line = partial(self._tell_end, caller)
+        self._loop.add_reader(caller.socket.fileno(), self._readable_again, caller, call)
+
+    def _leave_line(self, caller: Client, call: Call) -> None:
+        call.line = None
+        self._loop.remove_reader(caller.socket.fileno())
+
+    def _tell_end(self, caller: Client, report: pb.Report) -> None:
+        self._reply(caller.socket, packet_of(report))
+        self._close(caller)
+
+    def _readable_again(self, caller: Client, call: Call) -> None:
+        """Take a second request, for the end of the call, which is answered like any other; whoever
+        hangs up is told nothing."""
+        try:
+            data, sender = receive_from(caller.socket, PACKET_BYTES_MAX + 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, sender = b"", None
+        self._leave_line(caller, call)
+        if not data:
+            self._close(caller)
+            return
+        caller.crowd.packets.take(1)
+        self._turns.submit_or_do(caller.crowd.turns_key, partial(self._serve, caller, data, sender))
 
     async def _answer_later(self, client: socket.socket, answer: Awaitable[bytes]) -> None:
         self._reply(client, await answer)

@@ -28,6 +28,7 @@ from agentcgroupd.rpc.agent_calls import AgentCalls
 from agentcgroupd.rpc.budgets import Crowd
 from agentcgroupd.rpc.packets import ANSWER_BYTES_MAX, TOO_LONG, rpc_request
 from agentcgroupd.rpc.peers import Peer
+from agentcgroupd.state.session import Call
 from agentcgroupd.telemetry.metrics import Metrics
 from agentcgroupd.telemetry.wire import error_to_proto
 from agentcgroupd.turns import Turns
@@ -66,6 +67,14 @@ class Later:
     may_wait: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Stays:
+    """An answer to a caller who stays connected until `call` has ended, for its report."""
+
+    packet: bytes
+    call: Call
+
+
 class Messages:
     """Answers the messages that come to one attach socket."""
 
@@ -82,7 +91,7 @@ class Messages:
         self._role, self._service, self._calls = role, service, calls
         self._metrics, self._turns = metrics, turns
 
-    def answer(self, by: Asking, data: bytes, sender: int | None) -> bytes | Later:
+    def answer(self, by: Asking, data: bytes, sender: int | None) -> bytes | Later | Stays:
         """Answer the packet `data`, which the process `sender` sent; None: the kernel did not tell
         who. Raises nothing."""
         started = time.perf_counter()
@@ -98,7 +107,9 @@ class Messages:
             if not isinstance(answer, message.Message):
                 may_wait = isinstance(request.message, pb.BeginCallRequest)
                 return Later(self._packet(method, answer), may_wait)
-            return _packet_of(answer)
+            if isinstance(request.message, pb.BeginCallRequest) and request.message.one_command:
+                return self._staying(packet_of(answer), answer)
+            return packet_of(answer)
         except Exception as error:
             if not isinstance(error, AgentcgroupdError):
                 log.exception("%s in a packet failed", method)
@@ -116,6 +127,11 @@ class Messages:
             return self._calls.end(peer, request)
         return None
 
+    def _staying(self, packet: bytes, answer: message.Message) -> bytes | Stays:
+        assert self._calls is not None and isinstance(answer, pb.Call)
+        call = self._calls.open_call(answer.id)
+        return packet if call is None else Stays(packet, call)
+
     async def _ask(self, method: str, request: message.Message, by: Asking) -> bytes:
         started = time.perf_counter()
         try:
@@ -125,7 +141,7 @@ class Messages:
 
     async def _packet(self, method: str, answer: Awaitable[message.Message]) -> bytes:
         try:
-            return _packet_of(await answer)
+            return packet_of(await answer)
         except Exception as error:
             if not isinstance(error, AgentcgroupdError):
                 log.exception("%s in a packet failed", method)
@@ -137,7 +153,8 @@ class Messages:
         return refusal(refused)
 
 
-def _packet_of(answer: message.Message) -> bytes:
+def packet_of(answer: message.Message) -> bytes:
+    """The packet that answers with a message."""
     raw = answer.SerializeToString()
     return b"OK\0" + raw if len(raw) <= ANSWER_BYTES_MAX else TOO_LONG
 

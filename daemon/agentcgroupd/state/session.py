@@ -56,6 +56,13 @@ class Call:
     held: bool
     """Whether the owner holds the call open, so that it does not end when it is empty."""
     owner: Process | None = None
+    one_command: bool = False
+    """Whether it ends when its main process has ended with status 0 and left nothing running,
+    although it is held open."""
+    head_of_record: tuple[Grant, str] | None = None
+    """The beginning of its record as it is for that grant."""
+    line: Callable[[pb.Report], None] | None = None
+    """Sends its report to whoever stays connected until its end; None: nobody does."""
     main: Process | None = None
     """The process that entered last; its wait status is the call's."""
     outsiders: list[Process] = field(default_factory=list)
@@ -187,14 +194,26 @@ class Call:
 
     def record(self) -> bytes:
         """What is kept of the call on its cgroup."""
-        return json.dumps(
-            {
+        return f"{self._record_head()},{self._record_rest()[1:]}".encode()
+
+    def _record_head(self) -> str:
+        """The part of the record that changes with the grant alone, without its last brace. A
+        record is written several times for each call."""
+        if self.head_of_record is None or self.head_of_record[0] is not self.grant:
+            head = {
                 "v": RECORD_VERSION,
                 "kind": "call",
                 "id": self.id,
                 "name": self.name,
                 "argv": cut_argv_of_record(self.argv),
                 "grant": plain(self.grant),
+            }
+            self.head_of_record = self.grant, json.dumps(head, separators=(",", ":"))[:-1]
+        return self.head_of_record[1]
+
+    def _record_rest(self) -> str:
+        return json.dumps(
+            {
                 "began_unix_usec": self.began_unix_usec,
                 "began_boot_usec": self.began_boot_usec,
                 "held": self.held,
@@ -219,7 +238,7 @@ class Call:
                 "account": self.account.plain(),
             },
             separators=(",", ":"),
-        ).encode()
+        )
 
     @classmethod
     def from_record(cls, session: Session, cgroup: Cgroup, data: dict[str, Any]) -> Call:

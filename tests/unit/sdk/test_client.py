@@ -301,9 +301,9 @@ def test_policy_reaches_the_launcher(daemon: FakeDaemon) -> None:
     with Agent(on_unavailable="refuse") as agent:
         result = agent.run(["tool", "--call=x"], capture_output=True, text=True)
     words = result.stdout.split()
-    assert words.pop(4).startswith("--error-fd=")
-    assert words == [
-        "--call=c1",
+    assert words[3].startswith("--error-fd=")
+    assert words[4] == words[3].replace("--error-fd", "--call-fd")
+    assert words[:3] + words[5:] == [
         f"--socket={daemon.run_dir}/agent/attach.sock",
         "--on-unavailable=refuse",
         "--own-group",
