@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from agentcgroup.text import printable
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.facts import LimitHit
 from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.held import HeldKnob
 from agentcgroupd.cgroup.knobs import Knob
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import KnobError
@@ -41,13 +43,28 @@ def places_above(session: Session, pool: Cgroup, call: Cgroup | None = None) -> 
     if not _LOCAL & session.offered:
         return []  # nothing is counted there
     if session.places is None:
-        places, top = [Place(pb.LEVEL_SESSION, session.cgroup, session.id)], session.cgroup
-        if session.cgroup.path.parent == pool.path:
-            places.append(Place(pb.LEVEL_POOL, pool, "the pool"))
-            top = pool
-        session.places = (*places, *_ancestors(top))
+        own = _held_place(pb.LEVEL_SESSION, session.cgroup, session.id)
+        is_ours = session.cgroup.path.parent == pool.path
+        session.places = (own, *(_from_pool(pool) if is_ours else _ancestors(session.cgroup)))
     outer = () if call is None else _outer_calls(session, call)
     return [*outer, *session.places]
+
+
+@lru_cache(maxsize=1)
+def _from_pool(pool: Cgroup) -> tuple[Place, ...]:
+    """The pool and what lies above it: the same for all sessions in it, so it is held open once."""
+    return (_held_place(pb.LEVEL_POOL, pool, "the pool"), *_ancestors(pool))
+
+
+def _held_place(level: pb.Level.ValueType, cgroup: Cgroup, name: str) -> Place:
+    """Make a place whose counters are read at the beginning and at the end of each call."""
+    return Place(
+        level,
+        cgroup,
+        name,
+        HeldKnob(cgroup, knobs.MEMORY_EVENTS_LOCAL),
+        HeldKnob(cgroup, knobs.PIDS_EVENTS_LOCAL),
+    )
 
 
 def _outer_calls(session: Session, call: Cgroup) -> Iterator[Place]:
@@ -66,18 +83,20 @@ def _ancestors(cgroup: Cgroup) -> Iterator[Place]:
         # The root of the tree has no events file (kernel/cgroup/cgroup.c: CFTYPE_NOT_ON_ROOT).
         if not above.has(knobs.CGROUP_EVENTS):
             return
-        yield Place(pb.LEVEL_HOST, above, shown(path))
+        yield _held_place(pb.LEVEL_HOST, above, shown(path))
         up, path = f"../{up}", path.parent
 
 
-def _local(cgroup: Cgroup, offered: frozenset[str]) -> Counts:
+def _local(place: Place, offered: frozenset[str]) -> Counts:
     """Counters of a cgroup's own limits. `offered`: interface files of the session. Raises
     KnobError."""
-    memory, pids = dict[str, int](), dict[str, int]()
+    cgroup, memory, pids = place.cgroup, dict[str, int](), dict[str, int]()
     if knobs.MEMORY_EVENTS_LOCAL.file in offered:
-        memory = cgroup.read_if(knobs.MEMORY_EVENTS_LOCAL) or {}
+        held = place.memory
+        memory = (held.read_if() if held else cgroup.read_if(knobs.MEMORY_EVENTS_LOCAL)) or {}
     if knobs.PIDS_EVENTS_LOCAL.file in offered:
-        pids = cgroup.read_if(knobs.PIDS_EVENTS_LOCAL) or {}
+        held = place.pids
+        pids = (held.read_if() if held else cgroup.read_if(knobs.PIDS_EVENTS_LOCAL)) or {}
     return _counts(memory, pids)
 
 
@@ -92,7 +111,7 @@ def _counts(memory: dict[str, int], pids: dict[str, int]) -> Counts:
 
 def counts_above(places: list[Place], offered: frozenset[str]) -> tuple[Counts, ...]:
     """Counters at the limits above a call, in the order of `places`. Raises KnobError."""
-    return tuple(_local(place.cgroup, offered) for place in places)
+    return tuple(_local(place, offered) for place in places)
 
 
 def baseline_of_new(session: Session, pool: Cgroup, outer: Call | None = None) -> Baseline:
@@ -142,7 +161,9 @@ class Counters:
         offered = call.session.offered
         below = _counts(memory, pids)
         # Whatever was counted in the call's own cgroup was counted in `below` as well.
-        own = _local(call.cgroup, offered) if below != Counts() else below
+        own = below
+        if below != Counts():
+            own = _local(Place(pb.LEVEL_CALL, call.cgroup, call.id), offered)
         places = places_above(call.session, pool, call.cgroup)
         return cls(Baseline(below, own, counts_above(places, offered)), places)
 

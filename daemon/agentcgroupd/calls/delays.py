@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup import knobs
-from agentcgroupd.cgroup.knobs import Pressure
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.units import show_usec
 
@@ -21,10 +20,10 @@ TOLD_SHARE = 0.25
 TOLD_LEAST_USEC = 1_000_000
 
 
-def delays_of(cgroup: Cgroup, memory: Mapping[str, Pressure] | None) -> pb.Delays | None:
-    """Read what a call waited for; None: this kernel does not tell. `memory`: its memory.pressure.
-    Raises KnobError."""
-    cpu, io = cgroup.read_if(knobs.CPU_PRESSURE), cgroup.read_if(knobs.IO_PRESSURE)
+def delays_of(cgroup: Cgroup, memory: Mapping[str, int] | None) -> pb.Delays | None:
+    """Read what a call waited for; None: this kernel does not tell. `memory`: the totals of its
+    memory.pressure. Raises KnobError."""
+    cpu, io = cgroup.read_if(knobs.CPU_STALLED), cgroup.read_if(knobs.IO_STALLED)
     if cpu is None and io is None and memory is None:
         return None
     return pb.Delays(
@@ -36,9 +35,9 @@ def delays_of(cgroup: Cgroup, memory: Mapping[str, Pressure] | None) -> pb.Delay
     )
 
 
-def _total(pressure: Mapping[str, Pressure] | None, kind: str) -> int:
+def _total(pressure: Mapping[str, int] | None, kind: str) -> int:
     """Give the time in all; 0 where the controller is not there, so that nobody can wait."""
-    return pressure[kind].total_usec if pressure and kind in pressure else 0
+    return pressure.get(kind, 0) if pressure else 0
 
 
 def told(delays: pb.Delays | None, wall_usec: int) -> str:

@@ -184,7 +184,7 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup, oom_log: OomLog) -
         return call.cgroup.read(knob) if knob.file in offered else None
 
     events, pids_events = read(knobs.MEMORY_EVENTS), read(knobs.PIDS_EVENTS)
-    pressure, io = call.cgroup.read_if(knobs.MEMORY_PRESSURE), read(knobs.IO_STAT)
+    pressure, io = call.cgroup.read_if(knobs.MEMORY_STALLED), read(knobs.IO_STAT)
     cpu, pids_peak = call.cgroup.read(knobs.CPU_STAT), read(knobs.PIDS_PEAK)
     counters = Counters.read(call, pool, events or {}, pids_events or {})
     oom = _oom_facts(call, pool, counters, oom_log)
@@ -198,7 +198,7 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup, oom_log: OomLog) -
         pids_hits=tuple(pids_hits(call, counters.since(call.account.began), pids_peak)),
         memory_peak_bytes=read(knobs.MEMORY_PEAK),
         memory_high_events=events["high"] if events else None,
-        memory_throttled_usec=pressure["some"].total_usec if pressure else None,
+        memory_throttled_usec=pressure["some"] if pressure else None,
         cpu=cpu,
         ever_entered=facts.ever_entered or cpu["usage_usec"] > 0,
         pids_peak=pids_peak,

@@ -114,6 +114,11 @@ def parse_pressure(text: str) -> dict[str, Pressure]:
     return result
 
 
+def parse_stalled(text: str) -> dict[str, int]:
+    """Parse the total time of each line of a PSI file, in microseconds."""
+    return {line.partition(" ")[0]: int(line.rpartition(" total=")[2]) for line in _lines(text)}
+
+
 @dataclass(frozen=True, slots=True)
 class Reclaim:
     """Value of memory.reclaim: how much is to leave memory, and to what degree anonymous memory is
@@ -170,6 +175,9 @@ MEMORY_STAT = Knob("memory.stat", parse_flat_keyed)
 MEMORY_PRESSURE = Knob("memory.pressure", parse_pressure)
 CPU_PRESSURE = Knob("cpu.pressure", parse_pressure)
 IO_PRESSURE = Knob("io.pressure", parse_pressure)
+MEMORY_STALLED = Knob("memory.pressure", parse_stalled)
+CPU_STALLED = Knob("cpu.pressure", parse_stalled)
+IO_STALLED = Knob("io.pressure", parse_stalled)
 MEMORY_RECLAIM = Knob("memory.reclaim", _write_only, format_reclaim)
 """Linux 5.19. A write blocks while the kernel reclaims. It fails with EAGAIN if the kernel got less
 than was asked for; what it got stays reclaimed."""

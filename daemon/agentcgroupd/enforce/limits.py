@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ from agentcgroupd.cgroup.knobs import Knob, T
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import InvalidField, KnobError
 from agentcgroupd.host.block_devices import whole_devices
+from agentcgroupd.host.proc import read_proc
 from agentcgroupd.intents.grant import Grant
 from agentcgroupd.intents.parse import CpuList
 from agentcgroupd.state.session import Session
@@ -222,13 +224,14 @@ def put_call_before_agent(session: Session, cgroup: Cgroup, pid: int, priority: 
             set_oom_score_adj(other, wanted)
 
 
+_OOM_BYTES_MAX = 16
+
+
 def _oom_score_adj_of(pid: int) -> int | None:
     """The value of a process; None where it has gone."""
     try:
-        # Unbuffered, because a call cannot begin before this is done.
-        with open(f"/proc/{pid}/oom_score_adj", "rb", buffering=0) as file:
-            return int(file.read())
-    except OSError:
+        return int(read_proc(pid, "oom_score_adj", _OOM_BYTES_MAX))
+    except (OSError, ValueError):
         return None
 
 
@@ -236,8 +239,12 @@ def set_oom_score_adj(pid: int, value: int) -> None:
     """Tell the kernel whom to choose when a limit above the calls is reached: a call, and the least
     important one, rather than the agent."""
     try:
-        with open(f"/proc/{pid}/oom_score_adj", "wb", buffering=0) as file:
-            file.write(b"%d" % value)
+        # Without what `open` does besides, because a call cannot begin before this is done.
+        fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"%d" % value)
+        finally:
+            os.close(fd)
     except PermissionError:
         # Lowering the value needs CAP_SYS_RESOURCE, which a container's root may lack.
         log.warning(

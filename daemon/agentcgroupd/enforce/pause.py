@@ -95,12 +95,16 @@ def paused_usec(call: Call) -> int:
 def frozen_by_others_usec(call: Call) -> int:
     """Return for how long a call was frozen by others than the daemon, at its own cgroup or above
     it, where the kernel tells it (cgroup.stat.local)."""
+    if knobs.CGROUP_STAT_LOCAL.file not in call.session.offered:
+        return 0
     counted = _counted_usec(call.cgroup)
     return 0 if counted is None else max(0, counted - _ours_usec(call))
 
 
 def session_frozen_usec(session: Session) -> int:
     """Return for how long a session has been frozen in all, where the kernel tells it; else 0."""
+    if knobs.CGROUP_STAT_LOCAL.file not in session.offered:
+        return 0
     return _counted_usec(session.cgroup) or 0
 
 

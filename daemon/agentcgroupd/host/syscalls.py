@@ -293,14 +293,23 @@ class ProcessStat:
     """Wait status; meaningful while state is Z."""
 
 
+_STAT_BYTES_MAX = 4096
+"""Some fifty numbers and a name of at most 64 bytes."""
+
+
 def process_stat(pid: int) -> ProcessStat:
     """Read /proc/<pid>/stat; FileNotFoundError or ProcessLookupError when there is no such
     process."""
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        text = file.read().decode("utf-8", "replace")
-    fields = text[text.rindex(")") + 2 :].split()
+    # Without the system calls by which open() finds out what kind of file it is: a call that begins
+    # or ends asks this several times.
+    fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = os.read(fd, _STAT_BYTES_MAX)
+    finally:
+        os.close(fd)
+    fields = data[data.rindex(b")") + 2 :].split()
     return ProcessStat(
-        state=fields[0],
+        state=fields[0].decode(),
         parent_pid=int(fields[1]),
         group=int(fields[2]),
         start_ticks=int(fields[19]),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.cgroup.held import HeldKnob
 from agentcgroupd.cgroup.tree import Cgroup
 
 VICTIMS_MOST = 1000
@@ -110,6 +111,10 @@ class Place:
     cgroup: Cgroup
     name: str
     """The call's id where it is another call; else its path."""
+    memory: HeldKnob[dict[str, int]] | None = None
+    """Its memory.events.local, held open; None: nothing is."""
+    pids: HeldKnob[dict[str, int]] | None = None
+    """Its pids.events.local."""
 
 
 @dataclass(frozen=True, slots=True)

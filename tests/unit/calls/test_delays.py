@@ -25,12 +25,12 @@ class FakeCgroup:
             return None
         text = "avg10=0.00 avg60=0.00 avg300=0.00"
         some = self._totals[name]
-        return knobs.parse_pressure(f"some {text} total={some}\nfull {text} total={some // 2}\n")
+        return knob.parse(f"some {text} total={some}\nfull {text} total={some // 2}\n")
 
 
 def read(**totals: int) -> pb.Delays | None:
     cgroup: Any = FakeCgroup(**totals)
-    return delays_of(cgroup, cgroup.read_if(knobs.MEMORY_PRESSURE))
+    return delays_of(cgroup, cgroup.read_if(knobs.MEMORY_STALLED))
 
 
 def test_totals_are_read_and_absent_where_the_kernel_tells_none() -> None:

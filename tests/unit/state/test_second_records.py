@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,13 @@ def test_no_room_is_said_once_and_leaves_no_half(
 ) -> None:
     second.keep(ID, CGROUP, RECORD)
 
-    def full(path: Path, data: bytes) -> int:
-        raise OSError(28, "No space left on device")
+    real = os.write
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with caplog.at_level(logging.WARNING):
+    def full(fd: int, data: bytes) -> int:
+        return real(fd, data[:5])  # as write(2) does when the disk is nearly full
+
+    with caplog.at_level(logging.WARNING), monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
         second.keep(ID, CGROUP, RECORD)
         second.keep("ba9876543210", CGROUP, RECORD)
     assert [record.message for record in caplog.records] == [
