@@ -48,7 +48,7 @@ class Hop:
 
 WAY = (
     Hop("agent_sdk/agentcgroup/client.py", "Agent.run", "an agent runs a tool with an intent"),
-    Hop("agent_sdk/agentcgroup/packets.py", "ask", "the request goes out as one packet"),
+    Hop("agent_sdk/agentcgroup/packets.py", "Line.send", "the request goes out as one packet"),
     Hop("daemon/agentcgroupd/rpc/attach.py", "AttachServer._rpc", "the caller is identified"),
     Hop("daemon/agentcgroupd/rpc/packets.py", "rpc_request", "the packet becomes a message"),
     Hop("daemon/agentcgroupd/rpc/agent_calls.py", "AgentCalls.begin", "the session is found"),
