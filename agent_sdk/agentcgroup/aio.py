@@ -19,9 +19,11 @@ from agentcgroup.call import (
     reason_of_error,
     split_run_arguments,
 )
-from agentcgroup.errors import AgentcgError, from_rpc_error
+from agentcgroup.errors import AgentcgError, ConnectionLost, Unavailable, from_rpc_error
 from agentcgroup.intent import INTENT_FIELDS, Intent, command, name_of
 from agentcgroup.keywords import popen_keywords, refuse_unknown, seconds
+from agentcgroup.launch import Launch
+from agentcgroup.packets import Line
 from agentcgroup.process import CallProcess, communicate, start
 from agentcgroup.queries import Query
 from agentcgroup.results import Result
@@ -46,6 +48,7 @@ class AsyncCall(CallBase):
         self._last: CallProcess | None = None
         self._popened: list[CallProcess] = []
         self._single = False  # whether the call is for one command: `AsyncAgent.run`
+        self._line: Line | None = None  # the connection on which such a call was begun
 
     async def begin(self) -> Self:
         """Begin the call, as `async with` does. Raises what `Call.begin` raises."""
@@ -66,7 +69,8 @@ class AsyncCall(CallBase):
                 returncode = self._last.returncode if self._last is not None else self._returncode
                 signalled = self._last is not None and self._last.signalled
                 request = self._end_request(returncode, error, signalled)
-                outcome = await self._agent.carry(flow.end(request, when_away))
+                line, self._line = self._line, None
+                outcome = await self._agent.carry(flow.end(request, when_away), line)
             else:
                 for process in self._popened:
                     if process.returncode is None:
@@ -114,6 +118,71 @@ class AsyncCall(CallBase):
         if check:
             result.check_returncode()
         return result
+
+    async def run_alone(
+        self,
+        args: Any,
+        *,
+        input: Any = None,
+        capture_output: bool = False,
+        timeout: str | float | None = None,
+        **kwargs: Any,
+    ) -> Result:
+        """Do what `Call.run_alone` does."""
+        self._single = True
+        arguments = RunArguments(args, input, capture_output, kwargs)
+        timeout_s = seconds("timeout", timeout)
+        launcher = self._launcher()
+        if arguments.popen.get("preexec_fn") is None:
+            self._line = await self._agent.begin_early(self._early_rpc())
+        if self._line is not None:
+            with self._launched_early(launcher, arguments.argv, dict(arguments.popen)) as launch:
+
+                async def started() -> None:
+                    await self._take_begun(launcher, launch)
+
+                try:
+                    done = await communicate(launch, args, input, timeout_s, self._give_up, started)
+                    self._returncode = done.returncode
+                    launch.check(done.returncode)
+                except BaseException as error:
+                    if not await self._ended_after(error, launcher):
+                        raise
+                else:
+                    await self._end(None)
+                    return Result(self, args, done.returncode, done.stdout, done.stderr)
+        self._returncode = None
+        async with self:
+            with self._launched(arguments.argv, arguments.popen) as launch:
+                done = await communicate(launch, args, input, timeout_s, self._give_up)
+                self._returncode = done.returncode
+                launch.check(done.returncode)
+        return Result(self, args, done.returncode, done.stdout, done.stderr)
+
+    async def _ended_after(self, error: BaseException, launcher: str) -> bool:
+        """End a call whose command was started early and failed; True: the daemon had just gone,
+        and nothing has been begun."""
+        if self._state == "new" and self._line is not None:
+            await self._take_begun(launcher)  # the process could not be started
+        if self._state == "new":
+            return isinstance(error, ConnectionLost)
+        # A second cancellation must not leave the call open.
+        await asyncio.shield(asyncio.ensure_future(self._end(error)))
+        return False
+
+    async def _take_begun(self, launcher: str, launch: Launch | None = None) -> None:
+        """Receive the answer to the request that was sent early, and tell `launch` at once. Raises
+        AgentcgError."""
+        assert self._line is not None
+        try:
+            outcome = await packets_async.answer(self._line, "BeginCall", flow.BEGIN_TIMEOUT_S)
+        except BaseException:
+            line, self._line = self._line, None
+            line.close()
+            raise
+        if launch is not None:
+            launch.tell(outcome.id)
+        self._begun(launcher, outcome)
 
     async def _give_up(self, error: BaseException, kill: Callable[[], None]) -> None:
         """End a process that is not waited for any more. The daemon does it, which then knows who
@@ -180,15 +249,35 @@ class AsyncAgent:
             self._home = home
         return self._stub
 
-    async def carry(self, conversation: flow.Flow[T]) -> T:
-        """Carry a conversation's messages to the daemon and back; returns its outcome."""
+    async def begin_early(self, rpc: flow.Rpc) -> Line | None:
+        """Do what `Connection.begin_early` does."""
+        data = packets.packet_for(rpc)
+        if data is None:
+            return None
+        try:
+            line = Line(self.settings.attach_path)
+        except Unavailable:
+            return None
+        try:
+            await packets_async.send(line, data, rpc.timeout)
+        except BaseException as error:
+            line.close()
+            if isinstance(error, Unavailable):
+                return None
+            raise
+        return line
+
+    async def carry(self, conversation: flow.Flow[T], line: Line | None = None) -> T:
+        """Carry a conversation's messages to the daemon and back; returns its outcome. `line`: the
+        connection on which the call was begun, which is closed."""
         try:
             rpc = next(conversation)
             while True:
                 if rpc.pause:
                     await asyncio.sleep(rpc.pause)
                 try:
-                    reply = await self._send(rpc)
+                    with_line, line = line, None
+                    reply = await self._send(rpc, with_line)
                 except AgentcgError as error:
                     rpc = conversation.throw(error)
                 else:
@@ -197,8 +286,14 @@ class AsyncAgent:
             outcome: T = stop.value
             return outcome
 
-    async def _send(self, rpc: flow.Rpc) -> Any:
+    async def _send(self, rpc: flow.Rpc, line: Line | None = None) -> Any:
         data = packets.packet_for(rpc)
+        if data is not None and line is not None:
+            try:
+                with line:
+                    return await packets_async.end(line, data, rpc.timeout)
+            except (ConnectionLost, packets.TooLong):
+                pass  # the daemon that held this connection is gone, or has more to say
         if data is not None:
             path = self.settings.attach_path
             try:
@@ -249,9 +344,7 @@ class AsyncAgent:
         intent, rest = split_run_arguments(kwargs, call_timeout)
         argv = command(args, rest.get("shell", False), rest.get("executable"))
         call = self.tool_call(name or name_of(argv), argv=argv, **intent)
-        call._single = True
-        async with call:
-            result = await call.run(args, **rest)
+        result = await call.run_alone(args, **rest)
         if check:
             result.check_returncode()
         return result

@@ -169,7 +169,6 @@ class Call(CallBase):
             with self._launched_early(launcher, arguments.argv, dict(arguments.popen)) as launch:
                 process = self._spawn_early(launcher, launch, args)
                 if process is not None:
-                    launch.tell(self.id)
                     try:
                         result = self._talk(launch, process, args, input, timeout_s)
                     except BaseException as error:
@@ -191,7 +190,7 @@ class Call(CallBase):
             self._end(error)
             raise
         try:
-            self._take_begun(launcher)
+            self._take_begun(launcher, launch)
         except BaseException as error:
             self._process = None
             with process:
@@ -201,8 +200,9 @@ class Call(CallBase):
             return None
         return process
 
-    def _take_begun(self, launcher: str) -> None:
-        """Receive the answer to the request that was sent early. Raises AgentcgError."""
+    def _take_begun(self, launcher: str, launch: Launch | None = None) -> None:
+        """Receive the answer to the request that was sent early, and tell `launch` at once. Raises
+        AgentcgError."""
         assert self._line is not None
         try:
             outcome = self._line.answer("BeginCall", BEGIN_TIMEOUT_S)
@@ -210,6 +210,8 @@ class Call(CallBase):
             line, self._line = self._line, None
             line.close()
             raise
+        if launch is not None:
+            launch.tell(outcome.id)
         self._begun(launcher, outcome)
 
     def _give_up(self, process: CallPopen, error: BaseException) -> None:

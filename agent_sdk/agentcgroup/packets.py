@@ -129,7 +129,7 @@ class Line:
     def end(self, data: bytes, timeout: float) -> Any:
         """End the call that was begun on this connection by the packet `data`, unless its report is
         there already. Raises what `ask` does."""
-        reply = self._report_or_ask(data)
+        reply = self.report_or_ask(data)
         if reply is not None:
             return parse("EndCall", reply, self.path)
         try:
@@ -139,7 +139,9 @@ class Line:
             # has sent: unix(7), ECONNRESET.
             return self.answer("EndCall", timeout)
 
-    def _report_or_ask(self, data: bytes) -> bytes | None:
+    def report_or_ask(self, data: bytes) -> bytes | None:
+        """Take the report if it is there, without waiting; else send the packet `data`, and give
+        None."""
         try:
             self.socket.settimeout(0)
             return self.socket.recv(REPLY_BYTES_MAX)

@@ -205,6 +205,7 @@ async def communicate(
     input: Any,
     timeout: float | None,
     give_up: Callable[[BaseException, Callable[[], None]], Awaitable[None]],
+    started: Callable[[], Awaitable[None]] | None = None,
 ) -> Finished:
     """Start a process, feed it `input`, collect its pipes, wait for its end.
 
@@ -214,6 +215,7 @@ async def communicate(
         input: for its stdin, or None.
         timeout: seconds, or None.
         give_up: called with the error, and with what kills the process, where it still runs.
+        started: awaited once the process is there; what it raises is an error like others.
 
     Raises:
         subprocess.TimeoutExpired: the process has been killed.
@@ -230,6 +232,8 @@ async def communicate(
         )
     try:
         try:
+            if started is not None:
+                await started()
             if input is not None:
                 stdin = cast(asyncio.WriteTransport, transport.get_pipe_transport(0))
                 stdin.write(text.encode(input))

@@ -127,8 +127,16 @@ class _Answer:
     @classmethod
     def from_proto(cls: type[M], message: Message) -> M:
         """Return the dataclass for `message`, a protobuf message with fields of the same names."""
-        readers = _readers(cls, message.DESCRIPTOR)  # type: ignore[arg-type]  # a TypeVar's hash
-        return cls(**{name: read(message) for name, read in readers})
+        absent, maps, readers = _readers(cls, message.DESCRIPTOR)  # type: ignore[arg-type]
+        values = dict(absent)
+        for name in maps:
+            values[name] = {}
+        # Only what is there: most fields of most reports are not.
+        for field, value in message.ListFields():
+            read = readers.get(field.name)
+            if read is not None:
+                values[field.name] = read(value)
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: keys as in the protocol, enums as lower-case words, absent as None."""
@@ -661,33 +669,49 @@ Reader = Callable[[Any], Any]
 
 
 @cache
-def _readers(cls: Any, descriptor: Any) -> tuple[tuple[str, Reader], ...]:
-    """Return for each field of `cls` its name and the function that reads it from a message."""
-    return tuple(
-        (f.name, _reader(descriptor.fields_by_name[f.name])) for f in dataclasses.fields(cls)
-    )
+def _readers(
+    cls: Any, descriptor: Any
+) -> tuple[dict[str, Any], tuple[str, ...], dict[str, Reader]]:
+    """Return the values of the fields of `cls` that are absent in a message, the names of those
+    that are maps, and by name the functions that read the values of those that are there."""
+    found = {f.name: descriptor.fields_by_name[f.name] for f in dataclasses.fields(cls)}
+    maps = tuple(name for name, field in found.items() if _is_map(field))
+    absent = {name: _absent(field) for name, field in found.items()}
+    return absent, maps, {name: _reader(field) for name, field in found.items()}
+
+
+def _is_map(field: FieldDescriptor) -> bool:
+    return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)
+
+
+def _absent(field: FieldDescriptor) -> Any:
+    if field.is_repeated:
+        return ()
+    if field.has_presence:
+        return None
+    if field.enum_type is not None:
+        return _words(field.enum_type, _ENUMS[field.enum_type.name])[0]
+    return field.default_value
 
 
 def _reader(field: FieldDescriptor) -> Reader:
-    name = field.name
     enum_type: EnumDescriptor | None = field.enum_type
     if enum_type is not None:
         words = _words(enum_type, _ENUMS[enum_type.name])
         # A newer daemon may send a number that this version has no word for.
-        return lambda message: words.get(getattr(message, name), words[0])
-    message_type = field.message_type
-    if message_type is not None and message_type.GetOptions().map_entry:
-        return lambda message: dict(getattr(message, name))
-    if message_type is not None:
-        convert = _MESSAGES[message_type.name].from_proto
+        return lambda value: words.get(value, words[0])
+    if _is_map(field):
+        return dict
+    if field.message_type is not None:
+        convert = _MESSAGES[field.message_type.name].from_proto
         if field.is_repeated:
-            return lambda message: tuple(convert(item) for item in getattr(message, name))
-        return lambda m: convert(getattr(m, name)) if m.HasField(name) else None
-    if field.is_repeated:
-        return lambda message: tuple(getattr(message, name))
-    if field.has_presence:
-        return lambda m: getattr(m, name) if m.HasField(name) else None
-    return lambda message: getattr(message, name)
+            return lambda items: tuple(convert(item) for item in items)
+        return convert
+    return tuple if field.is_repeated else _as_it_is
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _words(descriptor: EnumDescriptor, words: type[Enum]) -> dict[int, Enum]:

@@ -132,3 +132,37 @@ except FileNotFoundError as error:
 """
     assert agent.run(code) == "no-such-program-here"
     wait_until("its cgroup is gone", lambda: not daemon.call_dirs())
+
+
+ASYNC = """
+import asyncio
+from agentcgroup import AsyncAgent
+
+async def main():
+    async with AsyncAgent() as asker:
+        ran = [asker.run(["sh", "-c", f"echo {n}; exit {n}"], capture_output=True, text=True)
+               for n in range(4)]
+        done = await asyncio.gather(*ran)
+        told = [(d.stdout.strip(), d.returncode, d.report.exit_code) for d in done]
+        failed = []
+        for argv, intent in ((["no-such-program-here"], {}), (["true"], {"memory": "lots"})):
+            try:
+                await asker.run(argv, **intent)
+            except Exception as error:
+                failed.append(type(error).__name__)
+        try:
+            await asyncio.wait_for(asker.run(["sleep", "1000"]), 1)
+        except asyncio.TimeoutError:
+            failed.append("timeout")
+        return told, failed, (await asker.report()).verdict
+
+result = asyncio.run(main())
+"""
+
+
+def test_asyncio_has_the_same(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    told, failed, verdict = agent.run(ASYNC)
+    assert told == [(str(n), n, n) for n in range(4)]
+    assert failed == ["FileNotFoundError", "InvalidIntent", "timeout"]
+    assert verdict == "cancelled"
+    wait_until("all have ended", lambda: not daemon.call_dirs())
