@@ -19,16 +19,15 @@ STUCK_S = 8.0
 def main() -> int:
     """Run the daemon's own main()."""
     deaf = Path(os.environ["AGENTCG_TEST_DEAF"])
-    readable = AttachServer._readable
+    receive = AttachServer._receive
 
     def is_deaf(path: Path) -> bool:
         return deaf.exists() and path.parent.name in deaf.read_text()
 
-    def hear(server: AttachServer, caller: Client) -> None:
+    def hear(server: AttachServer, caller: Client) -> bool:
         if deaf.exists() and deaf.read_text() == "loop":
             time.sleep(STUCK_S)
-        if not is_deaf(server._path):
-            readable(server, caller)
+        return not is_deaf(server._path) and receive(server, caller)
 
-    setattr(AttachServer, "_readable", hear)  # noqa: B010
+    setattr(AttachServer, "_receive", hear)  # noqa: B010
     return program.main()

@@ -8,11 +8,11 @@ call; and it is wall time, which can be compared with the call's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup import knobs
-from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.cgroup.knobs import Knob
 from agentcgroupd.units import show_usec
 
 TOLD_SHARE = 0.25
@@ -20,10 +20,14 @@ TOLD_SHARE = 0.25
 TOLD_LEAST_USEC = 1_000_000
 
 
-def delays_of(cgroup: Cgroup, memory: Mapping[str, int] | None) -> pb.Delays | None:
-    """Read what a call waited for; None: this kernel does not tell. `memory`: the totals of its
-    memory.pressure. Raises KnobError."""
-    cpu, io = cgroup.read_if(knobs.CPU_STALLED), cgroup.read_if(knobs.IO_STALLED)
+def delays_of(
+    read: Callable[[Knob[dict[str, int]]], dict[str, int] | None],
+    memory: Mapping[str, int] | None,
+) -> pb.Delays | None:
+    """Read what a call waited for; None: this kernel does not tell. `read`: reads a file of its
+    cgroup, None where it is not offered. `memory`: the totals of its memory.pressure. Raises
+    KnobError."""
+    cpu, io = read(knobs.CPU_STALLED), read(knobs.IO_STALLED)
     if cpu is None and io is None and memory is None:
         return None
     return pb.Delays(

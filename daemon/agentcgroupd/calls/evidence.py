@@ -183,8 +183,12 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup, oom_log: OomLog) -
     def read(knob: knobs.Knob[knobs.T]) -> knobs.T | None:
         return call.cgroup.read(knob) if knob.file in offered else None
 
+    def read_if(knob: knobs.Knob[knobs.T]) -> knobs.T | None:
+        """For files that are there and cannot be read where PSI is switched off."""
+        return call.cgroup.read_if(knob) if knob.file in offered else None
+
     events, pids_events = read(knobs.MEMORY_EVENTS), read(knobs.PIDS_EVENTS)
-    pressure, io = call.cgroup.read_if(knobs.MEMORY_STALLED), read(knobs.IO_STAT)
+    pressure, io = read_if(knobs.MEMORY_STALLED), read(knobs.IO_STAT)
     cpu, pids_peak = call.cgroup.read(knobs.CPU_STAT), read(knobs.PIDS_PEAK)
     counters = Counters.read(call, pool, events or {}, pids_events or {})
     oom = _oom_facts(call, pool, counters, oom_log)
@@ -206,7 +210,7 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup, oom_log: OomLog) -
         io_read_bytes=sum(d.get("rbytes", 0) for d in io.values()) if io is not None else None,
         io_write_bytes=sum(d.get("wbytes", 0) for d in io.values()) if io is not None else None,
         devices=devices_of(io or {}),
-        delays=delays_of(call.cgroup, pressure),
+        delays=delays_of(read_if, pressure),
     )
 
 

@@ -14,7 +14,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls import nesting
 from agentcgroupd.calls.ending import OpenCalls
 from agentcgroupd.calls.observer import CallObserver
-from agentcgroupd.calls.purposes import purpose_of
+from agentcgroupd.calls.purposes import purpose_of, with_parents
 from agentcgroupd.calls.reports import Reports
 from agentcgroupd.calls.rightsize import Affinity, tell_resident
 from agentcgroupd.cgroup import knobs
@@ -280,7 +280,9 @@ class Calls(OpenCalls):
         self._leave_others(call, process)
         self._leavers.replaced(call)
         self._begin_account(call)
-        call.purpose = call.purpose or purpose_of(call, process, came_from)
+        if call.purpose is None:
+            call.purpose = purpose_of(call, process, came_from)
+            self._loop.call_soon(with_parents, call, came_from)
         call.main = process.copy()
         call.cpus_seen = cpus_of(process.pid)
         self._affinity.pin(call, process)

@@ -7,11 +7,13 @@ to itself, and decide nothing.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from agentcgroup.text import printable
 from agentcgroup.unwrap import CUT, command_of, kept
 from agentcgroupd.bpf import abi
 from agentcgroupd.host.proc import CMDLINE_BYTES_MAX, read_proc
-from agentcgroupd.host.syscalls import process_stat
+from agentcgroupd.host.syscalls import pidfd_alive, process_stat
 from agentcgroupd.intents.environment import ENVIRONMENT_BYTES_MAX
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.purpose import Purpose
@@ -33,8 +35,17 @@ def purpose_of(call: Call, process: Process, came_from: Call | None) -> Purpose:
             command = around.command or declared(call)
             return Purpose(command, around.tool_use_id, came_from.id)
     command = _observed(call, process.pid) if call.observed else ""
-    parents = () if call.observed or came_from is not None else _parents(process.pid)
-    return Purpose(command or declared(call), tool_use_id(process.pid), parents=parents)
+    return Purpose(command or declared(call), tool_use_id(process.pid))
+
+
+def with_parents(call: Call, came_from: Call | None) -> None:
+    """Complete the purpose of a call by the processes above the one that has entered it. They live
+    on, so this can wait until that one has been answered."""
+    if call.purpose is None or call.main is None or call.observed or came_from is not None:
+        return
+    parents = _parents(call.main.pid)
+    if pidfd_alive(call.main.pidfd):
+        call.purpose = replace(call.purpose, parents=parents)
 
 
 def placed_later(call: Call) -> Purpose | None:

@@ -247,6 +247,13 @@ class Cgroup:
         """Remove this cgroup and all below it, however deep; no error if it is gone already.
         Raises KnobError (EBUSY: one of them is populated)."""
         try:
+            # Mostly there is nothing below it.
+            self._remove_itself()
+            return
+        except OSError as error:
+            if error.errno in GONE:
+                return
+        try:
             top = self._open_directory()
         except CgroupGone:
             return
@@ -257,13 +264,16 @@ class Cgroup:
         finally:
             os.close(top)
         try:
-            if self._prefix:
-                os.rmdir(self._prefix.rstrip("/"), dir_fd=self.dir_fd)
-            else:
-                os.rmdir(self.path)
+            self._remove_itself()
         except OSError as error:
             if error.errno not in GONE:
                 raise self._error(error, ".", "") from None
+
+    def _remove_itself(self) -> None:
+        if self._prefix:
+            os.rmdir(self._prefix.rstrip("/"), dir_fd=self.dir_fd)
+        else:
+            os.rmdir(self.path)
 
     def kill_and_remove(self, timeout_s: float = 10.0) -> None:
         """Kill every process, wait until there is none, and remove the directories. Blocks for up

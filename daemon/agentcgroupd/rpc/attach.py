@@ -167,12 +167,13 @@ class AttachServer:
 
     def _listen_to(self, caller: Client) -> None:
         """Wait for a caller's request, unless it is there already."""
+        # Mostly it came with the connection: no need to go round the loop for it.
+        if self._receive(caller):
+            return
         silent = self._silent.setdefault(_silent_key(caller.crowd), {})
         silent[caller] = None
         caller.timer = self._loop.call_later(SILENT_TIMEOUT_S, self._close, caller)
-        self._loop.add_reader(caller.socket.fileno(), self._readable, caller)
-        # Mostly the request came with the connection: no need to go round the loop for it.
-        self._readable(caller)
+        self._loop.add_reader(caller.socket.fileno(), self._receive, caller)
         if len(silent) > SILENT_MAX:
             self._budgets.refused("silent")
             self._close(next(iter(silent)))
@@ -202,11 +203,12 @@ class AttachServer:
 
     # Requests
 
-    def _readable(self, caller: Client) -> None:
+    def _receive(self, caller: Client) -> bool:
+        """Take a caller's request; False: it is not there yet."""
         try:
             data, sender = receive_from(caller.socket, PACKET_BYTES_MAX + 1)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data, sender = b"", None
         self._heard(caller)
@@ -218,6 +220,7 @@ class AttachServer:
             self._turns.submit_or_do(
                 caller.crowd.turns_key, partial(self._serve, caller, data, sender)
             )
+        return True
 
     def _serve(self, caller: Client, data: bytes, sender: int | None) -> None:
         if caller not in self._callers:

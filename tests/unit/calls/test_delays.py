@@ -30,7 +30,7 @@ class FakeCgroup:
 
 def read(**totals: int) -> pb.Delays | None:
     cgroup: Any = FakeCgroup(**totals)
-    return delays_of(cgroup, cgroup.read_if(knobs.MEMORY_STALLED))
+    return delays_of(cgroup.read_if, cgroup.read_if(knobs.MEMORY_STALLED))
 
 
 def test_totals_are_read_and_absent_where_the_kernel_tells_none() -> None:
