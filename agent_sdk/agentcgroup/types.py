@@ -118,7 +118,7 @@ class Level(str, Enum):
     __str__ = str.__str__
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class _Answer:
     """Base: conversion from the message of the same name and to plain data."""
 
@@ -142,8 +142,27 @@ class _Answer:
         """Return plain data: keys as in the protocol, enums as lower-case words, absent as None."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
+    # Written once for all of them: made anew for each class, they are a tenth of what a command
+    # that asks one question takes.
 
-@dataclass(frozen=True, slots=True)
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, f.name) for f in dataclasses.fields(self))
+
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(self)
+        shown = (f"{f.name}={value!r}" for f, value in zip(fields, self._values(), strict=True))
+        return f"{type(self).__qualname__}({', '.join(shown)})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Grant(_Answer):
     """The limits of a call. None means: no limit of its own. Bytes, microseconds, millicores."""
 
@@ -171,7 +190,7 @@ class Grant(_Answer):
     """Text of interface files that take a field of the intent as it is, by the field's name."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class NetUsage(_Answer):
     """What the sockets of a cgroup have received and sent, loopback included."""
 
@@ -181,7 +200,7 @@ class NetUsage(_Answer):
     send_packets: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Usage(_Answer):
     """The present use of a cgroup. None means: this kernel does not measure it here."""
 
@@ -195,7 +214,7 @@ class Usage(_Answer):
     """Absent where nothing counts it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Place(_Answer):
     """A call's place in the queue for room."""
 
@@ -211,7 +230,7 @@ class Place(_Answer):
     room_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class CallInfo(_Answer):
     """An open call."""
 
@@ -242,7 +261,7 @@ class CallInfo(_Answer):
     """Whether the operator holds it paused."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Feedback(_Answer):
     """Something that happened to a call: a code, numbers (names end in their unit), a sentence."""
 
@@ -254,7 +273,7 @@ class Feedback(_Answer):
     at_unix_usec: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Delays(_Answer):
     """What a call waited for: parts of its wall time in which some task of it did. `full`: in
     which none of them went on."""
@@ -267,7 +286,7 @@ class Delays(_Answer):
     memory_full_usec: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class DeviceIo(_Answer):
     """What a call read from a block device and wrote to it."""
 
@@ -278,7 +297,7 @@ class DeviceIo(_Answer):
     writes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class GpuUsage(_Answer):
     """Use that a call made of its part of the GPUs. None means: not measured here."""
 
@@ -295,7 +314,7 @@ class GpuUsage(_Answer):
     """Name of the means that held the share: mps or turns."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class CpuNumbers(_Answer):
     """The CPU scheduler's counts for a cgroup and all below it."""
 
@@ -317,7 +336,7 @@ class CpuNumbers(_Answer):
     """Slices that the cgroup was given because it had waited too long."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Fact(_Answer):
     """A fact about the end of a call, as a plain clause, and the source that tells it."""
 
@@ -328,7 +347,7 @@ class Fact(_Answer):
     level: Level
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class TryNext(_Answer):
     """What to do about the way in which a call ended."""
 
@@ -340,7 +359,7 @@ class TryNext(_Answer):
     """Whether such a call would have started at once when this one ended; None: not known."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Report(_Answer):
     """The end of a call, and what the call used."""
 
@@ -401,7 +420,7 @@ class Report(_Answer):
     """Block devices that it read or wrote, the busiest first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class GpuBudget(_Answer):
     """The part of a GPU that is left."""
 
@@ -414,7 +433,7 @@ class GpuBudget(_Answer):
     lost: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Budget(_Answer):
     """The part of the caller's session that is left, and one sentence saying so."""
 
@@ -431,7 +450,7 @@ class Budget(_Answer):
     gpus: tuple[GpuBudget, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class SessionInfo(_Answer):
     """A session: its limits and what it uses."""
 
@@ -462,7 +481,7 @@ class SessionInfo(_Answer):
     where no runtime has told of it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class PoolInfo(_Answer):
     """The pool as a whole, and the daemon that keeps it."""
 
@@ -490,7 +509,7 @@ class PoolInfo(_Answer):
     io_some_percent: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class SessionSums(_Answer):
     """Sums over the ended calls of a session. What a call inside another one used, is in the outer
     one's numbers."""
@@ -515,7 +534,7 @@ class SessionSums(_Answer):
     gpu_memory_byte_seconds: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Usages(_Answer):
     """Sums over the ended calls of a session name, a tool or a day (2026-01-31, in UTC)."""
 
@@ -523,7 +542,7 @@ class Usages(_Answer):
     sums: SessionSums | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class PastSession(_Answer):
     """A session as the store has it, open or closed."""
 
@@ -534,7 +553,7 @@ class PastSession(_Answer):
     sums: SessionSums | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Step(_Answer):
     """A thing that happened to a call, or to its session while it ran."""
 
@@ -545,7 +564,7 @@ class Step(_Answer):
     numbers: Mapping[str, float]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Story(_Answer):
     """What happened to a call, oldest first.
 
@@ -563,7 +582,7 @@ class Story(_Answer):
     state: CallState = CallState.UNSPECIFIED
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class RulesetState(_Answer):
     """A ruleset of the policy: what it does, and whether its conditions hold."""
 
@@ -576,7 +595,7 @@ class RulesetState(_Answer):
     acted_usec_ago: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class PolicyState(_Answer):
     """The policy in force.
 
@@ -592,7 +611,7 @@ class PolicyState(_Answer):
     dry_run: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Explanation(_Answer):
     """The policy's view of a call, what it did to it (oldest first), and what it would do next."""
 
@@ -603,7 +622,7 @@ class Explanation(_Answer):
     outlook: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Event(_Answer):
     """Something that happened in the pool: exactly one field is set."""
 
@@ -615,7 +634,7 @@ class Event(_Answer):
     session_changed: SessionInfo | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class SessionEnd(_Answer):
     """What was found out when a session was closed.
 

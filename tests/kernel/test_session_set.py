@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from agentcgroup import Admin, errors
+from agentcgroupd.cgroup.tree import cgroup2_mount
 from tests.conftest import StartDaemon
 from tests.harness import AgentProcess, DaemonProcess, wait_until
 
@@ -213,3 +214,28 @@ def test_the_command_is_of_another_user(daemon: DaemonProcess, tmp_path: Path) -
         refused = _session_run(daemon, "user", f"--user={wrong}", "true")
         refused.communicate()
         assert refused.returncode == 125
+
+
+def test_why_a_cgroup_cannot_be_adopted_is_said_of_what_was_typed(
+    daemon: DaemonProcess, admin: Admin
+) -> None:
+    admin.open_session("taken")
+    pool = f"/{daemon.cgroup_dir.relative_to(cgroup2_mount())}"
+    own = Path("/proc/self/cgroup").read_text().split("0::")[1].split("\n")[0]
+    for argv, said in (
+        ([f"{pool}/taken"], "CGROUP: '{path}' cannot be used: it belongs to session taken;"),
+        ([pool], "CGROUP: '{path}' cannot be used: it is in the pool;"),
+        (["/"], "CGROUP: '/' cannot be used: the pool is in it;"),
+        (["--pid", str(os.getpid())], f"--pid: cgroup '{own}' cannot be used: the pool is in it;"),
+    ):
+        if "--pid" in argv and own != "/":
+            continue  # where this process is in a cgroup of its own, it could be adopted
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, "session", "adopt", "new", *argv],
+            env={**os.environ, "AGENTCG_RUN_DIR": str(daemon.run_dir)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 4, done.stderr
+        assert said.format(path=argv[0]) in done.stderr, done.stderr
+    admin.close_session("taken")

@@ -138,3 +138,10 @@ def test_a_failed_write_leaves_the_old_file(
         trace_format.write(recorded, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_recording_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "gone.jsonl.gz"
+    with pytest.raises(trace_format.TraceError) as caught:
+        trace_format.read(path)
+    assert str(caught.value) == f"{path}: cannot be read: No such file or directory"

@@ -138,7 +138,9 @@ def test_the_command_shows_a_diff_writes_and_removes(tmp_path: Path) -> None:
     assert "as it should be" in run(tmp_path, "claude").stdout
     command = json.loads(path.read_text())["hooks"]["PostToolUse"][0]["hooks"][0]["command"]
     assert Path(command.split()[0]).exists()
-    assert '-  "hooks": {' in run(tmp_path, "claude", "--remove").stdout and not path.exists()
+    removed = run(tmp_path, "claude", "--remove").stdout
+    assert '-  "hooks": {' in removed and not path.exists()
+    assert removed.endswith(f"{path}: removed\n")
 
 
 def test_mode_and_links_are_kept(tmp_path: Path) -> None:

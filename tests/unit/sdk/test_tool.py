@@ -369,3 +369,15 @@ def test_python_3_10_compiles_it(tmp_path: Path) -> None:
     script = "import sys; print(len([compile(open(p).read(), p, 'exec') for p in sys.argv[1:]]))"
     done = subprocess.run([python, "-c", script, *sources], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"{len(sources)}\n"), done.stderr
+
+
+def test_answers_are_values() -> None:
+    """Equal and hashed by what they hold, of the same kind alone, and shown as a dataclass is."""
+    one = types.NetUsage(1, 2, 3, 4)
+    assert one == types.NetUsage(1, 2, 3, 4) and hash(one) == hash(types.NetUsage(1, 2, 3, 4))
+    assert one != types.NetUsage(1, 2, 3, 5) and one != (1, 2, 3, 4)
+    assert types.Level.CALL != one
+    shown = "NetUsage(receive_bytes=1, receive_packets=2, send_bytes=3, send_packets=4)"
+    assert repr(one) == shown
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.send_bytes = 5  # type: ignore[misc]
