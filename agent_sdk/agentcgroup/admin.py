@@ -147,7 +147,7 @@ class Admin(Client["AdminStub"]):
         session_id: str = "",
         *,
         verdicts: Iterable[str] = (),
-        since: float = 0,
+        since: float | str = 0,
         limit: int = 20,
     ) -> list[Report]:
         """Return reports from the store, newest first, of closed sessions as well.
@@ -155,26 +155,27 @@ class Admin(Client["AdminStub"]):
         Args:
             session_id: only of sessions of this name; empty: of all.
             verdicts: only these, e.g. Verdict.TIMEOUT; empty: all.
-            since: only calls that ended then or later, in seconds since 1970.
+            since: only calls that ended then or later: seconds since 1970, or text such as
+                "2h", for so long ago, or "2026-01-31T12:00".
             limit: at most so many.
         """
         return self._ask(queries.history(session_id, verdicts, since, limit))
 
     def past_sessions(
-        self, session_id: str = "", *, since: float = 0, limit: int = 20
+        self, session_id: str = "", *, since: float | str = 0, limit: int = 20
     ) -> list[PastSession]:
         """Return sessions from the store, open and closed, the one opened last first."""
         return self._ask(queries.past_sessions(session_id, since, limit))
 
     def usage(
-        self, by: str = "session", *, session_id: str = "", since: float = 0, limit: int = 20
+        self, by: str = "session", *, session_id: str = "", since: float | str = 0, limit: int = 20
     ) -> list[Usages]:
         """Return sums over ended calls, those whose reports are gone among them.
 
         Args:
             by: session, tool or day; days come newest first, the others by their use of CPU.
             session_id: only of sessions of this name; empty: of all.
-            since: from the day of this time on, in seconds since 1970.
+            since: from the day of this time on: seconds since 1970, or text as for `history`.
             limit: at most so many, and not more than 500.
         """
         return self._ask(queries.usage(by, session_id, since, limit))

@@ -370,13 +370,14 @@ class AsyncAgent:
         return await self._ask(queries.reports(limit))
 
     async def history(
-        self, *, verdicts: Iterable[str] = (), since: float = 0, limit: int = 20
+        self, *, verdicts: Iterable[str] = (), since: float | str = 0, limit: int = 20
     ) -> list[Report]:
         """Return reports of this session from the store, newest first.
 
         Args:
             verdicts: only these, e.g. Verdict.TIMEOUT; empty: all.
-            since: only calls that ended then or later, in seconds since 1970.
+            since: only calls that ended then or later: seconds since 1970, or text such as
+                "2h", for so long ago, or "2026-01-31T12:00".
             limit: at most so many.
         """
         return await self._ask(queries.history("", verdicts, since, limit))

@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 
 from agentcgroup.errors import InvalidIntent
 from agentcgroup.flow import RPC_TIMEOUT_S, Flow, Rpc
+from agentcgroup.moment import moment_usec
 from agentcgroup.types import (
     Budget,
     CallInfo,
@@ -104,28 +105,31 @@ def _verdict(word: str) -> pb.Verdict.ValueType:
     try:
         return pb.Verdict.Value(f"VERDICT_{word.upper()}")
     except ValueError:
-        allowed = ", ".join(verdict.value for verdict in Verdict)
+        known = (verdict for verdict in Verdict if verdict is not Verdict.UNSPECIFIED)
+        allowed = ", ".join(verdict.value for verdict in known)
         sentence = f"verdicts: {word!r} cannot be used: allowed is {allowed}"
         raise InvalidIntent(sentence, field="verdicts", value=word, allowed=allowed) from None
 
 
-def history(session_id: str, verdicts: Iterable[str], since: float, limit: int) -> Pages[Report]:
+def history(
+    session_id: str, verdicts: Iterable[str], since: float | str, limit: int
+) -> Pages[Report]:
     """Ask for reports from the store, newest first; only the operator may name a session. `since`:
-    seconds since 1970."""
+    seconds since 1970, or text such as "2h", for so long ago. Raises InvalidIntent."""
     request = pb.ListHistoryRequest(
         session_id=session_id,
         verdicts=[_verdict(word) for word in verdicts],
-        since_unix_usec=int(since * 1e6),
+        since_unix_usec=moment_usec("since", since),
         limit=limit,
     )
     read = Report.from_proto
     return Pages("ListHistory", request, lambda reply: [*map(read, reply.reports)], most=limit)
 
 
-def past_sessions(session_id: str, since: float, limit: int) -> Pages[PastSession]:
+def past_sessions(session_id: str, since: float | str, limit: int) -> Pages[PastSession]:
     """Ask for sessions from the store, the one opened last first."""
     request = pb.ListPastSessionsRequest(
-        session_id=session_id, since_unix_usec=int(since * 1e6), limit=limit
+        session_id=session_id, since_unix_usec=moment_usec("since", since), limit=limit
     )
     return Pages("ListPastSessions", request, _read_past_sessions, most=limit)
 
@@ -137,7 +141,7 @@ def _read_past_sessions(reply: Any) -> list[PastSession]:
 USAGE_BY = ("session", "tool", "day")
 
 
-def usage(by: str, session_id: str, since: float, limit: int) -> Query[list[Usages]]:
+def usage(by: str, session_id: str, since: float | str, limit: int) -> Query[list[Usages]]:
     """Ask for sums over ended calls. Raises InvalidIntent."""
     if by not in USAGE_BY:
         allowed = ", ".join(USAGE_BY)
@@ -146,7 +150,7 @@ def usage(by: str, session_id: str, since: float, limit: int) -> Query[list[Usag
     request = pb.ListUsageRequest(
         by=pb.UsageBy.Value(f"USAGE_BY_{by.upper()}"),
         session_id=session_id,
-        since_unix_usec=int(since * 1e6),
+        since_unix_usec=moment_usec("since", since),
         limit=limit,
     )
     read = Usages.from_proto

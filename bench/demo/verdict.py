@@ -120,7 +120,7 @@ def sentences(result: ReplayResult) -> list[str]:
     ]
 
 
-_COLUMNS = ("", ">calls finished", ">lost", ">of the important", ">important took", ">all took")
+_COLUMNS = ("", ">finished", ">lost", ">important lost", ">important took", ">all took")
 
 
 def table(result: ReplayResult) -> str:
@@ -141,6 +141,6 @@ def table(result: ReplayResult) -> str:
     if result.alone is not None:
         alone = important(result.alone)
         done = f"{len(alone.calls) - lost(alone)} of {len(alone.calls)}"
-        row = ("the important session alone", done, str(lost(alone)), str(lost(alone)))
+        row = ("important alone", done, str(lost(alone)), str(lost(alone)))
         rows.append((*row, f"{seconds_of_important(result.alone):.1f} s", ""))
     return "\n".join(tables.table(_COLUMNS, rows, rule=True))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -12,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from agentcgroup import audit
+from agentcgroup.errors import InvalidIntent
+from agentcgroup.moment import moment_usec
 
 from . import common
 from .output import complain, print_fields, print_json, print_json_line, say
 from .summaries import summary
 
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SHOWN_FIRST = ("at_unix_usec", "event", "session", "call")
 _OF_CHAIN = ("seq", "chain")
 PROBLEMS_SHOWN = 20
@@ -55,14 +54,10 @@ def moment(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: it is neither.
     """
-    ago = re.fullmatch(r"(\d{1,9})([smhd])", text)
-    if ago is not None:
-        return int((time.time() - int(ago[1]) * _UNITS_S[ago[2]]) * 1e6)
     try:
-        return int(datetime.fromisoformat(text).timestamp() * 1e6)
-    except (ValueError, OverflowError, OSError):
-        message = f"{text!r}: allowed is 30s, 10m, 2h, 1d, or a time such as 2026-01-31T12:00"
-        raise argparse.ArgumentTypeError(message) from None
+        return moment_usec("TIME", text)
+    except InvalidIntent as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed is {error.allowed}") from None
 
 
 def run_audit(args: argparse.Namespace) -> int:

@@ -136,7 +136,9 @@ def _steps_of(entry: Happened, asked_usec: int, began_usec: int) -> list[pb.Step
     words = _WORDS.get(entry.event)
     why = str(fields.get("why") or "")
     sentence = words(fields) if words is not None else f"{entry.event.replace('_', ' ')}."
-    if why:
+    if why and entry.event in _WHOLE:
+        sentence = why
+    elif why:
         sentence = f"{sentence.removesuffix('.')}: {why}" if words is not None else why
     of_session = _OF_SESSION if entry.of_session else ""
     at_usec = began_usec if entry.event == "call_started" else entry.at_usec
@@ -188,6 +190,9 @@ _WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "call_refused": lambda f: f"A call was refused: {f.get('sentence', '')}",
 }
 """Words for entries by their event; a `why` is put behind them."""
+
+_WHOLE = frozenset({"hold", "unhold"})
+"""Events whose `why` says all of it."""
 
 
 # The end

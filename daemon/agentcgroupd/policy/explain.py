@@ -166,25 +166,32 @@ def explain(
     state: State,
     call_id: str,
     history: Iterable[pb.Feedback] = (),
+    held: str = "",
 ) -> pb.Explanation:
     """Return how the policy sees a call of the snapshot, what was done to it (`history`), and what
-    would come next. Raises KeyError if the call is not there."""
+    would come next. `held`: the call that the operator holds paused, this or one that it is in.
+    Raises KeyError if the call is not there."""
     call = next((c for c in snapshot.calls if c.id == call_id), None)
     if call is None:
         raise KeyError(call_id)
     headroom = Headroom(policy, snapshot)
+    outlook = [*_ways_back(headroom, call), *_outlook(headroom, state, call)]
+    if held:
+        outlook = [f"it goes on after 'agentcg resume {held}', whatever the policy decides"]
     return pb.Explanation(
         call_id=call_id,
-        sentence=_standing(headroom, call),
+        sentence=_standing(headroom, call, bool(held)),
         numbers=_numbers(headroom, call),
         history=history,
-        outlook=[*_ways_back(headroom, call), *_outlook(headroom, state, call)],
+        outlook=outlook,
     )
 
 
-def _standing(headroom: Headroom, call: CallView) -> str:
+def _standing(headroom: Headroom, call: CallView, held: bool) -> str:
     holds = show_bytes(call.memory_bytes)
-    if call.frozen_for_usec is not None:
+    if held:
+        doing = f"is held paused by the operator, with {holds}"
+    elif call.frozen_for_usec is not None:
         doing = f"has been paused for {show_usec(call.frozen_for_usec)} with {holds}"
     elif call.growth_bytes_per_s > 0:
         doing = f"runs with {holds}, growing by {show_bytes(call.growth_bytes_per_s)} a second"
@@ -197,7 +204,7 @@ def _standing(headroom: Headroom, call: CallView) -> str:
         parts.append("it is slowed")
     leader = headroom.leader
     if leader is None or leader.id == call.id:
-        parts.append("it leads: it is never paused while it runs")
+        parts.append("it leads: the policy never pauses it while it runs")
     else:
         why = lead_of(leader, call)
         first = f"{leader.name!r} of session {leader.session_id}"

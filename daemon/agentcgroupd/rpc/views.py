@@ -22,7 +22,7 @@ from agentcgroupd.sessions.holding import held_beside_calls, used_for_good
 from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.sessions.registry import Sessions
-from agentcgroupd.state.session import Call, Session, unix_usec
+from agentcgroupd.state.session import Call, Session, held_around, unix_usec
 from agentcgroupd.telemetry.wire import call_to_proto, is_paused, pool_pressure, usage_of
 from agentcgroupd.turns import Slices
 from agentcgroupd.units import show_bytes, show_cores
@@ -212,7 +212,10 @@ class Views:
         snapshot = self._guard.snapshot()
         if all(seen.id != call.id for seen in snapshot.calls):
             raise NotFound(f"call {call.id} is ending", "call_id", call.id)
-        return explain(self._guard.policy, snapshot, self._guard.state, call.id, call.history)
+        holder = held_around(call)
+        held = "" if holder is None else holder.id
+        state = self._guard.state
+        return explain(self._guard.policy, snapshot, state, call.id, call.history, held)
 
 
 def _with_outer(call: Call | None) -> Iterator[Call]:

@@ -277,7 +277,9 @@ def test_what_is_claimed_is_said_in_three_sentences() -> None:
     assert static == "With an even part of 48 MiB for each, 4 were lost, and 1 agent with them."
     assert ours.endswith("took 10.4 s, 1.04 times its 10.0 s alone at the same time.")
     assert "agentcgroup lost none" in ours
-    assert verdict.table(result).splitlines()[-1].startswith("the important session alone")
+    table = verdict.table(result).splitlines()
+    assert table[-1].startswith("important alone ")
+    assert max(map(len, table)) <= 80, "a terminal's width"
 
 
 def test_what_the_meeting_itself_cost_is_not_the_daemon_s() -> None:

@@ -48,6 +48,13 @@ def told(report: pb.Report | None, *entries: Happened) -> pb.Story:
     return story("c1", "alpha", None, report, entries)
 
 
+def test_what_the_operator_did_is_told_once() -> None:
+    why = "The operator paused it: lunch"
+    found = told(ended(), entry(1_000_000, "hold", why=why), entry(2_000_000, "hold"))
+    holds = [step.sentence for step in found.steps if step.what == "hold"]
+    assert holds == [why, "The operator paused it."]
+
+
 def test_a_story_never_goes_back_in_time() -> None:
     report = ended()
     end_usec = report.began_unix_usec + report.wall_usec

@@ -101,6 +101,12 @@ def test_important_calls_are_spared() -> None:
     assert not any(line.startswith("throttle") for line in found.outlook)
 
 
+def test_what_the_operator_holds_is_told_as_held() -> None:
+    found = explain(POLICY, snapshot(600 * MIB, call("a")), State(), "a", held="a")
+    assert "'tool-a' is held paused by the operator, with " in found.sentence
+    assert found.outlook == ["it goes on after 'agentcg resume a', whatever the policy decides"]
+
+
 def test_the_way_back_of_a_paused_call() -> None:
     paused = [call(id, frozen_for_usec=3_000_000) for id in "bc"]
     now = snapshot(600 * MIB, call("a"), *paused)

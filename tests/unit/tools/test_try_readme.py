@@ -43,5 +43,6 @@ def test_a_command_that_would_ask_is_answered() -> None:
 
 @PACKAGES
 @pytest.mark.timeout(3600)
-def test_every_command_works_on_a_fresh_debian(tmp_path: Path) -> None:
-    assert try_readme.main(["--root", str(tmp_path / "debian")]) == 0
+@pytest.mark.parametrize("suite", ["trixie", "bookworm"])
+def test_every_command_works_on_a_fresh_debian(tmp_path: Path, suite: str) -> None:
+    assert try_readme.main(["--suite", suite, "--root", str(tmp_path / "debian")]) == 0
