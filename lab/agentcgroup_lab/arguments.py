@@ -1,13 +1,43 @@
-"""Arguments of the laboratory's commands: quantities as the daemon's configuration takes them, and
-numbers within bounds. Each function is a `type` for argparse and raises its ArgumentTypeError."""
+"""Arguments of the laboratory's commands: quantities as the daemon's configuration takes them,
+numbers within bounds, and lists of words. Each function is a `type` for argparse and raises its
+ArgumentTypeError."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from agentcgroupd.errors import InvalidField
 from agentcgroupd.units import parse_bytes, parse_duration
+
+
+class Words(argparse.Action):
+    """One or several of some words: with commas, or by giving the option again; each once.
+
+    words: what is allowed.
+    """
+
+    def __init__(self, *args: Any, words: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, **{"metavar": "LIST", **kwargs})
+        self.words = words
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Add to what was given before."""
+        for word in values.split(","):
+            if word not in self.words:
+                allowed = " or ".join(self.words)
+                parser.error(f"{option_string}: {word!r} cannot be used; allowed is {allowed}")
+        before = getattr(namespace, self.dest)
+        given = () if before is self.default else before
+        setattr(namespace, self.dest, tuple(dict.fromkeys((*given, *values.split(",")))))
 
 
 def size(text: str) -> int:

@@ -106,9 +106,11 @@ def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
     add("traces", metavar="TRACE", nargs="+", type=Path, help="one a session")
     add(
         "--strategy",
-        action="append",
-        choices=STRATEGIES,
-        help="may be repeated (default: ours): no control, an even static split, or this daemon",
+        action=arguments.Words,
+        words=STRATEGIES,
+        default=("ours",),
+        help="with commas, or several times; of none (no control), static (an even split), ours "
+        "(this daemon); default: ours",
     )
     add(
         "--pool",
@@ -178,7 +180,7 @@ def run_replay(args: argparse.Namespace) -> int:
         how = engine.EngineOptions(memory_scale=args.scale)
         strategies = [
             engine.run_strategy(strategy, specs, args.pool, how, say=_tell)
-            for strategy in args.strategy or ["ours"]
+            for strategy in args.strategy
         ]
     except (ReplayError, AgentcgroupdError, ValueError, OSError) as error:
         raise errors.AgentcgError(f"replay: {error}") from error

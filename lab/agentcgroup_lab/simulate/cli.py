@@ -41,14 +41,6 @@ def _ratio(text: str) -> float | None:
     return value
 
 
-def _strategies(text: str) -> tuple[str, ...]:
-    chosen = tuple(dict.fromkeys(text.split(",")))
-    if not set(chosen) <= set(STRATEGIES):
-        allowed = ", ".join(STRATEGIES)
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a list of {allowed}")
-    return chosen
-
-
 def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `agentcg policy simulate`."""
     add = parser.add_argument
@@ -70,11 +62,11 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--strategy",
-        metavar="LIST",
-        type=_strategies,
+        action=arguments.Words,
+        words=STRATEGIES,
         default=("ours",),
-        help="of ours, none (the kernel's OOM killer), static (an even split), reserve (everyone's "
-        "peak); default: ours",
+        help="with commas, or several times; of ours, none (the kernel's OOM killer), static (an "
+        "even split), reserve (everyone's peak); default: ours",
     )
     add(
         "--zram",

@@ -50,3 +50,26 @@ def test_quantities(parse: Callable[[str], Any], text: str, value: object) -> No
 def test_anything_else_is_refused(parse: Callable[[str], Any], text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="allowed"):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    ("argv", "chosen"),
+    [
+        ([], ("a",)),
+        (["--w", "b,c"], ("b", "c")),
+        (["--w", "b", "--w", "a"], ("b", "a")),
+        (["--w", "a", "--w=a,c"], ("a", "c")),
+    ],
+)
+def test_words_with_commas_or_one_by_one(argv: list[str], chosen: tuple[str, ...]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--w", action=arguments.Words, words=("a", "b", "c"), default=("a",))
+    assert parser.parse_args(argv).w == chosen
+
+
+def test_a_word_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--w", action=arguments.Words, words=("a", "b"), default=("a",))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--w", "a,x"])
+    assert "--w: 'x' cannot be used; allowed is a or b" in capsys.readouterr().err
