@@ -22,7 +22,7 @@ from agentcgroup.cli import install_docker
 from tests.harness import EXEC, PATIENCE, wait_until
 
 BUSYBOX = Path("/bin/busybox")
-APPLETS = ("sh", "sleep", "cat", "echo", "true", "dd", "tail", "kill", "env", "grep")
+APPLETS = ("sh", "sleep", "cat", "echo", "true", "dd", "tail", "kill", "grep")
 IMAGE = "agentcg-test:1"
 STORE = Path("/var/lib")
 WRAPPER = Path(EXEC).with_name("agentcg-runtime")
