@@ -244,7 +244,7 @@ def all_runtimes(directory: Path) -> Iterator[Host]:
         nri = stack.enter_context(pods.running(places["kn"]))
         cri = stack.enter_context(pods.running(places["kc"], with_nri=False))
         asked = [f'{name} = "{each.socket}"' for name, each in services.items()]
-        asked += [f'nri = "{nri.nri}"', f'cri = ["/proc/1/root{cri.socket}"]']
+        asked += [f'nri = "{nri.nri}"', f'cri = ["/proc/1/root{cri.socket}", "{nri.socket}"]']
         daemon = DaemonProcess(places["dm"], "[containers]\n" + "\n".join(asked) + "\n")
         daemon.start()
         made = Host(services, nri, cri, daemon)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,14 @@ from tests.containers.runtimes import IMAGE, STORE, WITH_SYSTEMD, image
 from tests.containers.streams import follow
 from tests.harness import PATIENCE, wait_until
 
+IS_OLD = (
+    shutil.which("containerd") is not None
+    and " 1."
+    in subprocess.run(
+        ["containerd", "--version"], capture_output=True, text=True, check=False
+    ).stdout
+)
+"""Whether it is containerd 1."""
 PAUSE = "localhost/pause:1"
 POD_IMAGE = f"localhost/{IMAGE}"
 ANSWER_S = 60 * PATIENCE
@@ -103,22 +112,37 @@ class Containerd:
         self._count = 0
         self.with_nri = with_nri
         self.pods: dict[str, Pod] = {}
-        runc = "plugins.'io.containerd.cri.v1.runtime'"
         self._config = directory / "containerd.toml"
-        self._config.write_text(
-            f"version = 3\nroot = '{STORE}/containerd/{directory.name}'\n"
-            f"state = '{directory}/state'\n"
+        self._config.write_text(self._settings())
+
+    def _settings(self) -> str:
+        """Its configuration, which has other tables in containerd 1."""
+        whole = (
+            f"root = '{STORE}/containerd/{self.directory.name}'\n"
+            f"state = '{self.directory}/state'\n"
             f"[grpc]\naddress = '{self.socket}'\n"
             f"[ttrpc]\naddress = '{self.socket}.ttrpc'\n"
-            f"[plugins.'io.containerd.nri.v1.nri']\ndisable = {str(not with_nri).lower()}\n"
+            f"[plugins.'io.containerd.nri.v1.nri']\ndisable = {str(not self.with_nri).lower()}\n"
             f"socket_path = '{self.nri}'\n"
-            "[plugins.'io.containerd.cri.v1.images']\nsnapshotter = 'native'\n"
-            f"[plugins.'io.containerd.cri.v1.images'.pinned_images]\nsandbox = '{PAUSE}'\n"
-            f"[{runc}]\nignore_deprecation_warnings = []\n"
-            f"[{runc}.containerd.runtimes.runc]\nruntime_type = 'io.containerd.runc.v2'\n"
-            f"snapshotter = 'native'\n"
-            f"[{runc}.containerd.runtimes.runc.options]\n"
-            f"SystemdCgroup = {str(WITH_SYSTEMD).lower()}\n"
+        )
+        if IS_OLD:
+            cri = "plugins.'io.containerd.grpc.v1.cri'"
+            whole = (
+                f"version = 2\n{whole}[{cri}]\nsandbox_image = '{PAUSE}'\n"
+                f"[{cri}.containerd]\nsnapshotter = 'native'\n"
+            )
+        else:
+            tables = (f"plugins.'io.containerd.cri.v1.{part}'" for part in ("runtime", "images"))
+            cri, images = tables
+            whole = (
+                f"version = 3\n{whole}[{images}]\nsnapshotter = 'native'\n"
+                f"[{images}.pinned_images]\nsandbox = '{PAUSE}'\n"
+                f"[{cri}]\nignore_deprecation_warnings = []\n"
+            )
+        runc = f"{cri}.containerd.runtimes.runc"
+        return (
+            f"{whole}[{runc}]\nruntime_type = 'io.containerd.runc.v2'\nsnapshotter = 'native'\n"
+            f"[{runc}.options]\nSystemdCgroup = {str(WITH_SYSTEMD).lower()}\n"
         )
 
     def start(self) -> None:
@@ -154,7 +178,7 @@ class Containerd:
             path = self.directory / "image.tar"
             path.write_bytes(oci_archive(name, image(), entry))
             address = ("ctr", f"--address={self.socket}", "-n", "k8s.io")
-            options = ("--snapshotter=native", "--local")
+            options = ("--snapshotter=native", *(() if IS_OLD else ("--local",)))
             argv = [*address, "images", "import", *options, str(path)]
             subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
 
