@@ -151,7 +151,7 @@ class Watcher:
             pause_s = LOOK_EVERY_S if self.connected > before else min(pause_s * 2, AGAIN_MOST_S)
             # What goes on being so is said once: a socket may be there whose owner never answers.
             log.log(
-                logging.DEBUG if (reason, before) == said else logging.WARNING,
+                logging.DEBUG if (reason, self.connected) == said else logging.WARNING,
                 "%s: %s; asked again in %g s, its containers go on meanwhile",
                 self._engine.name,
                 reason,

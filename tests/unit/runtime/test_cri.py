@@ -224,3 +224,19 @@ def test_any_text_is_looked_through_for_a_number(text: str) -> None:
 )
 def test_the_first_process_is_told_in_json(text: str, pid: int) -> None:
     assert pid_of_info(text) == pid
+
+
+def test_a_runtime_that_goes_away_again_is_said_again(
+    runtime: CriRuntime, follower: Follower, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        wait_until("it follows", lambda: runtime.followers == 1)
+        caplog.clear()
+        runtime.stop()
+        wait_until("it is said", lambda: _said(caplog) != [])
+        runtime.start()
+
+
+def _said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    text = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    return [each for each in text if "its containers go on meanwhile" in each]
