@@ -145,15 +145,13 @@ class Cri:
         chosen = cri.ContainerFilter(id=only, state=cri.ContainerStateValue(state=RUNS))
         request = cri.ListContainersRequest(filter=chosen)
         listed = self._ask(_Call("ListContainers", request), cri.ListContainers).containers
-        found = list(listed)
-        if only:
-            new = found
-        else:
-            running = {each.id for each in found}
+        if not only:
+            running = {each.id for each in listed}
             self._known = {id_: known for id_, known in self._known.items() if id_ in running}
             for known in self._known.values():
                 yield Told(Change.CHANGED, known)  # its limits may be others
-            new = [each for each in found if each.id not in self._known]
+        # A container that is started again has another id.
+        new = [each for each in listed if each.id not in self._known]
         if not new:
             return
         pod = cri.PodFilter(id=new[0].pod_sandbox_id if len(new) == 1 else "")
