@@ -59,9 +59,11 @@ def test_starts_of_all_runtimes_mixed_with_restarts_of_all(host: Host) -> None:
     for made in live:
         leave(made)
     wait_until("no cgroup is left", lambda: not host.leftovers(), 30)
+    late = [line for line in host.daemon.log.read_text().split("\n") if "is not split" in line]
     entries = [json.loads(line) for line in host.daemon.audit_lines()]
     said = f"{STARTS} starts in {since(started)}: {dict(starts)}; restarts {dict(restarts)}; "
     print(f"{said}first instruction {dict(early)}; {len(host.paths)} cgroups")
+    assert late == []
     assert [entry for entry in entries if entry["event"] == "container_refused"] == []
     assert {line.rpartition(" ")[2] for line in early} == {"/agent"}
     assert sessions(host.daemon) == {}
