@@ -37,7 +37,7 @@ def ensure(suite: str = SUITES[0]) -> Path:
         raise RootError("mmdebstrap is not here; try: apt-get install mmdebstrap")
     directory = CHECKOUT / "build/containers" / suite
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(directory.parent / "lock", "w") as lock:
+    with open(directory.with_name(f"{suite}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not directory.is_dir():
             new = directory.with_name(f"{suite}.new")
