@@ -85,7 +85,7 @@ CODES = (
 METHODS = tuple(
     sorted({m.name for s in pb.DESCRIPTOR.services_by_name.values() for m in s.methods})
 )
-RUNTIMES = ("docker", "nri", "podman")
+RUNTIMES = ("cri", "docker", "nri", "podman")
 """The ways by which containers become sessions."""
 NO_METHODS = ("attach", "gate", "packet", "sealed")
 """What stands for the method where a request was refused before it had one."""
