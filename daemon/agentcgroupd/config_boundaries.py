@@ -34,34 +34,53 @@ class BoundaryRule(Section):
     job: Flag = False
     """Only what such a shell has started."""
     begins_call: Flag = True
+    descendants: Flag = False
+    """Where no call begins: what it starts, and what that starts, begins none either."""
 
 
 def _none(*programs: str, **fits: Any) -> BoundaryRule:
     return BoundaryRule(program=programs or ("*",), begins_call=False, **fits)
 
 
+def _asks(*programs: str, **fits: Any) -> BoundaryRule:
+    """What only asks something of the system, which may take programs of its own."""
+    return _none(*programs, descendants=True, **fits)
+
+
 SHELL_COMMANDS = BoundaryRule(program=SHELLS, shell_command=True)
 FOR_THEMSELVES = (
     "* env",
+    "* lspci -vvv  2>/dev/null",
+    "* clinfo --raw",
+    "* xdpyinfo 2>/dev/null | grep *",
+    "* xrandr --verbose 2>/dev/null",
     "*SNAPSHOT_FILE=*",
     "*# Snapshot file*unalias -a*",
     "*set -e; . *shell_snapshots/*",
     "* npm root -g",
     "* ps aux | grep -E *code|cursor|*",
     "*env bash -n <<*",
-    "* nice -n * */bash",
 )
-"""What agents have a shell do for themselves: they save the user's shell settings, look for editors
-and packages, or check the syntax of a command that comes next."""
+"""What agents have a shell do for themselves: they save the user's shell settings, look for
+editors, packages and GPUs, or check the syntax of a command that comes next."""
+TERMINAL = "* nice -n * */bash"
+"""A shell that reads its commands, started by another one."""
 CLAUDE = ("*/shell-snapshots/snapshot-*", "*pwd -P >| *")
 """What Claude Code wraps each command of its model in. What else it has a shell do are hooks, MCP
 servers and the like."""
 SANDBOXES = ("bwrap", "codex-linux-san*", "codex-execve-wr*", "srt", "apply-seccomp", "socat")
 """Programs that put a sandbox around a command, which begins the call inside; and its proxies."""
-AGENTS = ("claude*", "codex*", "gemini*", "opencode*", "openhands*", "aider", "goose*", "qwen*")
+CODEX_SETUP = "--codex-run-as*"
+"""First argument of Codex where it has become the process that is about to be a tool."""
+AGENTS = (
+    *("claude*", "codex*", "gemini*", "opencode*", "openhands*", "aider", "goose*", "qwen*"),
+    *("mini", "mini-extra", "sweagent*", "swerex*"),
+)
+"""Programs that are agents, by their own names; what they start for a model is a tool."""
 TERMINALS = ("tmux*", "screen", "script", "agent-server")
 PROBES = (
-    *("arch", "basename", "dircolors", "dirname", "file", "getconf", "groups", "hostname", "id"),
+    *("arch", "basename", "clinfo", "dircolors", "dirname", "file", "getconf", "getopt", "groups"),
+    *("hostname", "id", "lspci", "xdpyinfo", "xrandr"),
     *("infocmp", "ldconfig*", "ldd", "lesspipe", "locale", "lsb_release", "lscpu", "nproc"),
     *("nvidia-smi", "pgrep", "ps", "readlink", "stty", "sw_vers", "sysctl", "tput", "tty", "uname"),
     *("which", "whoami", "xdg-*", "dbus-*"),
@@ -81,7 +100,9 @@ SERVERS = (
 """Servers that an agent keeps: their tools are told from them. Helpers of the runtimes as well."""
 
 DEFAULT_RULES = (
-    *(_none(*SHELLS, shell_command=True, command_line=glob) for glob in FOR_THEMSELVES),
+    *(_asks(*SHELLS, shell_command=True, command_line=glob) for glob in FOR_THEMSELVES),
+    _none(*SHELLS, shell_command=True, command_line=TERMINAL),
+    _none("exe", "codex*", first_argument=CODEX_SETUP),
     _none(*SHELLS, shell_command=True, runs="*mcp*"),
     *(_none(*SHELLS, shell_command=True, runs=name) for name in ("agentcg*", "bwrap")),
     *(
@@ -92,12 +113,14 @@ DEFAULT_RULES = (
     SHELL_COMMANDS,
     _none(reads_commands=True),
     _none(*SHELLS, first_argument="-n"),
-    _none(*SANDBOXES, *AGENTS, *TERMINALS, *PROBES),
+    _none(*SANDBOXES, *AGENTS, *TERMINALS),
+    _asks(*PROBES),
     _none("*mcp*"),
     *(_none(*RUNNERS, command_line=glob) for glob in SERVERS),
-    *(_none(first_argument=word) for word in ("--version", "--stdio")),
-    _none("rg", first_argument="--files"),
-    *(_none("git", first_argument=word) for word in GIT_LOOKS),
+    _none(first_argument="--stdio"),
+    _asks(first_argument="--version"),
+    _asks("rg", first_argument="--files"),
+    *(_asks("git", first_argument=word) for word in GIT_LOOKS),
     _none("node", "MainThread", "bun", parent=("node*", "MainThread", "bun")),
     BoundaryRule(program=("*",), job=True),
     _none(parent=SHELLS),

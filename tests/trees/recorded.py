@@ -228,7 +228,42 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "'\"'\"'") + "'"
 
 
+_LSB_RELEASE = become(
+    ["/bin/sh", "/usr/bin/lsb_release", "-a"],
+    start(["getopt", "--name", "lsb_release", "-o", "hvidrcas"], outside("getopt")),
+    fork(
+        fork(nap(1)),
+        start(["cut", "-c1"], outside("cut")),
+        start(["tr", "[:lower:]", "[:upper:]"], outside("tr")),
+        WAIT,
+    ),
+    WAIT,
+    comm="lsb_release",
+)
 _CODEX_STARTS = does(
+    called("codex-main"),
+    fork(_LSB_RELEASE),
+    thread("tokio-rt-worker", _LSB_RELEASE),
+    start(["getconf", "LONG_BIT"], outside("getconf")),
+    thread(
+        "plugins-curated",
+        become(
+            [
+                "/usr/bin/git",
+                "-c",
+                "safe.bareRepository=explicit",
+                "ls-remote",
+                "https://x",
+                "HEAD",
+            ],
+            start(
+                ["/usr/lib/git-core/git", "remote-https", "https://x", "https://x"],
+                start(["/usr/lib/git-core/git-remote-https", "https://x"], outside("git-remote")),
+                WAIT,
+            ),
+            WAIT,
+        ),
+    ),
     thread(
         "tokio-runtime-w",
         SETSID,
@@ -279,6 +314,7 @@ def _codex_trees() -> list[Tree]:
             WAIT,
         ),
     )
+    setup = ["/proc/self/exe", "--codex-run-as-process-setup", "46", "1", "pipe", "", "/w"]
     outer = ["codex-linux-sandbox", "--sandbox-policy-cwd", "/w", "--", "/bin/bash", "-c", "x"]
     bwrap = ["bwrap", "--unshare-user", "--", "codex-linux-sandbox", "--", "/bin/bash", "-c", "x"]
     inner = ["codex-linux-sandbox", "--apply-seccomp-then-exec", "--", "/bin/bash", "-c", "x"]
@@ -289,6 +325,11 @@ def _codex_trees() -> list[Tree]:
             "exec_command",
             _CODEX_STARTS,
             thread("tokio-runtime-w", SETSID, runs),
+            calls=[("make", command)],
+        ),
+        _codex(
+            "exec_command, by itself executed anew",
+            thread("tokio-rt-worker", become([*setup, "/bin/bash", "/bin/bash", "-c", "x"], runs)),
             calls=[("make", command)],
         ),
         _codex(
@@ -337,6 +378,15 @@ def _gemini(what: str, *parts: Words, calls: list[Found]) -> Tree:
         spawn(["git", "--version"], outside("git")),
         spawn(["rg", "--version"], outside("rg")),
         spawn(["which", "docker"], outside("which")),
+        spawn(["/bin/sh", "-c", "lspci -vvv  2>/dev/null"], outside("lspci")),
+        spawn(["/bin/sh", "-c", "clinfo --raw"], outside("clinfo")),
+        spawn(
+            [*("/bin/sh", "-c"), "xdpyinfo 2>/dev/null | grep 'depth' | awk '{ print $5 }'"],
+            start(["xdpyinfo"], outside("xdpyinfo")),
+            start(["grep", "depth"], outside("grep")),
+            start(["awk", "{ print $5 }"], outside("awk")),
+            WAIT,
+        ),
         *parts,
         outside("gemini"),
         WAIT,

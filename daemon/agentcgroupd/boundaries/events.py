@@ -263,7 +263,10 @@ class Boundaries:
         if observed is None:
             comm = event.child.comm.decode("utf-8", "replace")
             outside = self._is_outside(session, parent, comm)
-            self._known.fork(child, Forked(session, comm, event.event.at_ns, parent, outside))
+            forked = self._known.forked(parent)
+            quiet = forked is not None and forked.quiet
+            at_ns = event.event.at_ns
+            self._known.fork(child, Forked(session, comm, at_ns, parent, outside, quiet=quiet))
         else:
             self._placement.follow(observed, child)
 
@@ -296,12 +299,16 @@ class Boundaries:
             if not self._insiders.has(session, key):
                 self._came_in(session, key, comm, event)
             return
+        if forked.quiet:
+            return
         is_job = cache(partial(reads_its_commands, forked.parent, forked.comm))
         is_cut = bool(event.argv_cut)
         started = Started(comm, argv_of(event), forked.comm, is_first, is_job, is_cut)
         if is_cut or not started.argv:
             started = self._in_full(started, key)
-        if self._rules.begins_call(started):
+        decision = self._rules.of(started)
+        forked.quiet = decision.is_quiet
+        if decision.begins_call:
             self._begin(forked, key, started, event.event.at_ns)
 
     def _declare(self, session: Session | None, key: Key, event: abi.ExecEvent) -> None:
@@ -407,7 +414,9 @@ class Boundaries:
         comm = event.process.comm.decode("utf-8", "replace")
         if event.event.cgroup_id not in self._agents:
             return
-        if forked.executed or not event.executed or not self._rules.may_begin_call(comm):
+        if forked.executed or forked.quiet or not event.executed:
+            return
+        if not self._rules.may_begin_call(comm):
             return
         key, name = key_of(event.process), tool_name(comm, [])
         self._placement.over(ObservedCall(forked.session, name, [], key, forked.at_ns, exit=event))

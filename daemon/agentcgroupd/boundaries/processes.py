@@ -40,6 +40,8 @@ class Forked:
     outside: bool = False
     """Whether a runtime's helper has forked it, which was put into the leaf from outside."""
     executed: bool = False
+    quiet: bool = False
+    """Whether it belongs to what only asks something for the agent, and so begins no call."""
 
 
 @dataclass(slots=True, eq=False)

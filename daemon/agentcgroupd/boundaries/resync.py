@@ -184,7 +184,9 @@ class Resync:
         is_first = not forked.executed
         forked.executed = forked.executed or comm != forked.comm
         is_job = partial(reads_its_commands, forked.parent, forked.comm)
-        if self._rules.begins_call(Started(comm, argv, forked.comm, is_first, is_job)):
+        if forked.quiet:
+            return
+        if self._rules.of(Started(comm, argv, forked.comm, is_first, is_job)).begins_call:
             argv = user_command(argv)
             name = tool_name(comm, argv)
             self._placement.begin(ObservedCall(session, name, argv, key, time.monotonic_ns()))

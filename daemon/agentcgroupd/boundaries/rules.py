@@ -85,6 +85,18 @@ class Started:
         return tool_name(self.comm, user_command(self.argv))
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a program is."""
+
+    begins_call: bool
+    is_quiet: bool = False
+    """Whether what it starts begins no call either."""
+
+
+NO_CALL = Decision(begins_call=False)
+
+
 class Rules:
     """The rules of a configuration, prepared once: they are asked for each program that an agent
     executes."""
@@ -93,22 +105,19 @@ class Rules:
         rules = config.rules if config.enabled else ()
         self._rules = [_Prepared(rule) for rule in rules]
 
-    def begins_call(self, started: Started) -> bool:
-        """Whether a program begins a call: the first rule that fits decides; where none does, it
-        begins none."""
+    def of(self, started: Started) -> Decision:
+        """Decide what a program is: by the first rule that fits; where none does, it begins no
+        call."""
         if started.comm in OWN_LAUNCHERS:
-            return False
-        for rule in self._rules:
-            if rule.fits(started):
-                return rule.begins_call
-        return False
+            return NO_CALL
+        return next((rule.decision for rule in self._rules if rule.fits(started)), NO_CALL)
 
     def may_begin_call(self, comm: str) -> bool:
         """Whether a program begins a call with some arguments or other, whoever started it; of
         rules for all programs that is not said."""
         if comm in OWN_LAUNCHERS:
             return False
-        rules = (rule for rule in self._rules if rule.begins_call and not rule.is_for_all)
+        rules = (rule for rule in self._rules if rule.decision.begins_call and not rule.is_for_all)
         return any(rule.names(comm) for rule in rules)
 
 
@@ -117,7 +126,8 @@ class _Prepared:
 
     def __init__(self, rule: BoundaryRule) -> None:
         self._rule = rule
-        self.begins_call = rule.begins_call
+        is_quiet = rule.descendants and not rule.begins_call
+        self.decision = Decision(rule.begins_call, is_quiet)
         self.is_for_all = "*" in rule.program
         self._program = _compiled(rule.program)
         self._parent = _compiled(rule.parent)

@@ -35,7 +35,7 @@ def test_what_agents_start(row: list[Any]) -> None:
     _, parent, comm, argv, name, command, job = [*row, None, None][:7]
     argv = [expanded(word) for word in argv]
     started = Started(comm, argv, parent, is_job=lambda: job == "job")
-    assert DEFAULT.begins_call(started) is (name is not None)
+    assert DEFAULT.of(started).begins_call is (name is not None)
     if name is None:
         return
     shown = user_command(argv)
@@ -51,8 +51,29 @@ def test_every_agent_is_there() -> None:
 
 def test_what_a_quiet_shell_goes_on_as_is_no_call() -> None:
     """`bash -c env` becomes env, which is the same process."""
-    assert DEFAULT.begins_call(Started("make", ["make"], "claude"))
-    assert not DEFAULT.begins_call(Started("env", ["env"], "claude", is_first=False))
+    assert DEFAULT.of(Started("make", ["make"], "claude")).begins_call
+    assert not DEFAULT.of(Started("env", ["env"], "claude", is_first=False)).begins_call
+
+
+@pytest.mark.parametrize(
+    ("comm", "argv", "quiet"),
+    [
+        ("lsb_release", ["/bin/sh", "/usr/bin/lsb_release", "-a"], True),
+        ("git", ["git", "-c", "a=b", "ls-remote", "https://example.org/x"], True),
+        ("git", ["git", "push"], False),
+        ("bash", ["/bin/bash", "-c", "env"], True),
+        ("gcc", ["gcc", "--version"], True),
+        ("sh", ["sh", "-c", "nice -n 10 /bin/bash"], False),
+        ("bash", ["bash", "-i"], False),
+        ("python3", ["python3", "-m", "mcp_server_x"], False),
+        ("claude", ["claude", "-p", "x"], False),
+        ("bwrap", ["bwrap", "--", "make"], False),
+        ("pytest", ["pytest"], False),
+    ],
+)
+def test_only_what_asks_something_is_quiet(comm: str, argv: list[str], quiet: bool) -> None:
+    """What a server, another agent, a sandbox or a terminal starts may be a tool."""
+    assert DEFAULT.of(Started(comm, argv, "python3")).is_quiet is quiet
 
 
 @pytest.mark.parametrize("wrap", [claude, claude_sandbox, codex, gemini])

@@ -25,7 +25,7 @@ PLAIN_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 def begins_call(config: BoundariesConfig, comm: str, argv: list[str]) -> bool:
     """Whether a program of that name begins a call, whoever has started it."""
-    return Rules(config).begins_call(Started(comm, argv))
+    return Rules(config).of(Started(comm, argv)).begins_call
 
 
 # --- Arguments ------------------------------------------------------------------------------------

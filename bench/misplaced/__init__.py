@@ -1,0 +1,1 @@
+"""Memory that an undeclared call leaves charged to its agent."""

@@ -1,0 +1,195 @@
+"""The real agents, at pinned versions, which know nothing of calls: each command that the scripted
+model asks for is found as a call of that name, and nothing else is. Opt-in, because the packages
+are large:
+
+    make test-integrations AGENTS=1
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from tests.agents.model import Model
+from tests.agents.test_real_agents import WHERE, command_line
+from tests.harness import EXEC, DaemonProcess, wait_until
+
+pytestmark = [
+    pytest.mark.full_speed,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif("AGENTCG_AGENTS" not in os.environ, reason="set AGENTCG_AGENTS=1"),
+]
+COMMANDS = ("sleep 0.3; true", "cd / && ls | wc -l", "python3 -c 'import time; time.sleep(0.2)'")
+FOUND = [("sleep", COMMANDS[0]), ("ls", COMMANDS[1]), ("python3", COMMANDS[2])]
+SUBMIT = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
+FROM_NPM = {
+    "claude": "@anthropic-ai/claude-code@2.1.332",
+    "codex": "@openai/codex@0.171.0",
+    "gemini": "@google/gemini-cli@0.61.0",
+    "opencode": "opencode-ai@1.18.33",
+}
+FROM_PYPI = {
+    "mini-swe-agent": "mini-swe-agent==2.4.6",
+    "swe-rex": "swe-rex==1.4.0",
+    "aider-chat": "aider-chat==0.86.2",
+}
+SWE_REX = """
+import asyncio, sys
+from swerex.deployment.local import LocalDeployment
+from swerex.runtime.abstract import BashAction, Command, CreateBashSessionRequest
+
+async def main():
+    deployment = LocalDeployment()
+    await deployment.start()
+    runtime = deployment.runtime
+    await runtime.create_session(CreateBashSessionRequest())
+    for command in sys.argv[1:]:
+        await runtime.run_in_session(BashAction(command=command, timeout=20, check="silent"))
+    await runtime.execute(Command(command="du -s .; true", shell=True))
+    await runtime.execute(Command(command=["sleep", "0.2"]))
+    await deployment.stop()
+
+asyncio.run(main())
+"""
+
+
+@dataclass
+class Agent:
+    """How an agent is run, and which calls are to be found."""
+
+    argv: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+    calls: list[tuple[str, str]] = field(default_factory=lambda: list(FOUND))
+    asks: bool = True
+
+
+@pytest.fixture(scope="module")
+def npm() -> Path:
+    """The directory of the agents' programs from npm, installed once."""
+    WHERE.mkdir(parents=True, exist_ok=True)
+    found = WHERE / "node_modules"
+    missing = [p for p in FROM_NPM.values() if not (found / p.rpartition("@")[0]).exists()]
+    if missing:
+        command = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(WHERE)]
+        subprocess.run([*command, *FROM_NPM.values()], check=True, timeout=380)
+    return found / ".bin"
+
+
+def from_pypi(name: str) -> Path:
+    """The directory of an agent's programs from PyPI, installed once in an environment of its
+    own."""
+    where = WHERE / "py" / name
+    done = where / "installed"
+    if not done.exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(where)], check=True)
+        pip = [str(where / "bin/pip"), "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, FROM_PYPI[name]], check=True, timeout=380)
+        done.touch()
+    return where / "bin"
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """A daemon with the rules that hold without configuration."""
+    running = DaemonProcess(tmp_path_factory.mktemp("d"), "[boundaries]\nenabled = true\n")
+    try:
+        running.start()
+        yield running
+    finally:
+        running.close()
+
+
+def _opencode(program: Path, home: Path, url: str) -> Agent:
+    config: dict[str, Any] = {
+        "model": "scripted/m",
+        "small_model": "scripted/m",
+        "autoupdate": False,
+        "share": "disabled",
+        "permission": "allow",
+    }
+    provider: dict[str, Any] = {"npm": "@ai-sdk/openai-compatible", "name": "scripted"}
+    provider["options"] = {"baseURL": f"{url}/v1", "apiKey": "x"}
+    provider["models"] = {"m": {"name": "m", "tool_call": True}}
+    config["provider"] = {"scripted": provider}
+    file = home / "opencode.json"
+    file.write_text(json.dumps(config))
+    env = {"OPENCODE_CONFIG": str(file), "OPENCODE_DISABLE_MODELS_FETCH": "1"}
+    return Agent([str(program), "run", "go"], env)
+
+
+def _mini(program: Path, home: Path, url: str) -> Agent:
+    env = {"OPENAI_API_KEY": "x", "OPENAI_API_BASE": f"{url}/v1", "OPENAI_BASE_URL": f"{url}/v1"}
+    env |= {"MSWEA_CONFIGURED": "true", "MSWEA_COST_TRACKING": "ignore_errors"}
+    env |= {"MSWEA_GLOBAL_CONFIG_DIR": str(home), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    options = ["-y", "-m", "openai/scripted", "-l", "0", "--exit-immediately"]
+    argv = [str(program), *options, "-o", str(home / "trajectory.json"), "-t", "go"]
+    return Agent(argv, env, [*FOUND, ("echo", SUBMIT)])
+
+
+def prepared(name: str, npm: Path, home: Path, url: str) -> Agent:
+    """How an agent is run against the model at `url`."""
+    if name == "opencode":
+        return _opencode(npm / name, home, url)
+    if name == "mini-swe-agent":
+        return _mini(from_pypi(name) / "mini", home, url)
+    if name == "swe-rex":
+        jobs = [("sleep", "0.3"), ("ls", "ls"), ("python3", "import time; time.sleep(0.2)")]
+        calls = [*jobs, ("du", "du -s .; true"), ("sleep", "0.2")]
+        program = str(from_pypi(name) / "python")
+        return Agent([program, "-c", SWE_REX, *COMMANDS], calls=calls, asks=False)
+    if name == "aider-chat":
+        program = str(from_pypi(name) / "aider")
+        env = {"OPENAI_API_KEY": "x", "OPENAI_API_BASE": f"{url}/v1", "AIDER_ANALYTICS": "false"}
+        env |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "AIDER_CHECK_UPDATE": "false"}
+        options = ["--model", "openai/scripted", "--yes-always", "--no-show-model-warnings"]
+        argv = [program, *options, "--no-git", "--message", f"/run {COMMANDS[0]}"]
+        return Agent(argv, env, FOUND[:1], asks=False)
+    argv, env = command_line(name, npm, home, url)
+    return Agent(argv, env)
+
+
+@pytest.mark.parametrize("name", [*FROM_NPM, *FROM_PYPI])
+def test_what_the_model_asks_for_is_found_and_nothing_else(
+    daemon: DaemonProcess, npm: Path, tmp_path: Path, name: str
+) -> None:
+    work, home = tmp_path / "work", tmp_path / "home"
+    work.mkdir()
+    home.mkdir()
+    base = {"HOME": str(home), "PATH": os.environ["PATH"], "TERM": "dumb", "LANG": "C.UTF-8"}
+    base |= {"SHELL": "/bin/bash", "AGENTCG_RUN_DIR": str(daemon.run_dir)}
+    if name == "gemini":
+        settings = {"security": {"auth": {"selectedType": "gemini-api-key"}}}
+        (home / ".gemini").mkdir()
+        (home / ".gemini/settings.json").write_text(json.dumps(settings))
+    with Model(*COMMANDS, *([SUBMIT] if name == "mini-swe-agent" else [])) as model:
+        agent = prepared(name, npm, home, model.url)
+        spec = pb.SessionSpec(id=f"found-{name}")
+        daemon.admin.OpenSession(pb.OpenSessionRequest(spec=spec))
+        done = subprocess.run(
+            [EXEC, "--session", spec.id, "--", *agent.argv],
+            env={**base, **agent.env},
+            cwd=work,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+    assert bool(model.told) is agent.asks, (done, model.tools)
+    wait_until("all calls have ended", lambda: not daemon.call_dirs(), 30)
+    time.sleep(0.3)  # what ended before it could be moved is reported by its exit event
+    request = pb.ListReportsRequest(session_id=f"found-{name}", limit=500)
+    reports = daemon.admin.ListReports(request).reports
+    found = sorted((report.name, report.argv[-1]) for report in reports)
+    # Of a pipeline in a shell that is kept, whichever was executed first.
+    found = sorted(("ls", "ls") if each == ("wc", "-l") else each for each in found)
+    assert found == sorted(agent.calls), (found, done)
