@@ -17,6 +17,7 @@ ANYWHERE = frozenset(
     {
         "calls",
         "boundaries",
+        "misplaced",
         "sealed",
         "overhead",
         "learning",

@@ -18,23 +18,25 @@ COMMAND_CHARS_MAX = 4096
 SAME_CHARS_LEAST = 64
 """Fewest characters that have to be the same where a command was cut."""
 CUT = "…"
-WORD_CHARS_MAX = 4 * COMMAND_CHARS_MAX
-"""Most characters that are read of a command inside a wrapper, with its quotes."""
+SCRIPT_CHARS_MAX = 65_536
+"""Most that is read of a script."""
 _NESTED_MAX = 6
 """Most wrappers in one another: a sandbox, its shell, a snapshot's shell, the agent's own."""
 
 _SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "ash"})
 _SANDBOXES = frozenset({"bwrap", "codex-linux-sandbox"})
-_EVALUATED = re.compile(r"(?:^|&& |; )eval (?=\S)")
 # Each is matched in time that grows with the script alone, whatever is in it: the daemon uses them.
 _INNER_SHELL = re.compile(r"(?<![^\s'/])(?:bash|zsh|sh)'? -l?c (?=\S)")
-_HANDED_OVER = re.compile(r"(?:^|\n)[ \t]*exec '[^'\n]*' -l?c (?=\S)")
-_GEMINI_HEAD = "_bgpids_file="
-_GEMINI = re.compile(
-    r"_bgpids_file=[^\n]*\n\(\n *trap '[^\n]*' EXIT\n(.*?)(?:\n\)\n__code=\$\?|\Z)", re.DOTALL
+_PART = re.compile(
+    r"'([^']*)(?:'|$)|\"((?:[^\"\\]|\\.)*)(?:\"|$)|\\(.)|([^\s'\"\\;&|<>()]+)", re.DOTALL
 )
-_PIECE = re.compile(r"'([^']*)'?|\"((?:\\.|[^\"\\])*)\"?|\\(.)|([^\s'\"\\;&|<>()]+)", re.DOTALL)
-_ESCAPED = re.compile(r"\\([$`\"\\])")
+_ESCAPED = re.compile(r'\\([\\"$`])')
+_CODEX_COMMAND = re.compile(r"\nexec '[^'\n]*' -[a-z]+ ")
+_GEMINI_HEAD = re.compile(r"_bgpids_file=[^\n]*\n\(\n\s*trap '[^'\n]*' EXIT\n")
+_GEMINI_TAIL = "\n)\n__code=$?"
+_GEMINI_OLDER_TAILS = ("; }; __code=$?; pgrep -g 0", "; ) ; __code=$?; pgrep -g 0")
+_SANDBOX_COMMAND = re.compile(r"ARGV0=apply-seccomp \S+ \S+ -c ")
+_SNAPSHOT = "/shell-snapshots/snapshot-"
 
 
 def command_of(argv: Sequence[str]) -> str:
@@ -116,31 +118,73 @@ def _sandboxed(words: Sequence[str]) -> list[str] | None:
 
 def _inner(script: str) -> str | None:
     """Return what is in the outermost wrapper; None: there is none that is known."""
-    at = script.find(_GEMINI_HEAD)
-    gemini = _GEMINI.match(script, at) if at >= 0 else None
-    if gemini is not None:
-        return gemini[1]
-    if "apply-seccomp" in script or script.startswith(("bwrap ", "exec bwrap ")):
-        return _word_behind(_INNER_SHELL, script)
-    if "shell-snapshots/" in script or "\\builtin shopt" in script or " && pwd -P >| " in script:
-        return _word_behind(_EVALUATED, script)
-    if script.startswith("__CODEX_SNAPSHOT_OVERRIDE_") or "/shell_snapshots/" in script[:512]:
-        return _word_behind(_HANDED_OVER, script)
+    if script.startswith(("bwrap ", "exec bwrap ")):
+        shell = _INNER_SHELL.search(script, 0, SCRIPT_CHARS_MAX)
+        return (word_at(script, shell.end()) or None) if shell is not None else None
+    return command_in(script)
+
+
+def command_in(script: str) -> str | None:
+    """Return the command in a script that an agent has made of it; None: it is in none."""
+    script = script[:SCRIPT_CHARS_MAX]
+    found = (undo(script) for undo in (_claude_outside, _claude, _codex, _gemini))
+    return next((command for command in found if command is not None), None)
+
+
+def _claude_outside(script: str) -> str | None:
+    """Undo what Claude Code puts around its own form: a sandbox, or a prefix of the user's."""
+    if _SNAPSHOT not in script:
+        return None
+    inside = _SANDBOX_COMMAND.search(script)
+    if inside is not None:
+        return _claude(word_at(script, inside.end()))
+    program, _, rest = script.partition(" ")
+    if rest.startswith("'") and program not in ("source", "eval", "exec"):
+        return _claude(word_at(rest, 0))
     return None
 
 
-def _word_behind(pattern: re.Pattern[str], script: str) -> str | None:
-    """Return the shell's word behind what a pattern finds first, without its quotes."""
-    found = pattern.search(script)
-    if found is None:
+def _claude(script: str) -> str | None:
+    if _SNAPSHOT not in script and "&& pwd -P >| " not in script:
         return None
-    script, at = script[found.end() : found.end() + WORD_CHARS_MAX], 0
+    if script.startswith("eval "):
+        return word_at(script, len("eval "))
+    head, separator, command = script.partition(" && eval ")
+    return word_at(command, 0) if separator and "eval" not in head else None
+
+
+def _codex(script: str) -> str | None:
+    if not script.startswith(("__CODEX_SNAPSHOT_", "if . '")):
+        return None
+    found = _CODEX_COMMAND.search(script)
+    return word_at(script, found.end()) if found is not None else None
+
+
+def _gemini(script: str) -> str | None:
+    if not script.startswith("shopt -u promptvars nullglob"):
+        return None
+    rest = script.partition(";")[2].lstrip(" \n")
+    head = _GEMINI_HEAD.match(rest)
+    if head is not None:
+        body = rest[head.end() :]
+        end = body.rfind(_GEMINI_TAIL)
+        return body[:end] if end >= 0 else body
+    for tail in _GEMINI_OLDER_TAILS:
+        end = rest.rfind(tail)
+        if rest[:1] in "({" and end >= 0:
+            return rest[1:end].strip()
+    return rest
+
+
+def word_at(text: str, at: int) -> str:
+    """Return the shell's word that begins at an index, without its quotes; nothing is expanded."""
     parts: list[str] = []
-    while piece := _PIECE.match(script, at):
-        single, double, escaped, bare = piece.groups()
+    while (part := _PART.match(text, at)) is not None:
+        single, double, escaped, bare = part.groups()
         if double is not None:
-            parts.append(_ESCAPED.sub(r"\1", double))
-        else:
-            parts.append(next(part for part in (single, escaped, bare, "") if part is not None))
-        at = piece.end()
-    return "".join(parts) or None
+            double = _ESCAPED.sub(r"\1", double)
+        parts.append(next(text for text in (single, double, escaped, bare) if text is not None))
+        at = part.end()
+        if not part[0]:
+            break
+    return "".join(parts)

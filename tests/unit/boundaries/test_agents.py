@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from agentcgroup.unwrap import SCRIPT_CHARS_MAX, command_of, unwrapped, word_at
 from agentcgroupd.boundaries.rules import Rules, Started, continues
 from agentcgroupd.config_boundaries import BoundariesConfig
 from agentcgroupd.intents.command import tool_name
 from agentcgroupd.intents.script import reads_commands
-from agentcgroupd.intents.wrapped import SCRIPT_CHARS_MAX, user_command, word_at
+from agentcgroupd.intents.wrapped import user_command
 from tests.trees.wraps import WRAPS, claude, claude_sandbox, codex, gemini
 
 ROWS: list[list[Any]] = json.loads(Path(__file__).with_name("agents.json").read_text())["rows"]
@@ -90,7 +91,10 @@ def test_only_what_asks_something_is_quiet(comm: str, argv: list[str], quiet: bo
     ],
 )
 def test_a_wrapped_command_comes_back_as_it_was(wrap: Callable[[str], str], command: str) -> None:
-    assert user_command(["bash", "-c", wrap(command)]) == ["bash", "-c", command]
+    argv = ["bash", "-c", wrap(command)]
+    assert user_command(argv) == ["bash", "-c", command]
+    # What a hook looks for is what the report has.
+    assert command_of(argv) == unwrapped(command)
 
 
 @pytest.mark.parametrize(
