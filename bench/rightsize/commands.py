@@ -128,11 +128,12 @@ def prepare(folder: Path, limit_mib: int, work: int) -> list[Command]:
     for name, text in files.items():
         (folder / name).write_text(text)
     objects = " ".join(f"{n}.o" for n in range(16))
+    head = f".PHONY: all\nall: {objects}\n%.o:\n"
     worker = f"{sys.executable} {folder}/worker.py {mib} {work}"
     pool = f"{sys.executable} pool.py worker.py {mib} {work}"
     compile = f"g++ -std=c++17 -c -o $@ {folder}/heavy.cc"
-    (folder / "Makefile").write_text(f"all: {objects}\n%.o:\n\t@{compile} && rm $@\n")
-    (folder / "Makefile.small").write_text(f"all: {objects}\n%.o:\n\t@{worker}\n")
+    (folder / "Makefile").write_text(f"{head}\t@{compile} && rm $@\n")
+    (folder / "Makefile.small").write_text(f"{head}\t@{worker}\n")
     # g++ takes some 300 MiB for the file; a smaller call has workers in its place.
     makefile = "Makefile" if limit_mib >= 2048 and shutil.which("g++") else "Makefile.small"
     with (folder / "core").open("wb") as core:
@@ -145,7 +146,7 @@ def prepare(folder: Path, limit_mib: int, work: int) -> list[Command]:
         Command("shell", f"for i in $(seq $(nproc)); do {worker} & done; wait", "nproc"),
         Command(
             "pytest",
-            f"{sys.executable} -m pytest -q -p no:cacheprovider -n auto test_many.py",
+            f"{_with_xdist() or sys.executable} -m pytest -q -p no:cacheprovider -n auto test_many.py",
             "PYTEST_XDIST_AUTO_NUM_WORKERS",
         ),
         Command("OpenMP", f"./omp {mib}", "OMP_NUM_THREADS"),
@@ -164,11 +165,19 @@ def prepare(folder: Path, limit_mib: int, work: int) -> list[Command]:
     return [command for command in commands if command.name not in missing]
 
 
+def _with_xdist() -> str:
+    """The Python that has pytest-xdist; empty: none has."""
+    for python in (sys.executable, shutil.which("python3") or sys.executable):
+        words = [python, "-c", "import pytest, xdist"]
+        if subprocess.run(words, capture_output=True).returncode == 0:
+            return python
+    return ""
+
+
 def _needed(folder: Path) -> dict[str, bool]:
     """Whether the programs of the commands that need some are here; builds what is to be built."""
-    xdist = subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True)
     needed = {"make": bool(shutil.which("make")), "xz": bool(shutil.which("xz"))}
-    needed["pytest"] = xdist.returncode == 0
+    needed["pytest"] = bool(_with_xdist())
     for name, option in (("threads", "-pthread"), ("omp", "-fopenmp")):
         words = ["gcc", "-O1", option, "-o", name, "threads.c"]
         done = shutil.which("gcc") and subprocess.run(words, cwd=folder, capture_output=True)
