@@ -140,13 +140,14 @@ def prepare(folder: Path, limit_mib: int, work: int) -> list[Command]:
         core.truncate(limit_mib * MIB * 2 // 5)
     # Sixteen blocks; a thread takes some 290 MiB at -7, and 12 MiB at -1.
     level = 7 if limit_mib >= 2048 else 1
+    python = _with_xdist() or sys.executable
     commands = [
         Command("make", f"make -s -f {makefile} -j$(nproc)", "nproc"),
         Command("xargs", f"seq 24 | xargs -P$(nproc) -I_ {worker}", "nproc"),
         Command("shell", f"for i in $(seq $(nproc)); do {worker} & done; wait", "nproc"),
         Command(
             "pytest",
-            f"{_with_xdist() or sys.executable} -m pytest -q -p no:cacheprovider -n auto test_many.py",
+            f"{python} -m pytest -q -p no:cacheprovider -n auto test_many.py",
             "PYTEST_XDIST_AUTO_NUM_WORKERS",
         ),
         Command("OpenMP", f"./omp {mib}", "OMP_NUM_THREADS"),
@@ -156,7 +157,7 @@ def prepare(folder: Path, limit_mib: int, work: int) -> list[Command]:
         Command("xz", f"xz -{level} -T0 -c core", "sched_getaffinity"),
         Command(
             "sort",
-            f"{sys.executable} lines.py {limit_mib} | LC_ALL=C sort -T .",
+            f"{sys.executable} lines.py {limit_mib * 5 // 4} | LC_ALL=C sort -T .",
             "nproc, RLIMIT_RSS",
         ),
         Command("cache", f"{sys.executable} cache.py 8", "sysconf(_SC_PHYS_PAGES)", False),
