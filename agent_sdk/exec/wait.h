@@ -67,29 +67,60 @@ static void close_others(int kept)
 		closedir(open_files);
 }
 
-/* Asks the daemon how a call ended, and says what it answers. */
-static void say_how_it_ended(const struct sockaddr_un *daemon, const char *id)
+/*
+ * Asks the daemon once how a call ended. Returns the length of the answer; 0: it hung up, because it
+ * is being started anew or because its session asks too much at a time; -1: errno says why not.
+ */
+static ssize_t ask_how_it_ended(const struct sockaddr_un *daemon, const char *question, size_t len,
+				char *answer)
 {
 	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 	struct timeval timeout = { .tv_sec = ENDING_S };
-	char question[ID_MAX + 32], *answer = calloc(1, WORDS_MAX + 2);
-	int len;
+	const struct sockaddr *to = (const struct sockaddr *)daemon;
+	ssize_t got;
+	int error;
 
-	len = snprintf(question, sizeof(question), "ACG1%creport%ccall=%s", 0, 0, id) + 1;
 	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout));
 	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout));
-	if (answer && !connect(fd, (const struct sockaddr *)daemon, sizeof(*daemon)) &&
-	    send(fd, question, len, MSG_NOSIGNAL) == len) {
-		do
-			memset(answer, 0, WORDS_MAX);
-		while (recv(fd, answer, WORDS_MAX, 0) > 0 && !strcmp(answer, "WAIT"));
-		if (!strcmp(answer, "OK"))
-			for (char *word = answer + 3; *word; word += strlen(word) + 1)
-				if (!strncmp(word, "say=", 4) && word[4])
-					say("%s: call %s: %s", program, id, word + 4);
+	got = TEMP_FAILURE_RETRY(connect(fd, to, sizeof(*daemon)));
+	if (!got)
+		got = TEMP_FAILURE_RETRY(send(fd, question, len, MSG_NOSIGNAL));
+	/* It may refuse and hang up before it reads the question: what it says still counts. */
+	while (got > 0 || (got < 0 && (errno == EPIPE || errno == ECONNRESET))) {
+		memset(answer, 0, WORDS_MAX + 2);
+		got = TEMP_FAILURE_RETRY(recv(fd, answer, WORDS_MAX, 0));
+		if (got <= 0 || strcmp(answer, "WAIT"))
+			break;
+	}
+	error = errno;
+	close(fd);
+	errno = error;
+	return got < 0 && (errno == EPIPE || errno == ECONNRESET) ? 0 : got;
+}
+
+/* Asks the daemon how a call ended, and says what it answers, or that it does not. */
+static void say_how_it_ended(const struct sockaddr_un *daemon, const char *id)
+{
+	char question[ID_MAX + 32], *answer = calloc(1, WORDS_MAX + 2);
+	int len = snprintf(question, sizeof(question), "ACG1%creport%ccall=%s", 0, 0, id) + 1;
+	ssize_t got;
+
+	if (!answer)
+		return;
+	got = ask_how_it_ended(daemon, question, len, answer);
+	for (unsigned int wait_ms = 25; !got && wait_ms < 2000; wait_ms *= 2) {
+		usleep(wait_ms * 1000);
+		got = ask_how_it_ended(daemon, question, len, answer);
+	}
+	if (got > 0 && !strcmp(answer, "OK")) {
+		for (char *word = answer + 3; *word; word += strlen(word) + 1)
+			if (!strncmp(word, "say=", 4) && word[4])
+				say("%s: call %s: %s", program, id, word + 4);
+	} else if (got <= 0) {
+		say("%s: call %s: how it ended is not known, because the daemon %s", program, id,
+		    !got ? "hangs up" : errno == EAGAIN ? "does not answer" : "is away");
 	}
 	free(answer);
-	close(fd);
 }
 
 /* Ends this process as the command has ended. */

@@ -50,17 +50,24 @@ class HookVerb:
         command = request.values.get("command", "")
         ending = [call for call in _open(caller, tool_use_id, command) if _has_ended(call)]
         if ending:
-            return self._later(caller, tool_use_id, command, ending)
+            # Asked for now: what awaits them runs later, and a call may have ended before that.
+            reports = [self._calls.ended_report(call) for call in ending]
+            most = GOING_ON_S if all(map(_may_go_on, ending)) else ENDING_S
+            return self._later(caller, tool_use_id, command, reports, most)
         return _answer(caller, tool_use_id, command)
 
     async def _later(
-        self, caller: Caller, tool_use_id: str, command: str, ending: Sequence[Call]
+        self,
+        caller: Caller,
+        tool_use_id: str,
+        command: str,
+        ending: Sequence[Coroutine[Any, Any, pb.Report]],
+        most_s: float,
     ) -> list[str]:
         """Answer once calls have ended that are about to, or without them when they take long:
         what a command has left running may go on."""
-        waits = [asyncio.ensure_future(self._calls.ended_report(call)) for call in ending]
-        most = GOING_ON_S if all(map(_may_go_on, ending)) else ENDING_S
-        done, late = await asyncio.wait(waits, timeout=most)
+        waits = [asyncio.ensure_future(report) for report in ending]
+        done, late = await asyncio.wait(waits, timeout=most_s)
         for task in late:
             task.cancel()
         for task in done:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -103,10 +103,8 @@ class AgentVerbs:
             raise NotFound(f"no call {call_id[:64]!r} is open in this session", "call_id", call_id)
         if call.grant.leftovers == "keep":
             return ["OK"]  # it may go on for ever
-        return self._ending_later(call)
-
-    async def _ending_later(self, call: Call) -> list[str]:
-        return _ending(await self._calls.ended_report(call))
+        # Asked for now: what awaits it runs later, and the call may have ended before that.
+        return _ending_later(self._calls.ended_report(call))
 
 
 class OperatorVerbs:
@@ -154,6 +152,11 @@ def _otherwise(call: Call, asked: Mapping[str, str]) -> Iterator[str]:
     for field, file in FILES.items():
         if field in asked and file in call.grant.not_enforced:
             yield f"{field}: it is not enforced on this host (see 'agentcg doctor')"
+
+
+async def _ending_later(report: Awaitable[pb.Report]) -> list[str]:
+    """Make the reply to whoever waits for the end of a call, once it has ended."""
+    return _ending(await report)
 
 
 def _ending(report: pb.Report) -> list[str]:
