@@ -68,8 +68,8 @@ static void close_others(int kept)
 }
 
 /*
- * Asks the daemon once how a call ended. Returns the length of the answer; 0: it hung up, because it
- * is being started anew or because its session asks too much at a time; -1: errno says why not.
+ * Asks the daemon once how a call ended. Returns the length of the answer; 0: it hung up, because
+ * it is being started anew or because its session asks too much at a time; -1: errno says why not.
  */
 static ssize_t ask_how_it_ended(const struct sockaddr_un *daemon, const char *question, size_t len,
 				char *answer)
@@ -118,7 +118,9 @@ static void say_how_it_ended(const struct sockaddr_un *daemon, const char *id)
 				say("%s: call %s: %s", program, id, word + 4);
 	} else if (got <= 0) {
 		say("%s: call %s: how it ended is not known, because the daemon %s", program, id,
-		    !got ? "hangs up" : errno == EAGAIN ? "does not answer" : "is away");
+		    !got	    ? "hangs up" :
+		    errno == EAGAIN ? "does not answer" :
+				      "is away");
 	}
 	free(answer);
 }
