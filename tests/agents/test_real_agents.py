@@ -21,6 +21,7 @@ PACKAGES = {
     "claude": "@anthropic-ai/claude-code@2.1.332",
     "codex": "@openai/codex@0.171.0",
     "gemini": "@google/gemini-cli@0.61.0",
+    "opencode": "opencode-ai@1.18.33",
 }
 WHERE = Path(os.environ.get("AGENTCG_AGENTS_DIR") or Path.home() / ".cache/agentcgroup/agents")
 FRONT = str(Path(EXEC).with_name("agentcg"))
@@ -77,6 +78,17 @@ def command_line(
         options = ["--skip-git-repo-check", "--dangerously-bypass-hook-trust"]
         full = ["-s", "danger-full-access"]
         return [program, "exec", *options, *full, "go"], {"OPENAI_API_KEY": "x"}
+    if agent == "opencode":
+        options = {"baseURL": f"{url}/v1", "apiKey": "x"}
+        provider = {"npm": "@ai-sdk/anthropic", "options": options, "models": {"m": {"name": "m"}}}
+        settings = {"provider": {"scripted": provider}, "model": "scripted/m"}
+        settings |= {"small_model": "scripted/m", "permission": {"bash": "allow"}}
+        (home / ".config/opencode").mkdir(parents=True, exist_ok=True)
+        (home / ".config/opencode/opencode.json").write_text(json.dumps(settings))
+        off = ("AUTOUPDATE", "MODELS_FETCH", "LSP_DOWNLOAD", "DEFAULT_PLUGINS", "SHARE")
+        env = {f"OPENCODE_DISABLE_{name}": "1" for name in off}
+        env["SHELL"] = str(Path(FRONT).with_name("agentcg-sh"))
+        return [program, "run", "go"], env
     env = {
         "GEMINI_API_KEY": "x",
         "GOOGLE_GEMINI_BASE_URL": url,

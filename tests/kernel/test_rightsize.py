@@ -100,3 +100,15 @@ result = seen
     assert [len(cpus) for cpus in seen] == [1, 1] and seen[0] != seen[1]
     shim = agent.run(RUN, argv=[SHIM, "-c", "echo $OMP_NUM_THREADS"], more={})
     assert shim == "1\n"
+
+
+@pytest.mark.controllers
+def test_a_program_that_asks_how_much_may_be_resident_is_told(agent: AgentProcess) -> None:
+    look_at = "import resource; print(resource.getrlimit(resource.RLIMIT_RSS)[0])"
+
+    def limit(before: str) -> int:
+        command = f"{before} exec {EXEC} --memory-max 64M -- python3 -c '{look_at}'"
+        return int(agent.run(RUN, argv=["bash", "-c", command], more={}))
+
+    assert limit("") == 48 << 20
+    assert limit("ulimit -S -m 32768;") == 32 << 20, "what the user has set stays"
