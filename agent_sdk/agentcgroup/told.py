@@ -13,6 +13,8 @@ BY_ITSELF = frozenset(Verdict[name] for name in worth_telling.BY_ITSELF)
 WORTH_TELLING = frozenset(FeedbackCode[name] for name in worth_telling.FEEDBACK)
 DISK_LEAST_BYTES = 1 << 20
 """With less free than that, writing has begun to fail."""
+MAKE_ROOM = "write elsewhere, or remove what this task has made and needs no more."
+"""Advice that does not invite anybody to remove what belongs to others."""
 
 
 def told(report: Report | None, directory: str | os.PathLike[str] | None = None) -> str:
@@ -44,13 +46,7 @@ def full_disk(directory: str | os.PathLike[str] | None = None) -> str:
             continue  # the directory is gone, and what the command wrote with it
         shown, free = os.path.abspath(path), found.f_bavail * found.f_frsize
         if found.f_blocks and free < DISK_LEAST_BYTES:
-            return (
-                f"The file system of {shown} is full ({free >> 10} KiB free): remove files, or "
-                "write elsewhere."
-            )
+            return f"The file system of {shown} is full ({free >> 10} KiB free): {MAKE_ROOM}"
         if found.f_files and not found.f_favail:
-            return (
-                f"The file system of {shown} can hold no more files (inodes): remove some, or "
-                "write elsewhere."
-            )
+            return f"The file system of {shown} can hold no more files (inodes): {MAKE_ROOM}"
     return ""

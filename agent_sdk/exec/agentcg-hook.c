@@ -22,7 +22,7 @@
 #include "json.h"
 #include "say.h"
 
-enum { INPUT_MAX = 8 << 20, COMMAND_MAX = 8192, LOG_MAX = 256 << 10, ALL_S = 5, ANSWER_MS = 2000 };
+enum { INPUT_MAX = 8 << 20, COMMAND_MAX = 8192, LOG_MAX = 256 << 10, ALL_S = 5, ANSWER_MS = 4000 };
 
 /* The events after a tool, in the dialects of the agents. */
 static const struct {
@@ -150,7 +150,7 @@ static void after_tool(const char *document, const char *event)
 {
 	static char answer[ANSWER_MAX + 2], text[ANSWER_MAX + 1024];
 	static struct question question;
-	char *id = json_find_text(document, "tool_use_id"), disk[PATH_MAX + 128];
+	char *id = json_find_text(document, "tool_use_id"), disk[PATH_MAX + 256];
 	char *command = command_of(json_find(document, "tool_input"));
 	char *directory = json_find_text(document, "cwd");
 	bool failed = !strcmp(event, "PostToolUseFailure");

@@ -18,14 +18,16 @@ static bool is_full(const char *directory, char *words, size_t size)
 	if (!directory || !*directory || statvfs(directory, &fs) || !fs.f_blocks)
 		return false;
 	if (fs.f_bavail * fs.f_frsize < DISK_LEAST)
-		snprintf(words, size,
-			 "The file system of %s is full (%llu KiB free): remove files, or write "
-			 "elsewhere.",
-			 directory, (unsigned long long)(fs.f_bavail * fs.f_frsize >> 10));
+		snprintf(
+			words, size,
+			"The file system of %s is full (%llu KiB free): write elsewhere, or remove "
+			"what this task has made and needs no more.",
+			directory, (unsigned long long)(fs.f_bavail * fs.f_frsize >> 10));
 	else if (fs.f_files && !fs.f_favail)
 		snprintf(words, size,
-			 "The file system of %s can hold no more files (inodes): remove some, or "
-			 "write elsewhere.",
+			 "The file system of %s can hold no more files (inodes): write elsewhere, "
+			 "or "
+			 "remove what this task has made and needs no more.",
 			 directory);
 	else
 		return false;

@@ -144,7 +144,7 @@ __attribute__((noreturn)) static void end_as(int status)
 
 __attribute__((noreturn)) static void wait_for_command(const struct sockaddr_un *daemon, int id_fd)
 {
-	char id[ID_MAX] = {}, disk[256];
+	char id[ID_MAX] = {}, disk[512];
 	int status;
 
 	close_others(id_fd);

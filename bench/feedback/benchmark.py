@@ -89,7 +89,7 @@ def obeys(task: Task, status: int, said: str) -> None:
     """Do what the line says."""
     for name, value in ASKED.findall(said):
         task.options["--" + name.replace("_", "-")] = value
-    if "remove files" in said:
+    if "remove what this task has made" in said:
         for name in ("old", "new"):
             Path(task.cwd, name).unlink(missing_ok=True)
     task.waits = "until other calls have ended" in said

@@ -26,14 +26,14 @@ PACKAGES = {
 WHERE = Path(os.environ.get("AGENTCG_AGENTS_DIR") or Path.home() / ".cache/agentcgroup/agents")
 FRONT = str(Path(EXEC).with_name("agentcg"))
 RUN = """
-done = subprocess.run(argv, capture_output=True, text=True, env=env, cwd=cwd, timeout=150,
+done = subprocess.run(argv, capture_output=True, text=True, env=env, cwd=cwd, timeout=400,
                       stdin=subprocess.DEVNULL)
 result = (done.returncode, done.stdout[-3000:], done.stderr[-3000:])
 """
 
 pytestmark = [
     pytest.mark.full_speed,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.skipif("AGENTCG_AGENTS" not in os.environ, reason="set AGENTCG_AGENTS=1"),
 ]
 
@@ -87,6 +87,9 @@ def command_line(
         (home / ".config/opencode/opencode.json").write_text(json.dumps(settings))
         off = ("AUTOUPDATE", "MODELS_FETCH", "LSP_DOWNLOAD", "DEFAULT_PLUGINS", "SHARE")
         env = {f"OPENCODE_DISABLE_{name}": "1" for name in off}
+        # It fetches the package of plugins' types when it finds a plugin.
+        registry = ["npm", "config", "get", "registry"]
+        env["npm_config_registry"] = subprocess.check_output(registry, text=True).strip()
         env["SHELL"] = str(Path(FRONT).with_name("agentcg-sh"))
         return [program, "run", "go"], env
     env = {

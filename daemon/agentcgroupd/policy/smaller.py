@@ -50,7 +50,7 @@ _MEMORY: dict[str, str] = {
     "python": _BATCH,
     "mypy": "Check fewer modules at a time, or without --no-incremental.",
     "git": "Fetch less: git clone --depth 1 --filter=blob:none.",
-    "sort": "Give it a buffer: sort -S 50% --parallel=1.",
+    "sort": "Give it a smaller buffer: sort -S 64M --parallel=1, or a quarter of the limit.",
 }
 _TIME: dict[str, str] = {
     "pytest": "Run fewer tests at a time: name a file, use -k, or stop early with -x.",

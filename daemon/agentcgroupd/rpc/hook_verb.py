@@ -25,7 +25,7 @@ from agentcgroupd.state.session import Call, Session, unix_usec
 
 FRESH_USEC = 30_000_000
 """A report that is found by its command ended at most this long ago: a hook comes at once."""
-ENDING_S, GOING_ON_S = 1.0, 0.1
+ENDING_S, GOING_ON_S = 3.0, 0.1
 """How long an answer waits for the end of a call whose main process has ended already: one whose
 processes are ended now, and one in which what was left running may go on."""
 SENTENCES_MAX = 6
