@@ -30,6 +30,7 @@ class Intent(TypedDict, total=False):
     of each device, or text such as "10%"; gpu_memory: bytes on each device. gpu_priority: as
     priority. gpu_device: "any", "any:2", an index, a UUID, or several with commas. io_read_max,
     io_write_max: bytes a second of each block device, or text such as "10M". io_weight: 1..10000.
+    disk_max: bytes that it may write to disks in all, or text such as "10G".
     """
 
     memory: Quantity | None
@@ -51,6 +52,7 @@ class Intent(TypedDict, total=False):
     io_read_max: Quantity | None
     io_write_max: Quantity | None
     io_weight: Quantity | None
+    disk_max: Quantity | None
 
 
 INTENT_FIELDS = frozenset(Intent.__annotations__)

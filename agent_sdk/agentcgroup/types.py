@@ -188,6 +188,8 @@ class Grant(_Answer):
     """Environment variables that the launcher sets for the tool."""
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Text of interface files that take a field of the intent as it is, by the field's name."""
+    disk_max_bytes: int | None = None
+    """Bytes that it may write to disks in all."""
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from agentcgroupd import documents
 from agentcgroupd.config_boundaries import BoundariesConfig as BoundariesConfig
@@ -31,6 +31,7 @@ from agentcgroupd.config_values import (
     Priority,
     RunDir,
     audit_bytes,
+    checked_room,
     power_of_two,
     quantity,
     zram_size,
@@ -84,6 +85,8 @@ class CallDefaults(Section):
     pids_max: Pids = 4096
     timeout: OptionalDuration = None
     timeout_max: Duration = 86_400_000_000
+    disk_max: MemorySize = None
+    """What a call may write to disks in all before it is ended; empty: as much as it likes."""
     attach_timeout: Duration = 30_000_000
     """A call that no process has entered after this time is ended as abandoned."""
     idle_timeout: Duration = 600_000_000
@@ -112,6 +115,13 @@ class GuardConfig(Section):
     """Whether each call has to ask before it grows far (guard/credit.py)."""
     tick: Duration = 20_000
     """Between samples of the pool while it is short."""
+    disk_free: Annotated[str, AfterValidator(checked_room)] = "1%"
+    """Room of a file system below which the call that writes most to disks is paused
+    (guard/disks.py): a part of it such as `5%`, a size such as `2G`, or `off`."""
+    disk_grace: Duration = 30_000_000
+    """How long such a call is paused before it is ended."""
+    disk_paths: tuple[FilePath, ...] = ()
+    """Paths whose file systems are looked at beside those of all disks that are mounted."""
     deny_allowance: Annotated[int, quantity(parse_bytes, "size")] = 16 << 20
     """Small requests that all calls whose growth is denied may still make together."""
     protect_priority: Priority = IMPORTANT_PRIORITY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -64,6 +65,32 @@ def parse_zram(field: str, text: str) -> int | Literal["off", "auto"]:
         return parse_bytes(field, text)
     except InvalidField:
         raise InvalidField(field, text, "off, auto, or a size such as 8G") from None
+
+
+DISK_FREE_ALLOWED = "a part such as 5%, from 0.1% to 50%, a size such as 2G, or off"
+
+
+def free_least(text: str, total_bytes: int) -> int:
+    """Give the room that `5%`, `2G` or `off` (none) asks for on a file system of this size. Raises
+    InvalidField."""
+    word = text.strip().lower()
+    if word == "off":
+        return 0
+    try:
+        if not word.endswith("%"):
+            return parse_bytes("disk_free", word)
+        percent = float(Decimal(word[:-1].strip()))
+    except (ArithmeticError, InvalidField):
+        raise InvalidField("disk_free", text, DISK_FREE_ALLOWED) from None
+    if not 0.1 <= percent <= 50:
+        raise InvalidField("disk_free", text, DISK_FREE_ALLOWED)
+    return int(total_bytes * percent / 100)
+
+
+def checked_room(text: str) -> str:
+    """Check what `free_least` reads. Raises InvalidField."""
+    free_least(text, 0)
+    return text.strip()
 
 
 def audit_bytes(value: object) -> object:

@@ -30,6 +30,7 @@ from agentcgroupd.enforce.actions import Actions
 from agentcgroupd.gpu.enforcement import GpuSources
 from agentcgroupd.gpu.service import Gpus
 from agentcgroupd.guard.assembly import PoolGuard
+from agentcgroupd.guard.disks import DiskGuard
 from agentcgroupd.guard.high_mark import HighMark, PoolMark
 from agentcgroupd.guard.policy_files import PolicyFiles, ReadPolicy, read_policy
 from agentcgroupd.history.history import History
@@ -162,6 +163,7 @@ class Daemon:
             acting.gpus,
             base.events,
             MemoryWatch(config.limits.memory),
+            DiskGuard(config.guard, entry.calls.open, acting.actions),
             config.server,
         )
         running.sweep_at_once()

@@ -16,6 +16,7 @@ from agentcgroupd.cpu.scheduling import CpuScheduling
 from agentcgroupd.errors import AgentcgroupdError, KnobError
 from agentcgroupd.garbage import Garbage
 from agentcgroupd.gpu.service import Gpus
+from agentcgroupd.guard.disks import DiskGuard
 from agentcgroupd.host.systemd import notify, watchdog_interval_s
 from agentcgroupd.observers import Observers
 from agentcgroupd.rpc.canary import EVERY_S, Canary
@@ -52,6 +53,7 @@ class Running:
         gpus: Gpus,
         events: FileEvents,
         memory: MemoryWatch,
+        disks: DiskGuard,
         server: ServerConfig,
     ) -> None:
         self._run_dir, self._is_watched = server.run_dir, bool(server.metrics_address)
@@ -63,6 +65,7 @@ class Running:
         self.observers = observers
         self._cpu = cpu
         self._gpus = gpus
+        self._disks = disks
         self._calls = parts.calls
         self._metrics = parts.notices.metrics
         self._sessions_shown = server.metrics_sessions
@@ -86,6 +89,8 @@ class Running:
                     group.create_task(self._beat_forever()),
                     group.create_task(self._ask_forever()),
                     group.create_task(self._show_forever()),
+                    group.create_task(self._disks.limits_forever()),
+                    group.create_task(self._disks.rooms_forever()),
                     group.create_task(self._parts.policy_files.compare_forever()),
                 )
                 await self._stop.wait()

@@ -25,7 +25,12 @@ def running(compare_forever: Any) -> Running:
         policy_files=files,
     )
     server = ServerConfig(metrics_address="")
-    return Running(parts, nothing, nothing, nothing, nothing, nothing, nothing, server)
+
+    async def look_forever() -> None:
+        await asyncio.Event().wait()
+
+    disks: Any = SimpleNamespace(limits_forever=look_forever, rooms_forever=look_forever)
+    return Running(parts, nothing, nothing, nothing, nothing, nothing, nothing, disks, server)
 
 
 def test_a_part_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ from agentcgroupd.state.ending import Left
 from agentcgroupd.state.session import (
     Call,
     boottime_usec,
+    disk_usec,
     frozen_usec,
     operator_usec,
     unix_usec,
@@ -107,6 +108,7 @@ def gather(call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
         frozen_usec=frozen_usec(call, boottime_usec()),
         frozen_by_others_usec=frozen_by_others_usec(call),
         operator_usec=operator_usec(call),
+        disk_usec=disk_usec(call),
         late_pauses=call.late_pauses,
     )
     try:

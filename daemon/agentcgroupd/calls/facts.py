@@ -128,6 +128,8 @@ class EndFacts:
     """What it did with each block device, the busiest first."""
     operator_usec: int = 0
     """Time for which the operator held it paused, a part of `frozen_usec`."""
+    disk_usec: int = 0
+    """Time for which it was paused because a file system was filling, a part of `frozen_usec`."""
     late_pauses: int = 0
     """Pauses that did not stop all tasks at once (`Call.late_pauses`)."""
 

@@ -222,6 +222,8 @@ def _of_slowing(facts: EndFacts) -> list[pb.Feedback]:
         why = "while more important work needed the memory"
         if facts.operator_usec >= frozen:
             why = "by the operator"
+        elif facts.disk_usec >= frozen:
+            why = "because a file system that it wrote to was nearly full"
         elif facts.operator_usec:
             why += f", {show_usec(facts.operator_usec)} of it by the operator"
         sentence = f"The call was paused for {show_usec(frozen)} {why}; nothing of it was lost."

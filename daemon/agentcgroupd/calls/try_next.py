@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.calls.writes import FILLED, WROTE_TOO_MUCH
 from agentcgroupd.policy.smaller import Scarce, smaller_work
 from agentcgroupd.units import show_bytes
 
@@ -168,6 +169,8 @@ def _of_stop(
 ) -> None:
     if report.verdict != pb.VERDICT_STOPPED:
         return
+    if _of_disk(report, argv, advice):
+        return
     needed = int(max(report.memory_peak_bytes, whole) * MARGIN)
     advice.enough["memory"] = size_text(needed)
     advice.memory_bytes = needed
@@ -175,6 +178,26 @@ def _of_stop(
         f"Run it again with memory={size_text(needed)}, so that it waits for room, or in a smaller "
         f"form: {smaller_work(argv, Scarce.MEMORY)}"
     )
+
+
+def _of_disk(report: pb.Report, argv: Sequence[str], advice: _Advice) -> bool:
+    """Advise a call that was ended for what it wrote; returns whether it was."""
+    if report.sentence.startswith(FILLED):
+        advice.steps.append(
+            "Remove files that are not needed any more before it is run again, or have it write "
+            "less: more memory does not help."
+        )
+        advice.tells_admission = False
+        return True
+    if not report.sentence.startswith(WROTE_TOO_MUCH):
+        return False
+    wanted = size_text(2 * report.grant.disk_max_bytes)
+    advice.enough["disk_max"] = wanted
+    advice.steps.append(
+        f"Find out what it writes without end, or, if all of that is wanted, run it again with "
+        f"disk_max={wanted} (twice that)."
+    )
+    return True
 
 
 # Other limits

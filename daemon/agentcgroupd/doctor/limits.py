@@ -7,12 +7,18 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+from agentcgroup.text import printable
+from agentcgroupd.calls.writes import parse_process
 from agentcgroupd.doctor.diagnosis import Feature, State
+from agentcgroupd.host.mounts import mounts
 from agentcgroupd.host.syscalls import inotify_init
 
 WATCHES_WANTED = 65_536
 FILES_WANTED = 65_536
 PIDS_WANTED = 32_768
+MOUNTS_SHOWN = 4
+_PROJECTS = frozenset({b"prjquota", b"pquota"})
+"""Options of file systems that hold directories to a quota (xfs(5), ext4(5))."""
 _INOTIFY = Path("/proc/sys/fs/inotify")
 _PID_MAX = Path("/proc/sys/kernel/pid_max")
 
@@ -22,6 +28,26 @@ def limit_features() -> Iterator[Feature]:
     yield _watches()
     yield _files()
     yield _pids()
+    yield _writes()
+
+
+def _writes() -> Feature:
+    """Tell how it is known what a call writes, and where the kernel keeps quotas of directories."""
+    name = "limits of what is written"
+    try:
+        parse_process(Path("/proc/self/io").read_bytes())
+    except (OSError, ValueError):
+        reason = "processes do not tell what they write (/proc/self/io)"
+        remedy = "use a kernel with CONFIG_TASK_IO_ACCOUNTING"
+        fallback = "disk_max counts what is written back (io.stat), late"
+        return Feature(name, State.MISSING, reason, remedy, fallback)
+    try:
+        kept = sorted({str(m.point) for m in mounts() if _PROJECTS.intersection(m.options)})
+    except (OSError, ValueError):
+        kept = []
+    shown = ", ".join(kept[:MOUNTS_SHOWN]) or "none, so the daemon's looks are all there is"
+    reason = f"/proc/<pid>/io tells what is written; file systems with project quotas: {shown}"
+    return Feature(name, State.WORKS, printable(reason))
 
 
 def _watches() -> Feature:

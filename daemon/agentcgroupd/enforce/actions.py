@@ -16,7 +16,14 @@ from agentcgroupd.enforce.kill import ask_end, kill
 from agentcgroupd.enforce.reclaimer import ANON_FIRST, CACHE_ONLY, Reclaimer, Swappiness
 from agentcgroupd.errors import BpfError, CgroupGone, KnobError
 from agentcgroupd.state.ending import Asker
-from agentcgroupd.state.session import Call, Session, all_inside, boottime_usec, unix_usec
+from agentcgroupd.state.session import (
+    Call,
+    Session,
+    all_inside,
+    boottime_usec,
+    count_pause,
+    unix_usec,
+)
 from agentcgroupd.telemetry.notices import Notices
 from agentcgroupd.units import show_bytes, show_usec
 
@@ -88,10 +95,32 @@ class Actions:
         if call.frozen_since_usec is not None:
             call.frozen_since_usec = min(call.frozen_since_usec, since)
         else:
-            call.frozen_usec += took
+            count_pause(call, since, since + took)
             if not call.held_frozen:
                 call.cgroup.write(knobs.CGROUP_FREEZE, False)
         self.notices.acted_on_call("unhold", call, why, pb.FEEDBACK_CODE_THAWED)
+
+    def disk_hold(self, call: Call, why: str) -> None:
+        """Pause a call because a file system that it writes to is filling, whatever else pauses it;
+        no error if that is so already. Raises KnobError, or CgroupGone."""
+        if call.disk_since_usec is not None or call.state == pb.CALL_STATE_ENDING:
+            return
+        self.hurry(call)
+        call.cgroup.write(knobs.CGROUP_FREEZE, True)
+        call.disk_since_usec = boottime_usec()
+        self.notices.acted_on_call("disk_hold", call, why, pb.FEEDBACK_CODE_FROZEN)
+
+    def disk_unhold(self, call: Call, why: str) -> None:
+        """End such a pause; no error if there is none. Raises KnobError, or CgroupGone."""
+        since, now = call.disk_since_usec, boottime_usec()
+        if since is None:
+            return
+        call.disk_since_usec = None
+        call.disk_usec += now - since
+        count_pause(call, since, now)
+        if call.frozen_since_usec is None and not call.held_frozen:
+            call.cgroup.write(knobs.CGROUP_FREEZE, False)
+        self.notices.acted_on_call("disk_unhold", call, why, pb.FEEDBACK_CODE_THAWED)
 
     def check_pause(self, call: Call) -> None:
         """Look whether a paused call has stopped, and count it where it takes long: it may be
@@ -182,15 +211,16 @@ class Actions:
             call.frozen_since_usec = call.frozen_since_usec or boottime_usec()
             self.thaw(call, "The daemon was restarted; what it had paused goes on.")
 
-    def kill(self, call: Call, why: str) -> None:
-        """End a call by policy. Raises CgroupGone."""
+    def kill(self, call: Call, why: str, action: str = "kill") -> None:
+        """End a call by policy. `action`: what that is called in the log and the metrics. Raises
+        CgroupGone."""
         ask_end(call, Asker.POLICY, why)
         call.state = pb.CALL_STATE_ENDING
         call.held = False
         self.hurry(call)
         kill(call)
         self.touched(call)
-        self.notices.acted_on_call("kill", call, why, None)
+        self.notices.acted_on_call(action, call, why, None)
 
     def let_go(self, call: Call, why: str) -> None:
         """Undo what keeps a call, or its session, from going on without the daemon."""
@@ -198,6 +228,7 @@ class Actions:
         undo: tuple[Callable[[], None], ...] = (
             lambda: memory_high.write(call),
             lambda: self.unhold(call, why),
+            lambda: self.disk_unhold(call, why),
             lambda: self.thaw(call, why),
             lambda: self.unthrottle(call, why),
             lambda: self.restore(call.session, why),

@@ -35,7 +35,8 @@ def resume(actions: Actions, call: Call) -> None:
             f"call {call.id} is paused with call {holder.id}, which it is in: resume that",
             "call_id",
         )
-    if holder is None and call.frozen_since_usec is None:
+    if holder is None and call.frozen_since_usec is None and call.disk_since_usec is None:
         raise FailedPrecondition(f"call {call.id} is not paused", "call_id")
     actions.unhold(call, GOES_ON)
+    actions.disk_unhold(call, GOES_ON)
     actions.thaw(call, GOES_ON)

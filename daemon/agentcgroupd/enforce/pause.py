@@ -17,7 +17,13 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.enforce import memory_high
 from agentcgroupd.errors import KnobError
-from agentcgroupd.state.session import Call, Session, boottime_usec, frozen_usec
+from agentcgroupd.state.session import (
+    Call,
+    Session,
+    boottime_usec,
+    count_pause,
+    frozen_usec,
+)
 
 BRAKE_SHARE = 0.95
 """Part of what a call holds that the brake leaves it. Measured on Linux 6.18 for a call of 150 MiB
@@ -51,11 +57,10 @@ def release(call: Call) -> None:
     if not call.held_frozen:
         call.cgroup.write(knobs.CGROUP_FREEZE, False)
     now = boottime_usec()
-    if call.frozen_since_usec is not None:
-        # From when the operator holds it on, that pause counts.
-        until = call.operator_since_usec or now
-        call.frozen_usec += max(0, until - call.frozen_since_usec)
-    call.frozen_since_usec, call.resumed_at_usec = None, now
+    since, call.frozen_since_usec = call.frozen_since_usec, None
+    if since is not None:
+        count_pause(call, since, now)
+    call.resumed_at_usec = now
     call.stopped = call.counted_late = False
 
 

@@ -94,6 +94,7 @@ def _limits(grant: pb.Grant) -> dict[str, tuple[float, str]]:
         "cpu_max_millicores": lambda v: f"{v / 1000:g} cores",
         "pids_max": lambda v: f"{v:.0f} processes",
         "timeout_usec": lambda v: f"{show_usec(v)} of time",
+        "disk_max_bytes": lambda v: f"{show_bytes(v)} written to disks",
     }
     given = {field.name: value for field, value in grant.ListFields()}
     values = {name: float(given[name]) for name in shown if name in given}
@@ -173,6 +174,9 @@ _WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "throttle": lambda f: "It was slowed.",
     "unthrottle": lambda f: "It was not slowed any more.",
     "kill": lambda f: "It was ended by policy.",
+    "disk_hold": lambda f: "It was paused, for a file system was filling.",
+    "disk_unhold": lambda f: "It went on, for there was room on the file system.",
+    "disk_kill": lambda f: "It was ended for what it wrote.",
     "oom_victim": lambda f: (
         f"The kernel's OOM killer chose {f.get('comm', 'a process')} ({f.get('pid', '?')})."
     ),

@@ -15,7 +15,7 @@ from pathlib import Path
 MOUNTINFO = Path("/proc/self/mountinfo")
 
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
-_ROOT, _POINT = 3, 4
+_DEVICE, _ROOT, _POINT = 2, 3, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,8 @@ class Mount:
     point: Path
     options: tuple[bytes, ...]
     """Options of the file system itself (not of this mount), such as b"rw"."""
+    device: bytes = b""
+    """Numbers of its device, such as b"8:1"."""
 
 
 def unescape(field: bytes) -> bytes:
@@ -49,7 +51,7 @@ def _parse_line(line: bytes) -> Mount:
         raise ValueError(f"not a line of mountinfo: {line!r}")
     kind, _source, options = tail
     root, point = (Path(os.fsdecode(unescape(fields[at]))) for at in (_ROOT, _POINT))
-    return Mount(kind, root, point, tuple(options.split(b",")))
+    return Mount(kind, root, point, tuple(options.split(b",")), fields[_DEVICE])
 
 
 def mounts(path: str | Path = MOUNTINFO) -> tuple[Mount, ...]:

@@ -57,6 +57,8 @@ class Grant:
     """`NAME=value` for the tool."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Fields of the intent that an interface file takes as they are, as text by name."""
+    disk_max_bytes: int | None = None
+    """What it may write to disks in all before it is ended (guard.disks)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Ceiling:
     default_pids_max: int | None
     default_timeout_usec: int | None
     timeout_max_usec: int
+    default_disk_max: int | None = None
     cpu: CpuClasses = field(default_factory=CpuClasses)
     gpu: GpuCeiling = field(default_factory=GpuCeiling)
 
@@ -216,6 +219,7 @@ def grant_for(intent: Intent, above: Ceiling) -> Grant:
         gpu_memory_bytes=gpu.memory_bytes if gpu else None,
         gpu_priority=gpu.priority if gpu else None,
         settings=settings_of(intent),
+        disk_max_bytes=intent.disk_max or above.default_disk_max,
     )
 
 
@@ -226,6 +230,7 @@ _FOLLOWS_FROM = {
     "priority": "priority",
     "on_pressure": "on_pressure",
     "leftovers": "leftovers",
+    "disk_max_bytes": "disk_max",
     "gpu_percent": "gpu",
     "gpu_memory_bytes": "gpu_memory",
     "gpu_priority": "gpu_priority",

@@ -23,6 +23,7 @@ _MOST: dict[str, tuple[Callable[[Grant], int | None], Callable[[int], str]]] = {
     "io_weight": (lambda g: g.io_weight or 100, str),
     "cpu_max": (lambda g: g.cpu_max_millicores, lambda most: f"{most / 1000:g} cores"),
     "pids_max": (lambda g: g.pids_max, str),
+    "disk_max": (lambda g: g.disk_max_bytes, show_bytes),
     "timeout": (lambda g: g.timeout_usec, show_usec),
     "priority": (lambda g: g.priority, str),
     "gpu": (lambda g: g.gpu_percent or 0, lambda most: f"{most}%"),
@@ -92,4 +93,5 @@ def lowered(has: Grant, new: Grant) -> Grant:
         cpu_max_millicores=_least(has.cpu_max_millicores, new.cpu_max_millicores),
         pids_max=_least(has.pids_max, new.pids_max),
         timeout_usec=_least(has.timeout_usec, new.timeout_usec),
+        disk_max_bytes=_least(has.disk_max_bytes, new.disk_max_bytes),
     )

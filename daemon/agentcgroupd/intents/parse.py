@@ -166,6 +166,8 @@ class Intent:
     """Bytes a second of each block device."""
     io_write_max: Annotated[int | None, _parse_rate, SETTING] = None
     io_weight: Annotated[int | None, _parse_weight] = None
+    disk_max: Annotated[int | None, parse_bytes] = None
+    """Bytes that it may write to disks in all."""
 
 
 _MARKS: Mapping[str, tuple[Any, ...]] = {

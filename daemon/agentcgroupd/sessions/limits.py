@@ -55,6 +55,7 @@ class Ceilings:
             priority=limits.priority,
             default_pids_max=defaults.pids_max,
             default_timeout_usec=defaults.timeout,
+            default_disk_max=defaults.disk_max,
             timeout_max_usec=defaults.timeout_max,
             gpu=self._gpus(),
         )

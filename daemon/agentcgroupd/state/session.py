@@ -153,6 +153,16 @@ class Call:
     does (enforce.hold)."""
     operator_usec: int = 0
     """For how long the operator has held it so far, without the present pause."""
+    disk_since_usec: int | None = None
+    """Since when it is paused because a file system that it wrote to was filling, whatever else
+    freezes it, since boot; None: it is not (guard.disks)."""
+    disk_usec: int = 0
+    """For how long it has been so paused so far, without the present pause."""
+    disk_seen: tuple[int, int] = (0, 0)
+    """When it was last looked how much it had written, since boot, and how much that was."""
+    written_least: int = 0
+    """The most that was ever seen of what its processes have written to disks: what an ended
+    process has written is forgotten where nobody waits for it."""
     traffic: Callable[[], pb.NetUsage | None] | None = None
     """Reads what its sockets have received and sent; None: nobody counts it."""
     gpu_usage: pb.GpuUsage | None = None
@@ -185,7 +195,8 @@ class Call:
     @property
     def held_frozen(self) -> bool:
         """Whether it stays frozen although the policy lets it go on."""
-        return self.held_for_slice or self.operator_since_usec is not None
+        held = (self.operator_since_usec, self.disk_since_usec)
+        return self.held_for_slice or any(since is not None for since in held)
 
     @property
     def depth(self) -> int:
@@ -304,15 +315,39 @@ def lies_in(call: Call, outer: Call) -> bool:
 
 def frozen_usec(call: Call, now_usec: int) -> int:
     """Time for which a call has been paused so far, by itself or with a call that it is in."""
-    starts = (call.frozen_since_usec, call.operator_since_usec)
-    since = min((start for start in starts if start is not None), default=now_usec)
-    return call.frozen_usec + now_usec - since
+    return call.frozen_usec + now_usec - _paused_since(call, now_usec)
+
+
+def _paused_since(call: Call, now_usec: int) -> int:
+    """Tell since when a call is paused, by whomever; now: it is not."""
+    starts = (call.frozen_since_usec, call.operator_since_usec, call.disk_since_usec)
+    return min((start for start in starts if start is not None), default=now_usec)
+
+
+def count_pause(call: Call, since_usec: int, now_usec: int) -> None:
+    """Add a pause that has just ended to those of a call, but for the time from which another one
+    that goes on will be counted."""
+    call.frozen_usec += max(0, _paused_since(call, now_usec) - since_usec)
 
 
 def operator_usec(call: Call) -> int:
     """Time for which the operator has held a call paused so far."""
     since = call.operator_since_usec
     return call.operator_usec + (0 if since is None else boottime_usec() - since)
+
+
+def disk_usec(call: Call) -> int:
+    """Time for which a call has been paused so far because a file system was filling."""
+    since = call.disk_since_usec
+    return call.disk_usec + (0 if since is None else boottime_usec() - since)
+
+
+def stands_for_disk(call: Call) -> bool:
+    """Tell whether a call, or one that it is in, is paused because a file system is filling."""
+    outer: Call | None = call
+    while outer is not None and outer.disk_since_usec is None:
+        outer = outer.parent
+    return outer is not None
 
 
 def held_around(call: Call) -> Call | None:

@@ -51,6 +51,9 @@ ACTIONS = (
     "lift_urgent",
     "hold",
     "unhold",
+    "disk_hold",
+    "disk_unhold",
+    "disk_kill",
 )
 FEATURES = tuple(
     feature_label(name)

@@ -193,6 +193,9 @@ class Metrics:
             "From passing the pool's mark to the guard's decisions applied",
             SECONDS_BUCKETS,
         )
+        self.file_systems_low = self._gauge(
+            "file_systems_low", "File systems with less room than guard.disk_free asks for"
+        )
         self.late_pauses = counter("late_pauses", "Pauses that had not stopped all tasks in 0.1 s")
         self.oom_victims = counter("oom_victims", "Processes that the kernel's OOM killer chose")
 

@@ -18,6 +18,7 @@ from agentcgroupd.state.session import (
     frozen_usec,
     held_around,
     path_of,
+    stands_for_disk,
 )
 
 
@@ -42,6 +43,7 @@ def grant_to_proto(grant: Grant) -> pb.Grant:
         gpu_devices=grant.gpu_devices,
         environment=dict(word.split("=", 1) for word in grant.environment),
         settings=grant.settings,
+        disk_max_bytes=grant.disk_max_bytes,
     )
 
 
@@ -99,7 +101,8 @@ def error_to_proto(error: RequestError) -> pb.Error:
 def call_to_proto(call: Call, admin: bool, usage: bool = False) -> pb.Call:
     """A call; where its cgroup is, is told to the operator only."""
     holder = held_around(call)
-    is_held = holder is not None and call.state != pb.CALL_STATE_ENDING
+    stands = holder is not None or stands_for_disk(call)
+    is_held = stands and call.state != pb.CALL_STATE_ENDING
     return pb.Call(
         id=call.id,
         session_id=call.session.id,
@@ -123,7 +126,9 @@ def call_to_proto(call: Call, admin: bool, usage: bool = False) -> pb.Call:
 
 def is_paused(call: Call) -> bool:
     """Tell whether a call is paused, by whomever."""
-    return call.frozen_since_usec is not None or held_around(call) is not None
+    if call.frozen_since_usec is not None or stands_for_disk(call):
+        return True
+    return held_around(call) is not None
 
 
 def _why_paused(call: Call) -> str:

@@ -40,13 +40,15 @@ def written(directory: Path, *lines: bytes) -> Path:
 
 def test_a_line_is_its_fields_with_or_without_optional_ones() -> None:
     root, shared = mounts.parse_mountinfo(ROOT_LINE + SHARED_LINE)
-    assert root == Mount(b"ext4", Path("/"), Path("/"), (b"rw", b"discard"))
-    assert shared == Mount(b"cgroup2", Path("/"), Path("/sys/fs/cgroup"), (b"rw", b"nsdelegate"))
+    assert root == Mount(b"ext4", Path("/"), Path("/"), (b"rw", b"discard"), b"254:0")
+    assert shared == Mount(
+        b"cgroup2", Path("/"), Path("/sys/fs/cgroup"), (b"rw", b"nsdelegate"), b"0:32"
+    )
 
 
 def test_a_mount_without_a_source_and_options_with_blanks_are_read() -> None:
     (found,) = mounts.parse_mountinfo(b"40 27 0:9 / /srv rw - tmpfs  rw,key=a b\n")
-    assert found == Mount(b"tmpfs", Path("/"), Path("/srv"), (b"rw", b"key=a b"))
+    assert found == Mount(b"tmpfs", Path("/"), Path("/srv"), (b"rw", b"key=a b"), b"0:9")
 
 
 @pytest.mark.parametrize("line", [b"36 27 0:32 / /x rw", b"36 27 - cgroup2 cgroup2 rw", b"x"])

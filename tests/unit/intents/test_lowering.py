@@ -21,6 +21,7 @@ HAS = Grant(
     timeout_usec=60_000_000,
     priority=50,
     on_pressure="freeze",
+    disk_max_bytes=1 << 30,
     settings={"cpuset": "0-1", "io_read_max": str(1 << 20), "io_write_max": str(1 << 20)},
     leftovers="end",
     gpu_percent=50,
@@ -46,6 +47,7 @@ MORE = {
     "io_read_max": "2M",
     "io_write_max": "2M",
     "io_weight": "101",
+    "disk_max": "2G",
 }
 AS_MUCH = {**MORE, "memory": "64M", "memory_max": "128M", "cpu_weight": "100", "cpu_max": "0.5"} | {
     "pids_max": "50",
@@ -61,6 +63,7 @@ AS_MUCH = {**MORE, "memory": "64M", "memory_max": "128M", "cpu_weight": "100", "
     "io_read_max": "1M",
     "io_write_max": "1M",
     "io_weight": "100",
+    "disk_max": "1G",
 }
 WAITS = {"wait"}
 """Of no use to a call that has begun."""
