@@ -6,6 +6,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "exec": ("execute", "Run a command as a tool call: agentcg exec [intent] COMMAND."),
     "status": ("status", "Show the pool with its sessions and calls, or one's own."),
     "top": ("top", "Watch who uses the pool, who is paused and why, the queue, what helps (root)."),
+    "web": ("web", "Show the same in a browser, with a timeline, on loopback; read-only (root)."),
     "sessions": ("status", "List the open sessions (root)."),
     "session": (
         "session",
