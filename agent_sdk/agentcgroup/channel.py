@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from google.protobuf.message import Message
+
 from agentcgroup import packets
 from agentcgroup.closing import Closing
 from agentcgroup.errors import AgentcgError, ConnectionLost, Unavailable, from_rpc_error
 from agentcgroup.flow import CHANNEL_OPTIONS, Flow, Rpc
 from agentcgroup.queries import Query
+from agentcgroup.v1 import agentcgroup_pb2 as pb
 
 if TYPE_CHECKING:
     # Imported where it is needed: that takes longer than a whole request by packet.
@@ -105,7 +108,7 @@ class Connection(Generic[S]):
         if data is not None and line is not None:
             try:
                 with line:
-                    return line.end(data, rpc.timeout)
+                    return line.end(data, rpc.timeout, _ended_well(rpc.request))
             except (ConnectionLost, packets.TooLong):
                 pass  # the daemon that held this connection is gone, or has more to say
         if data is not None:
@@ -131,6 +134,13 @@ class Connection(Generic[S]):
         found = self._by_pid.pop(os.getpid(), None)
         if found is not None:
             found[0].close()
+
+
+def _ended_well(request: Message) -> bool:
+    """Tell whether a request is for the end of a call whose command has ended with status 0."""
+    if not isinstance(request, pb.EndCallRequest):
+        return False
+    return request.HasField("wait_status") and not request.wait_status
 
 
 class Client(Closing, Generic[S]):

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 REQUEST_BYTES_MAX = 16_384
 REPLY_BYTES_MAX = 1 << 20
+EXPECTED_S = 0.01
+"""How long the report of a command that ended well is waited for before it is asked for. The daemon
+is told of the end by the kernel, as the parent of the command is."""
 
 
 class TooLong(Exception):
@@ -126,10 +129,10 @@ class Line:
             raise away(error, self.path) from None
         return parse(method, reply, self.path)
 
-    def end(self, data: bytes, timeout: float) -> Any:
+    def end(self, data: bytes, timeout: float, is_expected: bool = False) -> Any:
         """End the call that was begun on this connection by the packet `data`, unless its report is
-        there already. Raises what `ask` does."""
-        reply = self.report_or_ask(data)
+        there already, or where it `is_expected` comes in a moment. Raises what `ask` does."""
+        reply = self.report_or_ask(data, EXPECTED_S if is_expected else 0.0)
         if reply is not None:
             return parse("EndCall", reply, self.path)
         try:
@@ -139,13 +142,13 @@ class Line:
             # has sent: unix(7), ECONNRESET.
             return self.answer("EndCall", timeout)
 
-    def report_or_ask(self, data: bytes) -> bytes | None:
-        """Take the report if it is there, without waiting; else send the packet `data`, and give
+    def report_or_ask(self, data: bytes, wait_s: float = 0.0) -> bytes | None:
+        """Take the report if it is there within `wait_s`; else send the packet `data`, and give
         None."""
         try:
-            self.socket.settimeout(0)
+            self.socket.settimeout(wait_s)
             return self.socket.recv(REPLY_BYTES_MAX)
-        except BlockingIOError:
+        except (BlockingIOError, TimeoutError):
             pass
         except OSError as error:
             raise away(error, self.path) from None

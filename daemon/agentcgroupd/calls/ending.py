@@ -101,6 +101,8 @@ class OpenCalls:
         self._leftovers = Leftovers(config, notices, self._populated, self._kill, self._recheck)
         self.open: dict[str, Call] = {}
         self._postponed: dict[str, Call] = {}
+        self._untold: dict[str, Callable[[], None]] = {}
+        """Calls that have begun and are about to be told of, with what does that."""
         self.ended = 0
         self.second = second
 
@@ -119,6 +121,12 @@ class OpenCalls:
         if call.owner is not None:
             self._owners.add(call)
         self._deadlines.begun(call)
+
+    def _told(self, call_id: str) -> None:
+        """Tell of a call that has begun, unless that is done."""
+        tell = self._untold.pop(call_id, None)
+        if tell is not None:
+            tell()
 
     def restore(self, session: Session, call: Call) -> None:
         """Take up a call that an earlier daemon began; it may have ended meanwhile. Raises
@@ -320,6 +328,7 @@ class OpenCalls:
                 # has just been put into the cgroup, the call ends with that.
                 call.held = False
                 call.line(report)
+            self._told(call.id)
             # Before the cgroup goes: a daemon killed in between would lose the report. One killed
             # after this finds the empty cgroup and writes the entry again; the later one counts.
             self._reports.write(report)

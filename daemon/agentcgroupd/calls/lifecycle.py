@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls import nesting
@@ -65,6 +66,10 @@ from agentcgroupd.telemetry.wire import call_to_proto
 from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
+
+TOLD_S = 0.005
+"""How long after its beginning a call that nobody has entered is told of: until then the answer is
+on its way, and the launcher in the daemon's queue."""
 
 
 class Calls(OpenCalls):
@@ -195,8 +200,9 @@ class Calls(OpenCalls):
                     raise
                 raise Unavailable(f"the call's limits could not be set: {error}") from None
             self.begun += 1
-            # After the answer, which somebody waits for.
-            self._loop.call_soon(self._tell_begun, call, candidate.request.intent)
+            # Somebody waits for the answer, and then to enter.
+            self._untold[call.id] = partial(self._tell_begun, call, candidate.request.intent)
+            self._loop.call_later(TOLD_S, self._told, call.id)
         self._observer.call_begun(call)
         return call
 
@@ -338,6 +344,8 @@ class Calls(OpenCalls):
             call.state = pb.CALL_STATE_RUNNING
         self._deadlines.entered(call)
         self._keep(call)
+        if call.id in self._untold:
+            self._loop.call_soon(self._told, call.id)
 
     def update(self, call: Call, intent: Intent, only_lower: bool = False) -> Call:
         """Change an open call's grant. `only_lower`: refuse what would raise anything that the call

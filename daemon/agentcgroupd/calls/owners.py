@@ -14,6 +14,9 @@ from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
 
+IDLE_KEPT = 256
+"""Owners without a call that are watched on: most begin another one soon."""
+
 
 class Owners:
     """Watches the processes that hold calls open, and tells of each call whose owner has ended."""
@@ -26,6 +29,8 @@ class Owners:
         self._loop = asyncio.get_running_loop()
         self._calls: dict[tuple[int, int], set[Call]] = {}
         self._fds: dict[tuple[int, int], int] = {}
+        self._idle: dict[tuple[int, int], None] = {}
+        """Owners without a call, the longest first."""
 
     def add(self, call: Call) -> None:
         """Start to watch `call.owner`, whose pidfd stays the caller's."""
@@ -36,6 +41,7 @@ class Owners:
             self._calls[key] = set()
             self._fds[key] = os.dup(owner.pidfd)
             self._loop.add_reader(self._fds[key], self._ended, key)
+        self._idle.pop(key, None)
         self._calls[key].add(call)
 
     def drop(self, call: Call) -> None:
@@ -44,12 +50,17 @@ class Owners:
         if owner is None:
             return
         key = (owner.pid, owner.start_ticks)
-        calls = self._calls.get(key, set())
+        calls = self._calls.get(key)
+        if calls is None:
+            return
         calls.discard(call)
         if not calls:
-            self._close(key)
+            self._idle[key] = None
+        if len(self._idle) > IDLE_KEPT:
+            self._close(next(iter(self._idle)))
 
     def _close(self, key: tuple[int, int]) -> None:
+        self._idle.pop(key, None)
         if self._calls.pop(key, None) is not None:
             fd = self._fds.pop(key)
             self._loop.remove_reader(fd)

@@ -131,6 +131,8 @@ def settle(
     """Cut the settings of a grant to what can be had above it; those that are as `before` stay.
     `outer`: the cgroups of the calls that it is in, the outermost first. Nothing is written to the
     call. Raises InvalidField or KnobError."""
+    if not grant.settings:
+        return grant
     above, whose = (outer[-1], "the call around it") if outer else (session.cgroup, "this session")
     settled, advice = dict(grant.settings), list(grant.advice)
     for name, text in grant.settings.items():

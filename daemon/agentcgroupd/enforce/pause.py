@@ -14,6 +14,7 @@ task).
 from __future__ import annotations
 
 from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.held import HeldKnob
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.enforce import memory_high
 from agentcgroupd.errors import KnobError
@@ -110,7 +111,13 @@ def session_frozen_usec(session: Session) -> int:
     """Return for how long a session has been frozen in all, where the kernel tells it; else 0."""
     if knobs.CGROUP_STAT_LOCAL.file not in session.offered:
         return 0
-    return _counted_usec(session.cgroup) or 0
+    if session.frozen_file is None:
+        session.frozen_file = HeldKnob(session.cgroup, knobs.CGROUP_STAT_LOCAL)
+    try:
+        counted = session.frozen_file.read_if()
+    except KnobError:
+        return 0
+    return 0 if counted is None else counted.get("frozen_usec", 0)
 
 
 def take_up(call: Call) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.cgroup.held import HeldKnob
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.clock import boottime_usec as boottime_usec
 from agentcgroupd.clock import unix_usec as unix_usec
@@ -446,6 +447,8 @@ class Session:
     """Whether its limits are being written."""
     places: tuple[Place, ...] | None = None
     """The session's cgroup and those above it, the nearest first; None: not found out yet."""
+    frozen_file: HeldKnob[dict[str, int]] | None = None
+    """Its cgroup.stat.local, which is read when a call begins; None: not read yet."""
     held: Held = NOTHING_HELD
     """What its agent and files without a call held at `held_at` (time.monotonic)."""
     held_at: float = float("-inf")
