@@ -38,6 +38,10 @@ def begin(daemon: DaemonProcess, agent: AgentProcess, script: str) -> None:
     agent.run(BEGIN, run_dir=str(daemon.run_dir), script=script)
 
 
+def is_entered(daemon: DaemonProcess) -> bool:
+    return any((call / "cgroup.procs").read_text() for call in daemon.call_dirs())
+
+
 def report(agent: AgentProcess, code: str = "") -> pb.Report:
     raw, rest = agent.run(code + REPORT)
     assert rest == b""  # the connection ends behind it
@@ -85,6 +89,7 @@ def test_a_call_whose_connection_ends_stays_open(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
     begin(daemon, agent, "sleep 1000")
+    wait_until("the tool is in its call", lambda: is_entered(daemon))
     agent.run("sock.close()")
     assert len(agent.run("result = [call.id for call in agent.calls()]")) == 1
     assert agent.run("result = agent.end_call(call_id).verdict") == "cancelled"
@@ -92,6 +97,7 @@ def test_a_call_whose_connection_ends_stays_open(
 
 def test_the_connection_is_no_way_for_others(daemon: DaemonProcess, agent: AgentProcess) -> None:
     begin(daemon, agent, "sleep 1000")
+    wait_until("the tool is in its call", lambda: is_entered(daemon))
     code = """
 request = b"ACG1\\0rpc\\0EndCall\\0" + pb.EndCallRequest(call_id=call_id).SerializeToString()
 child = os.fork()
