@@ -12,6 +12,8 @@ from agentcgroup.meant import meant
 from .output import complain, say
 
 USAGE_CODE = 2
+_MISSING = "the following arguments are required: "
+"""How argparse begins to say so."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +61,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and where help is, and exit."""
         what = message.removeprefix("argument ")
+        if what.startswith(_MISSING):
+            what += "".join(map(self._choices, what.removeprefix(_MISSING).split(", ")))
         self.exit(self.usage_code, f"{self.prog}: {what}\n  try: {self.prog} --help\n")
+
+    def _choices(self, name: str) -> str:
+        """Return what an argument takes, to stand behind its name where it is missing."""
+        for action in self._actions:
+            if action.metavar == name and action.choices is not None and not action.option_strings:
+                return f"; {name} is {' or '.join(map(str, action.choices))}"
+        return ""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         # argparse's own says nothing where the help cannot be written.

@@ -80,6 +80,7 @@ def test_other_words_for_the_same(daemon: FakeDaemon, run: Cli) -> None:
         (["audit", "shw"], "'shw' cannot be used; allowed is show or verify"),
         (["report", "--limit", "x"], "'x' is not a whole number, 1 or more"),
         (["session", "open"], "the following arguments are required: NAME"),
+        (["setup"], "required: AGENT; AGENT is claude or codex or gemini or opencode or openhands"),
         (["session", "set", "x"], "no limit is given"),
         (["session", "adopt", "x"], "--pid"),
     ],
