@@ -34,7 +34,7 @@ INSIDE = "/usr/src/agentcgroup"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 TOLD = ("timeout", "oom_call", "ok")
 """Verdicts of the three calls of the tour."""
-GUEST_MIB, GUEST_TIMEOUT_S = 2048, 1500
+GUEST_MIB, GUEST_TIMEOUT_S = 2048, 3600
 _ENTER = """set -e
 mount --rbind /dev "$1/dev"
 mount -t proc proc "$1/proc"
@@ -113,7 +113,7 @@ def in_guest(root: Path, pasted: Sequence[str], tour: Sequence[str]) -> None:
         "set -ex",
         f"cd {INSIDE}",
         f"mkdir -p {_SLOW}",  # an emulated CPU takes its time
-        f"printf '[Service]\\nTimeoutStartSec=300\\nWatchdogSec=0\\n' >{_SLOW}/slow.conf",
+        f"printf '[Service]\\nTimeoutStartSec=1200\\nWatchdogSec=0\\n' >{_SLOW}/slow.conf",
         *pasted,
         "systemctl is-active agentcgroupd.service",
         *tour,
