@@ -184,7 +184,11 @@ class Host:
         is_none(self.daemon, made.session)
 
     def is_plugin(self) -> bool:
-        """Whether the daemon has joined the runtime that runs now, as far as its log tells."""
+        """Whether the daemon runs, and has joined the runtime that runs now, as far as its log
+        tells."""
+        process = self.daemon.process
+        if process is None or process.poll() is not None:
+            return False
         text = self.daemon.log.read_text()
         return text.rfind("nri containerd") > max(text.rfind("nri: "), text.rfind("is enforced"))
 
