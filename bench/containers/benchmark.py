@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +142,8 @@ def executions(host: Host, count: int) -> dict[str, dict[str, list[float]]]:
                 times[case].append(1e3 * (time.perf_counter() - began))
                 assert code == 0, text
         assert sessions(host.daemon)[session.session].calls_ended == count
+        for made in (session, plain):
+            host.remove(made)
         found[runtime] = times
     return found
 
@@ -187,17 +188,19 @@ def report(host: Host, count: int, execs: int) -> BenchReport:
 def measure(count: int, execs: int) -> int:
     """Measure in this guest."""
     prepare_guest()
-    with tempfile.TemporaryDirectory(prefix="c", dir="/run") as directory, ExitStack() as stack:
-        host = stack.enter_context(all_runtimes(Path(directory)))
+    # Its mounts end with the guest.
+    directory = tempfile.mkdtemp(prefix="c", dir="/run")
+    with all_runtimes(Path(directory)) as host:
         made = report(host, count, execs)
-    made.show()
-    for case, ways in made.details["cases"].items():
-        for way, told in ways.items():
-            numbers = ", ".join(
-                f"{what} {each['p50']:.0f} ms (to {each['max']:.0f})" for what, each in told.items()
-            )
-            print(f"  {case}, {way}: {numbers}")
-    print(f"  written: {made.write()}")
+        made.show()
+        for case, ways in made.details["cases"].items():
+            for way, told in ways.items():
+                numbers = ", ".join(
+                    f"{what} {each['p50']:.0f} ms (to {each['max']:.0f})"
+                    for what, each in told.items()
+                )
+                print(f"  {case}, {way}: {numbers}")
+        print(f"  written: {made.write()}", flush=True)
     return 0 if all(target.met for target in made.targets) else 1
 
 
