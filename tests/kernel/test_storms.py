@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,10 @@ pytestmark = [
     pytest.mark.usefixtures("lifecycle_program"),
 ]
 
-SHELLS = 300
+SHELLS = 3000
 LIMIT = 50
+LEFT_AFTER_S = 3.0
+"""Longer than calls.leftovers_grace: what is left then is noted."""
 STORM = """
 stdin, release = os.pipe()
 children = [
@@ -83,7 +86,8 @@ def test_many_shells_at_once(daemon: DaemonProcess, agent: AgentProcess) -> None
 def test_nothing_that_a_call_leaves_running_gets_out_of_it(
     daemon: DaemonProcess, agent: AgentProcess, how: str
 ) -> None:
-    assert agent.run(RUN, script=ESCAPES[how]) == 0
+    script = ESCAPES[how]
+    assert agent.run(RUN, script=script) == 0
     leaf = daemon.cgroup_dir / "alpha/agent/cgroup.procs"
     wait_until("the agent is alone in its leaf", lambda: len(leaf.read_text().split()) == 1)
     (call,) = daemon.call_dirs()
@@ -93,6 +97,12 @@ def test_nothing_that_a_call_leaves_running_gets_out_of_it(
         return any(Path(f"/proc/{pid}/comm").read_text() == "sleep\n" for pid in inside)
 
     wait_until("what it left running is in it", sleeps)
+    time.sleep(LEFT_AFTER_S)
     report = daemon.admin.EndCall(pb.EndCallRequest(call_id=call.name.removeprefix("call-")))
     assert report.session_id == "alpha"
+    (told,) = [fact.what for fact in report.facts if "left running" in fact.what]
+    assert "sleep (" in told and ("in a session of its own (setsid)" in told) is (
+        "setsid" in script
+    )
+    assert "its parent has ended" in told
     wait_until("all of it has ended", lambda: not daemon.call_dirs())

@@ -16,6 +16,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.evidence import main_status
 from agentcgroupd.config import CallDefaults
 from agentcgroupd.enforce.kill import ask_end, main_ended, terminate, went_on_beside
+from agentcgroupd.enforce.left_running import note_left_running
 from agentcgroupd.errors import KnobError
 from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import Call
@@ -119,6 +120,7 @@ class Leftovers:
         its cgroup.events."""
         if call.state == pb.CALL_STATE_ENDING or not self._populated(call):
             return
+        note_left_running(call, call.cgroup.all_procs())
         if call.grant.leftovers == "keep":
             if not call.observed:
                 self._notices.tell(call.session, call.id, kept_feedback(call))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.enforce.left_running import note_left_running
 from agentcgroupd.enforce.outside import SEARCH_S, find_outsiders, place_outside
 from agentcgroupd.enforce.tracers import kill_tracers
 from agentcgroupd.errors import KnobError
@@ -86,6 +87,8 @@ def ask_end(
     except KnobError as error:
         log.debug("call %s: its processes cannot be counted: %s", call.id, error)
     count = len(pids)
+    if call.entered and not ran:
+        note_left_running(call, pids)
     if ran and by is not Asker.WENT_ON:
         find_outsiders(call, pids, search_s)
     what, source = _ASKED[by]

@@ -288,6 +288,7 @@ class ProcessStat:
     state: str
     parent_pid: int
     group: int
+    session: int
     start_ticks: int
     exit_status: int
     """Wait status; meaningful while state is Z."""
@@ -312,6 +313,7 @@ def process_stat(pid: int) -> ProcessStat:
         state=fields[0].decode(),
         parent_pid=int(fields[1]),
         group=int(fields[2]),
+        session=int(fields[3]),
         start_ticks=int(fields[19]),
         exit_status=int(fields[49]),
     )
