@@ -26,6 +26,7 @@ SANDBOXES = {
     "socket refused": "socket",
     "connect refused": "connect",
     "bubblewrap, socket refused": "all",
+    "bubblewrap, connect refused": "all, connect",
 }
 WORKER = """
 import os, sys, time

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import StartDaemon
 from tests.harness import AgentProcess, DaemonProcess, wait_until
 
-pytestmark = [pytest.mark.controllers, pytest.mark.full_speed]
+pytestmark = pytest.mark.controllers
 
 ATTEMPTS, LIMIT, PAST_MOST = 1000, 120, 64
 PROGRAM = f"""

@@ -201,7 +201,7 @@ with ThreadPoolExecutor(8) as pool:
 """
 
 
-@pytest.mark.parametrize("kind", ["socket", "connect", "all"])
+@pytest.mark.parametrize("kind", ["socket", "connect", "all", "all, connect"])
 def test_many_at_a_time_have_each_their_own(
     daemon: DaemonProcess, agent: AgentProcess, refuse: Path, kind: str
 ) -> None:

@@ -14,9 +14,9 @@ NAMESPACES = (
 )
 """bubblewrap's options: a mount namespace, in which the root is read-only, it makes always. The
 daemon's sockets cannot be seen."""
-KINDS = ("socket", "connect", "namespaces", "all")
+KINDS = ("socket", "connect", "namespaces", "all", "all, connect")
 """Refused: sockets of the kind AF_UNIX, as Claude Code's sandbox does; connect(2), as Codex's does.
-Or nothing is, but the namespaces are new; or these and the sockets."""
+Or nothing is, but the namespaces are new; or these and the sockets; or these and connect(2)."""
 
 
 def compile_filter(directory: Path) -> Path:
@@ -29,6 +29,6 @@ def compile_filter(directory: Path) -> Path:
 
 def sandbox(kind: str, program: Path) -> list[str]:
     """Return the beginning of a command line whose rest runs in a sandbox of this kind."""
-    refuse = {"all": "socket", "namespaces": ""}.get(kind, kind)
-    inside = ["bwrap", *NAMESPACES, "--"] if kind in ("all", "namespaces") else []
+    refuse = {"all": "socket", "all, connect": "connect", "namespaces": ""}.get(kind, kind)
+    inside = ["bwrap", *NAMESPACES, "--"] if kind not in ("socket", "connect") else []
     return [*inside, str(program), refuse] if refuse else inside
