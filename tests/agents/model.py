@@ -13,7 +13,6 @@ from typing import Any
 DONE = "All done."
 SHELL_TOOLS: dict[str, Callable[[str], dict[str, Any]]] = {
     "Bash": lambda command: {"command": command, "description": "scripted"},
-    "bash": lambda command: {"command": command, "description": "scripted"},
     "exec_command": lambda command: {"cmd": command},
     "shell_command": lambda command: {"command": command},
     "shell": lambda command: {"command": ["bash", "-c", command]},

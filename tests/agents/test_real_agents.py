@@ -21,19 +21,18 @@ PACKAGES = {
     "claude": "@anthropic-ai/claude-code@2.1.332",
     "codex": "@openai/codex@0.171.0",
     "gemini": "@google/gemini-cli@0.61.0",
-    "opencode": "opencode-ai@1.18.33",
 }
 WHERE = Path(os.environ.get("AGENTCG_AGENTS_DIR") or Path.home() / ".cache/agentcgroup/agents")
 FRONT = str(Path(EXEC).with_name("agentcg"))
 RUN = """
-done = subprocess.run(argv, capture_output=True, text=True, env=env, cwd=cwd, timeout=400,
+done = subprocess.run(argv, capture_output=True, text=True, env=env, cwd=cwd, timeout=150,
                       stdin=subprocess.DEVNULL)
 result = (done.returncode, done.stdout[-3000:], done.stderr[-3000:])
 """
 
 pytestmark = [
     pytest.mark.full_speed,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(300),
     pytest.mark.skipif("AGENTCG_AGENTS" not in os.environ, reason="set AGENTCG_AGENTS=1"),
 ]
 
@@ -78,20 +77,6 @@ def command_line(
         options = ["--skip-git-repo-check", "--dangerously-bypass-hook-trust"]
         full = ["-s", "danger-full-access"]
         return [program, "exec", *options, *full, "go"], {"OPENAI_API_KEY": "x"}
-    if agent == "opencode":
-        options = {"baseURL": f"{url}/v1", "apiKey": "x"}
-        provider = {"npm": "@ai-sdk/anthropic", "options": options, "models": {"m": {"name": "m"}}}
-        settings = {"provider": {"scripted": provider}, "model": "scripted/m"}
-        settings |= {"small_model": "scripted/m", "permission": {"bash": "allow"}}
-        (home / ".config/opencode").mkdir(parents=True, exist_ok=True)
-        (home / ".config/opencode/opencode.json").write_text(json.dumps(settings))
-        off = ("AUTOUPDATE", "MODELS_FETCH", "LSP_DOWNLOAD", "DEFAULT_PLUGINS", "SHARE")
-        env = {f"OPENCODE_DISABLE_{name}": "1" for name in off}
-        # It fetches the package of plugins' types when it finds a plugin.
-        registry = ["npm", "config", "get", "registry"]
-        env["npm_config_registry"] = subprocess.check_output(registry, text=True).strip()
-        env["SHELL"] = str(Path(FRONT).with_name("agentcg-sh"))
-        return [program, "run", "go"], env
     env = {
         "GEMINI_API_KEY": "x",
         "GOOGLE_GEMINI_BASE_URL": url,
