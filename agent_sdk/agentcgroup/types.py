@@ -99,6 +99,8 @@ class FeedbackCode(str, Enum):
     GPU_FAULT = "gpu_fault"
     GPU_LOST = "gpu_lost"
     GPU_UNSHARED = "gpu_unshared"
+    IO_LOWERED = "io_lowered"
+    IO_RESTORED = "io_restored"
 
     __str__ = str.__str__
 

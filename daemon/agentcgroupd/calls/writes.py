@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.knobs import Knob
 from agentcgroupd.errors import KnobError
-from agentcgroupd.host.proc import read_proc
+from agentcgroupd.host.proc import parse_written, read_proc
 from agentcgroupd.state.session import Call
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ WROTE_TOO_MUCH = "Stopped at its own limit of what it may write"
 PROCESSES_MOST = 256
 """Processes of a call that are asked."""
 _IO_BYTES_MAX = 1024
-_WRITTEN = b"write_bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +69,12 @@ def parse_unwritten(text: str) -> int:
 _UNWRITTEN = Knob("memory.stat", parse_unwritten)
 
 
-def parse_process(data: bytes) -> int:
-    """Bytes that a process has had written, from /proc/<pid>/io. Raises ValueError."""
-    for line in data.split(b"\n"):
-        name, _, value = line.partition(b":")
-        if name == _WRITTEN:
-            return int(value)
-    raise ValueError("no write_bytes in /proc/<pid>/io")
-
-
 def _by_processes(call: Call) -> int:
     """Add up what the processes of a call have written. Raises KnobError."""
     found = {}
     for pid in call.cgroup.all_procs()[:PROCESSES_MOST]:
         try:
-            found[pid] = parse_process(read_proc(pid, "io", _IO_BYTES_MAX))
+            found[pid] = parse_written(read_proc(pid, "io", _IO_BYTES_MAX))
         except (OSError, ValueError):
             continue  # it has just ended, or this kernel does not count (TASK_IO_ACCOUNTING)
     # A pid may have been given to another process meanwhile, which is in no call.

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from agentcgroup.text import printable
-from agentcgroupd.calls.writes import parse_process
 from agentcgroupd.doctor.diagnosis import Feature, State
 from agentcgroupd.host.mounts import mounts
+from agentcgroupd.host.proc import parse_written
 from agentcgroupd.host.syscalls import inotify_init
 
 WATCHES_WANTED = 65_536
@@ -35,7 +35,7 @@ def _writes() -> Feature:
     """Tell how it is known what a call writes, and where the kernel keeps quotas of directories."""
     name = "limits of what is written"
     try:
-        parse_process(Path("/proc/self/io").read_bytes())
+        parse_written(Path("/proc/self/io").read_bytes())
     except (OSError, ValueError):
         reason = "processes do not tell what they write (/proc/self/io)"
         remedy = "use a kernel with CONFIG_TASK_IO_ACCOUNTING"

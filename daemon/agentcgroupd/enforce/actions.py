@@ -11,7 +11,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf.memory import MemoryPrograms
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.enforce import memory_high, pause
+from agentcgroupd.enforce import disks, memory_high, pause
 from agentcgroupd.enforce.kill import ask_end, kill
 from agentcgroupd.enforce.reclaimer import ANON_FIRST, CACHE_ONLY, Reclaimer, Swappiness
 from agentcgroupd.errors import BpfError, CgroupGone, KnobError
@@ -199,10 +199,37 @@ class Actions:
         self.touched(call)
         self.notices.acted_on_call("unthrottle", call, why, None)
 
+    def io_weight(self, call: Call, percent: int, why: str) -> None:
+        """Leave a call `percent` of its weight for disks; no error if that is so already. Raises
+        KnobError, or CgroupGone."""
+        if call.disks.weight_since_usec is None and disks.lower_weight(call, percent):
+            self.notices.acted_on_call("io_weight", call, why, pb.FEEDBACK_CODE_IO_LOWERED)
+
+    def io_unweight(self, call: Call, why: str) -> None:
+        """Give a call its weight for disks again; no error if it has it. Raises KnobError, or
+        CgroupGone."""
+        if call.disks.weight_since_usec is not None:
+            disks.restore_weight(call)
+            self.notices.acted_on_call("io_unweight", call, why, pb.FEEDBACK_CODE_IO_RESTORED)
+
+    def io_max(self, call: Call, rate: int, why: str) -> None:
+        """Hold a call to so many bytes a second of each disk that it uses; no error if it is held
+        already. Raises KnobError, or CgroupGone."""
+        if call.disks.held_since_usec is None and disks.hold(call, rate):
+            self.notices.acted_on_call("io_max", call, why, pb.FEEDBACK_CODE_IO_LOWERED)
+
+    def io_unmax(self, call: Call, why: str) -> None:
+        """Hold a call to no more than its grant says; no error if that is so. Raises KnobError, or
+        CgroupGone."""
+        if call.disks.held_since_usec is not None:
+            disks.let_go(call)
+            self.notices.acted_on_call("io_unmax", call, why, pb.FEEDBACK_CODE_IO_RESTORED)
+
     def take_up(self, call: Call) -> None:
         """Let a call that was found again go on as granted: an earlier daemon may have been killed
         while it had slowed or paused the call. Raises KnobError."""
         memory_high.take_up(call)
+        disks.take_up(call)
         # cgroup.freeze says what was asked for: a process that sleeps in the kernel may not have
         # stopped yet.
         if not call.cgroup.read(knobs.CGROUP_FREEZE):
@@ -229,6 +256,8 @@ class Actions:
             lambda: memory_high.write(call),
             lambda: self.unhold(call, why),
             lambda: self.disk_unhold(call, why),
+            lambda: self.io_unmax(call, why),
+            lambda: self.io_unweight(call, why),
             lambda: self.thaw(call, why),
             lambda: self.unthrottle(call, why),
             lambda: self.restore(call.session, why),

@@ -19,6 +19,7 @@ from agentcgroupd.errors import CgroupGone, KnobError
 from agentcgroupd.guard.credit import CreditKeeper
 from agentcgroupd.guard.high_mark import PoolMark
 from agentcgroupd.guard.host_reader import HostReader
+from agentcgroupd.guard.io_sampler import IoSampler
 from agentcgroupd.guard.lock_holders import LockHolders
 from agentcgroupd.guard.look import CallLook, FileLook, KernelLook
 from agentcgroupd.guard.loop import GuardLoop
@@ -88,6 +89,8 @@ class PoolGuard:
         sampler.cpu_below_bytes = lambda: kill_free_bytes(policy_files.policy, sampler.limit_bytes)
         calls.actions.touched = sampler.touch
         self.sampler = sampler
+        disks = IoSampler(pool.cgroup, calls.open, sessions.values, lambda: policy_files.policy)
+        sampler.disks = disks
         self._memory = MemoryResource(lambda: policy_files.policy, sampler.snapshot)
         if config.credit:
             self.credit = CreditKeeper(
@@ -111,6 +114,7 @@ class PoolGuard:
             self._memory.sampled,
             marks,
             LockHolders(sessions, sampler.touch),
+            disks,
         )
         policy_files.follow(self._change_policy)
         self._learn_by(policy_files.policy)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.enforce.disks import IO_MAX
 from agentcgroupd.host import zram
 from agentcgroupd.host.zram import Swap, ZramStat
 from agentcgroupd.policy.snapshot import Host
@@ -44,14 +45,19 @@ def read_host(programs: Host, pool: Cgroup) -> Host:
     """Four small files, some 50 microseconds, added to what the kernel's programs can do here.
     Raises KnobError or OSError."""
     areas = zram.swaps()
-    can_reclaim = pool.has(knobs.MEMORY_RECLAIM)
+    files = pool.files()
+    programs = replace(
+        programs,
+        can_reclaim=knobs.MEMORY_RECLAIM.file in files,
+        has_io_weight=knobs.IO_WEIGHT.file in files,
+        has_io_max=IO_MAX.file in files,
+    )
     if not areas:
-        return replace(programs, can_reclaim=can_reclaim)
+        return programs
     most = pool.read_if(knobs.MEMORY_SWAP_MAX)
     free_here = None if most is None else most - pool.read(knobs.MEMORY_SWAP_CURRENT)
     return replace(
         programs,
-        can_reclaim=can_reclaim,
         swap_free_bytes=swap_free(areas, zram.swap_stats(areas), free_here),
         # Where pages go first.
         swap_is_zram=max(areas, key=lambda area: area.priority).is_zram,

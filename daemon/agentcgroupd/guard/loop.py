@@ -12,12 +12,14 @@ from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.errors import BpfError, KnobError
 from agentcgroupd.guard.high_mark import PoolMark
+from agentcgroupd.guard.io_sampler import IoSampler
 from agentcgroupd.guard.lock_holders import LockHolders
 from agentcgroupd.guard.sampler import Sampler
 from agentcgroupd.policy.engine import decide
 from agentcgroupd.policy.schedule import Schedule, holds_back, rest_s
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.policy.snapshot import (
+    IO_ACTIONS,
     SESSION_ACTIONS,
     TICK,
     Action,
@@ -27,7 +29,7 @@ from agentcgroupd.policy.snapshot import (
     Snapshot,
     State,
 )
-from agentcgroupd.state.session import Session, boottime_usec
+from agentcgroupd.state.session import Call, Session, boottime_usec
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +52,13 @@ class GuardLoop:
         on_sample: Callable[[Snapshot], None],
         marks: Sequence[PoolMark],
         locks: LockHolders | None = None,
+        disks: IoSampler | None = None,
     ) -> None:
         """`waits`: whether a call waits for memory, so that snapshots are taken although the pool
         is calm; `on_sample`: called with each snapshot, after what was decided by it is done;
         `marks`: what tells that use of the pool has passed the mark; all of them follow it;
-        `locks`: finds calls that hold others up, None: nobody looks."""
+        `locks`: finds calls that hold others up, `disks`: who waits for disks and who uses them;
+        None: nobody looks."""
         self._config = config
         self._sampler = sampler
         self._calls = calls
@@ -62,7 +66,7 @@ class GuardLoop:
         self._waits = waits
         self._on_sample = on_sample
         self._marks = marks
-        self._locks = locks
+        self._locks, self._disks = locks, disks
         self._actions = calls.actions
         self._limit = sampler.limit_bytes
         self._loop = asyncio.get_running_loop()
@@ -162,7 +166,8 @@ class GuardLoop:
             mark.sampled(usage)
         self._free_bytes = free = self._limit - usage
         calm = self._schedule.is_calm(free, signal)
-        if calm and not self.holds_back and not self._waits():
+        busy = self._disks is not None and self._disks.look(boottime_usec())
+        if calm and not busy and not self.holds_back and not self._waits():
             return
         self._check_pauses()
         self._check_locks()
@@ -216,6 +221,9 @@ class GuardLoop:
         if call is None:
             return False
         actions, why = self._actions, decision.why
+        if decision.action in IO_ACTIONS:
+            self._apply_to_disks(call, decision)
+            return True
         match decision.action:
             case Action.THROTTLE:
                 actions.throttle(call, decision.amount, why, by_cpu=decision.by_cpu)
@@ -232,6 +240,18 @@ class GuardLoop:
             case Action.KILL:
                 actions.kill(call, why)
         return True
+
+    def _apply_to_disks(self, call: Call, decision: Decision) -> None:
+        actions, why = self._actions, decision.why
+        match decision.action:
+            case Action.IO_WEIGHT:
+                actions.io_weight(call, decision.amount, why)
+            case Action.IO_UNWEIGHT:
+                actions.io_unweight(call, why)
+            case Action.IO_MAX:
+                actions.io_max(call, decision.amount, why)
+            case Action.IO_UNMAX:
+                actions.io_unmax(call, why)
 
     def _apply_to_session(self, decision: Decision) -> bool:
         if not decision.subject:

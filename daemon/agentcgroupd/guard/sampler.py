@@ -20,6 +20,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.errors import BpfError, KnobError
+from agentcgroupd.guard.io_sampler import IoSampler
 from agentcgroupd.guard.look import CallLook, FileCache, FileLook, Seen, file_cache, read_cold
 from agentcgroupd.policy.choose import kill_least_bytes
 from agentcgroupd.policy.growth import Growth
@@ -86,6 +87,8 @@ class Sampler:
         self._stall: tuple[int, int] | None = None
         self._stalled_share = 0.0
         self.limit_bytes = pool.memory_max_bytes
+        self.disks: IoSampler | None = None
+        """Who waits for disks and who uses them; None: nobody looks."""
         self.credit_bytes: Callable[[], int | None] = lambda: None
         """What all calls may take without asking; None: they have no credit."""
         self.steady_usec: Callable[[], int] = lambda: STEADY_USEC
@@ -190,7 +193,9 @@ class Sampler:
             usage_bytes=used,
             growth_bytes_per_s=growth,
             calls=calls,
-            sessions=self._sessions(now),
+            sessions=self._with_disks(self._sessions(now)),
+            io_stalled_share=0.0 if self.disks is None else self.disks.pool_share,
+            io_calls=() if self.disks is None else self.disks.calls,
             host=self._host(now),
             stalled_share=self._stalled(now),
             credit_bytes=self.credit_bytes(),
@@ -198,6 +203,16 @@ class Sampler:
             peaks_bytes=self._peaks(),
             active=active,
             first=self._first,
+        )
+
+    def _with_disks(self, sessions: tuple[SessionView, ...]) -> tuple[SessionView, ...]:
+        """Add for what part of the time important sessions wait for disks, where any does."""
+        disks = self.disks
+        if disks is None or not disks.pool_share:
+            return sessions
+        return tuple(
+            replace(view, io_stalled_share=share) if (share := disks.share_of(view.id)) else view
+            for view in sessions
         )
 
     def _judge_calls(self, now: int, tight: bool) -> tuple[CallView, ...]:

@@ -68,6 +68,16 @@ def read_proc(pid: int, file: str, most_bytes: int = -1) -> bytes:
         os.close(fd)
 
 
+def parse_written(data: bytes) -> int:
+    """Bytes that a process has had written to disks, from the content of /proc/<pid>/io. Raises
+    ValueError where they are not there."""
+    for line in data.split(b"\n"):
+        name, _, value = line.partition(b":")
+        if name == b"write_bytes":
+            return int(value)
+    raise ValueError("no write_bytes in /proc/<pid>/io")
+
+
 def children_of(pid: int) -> Iterator[list[int]]:
     """Pids of the children of a process, by the thread that has started them; none where it has
     ended, or where this kernel does not tell (CONFIG_PROC_CHILDREN)."""

@@ -19,6 +19,8 @@ from agentcgroupd.policy.headroom import (
 from agentcgroupd.policy.schema import (
     Deny,
     Freeze,
+    IoMax,
+    IoWeight,
     Kill,
     PoolFree,
     Reclaim,
@@ -28,6 +30,7 @@ from agentcgroupd.policy.schema import (
 )
 from agentcgroupd.policy.snapshot import (
     Action,
+    CallIo,
     CallView,
     Decision,
     Host,
@@ -62,7 +65,7 @@ def hold_below_free_bytes(ruleset: Ruleset, limit_bytes: int) -> int:
     return max(amounts, default=0)
 
 
-def _spared(subject: CallView | SessionView, ruleset: Ruleset, taken: Set[str]) -> bool:
+def _spared(subject: CallView | SessionView | CallIo, ruleset: Ruleset, taken: Set[str]) -> bool:
     """Tell whether a call or session is left alone for its priority, or because it was chosen."""
     return subject.priority >= ruleset.spare_priority or subject.id in taken
 
@@ -316,6 +319,74 @@ def slow(headroom: Headroom, ruleset: Ruleset, do: Slow, taken: Set[str]) -> lis
     return decisions
 
 
+# Disks
+
+IO_SHARE = 0.5
+"""Part of what all calls read and write that is held back at a time, at least."""
+
+
+def _heaviest(headroom: Headroom, ruleset: Ruleset, least: int, taken: Set[str]) -> list[CallIo]:
+    """Return the least important calls, among equals those that use disks most, which together make
+    a good part of all use."""
+    calls = headroom.now.io_calls
+    found = [c for c in calls if c.bytes_per_s >= least and not _spared(c, ruleset, taken)]
+    found.sort(key=lambda c: (c.priority, -c.bytes_per_s, c.id))
+    enough = IO_SHARE * sum(c.bytes_per_s for c in calls)
+    chosen: list[CallIo] = []
+    for call in found:
+        if chosen and sum(c.bytes_per_s for c in chosen) >= enough:
+            break
+        chosen.append(call)
+    return chosen
+
+
+def _busy(call: CallIo) -> str:
+    return (
+        "more important work waits for disks, and this call reads and writes "
+        f"{show_bytes(call.bytes_per_s)} a second"
+    )
+
+
+def io_weight(
+    headroom: Headroom, ruleset: Ruleset, do: IoWeight, taken: Set[str]
+) -> list[Decision]:
+    """Give calls that use disks most a smaller share of them."""
+    if not headroom.now.host.has_io_weight:
+        return []
+    lowered = {c.id for c in headroom.now.io_calls if c.weight_lowered_usec is not None}
+    return [
+        Decision(
+            Action.IO_WEIGHT,
+            call.id,
+            f"A smaller share of disks for now ({do.percent} % of its weight): {_busy(call)}.",
+            amount=do.percent,
+        )
+        for call in _heaviest(headroom, ruleset, do.least, {*taken, *lowered})
+    ]
+
+
+def io_max(headroom: Headroom, ruleset: Ruleset, do: IoMax, taken: Set[str]) -> list[Decision]:
+    """Hold calls that use disks most to a part of what they do. Where calls have weights and a
+    ruleset lowers them, those come first."""
+    now = headroom.now
+    if not now.host.has_io_max:
+        return []
+    weighed = now.host.has_io_weight and any(
+        r.enabled and r.do.action == "io_weight" for r in headroom.policy.rulesets
+    )
+    left = {
+        c.id
+        for c in now.io_calls
+        if c.held_usec is not None or (weighed and c.weight_lowered_usec is None)
+    }
+    decisions = []
+    for call in _heaviest(headroom, ruleset, do.least, {*taken, *left}):
+        rate = max(do.floor, int(call.bytes_per_s * do.percent / 100))
+        why = f"Held to {show_bytes(rate)} a second of each disk for now: {_busy(call)}."
+        decisions.append(Decision(Action.IO_MAX, call.id, why, amount=rate))
+    return decisions
+
+
 # Ending a call
 
 
@@ -397,4 +468,6 @@ CHOOSERS: dict[str, Chooser] = {
     "freeze": freeze,
     "kill": kill,
     "slow": slow,
+    "io_weight": io_weight,
+    "io_max": io_max,
 }

@@ -9,7 +9,7 @@ throttled, denied or paused a call for this snapshot.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 
 from agentcgroupd.policy.choose import CHOOSERS
@@ -17,6 +17,9 @@ from agentcgroupd.policy.headroom import Headroom, still_needs
 from agentcgroupd.policy.schema import (
     Detector,
     Growing,
+    IoMax,
+    IoStalled,
+    IoWeight,
     Policy,
     PoolFills,
     PoolFree,
@@ -24,6 +27,7 @@ from agentcgroupd.policy.schema import (
     Stalled,
 )
 from agentcgroupd.policy.snapshot import (
+    IO_ACTIONS,
     Action,
     CallView,
     Decision,
@@ -77,11 +81,11 @@ class _Chosen:
 
     def add(self, ruleset: Ruleset, found: Sequence[Decision], dry_run: bool) -> None:
         """Add what a ruleset has chosen. A dry run leaves everything to later rulesets, and a call
-        that only gets less CPU time may still have to be held back."""
+        that only gets less CPU time, or less of the disks, may still have to be held back."""
         self._decisions += [replace(d, ruleset=ruleset.name, dry_run=dry_run) for d in found]
         if dry_run:
             return
-        binding = [d for d in found if not d.by_cpu]
+        binding = [d for d in found if not d.by_cpu and d.action not in IO_ACTIONS]
         for decision in binding:
             self.taken.update((decision.subject, *decision.calls))
         if any(d.action in _HOLDING_OR_ENDING for d in binding):
@@ -130,6 +134,9 @@ def detector_holds(headroom: Headroom, detector: Detector, held: bool) -> bool:
         case Stalled():
             share = stalled_share(headroom, detector.scope)
             return share is not None and share > (detector.until if held else detector.above)
+        case IoStalled():
+            share = io_stalled_share(headroom, detector.scope)
+            return share is not None and share > (detector.until if held else detector.above)
         case Growing():
             return headroom.growth_bytes_per_s > detector.above.of(now.limit_bytes)
 
@@ -141,6 +148,15 @@ def stalled_share(headroom: Headroom, scope: str) -> float | None:
     if now.stalled_share is None or scope == "pool":
         return now.stalled_share
     shares = (s.stalled_share for s in now.sessions if s.priority >= IMPORTANT_PRIORITY)
+    return max(shares, default=0.0)
+
+
+def io_stalled_share(headroom: Headroom, scope: str) -> float | None:
+    """Return the same for disks."""
+    now = headroom.now
+    if now.io_stalled_share is None or scope == "pool":
+        return now.io_stalled_share
+    shares = (s.io_stalled_share for s in now.sessions if s.priority >= IMPORTANT_PRIORITY)
     return max(shares, default=0.0)
 
 
@@ -165,11 +181,32 @@ def _ways_back(
         *_release(headroom, Action.ALLOW, denied, "deny" in wanted),
         *_release(headroom, Action.UNTHROTTLE, throttled, "throttle" in wanted),
         *(Decision(Action.RESTORE, s.id, _RESTORED) for s in slowed),
+        *_disks_back(headroom, wanted),
         *thawed,
     ]
     return decisions, bool(thawed)
 
 
+def _disks_back(headroom: Headroom, wanted: Set[str]) -> list[Decision]:
+    """Give calls disks as before, where no ruleset wants them held back and that has lasted long
+    enough."""
+    rules = _acting(headroom.policy)
+    weights = max((r.do.hold for r in rules if isinstance(r.do, IoWeight)), default=0)
+    rates = max((r.do.hold for r in rules if isinstance(r.do, IoMax)), default=0)
+    found = []
+    for call in headroom.now.io_calls:
+        if "io_weight" not in wanted and _lasted(call.weight_lowered_usec, weights):
+            found.append(Decision(Action.IO_UNWEIGHT, call.id, _DISKS_BACK))
+        if "io_max" not in wanted and _lasted(call.held_usec, rates):
+            found.append(Decision(Action.IO_UNMAX, call.id, _DISKS_BACK))
+    return found
+
+
+def _lasted(usec: int | None, least_usec: int) -> bool:
+    return usec is not None and usec >= least_usec
+
+
+_DISKS_BACK = "Disks as before: nobody more important waits for them."
 _RESTORED = "CPU as before: it no longer waits for memory."
 _RELEASED = {
     Action.ALLOW: "Memory may be asked for again",

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.policy.choose import can_throttle
-from agentcgroupd.policy.engine import detector_holds, stalled_share
+from agentcgroupd.policy.engine import detector_holds, io_stalled_share, stalled_share
 from agentcgroupd.policy.headroom import Headroom, lead_of
 from agentcgroupd.policy.schema import (
     Detector,
     Growing,
+    IoStalled,
     Policy,
     PoolFills,
     PoolFree,
@@ -113,6 +114,10 @@ def _condition(detector: Detector) -> str:
         case Stalled():
             whose = "of the pool" if detector.scope == "pool" else "of an important session"
             return f"more than {detector.above:.3g} of the time {whose}, until {detector.until:.3g}"
+        case IoStalled():
+            whose = "of the pool" if detector.scope == "pool" else "of an important session"
+            much = f"more than {detector.above:.3g} of the time {whose}"
+            return f"{much} goes into waiting for disks, until {detector.until:.3g}"
         case Growing():
             return f"more than {detector.above} a second"
 
@@ -134,6 +139,11 @@ def _reading(headroom: Headroom, detector: Detector) -> str:
             if share is None:
                 return "this kernel does not tell (no PSI)"
             return f"stalled {share:.3g} of the time"
+        case IoStalled():
+            share = io_stalled_share(headroom, detector.scope)
+            if share is None:
+                return "this kernel does not tell (no PSI)"
+            return f"stalled on disks {share:.3g} of the time"
         case Growing():
             return f"grows by {show_bytes(max(0.0, headroom.growth_bytes_per_s))} a second"
 

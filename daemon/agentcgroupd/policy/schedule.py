@@ -61,7 +61,10 @@ def holds_back(snapshot: Snapshot, decisions: Sequence[Decision]) -> bool:
     """Whether something was done, or is decided now, that is to be undone in time: the pool is
     then sampled however calm it gets."""
     calls, sessions = snapshot.active_calls, snapshot.sessions
-    return bool(decisions) or any(map(_held_back, calls)) or any(s.slowed for s in sessions)
+    if decisions or any(map(_held_back, calls)) or any(s.slowed for s in sessions):
+        return True
+    lowered = ((c.weight_lowered_usec, c.held_usec) for c in snapshot.io_calls)
+    return any(since is not None for pair in lowered for since in pair)
 
 
 def _held_back(call: CallView) -> bool:

@@ -153,7 +153,25 @@ class Growing(Section):
     above: Annotated[Amount, BeforeValidator(_amount)]
 
 
-Detector = Annotated[PoolFree | PoolFills | Stalled | Growing, Field(discriminator="detector")]
+class IoStalled(Section):
+    """Detector: tasks stall on disks (PSI some) for more than this part of the time."""
+
+    detector: Literal["io_stalled"]
+    scope: Literal["pool", "important"] = "important"
+    """Tasks of the whole pool, or of the important session that stalls most."""
+    above: Share
+    until: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> IoStalled:
+        if self.until >= self.above:
+            raise _wrong("until", self.until, f"less than above, which is {self.above:g}")
+        return self
+
+
+Detector = Annotated[
+    PoolFree | PoolFills | Stalled | Growing | IoStalled, Field(discriminator="detector")
+]
 
 
 # Actions
@@ -220,8 +238,39 @@ class Slow(Section):
     """Part of the time; sessions that stall for more than this are slowed."""
 
 
+Rate = Annotated[int, quantity(parse_bytes, "size")]
+
+
+class IoWeight(Section):
+    """Action: give a smaller share of the disks to the least important calls that use them most."""
+
+    action: Literal["io_weight"]
+    percent: Annotated[int, Field(ge=1, le=99)] = 10
+    """Part of the call's weight that is left to it."""
+    least: Rate = 1 << 20
+    """Bytes a second below which a call is left alone."""
+    hold: Duration = 10_000_000
+    """Least time for which that lasts."""
+
+
+class IoMax(Section):
+    """Action: hold the least important calls that use the disks most to a part of what they read
+    and write now."""
+
+    action: Literal["io_max"]
+    percent: Annotated[int, Field(ge=1, le=99)] = 10
+    """Part of the bytes a second that is left to the call."""
+    floor: Rate = 1 << 20
+    """Bytes a second of each disk that are left at least."""
+    least: Rate = 1 << 20
+    """Bytes a second below which a call is left alone."""
+    hold: Duration = 10_000_000
+    """Least time for which that lasts."""
+
+
 AnyAction = Annotated[
-    Reclaim | Throttle | Deny | Freeze | Kill | Slow, Field(discriminator="action")
+    Reclaim | Throttle | Deny | Freeze | Kill | Slow | IoWeight | IoMax,
+    Field(discriminator="action"),
 ]
 
 

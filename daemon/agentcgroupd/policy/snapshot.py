@@ -109,8 +109,27 @@ class SessionView:
     """Part of the last moment in which some task stalled on memory, 0 to 1 (PSI some)."""
     slowed: bool = False
     """Whether the CPU weight is lowered (Action.SLOW)."""
+    io_stalled_share: float = 0.0
+    """Part of the last moment in which some task stalled on disks, 0 to 1 (PSI some); 0 as long as
+    no ruleset asks for it."""
     reclaimed_usec: int | None = None
     """Time since memory was last reclaimed from the session; None: not yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallIo:
+    """An open call that uses disks, or whose use of them is held back."""
+
+    id: str
+    name: str
+    session_id: str
+    priority: int
+    bytes_per_s: float
+    """What it reads and writes, all disks together."""
+    weight_lowered_usec: int | None = None
+    """Time since its weight was lowered; None: it is as granted."""
+    held_usec: int | None = None
+    """Time since it was held to a part of what it did; None: it is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +142,10 @@ class Host:
     """The CPU scheduler slows a call by how far it has grown above a mark."""
     can_hold: bool = False
     """Growth of a call that is not paused can be held back to what it was given (memory.high)."""
+    has_io_weight: bool = False
+    """Calls have a weight for disks (io.weight)."""
+    has_io_max: bool = False
+    """What calls read and write can be held to a rate (io.max)."""
     can_reclaim: bool = False
     """memory.reclaim is there (Linux 5.19)."""
     swap_free_bytes: int = 0
@@ -154,6 +177,10 @@ class Snapshot:
     cache_bytes: int = 0
     """Cold file cache in the pool: the part of what is not counted in `usage_bytes` that nobody
     misses."""
+    io_stalled_share: float | None = 0.0
+    """The same for disks; 0 as long as no ruleset asks for it."""
+    io_calls: tuple[CallIo, ...] = ()
+    """Calls that use disks, where a ruleset asks for it and disks are waited for."""
     peaks_bytes: tuple[int, ...] = ()
     """Peaks of the pool's ended calls, and what those hold that grew and do so no more,
     ascending."""
@@ -203,8 +230,15 @@ class Action(enum.Enum):
     """Give less CPU time."""
     RESTORE = "restore"
     """Give CPU time as before."""
+    IO_WEIGHT = "io_weight"
+    """Give a smaller share of disks."""
+    IO_UNWEIGHT = "io_unweight"
+    IO_MAX = "io_max"
+    """Hold to a rate on each disk."""
+    IO_UNMAX = "io_unmax"
 
 
+IO_ACTIONS = frozenset({Action.IO_WEIGHT, Action.IO_UNWEIGHT, Action.IO_MAX, Action.IO_UNMAX})
 SESSION_ACTIONS = frozenset({Action.RECLAIM, Action.SLOW, Action.RESTORE})
 
 
@@ -219,7 +253,7 @@ class Decision:
     ruleset: str = ""
     amount: int = 0
     """RECLAIM: bytes. THROTTLE: bytes that the call may still grow by. SLOW: percent of the CPU
-    weight."""
+    weight. IO_WEIGHT: percent of the weight. IO_MAX: bytes a second."""
     by_cpu: bool = False
     """THROTTLE: by the CPU scheduler alone; else by memory.high as well."""
     calls: tuple[str, ...] = ()

@@ -42,6 +42,23 @@ class HighBounds:
     """What was written last, `(None,)` for no limit; None: not known."""
 
 
+@dataclass(slots=True)
+class LoweredDisks:
+    """What of a call's use of disks is held back now, beside its grant (enforce.disks)."""
+
+    weight_since_usec: int | None = None
+    """Since when its weight is lowered, since boot; None: it is not."""
+    held_since_usec: int | None = None
+    """Since when it is held to a rate, since boot; None: it is not."""
+    held_devices: tuple[str, ...] = ()
+    """Devices on which it is, by their numbers."""
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether anything of it is held back."""
+        return self.weight_since_usec is not None or self.held_since_usec is not None
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """An open call."""
@@ -154,6 +171,7 @@ class Call:
     does (enforce.hold)."""
     operator_usec: int = 0
     """For how long the operator has held it so far, without the present pause."""
+    disks: LoweredDisks = field(default_factory=LoweredDisks)
     disk_since_usec: int | None = None
     """Since when it is paused because a file system that it wrote to was filling, whatever else
     freezes it, since boot; None: it is not (guard.disks)."""

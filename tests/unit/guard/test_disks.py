@@ -15,6 +15,7 @@ from agentcgroupd.config import GuardConfig
 from agentcgroupd.guard import disks
 from agentcgroupd.guard.disks import CALM_S, NEAR_S, DiskGuard, heaviest
 from agentcgroupd.host.file_systems import Space
+from agentcgroupd.host.proc import parse_written
 
 MIB, GIB = 1 << 20, 1 << 30
 SECOND = 1_000_000
@@ -224,6 +225,6 @@ def test_what_came_to_a_disk() -> None:
 def test_files_of_the_kernel() -> None:
     assert writes.parse_unwritten("anon 1\nfile_dirty 20\nfile_writeback 3\nfile_dirtyx 9\n") == 23
     data = b"rchar: 1\nwchar: 2\nread_bytes: 3\nwrite_bytes: 4\ncancelled_write_bytes: 5\n"
-    assert writes.parse_process(data) == 4
+    assert parse_written(data) == 4
     with pytest.raises(ValueError, match="write_bytes"):
-        writes.parse_process(b"")
+        parse_written(b"")

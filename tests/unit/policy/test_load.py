@@ -341,13 +341,15 @@ def test_examples_in_the_documentation_are_valid(tmp_path: Path) -> None:
         if text.startswith("# /etc/agentcgroup/policy.d/"):
             (tmp_path / "50-ours.toml").write_text(text)
             policy = load_policy(None, tmp_path).policy
-            assert [r.name for r in policy.rulesets][-6:] == [
+            assert [r.name for r in policy.rulesets][-8:] == [
                 "deny-all",
                 "freeze",
                 "deny-fast",
                 "freeze-fast",
                 "kill",
                 "kill-stalled",
+                "share-disks",
+                "hold-disks",
             ]
         else:
             parse_policy(text)

@@ -1,0 +1,160 @@
+"""Who waits for disks and who uses them, read only where the policy asks for it.
+
+Pressure is a read of one small file of the pool, and one of each important session; calls are read
+while there is pressure, or where something was done to one of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.cgroup.knobs import Knob
+from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.errors import KnobError
+from agentcgroupd.guard.session_sampler import parse_stalled
+from agentcgroupd.policy.schema import IoStalled, Policy
+from agentcgroupd.policy.snapshot import CallIo
+from agentcgroupd.state.session import Call, Session
+from agentcgroupd.units import IMPORTANT_PRIORITY
+
+log = logging.getLogger(__name__)
+
+EVERY_USEC = 500_000
+"""Nothing is read more often."""
+CALLS_MOST = 256
+"""Calls that are read at a time, the least important first: those are held back."""
+SESSIONS_MOST = 64
+"""Important sessions that are asked."""
+STALLED = Knob("io.pressure", parse_stalled)
+
+
+def bytes_moved(text: str) -> int:
+    """Bytes read and written of all devices in io.stat. A device that lies on others counts with
+    each of them: rates are compared with one another alone."""
+    moved = 0
+    for word in text.split():
+        if word.startswith(("rbytes=", "wbytes=")):
+            moved += int(word[7:])
+    return moved
+
+
+_MOVED = Knob("io.stat", bytes_moved)
+
+
+def asks_for_disks(policy: Policy) -> bool:
+    """Tell whether a ruleset of the policy goes by pressure on disks."""
+    return any(isinstance(d, IoStalled) for r in policy.rulesets if r.enabled for d in r.when)
+
+
+@dataclass(slots=True)
+class _Total:
+    at_usec: int
+    count: int
+
+
+class IoSampler:
+    """Keeps what was last seen. `look` is to be called before each sample of the pool."""
+
+    def __init__(
+        self,
+        pool: Cgroup,
+        calls: Mapping[str, Call],
+        sessions: Callable[[], Iterable[Session]],
+        policy: Callable[[], Policy],
+    ) -> None:
+        self._pool = pool
+        self._calls = calls
+        self._sessions = sessions
+        self._policy = policy
+        self._looked_usec: int | None = None
+        self._totals: dict[str, _Total] = {}
+        self._shares: dict[str, float] = {}
+        self.pool_share: float | None = 0.0
+        """Part of the last moment in which some task of the pool waited for disks; None: this
+        kernel does not tell."""
+        self.calls: tuple[CallIo, ...] = ()
+
+    def share_of(self, session_id: str) -> float:
+        """Tell the same of an important session; 0 of any other."""
+        return self._shares.get(session_id, 0.0)
+
+    def look(self, now_usec: int) -> bool:
+        """Read what is due. Returns whether a ruleset may hold, or something is to be undone."""
+        lowered = [c for c in self._calls.values() if c.disks.is_lowered]
+        if not asks_for_disks(self._policy()) and not lowered:
+            self.pool_share, self.calls = 0.0, ()
+            self._shares.clear()
+            self._totals.clear()
+            return False
+        if self._looked_usec is not None and now_usec - self._looked_usec < EVERY_USEC:
+            return bool(self.calls)
+        self._looked_usec = now_usec
+        before, self._totals = self._totals, {}
+        self.pool_share = self._stalled("", self._pool, before, now_usec)
+        self._shares = {}
+        if self.pool_share:
+            important = [s for s in self._sessions() if s.limits.priority >= IMPORTANT_PRIORITY]
+            for session in important[:SESSIONS_MOST]:
+                share = self._stalled(f"s {session.id}", session.cgroup, before, now_usec)
+                self._shares[session.id] = share or 0.0
+        if self.pool_share or lowered:
+            self.calls = tuple(self._read_calls(before, now_usec))
+        else:
+            self.calls = ()
+        return bool(self.calls)
+
+    def _stalled(
+        self, key: str, cgroup: Cgroup, before: Mapping[str, _Total], now_usec: int
+    ) -> float | None:
+        try:
+            total = cgroup.read_if(STALLED)
+        except KnobError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                log.debug("%s", error)
+            return None
+        if total is None:
+            return None
+        rate = self._rate(key, total, before, now_usec)
+        return 0.0 if rate is None else min(1.0, rate / 1e6)
+
+    def _rate(
+        self, key: str, count: int, before: Mapping[str, _Total], now_usec: int
+    ) -> float | None:
+        """Give by how much a count has risen a second; None: it is read for the first time."""
+        self._totals[key] = _Total(now_usec, count)
+        seen = before.get(key)
+        if seen is None:
+            return None
+        return max(0, count - seen.count) * 1e6 / max(1, now_usec - seen.at_usec)
+
+    def _read_calls(self, before: Mapping[str, _Total], now_usec: int) -> Iterable[CallIo]:
+        calls = [
+            call
+            for call in self._calls.values()
+            if call.parent is None and call.state != pb.CALL_STATE_ENDING
+        ]
+        calls.sort(key=lambda call: (not call.disks.is_lowered, call.priority))
+        for call in calls[:CALLS_MOST]:
+            try:
+                moved = call.cgroup.read_if(_MOVED)
+            except KnobError:
+                continue  # it has just ended
+            rate = None if moved is None else self._rate(call.id, moved, before, now_usec)
+            if rate or call.disks.is_lowered:
+                yield CallIo(
+                    id=call.id,
+                    name=call.name,
+                    session_id=call.session.id,
+                    priority=call.priority,
+                    bytes_per_s=rate or 0.0,
+                    weight_lowered_usec=_since(now_usec, call.disks.weight_since_usec),
+                    held_usec=_since(now_usec, call.disks.held_since_usec),
+                )
+
+
+def _since(now_usec: int, at_usec: int | None) -> int | None:
+    return None if at_usec is None else max(0, now_usec - at_usec)
