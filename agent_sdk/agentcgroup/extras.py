@@ -10,7 +10,7 @@ from agentcgroup.errors import AgentcgError
 # The daemon's package reads TOML with tomllib, which came with this version.
 DAEMON_PYTHON = (3, 11)
 
-EXTRA_OF = {"matplotlib": "lab", "pynvml": "gpu"}
+EXTRA_OF = {"matplotlib": "lab", "opentelemetry": "otel", "pynvml": "gpu", "requests": "otel"}
 """Extra of pyproject.toml that brings a module; for all other modules it is `daemon`."""
 
 

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "usage": ("history", "Sum up what ended calls took, by session, tool or day (root)."),
     "explain": ("history", "Tell what happened to a call, in order, and why."),
     "timeline": ("timeline", "Draw a session's calls over time, as SVG or a page (root)."),
+    "otel": ("otel", "Send a span of OpenTelemetry for each ended call, until ^C (root)."),
     "call": ("calls", "The same in other words: call list, call end, call report."),
     "budget": ("status", "Show what is left for the session one is in."),
     "feedback": ("streams", "Show feedback about one's session. --json: one document a line."),

@@ -212,10 +212,10 @@ class Watch:
             try:
                 with self._make_admin() as admin, admin.events() as stream:
                     self._stream = stream
+                    if self._stopping.is_set():
+                        break  # `close` came before there was a stream to close.
                     for event in stream:
                         self.heard(event)
-                        if self._stopping.is_set():
-                            break
             except AgentcgError:
                 # Told of by the thread that looks, which asks the same daemon.
                 self._stopping.wait(INTERVAL_S)
