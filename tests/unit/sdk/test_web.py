@@ -554,7 +554,8 @@ if PROGRAM is not None:  # in Debian's package chromium, which is large
         show(browser, address)
         x, y = browser.value(
             "(() => { const mark = document.querySelector('#timeline .m-slow');"
-            "const b = mark.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+            "const b = mark.getBoundingClientRect();"
+            "return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         browser.point(x, y)
         browser.wait_for("!document.getElementById('tip').hidden")
