@@ -21,6 +21,9 @@ FIRST_S = 0.5
 REST = 20
 """How many times as long as a look and its drawing took is waited before the next: so a thousand
 sessions take at most 5 % of a CPU, the daemon's part included."""
+BOTH = 12
+"""How many times its CPU time here a look takes here and in the daemon together, at most (6 to 10
+were measured, bench/measurements.md): on a busy machine a look lasts far longer than it works."""
 ONCE_LINES = 60
 
 
@@ -63,9 +66,9 @@ def run_top(args: argparse.Namespace) -> int:
     return common.OK
 
 
-def rest_s(wanted_s: float, look_s: float) -> float:
-    """Return how long to wait after a look that took `look_s`."""
-    return max(wanted_s, REST * look_s)
+def rest_s(wanted_s: float, look_s: float, cpu_s: float) -> float:
+    """Return how long to wait after a look that took `look_s`, and `cpu_s` of CPU time here."""
+    return max(wanted_s, REST * min(look_s, BOTH * cpu_s))
 
 
 class _Looks:
@@ -74,7 +77,7 @@ class _Looks:
     def __init__(self, admin: Admin, interval_s: float | None) -> None:
         self._admin, self._interval_s = admin, interval_s
         self._before: Look | None = None
-        self._took_s = 0.0
+        self._took_s = self._cpu_s = 0.0
 
     def first(self) -> tuple[Look, Rates]:
         """Look twice."""
@@ -84,15 +87,16 @@ class _Looks:
 
     def next(self) -> tuple[Look, Rates]:
         """Look once more."""
-        started = time.monotonic()
+        started, cpu_s = time.monotonic(), time.process_time()
         now = Look.take(self._admin)
         self._took_s = time.monotonic() - started
+        self._cpu_s = time.process_time() - cpu_s
         rates, self._before = Rates.between(self._before, now), now
         return now, rates
 
     def wait(self) -> None:
         """Wait until the next look."""
-        time.sleep(rest_s(self._interval_s or INTERVAL_S, self._took_s))
+        time.sleep(rest_s(self._interval_s or INTERVAL_S, self._took_s, self._cpu_s))
 
 
 def _print_json(admin: Admin, args: argparse.Namespace) -> None:
@@ -136,7 +140,7 @@ def _interactive(admin: Admin, args: argparse.Namespace) -> None:
             keys = screen.keys(due - time.monotonic())
             for key in keys:
                 operator.key(key)
-            started = time.monotonic()
+            started, cpu_s = time.monotonic(), time.process_time()
             is_due = started >= due and not operator.is_done
             if is_due:
                 _refresh(operator)
@@ -144,7 +148,8 @@ def _interactive(admin: Admin, args: argparse.Namespace) -> None:
                 _draw(operator, screen)
             if is_due:
                 took_s = time.monotonic() - started
-                due = time.monotonic() + rest_s(args.watch or INTERVAL_S, took_s)
+                cpu_s = time.process_time() - cpu_s
+                due = time.monotonic() + rest_s(args.watch or INTERVAL_S, took_s, cpu_s)
 
 
 def _draw(operator: Operator, screen: terminal.Terminal) -> None:

@@ -139,7 +139,7 @@ class Watch:
 
     def look_once(self) -> float:
         """Look, and remember what was seen. Returns the seconds until the next look."""
-        started = time.monotonic()
+        started, cpu_s = time.monotonic(), time.thread_time()
         try:
             if self._admin is None:
                 self._admin = self._make_admin()
@@ -149,9 +149,9 @@ class Watch:
                 self._catch_up(self._admin, look)
         except AgentcgError as error:
             self._gone(error)
-        busy_s = time.monotonic() - started
+        busy_s, cpu_s = time.monotonic() - started, time.thread_time() - cpu_s
         is_idle = started - self._wanted_at > IDLE_AFTER_S
-        return rest_s(IDLE_INTERVAL_S if is_idle else INTERVAL_S, busy_s)
+        return rest_s(IDLE_INTERVAL_S if is_idle else INTERVAL_S, busy_s, cpu_s)
 
     def _look_on(self) -> None:
         while not self._stopping.wait(self.look_once()):

@@ -23,7 +23,7 @@ from agentcgroup.cli import terminal
 from agentcgroup.cli.keyboard import Operator
 from agentcgroup.cli.live import Look, Rates, advice, reason
 from agentcgroup.cli.screen import CHOSEN, View, frame
-from agentcgroup.cli.top import INTERVAL_S, REST, rest_s
+from agentcgroup.cli.top import BOTH, INTERVAL_S, REST, rest_s
 from agentcgroup.errors import AgentcgError
 from agentcgroup.types import CallState
 from tests.unit.fake_daemon import FakeDaemon, running
@@ -283,8 +283,10 @@ def test_keys_as_terminals_send_them() -> None:
 
 
 def test_looks_take_at_most_a_twentieth_of_the_time() -> None:
-    assert rest_s(2, 0.01) == 2
-    assert rest_s(2, 0.5) == 0.5 * REST == 10
+    assert rest_s(2, 0.01, 0.005) == 2
+    assert rest_s(2, 0.5, 0.1) == 0.5 * REST == 10
+    busy = rest_s(2, 5, 0.025)
+    assert busy == pytest.approx(REST * BOTH * 0.025), "it waited, most of the time"
     assert 1 / (1 + REST) < 0.05
 
 
