@@ -12,7 +12,8 @@ others get more as long as what all those before them are likely to need is ther
 that grow side by side until nothing is left would all be half done. For the same reason, what they
 have not used yet is taken back where it is missing for the first one, such as one that is more
 important and began to grow later. Where even that is not enough for the first one to end, another
-that can end with what is free goes before it, and gives back what it holds.
+that can end with what is free goes before it, and gives back what it holds; before an important one
+only once nothing is left but what that other one needs.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def serve(
     order = in_order(accounts)
     if not order:
         return {}
-    _put_first_who_can_end(policy, now, budget, order)
+    beside, spared = _put_first_who_can_end(policy, now, budget, order)
     given: dict[str, int] = {}
     unused = budget.unused_bytes + sum(
         overshoot_bytes(a.bound_bytes) for a in order[1:] if not a.held
@@ -183,18 +184,36 @@ def serve(
         # Where even the first can get no more, it passes its bound a little, and not the pool's.
         least = last_bytes if first_leads else hold_free_bytes
         last = max(least(policy, now.limit_bytes), overshoot_bytes(first.view.memory_bytes))
-        room = budget.free_bytes - last - budget.unused_bytes
+        room = budget.free_bytes - last - budget.unused_bytes - spared
         at_once = 0
         if first.view.priority >= IMPORTANT_PRIORITY and first_leads:
             kept = kept_for_first_bytes(policy, now, first.view)
             at_once = kept if kept <= room else likely_need_bytes(policy, now, first.view)
         unused += _give(policy, now, first, room, given, at_once)
+    if beside is not None:
+        order.remove(beside)
+        if beside.asks and beside.may_go_on:
+            _give(policy, now, beside, spared - beside.unused_bytes, given)
     kept = kept_for_first_bytes(policy, now, first.view) - _unused_now(first, given)
-    room = budget.free_bytes - hold_free_bytes(policy, now.limit_bytes) - unused - max(0, kept)
+    room = (
+        budget.free_bytes
+        - hold_free_bytes(policy, now.limit_bytes)
+        - unused
+        - spared
+        - max(0, kept)
+    )
     if room < 0:
         _take_back(order[1:], -room, given)
         return given
-    for account in order[1:]:
+    _serve_others(policy, now, order[1:], room, given)
+    return given
+
+
+def _serve_others(
+    policy: Policy, now: Snapshot, others: Sequence[Account], room: int, given: dict[str, int]
+) -> None:
+    """Note new bounds of those that do not go first, as far as `room` bytes go."""
+    for account in others:
         likely = max(0, likely_need_bytes(policy, now, account.view) - account.unused_bytes)
         if not account.asks:
             room -= likely
@@ -207,29 +226,44 @@ def serve(
             continue
         _give(policy, now, account, room, given)
         room -= max(cost, given.get(account.view.id, 0) - account.bound_bytes)
-    return given
 
 
 def _put_first_who_can_end(
     policy: Policy, now: Snapshot, budget: Budget, order: list[Account]
-) -> None:
+) -> tuple[Account | None, int]:
     """Move to the front who holds most of those that are likely to end with what is free, if the
-    first of all may need more than that. None is moved if none can."""
+    first of all may need more than that. None is moved if none can.
+
+    An important one stays first as long as there is more than one of the others needs to end. That
+    one gets it beside the first: should the important one need even more than is left, the others
+    can still end one after the other, and give back what they hold. Returns the one and what it
+    needs in bytes; None: there is no such.
+    """
+    first = order[0]
     free = budget.free_bytes - hold_free_bytes(policy, now.limit_bytes)
-    if kept_for_first_bytes(policy, now, order[0].view) <= free:
-        return
+    if kept_for_first_bytes(policy, now, first.view) <= free:
+        return None, 0
     most = policy.headroom.leader_most.of(now.limit_bytes)
 
-    def can_end(account: Account) -> bool:
+    def to_end_bytes(account: Account) -> int | None:
         left = most - account.view.memory_bytes
-        return left > 0 and min(likely_need_bytes(policy, now, account.view), left) <= free
+        return min(likely_need_bytes(policy, now, account.view), left) if left > 0 else None
 
-    able = [account for account in order if can_end(account)]
-    # An important one of which little is known, which may end as well as the others, stays first.
-    if able and not (able[0] is order[0] and able[0].view.priority >= IMPORTANT_PRIORITY):
-        found = max(able, key=lambda account: account.view.memory_bytes)
-        order.remove(found)
-        order.insert(0, found)
+    needs = {a.view.id: need for a in order if (need := to_end_bytes(a)) is not None}
+    able = [a for a in order if needs.get(a.view.id, free + 1) <= free]
+    if not able:
+        return None, 0
+    if first.view.priority >= IMPORTANT_PRIORITY:
+        if able[0] is first:  # One of which little is known may end as well as the others.
+            return None, 0
+        beside = min(able, key=lambda account: needs[account.view.id])
+        least = needs[beside.view.id]
+        if free - least >= first.unused_bytes + LEAST_BYTES:
+            return beside, least
+    found = max(able, key=lambda account: account.view.memory_bytes)
+    order.remove(found)
+    order.insert(0, found)
+    return None, 0
 
 
 def _take_back(others: Sequence[Account], missing_bytes: int, given: dict[str, int]) -> None:

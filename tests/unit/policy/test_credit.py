@@ -188,6 +188,20 @@ def test_who_can_end_goes_first_where_the_first_cannot() -> None:
     assert given["near"] > 0
 
 
+def test_an_important_call_goes_first_as_long_as_another_can_still_end() -> None:
+    """What the other one needs is left for it, and it gets that beside the important one."""
+    peaks = (200, *[1000] * 20)
+    near = account("near", 920)
+    hold = HOLD // MIB
+    got = served(hold + 600, near, account("important", 201, priority=80), peaks=peaks)
+    assert 400 < got["important"] < 600 + hold - 70 and 0 < got["near"] <= 80
+    using = account("important", 201, 400, priority=80, asks=False)
+    got = served(hold + 600, near, using, peaks=peaks)
+    assert "important" not in got, "what it has not used stays its own"
+    got = served(hold + 82, near, account("important", 201, priority=80), peaks=peaks)
+    assert "important" not in got and got["near"] > 0
+
+
 @given(st.integers(-100, 8192), st.integers(0, 8192), st.integers(1, 20_000))
 def test_first_and_resting_credit_fit_or_are_the_least(
     free_mib: int, unused_mib: int, calls: int
