@@ -32,6 +32,7 @@ char LICENSE[] SEC("license") = "GPL";
 #define NO_QUOTA		 (~0UL)
 #define NOT_OURS		 0UL /* see enter() */
 #define REFUSED			 (~0UL)
+#define NOT_CHARGED		 (~0UL)
 #define EEXIST			 17
 #define TRIES			 16
 
@@ -302,8 +303,8 @@ static __always_inline struct holding *holding_with(struct pending *pending,
  * @tgid, @start_ns: the process
  * @size_bytes: how much; negative: to take away
  *
- * Return: use of the account before, in bytes; 0, and nothing is added, if the account or the
- * process is not known any more.
+ * Return: use of the account before, in bytes; NOT_CHARGED, and nothing is added, if the account or
+ * the process is not known any more.
  */
 static __always_inline u64 charge(u64 id, u64 tgid, u64 start_ns, s64 size_bytes)
 {
@@ -312,7 +313,7 @@ static __always_inline u64 charge(u64 id, u64 tgid, u64 start_ns, s64 size_bytes
 	u64 before;
 
 	if (!account || !process || process->start_ns != start_ns)
-		return 0;
+		return NOT_CHARGED;
 	__sync_fetch_and_add(&process->used_bytes, size_bytes);
 	before = __sync_fetch_and_add(&account->used_bytes, size_bytes);
 	return before;
@@ -699,6 +700,8 @@ __noinline u64 enter(u32 call, u64 first, u64 second, u64 third, u64 fourth)
 		quota_bytes = quota->quota_bytes;
 		before = charge(pending.account, pending.process, pending.start_ns,
 				pending.size_bytes);
+		if (before == NOT_CHARGED)
+			return unaccounted(call, pending.account);
 		/* A sum of the two could wrap around for a size near the end of the range. */
 		if (quota_bytes != NO_QUOTA &&
 		    (before > quota_bytes || pending.size_bytes > quota_bytes - before)) {

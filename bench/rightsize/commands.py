@@ -143,7 +143,7 @@ def prepare(folder: Path, limit_mib: int, work: int) -> list[Command]:
     python = _with_xdist() or sys.executable
     commands = [
         Command("make", f"make -s -f {makefile} -j$(nproc)", "nproc"),
-        Command("xargs", f"seq 24 | xargs -P$(nproc) -I_ {worker}", "nproc"),
+        Command("xargs", f"seq 24 | xargs -P$(nproc) -I@number@ {worker}", "nproc"),
         Command("shell", f"for i in $(seq $(nproc)); do {worker} & done; wait", "nproc"),
         Command(
             "pytest",
