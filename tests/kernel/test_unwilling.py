@@ -137,7 +137,8 @@ def test_a_tool_that_is_frozen_with_its_session_keeps_its_time(
     time.sleep(2 * SLOW)
     assert len(daemon.call_dirs()) == 1
     freeze.write_text("0")
-    assert agent.run("result = tool.wait()") == -signal.SIGTERM
+    # The shell may be told of the end of its command before it is ended itself.
+    assert agent.run("result = tool.wait()") in (-signal.SIGTERM, 128 + signal.SIGTERM)
     report = last(daemon)
     assert report.verdict == pb.VERDICT_TIMEOUT and report.wall_usec > 2.5e6 * SLOW
 

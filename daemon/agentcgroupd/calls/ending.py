@@ -144,6 +144,8 @@ class OpenCalls:
             self._leftovers.watch(call)
         elif not call.held:
             self._finish(call)
+        elif call.one_command and call.entered:
+            self._deadlines.answered(call)
 
     # Ending
 

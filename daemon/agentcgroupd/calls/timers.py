@@ -23,6 +23,8 @@ from agentcgroupd.units import show_usec
 
 FROZEN_CHECK_USEC = 100_000
 """How long after its timeout a call that is paused then is checked again."""
+ASKS_AGAIN_USEC = 1_000_000
+"""How soon a caller asks for a report again whose connection has broken; the SDK does at once."""
 GIVE_UP_USEC = 5_000_000
 """How long a main process outside of its call may take to die of SIGKILL."""
 
@@ -89,6 +91,11 @@ class Deadlines:
         if "idle" not in call.timers:
             self._set(call, "idle", self._config.idle_timeout, self._idle)
             self._set(call, "room", self._config.keep_room, self._give_up_room)
+
+    def answered(self, call: Call) -> None:
+        """Have a call end soon whose only command ended before this daemon started: its caller has
+        the report of the daemon before, or asks for one at once."""
+        self._set(call, "idle", ASKS_AGAIN_USEC, self._finish)
 
     def killed(self, call: Call, give_up: Callable[[Call], None]) -> None:
         """Have a call given up whose main process, which has left it, does not die in time."""

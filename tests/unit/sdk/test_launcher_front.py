@@ -85,12 +85,21 @@ def test_nothing_is_asked_where_the_command_ended_well(launcher: Launcher) -> No
 
 
 @pytest.mark.parametrize(
-    "ended", [b"OK\0", b"ERR\0NOT_FOUND\0no such call\0", b"", b"OK", b"garbage", b"OK\0say="]
+    "ended", [b"OK\0", b"ERR\0NOT_FOUND\0no such call\0", b"OK", b"garbage", b"OK\0say="]
 )
 def test_nothing_is_said_where_there_is_nothing_to_say(launcher: Launcher, ended: bytes) -> None:
     with answering(launcher, ended=ended):
         done = front(launcher, "sh", "-c", "exit 4")
     assert (done.returncode, done.stderr) == (4, "")
+
+
+def test_it_says_that_it_does_not_know(launcher: Launcher) -> None:
+    with answering(launcher, ended=b""):
+        done = front(launcher, "sh", "-c", "exit 4")
+    assert done.returncode == 4
+    assert done.stderr == (
+        "agentcg exec: call c1: how it ended is not known, because the daemon hangs up\n"
+    )
 
 
 def test_it_waits_for_the_end_of_the_call(launcher: Launcher) -> None:
