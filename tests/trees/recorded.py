@@ -441,7 +441,7 @@ def _jobs(has_control: bool) -> Words:
             ),
         ),
         WAIT,
-        fork(own, become(["cat", "a"], inside("cat"), nap(30))),
+        fork(own, become(["cat", "a"], inside("cat"), nap(400))),
         nap(2),
         fork(same, become(["wc", "-l"], inside("cat"))),
         WAIT,
