@@ -28,7 +28,7 @@ CALLS, MOST_KIB = 200, 256
 TOUCHED, CHARGED = "touched before it was moved", "charged to the agent"
 GROWN_MIB = 24
 NICE = -10
-"""As the daemon's unit gives it."""
+"""Priority as the daemon's unit gives it."""
 ONE = """
 began = time.perf_counter()
 child = subprocess.Popen([program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

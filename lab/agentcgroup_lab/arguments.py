@@ -14,7 +14,7 @@ from agentcgroupd.units import parse_bytes, parse_duration
 
 
 class Words(argparse.Action):
-    """One or several of some words: with commas, or by giving the option again; each once.
+    """A word or several of some: with commas, or by giving the option again; each once.
 
     words: what is allowed.
     """

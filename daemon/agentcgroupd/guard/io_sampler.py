@@ -1,4 +1,4 @@
-"""Who waits for disks and who uses them, read only where the policy asks for it.
+"""Waits for disks, and their users, read only where the policy asks for it.
 
 Pressure is a read of one small file of the pool, and one of each important session; calls are read
 while there is pressure, or where something was done to one of them.
@@ -24,7 +24,7 @@ from agentcgroupd.units import IMPORTANT_PRIORITY
 log = logging.getLogger(__name__)
 
 EVERY_USEC = 500_000
-"""Nothing is read more often."""
+"""The shortest time between two reads."""
 CALLS_MOST = 256
 """Calls that are read at a time, the least important first: those are held back."""
 SESSIONS_MOST = 64

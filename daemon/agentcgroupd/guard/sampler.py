@@ -88,7 +88,7 @@ class Sampler:
         self._stalled_share = 0.0
         self.limit_bytes = pool.memory_max_bytes
         self.disks: IoSampler | None = None
-        """Who waits for disks and who uses them; None: nobody looks."""
+        """Waits for disks, and their users; None: nobody looks."""
         self.credit_bytes: Callable[[], int | None] = lambda: None
         """What all calls may take without asking; None: they have no credit."""
         self.steady_usec: Callable[[], int] = lambda: STEADY_USEC

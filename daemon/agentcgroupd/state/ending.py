@@ -112,9 +112,9 @@ class Place:
     name: str
     """The call's id where it is another call; else its path."""
     memory: HeldKnob[dict[str, int]] | None = None
-    """Its memory.events.local, held open; None: nothing is."""
+    """The memory.events.local of it, held open; None: nothing is."""
     pids: HeldKnob[dict[str, int]] | None = None
-    """Its pids.events.local."""
+    """The pids.events.local of it."""
 
 
 @dataclass(frozen=True, slots=True)

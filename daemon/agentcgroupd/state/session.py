@@ -468,7 +468,7 @@ class Session:
     places: tuple[Place, ...] | None = None
     """The session's cgroup and those above it, the nearest first; None: not found out yet."""
     frozen_file: HeldKnob[dict[str, int]] | None = None
-    """Its cgroup.stat.local, which is read when a call begins; None: not read yet."""
+    """The cgroup.stat.local of it, which is read when a call begins; None: not read yet."""
     held: Held = NOTHING_HELD
     """What its agent and files without a call held at `held_at` (time.monotonic)."""
     held_at: float = float("-inf")
