@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.harness import AgentProcess, DaemonProcess
 
 FLOOD_S = 4.0
+"""How long a flood lasts, unless told otherwise."""
 SETUP = """
 import array
 import threading
@@ -175,12 +176,14 @@ if result == 0:
 """
 
 
-def beside(hostile: AgentProcess, victim: AgentProcess, source: str) -> tuple[float, float]:
-    """What a call takes while a process of the hostile session runs `source`, in milliseconds:
-    median and 99th percentile."""
-    child = hostile.run(IN_CHILD, source=SETUP + source, seconds=FLOOD_S)
+def beside(
+    hostile: AgentProcess, victim: AgentProcess, source: str, flood_s: float = FLOOD_S
+) -> tuple[float, float]:
+    """What a call takes while a process of the hostile session runs `source` for this many seconds,
+    in milliseconds: median and 99th percentile."""
+    child = hostile.run(IN_CHILD, source=SETUP + source, seconds=flood_s)
     try:
-        return call_ms(victim, FLOOD_S - 0.5)
+        return call_ms(victim, flood_s - 0.5)
     finally:
         status = hostile.run("result = os.waitpid(child, 0)[1]", child=child)
         assert status == 0, "the flood itself failed"
