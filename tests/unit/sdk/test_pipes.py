@@ -219,7 +219,9 @@ def test_an_interrupted_run_is_ended_by_the_daemon(daemon: FakeDaemon) -> None:
 def test_a_call_that_keeps_its_servers_ends_as_done(daemon: FakeDaemon) -> None:
     with Agent() as agent, agent.tool_call("x", leftovers="keep") as call:
         process = call.popen(["sleep", "60"])
-    process.wait()  # the stand-in for the daemon keeps nothing
+        assert process.poll() is None
+    process.kill()
+    process.wait()
     assert daemon.ended[0].reason == pb.END_REASON_DONE
 
 

@@ -38,7 +38,7 @@ def _best_s(enough_s: float, code: str, *argv: str) -> float:
     """The least CPU time of several runs, which is that of the one disturbed least by others on
     this machine; no further run where one took no more than `enough_s`."""
     best = float("inf")
-    for _ in range(20):
+    for _ in range(10):
         with open(os.devnull, "wb") as nothing:
             process = subprocess.Popen([sys.executable, "-c", code, *argv], stdout=nothing)
         _, status, usage = os.wait4(process.pid, 0)
