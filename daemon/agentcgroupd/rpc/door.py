@@ -43,13 +43,14 @@ class Door:
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
         self._spare: int | None = None
+        self._is_queue_long = listener.handed_over
+        """Whether more may wait than when a daemon serves: who came while none was there."""
         self._complaint = Seldom(log, logging.ERROR, str(listener.path))
 
     def open(self) -> None:
         """Accept whoever connects from now on."""
         self._socket = self._listener.socket
         refuse_descriptors(self._socket)
-        self._socket.listen(BACKLOG)
         self._spare = _spare_descriptor()
         self._loop.add_reader(self._socket.fileno(), self._readable)
 
@@ -70,6 +71,7 @@ class Door:
             try:
                 client, _ = self._socket.accept()
             except BlockingIOError:
+                self._shorten_queue()
                 return
             except OSError as error:
                 self._failed(error)
@@ -78,6 +80,14 @@ class Door:
             self._accepted(client)
             if time.perf_counter() >= end:
                 return
+
+    def _shorten_queue(self) -> None:
+        """Let no more than BACKLOG wait from now on. Before the queue is empty, those in it would
+        have the kernel refuse everybody else."""
+        if self._is_queue_long:
+            assert self._socket is not None
+            self._socket.listen(BACKLOG)
+            self._is_queue_long = False
 
     def _failed(self, error: OSError) -> None:
         """Turn callers away with the spare descriptor, and accept no more for a while."""

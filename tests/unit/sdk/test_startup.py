@@ -13,8 +13,9 @@ import pytest
 from tests.unit.fake_daemon import FakeDaemon, running
 
 QUERIES = (["sessions"], ["calls"], ["status"], ["report", "--limit", "5"], ["budget"])
-LIMIT_S = 0.12
-"""CPU time that a query may take beside the start of Python itself, in the best of several runs."""
+LIMIT_S = 0.2
+"""CPU time that a query may take beside the start of Python itself, in the best of several runs: on
+a CPU whose other thread is busy with something else. On an idle machine it takes under 0.12."""
 HEAVY = ("grpc", "asyncio", "multiprocessing", "importlib.metadata", "agentcgroup.aio")
 RUN = "import sys; from agentcgroup.cli import main; code = main(sys.argv[1:])"
 
