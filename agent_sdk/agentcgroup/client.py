@@ -167,13 +167,16 @@ class Call(CallBase):
             self._line = self._connection.begin_early(self._early_rpc())
         if self._line is not None:
             with self._launched_early(launcher, arguments.argv, dict(arguments.popen)) as launch:
-                process = self._spawn_early(launcher, launch, args)
-                if process is not None:
-                    try:
+                try:
+                    process = self._spawn_early(launcher, launch, args)
+                    if process is not None:
                         result = self._talk(launch, process, args, input, timeout_s)
-                    except BaseException as error:
+                except BaseException as error:
+                    # An interrupt may come between any two of these lines.
+                    if self._state != "new":
                         self._end(error)
-                        raise
+                    raise
+                if process is not None:
                     self._end(None)
                     return result
         with self:
