@@ -125,7 +125,7 @@ def _with_guests() -> list[Suite]:
         "host",
         ("tests/unit", "tests/fuzz", "tests/kernel"),
         "native",
-        limit_sec=1800,
+        limit_sec=2700,
         test_limit_sec=300,
         marks=ON_HOST,
     )
