@@ -22,7 +22,7 @@ _COMMANDS_FD, _ANSWERS_FD = 3, 4
 
 
 class Chromium:
-    """One page in a browser of its own; ended with the `with` block.
+    """A page in a browser of its own; ended with the `with` block.
 
     told: what the page wrote to its console and was refused by its own policy, errors above all.
     """

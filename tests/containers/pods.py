@@ -116,7 +116,7 @@ class Containerd:
         self._config.write_text(self._settings())
 
     def _settings(self) -> str:
-        """Its configuration, which has other tables in containerd 1."""
+        """The configuration, which has other tables in containerd 1."""
         whole = (
             f"root = '{STORE}/containerd/{self.directory.name}'\n"
             f"state = '{self.directory}/state'\n"

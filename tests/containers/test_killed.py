@@ -87,7 +87,7 @@ def test_a_runtime_that_is_killed(host: Host, made: Made, paused: bool) -> None:
 def test_a_daemon_that_ends_while_a_call_is_paused(
     host: Host, made: Made, ended: signal.Signals
 ) -> None:
-    """One that is stopped lets it go; after one that was killed, the next daemon does."""
+    """A daemon that is stopped lets it go; after one that was killed, the next daemon does."""
     call = open_call(host, made)
     host.daemon.admin.PauseCall(pb.PauseCallRequest(call_id=call.id))
     top = CGROUPS / sessions(host.daemon)[made.session].cgroup_path.strip("/")

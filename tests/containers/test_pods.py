@@ -23,7 +23,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def containerd(host: Host) -> Containerd:
-    """One with NRI."""
+    """The containerd that has NRI."""
     return host.nri
 
 

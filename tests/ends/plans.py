@@ -14,7 +14,7 @@ OOMS = ("call", "nested", "session")
 
 @dataclass(frozen=True)
 class Plan:
-    """One end. All happens in this order: children, the way out, the OOM kill of a child, the
+    """An end. All happens in this order: children, the way out, the OOM kill of a child, the
     tool's own end, and then whoever ends the call."""
 
     seed: int

@@ -100,7 +100,7 @@ def ended(report: pb.Report) -> int:
 def test_a_call_grows_into_cache_that_another_one_uses(
     daemon: DaemonProcess, reader: AgentProcess, mib: int
 ) -> None:
-    """Its 130 MiB and the file do not fit side by side; 170 leave next to nothing for it."""
+    """130 MiB and the file do not fit side by side; 170 leave next to nothing for it."""
     grower = daemon.open("grower", priority="batch")
     grower.run(GROW, LOAD=LOAD, options=[], usec=4_000, size=mib * MIB)
     seen: set[str] = set()

@@ -97,7 +97,7 @@ def test_what_the_outer_call_holds_is_not_left(daemon: DaemonProcess, agent: Age
 def test_both_together_stay_below_the_outer_limit(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
-    """They are granted 64 MiB each, and have 64 between them."""
+    """Both are granted 64 MiB each, and have 64 between them."""
     script = f"{inside(hold(40 * MIB, 100_000))} & sleep {1 * SLOW}; {hold(40 * MIB, 100_000)}"
     status, _, _ = run(agent, script, "--memory-max", "64M", "--timeout", "60")
     assert status == -9
@@ -182,7 +182,7 @@ def test_cpus_inside_are_some_of_those_around(daemon: DaemonProcess, agent: Agen
 
 
 def test_what_a_call_inside_expects_is_a_part_of_the_outer_ones(daemon: DaemonProcess) -> None:
-    """It does not wait for what is kept for that already, and is not counted besides."""
+    """A call inside does not wait for what is kept for the outer one already, and is not counted besides."""
     first, second = daemon.open("first"), daemon.open("second")
     code = """
 tool = subprocess.Popen([EXEC, "--name", "outer", "--memory", "300M", "--", "sh", "-c", script],
@@ -215,7 +215,7 @@ do = { action = "freeze" }
 
 
 def test_a_pause_holds_for_calls_inside(start_daemon: StartDaemon, tmp_path: Path) -> None:
-    """Their time in it is that of the outer call."""
+    """Time that calls inside spend in it is that of the outer call."""
     policy = tmp_path / "freeze.toml"
     policy.write_text(FREEZE)
     daemon = start_daemon(f'[pool]\nmemory_max = "600M"\n[policy]\npath = "{policy}"\n')

@@ -1,4 +1,4 @@
-"""One session, or a user outside of all, that asks as much as it can: the others hardly notice, and
+"""A session, or a user outside of all, that asks as much as it can: the others hardly notice, and
 the daemon's memory stays where it was."""
 
 from __future__ import annotations

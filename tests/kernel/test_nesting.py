@@ -358,7 +358,7 @@ result = done.returncode, done.stdout
 def test_a_call_inside_that_outlives_the_tool_is_left_over(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
-    """It keeps the outer call open, whose limits hold on, and ends with it at the latest."""
+    """A call inside keeps the outer one open, whose limits hold on, and ends with it at the latest."""
     inside = f"{EXEC} --name server -- sleep 1000 >/dev/null 2>&1 & sleep 0.3"
     code = "result = subprocess.call([EXEC, '--name', 'around', '--', 'sh', '-c', inside])"
     assert agent.run(code, inside=inside) == 0
@@ -441,7 +441,7 @@ result = str(call.report.verdict), call.report.exit_code, call.report.to_dict().
 
 @pytest.mark.programs
 def test_a_call_that_was_only_observed_is_no_bound(start_daemon: StartDaemon) -> None:
-    """Its shell may declare what its agent may."""
+    """A shell in it may declare what its agent may."""
     daemon = start_daemon("[boundaries]\nrules = [{ program = ['sh'], shell_command = true }]\n")
     agent = daemon.open("alpha")
     inside = f"sleep 0.2; {EXEC} --name declared --pids-max 9000 --priority 50 -- true; true"

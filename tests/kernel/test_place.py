@@ -1,4 +1,4 @@
-"""Who may have a pool and a run directory, and what becomes of a daemon whose place is gone."""
+"""Pools and run directories: who may have them, and what becomes of a daemon whose place is gone."""
 
 from __future__ import annotations
 

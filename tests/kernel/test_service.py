@@ -274,7 +274,7 @@ class Activated(DaemonProcess):
 
 @pytest.mark.timeout(600)
 def test_twenty_restarts_refuse_nobody(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Who connects while no daemon is there waits, and is answered by the next one."""
+    """Callers that connect while no daemon is there wait, and are answered by the next one."""
     daemon = Activated(tmp_path_factory.mktemp("d"))
     process = daemon.start_activated()
     stop = threading.Event()

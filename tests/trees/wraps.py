@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def claude(command: str) -> str:
-    """As Claude Code does it."""
+    """Wrap a command as Claude Code does."""
     return (
         "source /home/u/.claude/shell-snapshots/snapshot-bash-17-ab.sh 2>/dev/null || true && "
         "\\builtin shopt -u extglob 2>/dev/null || true && { \\builtin unalias -- 'which'; "
@@ -18,7 +18,7 @@ def claude(command: str) -> str:
 
 
 def claude_sandbox(command: str) -> str:
-    """As Claude Code does it in its sandbox."""
+    """Wrap a command as Claude Code does in its sandbox."""
     return (
         "{ socat TCP4-LISTEN:3128,fork UNIX-CONNECT:/tmp/claude-http-1.sock; } >/dev/null 2>&1 &\n"
         "trap 'rc=$?; kill %1 %2 2>/dev/null; exit $rc' EXIT\n"
@@ -28,7 +28,7 @@ def claude_sandbox(command: str) -> str:
 
 
 def codex(command: str) -> str:
-    """As Codex does it."""
+    """Wrap a command as Codex does."""
     saved = "".join(
         f'__CODEX_SNAPSHOT_OVERRIDE_SET_{n}="${{VARIABLE_{n}+x}}"\n'
         f'__CODEX_SNAPSHOT_OVERRIDE_{n}="${{VARIABLE_{n}-}}"\n'
@@ -42,7 +42,7 @@ def codex(command: str) -> str:
 
 
 def gemini(command: str) -> str:
-    """As Gemini CLI does it."""
+    """Wrap a command as Gemini CLI does."""
     return (
         "shopt -u promptvars nullglob extglob nocaseglob dotglob; _bgpids_file='/tmp/g/bgpids.tmp'"
         f"\n(\n  trap 'jobs -p > \"$_bgpids_file\"' EXIT\n{command}\n)\n__code=$?\nexit $__code"

@@ -303,7 +303,7 @@ def test_nothing_is_pruned_while_events_are_queued(
 def test_a_long_script_that_becomes_a_shell_is_named_by_that_where_both_have_ended(
     tool: Tool, second: list[str], name: str
 ) -> None:
-    """Of the first only the head is known; the second is what an agent ran for its model."""
+    """Only the head of the first is known; the second is what an agent ran for its model."""
 
     async def test(world: World) -> None:
         tool.end()

@@ -1,4 +1,4 @@
-"""Who is paused, goes on and is ended while a file system fills or a call writes without end."""
+"""Calls that are paused, go on and are ended while a file system fills or one writes without end."""
 
 from __future__ import annotations
 

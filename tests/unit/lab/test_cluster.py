@@ -124,7 +124,7 @@ def test_an_agent_that_no_node_has_room_for_is_an_error(placing: str) -> None:
 
 
 def test_memory_that_agents_hold_while_they_wait_may_fill_a_node() -> None:
-    """Those that no call can be taken from are ended, the youngest first, until the rest fits."""
+    """Agents that no call can be taken from are ended, the youngest first, until the rest fits."""
     steps = (AgentStep(0.0, 10 * MB, 1), AgentStep(10.0, 400 * MB, 1))
     idle = Profile("x", 20.0, steps, (), 400 * MB, 10.0 * MB)
     cluster = Cluster(nodes=1, node_bytes=1000.0 * MB, sessions=8, arrive_s=1)

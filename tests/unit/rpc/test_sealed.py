@@ -148,7 +148,7 @@ class Crowded:
 
 
 def test_nothing_is_opened_for_who_asks_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many declarations a few are served, some are refused, and for the rest nothing is opened;
+    """Many declarations: a few are served, some are refused, and for the rest nothing is opened;
     another session is served all the same."""
 
     async def ask() -> None:

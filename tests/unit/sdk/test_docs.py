@@ -58,7 +58,7 @@ def test_sdk_examples_run(daemon: FakeDaemon, capfd: pytest.CaptureFixture[str])
 
 
 def test_sdk_examples_pass_mypy_strict(tmp_path: Path) -> None:
-    """They are checked as those check them who install the package, one after the other."""
+    """Check them as those do who install the package, one after the other."""
     file = tmp_path / "examples.py"
     file.write_text("\n\n".join(blocks(SDK, "python")))
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", str(file)]
