@@ -25,6 +25,8 @@ from tools.bpf_toolchain import LIBBPF_CACHE
 ROOT = Path(__file__).resolve().parents[1]
 SUPPORTED = [(3, minor) for minor in range(10, 15)]
 DAEMON_LEAST = (3, 11)
+COMPILED = ("build/bin", "build/include", "daemon/agentcgroupd/bpf/objects")
+"""Where compilers put what they make in a checkout."""
 EXIT_CONFIG = 78
 """What agentcgroupd ends with where it cannot run, from sysexits.h."""
 
@@ -38,10 +40,11 @@ class CheckError(Exception):
 # --- building ------------------------------------------------------------------------------------
 
 
-def copy_checkout(into: Path) -> Path:
+def copy_checkout(into: Path, *, compiled: bool = False) -> Path:
     """Copy what git knows of this checkout, and a libbpf that was fetched before; returns `into`.
 
-    Nothing that was built here goes along, and nothing that is built there comes back.
+    Nothing that is built there comes back. With `compiled`, what compilers made here goes along: a
+    build there leaves as it is what is newer than its sources.
     """
     listed = _run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT).stdout
     for name in filter(None, listed.split("\0")):
@@ -51,6 +54,8 @@ def copy_checkout(into: Path) -> Path:
             shutil.copy2(source, target)
     if LIBBPF_CACHE.exists():
         shutil.copytree(LIBBPF_CACHE, into / "build/libbpf")
+    for made in COMPILED if compiled else ():
+        shutil.copytree(ROOT / made, into / made, dirs_exist_ok=True)
     return into
 
 

@@ -25,7 +25,8 @@ def make(directory: Path = VENV) -> Path:
     if directory.exists():
         shutil.rmtree(directory)
     with tempfile.TemporaryDirectory(prefix="agentcgroup-wheel-") as work:
-        wheel = check_wheel.build(check_wheel.copy_checkout(Path(work) / "tree"), "wheel")
+        tree = check_wheel.copy_checkout(Path(work) / "tree", compiled=True)
+        wheel = check_wheel.build(tree, "wheel")
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True)
         python = directory / "bin/python"
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]

@@ -32,10 +32,7 @@ PACKAGES = pytest.mark.skipif(
 def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel for any Linux."""
     work = tmp_path_factory.mktemp("portable")
-    tree = check_wheel.copy_checkout(work / "tree")
-    # The compilers' work is done once: what is newer than its sources is left as it is.
-    for made in ("build/bin", "build/include", "daemon/agentcgroupd/bpf/objects"):
-        shutil.copytree(ROOT / made, tree / made, dirs_exist_ok=True)
+    tree = check_wheel.copy_checkout(work / "tree", compiled=True)
     return manylinux.repair(check_wheel.build(tree, "wheel"), work / "out")
 
 
