@@ -358,7 +358,7 @@ result = done.returncode, done.stdout
 def test_a_call_inside_that_outlives_the_tool_is_left_over(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
-    """A call inside keeps the outer one open, whose limits hold on, and ends with it at the latest."""
+    """A call inside keeps the outer one open, whose limits hold on, and ends with it."""
     inside = f"{EXEC} --name server -- sleep 1000 >/dev/null 2>&1 & sleep 0.3"
     code = "result = subprocess.call([EXEC, '--name', 'around', '--', 'sh', '-c', inside])"
     assert agent.run(code, inside=inside) == 0

@@ -1,4 +1,4 @@
-"""Pools and run directories: who may have them, and what becomes of a daemon whose place is gone."""
+"""Pools and run directories: whose they may be, and daemons whose place is gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls that are paused, go on and are ended while a file system fills or one writes without end."""
+"""Calls that are paused, go on and are ended while a file system fills up."""
 
 from __future__ import annotations
 

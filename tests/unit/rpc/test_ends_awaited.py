@@ -1,5 +1,5 @@
 """A caller that asks for a call's end is told of it also where that comes before the answer is
-awaited: an answer is awaited by a task, which runs after whatever the event loop has to do before."""
+awaited: a task awaits the answer, which runs after whatever the event loop has to do before."""
 
 from __future__ import annotations
 
