@@ -182,7 +182,7 @@ def test_cpus_inside_are_some_of_those_around(daemon: DaemonProcess, agent: Agen
 
 
 def test_what_a_call_inside_expects_is_a_part_of_the_outer_ones(daemon: DaemonProcess) -> None:
-    """A call inside does not wait for what is kept for the outer one, and is not counted besides."""
+    """A call inside does not wait for what is kept for the outer one, nor counts besides it."""
     first, second = daemon.open("first"), daemon.open("second")
     code = """
 tool = subprocess.Popen([EXEC, "--name", "outer", "--memory", "300M", "--", "sh", "-c", script],
