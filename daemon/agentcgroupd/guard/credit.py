@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ParamSpec
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -41,6 +41,16 @@ FIRST_USEC = 1_000_000
 HOLD_USEC = 100_000
 """A call that has waited this long for credit is paused; until then its tasks
 sleep in the kernel at memory.high."""
+TRY_BYTES = 512 << 10
+"""A paused call that is let run to see whether it needs more does so if it grows by this: little
+enough to try many, and two batches of pages for a thread."""
+BATCH_BYTES = 256 << 10
+"""What a thread may be charged for before it sleeps at memory.high (mm/memcontrol.c: 64 pages)."""
+TRY_USEC = 200_000
+"""Another one is not tried before this time has passed."""
+TRY_AGAIN_USEC = 1_000_000
+"""A paused call is tried after this time, then after twice as long, and so on."""
+TRY_DOUBLED_MOST = 6
 NO_SLEEP_SHARE = 1.0125
 """Below this part of memory.high nobody sleeps (mm/memcontrol.c leaves waits under 10 ms out)."""
 CACHE_MATTERS_SHARE = 0.5
@@ -75,6 +85,8 @@ class CreditKeeper:
         """Those that grow or ask, by id."""
         self._young: deque[tuple[int, str]] = deque()
         """Calls that began lately, with the time at which they are taken to rest."""
+        self._tried_usec = 0
+        """When a call was last let run without more."""
         self._free: tuple[int, int] | None = None
         """(usec, bytes): what was free of the pool when it was last read."""
         self._timer: asyncio.TimerHandle | None = None
@@ -274,6 +286,36 @@ class CreditKeeper:
             self._attempt(ledger.call, self._answer, ledger, bound, account.asks, is_first, now)
         if any(a.asks and given.get(a.view.id, 0) <= a.bound_bytes for a in accounts):
             self._take_back(policy, budget, limit)
+            self._try_one(policy, budget, ledgers.values(), now)
+
+    def _try_one(
+        self, policy: Policy, budget: credit.Budget, ledgers: Iterable[Ledger], now: int
+    ) -> None:
+        """Let a paused call run without more credit. If it needs no more, it runs to its end, and
+        gives back what it holds; else it is soon paused again."""
+        if now - self._tried_usec < TRY_USEC:
+            return
+        paused = (x for x in ledgers if x.call.frozen_since_usec is not None)
+        # One that is still inside a system call there takes memory, and so needs more.
+        due = [x for x in paused if x.call.stopped and now >= x.try_usec]
+        due = [x for x in due if self._may_go_on(x.call, now)]
+        if due:
+            self._tried_usec = now
+            last = credit.last_bytes(policy, self._sampler.limit_bytes)
+            ledger = max(due, key=lambda x: x.seen)
+            self._attempt(ledger.call, self._try, ledger, budget.free_bytes - last // 2, now)
+
+    def _try(self, ledger: Ledger, room_bytes: int, now: int) -> None:
+        """Let a call go on, unless that might cost more than there is room. Raises KnobError or
+        BpfError."""
+        threads = ledger.call.cgroup.read_if(knobs.PIDS_CURRENT) or 1
+        if TRY_BYTES + threads * BATCH_BYTES > room_bytes:
+            ledger.try_usec = now + TRY_AGAIN_USEC
+            return
+        ledger.tried_at, ledger.since_usec = ledger.seen, None
+        ledger.tries += 1
+        self._ledgers.bind(ledger, ledger.seen + TRY_BYTES)
+        self._let_go_on(ledger.call, "Going on: it may need no more than it has.")
 
     def _leads(self, call: Call, policy: Policy, now: int) -> bool:
         """Tell whether the first of those that grow or ask leads: no call is more important, or the
@@ -322,7 +364,7 @@ class CreditKeeper:
         call.asks = call.starved = False
         ledger.since_usec, ledger.grew_usec = None, now
         if bound is not None:
-            ledger.started = True
+            ledger.started, ledger.tried_at, ledger.tries = True, None, 0
             self._ledgers.bind(ledger, bound)
         if call.awaits_credit:
             self._let_go_on(call, self._has_its_turn())
@@ -336,6 +378,8 @@ class CreditKeeper:
         if call.frozen_since_usec is not None and not credit.pauses(self._policy()):
             self._let_go_on(call, "Going on: the policy in force pauses nobody.")
         call.asks = asks and ledger.seen >= ledger.bound - GREW_BYTES
+        if ledger.tried_at is not None and ledger.seen < ledger.tried_at + TRY_BYTES:
+            call.asks = False
         if call.asks and not call.awaits_credit:
             ledger.find_cache(now)
             # To the policy such a call does not ask: it goes on, and takes nothing of others.
@@ -347,11 +391,12 @@ class CreditKeeper:
         elif ledger.since_usec is None:
             ledger.since_usec = now
         elif not is_first and now - ledger.since_usec > HOLD_USEC:
-            self._hold(call, now)
+            self._hold(ledger, now)
 
-    def _hold(self, call: Call, now: int) -> None:
+    def _hold(self, ledger: Ledger, now: int) -> None:
         """Pause a call that waits for credit, or refuse it more where it would rather have that.
         Raises KnobError or BpfError."""
+        call = ledger.call
         if call.awaits_credit:
             return
         kept = "what is free is kept for calls that go first"
@@ -366,6 +411,9 @@ class CreditKeeper:
             return
         self._calls.actions.freeze(call, f"Paused: {kept}. It goes on by itself; nothing is lost.")
         call.awaits_credit = call.frozen_since_usec is not None
+        if call.awaits_credit:
+            ledger.tried_at = None
+            ledger.try_usec = now + (TRY_AGAIN_USEC << min(ledger.tries, TRY_DOUBLED_MOST))
 
     def _may_go_on(self, call: Call, now: int) -> bool:
         settle, resumed = self._policy().headroom.settle, call.resumed_at_usec

@@ -40,6 +40,12 @@ class Ledger:
     """Whether it got more since it is looked at."""
     since_usec: int | None = None
     """Since when it has asked for more than it got; None: it has not."""
+    tried_at: int | None = None
+    """Bytes that it held when it was last let run without more; None: it is not, or got more."""
+    tries: int = 0
+    """How often it was let run without more since it last got more."""
+    try_usec: int = 0
+    """When it may be let run without more again."""
     cache_usec: int | None = None
     """When it was last found out how much of what it holds is file cache; None: not yet."""
     lives_on_cache: bool = False

@@ -79,6 +79,9 @@ class ModelCgroup:
         }
         return values[knob.file]
 
+    def read_if(self, knob: Knob[Any]) -> Any:
+        return 1 if knob is knobs.PIDS_CURRENT else None
+
     def write(self, knob: Knob[Any], value: Any, wait: bool = True) -> None:
         if knob is knobs.MEMORY_HIGH:
             self.high = value

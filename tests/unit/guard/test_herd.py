@@ -88,3 +88,31 @@ def test_a_stopped_daemon_costs_the_pool_nothing(tmp_path: Path) -> None:
     assert not machine.calls and machine.killed == 0 and machine.limit_hit == 0
     without, _ = herd(tmp_path, 50, 400, 8, stopped_s=5.0, has_credit=False)
     assert without.limit_hit > 0
+
+
+def test_a_paused_call_that_needs_no_more_runs_to_its_end(tmp_path: Path) -> None:
+    """It ends before the call that goes first does, although all that is free is kept for that."""
+
+    async def run() -> tuple[Machine, dict[str, float], bool]:
+        machine = Machine(load_policy(None, None).policy, GIB, tmp_path)
+        sizes = {"rests": 300 * MIB, "first": 640 * MIB, "done": 40 * MIB}
+        for name, size in sizes.items():
+            call = machine.begin(name, size, 60.0 if name == "rests" else 1.0)
+            machine.of(call).bytes_per_s = 40 * MIB
+            machine.of(call).began_s = machine.loop.time()
+            await machine.run(machine.loop.time() + (10.0 if name == "rests" else 5.0))
+        ended, was_paused = dict[str, float](), False
+        while machine.calls and machine.loop.time() < 100:
+            before = set(machine.calls)
+            done = machine.calls.get("done")
+            was_paused |= done is not None and machine.of(done).frozen
+            machine.step()
+            await asyncio.sleep(0.002)
+            ended |= dict.fromkeys(before - set(machine.calls), machine.loop.time())
+        machine.guard.stop()
+        return machine, ended, was_paused
+
+    machine, ended, was_paused = run_in_made_up_time(run())
+    print(ended, was_paused, machine.peak_bytes / MIB)
+    assert machine.killed == 0 and machine.limit_hit == 0
+    assert was_paused and ended["done"] < ended["first"] < ended["rests"]
