@@ -91,25 +91,44 @@ def intent_fields_header(proto: str) -> str:
     )
 
 
+def c_compiler() -> list[str]:
+    """Choose what compiles the C programs: $CC, else musl's wrapper of gcc where it is installed,
+    else cc.
+
+    A static program with glibc asks the CPU for all its features and caches before it starts, which
+    a virtual machine answers slowly: 0.6 ms, of which musl's takes nothing. musl has no headers of
+    the kernel, so they are taken from where glibc's are, behind its own.
+    """
+    if named := os.environ.get("CC"):
+        return [named]
+    if (musl := shutil.which("musl-gcc")) is None:
+        return ["cc"]
+    kernel = [f"/usr/include/{MULTIARCH}", "/usr/include"]
+    return [musl, *(word for path in kernel for word in ("-idirafter", path))]
+
+
 def compile_programs(root: Path, version: str) -> None:
     """Compile each C program to build/bin, statically, so that it starts in a fraction of a ms.
 
     `version` is what `agentcg-exec --version` says. A program that is newer than its source, than
-    the options made from the proto and than pyproject.toml, where the version stands, is left as it
-    is.
+    the options made from the proto, than the choice of a compiler and than pyproject.toml, where
+    the version stands, is left as it is.
     """
     bin_dir, include = root / "build/bin", root / "build/include"
     for directory in (bin_dir, include):
         directory.mkdir(parents=True, exist_ok=True)
-    header = include / "intent_fields.h"
-    text = intent_fields_header((root / PROTO).read_text(encoding="utf-8"))
-    if not header.exists() or header.read_text(encoding="utf-8") != text:
-        header.write_text(text, encoding="utf-8")
-    compiler = [os.environ.get("CC", "cc"), *CFLAGS, f'-DAGENTCG_VERSION="{version}"']
-    compiler.append(f"-I{include}")
+    header, chosen = include / "intent_fields.h", root / "build/compiler"
+    compiler = [*c_compiler(), *CFLAGS, f'-DAGENTCG_VERSION="{version}"', f"-I{include}"]
+    made = {
+        header: intent_fields_header((root / PROTO).read_text(encoding="utf-8")),
+        chosen: "\n".join([*compiler, ""]),
+    }
+    for file, text in made.items():
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            file.write_text(text, encoding="utf-8")
     for name, source in PROGRAMS.items():
         target, path = bin_dir / name, root / source
-        others = (header, root / "pyproject.toml", *path.parent.glob("*.h"))
+        others = (*made, root / "pyproject.toml", *path.parent.glob("*.h"))
         newest = max(file.stat().st_mtime for file in (path, *others))
         if target.exists() and target.stat().st_mtime > newest:
             continue

@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include "options.h"
+#include "retry.h"
 #include "say.h"
 #include "sealed.h"
 #include "user.h"

@@ -16,6 +16,8 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "retry.h"
+
 enum { QUESTION_MAX = 16384, ANSWER_MAX = 16384 };
 
 struct question {

@@ -22,6 +22,7 @@
 #include <unistd.h>
 
 #include "options.h"
+#include "retry.h"
 #include "say.h"
 
 /* How the kernel's program knows such an exec: bpf/lifecycle.bpf.c, with the name before it. */

@@ -22,6 +22,7 @@
 #include <unistd.h>
 
 #include "disk.h"
+#include "retry.h"
 #include "say.h"
 
 enum { ENDING_S = 5, ID_MAX = 128, WORDS_MAX = 16384 };

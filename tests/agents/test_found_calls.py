@@ -7,21 +7,18 @@ are large:
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from tests.agents.model import Model
-from tests.agents.test_real_agents import WHERE, command_line
+from tests.agents.packages import FROM_NPM, FROM_PYPI, command_line, from_npm, from_pypi
 from tests.harness import EXEC, DaemonProcess, wait_until
 
 pytestmark = [
@@ -32,17 +29,6 @@ pytestmark = [
 COMMANDS = ("sleep 0.3; true", "cd / && ls | wc -l", "python3 -c 'import time; time.sleep(0.2)'")
 FOUND = [("sleep", COMMANDS[0]), ("ls", COMMANDS[1]), ("python3", COMMANDS[2])]
 SUBMIT = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
-FROM_NPM = {
-    "claude": "@anthropic-ai/claude-code@2.1.332",
-    "codex": "@openai/codex@0.171.0",
-    "gemini": "@google/gemini-cli@0.61.0",
-    "opencode": "opencode-ai@1.18.33",
-}
-FROM_PYPI = {
-    "mini-swe-agent": "mini-swe-agent==2.4.6",
-    "swe-rex": "swe-rex==1.4.0",
-    "aider-chat": "aider-chat==0.86.2",
-}
 SWE_REX = """
 import asyncio, sys
 from swerex.deployment.local import LocalDeployment
@@ -75,27 +61,8 @@ class Agent:
 
 @pytest.fixture(scope="module")
 def npm() -> Path:
-    """The directory of the agents' programs from npm, installed once."""
-    WHERE.mkdir(parents=True, exist_ok=True)
-    found = WHERE / "node_modules"
-    missing = [p for p in FROM_NPM.values() if not (found / p.rpartition("@")[0]).exists()]
-    if missing:
-        command = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(WHERE)]
-        subprocess.run([*command, *FROM_NPM.values()], check=True, timeout=380)
-    return found / ".bin"
-
-
-def from_pypi(name: str) -> Path:
-    """The directory of an agent's programs from PyPI, installed once in an environment of its
-    own."""
-    where = WHERE / "py" / name
-    done = where / "installed"
-    if not done.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(where)], check=True)
-        pip = [str(where / "bin/pip"), "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, FROM_PYPI[name]], check=True, timeout=380)
-        done.touch()
-    return where / "bin"
+    """The directory of the agents' programs from npm."""
+    return from_npm()
 
 
 @pytest.fixture(scope="module")
@@ -109,24 +76,6 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
         running.close()
 
 
-def _opencode(program: Path, home: Path, url: str) -> Agent:
-    config: dict[str, Any] = {
-        "model": "scripted/m",
-        "small_model": "scripted/m",
-        "autoupdate": False,
-        "share": "disabled",
-        "permission": "allow",
-    }
-    provider: dict[str, Any] = {"npm": "@ai-sdk/openai-compatible", "name": "scripted"}
-    provider["options"] = {"baseURL": f"{url}/v1", "apiKey": "x"}
-    provider["models"] = {"m": {"name": "m", "tool_call": True}}
-    config["provider"] = {"scripted": provider}
-    file = home / "opencode.json"
-    file.write_text(json.dumps(config))
-    env = {"OPENCODE_CONFIG": str(file), "OPENCODE_DISABLE_MODELS_FETCH": "1"}
-    return Agent([str(program), "run", "go"], env)
-
-
 def _mini(program: Path, home: Path, url: str) -> Agent:
     env = {"OPENAI_API_KEY": "x", "OPENAI_API_BASE": f"{url}/v1", "OPENAI_BASE_URL": f"{url}/v1"}
     env |= {"MSWEA_CONFIGURED": "true", "MSWEA_COST_TRACKING": "ignore_errors"}
@@ -138,8 +87,6 @@ def _mini(program: Path, home: Path, url: str) -> Agent:
 
 def prepared(name: str, npm: Path, home: Path, url: str) -> Agent:
     """How an agent is run against the model at `url`."""
-    if name == "opencode":
-        return _opencode(npm / name, home, url)
     if name == "mini-swe-agent":
         return _mini(from_pypi(name) / "mini", home, url)
     if name == "swe-rex":
@@ -167,10 +114,6 @@ def test_what_the_model_asks_for_is_found_and_nothing_else(
     home.mkdir()
     base = {"HOME": str(home), "PATH": os.environ["PATH"], "TERM": "dumb", "LANG": "C.UTF-8"}
     base |= {"SHELL": "/bin/bash", "AGENTCG_RUN_DIR": str(daemon.run_dir)}
-    if name == "gemini":
-        settings = {"security": {"auth": {"selectedType": "gemini-api-key"}}}
-        (home / ".gemini").mkdir()
-        (home / ".gemini/settings.json").write_text(json.dumps(settings))
     with Model(*COMMANDS, *([SUBMIT] if name == "mini-swe-agent" else [])) as model:
         agent = prepared(name, npm, home, model.url)
         spec = pb.SessionSpec(id=f"found-{name}")
