@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,24 +18,28 @@ FROM_NPM = {
     "gemini": "@google/gemini-cli@0.61.0",
     "opencode": "opencode-ai@1.18.33",
 }
+OPENCODE_PLUGIN = "@opencode-ai/plugin@1.18.33"
+"""What opencode installs into a directory of its settings before it loads a plugin from there."""
 FROM_PYPI = {
     "mini-swe-agent": "mini-swe-agent==2.4.6",
     "swe-rex": "swe-rex==1.4.0",
     "aider-chat": "aider-chat==0.86.2",
-    "langchain": "langchain==1.5.2",
 }
 
 
 def from_npm() -> Path:
     """Return the directory of the agents' programs from npm."""
-    found = WHERE / "node_modules"
-    if any(
-        _npm_version(found / name) != version for name, version in map(_parts, FROM_NPM.values())
-    ):
-        WHERE.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(WHERE)]
-        subprocess.run([*command, *FROM_NPM.values()], check=True, timeout=380)
-    return found / ".bin"
+    _install(WHERE, *FROM_NPM.values())
+    return WHERE / "node_modules/.bin"
+
+
+def _install(where: Path, *packages: str) -> None:
+    """Install packages from npm, unless they are there."""
+    found = where / "node_modules"
+    if any(_npm_version(found / name) != version for name, version in map(_parts, packages)):
+        where.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(where)]
+        subprocess.run([*command, *packages], check=True, timeout=380)
 
 
 def _parts(package: str) -> tuple[str, str]:
@@ -95,6 +100,8 @@ def command_line(
 
 
 def _opencode(home: Path, url: str) -> dict[str, str]:
+    _install(WHERE / "opencode", OPENCODE_PLUGIN)
+    shutil.copytree(WHERE / "opencode", home / ".config/opencode", symlinks=True)
     config: dict[str, Any] = {
         "model": "scripted/m",
         "small_model": "scripted/m",
