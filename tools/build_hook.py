@@ -118,11 +118,12 @@ def compile_programs(root: Path, version: str) -> None:
     for directory in (bin_dir, include):
         directory.mkdir(parents=True, exist_ok=True)
     header, chosen = include / "intent_fields.h", root / "build/compiler"
-    compiler = [*c_compiler(), *CFLAGS, f'-DAGENTCG_VERSION="{version}"', f"-I{include}"]
+    compiler = [*c_compiler(), *CFLAGS]
     made = {
         header: intent_fields_header((root / PROTO).read_text(encoding="utf-8")),
         chosen: "\n".join([*compiler, ""]),
     }
+    compiler += [f'-DAGENTCG_VERSION="{version}"', f"-I{include}"]
     for file, text in made.items():
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             file.write_text(text, encoding="utf-8")

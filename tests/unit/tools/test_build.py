@@ -310,3 +310,42 @@ def test_what_pip_gives_a_build_in_isolation_is_found_by_what_the_build_starts(
         build_hook.make_shell_files(tmp_path, "1.2")
         paths = started[-1]["PYTHONPATH"].split(os.pathsep)
         assert paths[0] == str(tmp_path) and paths[-1] == last
+
+
+@pytest.mark.parametrize(
+    ("named", "there", "chosen"),
+    [("clang", True, "clang"), ("", True, "musl-gcc"), ("", False, "cc")],
+)
+def test_the_compiler_that_is_named_then_musls_then_any(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: str, there: bool, chosen: str
+) -> None:
+    if there:
+        (tmp_path / "musl-gcc").write_text("#!/bin/sh\n")
+        (tmp_path / "musl-gcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", named)
+    compiler = build_hook.c_compiler()
+    assert Path(compiler[0]).name == chosen
+    assert ("/usr/include" in compiler) == (chosen == "musl-gcc")
+
+
+def test_another_compiler_compiles_all_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("proto", "agent_sdk/exec", "daemon/load", "daemon/release", "daemon/oci"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    log = tmp_path / "log"
+    for name in ("one", "two"):
+        script = f"#!/bin/sh\necho {name} >> {log}\n"
+        script += 'while [ "$1" != -o ]; do shift; done\ntouch "$2"\n'
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    for name in ("one", "one", "two", "two"):
+        monkeypatch.setenv("CC", str(tmp_path / name))
+        build_hook.compile_programs(tmp_path, "1")
+        # Times in the file system are no finer than what a compiler of this kind takes.
+        for made in ("compiler", "include/intent_fields.h"):
+            os.utime(tmp_path / "build" / made, (0, 0))
+    count = len(build_hook.PROGRAMS)
+    assert log.read_text().split() == ["one"] * count + ["two"] * count
