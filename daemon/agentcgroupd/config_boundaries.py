@@ -63,7 +63,7 @@ FOR_THEMSELVES = (
 )
 """What agents have a shell do for themselves: they save the user's shell settings, look for
 editors, packages and GPUs, or check the syntax of a command that comes next."""
-TERMINAL = "* nice -n * */bash"
+TERMINALS_SHELLS = ("* nice -n * */bash", "* */nice -n * */bash")
 """A shell that reads its commands, started by another one."""
 CLAUDE = ("*/shell-snapshots/snapshot-*", "*pwd -P >| *")
 """What Claude Code wraps each command of its model in. What else it has a shell do are hooks, MCP
@@ -101,7 +101,7 @@ SERVERS = (
 
 DEFAULT_RULES = (
     *(_asks(*SHELLS, shell_command=True, command_line=glob) for glob in FOR_THEMSELVES),
-    _none(*SHELLS, shell_command=True, command_line=TERMINAL),
+    *(_none(*SHELLS, shell_command=True, command_line=glob) for glob in TERMINALS_SHELLS),
     _none("exe", "codex*", first_argument=CODEX_SETUP),
     _none(*SHELLS, shell_command=True, runs="*mcp*"),
     *(_none(*SHELLS, shell_command=True, runs=name) for name in ("agentcg*", "bwrap")),
@@ -115,6 +115,8 @@ DEFAULT_RULES = (
     _none(*SHELLS, first_argument="-n"),
     _none(*SANDBOXES, *AGENTS, *TERMINALS),
     _asks(*PROBES),
+    _asks("run-parts", command_line="* /etc/profile.d"),
+    _none("clear"),
     _none("*mcp*"),
     *(_none(*RUNNERS, command_line=glob) for glob in SERVERS),
     _none(first_argument="--stdio"),

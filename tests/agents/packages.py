@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.containers.root import bootstrap
+
 WHERE = Path(os.environ.get("AGENTCG_AGENTS_DIR") or Path.home() / ".cache/agentcgroup/agents")
 FROM_NPM = {
     "claude": "@anthropic-ai/claude-code@2.1.332",
@@ -25,6 +27,46 @@ FROM_PYPI = {
     "swe-rex": "swe-rex==1.4.0",
     "aider-chat": "aider-chat==0.86.2",
 }
+
+OPENHANDS = ("openhands-sdk==1.58.2", "openhands-tools==1.58.2")
+"""They need Python 3.12, so they are put into a root of Debian 13, with tmux."""
+DEBIAN = ("python3", "python3-venv", "tmux", "git", "ca-certificates", "procps")
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+ENTER = """
+root=$1 work=$2
+shift 2
+mount --bind /proc "$root/proc"
+mount --rbind /dev "$root/dev"
+mount -t tmpfs tmpfs "$root/tmp"
+while [ "$1" != -- ]; do
+    mkdir -p "$root$1"
+    mount --bind "$1" "$root$1"
+    shift
+done
+shift
+exec chroot "$root" sh -c 'cd "$1" && shift && exec "$@"' sh "$work" "$@"
+"""
+OPENHANDS_AGENT = """
+import os, sys
+from openhands.sdk import LLM, Agent, Conversation, Tool
+from openhands.sdk.hooks import HookConfig
+from openhands.tools.terminal import TerminalTool
+
+llm = LLM(model="openai/scripted", base_url=os.environ["MODEL_URL"] + "/v1", api_key="x")
+tool = Tool(name=TerminalTool.name, params={"terminal_type": sys.argv[1]})
+here = os.getcwd()
+conversation = Conversation(
+    agent=Agent(llm=llm, tools=[tool]),
+    workspace=here,
+    hook_config=HookConfig.load(working_dir=here),
+    visualizer=None,
+)
+conversation.send_message("go")
+conversation.run()
+for event in conversation.state.events:
+    if event.__class__.__name__ == "HookExecutionEvent":
+        print("hook:", event.exit_code, event.stdout)
+"""
 
 
 def from_npm() -> Path:
@@ -64,6 +106,31 @@ def from_pypi(name: str) -> Path:
         subprocess.run([*pip, FROM_PYPI[name]], check=True, timeout=380)
         done.write_text(FROM_PYPI[name])
     return where / "bin"
+
+
+def openhands(
+    terminal: str, home: Path, work: Path, url: str, *seen: Path
+) -> tuple[list[str], dict[str, str]]:
+    """Return the command line of OpenHands with one of its terminals, `tmux` or `subprocess`, and
+    the variables that it needs. `seen`: directories that it sees besides these two."""
+    root = WHERE / "trixie"
+    done = root / "opt/openhands/installed"
+    if not done.exists() or done.read_text() != " ".join(OPENHANDS):
+        if not (root / "usr/bin/tmux").exists():
+            WHERE.mkdir(parents=True, exist_ok=True)
+            bootstrap("trixie", root, DEBIAN)
+        for file in (Path("/etc/resolv.conf"), CERTIFICATES):
+            shutil.copy(file, root / file.relative_to("/"))
+        inside = ["chroot", str(root)]
+        subprocess.run([*inside, "python3", "-m", "venv", "--clear", "/opt/openhands"], check=True)
+        pip = ["/opt/openhands/bin/pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*inside, *pip, *OPENHANDS], check=True, timeout=380)
+        done.write_text(" ".join(OPENHANDS))
+    places = [str(path) for path in (home, work, *seen)]
+    argv = ["unshare", "--mount", "sh", "-ec", ENTER, "sh", str(root), str(work), *places, "--"]
+    argv += ["/opt/openhands/bin/python", "-c", OPENHANDS_AGENT, terminal]
+    env = {"MODEL_URL": url, "TMUX_TMPDIR": str(work), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    return argv, env
 
 
 def command_line(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.agents.model import Model
-from tests.agents.packages import FROM_NPM, command_line, from_npm
+from tests.agents.packages import FROM_NPM, command_line, from_npm, openhands
 from tests.harness import EXEC, DaemonProcess
 
 FRONT = str(Path(EXEC).with_name("agentcg"))
@@ -68,3 +68,23 @@ def test_the_model_hears_what_became_of_its_command(
     assert "was ended at its timeout of 300 ms" in json.dumps(heard), json.dumps(heard)[-3000:]
     log = home / ".local/state/agentcgroup/hook.log"
     assert not log.exists(), log.read_text()
+
+
+def test_openhands_runs_the_hook_and_drops_what_it_says(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    work, home = tmp_path / "work", tmp_path / "home"
+    work.mkdir()
+    home.mkdir()
+    base = {"HOME": str(home), "PATH": os.environ["PATH"], "TERM": "dumb", "LANG": "C.UTF-8"}
+    base["AGENTCG_RUN_DIR"] = str(daemon.run_dir)
+    setup = [FRONT, "setup", "openhands", "--project"]
+    subprocess.run(setup, env=base, check=True, cwd=work, stdout=2)
+    with Model(f"{FRONT} exec --quiet --timeout 300ms -- sleep 1000; echo over") as model:
+        seen = (Path(FRONT).parent, daemon.run_dir)
+        argv, env = openhands("tmux", home, work, model.url, *seen)
+        session = daemon.open("real-openhands")
+        done = session.run(RUN, argv=argv, env={**base, **env}, cwd=str(work))
+    assert "hook: 0 " in done[1], done
+    said = "was ended at its timeout of 300 ms"
+    assert model.told and said not in model.told[-1], "docs/agents.md says that it is not told"

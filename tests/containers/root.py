@@ -13,6 +13,7 @@ import fcntl
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.guest.vm import CHECKOUT
@@ -33,8 +34,6 @@ class RootError(Exception):
 
 def ensure(suite: str = SUITES[0]) -> Path:
     """Return the directory of the root of a suite, made if it is not there. Raises RootError."""
-    if shutil.which("mmdebstrap") is None:
-        raise RootError("mmdebstrap is not here; try: apt-get install mmdebstrap")
     directory = CHECKOUT / "build/containers" / suite
     directory.parent.mkdir(parents=True, exist_ok=True)
     with open(directory.with_name(f"{suite}.lock"), "w") as lock:
@@ -48,7 +47,10 @@ def ensure(suite: str = SUITES[0]) -> Path:
     return directory
 
 
-def _make(suite: str, directory: Path) -> None:
+def bootstrap(suite: str, directory: Path, packages: Sequence[str]) -> None:
+    """Make a root of a suite with these packages. Raises RootError."""
+    if shutil.which("mmdebstrap") is None:
+        raise RootError("mmdebstrap is not here; try: apt-get install mmdebstrap")
     mirror = find_mirror()
     options = [f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT]
     # A suite that is not released yet is read also when its index is a few weeks old here; the
@@ -62,9 +64,13 @@ def _make(suite: str, directory: Path) -> None:
     if mirror.signed_by:
         options.append(f"--keyring={mirror.signed_by}")
     argv = ["mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", *options]
-    argv += [f"--include={','.join(PACKAGES)}", suite, str(directory), mirror.uris.split()[0]]
+    argv += [f"--include={','.join(packages)}", suite, str(directory), mirror.uris.split()[0]]
     if subprocess.run(argv, check=False).returncode:
         raise RootError(f"mmdebstrap could not make a root of {suite}")
+
+
+def _make(suite: str, directory: Path) -> None:
+    bootstrap(suite, directory, PACKAGES)
     inside = directory / PYTHON.relative_to("/")
     if not inside.exists():
         skip = shutil.ignore_patterns("test", "__pycache__", "site-packages")

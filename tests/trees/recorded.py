@@ -454,26 +454,40 @@ def _jobs(has_control: bool) -> Words:
     )
 
 
+def _openhands(what: str, nice: str, window: Words) -> Tree:
+    """OpenHands in tmux, whose first window it leaves for one with a shell of its own."""
+    pane = [nice, "-n", "10", "/bin/bash"]
+    shell = become(["sh", "-c", " ".join(pane)], become(pane, become(["/bin/bash"], _jobs(True))))
+    panes = does(fork(SETSID, window), fork(SETSID, shell))
+    server = fork(SETSID, called("tmux: server"), panes, nap(1), outside("tmux"), WAIT)
+    return Tree(
+        what,
+        become(
+            ["python3", "-m", "openhands.agent_server"],
+            spawn(["tmux", "-V"], outside("tmux -V")),
+            spawn(["tmux", "-L", "openhands", "new-session", "-d"], fork(server), WAIT),
+            WAIT,
+        ),
+        _JOBS,
+    )
+
+
 def _python_trees() -> list[Tree]:
     syntax = ["/bin/sh", "-c", "/usr/bin/env bash -n << 'SOUNIQUEEOF'\necho a; make\nSOUNIQUEEOF"]
-    nice = ["sh", "-c", "nice -n 10 /bin/bash"]
     argv = ["python3", "-m", "pytest", "-x"]
     script = "cd /testbed && python3 -m pytest -x"
-    pane = fork(
-        SETSID,
-        become(nice, become(nice[2].split(), become(["/bin/bash"], _jobs(True)))),
-    )
-    server = fork(SETSID, called("tmux: server"), pane, nap(1), outside("tmux"), WAIT)
     return [
-        Tree(
-            "OpenHands, by tmux",
+        _openhands("OpenHands, by tmux", "nice", become(["tmux"], outside("tmux"))),
+        _openhands(
+            "OpenHands, by tmux, with a login shell before its own",
+            "/usr/bin/nice",
             become(
-                ["python3", "-m", "openhands.agent_server"],
-                spawn(["tmux", "-V"], outside("tmux -V")),
-                spawn(["tmux", "-L", "openhands", "new-session", "-d"], fork(server), WAIT),
+                ["-bash"],
+                fork(GROUP, become(["run-parts", "--list", "/etc/profile.d"], outside("profile"))),
+                WAIT,
+                fork(GROUP, become(["clear"], outside("clear"))),
                 WAIT,
             ),
-            _JOBS,
         ),
         Tree(
             "OpenHands, by a subprocess",
