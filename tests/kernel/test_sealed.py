@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,34 @@ def one(number):
 with ThreadPoolExecutor(8) as pool:
     result = list(pool.map(one, range(count)))
 """
+
+
+@pytest.mark.full_speed
+def test_a_daemon_that_stands_still_for_moments_loses_none(
+    daemon: DaemonProcess, agent: AgentProcess, refuse: Path
+) -> None:
+    count, over = 48, threading.Event()
+
+    def hold_up() -> None:
+        while not over.wait(0.1):
+            daemon.process.send_signal(signal.SIGSTOP)
+            over.wait(0.5)
+            daemon.process.send_signal(signal.SIGCONT)
+
+    values: dict[str, Any] = {"before": sandbox("all", refuse), "count": count, "env": PATIENT}
+    thread = threading.Thread(target=hold_up)
+    thread.start()
+    try:
+        found = agent.run(MANY, command=["cat", "/proc/self/cgroup"], **values)
+    finally:
+        over.set()
+        thread.join()
+    assert {(code, err) for code, _, err in found} == {(0, "")}
+    newest(daemon)
+    request = pb.ListReportsRequest(session_id="alpha", limit=count)
+    reports = daemon.admin.ListReports(request).reports
+    granted = {report.name: report.grant.memory_max_bytes for report in reports}
+    assert granted == {f"n{number}": (number + 1) << 20 for number in range(count)}
 
 
 @pytest.mark.parametrize("kind", ["socket", "connect", "all", "all, connect"])
