@@ -207,13 +207,14 @@ with ThreadPoolExecutor(8) as pool:
 def test_a_daemon_that_stands_still_for_moments_loses_none(
     daemon: DaemonProcess, agent: AgentProcess, refuse: Path
 ) -> None:
-    count, over = 48, threading.Event()
+    count, over, process = 48, threading.Event(), daemon.process
+    assert process is not None
 
     def hold_up() -> None:
         while not over.wait(0.1):
-            daemon.process.send_signal(signal.SIGSTOP)
+            process.send_signal(signal.SIGSTOP)
             over.wait(0.5)
-            daemon.process.send_signal(signal.SIGCONT)
+            process.send_signal(signal.SIGCONT)
 
     values: dict[str, Any] = {"before": sandbox("all", refuse), "count": count, "env": PATIENT}
     thread = threading.Thread(target=hold_up)
