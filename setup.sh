@@ -31,7 +31,8 @@ missing_packages() {
 	have groff || echo groff-base # checks the manual pages
 	have "${CC:-cc}" || echo gcc
 	[ -e /usr/include/stdlib.h ] || echo libc6-dev
-	[ -n "${CC:-}" ] || have musl-gcc || echo musl-tools # for a fast start of the C programs
+	# For a fast start of the C programs; elsewhere than on Debian they do without.
+	[ -n "${CC:-}" ] || have musl-gcc || ! have apt-get || echo musl-tools
 	if ! have "$PYTHON"; then
 		echo python3 python3-venv
 	elif ! "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
