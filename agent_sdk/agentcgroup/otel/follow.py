@@ -12,6 +12,7 @@ from opentelemetry.sdk.resources import Resource
 
 from agentcgroup.admin import Admin
 from agentcgroup.errors import AgentcgError
+from agentcgroup.listener import EventListener
 from agentcgroup.types import Event, Report
 
 from .sending import Sender
@@ -45,8 +46,7 @@ class Follower:
         self._done: dict[str, None] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
-        self._stream: Any = None
-        self._listener = threading.Thread(target=self._listen_on, name="listen", daemon=True)
+        self._listener = EventListener(make_admin, self.heard, retry_s=RETRY_S)
 
     def run(self, told: Callable[[], None]) -> None:
         """Follow until `close`; `told` is called each time that the store was asked."""
@@ -63,11 +63,7 @@ class Follower:
     def close(self) -> None:
         """End it, from any thread."""
         self._stopping.set()
-        stream = self._stream
-        if stream is not None:
-            stream.close()
-        if self._listener.is_alive():
-            self._listener.join(5)
+        self._listener.close()
 
     def catch_up(self) -> None:
         """Ask the store for what ended. Raises AgentcgError."""
@@ -114,18 +110,6 @@ class Follower:
                     break
                 call_id = parent
         return call_id
-
-    def _listen_on(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                with self._make_admin() as admin, admin.events() as stream:
-                    self._stream = stream
-                    if self._stopping.is_set():
-                        break  # `close` came before there was a stream to close.
-                    for event in stream:
-                        self.heard(event)
-            except AgentcgError:
-                self._stopping.wait(RETRY_S)
 
 
 def _forget(kept: dict[str, Any]) -> None:

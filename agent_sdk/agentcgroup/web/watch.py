@@ -16,6 +16,7 @@ from agentcgroup.admin import Admin
 from agentcgroup.cli.live import Look, Rates, is_paused
 from agentcgroup.cli.top import INTERVAL_S, rest_s
 from agentcgroup.errors import AgentcgError, CallNotFound, Unavailable
+from agentcgroup.listener import EventListener
 from agentcgroup.text import escaped_json
 from agentcgroup.types import CallInfo, Event, Story
 
@@ -66,26 +67,21 @@ class Watch:
         self._daemon_began = 0
         self._timelines: dict[int, tuple[float, bytes]] = {}
         self._admin: Admin | None = None
-        self._stream: Any = None
-        self._threads = [
-            threading.Thread(target=self._look_on, name="look", daemon=True),
-            threading.Thread(target=self._listen_on, name="listen", daemon=True),
-        ]
+        self._looker = threading.Thread(target=self._look_on, name="look", daemon=True)
+        # That the daemon is away is told of by the thread that looks, which asks the same one.
+        self._listener = EventListener(make_admin, self.heard, retry_s=INTERVAL_S)
 
     def start(self) -> None:
         """Begin to look and to listen."""
-        for thread in self._threads:
-            thread.start()
+        self._looker.start()
+        self._listener.start()
 
     def close(self) -> None:
         """End both."""
         self._stopping.set()
-        stream = self._stream
-        if stream is not None:
-            stream.close()
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join(5)
+        self._listener.close()
+        if self._looker.is_alive():
+            self._looker.join(5)
 
     # What readers get
 
@@ -206,19 +202,6 @@ class Watch:
             self._daemon_began = look.pool.started_unix_usec
 
     # Listening
-
-    def _listen_on(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                with self._make_admin() as admin, admin.events() as stream:
-                    self._stream = stream
-                    if self._stopping.is_set():
-                        break  # `close` came before there was a stream to close.
-                    for event in stream:
-                        self.heard(event)
-            except AgentcgError:
-                # Told of by the thread that looks, which asks the same daemon.
-                self._stopping.wait(INTERVAL_S)
 
     def heard(self, event: Event) -> None:
         """Remember what happened in the pool."""

@@ -422,6 +422,7 @@ def test_what_ended_before_is_asked_of_the_store(daemon: FakeDaemon) -> None:
 
 def test_what_happens_is_heard(daemon: FakeDaemon) -> None:
     watched = Watch(Admin, 10)
+    before = set(threading.enumerate())
     watched.start()
     try:
 
@@ -430,11 +431,14 @@ def test_what_happens_is_heard(daemon: FakeDaemon) -> None:
             return bool(watched._memory.marks)
 
         wait_until("it is heard", heard)
+        started = {each.name for each in set(threading.enumerate()) - before}
+        assert started >= {"look", "listen"}
     finally:
         watched.close()
     (mark,) = watched._memory.marks.values()
     assert (mark.kind, mark.call_id, mark.sentence) == ("pause", "c7", "It was paused.")
-    assert not any(thread.is_alive() for thread in watched._threads)
+    left = {each.name for each in set(threading.enumerate()) - before}
+    assert not left & {"look", "listen"}
 
 
 def test_what_is_told_twice_is_one_mark() -> None:
