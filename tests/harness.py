@@ -226,7 +226,7 @@ class DaemonProcess:
             self.process.terminate()
             self.process.wait(20 * PATIENCE)
 
-    def open(self, session_id: str, **limits: str) -> AgentProcess:
+    def open(self, session_id: str, **limits: Any) -> AgentProcess:
         """Open a session with an agent in it."""
         spec = pb.SessionSpec(id=session_id, **limits)
         self.admin.OpenSession(pb.OpenSessionRequest(spec=spec))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from agentcgroup import paths, queries
 from agentcgroup.channel import Client, Connection
-from agentcgroup.intent import Quantity, spec_message
+from agentcgroup.intent import Limit, spec_message
 from agentcgroup.queries import Query
 from agentcgroup.types import (
     CallInfo,
@@ -43,7 +43,8 @@ class Admin(Client["AdminStub"]):
 
     Limits of a session are text or numbers, as in an intent: memory_low, memory_high, memory_max
     (bytes), cpu_weight, cpu_max (cores), pids_max, priority, calls_max; gpu, gpu_memory,
-    gpu_priority, gpu_device: for the agent itself; exec_is_call: "yes" or "no".
+    gpu_priority, gpu_device: for the agent itself; exec_is_call: "yes" or "no". labels: at most
+    16, text by text, which stay as they are: what `usage` adds up by.
     """
 
     def __init__(self, run_dir: str | None = None) -> None:
@@ -60,7 +61,7 @@ class Admin(Client["AdminStub"]):
         return self._ask(queries.sessions())
 
     def open_session(
-        self, session_id: str, *, end_with_caller: bool = False, **limits: Quantity | None
+        self, session_id: str, *, end_with_caller: bool = False, **limits: Limit
     ) -> SessionInfo:
         """Open a session. `end_with_caller`: it ends with this process, however that comes to its
         end.
@@ -73,7 +74,7 @@ class Admin(Client["AdminStub"]):
         request = pb.OpenSessionRequest(spec=spec, end_with_caller=end_with_caller)
         return self._ask(Query("OpenSession", request, SessionInfo.from_proto))
 
-    def update_session(self, session_id: str, **limits: Quantity | None) -> SessionInfo:
+    def update_session(self, session_id: str, **limits: Limit) -> SessionInfo:
         """Change limits of an open session; what is not named stays. "none" takes a limit away:
         memory_low, memory_high, memory_max, cpu_max.
 
@@ -85,9 +86,7 @@ class Admin(Client["AdminStub"]):
         # The kernel may have to reclaim what is above a new limit first.
         return self._ask(Query("UpdateSession", request, SessionInfo.from_proto, timeout=60.0))
 
-    def adopt_session(
-        self, session_id: str, cgroup_path: str, **limits: Quantity | None
-    ) -> SessionInfo:
+    def adopt_session(self, session_id: str, cgroup_path: str, **limits: Limit) -> SessionInfo:
         """Make a session of an existing cgroup; `cgroup_path` is below the cgroup2 mount."""
         spec = spec_message(session_id, limits)
         request = pb.AdoptSessionRequest(cgroup_path=cgroup_path, spec=spec)
@@ -173,7 +172,8 @@ class Admin(Client["AdminStub"]):
         """Return sums over ended calls, those whose reports are gone among them.
 
         Args:
-            by: session, tool or day; days come newest first, the others by their use of CPU.
+            by: session, tool, day or label; days come newest first, the others by their use of
+                CPU. A session counts for each label that it has.
             session_id: only of sessions of this name; empty: of all.
             since: from the day of this time on: seconds since 1970, or text as for `history`.
             limit: at most so many, and not more than 500.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from agentcgroup.errors import InvalidIntent
@@ -13,6 +13,9 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 
 Quantity = str | int | float
 """Text as the protocol has it ("512M", "1.5", "30s"), or a number in the plain unit."""
+
+Limit = Quantity | Mapping[str, str] | None
+"""A field of a session: a quantity, or its labels."""
 
 ARGV_MAX_BYTES = 4096
 NAME_MAX_CHARS = 128
@@ -98,9 +101,25 @@ def spec_message(session_id: str, limits: dict[str, Any]) -> pb.SessionSpec:
         known = [*pb.SessionSpec.DESCRIPTOR.fields_by_name]
         if field not in known:
             raise TypeError(f"unknown limit of a session: {field!r}{meant(field, known)}")
-        if value is not None:
+        if field == "labels":
+            spec.labels.update(_labels(value or {}))
+        elif value is not None:
             setattr(spec, field, to_text(field, value))
     return spec
+
+
+def _labels(value: object) -> dict[str, str]:
+    """Return labels as the protocol has them; the daemon alone judges which may be. Raises
+    InvalidIntent: they are no texts by texts."""
+    allowed = "a mapping of str to str"
+    if not isinstance(value, Mapping):
+        sentence = f"labels is {value!r}, but must be {allowed}"
+        raise InvalidIntent(sentence, field="labels", value=repr(value)[:200], allowed=allowed)
+    for each in (*value, *value.values()):
+        if not isinstance(each, str):
+            sentence = f"labels: {each!r} is no text, and labels must be {allowed}"
+            raise InvalidIntent(sentence, field="labels", value=repr(each)[:200], allowed=allowed)
+    return dict(value)
 
 
 def begin_request(name: str, intent: Intent, argv: Iterable[str] = ()) -> pb.BeginCallRequest:

@@ -138,7 +138,7 @@ def _read_past_sessions(reply: Any) -> list[PastSession]:
     return [*map(PastSession.from_proto, reply.sessions)]
 
 
-USAGE_BY = ("session", "tool", "day")
+USAGE_BY = ("session", "tool", "day", "label")
 
 
 def usage(by: str, session_id: str, since: float | str, limit: int) -> Query[list[Usages]]:

@@ -483,6 +483,8 @@ class SessionInfo(_Answer):
     container: str = ""
     """Runtime and id of the container that it was made of, as `docker:ID`; empty for agents, and
     where no runtime has told of it."""
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What its use is added up by: whose it is, what it is for."""
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -540,7 +542,8 @@ class SessionSums(_Answer):
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Usages(_Answer):
-    """Sums over the ended calls of a session name, a tool or a day (2026-01-31, in UTC)."""
+    """Sums over the ended calls of a session name, a tool, a day (2026-01-31, in UTC) or a label
+    (team=web; empty: of sessions without any)."""
 
     key: str
     sums: SessionSums | None

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from agentcgroupd.config_values import Flag, OptionalPath, Section
 from agentcgroupd.errors import InvalidField
+from agentcgroupd.units import parse_labels
 
 LABEL_FIELDS = {
     "session": "",
@@ -29,20 +30,34 @@ LABEL_FIELDS = {
 }
 """Labels of containers without `agentcgroup.`, and the field of a session's spec that each sets;
 empty: it is read otherwise."""
+LABEL_OF_SESSION = "label."
+"""Before the key of a label of the session itself."""
+
+
+def is_known(name: str) -> bool:
+    """Tell whether a label without `agentcgroup.` means something. Raises InvalidField for a key
+    that no label of a session may have."""
+    if not name.startswith(LABEL_OF_SESSION):
+        return name in LABEL_FIELDS
+    parse_labels("labels", {name.removeprefix(LABEL_OF_SESSION): "any"})
+    return True
+
+
+_KNOWN = ", ".join((*LABEL_FIELDS, f"{LABEL_OF_SESSION}KEY"))
 
 
 def _labels(labels: dict[str, str]) -> dict[str, str]:
     for name, value in labels.items():
-        if name not in LABEL_FIELDS:
-            raise InvalidField("labels", name, ", ".join(LABEL_FIELDS))
+        if not is_known(name):
+            raise InvalidField("labels", name, _KNOWN)
         if not isinstance(value, str):
             raise InvalidField("labels", repr(value), "text, in quotes")
     return labels
 
 
 def _label_name(name: str) -> str:
-    if name not in LABEL_FIELDS:
-        raise InvalidField("annotations", name, ", ".join(LABEL_FIELDS))
+    if not is_known(name):
+        raise InvalidField("annotations", name, _KNOWN)
     return name
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import NewType
 
@@ -46,6 +46,14 @@ _TIME_UNITS = {
     "d": 86400 * _SECOND_USEC,
 }
 
+LABELS_MOST, LABEL_CHARS_MOST = 16, 63
+LABEL_KEY_ALLOWED = (
+    "1 to 63 letters, digits, '_', '.', '/' and '-', with a letter or digit at both ends"
+)
+LABEL_VALUE_ALLOWED = "1 to 63 printable characters without a blank at either end"
+LABELS_ALLOWED = f"at most {LABELS_MOST} labels"
+_LABEL_KEY = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_./-]*[A-Za-z0-9])?", re.ASCII)
+
 BYTES_MIN = Bytes(1 << 20)
 BYTES_MAX = Bytes((1 << 63) - 1)
 """The kernel's own counter is a signed 64-bit number of pages; no host comes near either."""
@@ -78,18 +86,21 @@ def _split(field: str, text: str, allowed: str) -> tuple[Decimal, str]:
 def parse_bytes(field: str, text: str, least: int = BYTES_MIN) -> Bytes:
     """Bytes from `512M`, `2GiB`, `1.5g`, `1048576`; K to E are powers of 1,024, with or without
     iB."""
-    number, unit = _split(field, text, BYTES_ALLOWED)
+    allowed = BYTES_ALLOWED
+    if least != BYTES_MIN:
+        allowed = allowed.replace("from 1M", f"from {show_bytes(least)}")
+    number, unit = _split(field, text, allowed)
     known = _BYTE_UNIT.fullmatch(unit.lower())
     if known is None:
-        raise InvalidField(field, text, BYTES_ALLOWED, f"{unit!r} is no unit of size")
+        raise InvalidField(field, text, allowed, f"{unit!r} is no unit of size")
     prefix = known[1] or ""
     value = number * (1 << 10 * " kmgtpe".index(prefix or " "))
     if not prefix and value != int(value):
-        raise InvalidField(field, text, BYTES_ALLOWED, f"a part of a byte (was {text}G meant?)")
+        raise InvalidField(field, text, allowed, f"a part of a byte (was {text}G meant?)")
     if value < least:
-        raise InvalidField(field, text, BYTES_ALLOWED, f"it is below {show_bytes(least)}")
+        raise InvalidField(field, text, allowed, f"it is below {show_bytes(least)}")
     if value > BYTES_MAX:
-        raise InvalidField(field, text, BYTES_ALLOWED, "it is too large")
+        raise InvalidField(field, text, allowed, "it is too large")
     return Bytes(int(value))
 
 
@@ -144,6 +155,20 @@ def parse_priority(field: str, text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,3}", word) or int(word) > 100:
         raise InvalidField(field, text, PRIORITY_ALLOWED, suggestion(word, PRIORITY_WORDS))
     return int(word)
+
+
+def parse_labels(field: str, labels: Mapping[str, str]) -> dict[str, str]:
+    """Labels as they are kept, sorted by their keys. Keys are those of Kubernetes, and a few more;
+    values may have other printable characters."""
+    if len(labels) > LABELS_MOST:
+        raise InvalidField(field, f"{len(labels)} labels", LABELS_ALLOWED)
+    for key, value in labels.items():
+        if len(key) > LABEL_CHARS_MOST or not _LABEL_KEY.fullmatch(key):
+            raise InvalidField(field, key, LABEL_KEY_ALLOWED, "it cannot be the key of a label")
+        is_short = 0 < len(value) <= LABEL_CHARS_MOST
+        if not is_short or not value.isprintable() or value != value.strip():
+            raise InvalidField(f"{field}[{key}]", value, LABEL_VALUE_ALLOWED)
+    return dict(sorted(labels.items()))
 
 
 def parse_word(field: str, text: str, words: tuple[str, ...]) -> str:

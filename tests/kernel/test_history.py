@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agentcgroup import Admin, CallNotFound
+from agentcgroup import Admin, CallNotFound, InvalidIntent
 from agentcgroup.types import Verdict
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.history.rows import GONE
@@ -76,6 +76,37 @@ def test_closed_sessions_and_their_calls_are_known_after_a_restart(fresh: Daemon
     assert bad in agentcg(fresh, "history", "--verdict", "bad")
     assert "It asked for memory_max 64 MiB" in agentcg(fresh, "explain", bad)
     assert f"{bad}  sh  (session alpha)" in agentcg(fresh, "report", "--session", "alpha")
+
+
+def test_use_is_added_up_by_labels_that_stay_with_a_session(fresh: DaemonProcess) -> None:
+    with Admin(str(fresh.run_dir)) as admin:
+        with pytest.raises(InvalidIntent) as refused:
+            admin.open_session("bad", labels={"team": "a\nb"})
+        assert (refused.value.field, refused.value.value) == ("labels[team]", "a\nb")
+    web = fresh.open("web", labels={"team": "shop", "user": "anna"})
+    other = fresh.open("other", labels={"team": "shop"})
+    plain = fresh.open("plain")
+    for agent in (web, other, plain):
+        ran(agent, "true")
+    fresh.kill()
+    fresh.start()
+    assert web.run("result = dict(agent.session().labels)") == {"team": "shop", "user": "anna"}
+    ran(web, "true")
+    with Admin(str(fresh.run_dir)) as admin:
+        wait_until("all are known", lambda: len(admin.history(limit=9)) == 4)
+        calls = {each.key: each.sums.calls for each in admin.usage("label") if each.sums}
+        assert calls == {"team=shop": 3, "user=anna": 2, "": 1}
+        with pytest.raises(InvalidIntent, match="set when it is opened"):
+            admin.update_session("web", labels={"team": "ops"})
+    close(fresh, "web")
+    lines = agentcg(fresh, "usage", "--by", "label", "--csv").splitlines()
+    assert {line.split(",")[0]: line.split(",")[1] for line in lines} == {
+        "label": "calls",
+        "team=shop": "3",
+        "user=anna": "2",
+        "": "1",
+    }
+    assert '"team": "shop"' in agentcg(fresh, "history", "--sessions", "--json")
 
 
 def test_what_ended_right_before_kill_9_is_not_lost(fresh: DaemonProcess) -> None:

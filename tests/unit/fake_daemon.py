@@ -467,6 +467,7 @@ class FakeDaemon(rpc.AgentServicer, rpc.AdminServicer):
         session.owner_pid = int(request.end_with_caller)
         if spec.memory_max == "2G":
             session.memory_max_bytes = 2048 * MIB
+        session.labels.update(spec.labels)
         self.sessions[spec.id] = session
         return session
 

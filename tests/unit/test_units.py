@@ -18,6 +18,7 @@ from agentcgroupd.units import (
     parse_cores,
     parse_count,
     parse_duration,
+    parse_labels,
     parse_priority,
     parse_word,
     show_bytes,
@@ -158,3 +159,34 @@ def test_shown_times() -> None:
         120_000_000: "2 min",
     }
     assert {usec: show_usec(usec) for usec in shown} == shown
+
+
+def test_labels_are_sorted_by_their_keys() -> None:
+    given = {"user": "Anna \u00d6.", "app.kubernetes.io/name": "a", "team": "w" * 63, "k" * 63: "="}
+    assert [*parse_labels("labels", given).items()] == sorted(given.items())
+    assert parse_labels("labels", {}) == {}
+    assert len(parse_labels("labels", {f"k{n}": "v" for n in range(16)})) == 16
+
+
+@pytest.mark.parametrize(
+    ("labels", "field", "value"),
+    [
+        ({f"k{n}": "v" for n in range(17)}, "labels", "17 labels"),
+        ({"": "v"}, "labels", ""),
+        ({"k" * 64: "v"}, "labels", "k" * 64),
+        ({"a=b": "v"}, "labels", "a=b"),
+        ({"-a": "v"}, "labels", "-a"),
+        ({"a-": "v"}, "labels", "a-"),
+        ({"t\u00ebam": "v"}, "labels", "t\u00ebam"),
+        ({"team": ""}, "labels[team]", ""),
+        ({"team": "v" * 64}, "labels[team]", "v" * 64),
+        ({"team": "a\nuser=b"}, "labels[team]", "a\nuser=b"),
+        ({"team": "\u202ebew"}, "labels[team]", "\u202ebew"),
+        ({"team": " web"}, "labels[team]", " web"),
+    ],
+)
+def test_labels_that_cannot_be_are_named(labels: dict[str, str], field: str, value: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        parse_labels("labels", labels)
+    assert (refused.value.field, refused.value.value) == (field, value)
+    assert refused.value.allowed in str(refused.value)

@@ -44,7 +44,7 @@ def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     sessions = "list sessions instead, with why they were closed and what they took (root)"
     parser.add_argument("--sessions", action="store_true", help=sessions)
     parser = common.command(subparsers, "usage", run_usage, summary("usage"))
-    by = "what to sum up by; days are in UTC"
+    by = "what to sum up by; days are in UTC; a session counts for each label that it has"
     parser.add_argument("--by", choices=USAGE_BY, default="session", help=by)
     parser.add_argument("--session", default="", metavar="NAME", help="only of this session")
     since = "from the day on that was 10m, 2h, 1d ago, or that of 2026-01-31"
@@ -175,7 +175,7 @@ def print_usage(by: str, found: Sequence[Usages]) -> None:
     headers += [">DISKS", ">NETWORK"]
     rows = [
         [
-            each.key,
+            each.key or NONE,
             number(sums.calls),
             number(sums.calls_not_ok),
             f"{sums.cpu_usage_usec / 1e6:.1f}",

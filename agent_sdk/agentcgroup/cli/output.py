@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
 from agentcgroup.tables import table
@@ -132,6 +132,11 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
     for name, value in fields:
         value = value.replace("\n", "\n" + " " * (width + 2))
         say(f"{paint(name.ljust(width), 'bold')}  {value}")
+
+
+def labels_text(labels: Mapping[str, str]) -> str:
+    """Write labels as people give them: "team=web,user=anna"; "-" where there are none."""
+    return ",".join(f"{key}={value}" for key, value in sorted(labels.items())) or NONE
 
 
 def size(count: int | None) -> str:

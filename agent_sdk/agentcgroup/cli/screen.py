@@ -22,7 +22,7 @@ from .live import (
     priority_of,
     reason,
 )
-from .output import NONE, clock, cores, duration, size
+from .output import NONE, clock, cores, duration, labels_text, size
 
 PLAIN, BOLD, CHOSEN = "", "bold", "reverse"
 Line = tuple[str, str]
@@ -286,6 +286,8 @@ def _session(look: Look, rates: Rates, view: View, width: int, room: int) -> lis
     if session.cpu_max_millicores is not None:
         facts.append(f"{cores(session.cpu_max_millicores)} cores")
     facts.append(f"{session.calls_ended} ended")
+    if session.labels:
+        facts.append(labels_text(session.labels))
     title = f"session {session.id}: {', '.join(facts)}"
     about = _about(calls, view.chosen, width)
     table = _calls_table(calls, rates, view, width)

@@ -51,6 +51,7 @@ def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     parser = common.command(verbs, "open", run_open, "Open a session.", epilog=common.UNITS)
     _add_name(parser)
     _add_limits(parser, {**LIMITS, **GPU_LIMITS})
+    _add_labels(parser)
     text = "Make a session of an existing cgroup, e.g. a container's."
     parser = common.command(verbs, "adopt", run_adopt, text, epilog=common.UNITS)
     _add_adopt(parser)
@@ -86,6 +87,7 @@ def add_run_arguments(parser: Parser) -> None:
     user = "run the command as this user, with the user's groups or GROUP alone"
     parser.add_argument("--user", metavar="USER[:GROUP]", help=user)
     _add_limits(parser, {**LIMITS, **GPU_LIMITS})
+    _add_labels(parser)
 
 
 def _add_adopt(parser: Parser) -> None:
@@ -97,6 +99,7 @@ def _add_adopt(parser: Parser) -> None:
     container = "the cgroup of this container of Docker or Podman: its name, or an id"
     which.add_argument("--container", metavar="ID", help=container)
     _add_limits(parser, {**LIMITS, **GPU_LIMITS})
+    _add_labels(parser)
 
 
 def _add_limits(parser: Parser, limits: dict[str, tuple[str, str]]) -> None:
@@ -105,8 +108,29 @@ def _add_limits(parser: Parser, limits: dict[str, tuple[str, str]]) -> None:
         group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=text)
 
 
+def _add_labels(parser: Parser) -> None:
+    text = "what its use is added up by, as in `agentcg usage --by label`; several times: each"
+    parser.add_argument(
+        "--label", type=_label, action="append", dest="labels", metavar="KEY=VALUE", help=text
+    )
+
+
+def _label(text: str) -> tuple[str, str]:
+    """Split a label; the daemon judges both halves."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is no label: allowed is KEY=VALUE")
+    return key, value
+
+
 def _limits(args: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(args, name, None) for name in (*LIMITS, *GPU_LIMITS)}
+    names = (*LIMITS, *GPU_LIMITS)
+    given: dict[str, Any] = {name: getattr(args, name, None) for name in names}
+    labels = getattr(args, "labels", None) or []
+    for key, value in labels:
+        if dict(labels)[key] != value:
+            args.parser.error(f"label {key!r} is given twice: {value!r} and {dict(labels)[key]!r}")
+    given["labels"] = dict(labels) or None
     return {name: value for name, value in given.items() if value is not None}
 
 

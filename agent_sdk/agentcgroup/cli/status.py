@@ -11,7 +11,17 @@ from agentcgroup.admin import Admin
 from agentcgroup.types import Budget, CallInfo, GpuBudget, PoolInfo, SessionInfo
 
 from . import common
-from .output import cores, number, print_fields, print_json, print_table, say, since, size
+from .output import (
+    cores,
+    labels_text,
+    number,
+    print_fields,
+    print_json,
+    print_table,
+    say,
+    since,
+    size,
+)
 from .summaries import summary
 
 if TYPE_CHECKING:
@@ -96,7 +106,8 @@ def _session_status(client: Agent, as_json: bool) -> None:
 def print_sessions(sessions: Sequence[SessionInfo]) -> None:
     """Print a table of sessions."""
     headers = ["SESSION", ">PRIORITY", ">MEMORY", ">GUARANTEE", ">LIMIT"]
-    headers += [">CORES", ">CALLS", ">ENDED", ">OPEN FOR", "KIND"]
+    has_labels = any(session.labels for session in sessions)
+    headers += [">CORES", ">CALLS", ">ENDED", ">OPEN FOR", "KIND", *["LABELS"] * has_labels]
     rows = [
         [
             session.id,
@@ -109,6 +120,7 @@ def print_sessions(sessions: Sequence[SessionInfo]) -> None:
             str(session.calls_ended),
             since(session.opened_unix_usec),
             session.container.partition(":")[0] or ("adopted" if session.adopted else "own"),
+            *([labels_text(session.labels)] if has_labels else []),
         ]
         for session in sessions
     ]

@@ -15,6 +15,7 @@ from agentcgroup.cli.live import (
     memory_of,
     reason,
 )
+from agentcgroup.cli.output import labels_text
 from agentcgroup.text import printable
 from agentcgroup.types import CallInfo, SessionInfo, Story
 
@@ -76,6 +77,7 @@ def _session(each: SessionInfo, calls: list[CallInfo], rates: Rates) -> dict[str
     paused, waits = sum(map(is_paused, calls)), sum(map(is_waiting, calls))
     return {
         "id": text(each.id),
+        "labels": text(labels_text(each.labels)) if each.labels else "",
         "priority": each.priority,
         "memory_bytes": memory_of(each),
         "memory_max_bytes": each.memory_max_bytes,

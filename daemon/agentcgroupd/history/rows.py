@@ -7,8 +7,10 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Protocol
 
+from google.protobuf.message import DecodeError
+
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.history.usage import Sums, add_usage, added, day_of
+from agentcgroupd.history.usage import Sums, add_usage, added, day_of, text_of
 
 ROW_BYTES = 220
 """What a row takes beside its message: its other columns, and its part of the indexes."""
@@ -285,6 +287,7 @@ class Batch:
         """By their ids: of two reports of a call the later one counts."""
         self._entries: list[tuple[int, str, int, str, int, str]] = []
         self._bytes: dict[int, int] = {}
+        self._labels: dict[int, str] = {}
 
     def key_of(self, session: SessionKey) -> int:
         """Find the row of a session. Raises sqlite3.Error."""
@@ -343,12 +346,12 @@ class Batch:
 
     def _add_up(self, new: list[Ended]) -> None:
         sums: dict[int, Sums] = {}
-        usage: dict[tuple[int, str, str], Sums] = {}
+        usage: dict[tuple[int, str, str, str], Sums] = {}
         for row in new:
             key = self.key_of(row.session)
             self._grow(key, row.size_bytes)
             sums[key] = added(sums.get(key), row.sums)
-            of = day_of(row.ended_usec), row.session.name, row.tool
+            of = day_of(row.ended_usec), row.session.name, row.tool, self._labels_of(key)
             usage[of] = added(usage.get(of), row.sums)
         self.db.executemany(
             "UPDATE sessions SET calls = calls + :calls, "
@@ -360,8 +363,21 @@ class Batch:
             "coalesce(memory_byte_seconds + :held, memory_byte_seconds, :held) WHERE key = :key",
             [{**values, "key": key} for key, values in sums.items()],
         )
-        for (day, name, tool), values in usage.items():
-            add_usage(self.db, day, name, tool, values)
+        for of, values in usage.items():
+            add_usage(self.db, *of, values)
+
+    def _labels_of(self, key: int) -> str:
+        """The labels of a session, as sums have them. Raises sqlite3.Error, or ValueError where its
+        description is damaged."""
+        known = self._labels.get(key)
+        if known is None:
+            found = self.db.execute("SELECT message FROM sessions WHERE key = ?", (key,)).fetchone()
+            try:
+                known = text_of(pb.Session.FromString(found[0]).labels)
+            except DecodeError as error:
+                raise ValueError(f"the description of session {key} is damaged: {error}") from None
+            self._labels[key] = known
+        return known
 
 
 def _values(row: Ended) -> tuple[int, int, str, int, bytes]:

@@ -8,7 +8,7 @@ import sqlite3
 import stat
 from pathlib import Path
 
-VERSION = 2
+VERSION = 3
 """Version of the tables, in `PRAGMA user_version`."""
 USAGE_MORE = (
     "io_read_bytes",
@@ -94,11 +94,42 @@ CREATE TABLE usage (
 """`name` of a call is that of its session. Rows of one session are found in their order by the
 indexes on `session`, whose entries end in `seq`. The key of a session never comes again. `bytes`:
 what a row takes, about, with its part of the indexes; of a session, the sum of its calls and
-entries. `usage` has sums by day since 1970 in UTC, session name and tool, and outlives calls."""
+entries. `usage` has sums by day since 1970 in UTC, session name and tool, and outlives calls. These
+are the tables of version 1; `_STEPS` makes later ones of them."""
 
 
 _FROM_1 = "".join(f"ALTER TABLE usage ADD COLUMN {name} REAL;" for name in USAGE_MORE)
 """What makes tables of version 2 of those of version 1."""
+_KEPT = ", ".join(
+    (
+        *("day", "name", "tool", "calls", "calls_not_ok", "wall_usec", "waited_usec"),
+        *("frozen_usec", "cpu_usage_usec", "memory_byte_seconds", *USAGE_MORE),
+    )
+)
+_FROM_2 = f"""
+CREATE TABLE usage_3 (
+  day INTEGER NOT NULL,
+  name TEXT NOT NULL,
+  tool TEXT NOT NULL,
+  labels TEXT NOT NULL DEFAULT '',
+  calls INTEGER NOT NULL DEFAULT 0,
+  calls_not_ok INTEGER NOT NULL DEFAULT 0,
+  wall_usec INTEGER NOT NULL DEFAULT 0,
+  waited_usec INTEGER NOT NULL DEFAULT 0,
+  frozen_usec INTEGER NOT NULL DEFAULT 0,
+  cpu_usage_usec INTEGER NOT NULL DEFAULT 0,
+  memory_byte_seconds REAL,
+  {", ".join(f"{name} REAL" for name in USAGE_MORE)},
+  PRIMARY KEY (day, name, tool, labels)
+) WITHOUT ROWID;
+INSERT INTO usage_3 ({_KEPT}) SELECT {_KEPT} FROM usage;
+DROP TABLE usage;
+ALTER TABLE usage_3 RENAME TO usage;
+"""
+"""What makes tables of version 3 of those of version 2: sums have the labels of their session, as
+`history.usage` writes them. Those of earlier days have none."""
+_STEPS = ("", _FROM_1, _FROM_2)
+"""What makes tables of the version after that of its place."""
 
 
 class NewerSchema(Exception):
@@ -128,11 +159,12 @@ def open_store(path: Path, max_bytes: int) -> sqlite3.Connection:
         db.execute(f"PRAGMA journal_size_limit = {WAL_PAGES * PAGE_BYTES}")
         if is_new:
             db.executescript(
-                f"BEGIN IMMEDIATE; {_TABLES} {_FROM_1} PRAGMA application_id = {APPLICATION};"
+                f"BEGIN IMMEDIATE; {_TABLES} {''.join(_STEPS)}"
+                f"PRAGMA application_id = {APPLICATION};"
                 f"PRAGMA user_version = {VERSION}; COMMIT;"
             )
         elif version < VERSION:
-            _upgrade(db)
+            _upgrade(db, version)
         db.execute(f"PRAGMA max_page_count = {max_bytes // PAGE_BYTES}")
         _check_tables(db)
     except BaseException:
@@ -141,10 +173,11 @@ def open_store(path: Path, max_bytes: int) -> sqlite3.Connection:
     return db
 
 
-def _upgrade(db: sqlite3.Connection) -> None:
+def _upgrade(db: sqlite3.Connection, version: int) -> None:
     """Make the tables of an earlier daemon those of this one, with what is in them. Raises
     sqlite3.Error; then they are as they were."""
-    script = f"BEGIN IMMEDIATE; {_FROM_1} PRAGMA user_version = {VERSION}; COMMIT;"
+    steps = "".join(_STEPS[version:])
+    script = f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {VERSION}; COMMIT;"
     try:
         db.executescript(script)
     except sqlite3.Error:

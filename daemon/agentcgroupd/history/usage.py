@@ -1,9 +1,10 @@
-"""Sums over ended calls by day, session and tool, which outlive the calls themselves."""
+"""Sums over ended calls by day, session, tool and labels of the session, which outlive the calls
+themselves."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,12 +25,13 @@ UPDATE usage SET calls = calls + :calls, calls_not_ok = calls_not_ok + :calls_no
   frozen_usec = frozen_usec + :frozen_usec, cpu_usage_usec = cpu_usage_usec + :cpu_usage_usec,
   memory_byte_seconds = coalesce(memory_byte_seconds + :held, memory_byte_seconds, :held),
   {more}
-WHERE day = :day AND name = :name AND tool = :tool
+WHERE day = :day AND name = :name AND tool = :tool AND labels = :labels
 """.format(more=", ".join(f"{c} = coalesce({c} + :{c}, {c}, :{c})" for c in USAGE_MORE))
 _KEYS = {
     pb.USAGE_BY_SESSION: "name",
     pb.USAGE_BY_TOOL: "tool",
     pb.USAGE_BY_DAY: "day",
+    pb.USAGE_BY_LABEL: "labels",
 }
 
 
@@ -53,18 +55,30 @@ def added(before: Sums | None, more: Sums) -> Sums:
     return total
 
 
-def add_usage(db: sqlite3.Connection, day: int, session: str, tool: str, sums: Sums) -> None:
-    """Add what calls took to the sums of their day, their session's name and their tool. Raises
-    sqlite3.Error."""
-    values = {**sums, "day": day, "name": session, "tool": tool}
+def text_of(labels: Mapping[str, str]) -> str:
+    """Write labels as sums have them: a line each, as key=value, sorted. Neither has a line's end
+    in it, and no key an equals sign (units.parse_labels)."""
+    return "\n".join(f"{key}={value}" for key, value in sorted(labels.items()))
+
+
+def add_usage(
+    db: sqlite3.Connection, day: int, session: str, tool: str, labels: str, sums: Sums
+) -> None:
+    """Add what calls took to the sums of their day, their session's name and labels (`text_of`) and
+    their tool. Raises sqlite3.Error."""
+    values = {**sums, "day": day, "name": session, "tool": tool, "labels": labels}
     if db.execute(_ADD, values).rowcount:
         return
     count = db.execute(
-        "SELECT count(*) FROM usage WHERE day = :day AND name = :name", values
+        "SELECT count(*) FROM usage WHERE day = :day AND name = :name AND labels = :labels", values
     ).fetchone()[0]
     if count >= TOOLS_MOST:
         values["tool"] = OTHERS
-    db.execute("INSERT OR IGNORE INTO usage (day, name, tool) VALUES (:day, :name, :tool)", values)
+    db.execute(
+        "INSERT OR IGNORE INTO usage (day, name, tool, labels) "
+        "VALUES (:day, :name, :tool, :labels)",
+        values,
+    )
     db.execute(_ADD, values)
 
 
@@ -77,43 +91,55 @@ def drop_oldest(db: sqlite3.Connection, rows_most: int) -> bool:
     return True
 
 
+_SUMMED = (
+    *("calls", "calls_not_ok", "wall_usec", "waited_usec", "frozen_usec", "cpu_usage_usec"),
+    *("memory_byte_seconds", *USAGE_MORE),
+)
+_SELECT = ", ".join(f"sum({name})" for name in _SUMMED)
+
+
 def usages(
     db: sqlite3.Connection, by: pb.UsageBy.ValueType, session: str, since_usec: int, limit: int
 ) -> list[pb.Usages]:
-    """Sums by session, tool or day (UsageBy), days in their order, newest first, else the largest
-    use of CPU first. `session`: empty: of every name. Raises sqlite3.Error."""
+    """Sums by session, tool, day or label (UsageBy), days in their order, newest first, else the
+    largest use of CPU first. `session`: empty: of every name. Raises sqlite3.Error."""
     key = _KEYS.get(by, "name")
-    order = "day DESC" if key == "day" else "6 DESC, 1"
-    more = "".join(f", sum({name})" for name in USAGE_MORE)
-    found = db.execute(
-        f"SELECT {key}, sum(calls), sum(calls_not_ok), sum(wall_usec), sum(waited_usec), "
-        f"sum(cpu_usage_usec), sum(frozen_usec), sum(memory_byte_seconds){more} FROM usage "
-        f"WHERE day >= ? AND (? = '' OR name = ?) GROUP BY {key} ORDER BY {order} LIMIT ?",
-        (since_usec // DAY_USEC, session, session, min(limit, ROWS_MAX)),
-    )
+    found = {
+        str(row[0]): dict(zip(_SUMMED, row[1:], strict=True))
+        for row in db.execute(
+            f"SELECT {key}, {_SELECT} FROM usage WHERE day >= ? AND (? = '' OR name = ?) "
+            f"GROUP BY {key}",
+            (since_usec // DAY_USEC, session, session),
+        )
+    }
+    if by == pb.USAGE_BY_DAY:
+        order = sorted(found, key=int, reverse=True)
+    else:
+        found = _by_label(found) if by == pb.USAGE_BY_LABEL else found
+        order = sorted(found, key=lambda k: (-(found[k]["cpu_usage_usec"] or 0), k))
     return [
         pb.Usages(
-            key=_day(row[0]) if key == "day" else row[0],
-            sums=pb.SessionSums(
-                calls=row[1],
-                calls_not_ok=row[2],
-                wall_usec=row[3],
-                waited_usec=row[4],
-                cpu_usage_usec=row[5],
-                frozen_usec=row[6],
-                memory_byte_seconds=row[7],
-                **_more(row[8:]),
-            ),
+            key=_day(int(name)) if by == pb.USAGE_BY_DAY else name,
+            sums=pb.SessionSums(**_measured(found[name])),
         )
-        for row in found
+        for name in order[: min(limit, ROWS_MAX)]
     ]
 
 
-def _more(values: Sequence[float | None]) -> dict[str, Any]:
-    """Give the sums of USAGE_MORE that were measured, as the fields of SessionSums have them."""
-    known = zip(USAGE_MORE, values, strict=True)
-    found = {name: value for name, value in known if value is not None}
-    return {n: v if n.endswith("_seconds") else int(v) for n, v in found.items()}
+def _by_label(by_labels: Mapping[str, Sums]) -> dict[str, dict[str, float | None]]:
+    """Add up for each label what sessions that have it took; under "" what those without any
+    took."""
+    found: dict[str, Sums] = {}
+    for labels, sums in by_labels.items():
+        for label in labels.split("\n"):
+            found[label] = added(found.get(label), sums)
+    return {label: dict(sums) for label, sums in found.items()}
+
+
+def _measured(sums: Sums) -> dict[str, Any]:
+    """Give the sums that were measured, as the fields of SessionSums have them."""
+    known = {name: value for name, value in sums.items() if value is not None}
+    return {n: v if n.endswith("_seconds") else int(v) for n, v in known.items()}
 
 
 def _day(number: int) -> str:

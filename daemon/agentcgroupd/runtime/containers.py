@@ -122,7 +122,7 @@ class Containers:
             if error.field in ("id", "cgroup_path"):
                 raise
             self._tell("container_label_ignored", container, error.sentence)
-            return lifecycle.adopt(path, pb.SessionSpec(id=spec.id))
+            return lifecycle.adopt(path, pb.SessionSpec(id=spec.id, labels=spec.labels))
 
     @staticmethod
     def _is_over(session: Session) -> bool:

@@ -1,7 +1,8 @@
 """What a container says of itself: labels (annotations of pods) that make it a session.
 
-`agentcgroup.session` is its name, or `true` for a name made of the container's; the other labels
-are limits of the session, by the names that options of `agentcg session adopt` have.
+`agentcgroup.session` is its name, or `true` for a name made of the container's;
+`agentcgroup.label.KEY` is a label of the session; the other labels are limits of the session, by
+the names that options of `agentcg session adopt` have.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from agentcgroupd.config_containers import LABEL_FIELDS, ContainerRule
+from agentcgroupd.config_containers import LABEL_FIELDS, LABEL_OF_SESSION, ContainerRule
+from agentcgroupd.errors import InvalidField
+from agentcgroupd.units import parse_labels
 
 PREFIX = "agentcgroup."
 SESSION = f"{PREFIX}session"
+OF_SESSION = f"{PREFIX}{LABEL_OF_SESSION}"
 ID_CHARS_MAX = 63
 SHORT_ID = 12
 """Characters of a container's id that runtimes show."""
@@ -59,6 +63,9 @@ def wish_of(container: Container, rules: Sequence[ContainerRule]) -> Wish | None
     spec = pb.SessionSpec(id=session_id(container.name if name in ("", "true") else name))
     ignored = []
     for label, value in labels.items():
+        if label.startswith(OF_SESSION):
+            ignored += _label_of_session(spec, label.removeprefix(OF_SESSION), value)
+            continue
         field = LABEL_FIELDS.get(label.removeprefix(PREFIX))
         if field is None:
             ignored.append(f"{label[:VALUE_CHARS_MAX]!r} is no label that is known")
@@ -67,6 +74,16 @@ def wish_of(container: Container, rules: Sequence[ContainerRule]) -> Wish | None
         elif field:
             setattr(spec, field, value)
     return Wish(spec, tuple(ignored))
+
+
+def _label_of_session(spec: pb.SessionSpec, key: str, value: str) -> list[str]:
+    """Give the session a label; returns why not, as a clause, where it cannot have that."""
+    try:
+        parse_labels("label", {**spec.labels, key: value})
+    except InvalidField as error:
+        return [error.sentence]
+    spec.labels[key] = value
+    return []
 
 
 def wanted(

@@ -48,7 +48,7 @@ from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.records import RECORD_VERSION, read_record
 from agentcgroupd.state.session import AGENT_LEAF, Session, SessionLimits, unix_usec
-from agentcgroupd.units import show_bytes
+from agentcgroupd.units import parse_labels, show_bytes
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class SessionCgroups:
     def make(self, spec: pb.SessionSpec, owner: Process | None = None) -> Session:
         """Make a session's cgroup and agent leaf. `owner`: the process that it ends with, which is
         copied. Raises RequestError; then nothing is left."""
-        limits = self._limits_for(spec)
+        limits, labels = self._limits_for(spec), parse_labels("labels", spec.labels)
         path = f"{self._pool.path}/{spec.id}"
         try:
             made = self._pool.cgroup.make_child(spec.id)
@@ -143,7 +143,7 @@ class SessionCgroups:
             sentence = f"cgroup {path} is there already and is not a session: {error}"
             raise AlreadyExists(sentence, "id", spec.id) from None
         try:
-            return self._set_up(Cgroup.open(made.path), path, spec.id, limits, {}, owner)
+            return self._set_up(Cgroup.open(made.path), path, spec.id, limits, labels, {}, owner)
         except (KnobError, OSError) as error:
             made.remove()
             raise Unavailable(f"the session's limits could not be set: {error}") from None
@@ -154,6 +154,7 @@ class SessionCgroups:
         path: str,
         session_id: str,
         limits: SessionLimits,
+        labels: dict[str, str],
         found: dict[str, str],
         owner: Process | None = None,
     ) -> Session:
@@ -170,6 +171,7 @@ class SessionCgroups:
                 cgroup_path=path,
                 limits=limits,
                 opened_unix_usec=unix_usec(),
+                labels=labels,
                 adopted=path.rpartition("/")[0] != self._pool.path,
                 found=found,
                 offered=agent.files(),
@@ -192,7 +194,7 @@ class SessionCgroups:
     def adopt(self, cgroup_path: str, spec: pb.SessionSpec) -> Session:
         """Split an existing cgroup in place: its processes go to agent/, its controllers to the
         calls beside it. Raises RequestError, with the cgroup as it was."""
-        limits = self._limits_for(spec)
+        limits, labels = self._limits_for(spec), parse_labels("labels", spec.labels)
         path = str(PurePosixPath("/") / cgroup_path.strip("/"))
         self._check_adoptable(path)
         try:
@@ -216,7 +218,8 @@ class SessionCgroups:
             raise FailedPrecondition(f"cgroup {path} cannot be split: {error}") from None
         try:
             move_all(cgroup, agent)
-            return self._set_up(cgroup, path, spec.id, tighten(cgroup.read_if, limits), found)
+            limits = tighten(cgroup.read_if, limits)
+            return self._set_up(cgroup, path, spec.id, limits, labels, found)
         except (KnobError, OSError) as error:
             again = Cgroup.open(self._pool.mount / path.strip("/"))
             self._give_back(again, found)
@@ -248,6 +251,10 @@ class SessionCgroups:
             if text := getattr(spec, field):
                 why = "the part of GPUs of a session's agent is set when it is opened"
                 raise InvalidField(field, text, "nothing here", why)
+        if spec.labels:
+            why = "labels of a session are set when it is opened"
+            shown = ",".join(f"{key}={value}" for key, value in sorted(spec.labels.items()))
+            raise InvalidField("labels", shown, "nothing here", why)
         limits = change_limits(spec, session.limits, self._pool.memory_max_bytes)
         if spec.memory_low:
             self._check_guarantee(spec, limits)
@@ -410,6 +417,8 @@ class SessionCgroups:
                 cgroup_path=path,
                 limits=_limits_of_record(data["limits"]),
                 opened_unix_usec=int(data["opened_unix_usec"]),
+                # A record of an earlier daemon has none.
+                labels=parse_labels("labels", dict(data.get("labels", {}))),
                 adopted=bool(data["adopted"]),
                 found=dict(data["found"]),
                 written=dict(data.get("written", {})),

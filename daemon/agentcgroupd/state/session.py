@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -432,6 +432,8 @@ class Session:
     """Below the cgroup2 mount, as /proc/<pid>/cgroup shows it."""
     limits: SessionLimits
     opened_unix_usec: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What its use is added up by (history.usage)."""
     adopted: bool = False
     found: dict[str, str] = field(default_factory=dict)
     """Interface files of an adopted cgroup as they were before, to be put back."""
@@ -490,6 +492,7 @@ class Session:
                 "adopted": self.adopted,
                 "found": self.found,
                 "written": self.written,
+                "labels": dict(self.labels),
                 "owner": [self.owner.pid, self.owner.start_ticks] if self.owner else None,
             },
             separators=(",", ":"),

@@ -169,4 +169,5 @@ def session_to_proto(
         cpu=cpu_to_proto(cpu) if cpu is not None else None,
         container=session.container if admin else "",
         exec_is_call=limits.exec_is_call,
+        labels=session.labels,
     )

@@ -102,3 +102,37 @@ def test_a_rule_need_not_have_labels(tmp_path: Path) -> None:
     container = Container("docker", "ab" * 32, "web", "agents/coder", 1, {})
     wish = wish_of(container, load_config(path).containers.rules)
     assert wish is not None and wish.spec.id == "web"
+
+
+def test_labels_of_the_session_itself() -> None:
+    labels = {
+        "agentcgroup.session": "a",
+        "agentcgroup.label.team": "web",
+        "agentcgroup.label.app.kubernetes.io/name": "shop",
+        "agentcgroup.label.": "nothing",
+        "agentcgroup.label.long": "x" * 64,
+    }
+    wish = wish_of(container(labels), ())
+    assert wish is not None
+    assert dict(wish.spec.labels) == {"team": "web", "app.kubernetes.io/name": "shop"}
+    nameless, long = wish.ignored
+    assert "key of a label" in nameless and "label[long]" in long
+    many = {"agentcgroup.session": "a", **{f"agentcgroup.label.k{n}": "v" for n in range(20)}}
+    wish = wish_of(container(many), ())
+    assert wish is not None and len(wish.spec.labels) == 16
+    assert len(wish.ignored) == 4 and "17 labels" in wish.ignored[0]
+
+
+def test_rules_and_annotations_may_name_labels_of_sessions(tmp_path: Path) -> None:
+    path = tmp_path / "agentcgroupd.toml"
+    path.write_text(
+        '[containers]\nannotations = ["session", "label.team"]\n'
+        '[[containers.rules]]\nimage = "agents/*"\nlabels = { "label.team" = "web" }\n'
+    )
+    config = load_config(path).containers
+    assert config.annotations == ("session", "label.team")
+    wish = wish_of(container({}, image="agents/x"), config.rules)
+    assert wish is not None and dict(wish.spec.labels) == {"team": "web"}
+    path.write_text('[containers]\nannotations = ["label.a=b"]\n')
+    with pytest.raises(ConfigError, match="'a=b' cannot be used; allowed is 1 to 63 letters"):
+        load_config(path)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import tomllib
 
-from agentcgroup import Agent, cli, extras
+from agentcgroup import Admin, Agent, InvalidIntent, cli, extras
 from agentcgroup.cli import common, output
 from agentcgroup.extras import EXTRA_OF
 from tests.unit.fake_daemon import FakeDaemon, running
@@ -112,6 +112,29 @@ def test_session_open_adopt_close(daemon: FakeDaemon, run: Cli) -> None:
     assert "calls ended with it: 2" in run("session", "close", "b")
     run("session", "close", "nobody", code=5)
     assert "'nobody'" in run.err and "agentcg sessions" in run.err
+
+
+def test_labels_of_a_session(daemon: FakeDaemon, run: Cli) -> None:
+    assert "LABELS" not in run("sessions")
+    labels = ["--label", "team=web", "--label=user=a=b"]
+    found = run.json("session", "open", "a", *labels)
+    assert found["labels"] == {"team": "web", "user": "a=b"}
+    head, *rows = run("sessions").splitlines()
+    assert head.split()[-1] == "LABELS"
+    assert {row.split()[0]: row.split()[-1] for row in rows} == {
+        "s1": "-",
+        "a": "team=web,user=a=b",
+    }
+    run("session", "open", "b", "--label", "team", code=2)
+    assert "'team' is no label: allowed is KEY=VALUE" in run.err
+    run("session", "open", "b", "--label", "team=a", "--label", "team=b", code=2)
+    assert "given twice" in run.err
+    run("session", "set", "a", "--label", "team=ops", code=2)
+    with Admin() as admin:
+        with pytest.raises(InvalidIntent, match="mapping of str to str"):
+            admin.open_session("b", labels="team=web")
+        with pytest.raises(InvalidIntent, match="7 is no text"):
+            admin.open_session("b", labels={"team": 7})  # type: ignore[dict-item]
 
 
 def test_session_run(daemon: FakeDaemon, run: Cli, tmp_path: Path) -> None:

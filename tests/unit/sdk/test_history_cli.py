@@ -146,6 +146,9 @@ def test_usage(daemon: FakeDaemon, run: Cli) -> None:
     assert abs(request.since_unix_usec / 1e6 - (time.time() - 86_400)) < 60
     (each,) = run.json("usage")
     assert (each["key"], each["sums"]["memory_peak_bytes"]) == ("web", None)
+    daemon.before["ListUsage"] = asked.append
+    run("usage", "--by", "label")
+    assert asked[-1].by == pb.USAGE_BY_LABEL
     run("usage", "--by", "colour", code=2)
     with Admin() as admin, pytest.raises(InvalidIntent, match="session, tool, day"):
         admin.usage("colour")

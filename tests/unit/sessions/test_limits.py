@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -62,7 +64,7 @@ def test_a_session_may_have_no_limit_on_processes() -> None:
         ({"calls_max": "100001"}, "calls_max", "out of range"),
     ],
 )
-def test_limits_that_cannot_be_are_named(limits: dict[str, str], field: str, why: str) -> None:
+def test_limits_that_cannot_be_are_named(limits: dict[str, Any], field: str, why: str) -> None:
     with pytest.raises(InvalidField, match=why) as caught:
         parse_limits(pb.SessionSpec(**limits), DEFAULTS, GIB)
     assert caught.value.field == field

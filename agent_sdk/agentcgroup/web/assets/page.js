@@ -153,7 +153,7 @@ function drawSessions(found) {
   by("session-rows").replaceChildren(...found.sessions.map((each) => {
     const full = each.memory_max_bytes && each.memory_bytes >= 0.95 * each.memory_max_bytes;
     const name = cell(each.id);
-    name.title = each.id;
+    name.title = each.labels ? `${each.id} (${each.labels})` : each.id;
     return make("tr", "", name, cell(String(each.priority), "n"), cell(size(each.memory_bytes), "n"),
       cell(size(each.memory_max_bytes), full ? "n warn" : "n"), cell(cores(each.rate.cores), "n x"),
       cell(rate(each.rate.io_bytes), "n x"), cell(rate(each.rate.net_bytes), "n x"),
