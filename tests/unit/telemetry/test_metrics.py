@@ -202,6 +202,55 @@ def test_rules_and_dashboard_ask_for_what_there_is() -> None:
             assert by <= known[name] | _NOT_OURS | {"le"}, expression
 
 
+def metrics_in(expression: str) -> list[tuple[str, str]]:
+    """Metrics of ours in an expression, without what a histogram adds, each with its matchers."""
+    found = re.findall(r"\b(agentcg_[a-z0-9_]+)(?:\{([^}]*)\})?", expression)
+    return [(re.sub(r"_(bucket|sum|count)$", "", name), matchers) for name, matchers in found]
+
+
+def test_values_of_labels_that_are_asked_for_are_values_that_there_are() -> None:
+    values, checked = Metrics().values, 0
+    for expression in expressions():
+        for name, matchers in metrics_in(expression):
+            for label, sign, wanted in re.findall(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"', matchers):
+                known = values.get(name, {}).get(label, ANY)
+                if not known:
+                    continue
+                checked += 1
+                fits = re.compile(wanted if sign.endswith("~") else re.escape(wanted)).fullmatch
+                assert any(fits(value) for value in known), (label, wanted, expression)
+    assert checked > 3
+
+
+def test_legends_of_the_dashboard_name_labels_that_the_series_have() -> None:
+    known, legends = names(), 0
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        for target in panel["targets"]:
+            expression = target["expr"]
+            shown = set(re.findall(r"\{\{\s*(\w+)\s*\}\}", target["legendFormat"]))
+            grouped = re.search(r"\bby \(([a-z, _]*)\)", expression)
+            if grouped is not None:
+                left = {word.strip() for word in grouped[1].split(",")}
+            elif re.search(r"\b(sum|min|max|avg|count)\b", expression):
+                left = set()
+            else:
+                left = _NOT_OURS.union(*(known[name] for name, _ in metrics_in(expression)))
+            assert shown <= left, (panel["title"], target["legendFormat"])
+            legends += len(shown)
+    assert legends > 10
+
+
+def test_each_panel_asks_the_data_source_that_was_chosen() -> None:
+    board = json.loads(DASHBOARD.read_text())
+    variables = {each["name"] for each in board["templating"]["list"]}
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    for panel in board["panels"]:
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        for target in panel["targets"]:
+            used = set(re.findall(r"\$(?:\{)?(\w+)", target["expr"]))
+            assert used <= variables | {"__rate_interval"}, target["expr"]
+
+
 def test_verdicts_in_rules_are_verdicts() -> None:
     for expression in expressions():
         for words in re.findall(r'verdict=~"([^"]*)"', expression):
@@ -240,5 +289,25 @@ if PROMTOOL is not None:  # in Debian's package prometheus, which is large
     def test_promtool_takes_the_rules(words: tuple[object, ...]) -> None:
         done = subprocess.run(
             [str(PROMTOOL), *map(str, words)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_promtool_takes_what_the_dashboard_asks(tmp_path: Path) -> None:
+        board = json.loads(DASHBOARD.read_text())
+        asked = [t["expr"] for panel in board["panels"] for t in panel["targets"]]
+        rules = [
+            {
+                "record": f"dashboard:panel:{number}",
+                "expr": expression.replace("$__rate_interval", "1m").replace("$instance", ".*"),
+            }
+            for number, expression in enumerate(asked)
+        ]
+        path = tmp_path / "rules.yml"
+        path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+        done = subprocess.run(
+            [str(PROMTOOL), "check", "rules", str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
