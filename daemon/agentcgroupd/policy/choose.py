@@ -7,6 +7,7 @@ each with its reason in words and numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Set
 from typing import Any
 
@@ -323,19 +324,25 @@ def slow(headroom: Headroom, ruleset: Ruleset, do: Slow, taken: Set[str]) -> lis
 
 IO_SHARE = 0.5
 """Part of what all calls read and write that is held back at a time, at least."""
+IO_ALIKE = 0.75
+"""Calls of one priority that use so much of what the heaviest of them does go with it: of ten that
+are alike, the last would be held back seconds after the first, and use what was left meanwhile."""
 
 
 def _heaviest(headroom: Headroom, ruleset: Ruleset, least: int, taken: Set[str]) -> list[CallIo]:
     """Return the least important calls, among equals those that use disks most, which together make
-    a good part of all use."""
+    a good part of all use, and those like the last of them."""
     calls = headroom.now.io_calls
     found = [c for c in calls if c.bytes_per_s >= least and not _spared(c, ruleset, taken)]
     found.sort(key=lambda c: (c.priority, -c.bytes_per_s, c.id))
     enough = IO_SHARE * sum(c.bytes_per_s for c in calls)
     chosen: list[CallIo] = []
+    heaviest: dict[int, float] = {}
     for call in found:
-        if chosen and sum(c.bytes_per_s for c in chosen) >= enough:
+        has_enough = chosen and sum(c.bytes_per_s for c in chosen) >= enough
+        if has_enough and call.bytes_per_s < IO_ALIKE * heaviest.get(call.priority, math.inf):
             break
+        heaviest.setdefault(call.priority, call.bytes_per_s)
         chosen.append(call)
     return chosen
 

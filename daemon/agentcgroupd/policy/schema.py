@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -238,7 +239,8 @@ class Slow(Section):
     """Part of the time; sessions that stall for more than this are slowed."""
 
 
-Rate = Annotated[int, quantity(parse_bytes, "size")]
+RATE_LEAST = 64 << 10
+Rate = Annotated[int, quantity(partial(parse_bytes, least=RATE_LEAST), "size")]
 
 
 class IoWeight(Section):
@@ -247,7 +249,7 @@ class IoWeight(Section):
     action: Literal["io_weight"]
     percent: Annotated[int, Field(ge=1, le=99)] = 10
     """Part of the call's weight that is left to it."""
-    least: Rate = 1 << 20
+    least: Rate = 256 << 10
     """Bytes a second below which a call is left alone."""
     hold: Duration = 10_000_000
     """Least time for which that lasts."""
@@ -258,11 +260,11 @@ class IoMax(Section):
     and write now."""
 
     action: Literal["io_max"]
-    percent: Annotated[int, Field(ge=1, le=99)] = 10
+    percent: Annotated[int, Field(ge=1, le=99)] = 5
     """Part of the bytes a second that is left to the call."""
-    floor: Rate = 1 << 20
+    floor: Rate = 256 << 10
     """Bytes a second of each disk that are left at least."""
-    least: Rate = 1 << 20
+    least: Rate = 256 << 10
     """Bytes a second below which a call is left alone."""
     hold: Duration = 10_000_000
     """Least time for which that lasts."""
