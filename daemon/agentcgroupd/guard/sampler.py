@@ -334,6 +334,7 @@ class Sampler:
             denied_growth_bytes=_since(memory, call.denied_at_bytes),
             refused_requests=self._refused(call),
             throttled_growth_bytes=_since(memory, call.throttled_at_bytes),
+            throttled_by_cpu=call.throttled_by_cpu,
         )
 
     def _refused(self, call: Call) -> int:

@@ -166,7 +166,8 @@ def io_stalled_share(headroom: Headroom, scope: str) -> float | None:
 def _ways_back(
     headroom: Headroom, holds: dict[str, bool], signal: Signal, state: State
 ) -> tuple[list[Decision], bool]:
-    """Undo what no ruleset wants any more, and whatever was done to the leader before it led.
+    """Undo what no ruleset wants any more, whatever was done to the leader before it led, and what
+    the CPU scheduler did to calls and does no longer, because the kernel has let go of it.
 
     Returns the decisions, and whether a paused call goes on. `holds`: by a ruleset's name.
     """
@@ -175,11 +176,14 @@ def _ways_back(
     active = now.active_calls
     denied = [c for c in active if c.denied_growth_bytes is not None and not c.awaits_credit]
     throttled = [c for c in active if c.throttled_growth_bytes is not None]
+    lost = [c for c in throttled if c.throttled_by_cpu and not now.host.can_penalize]
+    throttled = [c for c in throttled if c not in lost]
     slowed = [] if "slow" in wanted else [s for s in now.sessions if s.slowed]
     thawed = _thaw(headroom, "freeze" in wanted, signal, state)
     decisions = [
         *_release(headroom, Action.ALLOW, denied, "deny" in wanted),
         *_release(headroom, Action.UNTHROTTLE, throttled, "throttle" in wanted),
+        *(Decision(Action.UNTHROTTLE, c.id, _LOST) for c in lost),
         *(Decision(Action.RESTORE, s.id, _RESTORED) for s in slowed),
         *_disks_back(headroom, wanted),
         *thawed,
@@ -207,6 +211,10 @@ def _lasted(usec: int | None, least_usec: int) -> bool:
 
 
 _DISKS_BACK = "Disks as before: nobody more important waits for them."
+_LOST = (
+    "At full speed again: the CPU scheduler that slowed it is gone. While memory is short, it may be "
+    "held back in another way."
+)
 _RESTORED = "CPU as before: it no longer waits for memory."
 _RELEASED = {
     Action.ALLOW: "Memory may be asked for again",

@@ -81,6 +81,8 @@ class CallView:
     """Number of refusals since growth was denied."""
     throttled_growth_bytes: int | None = None
     """Growth since the call was throttled; None: it is not throttled."""
+    throttled_by_cpu: bool = False
+    """The CPU scheduler alone slows it, and its memory.high is as granted."""
     on_pressure: str = "freeze"
     expected_bytes: int = 0
     """Memory that the call will take, by its intent, corrected by what the last calls like it took;

@@ -107,7 +107,7 @@ class Call:
     refused_before: int = 0
     """How often it had been refused memory before its growth was denied."""
     throttled_at_bytes: int | None = None
-    """Memory that it held when it was throttled; None: memory.high is as granted."""
+    """Memory that it held when it was throttled; None: it is not throttled."""
     history: tuple[pb.Feedback, ...] = ()
     """The feedback that its agent was given last, oldest first; at most HISTORY_KEPT."""
     likely_bytes: int = 0
@@ -210,6 +210,11 @@ class Call:
     def priority(self) -> int:
         """The call's own priority, or that of a more important one whom it holds up."""
         return max(self.grant.priority, self.lent_priority)
+
+    @property
+    def throttled_by_cpu(self) -> bool:
+        """Whether it is throttled by the CPU scheduler alone, with memory.high as granted."""
+        return self.throttled_at_bytes is not None and self.bounds.throttle_bytes is None
 
     @property
     def held_frozen(self) -> bool:

@@ -520,6 +520,23 @@ def test_without_swap_the_cpu_scheduler_throttles() -> None:
     assert not decision.by_cpu
 
 
+def test_without_the_cpu_scheduler_its_throttles_end_and_others_take_their_place() -> None:
+    """The kernel lets go of a scheduler that stalls. What nothing slows any more is not called
+    slowed, and is held back in another way from the next look on."""
+    vip = call("vip", priority=80, growth_bytes_per_s=FAST, memory_bytes=1 * MIB)
+    eager = call("eager", priority=20, growth_bytes_per_s=FAST)
+    by_cpu = replace(eager, throttled_growth_bytes=0, throttled_by_cpu=True)
+    assert actions(snapshot(vip, by_cpu, free=90, host=Host(can_penalize=True))) == []
+    (decision,) = decided(snapshot(vip, by_cpu, free=90))
+    assert (decision.action, decision.subject) == (Action.UNTHROTTLE, "eager")
+    assert "scheduler that slowed it is gone" in decision.why
+    (again,) = decided(snapshot(vip, eager, free=90, host=WITH_SWAP))
+    assert again.action is Action.THROTTLE and not again.by_cpu
+    assert actions(snapshot(vip, eager, free=10)) == [(Action.FREEZE, "eager")]
+    by_memory = replace(by_cpu, throttled_by_cpu=False)
+    assert actions(snapshot(vip, by_memory, free=90, host=WITH_SWAP)) == []
+
+
 def test_one_that_is_slowed_by_cpu_may_be_paused_on_the_same_look() -> None:
     """A call that still grows is stopped, rather than a more important one in its place."""
     vip = call("vip", priority=80, growth_bytes_per_s=FAST, memory_bytes=1 * MIB)
