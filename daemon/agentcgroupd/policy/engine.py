@@ -212,8 +212,8 @@ def _lasted(usec: int | None, least_usec: int) -> bool:
 
 _DISKS_BACK = "Disks as before: nobody more important waits for them."
 _LOST = (
-    "At full speed again: the CPU scheduler that slowed it is gone. While memory is short, it may be "
-    "held back in another way."
+    "At full speed again: the CPU scheduler that slowed it is gone. While memory is short, it may "
+    "be held back in another way."
 )
 _RESTORED = "CPU as before: it no longer waits for memory."
 _RELEASED = {
