@@ -67,9 +67,20 @@ fi
 PRERM = """\
 #!/bin/sh
 set -e
+# Containers whose runtime is gone would not start any more, so this comes first, and may refuse. The
+# system's Python may be gone before the package is.
+if [ "$1" = remove ] && /usr/lib/agentcgroup/bin/python -I -c '' 2>/dev/null; then
+    /usr/lib/agentcgroup/bin/agentcg-cli uninstall --docker >/dev/null || {
+        echo "agentcgroup stays as it is, because Docker's configuration names it" >&2
+        exit 1
+    }
+fi
 if [ -d /run/systemd/system ] && [ "$1" = remove ]; then
     systemctl stop agentcgroupd-agent.socket agentcgroupd-admin.socket agentcgroupd.service || true
     systemctl stop agentcg-pool.service agentcg.slice || true
+    # What is pinned works on without a daemon; pins of another pool stay.
+    unpin="from agentcgroup.cli.install_pins import remove_pins; remove_pins()"
+    /usr/lib/agentcgroup/bin/python -I -c "$unpin" || true
 fi
 if [ "$1" = remove ] && command -v systemctl >/dev/null; then
     systemctl disable --quiet agentcgroupd.service || true
@@ -82,7 +93,7 @@ set -e
 if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 if [ "$1" = remove ]; then rm -rf /run/agentcgroup; fi
 if [ "$1" = purge ]; then
-    rm -rf /var/log/agentcgroup
+    rm -rf /var/log/agentcgroup /var/lib/agentcgroup
     if [ -d /etc/agentcgroup ]; then rmdir --ignore-fail-on-non-empty /etc/agentcgroup; fi
 fi
 """

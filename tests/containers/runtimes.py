@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import docker
 import docker.errors
 
 from agentcgroup.cli import install_docker
-from tests.harness import EXEC, PATIENCE, wait_until
+from tests.harness import EXEC, PATIENCE, SLOW, wait_until
 
 BUSYBOX = Path("/bin/busybox")
 APPLETS = ("sh", "sleep", "cat", "echo", "true", "dd", "tail", "kill", "grep")
@@ -50,6 +50,30 @@ def image() -> bytes:
 
 
 @dataclass
+class Beside:
+    """A program that a runtime needs, and that lives on when the runtime is ended."""
+
+    argv: tuple[str, ...]
+    socket: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self, log: IO[bytes]) -> None:
+        """Start it unless it runs, and wait until it listens."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+            wait_until(f"{self.argv[0]} listens", self.socket.exists, 60, every_s=0.1)
+
+    def stop(self) -> None:
+        """End it."""
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait(60 * PATIENCE)
+            self.process = None
+
+
+@dataclass
 class Service:
     """A runtime's daemon."""
 
@@ -59,6 +83,7 @@ class Service:
     log: Path
     process: subprocess.Popen[bytes] | None = None
     made: list[str] = field(default_factory=list)
+    beside: Beside | None = None
 
     @property
     def client(self) -> docker.DockerClient:
@@ -68,6 +93,8 @@ class Service:
     def start(self) -> None:
         """Start it, and wait until it answers."""
         with self.log.open("ab") as log:
+            if self.beside is not None:
+                self.beside.start(log)
             self.process = subprocess.Popen(
                 self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
@@ -117,6 +144,8 @@ class Service:
         for name in list(self.made):
             self.remove(name)
         self.stop()
+        if self.beside is not None:
+            self.beside.stop()
 
 
 def dockerd(directory: Path, *options: str) -> Service:
@@ -130,7 +159,23 @@ def dockerd(directory: Path, *options: str) -> Service:
     )
     # As `agentcg install --docker` does; Docker reads what it would be.
     install_docker.apply(install_docker.adding(Path("/"), WRAPPER), check=True)
-    return Service("docker", argv, socket, directory / "docker.log")
+    made = Service("docker", argv, socket, directory / "docker.log")
+    if SLOW > 1:  # Docker gives one that it starts itself 15 s
+        made.beside = _containerd(directory)
+        made.argv = (*argv, f"--containerd={made.beside.socket}")
+    return made
+
+
+def _containerd(directory: Path) -> Beside:
+    """A containerd for Docker alone."""
+    socket, config = directory / "containerd.sock", directory / "containerd.toml"
+    config.write_text(
+        f"version = 2\nroot = '{STORE}/docker/containerd-of-it'\nstate = '{directory}/state'\n"
+        f"disabled_plugins = ['io.containerd.grpc.v1.cri', 'io.containerd.cri.v1.images', "
+        f"'io.containerd.cri.v1.runtime', 'io.containerd.nri.v1.nri']\n"
+        f"[grpc]\naddress = '{socket}'\n[ttrpc]\naddress = '{socket}.ttrpc'\n"
+    )
+    return Beside(("containerd", "--config", str(config)), socket)
 
 
 def podman(directory: Path) -> Service:

@@ -93,6 +93,42 @@ def test_the_package_depends_on_one_python(tmp_path: Path) -> None:
         subprocess.run(["sh", "-n", script], check=True)
 
 
+@pytest.mark.parametrize(
+    ("asked", "python", "refused", "status", "called"),
+    [
+        ("remove", True, False, 0, ["agentcg-cli uninstall --docker", "systemctl disable"]),
+        ("remove", True, True, 1, ["agentcg-cli uninstall --docker"]),
+        ("remove", False, True, 0, ["systemctl disable"]),
+        ("upgrade", True, True, 0, []),
+    ],
+    ids=["removed", "containers have the runtime", "no Python any more", "upgraded"],
+)
+def test_docker_forgets_the_runtime_before_the_package_goes(
+    tmp_path: Path, asked: str, python: bool, refused: bool, status: int, called: list[str]
+) -> None:
+    home, log = tmp_path / "home", tmp_path / "log"
+    (home / "bin").mkdir(parents=True)
+    text = build_deb.PRERM.replace("/usr/lib/agentcgroup", str(home))
+    (tmp_path / "prerm").write_text(text.replace("/run/systemd/system", "/nonexistent"))
+    programs = {
+        "systemctl": f'echo systemctl "$1" >> {log}',
+        "home/bin/python": f"exit {0 if python else 127}",
+        "home/bin/agentcg-cli": f"echo agentcg-cli $* >> {log}; exit {3 if refused else 0}",
+    }
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(
+        ["sh", tmp_path / "prerm", asked], env=env, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, log.read_text().splitlines() if log.exists() else []) == (
+        status,
+        called,
+    )
+    assert ("stays as it is" in done.stderr) is (status == 1)
+
+
 def test_an_image_is_what_its_digests_say(tmp_path: Path) -> None:
     root = tmp_path / "root.tar"
     with tarfile.open(root, "w") as tar:
@@ -136,10 +172,20 @@ agentcg policy check default
 agentcgroupd --check >/dev/null
 agentcg exec --on-unavailable run -- echo ran
 ! agentcg install
+agentcg install --docker
+grep -q '"path": "/usr/lib/agentcgroup/bin/agentcg-runtime"' /etc/docker/daemon.json
+printf '#!/bin/sh\\n[ "$2" = ls ] && echo id || echo agentcg /agent\\n' > /usr/bin/docker
+chmod 755 /usr/bin/docker
+if dpkg -r agentcgroup; then exit 1; fi
+test -x /usr/lib/agentcgroup/bin/agentcg-runtime -a -e /etc/docker/daemon.json
+agentcg version
+rm /usr/bin/docker
 dpkg -r agentcgroup >/dev/null
 test ! -e /usr/lib/agentcgroup -a -e /etc/agentcgroup/agentcgroupd.toml
+test ! -e /etc/docker/daemon.json
+mkdir -p /var/lib/agentcgroup
 dpkg -P agentcgroup >/dev/null
-test ! -e /etc/agentcgroup
+test ! -e /etc/agentcgroup -a ! -e /var/lib/agentcgroup
 """
 
 
@@ -166,6 +212,7 @@ def test_the_package_in_a_clean_debian_and_in_an_image(portable: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     assert version in done.stdout and "policy default: ok" in done.stdout
     assert "systemctl enable --now agentcgroupd" in done.stderr
+    assert "containers have Docker's runtime agentcg: agent; remove them first" in done.stderr
 
 
 def _read(tar: tarfile.TarFile, name: str) -> bytes:
