@@ -14,7 +14,7 @@ from agentcgroupd.units import parse_labels
 
 LABEL_FIELDS = {
     "session": "",
-    "exec-is-call": "",
+    "exec-is-call": "exec_is_call",
     "memory": "memory_low",
     "memory-high": "memory_high",
     "memory-max": "memory_max",

@@ -25,6 +25,8 @@ SHORT_ID = 12
 """Characters of a container's id that runtimes show."""
 VALUE_CHARS_MAX = 256
 """The longest value of a label that is looked at."""
+WORDS = {"true": "yes", "false": "no"}
+"""What labels say where a session's spec says the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def wish_of(container: Container, rules: Sequence[ContainerRule]) -> Wish | None
         elif len(value) > VALUE_CHARS_MAX:
             ignored.append(f"{label!r} has more than {VALUE_CHARS_MAX} characters")
         elif field:
-            setattr(spec, field, value)
+            setattr(spec, field, WORDS.get(value, value) if field == "exec_is_call" else value)
     return Wish(spec, tuple(ignored))
 
 

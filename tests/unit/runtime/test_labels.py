@@ -54,6 +54,7 @@ def test_labels_are_limits_and_what_means_nothing_is_said() -> None:
     wish = wish_of(container(labels), ())
     assert wish is not None
     assert (wish.spec.memory_low, wish.spec.cpu_max, wish.spec.gpu) == ("1G", "1.5", "")
+    assert wish.spec.exec_is_call == "yes"
     assert len(wish.ignored) == 2
     assert "'agentcgroup.priorty'" in wish.ignored[0] and "256" in wish.ignored[1]
 
