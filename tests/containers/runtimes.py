@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import os
+import re
 import signal
 import subprocess
 import tarfile
@@ -19,7 +19,7 @@ import docker
 import docker.errors
 
 from agentcgroup.cli import install_docker
-from tests.harness import EXEC, PATIENCE, SLOW, wait_until
+from tests.harness import EXEC, PATIENCE, ROOT, SLOW, wait_until
 
 BUSYBOX = Path("/bin/busybox")
 APPLETS = ("sh", "sleep", "cat", "echo", "true", "dd", "tail", "kill", "grep")
@@ -27,6 +27,12 @@ IMAGE = "agentcg-test:1"
 STORE = Path("/var/lib")
 WRAPPER = Path(EXEC).with_name("agentcg-runtime")
 WITH_SYSTEMD = Path("/run/systemd/system").is_dir()
+PAGE = ROOT / "docs/containers.md"
+
+
+def documented(kind: str) -> list[str]:
+    """Examples of docs/containers.md in a language."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def image() -> bytes:
@@ -191,16 +197,12 @@ def podman(directory: Path) -> Service:
 
 
 def _hooks(directory: Path) -> Path:
-    """A directory with our hook for podman, as docs/containers.md has it."""
+    """A directory with our hook for podman, which is the one of docs/containers.md."""
     hooks = directory / "hooks"
     hooks.mkdir()
-    hook = {
-        "version": "1.0.0",
-        "hook": {"path": str(WRAPPER), "args": ["agentcg-runtime", "--hook"]},
-        "when": {"annotations": {r"^agentcgroup\.session$": ".*"}},
-        "stages": ["createRuntime"],
-    }
-    (hooks / "agentcgroup.json").write_text(json.dumps(hook))
+    (hook,) = (one for one in documented("json") if '"hook"' in one)
+    hook = hook.replace("/opt/agentcgroup/bin/agentcg-runtime", str(WRAPPER))
+    (hooks / "agentcgroup.json").write_text(hook)
     return hooks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,18 @@ def test_each_label_is_explained() -> None:
     page = Path(__file__).parents[3].joinpath("docs/containers.md").read_text()
     for name in LABEL_FIELDS:
         assert f"`agentcgroup.{name}`" in page
+
+
+def test_the_rules_of_the_page_can_be_configured(tmp_path: Path) -> None:
+    page = Path(__file__).parents[3].joinpath("docs/containers.md").read_text()
+    (rules,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    path = tmp_path / "agentcgroupd.toml"
+    path.write_text(rules)
+    found = load_config(path).containers.rules
+    coder = wish_of(Container("docker", "ab" * 32, "web", "agents/coder:2", 1, {}), found)
+    reviewer = wish_of(Container("docker", "ab" * 32, "reviewer-1", "other", 1, {}), found)
+    assert coder is not None and coder.spec.memory_max == "2G" and coder.spec.priority == "batch"
+    assert reviewer is not None and reviewer.spec.priority == "important"
 
 
 def test_a_rule_need_not_have_labels(tmp_path: Path) -> None:

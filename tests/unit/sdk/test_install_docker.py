@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ def test_it_is_made_where_there_is_none_and_gone_again(root: Path, program: Path
     assert stat.S_IMODE(config(root).stat().st_mode) == 0o644
     assert run("uninstall", "--docker", "--root", root) == 0
     assert not config(root).parent.exists()
+
+
+def test_the_page_shows_what_is_written(root: Path, program: Path) -> None:
+    page = Path(__file__).parents[3].joinpath("docs/containers.md").read_text()
+    blocks = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (shown,) = (block for block in blocks if '"runtimes"' in block)
+    assert run("install", "--docker", "--root", root) == 0
+    assert read(root) == json.loads(shown.replace("/opt/agentcgroup/bin", str(program.parent)))
 
 
 def test_all_else_stays(root: Path, program: Path) -> None:
