@@ -99,7 +99,7 @@ def test_each_label_is_explained() -> None:
 
 def test_the_rules_of_the_page_can_be_configured(tmp_path: Path) -> None:
     page = Path(__file__).parents[3].joinpath("docs/containers.md").read_text()
-    (rules,) = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    rules, _ = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     path = tmp_path / "agentcgroupd.toml"
     path.write_text(rules)
     found = load_config(path).containers.rules
