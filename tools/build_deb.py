@@ -67,8 +67,8 @@ fi
 PRERM = """\
 #!/bin/sh
 set -e
-# Containers whose runtime is gone would not start any more, so this comes first, and may refuse. The
-# system's Python may be gone before the package is.
+# Containers whose runtime is gone would not start any more, so this comes first, and may refuse.
+# The system's Python may be gone before the package is.
 if [ "$1" = remove ] && /usr/lib/agentcgroup/bin/python -I -c '' 2>/dev/null; then
     /usr/lib/agentcgroup/bin/agentcg-cli uninstall --docker >/dev/null || {
         echo "agentcgroup stays as it is, because Docker's configuration names it" >&2
