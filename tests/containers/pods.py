@@ -124,6 +124,8 @@ class Containerd:
             f"[ttrpc]\naddress = '{self.socket}.ttrpc'\n"
             f"[plugins.'io.containerd.nri.v1.nri']\ndisable = {str(not self.with_nri).lower()}\n"
             f"socket_path = '{self.nri}'\n"
+            # 5 s and 2 s by themselves: a machine with other work to do needs longer.
+            f"plugin_registration_timeout = '60s'\nplugin_request_timeout = '60s'\n"
         )
         if IS_OLD:
             cri = "plugins.'io.containerd.grpc.v1.cri'"
