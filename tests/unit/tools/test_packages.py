@@ -163,6 +163,8 @@ _ENTER = """
 set -e
 mount --rbind /dev "$1/dev"
 mount -t proc proc "$1/proc"
+mkdir -p "$1/sys/fs/cgroup"
+mount -t cgroup2 cgroup2 "$1/sys/fs/cgroup"
 exec chroot "$1" sh -c "$2"
 """
 _IN_ROOT = """
