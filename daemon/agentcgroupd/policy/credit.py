@@ -179,7 +179,7 @@ def serve(
     unused = budget.unused_bytes + sum(
         overshoot_bytes(a.bound_bytes) for a in order[1:] if not a.held
     )
-    first = order[0]
+    first, taken = order[0], 0
     if first.asks and first.may_go_on:
         # Where even the first can get no more, it passes its bound a little, and not the pool's.
         least = last_bytes if first_leads else hold_free_bytes
@@ -189,11 +189,14 @@ def serve(
         if first.view.priority >= IMPORTANT_PRIORITY and first_leads:
             kept = kept_for_first_bytes(policy, now, first.view)
             at_once = kept if kept <= room else likely_need_bytes(policy, now, first.view)
-        unused += _give(policy, now, first, room, given, at_once)
+        taken = _give(policy, now, first, room, given, at_once)
+        unused += taken
     if beside is not None:
         order.remove(beside)
         if beside.asks and beside.may_go_on:
-            _give(policy, now, beside, spared - beside.unused_bytes, given)
+            left = budget.free_bytes - last_bytes(policy, now.limit_bytes) - budget.unused_bytes
+            room = min(spared - beside.unused_bytes, left - taken)
+            _give(policy, now, beside, room, given)
     kept = kept_for_first_bytes(policy, now, first.view) - _unused_now(first, given)
     room = (
         budget.free_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentcgroupd.policy import credit
@@ -146,6 +146,7 @@ accounts = st.builds(
 )
 
 
+@settings(max_examples=300)
 @given(
     st.lists(accounts, max_size=30, unique_by=lambda a: a.view.id),
     st.integers(-100, 8192),
@@ -163,9 +164,11 @@ def test_what_all_may_take_is_never_more_than_what_is_free(
     assert all(size < 0 or by_id[name].asks for name, size in more.items())
     assert all(given[name] >= by_id[name].view.memory_bytes for name in more), "used is used"
     got = {name: size for name, size in more.items() if size > 0}
+    # Beside an important one that may need more than there is, another gets what it needs to end.
+    leading = 1 + any(a.view.priority >= 80 for a in found)
     if any(size < 0 for size in more.values()):
-        assert len(got) <= 1, "what is taken back is for the first one"
-    elif len(got) > 1:
+        assert len(got) <= leading, "what is taken back is for those that go first"
+    elif len(got) > leading:
         assert before + sum(got.values()) <= free - HOLD
     if got:
         assert before + sum(got.values()) <= free
