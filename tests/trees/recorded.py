@@ -442,7 +442,7 @@ def _jobs(has_control: bool) -> Words:
         ),
         WAIT,
         fork(own, become(["cat", "a"], inside("cat"), nap(400))),
-        nap(2),
+        nap(20),
         fork(same, become(["wc", "-l"], inside("cat"))),
         WAIT,
         nap(150),
