@@ -63,13 +63,32 @@ static __always_inline u64 lane_key_of(u32 slot, struct stay *stay)
 	return node_of(slot)->flat + stay->offset;
 }
 
+/* The child of a cgroup that another one below it lies in, or is. */
+__noinline u32 child_towards(u32 above, u32 slot)
+{
+	while (slot && node_of(slot)->parent != above && can_loop)
+		slot = node_of(slot)->parent;
+	return slot;
+}
+
 /*
  * Whether the CPU's turn is a cgroup's in its lane, before the one that the tree has chosen. Of the
- * same cgroup the one in the lane, which has no other CPU.
+ * same cgroup the one in the lane, which has no other CPU. Where one lies above the other, its own
+ * tasks compete with its children, as in choose_at().
  */
 __noinline int lane_first(u32 slot, u32 rival)
 {
-	return !comes_before(rival, slot, 0);
+	u64 pair = siblings_of(rival, slot);
+	u32 above = (u32)pair;
+
+	if (pair >> 32 != above)
+		return !comes_before(rival, slot, 0);
+	if (slot == rival)
+		return true;
+	if (above == rival)
+		return before(node_of(child_towards(above, slot))->vtime,
+			      node_of(above)->own_vtime);
+	return !before(node_of(child_towards(above, rival))->vtime, node_of(above)->own_vtime);
 }
 
 /*

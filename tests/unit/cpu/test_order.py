@@ -249,3 +249,20 @@ def test_a_dispatch_costs_no_more_for_what_is_bound_elsewhere() -> None:
         costs.append(scenario.run(1))
     few, many = (cost.steps / cost.dispatches for cost in costs)
     assert many < 2 * few and costs[1].steps_most < 2000
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 4])
+@pytest.mark.parametrize("above", [0, 1])
+def test_tasks_above_those_that_are_bound_have_their_turn(cpus: int, above: int) -> None:
+    """A cgroup's own task competes with its children, though these wait in lanes alone."""
+    scenario = Scenario(cpus)
+    inner = scenario.cgroup()
+    own = inner if above else 0
+    for cpu in range(cpus):
+        scenario.task(scenario.cgroup(inner), cpu, 1)
+    scenario.task(own)
+    free = scenario.cgroup(inner)
+    scenario.task(free)
+    used = scenario.run().used_ns
+    print(used)
+    assert min(used[own], used[free]) > 5e9 * cpus / (2 * (cpus + 2))
