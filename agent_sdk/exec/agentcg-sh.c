@@ -158,6 +158,14 @@ static const char *enter_call(char **command)
 	return *why ? why : "refused without a reason";
 }
 
+/* What follows the last slash of a path. */
+static const char *file_of(const char *path)
+{
+	const char *slash = strrchr(path, '/');
+
+	return slash ? slash + 1 : path;
+}
+
 int main(int argc, char **argv)
 {
 	const char *policy = getenv("AGENTCG_ON_UNAVAILABLE"), *why = NULL, *path;
@@ -171,7 +179,7 @@ int main(int argc, char **argv)
 		why = enter_call(command);
 	if (why && policy && !strcmp(policy, "refuse"))
 		die(REFUSED, "no call: %s; command not run", why);
-	if (path == shell_path && argv[0][0] == '-' && asprintf(&name, "-%s", basename(path)) > 0)
+	if (path == shell_path && argv[0][0] == '-' && asprintf(&name, "-%s", file_of(path)) > 0)
 		command[0] = name;
 	execvp(path, command);
 	die(errno == ENOENT ? NOT_FOUND : CANNOT_EXEC, "%s: %s", path, strerror(errno));
