@@ -104,9 +104,10 @@ def go_first() -> None:
         print(f"demo: other work may slow it: {error}", file=sys.stderr)
 
 
-def _run_in_guest(arguments: Sequence[str]) -> int:
-    """Run the same module in the test guest; its result is left in build/, which is shared."""
+def _run_in_guest(arguments: Sequence[str], output: Path) -> int:
+    """Run the same module in the test guest, which shares the directory of its result."""
     guest = ["tests.guest.uml", "--memory", str(GUEST_MIB), "--timeout", str(GUEST_TIMEOUT_S)]
+    guest += ["--rw", str(output)]
     if "PYTHONPATH" in os.environ:
         guest += ["--env", "PYTHONPATH"]
     here = [sys.executable, "-m", "bench.demo", "--no-plot", *arguments]
@@ -206,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found.unlink(missing_ok=True)
         view.say(f"in user-mode Linux, because {where.reason}")
         arguments = ["--traces", str(args.traces.absolute()), "--output", str(output)]
-        status = _run_in_guest([*arguments, *(["--live"] if live else [])])
+        status = _run_in_guest([*arguments, *(["--live"] if live else [])], output)
     else:
         status = _run_here(args.traces, found, view)
     if status or GUEST:
