@@ -44,7 +44,7 @@ def start(service: Service, name: str, *options: str) -> None:
 
 
 def test_the_line_for_a_runtime(daemon: DaemonProcess, service: Service) -> None:
-    """Its agent declares a call with nothing else set."""
+    """An agent in it declares a call with nothing else set."""
     found = re.search(r"`docker run (.+) IMAGE`", TEXT)
     assert found is not None
     options = found[1].replace(f"-v {AGENT_SOCKETS}:", f"-v {daemon.run_dir}/agent:")

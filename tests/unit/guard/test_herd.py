@@ -91,7 +91,7 @@ def test_a_stopped_daemon_costs_the_pool_nothing(tmp_path: Path) -> None:
 
 
 def test_a_paused_call_that_needs_no_more_runs_to_its_end(tmp_path: Path) -> None:
-    """It ends before the call that goes first does, although all that is free is kept for that."""
+    """The call ends before the one that goes first, though all that is free is kept for that."""
 
     async def run() -> tuple[Machine, dict[str, float], bool]:
         machine = Machine(load_policy(None, None).policy, GIB, tmp_path)
