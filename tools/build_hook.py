@@ -117,7 +117,7 @@ def compile_programs(root: Path, version: str) -> None:
     bin_dir, include = root / "build/bin", root / "build/include"
     for directory in (bin_dir, include):
         directory.mkdir(parents=True, exist_ok=True)
-    header, chosen = include / "intent_fields.h", root / "build/compiler"
+    header, chosen = include / "intent_fields.h", include / "compiler"
     compiler = [*c_compiler(), *CFLAGS]
     made = {
         header: intent_fields_header((root / PROTO).read_text(encoding="utf-8")),

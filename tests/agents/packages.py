@@ -29,7 +29,7 @@ FROM_PYPI = {
 }
 
 OPENHANDS = ("openhands-sdk==1.58.2", "openhands-tools==1.58.2")
-"""They need Python 3.12, so they are put into a root of Debian 13, with tmux."""
+"""Packages that need Python 3.12, so they are put into a root of Debian 13, with tmux."""
 DEBIAN = ("python3", "python3-venv", "tmux", "git", "ca-certificates", "procps")
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 ENTER = """

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.full_speed
 
 STEPS_MOST = 400
 STRIDE = 1 if os.environ.get("AGENTCG_EVERY_STEP") else 4
-"""Of so many steps one is tried; all of them take some minutes."""
+"""Every fourth step is tried unless all are asked for, which takes some minutes."""
 RPC_S = 10 * PATIENCE
 LOST = (grpc.RpcError, RemoteRpcError, EOFError, OSError, AssertionError)
 """What a caller sees of a daemon that is killed."""
