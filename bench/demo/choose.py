@@ -103,7 +103,29 @@ class Choice:
             return "the peaks of the others fit into the pool together"
         if not all(self.too_large(one) for one in self.plans):
             return "an even part of the pool holds the largest call of one of them"
+        if self.may_lose_an_agent():
+            return "the kernel may take an agent where it looks for a second call to kill"
         return ""
+
+    def may_lose_an_agent(self) -> bool:
+        """Whether the kernel could kill an agent as the calls rise one after the other.
+
+        It kills what holds most, and may kill the next one, too, before the first has given its
+        memory back. So that one has to hold clearly more than any agent.
+        """
+        agents = [
+            agent_bytes(one, call.start_s) for one, call in zip(self.plans, self.peaks, strict=True)
+        ]
+        held: list[int] = []
+        for call in self.peaks:
+            room = self.pool_bytes - sum(agents) - sum(held)
+            held.append(call.peak_bytes)
+            if call.peak_bytes > room:
+                at_limit = sorted([*held[:-1], max(0, room)])
+                if at_limit[-2] < max(agents) * CLEARLY:
+                    return True
+                held.remove(max(held))
+        return False
 
 
 def agent_bytes(one: plan.Plan, at_s: float | None = None) -> int:
@@ -228,23 +250,23 @@ def peak_at_s(call: plan.PlannedCall) -> float:
 
 
 def full_after_s(choice: Choice) -> float:
-    """Seconds from when the others may rise to when all together hold more than the pool."""
+    """Seconds from when the first of the others rises to when all together hold more than the
+    pool."""
     first, *others = choice.peaks
     held_bytes = first.peak_bytes + sum(
         agent_bytes(one, call.start_s) for one, call in zip(choice.plans, choice.peaks, strict=True)
     )
-    steps = []
+    at_ms = 0
     for call in others:
-        at_ms = level_bytes = 0
+        level_bytes = 0
         for step in call.steps:
             at_ms += step.duration_ms
-            if step.memory_bytes > level_bytes:
-                steps.append((at_ms, step.memory_bytes - level_bytes))
-                level_bytes = step.memory_bytes
-    for at_ms, more_bytes in sorted(steps):
-        held_bytes += more_bytes
-        if held_bytes > choice.pool_bytes:
-            return at_ms / 1000.0
+            held_bytes += max(0, step.memory_bytes - level_bytes)
+            level_bytes = max(level_bytes, step.memory_bytes)
+            if held_bytes > choice.pool_bytes:
+                return at_ms / 1000.0
+            if level_bytes == call.peak_bytes:
+                break
     raise ReplayError("the peaks fit into the pool together")
 
 

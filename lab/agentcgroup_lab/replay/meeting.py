@@ -2,8 +2,10 @@
 
 On a machine that is faster or slower than the recorded one, or busy, recorded peaks would meet by
 luck. Here the calls themselves wait for each other (`tell` and `await` in their schedules): the
-leader's call rises first and holds its peak, then the others rise, and nobody lets go before each
-of them is at its peak, has ended, or is held back by somebody who watches the pool.
+leader's call rises first and holds its peak, then the others rise one after the other, and nobody
+lets go before each of them is at its peak, has ended, or is held back by somebody who watches the
+pool. Were they to rise together, whom the kernel kills would be luck: it looks for a second one
+before the first has given all of its memory back, and takes an agent while the calls are small.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ REACHED, ENDED, HELD = "reached its peak", "ended", "was held back"
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """The index of one call of each session, and whose is at its peak before the others rise.
+    """The index of one call of each session, in the order in which they rise, and whose is at its
+    peak before the others rise.
 
     `hold_s`: how long the leader holds its peak at least, also where it is alone.
     """
@@ -38,12 +41,15 @@ class Place:
 
     def __init__(self, meeting: Meeting, directory: Path) -> None:
         self.meeting, self._directory = meeting, directory
-        self._rise, self._part = directory / "rise", directory / "part"
+        self._part = directory / "part"
         self.became: dict[str, str] = {}
         """What became of each session's call so far."""
 
     def _reached(self, session_id: str) -> Path:
         return self._directory / f"reached-{session_id}"
+
+    def _rise(self, session_id: str) -> Path:
+        return self._directory / f"rise-{session_id}"
 
     def schedule(self, session_id: str, call: PlannedCall) -> str:
         """The text of a call's schedule, with its part in the meeting where it has one."""
@@ -61,32 +67,45 @@ class Place:
             hold = Step(round(self.meeting.hold_s * 1000), rise[-1].memory_bytes, 0)
             lines.insert(2, schedule_text((hold,)))
         else:
-            lines.insert(0, f"await {self._rise}\n")
+            lines.insert(0, f"await {self._rise(session_id)}\n")
         return "".join(lines)
 
     def look(self, ended: Callable[[str, int], bool], is_held: Callable[[str, int], bool]) -> None:
-        """Let the others rise, and all part, once it is time.
+        """Let the next one rise, or all part, once it is time.
 
         `ended`: whether a session's call has ended. `is_held`: whether somebody holds it back.
         """
         if self._part.exists():
             return
-        leader = self.meeting.leader
-        if not self._rise.exists():
-            if not (self._reached(leader).exists() or ended(leader, self.meeting.calls[leader])):
+        for session_id in self._in_order():
+            if session_id != self.meeting.leader:
+                self._rise(session_id).touch()
+            became = self._became(session_id, ended, is_held)
+            if became is None:
                 return
-            self._rise.touch()
-        for session_id, index in self.meeting.calls.items():
-            if session_id in self.became:
-                continue
-            if self._reached(session_id).exists():
-                self.became[session_id] = REACHED
-            elif ended(session_id, index):
-                self.became[session_id] = ENDED
-            elif is_held(session_id, index):
-                self.became[session_id] = HELD
-        if len(self.became) == len(self.meeting.calls):
-            self._part.touch()
+            self.became[session_id] = became
+        self._part.touch()
+
+    def _in_order(self) -> list[str]:
+        others = [name for name in self.meeting.calls if name != self.meeting.leader]
+        return [self.meeting.leader, *others]
+
+    def _became(
+        self,
+        session_id: str,
+        ended: Callable[[str, int], bool],
+        is_held: Callable[[str, int], bool],
+    ) -> str | None:
+        """What became of a session's call, None while it rises."""
+        index = self.meeting.calls[session_id]
+        if session_id in self.became:
+            return self.became[session_id]
+        if self._reached(session_id).exists():
+            return REACHED
+        if ended(session_id, index):
+            return ENDED
+        # The leader is not held back for long: nobody rises before it is at its peak.
+        return HELD if session_id != self.meeting.leader and is_held(session_id, index) else None
 
     def waited_s(self) -> float:
         """Seconds for which the leader waited for the others after it had held its peak for as long

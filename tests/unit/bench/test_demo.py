@@ -56,8 +56,16 @@ def test_the_contrast_is_certain_with_the_own_recordings_at_every_scale(scale: f
     assert sum(call.peak_bytes for call in others) + sum(agents) > choice.pool_bytes
     room = choice.pool_bytes - first.peak_bytes - sum(agents)
     assert first.peak_bytes > max(room, max(call.peak_bytes for call in others))
+    assert not choice.may_lose_an_agent()
     # An even part kills the largest call of each, which is more than all of them but one.
     assert all(choice.too_large(one) for one in choice.plans)
+
+
+def test_a_pool_that_is_full_while_the_second_call_is_small_may_cost_an_agent() -> None:
+    choice = chosen(1.0)
+    agents = sum(map(choose.agent_bytes, choice.plans))
+    full_early = agents + choice.peaks[0].peak_bytes + (4 << 20)
+    assert replace(choice, pool_bytes=full_early).may_lose_an_agent()
 
 
 @pytest.mark.parametrize("speed", [FAST, SMALL])
@@ -121,7 +129,7 @@ def test_the_leader_rises_first_and_holds_its_peak(tmp_path: Path) -> None:
         "30 0 3",
     ]
     other = place.schedule("s2", CALL).splitlines()
-    assert other[0] == f"await {tmp_path}/rise" and "1500 9 0" not in other
+    assert other[0] == f"await {tmp_path}/rise-s2" and "1500 9 0" not in other
     assert place.schedule("s3", CALL) == "10 5 1\n20 9 2\n30 0 3\n"
     assert place.schedule("s1", replace(CALL, index=4)) == "10 5 1\n20 9 2\n30 0 3\n"
 
@@ -135,13 +143,15 @@ def test_nobody_parts_before_each_is_at_its_peak_has_ended_or_is_held(tmp_path: 
         place.look(lambda name, index: name in ended, lambda name, index: name in held)
 
     look()
-    assert not (tmp_path / "rise").exists()
+    assert not list(tmp_path.glob("rise*"))
     (tmp_path / "reached-s1").touch()
+    held.add("s3")
     look()
-    assert (tmp_path / "rise").exists() and not (tmp_path / "part").exists()
+    assert [path.name for path in tmp_path.glob("rise*")] == ["rise-s2"]
     ended.add("s2")
+    held.remove("s3")
     look()
-    assert not (tmp_path / "part").exists()
+    assert (tmp_path / "rise-s3").exists() and not (tmp_path / "part").exists()
     held.add("s3")
     look()
     assert (tmp_path / "part").exists()
