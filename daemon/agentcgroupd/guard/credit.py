@@ -59,12 +59,6 @@ TAKE_BACK_MOST = 100
 """Calls that credit is taken back from at a time."""
 
 
-def _rest_usec(policy: Policy, call: Call) -> int:
-    """Return the time after which a call that does not grow rests. An important one keeps what it
-    was given between its bursts, so that it asks once, and not for each of them."""
-    return policy.headroom.steady if call.priority >= IMPORTANT_PRIORITY else REST_USEC
-
-
 class CreditKeeper:
     """Keeps the credit of all open calls. `start` and `stop` on a running loop."""
 
@@ -87,6 +81,8 @@ class CreditKeeper:
         """Calls that began lately, with the time at which they are taken to rest."""
         self._tried_usec = 0
         """When a call was last let run without more."""
+        self._first = ""
+        """Id of the call that was last served first."""
         self._free: tuple[int, int] | None = None
         """(usec, bytes): what was free of the pool when it was last read."""
         self._timer: asyncio.TimerHandle | None = None
@@ -254,13 +250,13 @@ class CreditKeeper:
             step = credit.step_bytes(policy, ledger.seen, limit)
             asks = ledger.unused < step // 2
             waits = ledger.call.asks or ledger.call.awaits_credit
-            if not waits and now - ledger.grew_usec > _rest_usec(policy, ledger.call):
+            if not waits and now - ledger.grew_usec > self._rest_usec(policy, ledger):
                 self._attempt(ledger.call, self._rest, ledger)
                 continue
             ledgers[ledger.call.id] = ledger
             awaits_credit = ledger.call.awaits_credit
             may_go_on = not awaits_credit or self._may_go_on(ledger.call, now)
-            view = ledger.view()
+            view = ledger.view(now)
             accounts.append(
                 credit.Account(view, ledger.bound, asks, ledger.started, awaits_credit, may_go_on)
             )
@@ -277,6 +273,7 @@ class CreditKeeper:
             peaks_bytes=self.peaks(),
         )
         first = credit.in_order(accounts)[0].view.id
+        self._first = first
         leads = self._leads(ledgers[first].call, policy, now)
         given = credit.serve(policy, seen, budget, accounts, first_leads=leads)
         for account in accounts:
@@ -316,6 +313,16 @@ class CreditKeeper:
         ledger.tries += 1
         self._ledgers.bind(ledger, ledger.seen + TRY_BYTES)
         self._let_go_on(ledger.call, "Going on: it may need no more than it has.")
+
+    def _rest_usec(self, policy: Policy, ledger: Ledger) -> int:
+        """Return the time after which a call that does not grow rests. An important one keeps what
+        it was given between its bursts, so that it asks once, and not for each of them. The first
+        one keeps its place: were others to fill the pool meanwhile, it would be stuck with all that
+        it holds. If that is little, it may lose it."""
+        large = policy.headroom.typical.of(self._sampler.limit_bytes)
+        leads = ledger.call.id == self._first and ledger.seen >= large
+        keeps = leads or ledger.call.priority >= IMPORTANT_PRIORITY
+        return policy.headroom.steady if keeps else REST_USEC
 
     def _leads(self, call: Call, policy: Policy, now: int) -> bool:
         """Tell whether the first of those that grow or ask leads: no call is more important, or the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,9 +14,16 @@ from agentcgroupd.enforce import memory_high
 from agentcgroupd.errors import KnobError
 from agentcgroupd.guard.look import file_cache
 from agentcgroupd.policy.snapshot import CallView
-from agentcgroupd.state.session import Call
+from agentcgroupd.state.session import Call, frozen_usec
 
 GREW_BYTES = 1 << 20
+STEADY_LOOKS_USEC = 100_000
+"""Two looks that are further apart do not tell how fast a call grows: it may have been stopped."""
+KNOWN_USEC = 200_000
+"""A call is taken to grow at any speed before it has been seen to run freely for this long."""
+SLOWER = 0.5
+"""A call that does not grow any more is taken to be able to grow at this part of its speed after a
+second, and so on: most calls grow in bursts."""
 CACHE_USEC = 200_000
 """What a call has in file cache is known for this long."""
 CACHE_PART = 4
@@ -52,6 +60,12 @@ class Ledger:
     """Whether that was enough to grow into: at its bound the kernel takes its cache for it."""
     rested_at: int | None = None
     """Bytes that it held when it began to rest after it had grown; None: it has not, or grows."""
+    growth_bytes_per_s: float = 0.0
+    """How fast it lately grew while nothing held it back."""
+    ran_usec: int = 0
+    """For how long nothing held it back while it was looked at."""
+    looked: tuple[int, int] = (0, 0)
+    """(usec, bytes): when it was last looked at while it ran, and what it held."""
     file: int | None = None
     """Descriptor of memory.current while it is looked at."""
     watch: int | None = None
@@ -78,10 +92,23 @@ class Ledger:
             self.file = None
 
     def grew(self, seen: int, now_usec: int) -> None:
-        """Note whether it has grown, now that it is seen to hold so much."""
+        """Note whether it has grown and how fast, now that it is seen to hold so much."""
+        if self.call.frozen_since_usec is None:
+            self._grew_at_speed(seen, now_usec)
         if seen > self.grew_to + GREW_BYTES:
             self.grew_usec, self.grew_to = now_usec, seen
         self.grew_to = min(self.grew_to, seen + GREW_BYTES)
+
+    def _grew_at_speed(self, seen: int, now_usec: int) -> None:
+        then_usec, before = self.looked
+        self.looked = now_usec, seen
+        took_usec = min(now_usec - then_usec, STEADY_LOOKS_USEC)
+        self.ran_usec += took_usec if self.unused and then_usec else 0
+        slower = self.growth_bytes_per_s * SLOWER ** (took_usec / 1e6)
+        if seen > before and 0 < now_usec - then_usec < STEADY_LOOKS_USEC:
+            self.growth_bytes_per_s = max(slower, (seen - before) * 1e6 / took_usec)
+        elif self.unused:  # else it may sleep at its bound
+            self.growth_bytes_per_s = slower
 
     def find_cache(self, now_usec: int) -> None:
         """Find out whether it has file cache to grow into, if that was some time ago. Raises
@@ -91,9 +118,9 @@ class Ledger:
         clean = file_cache(self.call.cgroup).clean_bytes
         self.cache_usec, self.lives_on_cache = now_usec, clean >= self.seen // CACHE_PART
 
-    def view(self) -> CallView:
+    def view(self, now_usec: int) -> CallView:
         """Show the call as the policy of credit sees it."""
-        call = self.call
+        call, speed_known = self.call, self.ran_usec > KNOWN_USEC
         return CallView(
             id=call.id,
             name=call.name,
@@ -101,8 +128,9 @@ class Ledger:
             priority=call.priority,
             began_usec=call.began_boot_usec,
             memory_bytes=self.seen,
-            growth_bytes_per_s=0.0,
+            growth_bytes_per_s=self.growth_bytes_per_s if speed_known else math.inf,
             cpu_usec=0,
+            paused_usec=frozen_usec(call, now_usec),
             expected_bytes=call.likely_bytes or call.grant.memory_expected_bytes,
             memory_max_bytes=call.grant.memory_max_bytes,
         )

@@ -8,12 +8,14 @@ the kernel and asks for more.
 Who asks is served in order: the most important first, among equals the one that is furthest on,
 because its end gives most back soonest. What the first one may need to its end is kept for it, as
 the reserve is; an important one gets all of that at once, so that it waits for nobody to look. The
-others get more as long as what all those before them are likely to need is there as well: calls
-that grow side by side until nothing is left would all be half done. For the same reason, what they
-have not used yet is taken back where it is missing for the first one, such as one that is more
-important and began to grow later. Where even that is not enough for the first one to end, another
-that can end with what is free goes before it, and gives back what it holds; before an important one
-only once nothing is left but what that other one needs.
+others come next, those first that have been paused longest: all of them finish when the last one
+does. They get more as long as what all those before them are likely to need is there as well: calls
+that grow side by side until nothing is left would all be half done. Of one that grows slowly, only
+what it takes in the next second is reckoned with: it can be stopped before it takes more. For the
+same reason, what they have not used yet is taken back where it is missing for the first one, such
+as one that is more important and began to grow later. Where even that is not enough for the first
+one to end, another that can end with what is free goes before it, and gives back what it holds;
+before an important one only once nothing is left but what that other one needs.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ ALIKE = 10
 """Calls whose sizes differ by this part of them are alike."""
 SPREAD = 4
 """Calls that rest share a quarter of what is free; the rest is for those that grow."""
+AHEAD_S = 1.0
+"""Seconds for which the growth of a call that does not go first is reckoned with: by then it can be
+stopped, and its speed is known anew."""
 SHARE_OF_HELD = 4
 STEP_MOST = 4
 """A call that grows is given a quarter of what it holds at a time, at least `headroom.credit` and
@@ -205,11 +210,26 @@ def serve(
         - spared
         - max(0, kept)
     )
+    others = _longest_paused_first(order[1:])
     if room < 0:
-        _take_back(order[1:], -room, given)
+        _take_back(others, -room, given)
         return given
-    _serve_others(policy, now, order[1:], room, given)
+    _serve_others(policy, now, others, room, given)
     return given
+
+
+def _longest_paused_first(others: Sequence[Account]) -> list[Account]:
+    """Return those that do not go first, who is served first first. Whole seconds count, so that
+    two that take turns do not change places with each look."""
+    return sorted(others, key=lambda a: (-a.view.priority, -(a.view.paused_usec // 1_000_000)))
+
+
+def _soon_bytes(policy: Policy, now: Snapshot, account: Account) -> int:
+    """Return what a call that does not go first is taken to need beyond its bound before it can be
+    stopped."""
+    likely = likely_need_bytes(policy, now, account.view) - account.unused_bytes
+    ahead = LEAST_BYTES + AHEAD_S * account.view.growth_bytes_per_s
+    return max(0, int(min(likely, ahead)))
 
 
 def _serve_others(
@@ -217,14 +237,14 @@ def _serve_others(
 ) -> None:
     """Note new bounds of those that do not go first, as far as `room` bytes go."""
     for account in others:
-        likely = max(0, likely_need_bytes(policy, now, account.view) - account.unused_bytes)
+        soon = _soon_bytes(policy, now, account)
         if not account.asks:
-            room -= likely
+            room -= soon
             continue
         if not account.may_go_on:
             continue
         step = step_bytes(policy, account.view.memory_bytes, now.limit_bytes)
-        cost = likely + (overshoot_bytes(account.bound_bytes + step) if account.held else 0)
+        cost = soon + (overshoot_bytes(account.bound_bytes + step) if account.held else 0)
         if max(STEP_LEAST_BYTES if account.started else cost, min(step, LEAST_BYTES)) > room:
             continue
         _give(policy, now, account, room, given)
@@ -248,11 +268,8 @@ def _put_first_who_can_end(
         return None, 0
     most = policy.headroom.leader_most.of(now.limit_bytes)
 
-    def to_end_bytes(account: Account) -> int | None:
-        left = most - account.view.memory_bytes
-        return min(likely_need_bytes(policy, now, account.view), left) if left > 0 else None
-
-    needs = {a.view.id: need for a in order if (need := to_end_bytes(a)) is not None}
+    open_ended = [a for a in order if a.view.memory_bytes < most]
+    needs = {a.view.id: kept_for_first_bytes(policy, now, a.view) for a in open_ended}
     able = [a for a in order if needs.get(a.view.id, free + 1) <= free]
     if not able:
         return None, 0

@@ -10,7 +10,7 @@ process that grows has a core as long as there are cores, and the machine fills 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +107,10 @@ class ModelCgroup:
 
     def signal(self, number: int) -> None:
         """Leave it to the machine to end the call."""
+
+    def signal_parts(self, number: int) -> Iterator[int]:
+        """Leave it to the machine to end the call."""
+        return iter(())
 
     @property
     def grows(self) -> bool:
@@ -219,6 +223,7 @@ class Machine:
         *,
         in_kernel: bool = False,
         priority: int = 50,
+        cgroup_type: type[ModelCgroup] = ModelCgroup,
     ) -> Call:
         """Begin a call that does not grow yet."""
         grant = Grant(
@@ -232,7 +237,7 @@ class Machine:
             priority=priority,
             on_pressure="freeze",
         )
-        cgroup: Any = ModelCgroup(Path(name), goal_bytes, hold_s, in_kernel)
+        cgroup: Any = cgroup_type(Path(name), goal_bytes, hold_s, in_kernel)
         session: Any = SimpleNamespace(
             turns_key="session x",
             id="s",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from hypothesis import given, settings
@@ -27,6 +28,8 @@ def account(
     priority: int = 50,
     asks: bool = True,
     held: bool = False,
+    mib_per_s: float = math.inf,
+    paused_s: int = 0,
 ) -> Account:
     """A call that grows, with so much more to take without asking."""
     view = CallView(
@@ -36,8 +39,9 @@ def account(
         priority=priority,
         began_usec=0,
         memory_bytes=held_mib * MIB,
-        growth_bytes_per_s=0.0,
+        growth_bytes_per_s=mib_per_s * MIB,
         cpu_usec=0,
+        paused_usec=paused_s * 1_000_000,
     )
     return Account(view, (held_mib + unused_mib) * MIB, asks, held=held)
 
@@ -94,6 +98,27 @@ def test_the_first_gets_what_is_there_and_the_others_leave_it_what_it_may_need()
     assert "other" in served(2900, first, other)
 
 
+def test_of_one_that_grows_slowly_the_next_second_is_reckoned_with() -> None:
+    """A tenth of the pool is kept for each of which nothing is known, so only a few may grow."""
+    first = account("first", 400, 2000, asks=False)
+    slow = [account(f"slow{i}", 20, mib_per_s=30) for i in range(20)]
+    fast = [account(f"fast{i}", 20) for i in range(20)]
+    free = HOLD // MIB + 2000 + 20 * (2 + 1) + 820  # with the overshoot of each
+    assert len(served(free, first, *fast)) == 1
+    assert 10 <= len(served(free, first, *slow)) <= 13  # steps of 64 MiB
+
+
+def test_who_was_paused_longest_goes_before_who_is_further_on() -> None:
+    first = account("first", 900, 2000, asks=False)
+    far, late = account("far", 300), account("late", 20, paused_s=3)
+    free = HOLD // MIB + 2000 + 900
+    assert served(free, first, far, late).keys() == {"late"}
+    assert served(free, first, far, replace(late, view=replace(late.view, paused_usec=999_999)))
+    assert served(free, first, far, account("late", 20)).keys() == {"far"}
+    # Among those that wait, not of all: who goes first is still the one that is furthest on.
+    assert next(iter(served(2000, account("first", 900), late))) == "first"
+
+
 def test_an_important_call_gets_at_once_what_is_kept_for_it() -> None:
     """What others may get is the same: it was kept from them before."""
     vip, other = account("vip", 400, priority=80), account("other", 100)
@@ -134,8 +159,15 @@ def test_a_call_that_may_not_go_on_yet_takes_nobody_s_room() -> None:
 
 
 accounts = st.builds(
-    lambda name, held, unused, priority, asks, awaits_credit: account(
-        name, held, unused, priority=priority, asks=asks, held=awaits_credit
+    lambda name, held, unused, priority, asks, awaits_credit, speed, paused: account(
+        name,
+        held,
+        unused,
+        priority=priority,
+        asks=asks,
+        held=awaits_credit,
+        mib_per_s=speed,
+        paused_s=paused,
     ),
     name=st.text("abcdef", min_size=1, max_size=4),
     held=st.integers(0, 3000),
@@ -143,6 +175,8 @@ accounts = st.builds(
     priority=st.sampled_from([20, 50, 80]),
     asks=st.booleans(),
     awaits_credit=st.booleans(),
+    speed=st.sampled_from([0.0, 30.0, 1000.0, math.inf]),
+    paused=st.integers(0, 10),
 )
 
 
@@ -221,3 +255,9 @@ def test_first_and_resting_credit_fit_or_are_the_least(
 def test_credit_grows_with_the_room() -> None:
     sizes = [credit.first_bytes(POLICY, Budget(f * GIB, 0, 20), LIMIT) for f in (1, 4, 8)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == 64 * MIB
+
+
+def test_nobody_overtakes_the_first_by_a_guess() -> None:
+    """Of both nothing is known: either may reach 2 GiB. Taking turns, both would be half done."""
+    first, other = account("first", 1000), account("other", 450)
+    assert list(served(HOLD // MIB + 1000, first, other)) == ["first"]
