@@ -10,17 +10,16 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/auxv.h>
 #include <time.h>
 #include <unistd.h>
 
+#include "beside.h"
 #include "options.h"
 #include "retry.h"
 #include "say.h"
@@ -80,12 +79,12 @@ static uint32_t cgroup_mark(void)
 }
 
 /*
- * Executes this program anew with the words of a request (each ended by a NUL, from the verb on)
+ * Executes the launcher anew with the words of a request (each ended by a NUL, from the verb on)
  * before its own arguments. Returns where that cannot be done.
  */
 static void declare(const char *words, size_t len, int argc, char **argv)
 {
-	char option[32], path[PATH_MAX] = {}, **all;
+	char option[32], **all;
 	sigset_t answer, before;
 	size_t count = 0, at = 0;
 
@@ -106,10 +105,7 @@ static void declare(const char *words, size_t len, int argc, char **argv)
 		all[at++] = (char *)word;
 	all[at++] = (char *)"--";
 	memcpy(all + at, argv, argc * sizeof(*argv));
-	if (readlink("/proc/self/exe", path, sizeof(path) - 1) > 0)
-		execv(path, all);
-	/* /proc may not be mounted here, or the file lie outside of what is seen. */
-	execv((const char *)getauxval(AT_EXECFN), all);
+	execute_beside(SEALED_NAME, all);
 	sigprocmask(SIG_SETMASK, &before, NULL);
 	free(all);
 }

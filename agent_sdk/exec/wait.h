@@ -7,7 +7,6 @@
 #ifndef AGENTCG_WAIT_H
 #define AGENTCG_WAIT_H
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -17,6 +16,7 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -50,22 +50,16 @@ static void tell_waiter(const char *id)
 /* Closes what only the command needs: a pipe has to end with the command. stderr stays. */
 static void close_others(int kept)
 {
+	unsigned int least = STDERR_FILENO + 1, after = kept + 1;
 	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
-	DIR *open_files = opendir("/proc/self/fd");
-	struct dirent *entry;
 
 	if (null >= 0) {
 		dup2(null, STDIN_FILENO);
 		dup2(null, STDOUT_FILENO);
 	}
-	while (open_files && (entry = readdir(open_files))) {
-		int fd = atoi(entry->d_name);
-
-		if (fd > STDERR_FILENO && fd != kept && fd != dirfd(open_files))
-			close(fd);
-	}
-	if (open_files)
-		closedir(open_files);
+	if ((unsigned int)kept > least)
+		syscall(SYS_close_range, least, kept - 1, 0);
+	syscall(SYS_close_range, after > least ? after : least, ~0U, 0);
 }
 
 /*
