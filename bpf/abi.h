@@ -476,12 +476,19 @@ struct vram_event {
 	__u32 refused; /* 0: the kernel could not refuse */
 };
 
-/* net.bpf.c: what the sockets of a cgroup and of those below it have received and sent. */
+/*
+ * net.bpf.c: what the sockets of a cgroup and of those below it have received and sent, and how
+ * much they may send.
+ */
 struct net_traffic {
 	__u64 receive_bytes;
 	__u64 receive_packets;
 	__u64 send_bytes;
 	__u64 send_packets;
+	__u64 refused_packets;	/* what it would have sent above its rate */
+	__u64 send_bytes_per_s; /* what it may send; 0: as much as it likes */
+	__u64 paid_until_ns;	/* when all that it has sent would be out at that rate
+				   (CLOCK_MONOTONIC) */
 };
 
 #endif

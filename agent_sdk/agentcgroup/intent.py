@@ -34,6 +34,7 @@ class Intent(TypedDict, total=False):
     priority. gpu_device: "any", "any:2", an index, a UUID, or several with commas. io_read_max,
     io_write_max: bytes a second of each block device, or text such as "10M". io_weight: 1..10000.
     disk_max: bytes that it may write to disks in all, or text such as "10G".
+    net_send_max: bytes a second that its sockets may send, or text such as "10M".
     """
 
     memory: Quantity | None
@@ -56,6 +57,7 @@ class Intent(TypedDict, total=False):
     io_write_max: Quantity | None
     io_weight: Quantity | None
     disk_max: Quantity | None
+    net_send_max: Quantity | None
 
 
 INTENT_FIELDS = frozenset(Intent.__annotations__)

@@ -192,6 +192,8 @@ class Grant(_Answer):
     """Text of interface files that take a field of the intent as it is, by the field's name."""
     disk_max_bytes: int | None = None
     """Bytes that it may write to disks in all."""
+    net_send_bytes_per_s: int | None = None
+    """Bytes a second that its sockets may send."""
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -202,6 +204,8 @@ class NetUsage(_Answer):
     receive_packets: int
     send_bytes: int
     send_packets: int
+    refused_packets: int = 0
+    """Packets above what it may send (net_send_max)."""
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)

@@ -23,6 +23,7 @@ from agentcgroupd.config_values import (
     Flag,
     LoopbackAddress,
     MemorySize,
+    NetRate,
     OptionalDuration,
     OptionalPath,
     PagesPerS,
@@ -87,6 +88,8 @@ class CallDefaults(Section):
     timeout_max: Duration = 86_400_000_000
     disk_max: MemorySize = None
     """What a call may write to disks in all before it is ended; empty: as much as it likes."""
+    net_send_max: NetRate = None
+    """What the sockets of a call may send a second; empty: as much as they like."""
     attach_timeout: Duration = 30_000_000
     """A call that no process has entered after this time is ended as abandoned."""
     idle_timeout: Duration = 600_000_000

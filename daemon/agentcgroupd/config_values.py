@@ -11,7 +11,13 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from agentcgroupd.errors import InvalidField
-from agentcgroupd.units import parse_bytes, parse_count, parse_duration, parse_priority
+from agentcgroupd.units import (
+    parse_bytes,
+    parse_count,
+    parse_duration,
+    parse_net_rate,
+    parse_priority,
+)
 
 T = TypeVar("T")
 
@@ -106,6 +112,7 @@ def zram_size(value: object) -> object:
 
 
 MemorySize = Annotated[int | None, quantity(parse_bytes, "size")]
+NetRate = Annotated[int | None, quantity(parse_net_rate, "rate")]
 OptionalDuration = Annotated[int | None, quantity(parse_duration, "duration")]
 Duration = Annotated[int, quantity(parse_duration, "duration")]
 Priority = Annotated[int, quantity(parse_priority, "priority")]

@@ -174,6 +174,9 @@ class Observers:
         granted = self._gpus.grants.regrant(call, grant)
         if self._signals is not None:
             self._plane.attempt("a call cannot be watched", self._signals.regrant, call, granted)
+        if self._traffic is not None:
+            what = "what a call may send is as before"
+            self._plane.attempt(what, self._traffic.regrant, call, granted)
         if self._guard is not None:
             self._guard.call_changed(call)
         return granted

@@ -104,6 +104,18 @@ def parse_bytes(field: str, text: str, least: int = BYTES_MIN) -> Bytes:
     return Bytes(int(value))
 
 
+NET_RATE_LEAST = 64 << 10
+"""Lowest rate that sockets are held to, in bytes a second: what may be sent at once is 256 KiB at
+least (bpf/net.bpf.c)."""
+
+
+def parse_net_rate(field: str, text: str) -> Bytes:
+    """Bytes a second of sockets from `10M` or `10M/s`."""
+    stripped = bare(text)
+    rate = stripped[:-2] if stripped.endswith("/s") else text
+    return parse_bytes(field, rate, NET_RATE_LEAST)
+
+
 def parse_cores(field: str, text: str) -> Millicores:
     """Thousandths of a core from `1.5`, `2` or `250m`."""
     number, unit = _split(field, text, CORES_ALLOWED)

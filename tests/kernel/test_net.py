@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from agentcgroup import Admin
-from agentcgroup.types import NetUsage
+from agentcgroup.types import NetUsage, Report
 from agentcgroupd.bpf import net
 from agentcgroupd.bpf.net import NetPrograms
 from tests.conftest import StartDaemon
@@ -42,6 +42,7 @@ def programs() -> None:
     """The programs are taken by this kernel."""
     loaded, (state,) = net.load()
     if loaded is None:
+        assert "the daemon has" not in state.reason, "programs and daemon are of different builds"
         pytest.skip(f"not on this kernel: {state.reason}")
     loaded.close()
 
@@ -102,6 +103,98 @@ def test_a_call_that_was_found_again_is_told_nothing(counting: DaemonProcess) ->
     with Admin(str(counting.run_dir)) as admin:
         assert admin.end_call(call_id).net is None
     assert of_session(counting, "alpha").send_bytes == 0
+
+
+RATE = 1 << 20
+BURST_S = 0.6
+"""What may be sent at once is as much as the rate gives in this time (net.bpf.c)."""
+
+
+def talked(daemon: DaemonProcess, agent: AgentProcess, script: str, **intent: str) -> Report:
+    """Run a Python script in a call; returns its report."""
+    run = "result = agent.run(argv, check=True, **intent).call_id"
+    call_id: str = agent.run(run, argv=[sys.executable, "-c", script], intent=intent)
+    with Admin(str(daemon.run_dir)) as admin:
+        return admin.report(call_id)
+
+
+def test_a_call_sends_no_faster_than_it_may(counting: DaemonProcess) -> None:
+    agent, sent = counting.open("alpha"), 4 * RATE
+    script = TALKS.replace(str(SENT), str(sent))
+    free = talked(counting, agent, script)
+    held = talked(counting, agent, script, net_send_max="1M")
+    took_s = (held.wall_usec - free.wall_usec) / 1e6
+    assert held.grant is not None and held.grant.net_send_bytes_per_s == RATE
+    assert held.net is not None and free.net is not None
+    print(f"4 MiB at 1 MiB/s took {took_s:.2f} s longer, {held.net.refused_packets} were refused")
+    # What both ends send counts: acknowledgements too.
+    least_s = sent / RATE - BURST_S
+    assert 0.9 * least_s - free.wall_usec / 1e6 < took_s < 1.5 * sent / RATE
+    assert sent < held.net.send_bytes < 1.2 * sent, "what was refused is not counted"
+    assert held.net.refused_packets > 0 and free.net.refused_packets == 0
+
+
+FLOOD = """
+import socket
+there = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+there.bind(("127.0.0.1", 0))
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as here:
+    for _ in range(2000):
+        here.sendto(bytes(8192), there.getsockname())
+"""
+
+
+def test_what_is_not_sent_again_is_lost_above_the_rate(counting: DaemonProcess) -> None:
+    agent = counting.open("alpha")
+    report = talked(counting, agent, FLOOD, net_send_max="1M")
+    assert report.net is not None
+    most = RATE * (BURST_S + report.wall_usec / 1e6)
+    assert report.net.send_bytes < 1.1 * most
+    assert report.net.send_packets + report.net.refused_packets >= 2000
+    assert report.net.refused_packets > 1000
+
+
+def test_the_rate_of_the_outer_call_holds_for_one_inside(counting: DaemonProcess) -> None:
+    agent = counting.open("alpha")
+    inner = f"agentcgroup.Agent().run([sys.executable, '-c', {FLOOD!r}], net_send_max='8M')"
+    outer = talked(counting, agent, f"import sys, agentcgroup; {inner}", net_send_max="1M")
+    assert outer.net is not None and outer.net.refused_packets > 1000
+    assert outer.net.send_bytes < 1.1 * RATE * (BURST_S + outer.wall_usec / 1e6)
+    with Admin(str(counting.run_dir)) as admin:
+        (report,) = [each for each in admin.reports() if each.parent_call_id]
+    assert report.grant is not None and report.grant.net_send_bytes_per_s == 8 * RATE
+
+
+def test_an_open_call_can_be_given_another_rate(counting: DaemonProcess) -> None:
+    agent = counting.open("alpha")
+    code = (
+        "with agent.tool_call('t') as call:\n"
+        "    call.update(net_send_max='1M')\n"
+        "    call.run(argv, check=True)\n"
+        "result = call.report.net.refused_packets, call.report.net.send_packets"
+    )
+    refused, sent = agent.run(code, argv=[sys.executable, "-c", FLOOD])
+    assert refused > 1000 and refused + sent >= 2000
+
+
+def test_a_call_that_was_found_again_is_held_to_its_rate(counting: DaemonProcess) -> None:
+    agent = counting.open("alpha")
+    begin = "call = agent.tool_call('t', net_send_max='64K'); call.begin(); result = call.id"
+    call_id = agent.run(begin)
+    counting.stop()
+    counting.start()
+    code = "import time\nt = time.monotonic()\ncall.run(argv)\nresult = time.monotonic() - t"
+    script = TALKS.replace(str(SENT), str(256 << 10))
+    took_s = agent.run(code, argv=[sys.executable, "-c", script])
+    assert took_s > 1, "256 KiB can be sent at once by a new account, four times the rate"
+    with Admin(str(counting.run_dir)) as admin:
+        assert admin.end_call(call_id).net is None
+
+
+def test_where_nothing_holds_it_the_grant_says_so(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon("[bpf]\nenabled = false\n")
+    report = talked(daemon, daemon.open("alpha"), "pass", net_send_max="1M")
+    assert report.grant is not None and "net_send_max" in report.grant.not_enforced
 
 
 def test_without_the_programs_nothing_is_claimed(start_daemon: StartDaemon) -> None:

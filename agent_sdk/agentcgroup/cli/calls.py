@@ -204,6 +204,7 @@ def net_text(net: NetUsage | None) -> str:
     return (
         f"{size(net.receive_bytes)} received ({net.receive_packets} packets), "
         f"{size(net.send_bytes)} sent ({net.send_packets})"
+        + (f", {net.refused_packets} packets held to net_send_max" if net.refused_packets else "")
     )
 
 

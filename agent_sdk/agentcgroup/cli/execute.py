@@ -25,6 +25,7 @@ INTENT = {
     "io_read_max": ("SIZE", "bytes a second that it may read from each block device"),
     "io_write_max": ("SIZE", "bytes a second that it may write to each block device"),
     "io_weight": ("N", "its share of block devices, 1 to 10000 (default: as --cpu-weight)"),
+    "net_send_max": ("SIZE", "bytes a second that its sockets may send"),
     "disk_max": ("SIZE", "bytes that it may write to disks in all; then it is ended"),
 }
 """Fields of an intent: the kind of value, and what it means."""

@@ -825,15 +825,21 @@ class VramEvent(ctypes.Structure):
 
 
 class NetTraffic(ctypes.Structure):
-    """struct net_traffic, 32 bytes"""
+    """struct net_traffic, 56 bytes"""
 
     _fields_ = (
         ("receive_bytes", ctypes.c_uint64),
         ("receive_packets", ctypes.c_uint64),
         ("send_bytes", ctypes.c_uint64),
         ("send_packets", ctypes.c_uint64),
+        ("refused_packets", ctypes.c_uint64),
+        ("send_bytes_per_s", ctypes.c_uint64),
+        ("paid_until_ns", ctypes.c_uint64),
     )
     receive_bytes: int
     receive_packets: int
     send_bytes: int
     send_packets: int
+    refused_packets: int
+    send_bytes_per_s: int
+    paid_until_ns: int

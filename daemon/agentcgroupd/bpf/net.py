@@ -1,4 +1,4 @@
-"""Daemon's side of net.bpf.c: what the sockets of cgroups receive and send."""
+"""Daemon's side of net.bpf.c: what the sockets of cgroups receive and send, and may send."""
 
 from __future__ import annotations
 
@@ -39,9 +39,17 @@ class NetPrograms:
         finally:
             os.close(fd)
 
-    def follow(self, cgroup: CgroupId) -> None:
-        """Count for a cgroup, from zero. Raises BpfError."""
-        self._traffic[cgroup] = abi.NetTraffic()
+    def follow(self, cgroup: CgroupId, send_bytes_per_s: int | None = None) -> None:
+        """Count for a cgroup, from zero, and refuse what it sends above a rate. Raises BpfError."""
+        self._traffic[cgroup] = abi.NetTraffic(send_bytes_per_s=send_bytes_per_s or 0)
+
+    def limit(self, cgroup: CgroupId, send_bytes_per_s: int | None) -> None:
+        """Change the rate of a cgroup; no error if it is not followed. What it sends or receives in
+        this moment may not be counted. Raises BpfError."""
+        found = self._traffic.get(cgroup)
+        if found is not None and found.send_bytes_per_s != (send_bytes_per_s or 0):
+            found.send_bytes_per_s = send_bytes_per_s or 0
+            self._traffic[cgroup] = found
 
     def forget(self, cgroup: CgroupId) -> None:
         """Count for a cgroup no more; no error if that was not done. Raises BpfError."""

@@ -1,4 +1,5 @@
-"""Network traffic of sessions and calls, where the programs that count it work."""
+"""Network traffic of sessions and calls, and what calls may send, where the programs that count it
+work."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from functools import partial
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf.net import NetPrograms
 from agentcgroupd.errors import BpfError
+from agentcgroupd.intents.grant import Grant
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.units import CgroupId
 
@@ -35,11 +37,18 @@ class Traffic:
         self._programs.forget(session.cgroup.id)
 
     def call_opened(self, call: Call) -> None:
-        """Count for a call that has just been made. Raises BpfError."""
-        if call.entered:
+        """Count for a call that has just been made, and hold any to what it may send. Raises
+        BpfError."""
+        if call.entered and call.grant.net_send_bytes_per_s is None:
             return
-        self._programs.follow(call.cgroup.id)
-        call.traffic = partial(self._of, call.cgroup.id)
+        self._programs.follow(call.cgroup.id, call.grant.net_send_bytes_per_s)
+        if not call.entered:
+            call.traffic = partial(self._of, call.cgroup.id)
+
+    def regrant(self, call: Call, grant: Grant) -> None:
+        """Hold a call to what it may send by its new grant. Raises BpfError."""
+        if grant.net_send_bytes_per_s != call.grant.net_send_bytes_per_s:
+            self._programs.limit(call.cgroup.id, grant.net_send_bytes_per_s)
 
     def call_closed(self, call: Call) -> None:
         """Count for it no more. Raises BpfError."""
@@ -60,4 +69,5 @@ class Traffic:
             receive_packets=found.receive_packets,
             send_bytes=found.send_bytes,
             send_packets=found.send_packets,
+            refused_packets=found.refused_packets,
         )

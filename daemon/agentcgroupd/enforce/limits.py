@@ -58,6 +58,8 @@ def _of_each_device(key: str, text: str) -> list[str]:
     return [f"{device} {key}={text}" for device in whole_devices()]
 
 
+NET_SEND = "net_send_max"
+"""Name of what programs hold a call to, where no interface file does."""
 CPUSET_EFFECTIVE = Knob("cpuset.cpus.effective", str.strip)
 SETTINGS: Mapping[str, Setting] = {
     "cpuset": Setting("cpuset.cpus", "cpuset", _cpus_within),
@@ -172,6 +174,8 @@ def _write(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
     if grant.cpu_max_millicores is not None:
         writer.put(knobs.CPU_MAX, knobs.CpuMax(grant.cpu_max_millicores * 100), True)
     writer.put_settings(grant.settings)
+    if grant.net_send_bytes_per_s is not None and session.traffic is None:
+        writer.missing.append(NET_SEND)
     return replace(grant, not_enforced=tuple(writer.missing)) if writer.missing else grant
 
 

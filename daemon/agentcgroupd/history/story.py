@@ -95,6 +95,7 @@ def _limits(grant: pb.Grant) -> dict[str, tuple[float, str]]:
         "pids_max": lambda v: f"{v:.0f} processes",
         "timeout_usec": lambda v: f"{show_usec(v)} of time",
         "disk_max_bytes": lambda v: f"{show_bytes(v)} written to disks",
+        "net_send_bytes_per_s": lambda v: f"{show_bytes(v)} a second sent",
     }
     given = {field.name: value for field, value in grant.ListFields()}
     values = {name: float(given[name]) for name in shown if name in given}

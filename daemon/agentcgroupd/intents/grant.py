@@ -59,6 +59,8 @@ class Grant:
     """Fields of the intent that an interface file takes as they are, as text by name."""
     disk_max_bytes: int | None = None
     """What it may write to disks in all before it is ended (guard.disks)."""
+    net_send_bytes_per_s: int | None = None
+    """What its sockets may send (calls.traffic)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Ceiling:
     default_timeout_usec: int | None
     timeout_max_usec: int
     default_disk_max: int | None = None
+    default_net_send_max: int | None = None
     cpu: CpuClasses = field(default_factory=CpuClasses)
     gpu: GpuCeiling = field(default_factory=GpuCeiling)
 
@@ -220,6 +223,7 @@ def grant_for(intent: Intent, above: Ceiling) -> Grant:
         gpu_priority=gpu.priority if gpu else None,
         settings=settings_of(intent),
         disk_max_bytes=intent.disk_max or above.default_disk_max,
+        net_send_bytes_per_s=intent.net_send_max or above.default_net_send_max,
     )
 
 
@@ -231,6 +235,7 @@ _FOLLOWS_FROM = {
     "on_pressure": "on_pressure",
     "leftovers": "leftovers",
     "disk_max_bytes": "disk_max",
+    "net_send_bytes_per_s": "net_send_max",
     "gpu_percent": "gpu",
     "gpu_memory_bytes": "gpu_memory",
     "gpu_priority": "gpu_priority",

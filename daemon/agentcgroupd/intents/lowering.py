@@ -24,6 +24,7 @@ _MOST: dict[str, tuple[Callable[[Grant], int | None], Callable[[int], str]]] = {
     "cpu_max": (lambda g: g.cpu_max_millicores, lambda most: f"{most / 1000:g} cores"),
     "pids_max": (lambda g: g.pids_max, str),
     "disk_max": (lambda g: g.disk_max_bytes, show_bytes),
+    "net_send_max": (lambda g: g.net_send_bytes_per_s, lambda most: f"{show_bytes(most)}/s"),
     "timeout": (lambda g: g.timeout_usec, show_usec),
     "priority": (lambda g: g.priority, str),
     "gpu": (lambda g: g.gpu_percent or 0, lambda most: f"{most}%"),
@@ -94,4 +95,5 @@ def lowered(has: Grant, new: Grant) -> Grant:
         pids_max=_least(has.pids_max, new.pids_max),
         timeout_usec=_least(has.timeout_usec, new.timeout_usec),
         disk_max_bytes=_least(has.disk_max_bytes, new.disk_max_bytes),
+        net_send_bytes_per_s=_least(has.net_send_bytes_per_s, new.net_send_bytes_per_s),
     )

@@ -23,6 +23,7 @@ from agentcgroupd.units import (
     parse_cores,
     parse_count,
     parse_duration,
+    parse_net_rate,
     parse_percent,
     parse_priority,
     parse_word,
@@ -168,6 +169,8 @@ class Intent:
     io_weight: Annotated[int | None, _parse_weight] = None
     disk_max: Annotated[int | None, parse_bytes] = None
     """Bytes that it may write to disks in all."""
+    net_send_max: Annotated[int | None, parse_net_rate] = None
+    """Bytes a second that its sockets may send."""
 
 
 _MARKS: Mapping[str, tuple[Any, ...]] = {
@@ -185,6 +188,7 @@ _SHOWN: Mapping[object, Callable[[Any], str]] = {
     parse_duration: show_usec,
     _parse_wait: show_usec,
     _parse_rate: lambda rate: f"{show_bytes(rate)}/s",
+    parse_net_rate: lambda rate: f"{show_bytes(rate)}/s",
     parse_percent: lambda percent: f"{percent} %",
 }
 

@@ -56,6 +56,7 @@ class Ceilings:
             default_pids_max=defaults.pids_max,
             default_timeout_usec=defaults.timeout,
             default_disk_max=defaults.disk_max,
+            default_net_send_max=defaults.net_send_max,
             timeout_max_usec=defaults.timeout_max,
             gpu=self._gpus(),
         )

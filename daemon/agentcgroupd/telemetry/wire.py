@@ -44,6 +44,7 @@ def grant_to_proto(grant: Grant) -> pb.Grant:
         environment=dict(word.split("=", 1) for word in grant.environment),
         settings=grant.settings,
         disk_max_bytes=grant.disk_max_bytes,
+        net_send_bytes_per_s=grant.net_send_bytes_per_s,
     )
 
 

@@ -22,6 +22,7 @@ HAS = Grant(
     priority=50,
     on_pressure="freeze",
     disk_max_bytes=1 << 30,
+    net_send_bytes_per_s=1 << 20,
     settings={"cpuset": "0-1", "io_read_max": str(1 << 20), "io_write_max": str(1 << 20)},
     leftovers="end",
     gpu_percent=50,
@@ -48,6 +49,7 @@ MORE = {
     "io_write_max": "2M",
     "io_weight": "101",
     "disk_max": "2G",
+    "net_send_max": "2M",
 }
 AS_MUCH = {**MORE, "memory": "64M", "memory_max": "128M", "cpu_weight": "100", "cpu_max": "0.5"} | {
     "pids_max": "50",
@@ -64,6 +66,7 @@ AS_MUCH = {**MORE, "memory": "64M", "memory_max": "128M", "cpu_weight": "100", "
     "io_write_max": "1M",
     "io_weight": "100",
     "disk_max": "1G",
+    "net_send_max": "1M",
 }
 WAITS = {"wait"}
 """Of no use to a call that has begun."""

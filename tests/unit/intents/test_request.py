@@ -49,6 +49,7 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "io_write_max": ("1.5M", 3 << 19),
     "io_weight": ("200", 200),
     "disk_max": ("10G", 10 << 30),
+    "net_send_max": ("10M/s", 10 << 20),
 }
 """For each field a text, and what that is read as."""
 TEXTS = {name: text for name, (text, _) in EXAMPLES.items()}

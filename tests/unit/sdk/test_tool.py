@@ -377,7 +377,7 @@ def test_answers_are_values() -> None:
     assert one == types.NetUsage(1, 2, 3, 4) and hash(one) == hash(types.NetUsage(1, 2, 3, 4))
     assert one != types.NetUsage(1, 2, 3, 5) and one != (1, 2, 3, 4)
     assert types.Level.CALL != one
-    shown = "NetUsage(receive_bytes=1, receive_packets=2, send_bytes=3, send_packets=4)"
-    assert repr(one) == shown
+    shown = "receive_bytes=1, receive_packets=2, send_bytes=3, send_packets=4, refused_packets=0"
+    assert repr(one) == f"NetUsage({shown})"
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.send_bytes = 5  # type: ignore[misc]
