@@ -130,7 +130,8 @@ def test_a_call_sends_no_faster_than_it_may(counting: DaemonProcess) -> None:
     # What both ends send counts: acknowledgements too.
     least_s = sent / RATE - BURST_S
     assert 0.9 * least_s - free.wall_usec / 1e6 < took_s < 1.5 * sent / RATE
-    assert sent < held.net.send_bytes < 1.2 * sent, "what was refused is not counted"
+    # TCP sends some twice that it takes for lost; what was refused is not counted.
+    assert sent < held.net.send_bytes < 1.5 * sent
     assert held.net.refused_packets > 0 and free.net.refused_packets == 0
 
 
@@ -179,7 +180,8 @@ def test_an_open_call_can_be_given_another_rate(counting: DaemonProcess) -> None
 
 def test_a_call_that_was_found_again_is_held_to_its_rate(counting: DaemonProcess) -> None:
     agent = counting.open("alpha")
-    begin = "call = agent.tool_call('t', net_send_max='64K'); call.begin(); result = call.id"
+    begin = "call = agent.tool_call('t', net_send_max='64K'); call.begin(); call.run(['true'])"
+    begin += "; result = call.id"
     call_id = agent.run(begin)
     counting.stop()
     counting.start()

@@ -157,9 +157,9 @@ def test_a_directory_that_others_could_change_is_refused(tmp_path: Path) -> None
 
 def test_a_pool_that_was_removed_ends_the_daemon_once(running: DaemonProcess) -> None:
     assert running.process is not None
-    running.process.send_signal(signal.SIGSTOP)
-    for agent in running.agents:
+    for agent in running.agents:  # before the daemon is stopped, which they ask as they end
         agent.close()
+    running.process.send_signal(signal.SIGSTOP)
     pool = Cgroup.open(running.cgroup_dir)
     pool.kill_and_remove(20)
     running.process.send_signal(signal.SIGCONT)

@@ -208,6 +208,7 @@ class Driver:
             _, status = os.waitpid(pid, 0)
             self._log(e="end", i=index, status=status)
             if not self._calls[index]["background"]:
+                self._clock.advance(time.monotonic())  # it stood while the call was late
                 self._clock.end(index, self._start_s())
 
 
