@@ -130,7 +130,8 @@ static __always_inline bool is_launcher(struct task_struct *task)
 	char comm[ABI_COMM_BYTES] = {};
 
 	BPF_CORE_READ_INTO(&comm, task, comm);
-	return !bpf_strncmp(comm, sizeof("agentcg-exec"), "agentcg-exec");
+	return !bpf_strncmp(comm, sizeof("agentcg-exec"), "agentcg-exec") ||
+	       !bpf_strncmp(comm, sizeof("agentcg"), "agentcg");
 }
 
 /*

@@ -30,6 +30,10 @@ static void execute_beside(const char *name, char **argv)
 
 	if (readlink("/proc/self/exe", path, sizeof(path) - 1) > 0)
 		execute_in_place_of(path, name, argv);
+	else
+		errno = ENOENT;
+	if (errno != ENOENT)
+		return;
 	/* /proc may not be mounted here, or the file lie outside of what is seen. */
 	strncpy(path, (const char *)getauxval(AT_EXECFN) ?: "", sizeof(path) - 1);
 	execute_in_place_of(path, name, argv);

@@ -7,6 +7,7 @@
 #ifndef AGENTCG_WAIT_H
 #define AGENTCG_WAIT_H
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -47,19 +48,36 @@ static void tell_waiter(const char *id)
 		    strerror(errno));
 }
 
+/* The same one by one: a sandbox may refuse the call that closes all of a range. */
+static void close_each(int kept)
+{
+	DIR *open_files = opendir("/proc/self/fd");
+	struct dirent *entry;
+
+	while (open_files && (entry = readdir(open_files))) {
+		int fd = atoi(entry->d_name);
+
+		if (fd > STDERR_FILENO && fd != kept && fd != dirfd(open_files))
+			close(fd);
+	}
+	if (open_files)
+		closedir(open_files);
+}
+
 /* Closes what only the command needs: a pipe has to end with the command. stderr stays. */
 static void close_others(int kept)
 {
 	unsigned int least = STDERR_FILENO + 1, after = kept + 1;
 	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	bool refused;
 
 	if (null >= 0) {
 		dup2(null, STDIN_FILENO);
 		dup2(null, STDOUT_FILENO);
 	}
-	if ((unsigned int)kept > least)
-		syscall(SYS_close_range, least, kept - 1, 0);
-	syscall(SYS_close_range, after > least ? after : least, ~0U, 0);
+	refused = (unsigned int)kept > least && syscall(SYS_close_range, least, kept - 1, 0);
+	if (refused || syscall(SYS_close_range, after > least ? after : least, ~0U, 0))
+		close_each(kept);
 }
 
 /*

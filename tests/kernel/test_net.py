@@ -4,6 +4,7 @@ else."""
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 
@@ -191,6 +192,35 @@ def test_a_call_that_was_found_again_is_held_to_its_rate(counting: DaemonProcess
     assert took_s > 1, "256 KiB can be sent at once by a new account, four times the rate"
     with Admin(str(counting.run_dir)) as admin:
         assert admin.end_call(call_id).net is None
+
+
+def test_a_call_that_was_found_again_can_be_given_a_rate(counting: DaemonProcess) -> None:
+    agent = counting.open("alpha")
+    agent.run("call = agent.tool_call('t'); call.begin(); call.run(['true'])")
+    counting.stop()
+    counting.start()
+    code = (
+        "import time\ncall.update(net_send_max='64K')\nt = time.monotonic()\n"
+        "call.run(argv)\nresult = time.monotonic() - t"
+    )
+    script = TALKS.replace(str(SENT), str(512 << 10))
+    assert agent.run(code, argv=[sys.executable, "-c", script]) > 3
+
+
+def test_a_higher_rate_counts_at_once(programs: None) -> None:
+    """What was sent too early is so many bytes, not so many seconds."""
+    loaded, _ = net.load()
+    assert isinstance(loaded, NetPrograms)
+    loaded.follow(7, 64 << 10)  # type: ignore[arg-type]
+    entry = loaded.of(7)  # type: ignore[arg-type]
+    assert entry is not None
+    entry.paid_until_ns = time.monotonic_ns() + 4_000_000_000
+    loaded._traffic[7] = entry  # type: ignore[index]
+    loaded.limit(7, 640 << 10)  # type: ignore[arg-type]
+    entry = loaded.of(7)  # type: ignore[arg-type]
+    assert entry is not None and entry.send_bytes_per_s == 640 << 10
+    assert 0.3e9 < entry.paid_until_ns - time.monotonic_ns() < 0.41e9
+    loaded.close()
 
 
 def test_where_nothing_holds_it_the_grant_says_so(start_daemon: StartDaemon) -> None:

@@ -127,7 +127,7 @@ def _add_help(commands: common.Subparsers) -> None:
 
 
 def _exec(arguments: list[str]) -> int:
-    """Become agentcg-exec, as the C front does."""
+    """Become agentcg-exec, which the C front has in itself."""
     try:
         launcher = paths.find_launcher()
     except errors.LauncherNotFound as error:

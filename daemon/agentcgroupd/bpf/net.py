@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from agentcgroupd.bpf import abi
@@ -44,12 +45,18 @@ class NetPrograms:
         self._traffic[cgroup] = abi.NetTraffic(send_bytes_per_s=send_bytes_per_s or 0)
 
     def limit(self, cgroup: CgroupId, send_bytes_per_s: int | None) -> None:
-        """Change the rate of a cgroup; no error if it is not followed. What it sends or receives in
-        this moment may not be counted. Raises BpfError."""
-        found = self._traffic.get(cgroup)
-        if found is not None and found.send_bytes_per_s != (send_bytes_per_s or 0):
-            found.send_bytes_per_s = send_bytes_per_s or 0
-            self._traffic[cgroup] = found
+        """Change the rate of a cgroup, also of one that is not followed yet. What it sends or
+        receives in this moment may not be counted. Raises BpfError."""
+        found, rate = self._traffic.get(cgroup) or abi.NetTraffic(), send_bytes_per_s or 0
+        before = found.send_bytes_per_s
+        if rate == before:
+            return
+        now_ns = time.monotonic_ns()  # bpf_ktime_get_ns() has the same clock
+        ahead_ns = max(0, found.paid_until_ns - now_ns)
+        if rate and ahead_ns:  # so many bytes were sent too early, which take less time by now
+            found.paid_until_ns = now_ns + ahead_ns * before // rate
+        found.send_bytes_per_s = rate
+        self._traffic[cgroup] = found
 
     def forget(self, cgroup: CgroupId) -> None:
         """Count for a cgroup no more; no error if that was not done. Raises BpfError."""

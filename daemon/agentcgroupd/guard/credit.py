@@ -82,7 +82,7 @@ class CreditKeeper:
         self._tried_usec = 0
         """When a call was last let run without more."""
         self._first = ""
-        """Id of the call that was last served first."""
+        """Id of the call that was last the first in order."""
         self._free: tuple[int, int] | None = None
         """(usec, bytes): what was free of the pool when it was last read."""
         self._timer: asyncio.TimerHandle | None = None

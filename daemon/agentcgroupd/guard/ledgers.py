@@ -102,13 +102,13 @@ class Ledger:
     def _grew_at_speed(self, seen: int, now_usec: int) -> None:
         then_usec, before = self.looked
         self.looked = now_usec, seen
-        took_usec = min(now_usec - then_usec, STEADY_LOOKS_USEC)
-        self.ran_usec += took_usec if self.unused and then_usec else 0
-        slower = self.growth_bytes_per_s * SLOWER ** (took_usec / 1e6)
-        if seen > before and 0 < now_usec - then_usec < STEADY_LOOKS_USEC:
-            self.growth_bytes_per_s = max(slower, (seen - before) * 1e6 / took_usec)
-        elif self.unused:  # else it may sleep at its bound
-            self.growth_bytes_per_s = slower
+        took_usec = now_usec - then_usec
+        if not 0 < took_usec < STEADY_LOOKS_USEC:
+            return
+        if self.unused:  # else it may sleep at its bound, which says nothing of its speed
+            self.ran_usec += took_usec
+            self.growth_bytes_per_s *= SLOWER ** (took_usec / 1e6)
+        self.growth_bytes_per_s = max(self.growth_bytes_per_s, (seen - before) * 1e6 / took_usec)
 
     def find_cache(self, now_usec: int) -> None:
         """Find out whether it has file cache to grow into, if that was some time ago. Raises

@@ -219,8 +219,8 @@ def serve(
 
 
 def _longest_paused_first(others: Sequence[Account]) -> list[Account]:
-    """Return those that do not go first, who is served first first. Whole seconds count, so that
-    two that take turns do not change places with each look."""
+    """Return those that do not go first, who is served first first. A pause counts whoever made it.
+    Whole seconds count, so that two that take turns do not change places with each look."""
     return sorted(others, key=lambda a: (-a.view.priority, -(a.view.paused_usec // 1_000_000)))
 
 
@@ -228,7 +228,7 @@ def _soon_bytes(policy: Policy, now: Snapshot, account: Account) -> int:
     """Return what a call that does not go first is taken to need beyond its bound before it can be
     stopped."""
     likely = likely_need_bytes(policy, now, account.view) - account.unused_bytes
-    ahead = LEAST_BYTES + AHEAD_S * account.view.growth_bytes_per_s
+    ahead = LEAST_BYTES + AHEAD_S * account.view.growth_bytes_per_s - account.unused_bytes
     return max(0, int(min(likely, ahead)))
 
 
@@ -267,15 +267,12 @@ def _put_first_who_can_end(
     if kept_for_first_bytes(policy, now, first.view) <= free:
         return None, 0
     most = policy.headroom.leader_most.of(now.limit_bytes)
-
     open_ended = [a for a in order if a.view.memory_bytes < most]
     needs = {a.view.id: kept_for_first_bytes(policy, now, a.view) for a in open_ended}
     able = [a for a in order if needs.get(a.view.id, free + 1) <= free]
     if not able:
         return None, 0
     if first.view.priority >= IMPORTANT_PRIORITY:
-        if able[0] is first:  # One of which little is known may end as well as the others.
-            return None, 0
         beside = min(able, key=lambda account: needs[account.view.id])
         least = needs[beside.view.id]
         if free - least >= first.unused_bytes + LEAST_BYTES:

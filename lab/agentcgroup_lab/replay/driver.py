@@ -135,9 +135,7 @@ class Driver:
         self._log(e="ready")
         self._clock = Clock(time.monotonic())
         while True:
-            before_s = self._clock.at_s
-            at_s = self._clock.advance(time.monotonic())
-            self._owed_s += (at_s - before_s) * self._cpu_pct / 100.0
+            at_s = self._move_on()
             self._apply_steps(at_s)
             while self._next_call < len(self._calls) and self._start_s() <= at_s:
                 self._start(self._calls[self._next_call])
@@ -149,6 +147,14 @@ class Driver:
                 self._reap(0.0)
             else:
                 self._reap(self._clock.wait_s(self._next_event_s()))
+
+    def _move_on(self) -> float:
+        """Move plan time on to now, with the CPU time that the agent burns meanwhile. Returns plan
+        time."""
+        before_s = self._clock.at_s
+        at_s = self._clock.advance(time.monotonic())
+        self._owed_s += (at_s - before_s) * self._cpu_pct / 100.0
+        return at_s
 
     def _open_gate(self) -> int | None:
         """Open the pipe that ends once the engine lets all start; None where it has done so."""
@@ -208,7 +214,7 @@ class Driver:
             _, status = os.waitpid(pid, 0)
             self._log(e="end", i=index, status=status)
             if not self._calls[index]["background"]:
-                self._clock.advance(time.monotonic())  # it stood while the call was late
+                self._move_on()  # plan time stood while the call was late
                 self._clock.end(index, self._start_s())
 
 

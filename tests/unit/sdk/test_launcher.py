@@ -153,7 +153,7 @@ def launcher(programs: Path, tmp_path: Path) -> Launcher:
 
 
 def test_source_is_short() -> None:
-    assert len((ROOT / "agent_sdk/exec/agentcg-exec.c").read_text().splitlines()) < 300
+    assert len((ROOT / "agent_sdk/exec/launch.h").read_text().splitlines()) < 300
 
 
 def test_version_is_that_of_the_distribution(launcher: Launcher) -> None:

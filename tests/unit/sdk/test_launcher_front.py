@@ -1,5 +1,5 @@
 """`agentcg exec`, as people and agents call it: it waits for the command and says how the call
-ended. The program is `agentcg-exec` under that name."""
+ended."""
 
 from __future__ import annotations
 
@@ -40,12 +40,10 @@ def answering(launcher: Launcher, begun: bytes = OK, ended: bytes = SAID) -> Ite
 
 def start(launcher: Launcher, *args: str, **options: Any) -> subprocess.Popen[str]:
     """Start `agentcg exec args...`."""
-    program = str(launcher.programs / "agentcg-exec")
+    program = str(launcher.programs / "agentcg")
     more = options.pop("env", {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen(
-        ["agentcg exec", *args], executable=program, env=launcher.env(**more), text=True, **pipes
-    )
+    return subprocess.Popen([program, "exec", *args], env=launcher.env(**more), text=True, **pipes)
 
 
 def front(launcher: Launcher, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
