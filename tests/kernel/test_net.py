@@ -215,7 +215,7 @@ def test_a_higher_rate_counts_at_once(programs: None) -> None:
     entry = loaded.of(7)  # type: ignore[arg-type]
     assert entry is not None
     entry.paid_until_ns = time.monotonic_ns() + 4_000_000_000
-    loaded._traffic[7] = entry  # type: ignore[index]
+    loaded._traffic[7] = entry
     loaded.limit(7, 640 << 10)  # type: ignore[arg-type]
     entry = loaded.of(7)  # type: ignore[arg-type]
     assert entry is not None and entry.send_bytes_per_s == 640 << 10

@@ -10,6 +10,7 @@ import pytest
 
 from agentcgroupd.guard import ledgers
 from agentcgroupd.guard.ledgers import KNOWN_USEC, Ledger
+from agentcgroupd.state.session import Call
 
 MIB = 1 << 20
 LOOK_USEC = 10_000
@@ -19,7 +20,7 @@ class Looked:
     """A call that is looked at every 10 ms."""
 
     def __init__(self) -> None:
-        self.call: Any = SimpleNamespace(
+        found: Any = SimpleNamespace(
             id="c",
             name="c",
             session=SimpleNamespace(id="s"),
@@ -29,6 +30,7 @@ class Looked:
             frozen_since_usec=None,
             grant=SimpleNamespace(memory_expected_bytes=0, memory_max_bytes=None),
         )
+        self.call: Call = found
         self.ledger = Ledger(self.call, bound=1 << 40, priority=50)
         self.now_usec, self.held = 1_000_000, 0.0
 
