@@ -18,7 +18,8 @@ from agentcgroupd.state.session import Call, frozen_usec
 
 GREW_BYTES = 1 << 20
 STEADY_LOOKS_USEC = 100_000
-"""Two looks that are further apart do not tell how fast a call grows: it may have been stopped."""
+"""Time between two looks in a row, at most. Those further apart do not tell how fast a call grows: it
+may have been stopped."""
 KNOWN_USEC = 200_000
 """A call is taken to grow at any speed before it has been seen to run freely for this long."""
 SLOWER = 0.5
@@ -63,7 +64,7 @@ class Ledger:
     growth_bytes_per_s: float = 0.0
     """How fast it lately grew while nothing held it back."""
     ran_usec: int = 0
-    """For how long nothing held it back while it was looked at."""
+    """Time for which nothing held it back between looks in a row."""
     looked: tuple[int, int] = (0, 0)
     """(usec, bytes): when it was last looked at while it ran, and what it held."""
     file: int | None = None
