@@ -18,8 +18,8 @@ from agentcgroupd.state.session import Call, frozen_usec
 
 GREW_BYTES = 1 << 20
 STEADY_LOOKS_USEC = 100_000
-"""Most time between two looks in a row. Those further apart do not tell how fast a call grows: it may
-have been stopped."""
+"""Most time between two looks in a row. Those further apart do not tell how fast a call grows: it
+may have been stopped."""
 KNOWN_USEC = 200_000
 """A call is taken to grow at any speed before it has been seen to run freely for this long."""
 SLOWER = 0.5
