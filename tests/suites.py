@@ -14,8 +14,8 @@ from tests.guest.where import Kind
 
 RESULTS = CHECKOUT / "build/test"
 PYTEST = [str(CHECKOUT / ".venv/bin/python"), "-m", "pytest", "-p", "no:cacheprovider"]
-SCHED = ("tests/guest/test_cpu.py", "tests/guest/test_sched.py")
-"""A suite of their own, so that the work can be shared out more evenly."""
+SCHED = ("tests/guest/test_cpu.py", "tests/guest/test_disk_hogs.py", "tests/guest/test_sched.py")
+"""A suite of their own, so that the work can be shared out more evenly. Its guest has a disk."""
 PROGRAMS = (
     *(
         f"tests/guest/test_{name}.py"
@@ -146,7 +146,8 @@ def _with_guests() -> list[Suite]:
         marks=IN_QEMU,
         guest_options=("--memory=2048",),
     )
-    sched = replace(programs, name="sched", paths=SCHED)
+    disk = (*programs.guest_options, "--disk=1024:50")
+    sched = replace(programs, name="sched", paths=SCHED, guest_options=disk)
     systemd = Suite(
         "systemd",
         ("tests/systemd",),

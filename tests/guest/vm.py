@@ -50,6 +50,8 @@ KERNEL_ARGS = (
     "lpj=5000000 tsc=reliable no_timer_check "
     "lsm=landlock,lockdown,yama,bpf"
 )
+DISK_SERIAL = "agentcg-test"
+"""Serial number of a guest's own disk, by which tests know that they may write to it."""
 C_FILE_SERVER = Path("/usr/lib/qemu/virtiofsd")
 SYSTEMD_ARGS = (
     "systemd.unit=agentcg-guest.target systemd.show_status=0 systemd.firstboot=0 "
@@ -70,6 +72,8 @@ class Guest:
     kernel: what tests.guest.kernel.ensure takes.
     timeout_sec: for the boot and the command together.
     boot_timeout_sec: until the first sign of life.
+    disk: size in MiB and speed in MiB a second of a disk of its own, which has the serial
+    number DISK_SERIAL; None: there is none.
     """
 
     memory_mib: int = 1024
@@ -82,6 +86,7 @@ class Guest:
     timeout_sec: float = 600
     boot_timeout_sec: float = 120
     verbose: bool = False
+    disk: tuple[int, int] | None = None
 
     def run(
         self,
@@ -210,6 +215,14 @@ def qemu_argv(guest: Guest, kernel: Kernel, state: Path, channels: Channels) -> 
         argv += ["-chardev", f"socket,id={name},fd={descriptor}"]
         argv += ["-device", f"virtserialport,chardev={name},nr={number}"]
     argv += ["-chardev", f"socket,id=console,fd={channels.console}", "-serial", "chardev:console"]
+    if guest.disk is not None:
+        size_mib, mib_per_s = guest.disk
+        image = state / "disk"
+        image.touch()
+        os.truncate(image, size_mib << 20)
+        speed = f"throttling.bps-total={mib_per_s << 20}"
+        argv += ["-drive", f"file={image},if=none,id=disk,format=raw,cache=unsafe,{speed}"]
+        argv += ["-device", f"virtio-blk-pci,drive=disk,serial={DISK_SERIAL}"]
     return [*argv, "-display", "none", "-nodefaults", "-no-reboot", "-no-user-config"]
 
 
@@ -275,6 +288,13 @@ def parser(prog: str = "python -m tests.guest.vm") -> argparse.ArgumentParser:
         metavar="NAME[=VALUE]",
         help="set a variable, or pass one on (AGENTCG_* and a few more always are)",
     )
+    add(
+        "-d",
+        "--disk",
+        metavar="MIB:MIB_PER_S",
+        type=lambda text: tuple(int(word) for word in text.split(":")),
+        help="a disk of this size and speed",
+    )
     add("-t", "--timeout", type=float, default=600, metavar="SEC", help="default %(default)s")
     add("-v", "--verbose", action="store_true", help="show the console")
     add("command", nargs="+", help="after --")
@@ -293,6 +313,7 @@ def from_arguments(arguments: argparse.Namespace) -> Guest:
         kernel_args=tuple(arguments.kernel_arg),
         timeout_sec=arguments.timeout,
         verbose=arguments.verbose,
+        disk=arguments.disk,
     )
 
 

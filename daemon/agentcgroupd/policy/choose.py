@@ -38,7 +38,7 @@ from agentcgroupd.policy.snapshot import (
     SessionView,
     Snapshot,
 )
-from agentcgroupd.units import show_bytes, show_usec
+from agentcgroupd.units import IMPORTANT_PRIORITY, show_bytes, show_usec
 
 RECLAIM_LEAST_BYTES = 1 << 20
 """Least amount that is worth a walk through a cgroup's pages."""
@@ -324,9 +324,10 @@ def slow(headroom: Headroom, ruleset: Ruleset, do: Slow, taken: Set[str]) -> lis
 
 IO_SHARE = 0.5
 """Part of what all calls read and write that is held back at a time, at least."""
-IO_ALIKE = 0.75
+IO_ALIKE = 0.25
 """Calls of one priority that use so much of what the heaviest of them does go with it: of ten that
-are alike, the last would be held back seconds after the first, and use what was left meanwhile."""
+are alike, the last would be held back seconds after the first, and use what was left meanwhile. In
+half a second of a slow disk, calls that are alike were seen to differ by a half."""
 
 
 def _heaviest(headroom: Headroom, ruleset: Ruleset, least: int, taken: Set[str]) -> list[CallIo]:
@@ -354,13 +355,26 @@ def _busy(call: CallIo) -> str:
     )
 
 
+def _weight_helps(now: Snapshot) -> set[str]:
+    """Return the ids of calls whose weight counts beside what important work does: of those that
+    are in its sessions."""
+    if not now.host.has_io_weight:
+        return set()
+    important = {s.id for s in now.sessions if s.priority >= IMPORTANT_PRIORITY}
+    return {call.id for call in now.io_calls if call.session_id in important}
+
+
 def io_weight(
     headroom: Headroom, ruleset: Ruleset, do: IoWeight, taken: Set[str]
 ) -> list[Decision]:
-    """Give calls that use disks most a smaller share of them."""
-    if not headroom.now.host.has_io_weight:
-        return []
-    lowered = {c.id for c in headroom.now.io_calls if c.weight_lowered_usec is not None}
+    """Give calls that use disks most a smaller share of them, where that helps: their weight counts
+    beside other calls of their session alone."""
+    now = headroom.now
+    left = {
+        c.id
+        for c in now.io_calls
+        if c.weight_lowered_usec is not None or c.id not in _weight_helps(now)
+    }
     return [
         Decision(
             Action.IO_WEIGHT,
@@ -368,23 +382,22 @@ def io_weight(
             f"A smaller share of disks for now ({do.percent} % of its weight): {_busy(call)}.",
             amount=do.percent,
         )
-        for call in _heaviest(headroom, ruleset, do.least, {*taken, *lowered})
+        for call in _heaviest(headroom, ruleset, do.least, {*taken, *left})
     ]
 
 
 def io_max(headroom: Headroom, ruleset: Ruleset, do: IoMax, taken: Set[str]) -> list[Decision]:
-    """Hold calls that use disks most to a part of what they do. Where calls have weights and a
+    """Hold calls that use disks most to a part of what they do. Where their weights help and a
     ruleset lowers them, those come first."""
     now = headroom.now
     if not now.host.has_io_max:
         return []
-    weighed = now.host.has_io_weight and any(
-        r.enabled and r.do.action == "io_weight" for r in headroom.policy.rulesets
-    )
+    weighed = any(r.enabled and r.do.action == "io_weight" for r in headroom.policy.rulesets)
+    first = _weight_helps(now) if weighed else set()
     left = {
         c.id
         for c in now.io_calls
-        if c.held_usec is not None or (weighed and c.weight_lowered_usec is None)
+        if c.held_usec is not None or (c.id in first and c.weight_lowered_usec is None)
     }
     decisions = []
     for call in _heaviest(headroom, ruleset, do.least, {*taken, *left}):

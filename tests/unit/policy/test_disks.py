@@ -40,7 +40,7 @@ def actions(now: Snapshot, state: State | None = None) -> list[tuple[Action, str
 
 
 def test_the_least_important_who_use_most_are_held_first() -> None:
-    calls = (uses("a", 30), uses("b", 50), uses("low", 10, priority=20), uses("little", 0.5))
+    calls = (uses("a", 12), uses("b", 50), uses("low", 10, priority=20), uses("little", 0.5))
     found = actions(waiting(*calls))
     assert found == [(Action.IO_MAX, "low", MIB // 2), (Action.IO_MAX, "b", 5 * MIB // 2)]
     (why, _) = (d.why for d in decide(POLICY, waiting(*calls), TICK, State()).decisions)
@@ -48,15 +48,16 @@ def test_the_least_important_who_use_most_are_held_first() -> None:
 
 
 def test_those_that_use_nearly_as_much_are_held_together() -> None:
-    alike = [uses(f"hog{n}", 10 - 0.25 * n) for n in range(10)]
-    found = actions(waiting(*alike, uses("less", 7), uses("other", 9.9, priority=51)))
+    alike = [uses(f"hog{n}", 10 - 0.75 * n) for n in range(10)]
+    found = actions(waiting(*alike, uses("less", 2), uses("other", 9.9, priority=51)))
     assert [subject for _, subject, _ in found] == [call.id for call in alike]
 
 
 def test_what_is_left_at_least() -> None:
     calls = (uses("small", 0.3), uses("least", 0.2), uses("tiny", 0.1))
     assert actions(waiting(*calls)) == [(Action.IO_MAX, "small", MIB // 4)]
-    assert actions(waiting(*calls, host=WITH_WEIGHTS)) == [(Action.IO_WEIGHT, "small", 10)]
+    inside = (replace(each, session_id="vip") for each in calls)
+    assert actions(waiting(*inside, host=WITH_WEIGHTS)) == [(Action.IO_WEIGHT, "small", 10)]
 
 
 def test_important_calls_are_spared() -> None:
@@ -64,12 +65,18 @@ def test_important_calls_are_spared() -> None:
 
 
 def test_weights_come_before_rates() -> None:
-    busy = uses("a", 100)
+    busy = uses("a", 100, session_id="vip")
     assert actions(waiting(busy, host=WITH_WEIGHTS)) == [(Action.IO_WEIGHT, "a", 10)]
     lowered = replace(busy, weight_lowered_usec=1000)
     assert actions(waiting(lowered, host=WITH_WEIGHTS)) == [(Action.IO_MAX, "a", 5 * MIB)]
     held = replace(lowered, held_usec=1000)
     assert actions(waiting(held, host=WITH_WEIGHTS)) == []
+
+
+def test_the_weight_of_a_call_in_another_session_helps_nobody() -> None:
+    """The kernel weighs it against other calls of its own session."""
+    now = waiting(uses("a", 100), host=WITH_WEIGHTS)
+    assert actions(now) == [(Action.IO_MAX, "a", 5 * MIB)]
 
 
 def test_nothing_is_decided_where_the_kernel_can_do_neither() -> None:
