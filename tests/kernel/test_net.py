@@ -3,8 +3,12 @@ else."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from subprocess import PIPE
 
 import pytest
 
@@ -104,6 +108,72 @@ def test_a_call_that_was_found_again_is_told_nothing(counting: DaemonProcess) ->
     with Admin(str(counting.run_dir)) as admin:
         assert admin.end_call(call_id).net is None
     assert of_session(counting, "alpha").send_bytes == 0
+
+
+FAR = """
+import socket, sys
+sys.stdout.write("up\\n")
+sys.stdout.flush()
+sys.stdin.readline()
+with socket.create_server(("10.213.7.2", 9)) as server:
+    sys.stdout.write("ready\\n")
+    sys.stdout.flush()
+    while True:
+        peer, _ = server.accept()
+        with peer:
+            while peer.recv(65536):
+                pass
+"""
+NEAR = f"""
+import socket
+with socket.create_connection(("10.213.7.2", 9)) as client:
+    client.sendall(bytes({SENT}))
+    client.shutdown(socket.SHUT_WR)
+    client.recv(1)  # all has arrived: what is still in a buffer at the end is held by nobody
+"""
+
+
+def ip(*words: str) -> None:
+    """Set up a network device (iproute2)."""
+    subprocess.run(["ip", *words], check=True)
+
+
+@pytest.fixture
+def far_host() -> Iterator[None]:
+    """A server behind a pair of veth devices, in a network namespace of its own."""
+    if shutil.which("ip") is None:
+        pytest.skip("no ip here (Debian: iproute2)")
+    argv = ["unshare", "--net", sys.executable, "-c", FAR]
+    with subprocess.Popen(argv, stdin=PIPE, stdout=PIPE, text=True) as server:
+        assert server.stdin is not None and server.stdout is not None
+        assert server.stdout.readline() == "up\n"
+        near, far, pid = f"acg{server.pid}a", f"acg{server.pid}b", str(server.pid)
+        ip("link", "add", near, "type", "veth", "peer", "name", far, "netns", pid)
+        try:
+            ip("address", "add", "10.213.7.1/30", "dev", near)
+            ip("link", "set", near, "up")
+            inside = ["nsenter", "--net", "--target", pid, "ip"]
+            subprocess.run([*inside, "address", "add", "10.213.7.2/30", "dev", far], check=True)
+            subprocess.run([*inside, "link", "set", far, "up"], check=True)
+            server.stdin.write("\n")
+            server.stdin.flush()
+            assert server.stdout.readline() == "ready\n"
+            yield
+        finally:
+            ip("link", "delete", near)
+            server.kill()
+
+
+def test_what_leaves_by_a_veth_pair_counts_once(counting: DaemonProcess, far_host: None) -> None:
+    """The other end is in no session, as a container's peer on a bridge is not."""
+    agent = counting.open("alpha")
+    found = ran(counting, agent, sys.executable, "-c", NEAR)
+    assert found is not None
+    assert SENT < found.send_bytes < 1.2 * SENT
+    assert 0 < found.receive_bytes < SENT / 10, "acknowledgements alone"
+    held = talked(counting, agent, NEAR, net_send_max="256K")
+    assert held.net is not None and held.net.refused_packets > 0
+    assert held.wall_usec > 1e6, "1 MiB, of which 256 KiB go at once"
 
 
 RATE = 1 << 20
