@@ -109,11 +109,15 @@ NET_RATE_LEAST = 64 << 10
 least (bpf/net.bpf.c)."""
 
 
-def parse_net_rate(field: str, text: str) -> Bytes:
-    """Bytes a second of sockets from `10M` or `10M/s`."""
+def parse_rate(field: str, text: str, least: int = BYTES_MIN) -> Bytes:
+    """Bytes a second from `10M` or `10M/s`."""
     stripped = bare(text)
-    rate = stripped[:-2] if stripped.endswith("/s") else text
-    return parse_bytes(field, rate, NET_RATE_LEAST)
+    return parse_bytes(field, stripped[:-2] if stripped.endswith("/s") else text, least)
+
+
+def parse_net_rate(field: str, text: str) -> Bytes:
+    """Bytes a second of sockets, as `parse_rate`."""
+    return parse_rate(field, text, NET_RATE_LEAST)
 
 
 def parse_cores(field: str, text: str) -> Millicores:

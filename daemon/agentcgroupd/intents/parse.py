@@ -26,6 +26,7 @@ from agentcgroupd.units import (
     parse_net_rate,
     parse_percent,
     parse_priority,
+    parse_rate,
     parse_word,
     show_bytes,
     show_usec,
@@ -44,11 +45,6 @@ PIDS_MOST = 4_194_304
 
 def _parse_weight(field: str, text: str) -> int:
     return parse_count(field, text, 1, 10_000)
-
-
-def _parse_rate(field: str, text: str) -> int:
-    stripped = bare(text)
-    return parse_bytes(field, stripped[:-2] if stripped.endswith("/s") else text)
 
 
 def _parse_pids(field: str, text: str) -> int:
@@ -163,9 +159,9 @@ class Intent:
     gpu_memory: Annotated[int | None, parse_bytes] = None
     gpu_priority: Annotated[int | None, parse_priority] = None
     gpu_device: Annotated[DeviceSelection | None, parse_device] = None
-    io_read_max: Annotated[int | None, _parse_rate, SETTING] = None
+    io_read_max: Annotated[int | None, parse_rate, SETTING] = None
     """Bytes a second of each block device."""
-    io_write_max: Annotated[int | None, _parse_rate, SETTING] = None
+    io_write_max: Annotated[int | None, parse_rate, SETTING] = None
     io_weight: Annotated[int | None, _parse_weight] = None
     disk_max: Annotated[int | None, parse_bytes] = None
     """Bytes that it may write to disks in all."""
@@ -187,7 +183,7 @@ _SHOWN: Mapping[object, Callable[[Any], str]] = {
     parse_cores: lambda millicores: f"{millicores / 1000:g}",
     parse_duration: show_usec,
     _parse_wait: show_usec,
-    _parse_rate: lambda rate: f"{show_bytes(rate)}/s",
+    parse_rate: lambda rate: f"{show_bytes(rate)}/s",
     parse_net_rate: lambda rate: f"{show_bytes(rate)}/s",
     parse_percent: lambda percent: f"{percent} %",
 }

@@ -369,11 +369,11 @@ def io_weight(
 ) -> list[Decision]:
     """Give calls that use disks most a smaller share of them, where that helps: their weight counts
     beside other calls of their session alone."""
-    now = headroom.now
+    helped = _weight_helps(headroom.now)
     left = {
         c.id
-        for c in now.io_calls
-        if c.weight_lowered_usec is not None or c.id not in _weight_helps(now)
+        for c in headroom.now.io_calls
+        if c.weight_lowered_usec is not None or c.id not in helped
     }
     return [
         Decision(

@@ -190,7 +190,7 @@ class Outcome:
     calls: int
     killed: int
     makespan: float
-    """Of the time before which no order of things ends (bench.isolation.bound)."""
+    """Time of all, of the time before which no order of things ends (bench.isolation.bound)."""
     important_ratio: float
     """The time of the important session, of its time alone."""
 

@@ -258,6 +258,6 @@ def test_credit_grows_with_the_room() -> None:
 
 
 def test_nobody_overtakes_the_first_by_a_guess() -> None:
-    """Of both nothing is known: either may reach 2 GiB. Taking turns, both would be half done."""
+    """Either may reach 2 GiB, for all that is known. Taking turns, both would be half done."""
     first, other = account("first", 1000), account("other", 450)
     assert list(served(HOLD // MIB + 1000, first, other)) == ["first"]
