@@ -200,9 +200,10 @@ def test_a_call_sends_no_faster_than_it_may(counting: DaemonProcess) -> None:
     print(f"4 MiB at 1 MiB/s took {took_s:.2f} s longer, {held.net.refused_packets} were refused")
     # What both ends send counts: acknowledgements too.
     least_s = sent / RATE - BURST_S
-    assert 0.9 * least_s - free.wall_usec / 1e6 < took_s < 1.5 * sent / RATE
-    # TCP sends some twice that it takes for lost; what was refused is not counted.
-    assert sent < held.net.send_bytes < 1.5 * sent
+    assert 0.9 * least_s - free.wall_usec / 1e6 < took_s < 3 * sent / RATE
+    # TCP may wait longer than it has to, and sends some twice that it takes for lost, which varies;
+    # what was refused is not counted.
+    assert sent < held.net.send_bytes < 2 * sent
     assert held.net.refused_packets > 0 and free.net.refused_packets == 0
 
 
