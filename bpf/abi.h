@@ -85,6 +85,8 @@ struct exec_event {
 	__u64 own_cgroup_id; /* at or below event.cgroup_id */
 	__u32 argv_bytes;    /* used in argv; each argument ends in a NUL */
 	__u32 argv_cut;	     /* 1: the arguments were longer */
+	__u32 at_startup;    /* 1: a shell executes it from its startup files */
+	__u32 reserved;
 	__u8 argv[ABI_ARGV_BYTES];
 };
 

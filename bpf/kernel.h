@@ -78,13 +78,33 @@ struct css_set {
 	struct cgroup *dfl_cgrp;
 };
 
+struct tty_struct;
+
+enum pid_type {
+	PIDTYPE_PGID = 2,
+};
+
 struct signal_struct {
 	atomic_t live;
+	struct pid *pids[4];
+	struct tty_struct *tty;
 	unsigned int flags;
 	int group_exit_code;
 	u64 utime;
 	u64 stime;
 	unsigned long maxrss;
+};
+
+struct sigaction {
+	void *sa_handler;
+};
+
+struct k_sigaction {
+	struct sigaction sa;
+};
+
+struct sighand_struct {
+	struct k_sigaction action[64];
 };
 
 struct mm_struct {
@@ -108,6 +128,7 @@ struct task_struct {
 	struct task_struct *group_leader;
 	struct pid *thread_pid;
 	struct signal_struct *signal;
+	struct sighand_struct *sighand;
 	struct css_set *cgroups;
 	char comm[16];
 };

@@ -16,6 +16,12 @@ char LICENSE[] SEC("license") = "GPL";
 
 #define SIGNAL_GROUP_EXIT 0x4  /* include/linux/sched/signal.h */
 #define PF_FORKNOEXEC	  0x40 /* include/linux/sched.h */
+#define IGNORED		  1    /* SIG_IGN, include/uapi/asm-generic/signal-defs.h */
+#define TTY_STOP	  20   /* SIGTSTP, the same on all machines that bpf/ is for */
+
+/* How long a shell may read its startup files, and how many of its forks may be above a program. */
+#define STARTUP_NS    10000000000ULL
+#define STARTUP_DEPTH 4
 
 ID_MAP(managed, struct managed);
 
@@ -151,6 +157,36 @@ static __always_inline bool declares(struct task_struct *task)
 	return true;
 }
 
+static __always_inline bool ignores_stop(struct task_struct *task)
+{
+	return (u64)BPF_CORE_READ(task, sighand, action[TTY_STOP - 1].sa.sa_handler) == IGNORED;
+}
+
+/*
+ * Whether a shell with a terminal executes a program because its startup files say so. Such a shell
+ * ignores the stop of the terminal itself. It has job control only after these files (bash,
+ * run_startup_files() in shell.c): until then what it starts stays in its process group, later only
+ * what it takes the output of does, and that ignores the stop. So does nothing after `set +m`,
+ * which is why the time counts as well.
+ */
+static __always_inline bool is_at_startup(struct task_struct *task)
+{
+	struct pid *group = BPF_CORE_READ(task, signal, pids[PIDTYPE_PGID]);
+	struct task_struct *shell = task;
+
+	if (!BPF_CORE_READ(task, signal, tty) || ignores_stop(task))
+		return false;
+	for (int i = 0; i < STARTUP_DEPTH; i++) {
+		shell = BPF_CORE_READ(shell, real_parent);
+		if (BPF_CORE_READ(shell, signal, pids[PIDTYPE_PGID]) != group)
+			return false;
+		if (ignores_stop(shell))
+			return task->start_boottime - BPF_CORE_READ(shell, start_boottime) <
+			       STARTUP_NS;
+	}
+	return false;
+}
+
 static __always_inline void tell_exec(struct task_struct *task)
 {
 	unsigned long start, length;
@@ -171,6 +207,8 @@ static __always_inline void tell_exec(struct task_struct *task)
 		return;
 	describe(&event->process, task);
 	event->own_cgroup_id = own;
+	event->at_startup = is_at_startup(task);
+	event->reserved = 0;
 	start = task->mm->arg_start;
 	length = task->mm->arg_end - start;
 	event->argv_cut = length > ABI_ARGV_BYTES;

@@ -33,6 +33,8 @@ class BoundaryRule(Section):
     """Only what runs a shell that reads its commands: it has neither `-c` nor a file."""
     job: Flag = False
     """Only what such a shell has started."""
+    startup: Flag = False
+    """Only what a shell with a terminal starts because its startup files say so."""
     begins_call: Flag = True
     descendants: Flag = False
     """Where no call begins: what it starts, and what that starts, begins none either."""
@@ -100,6 +102,7 @@ SERVERS = (
 """Servers that an agent keeps: their tools are told from them. Helpers of the runtimes as well."""
 
 DEFAULT_RULES = (
+    _asks(startup=True),
     *(_asks(*SHELLS, shell_command=True, command_line=glob) for glob in FOR_THEMSELVES),
     *(_none(*SHELLS, shell_command=True, command_line=glob) for glob in TERMINALS_SHELLS),
     _none("exe", "codex*", first_argument=CODEX_SETUP),

@@ -22,11 +22,12 @@ result = (done.returncode, done.stdout)
 """
 SHELL = """
 import pty
+rc = globals().pop("rc", "/dev/null")
 if terminal:
     pid, fd = pty.fork()
     if not pid:
         os.environ["PS1"] = os.environ["PROMPT_COMMAND"] = ""
-        os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+        os.execvp("bash", ["bash", "--rcfile", rc, "--noprofile", "-i"])
     said, heard = os.fdopen(fd, "wb", 0), fd
 else:
     shell = subprocess.Popen(["bash"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -139,3 +140,35 @@ def test_each_job_of_a_shell_is_a_call(
     assert len(names) == 5
     assert names[0] == "sleep" and names[2:] == ["grep", "python3", "sleep"]
     assert names[1] in ("sleep", "cat")  # of a pipeline, whichever was executed first
+
+
+def test_what_a_shells_startup_files_start_is_none(
+    daemon: DaemonProcess, agent: AgentProcess, tmp_path: Path
+) -> None:
+    startup = tmp_path / "bashrc"
+    startup.write_text(
+        "sleep 0.2\n"
+        "x=$(sleep 0.2; sed -n 1p /dev/null)\n"
+        'eval "$(python3 -c \'import subprocess as s; s.run(["sleep", "0.2"])\')"\n'
+        "eval \"$(bash --norc -c 'sleep 0.1; true')\"\n"
+        "sed -n 1p /dev/null | cat\n"
+    )
+    commands = [
+        "sleep 0.3",
+        "x=$(sleep 0.4)",
+        "x=$(cd /; sleep 0.5; true)",
+        "(cd /; sleep 0.6; true)",
+        "sleep 0.7 & wait",
+    ]
+    agent.run(SHELL, commands=commands, terminal=True, rc=str(startup))
+    found = calls(daemon)
+    assert found == [("sleep", ["sleep", f"0.{number}"]) for number in range(3, 8)]
+
+
+def test_a_shell_whose_job_control_is_switched_off_is_believed_in_time(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    """What it starts looks like what startup files start, for the first ten seconds."""
+    commands = ["set +m", "read -t 10.5 < /dev/tty", "sleep 0.3", "x=$(sleep 0.4)"]
+    agent.run(SHELL, commands=commands, terminal=True)
+    assert calls(daemon) == [("sleep", ["sleep", "0.3"]), ("sleep", ["sleep", "0.4"])]

@@ -164,7 +164,9 @@ def misfit_of_type(kernel: Btf, type_id: int, text: str, typedefs: dict[str, str
             return "no pointer in the kernel"
         to = text.rstrip("* ").removeprefix("struct ")
         name = kernel.record(kernel.strip(kernel.record(kernel.strip(type_id))[3]))[0]
-        return "" if name == to else f"a pointer to {name or 'something unnamed'} in the kernel"
+        # What is only compared may point to anything, a function as well.
+        fits = to in (name, "void")
+        return "" if fits else f"a pointer to {name or 'something unnamed'} in the kernel"
     if text.startswith("struct "):
         fits = kind == KIND_STRUCT and name == text.removeprefix("struct ")
         return "" if fits else f"{name or 'something unnamed'} in the kernel"

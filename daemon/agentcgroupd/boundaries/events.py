@@ -303,7 +303,8 @@ class Boundaries:
             return
         is_job = cache(partial(reads_its_commands, forked.parent, forked.comm))
         is_cut = bool(event.argv_cut)
-        started = Started(comm, argv_of(event), forked.comm, is_first, is_job, is_cut)
+        at_startup = bool(event.at_startup)
+        started = Started(comm, argv_of(event), forked.comm, is_first, is_job, is_cut, at_startup)
         if is_cut or not started.argv:
             started = self._in_full(started, key)
         decision = self._rules.of(started)

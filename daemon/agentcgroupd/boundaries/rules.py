@@ -60,6 +60,8 @@ class Started:
     """Whether a shell that reads its commands has started it."""
     is_cut: bool = False
     """Whether only the head of its arguments is known."""
+    at_startup: bool = False
+    """Whether a shell's startup files have it started."""
 
     @cached_property
     def command_line(self) -> str:
@@ -144,6 +146,7 @@ class _Prepared:
         rule, argv = self._rule, started.argv
         return (
             self.names(started.comm)
+            and (not rule.startup or started.at_startup)
             and (started.is_first or not self.is_for_all)
             and _matches(self._parent, started.parent)
             and _matches(self._first_argument, argv[1] if len(argv) > 1 else "")

@@ -157,7 +157,7 @@ class ForkEvent(ctypes.Structure):
 
 
 class ExecEvent(ctypes.Structure):
-    """struct exec_event, 584 bytes"""
+    """struct exec_event, 592 bytes"""
 
     _fields_ = (
         ("event", Event),
@@ -165,6 +165,8 @@ class ExecEvent(ctypes.Structure):
         ("own_cgroup_id", ctypes.c_uint64),
         ("argv_bytes", ctypes.c_uint32),
         ("argv_cut", ctypes.c_uint32),
+        ("at_startup", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
         ("argv", ctypes.c_uint8 * 512),
     )
     event: Event
@@ -172,6 +174,8 @@ class ExecEvent(ctypes.Structure):
     own_cgroup_id: int
     argv_bytes: int
     argv_cut: int
+    at_startup: int
+    reserved: int
     argv: ctypes.Array[ctypes.c_uint8]
 
 
