@@ -90,10 +90,10 @@ PROBES = (
 """What runtimes and shells ask of the system for themselves."""
 GIT_LOOKS = (
     *("--version", "-c", "--no-optional-locks", "branch", "cat-file", "check-ignore", "config"),
-    *("diff", "log", "ls-files", "remote", "rev-parse", "show", "status", "symbolic-ref"),
-    "version",
+    *("diff", "log", "ls-files", "remote", "rev-list", "rev-parse", "show", "status"),
+    *("symbolic-ref", "version"),
 )
-"""Commands of git by which agents learn where they are."""
+"""Commands of git by which agents learn where they are. By others aider keeps its model's work."""
 RUNNERS = ("node", "python*", "npx", "npm*", "uv", "uvx", "bun*", "deno", "docker", "MainThread")
 SERVERS = (
     *("*mcp-*", "* mcp*", "*mcp_server*", "*modelcontextprotocol*", "*/mcp*", "*-mcp*"),
@@ -126,6 +126,7 @@ DEFAULT_RULES = (
     _asks(first_argument="--version"),
     _asks("rg", first_argument="--files"),
     *(_asks("git", first_argument=word) for word in GIT_LOOKS),
+    _asks("git", parent=("aider",)),
     _none("node", "MainThread", "bun", parent=("node*", "MainThread", "bun")),
     BoundaryRule(program=("*",), job=True),
     _none(parent=SHELLS),

@@ -26,8 +26,9 @@ SHELL_TOOLS: dict[str, Callable[[str], dict[str, Any]]] = {
 class Model:
     """The endpoint; `told` is what it was sent after the command had run, as JSON text."""
 
-    def __init__(self, *commands: str) -> None:
-        self.commands = commands
+    def __init__(self, *commands: str, says: str = DONE) -> None:
+        """`says`: what it answers when nothing more is to be run, in the protocol of chat."""
+        self.commands, self._says = commands, says
         self.told: list[str] = []
         self.tools: list[str] = []
         model = self
@@ -175,7 +176,7 @@ class Model:
         ran = sum(message.get("role") == "tool" for message in request.get("messages", []))
         tools = [t.get("function", {}).get("name", "") for t in request.get("tools", [])]
         tool = self._next(request, ran, tools)
-        message: dict[str, Any] = {"role": "assistant", "content": DONE}
+        message: dict[str, Any] = {"role": "assistant", "content": self._says}
         if tool is not None:
             function = {"name": tool[0], "arguments": json.dumps(tool[1])}
             call = {"index": 0, "id": f"call_{ran}", "type": "function", "function": function}

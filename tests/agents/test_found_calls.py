@@ -11,14 +11,23 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from tests.agents.model import Model
-from tests.agents.packages import FROM_NPM, FROM_PYPI, command_line, from_npm, from_pypi, openhands
+from tests.agents.from_pypi import (
+    CASES,
+    COMMANDS,
+    EDIT,
+    FOUND,
+    JOBS,
+    STARTUP,
+    Agent,
+    agent_of,
+)
+from tests.agents.model import DONE, Model
+from tests.agents.packages import FROM_NPM, command_line, from_npm, from_pypi, openhands
 from tests.harness import EXEC, DaemonProcess, wait_until
 
 pytestmark = [
@@ -26,45 +35,7 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif("AGENTCG_AGENTS" not in os.environ, reason="set AGENTCG_AGENTS=1"),
 ]
-COMMANDS = ("sleep 0.3; true", "cd / && ls | wc -l", "python3 -c 'import time; time.sleep(0.2)'")
-FOUND = [("sleep", COMMANDS[0]), ("ls", COMMANDS[1]), ("python3", COMMANDS[2])]
-JOBS = [("sleep", "0.3"), ("ls", "ls"), ("python3", "import time; time.sleep(0.2)")]
-"""What is found of them in a shell that is kept."""
 SUBMIT = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
-SWE_REX = """
-import asyncio, sys
-from swerex.deployment.local import LocalDeployment
-from swerex.runtime.abstract import BashAction, Command, CreateBashSessionRequest
-
-async def main():
-    deployment = LocalDeployment()
-    await deployment.start()
-    runtime = deployment.runtime
-    await runtime.create_session(CreateBashSessionRequest())
-    for command in sys.argv[1:]:
-        await runtime.run_in_session(BashAction(command=command, timeout=20, check="silent"))
-    await runtime.execute(Command(command="du -s .; true", shell=True))
-    await runtime.execute(Command(command=["sleep", "0.2"]))
-    await deployment.stop()
-
-asyncio.run(main())
-"""
-
-
-@dataclass
-class Agent:
-    """How an agent is run, and which calls are to be found."""
-
-    argv: list[str]
-    env: dict[str, str] = field(default_factory=dict)
-    calls: list[tuple[str, str]] = field(default_factory=lambda: list(FOUND))
-    asks: bool = True
-
-
-@pytest.fixture(scope="module")
-def npm() -> Path:
-    """The directory of the agents' programs from npm."""
-    return from_npm()
 
 
 @pytest.fixture(scope="module")
@@ -87,41 +58,39 @@ def _mini(program: Path, home: Path, url: str) -> Agent:
     return Agent(argv, env, [*FOUND, ("echo", SUBMIT)])
 
 
-def prepared(name: str, npm: Path, home: Path, work: Path, url: str) -> Agent:
+def prepared(name: str, home: Path, work: Path, url: str) -> Agent:
     """How an agent is run against the model at `url`."""
     if name.startswith("openhands"):
         argv, env = openhands(name.partition(": ")[2], home, work, url)
         return Agent(argv, env, JOBS)
     if name == "mini-swe-agent":
         return _mini(from_pypi(name) / "mini", home, url)
-    if name == "swe-rex":
-        calls = [*JOBS, ("du", "du -s .; true"), ("sleep", "0.2")]
-        program = str(from_pypi(name) / "python")
-        return Agent([program, "-c", SWE_REX, *COMMANDS], calls=calls, asks=False)
-    if name == "aider-chat":
-        program = str(from_pypi(name) / "aider")
-        env = {"OPENAI_API_KEY": "x", "OPENAI_API_BASE": f"{url}/v1", "AIDER_ANALYTICS": "false"}
-        env |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "AIDER_CHECK_UPDATE": "false"}
-        options = ["--model", "openai/scripted", "--yes-always", "--no-show-model-warnings"]
-        argv = [program, *options, "--no-git", "--message", f"/run {COMMANDS[0]}"]
-        return Agent(argv, env, FOUND[:1], asks=False)
-    argv, env = command_line(name, npm, home, url)
+    package, _, way = name.partition(": ")
+    if package in CASES:
+        (home / ".bashrc").write_text(STARTUP)
+        return agent_of(package, way, home, work, url)
+    argv, env = command_line(name, from_npm(), home, url)
     return Agent(argv, env)
 
 
-@pytest.mark.parametrize(
-    "name", [*FROM_NPM, *FROM_PYPI, "openhands: tmux", "openhands: subprocess"]
-)
+NAMES = [
+    *(*FROM_NPM, "mini-swe-agent", "openhands: tmux", "openhands: subprocess"),
+    *(f"{package}: {way}" for package, ways in CASES.items() for way in ways),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_the_model_asks_for_is_found_and_nothing_else(
-    daemon: DaemonProcess, npm: Path, tmp_path: Path, name: str
+    daemon: DaemonProcess, tmp_path: Path, name: str
 ) -> None:
     work, home = tmp_path / "work", tmp_path / "home"
     work.mkdir()
     home.mkdir()
     base = {"HOME": str(home), "PATH": os.environ["PATH"], "TERM": "dumb", "LANG": "C.UTF-8"}
     base |= {"SHELL": "/bin/bash", "AGENTCG_RUN_DIR": str(daemon.run_dir)}
-    with Model(*COMMANDS, *([SUBMIT] if name == "mini-swe-agent" else [])) as model:
-        agent = prepared(name, npm, home, work, model.url)
+    commands = (*COMMANDS, *([SUBMIT] if name == "mini-swe-agent" else []))
+    with Model(*commands, says=EDIT if name == "aider-chat: edit" else DONE) as model:
+        agent = prepared(name, home, work, model.url)
         spec = pb.SessionSpec(id=f"found-{name.replace(': ', '-')}")
         daemon.admin.OpenSession(pb.OpenSessionRequest(spec=spec))
         done = subprocess.run(

@@ -8,8 +8,11 @@ Protocol.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from tests.trees import (
     GROUP,
@@ -30,6 +33,8 @@ from tests.trees import (
 )
 from tests.trees.wraps import claude, claude_sandbox, codex, gemini
 
+RECORDINGS = Path(__file__).with_name("recordings.json")
+"""What strace has seen of SWE-ReX and aider (tests/agents/recording.py)."""
 Found = tuple[str, str]
 """A call's name, and the last of its arguments in the report."""
 
@@ -473,7 +478,6 @@ def _openhands(what: str, nice: str, window: Words) -> Tree:
 
 
 def _python_trees() -> list[Tree]:
-    syntax = ["/bin/sh", "-c", "/usr/bin/env bash -n << 'SOUNIQUEEOF'\necho a; make\nSOUNIQUEEOF"]
     argv = ["python3", "-m", "pytest", "-x"]
     script = "cd /testbed && python3 -m pytest -x"
     return [
@@ -495,35 +499,6 @@ def _python_trees() -> list[Tree]:
             _JOBS,
         ),
         Tree(
-            "SWE-ReX, a session",
-            become(
-                ["python3", "/x/bin/swerex-remote"],
-                fork(SETSID, become(["/usr/bin/env", "bash"], become(["bash"], _jobs(True)))),
-                spawn(
-                    syntax,
-                    fork(nap(1)),
-                    become(["/usr/bin/env", "bash", "-n"], become(["bash", "-n"], outside("-n"))),
-                ),
-                WAIT,
-            ),
-            _JOBS,
-        ),
-        Tree(
-            "SWE-ReX, execute",
-            become(
-                ["python3", "/x/bin/swerex-remote"],
-                spawn(
-                    ["/bin/sh", "-c", "echo shell; du -s ."],
-                    start(["du", "-s", "."], inside("du")),
-                    WAIT,
-                ),
-                spawn(["sleep", "30"], inside("sleep")),
-                spawn(["sh", "-c", "du -s . | wc"], start(["du"], inside("du")), WAIT),
-                WAIT,
-            ),
-            [("du", "echo shell; du -s ."), ("sleep", "30"), ("du", "du -s . | wc")],
-        ),
-        Tree(
             "mini-swe-agent",
             become(
                 ["python3", "/x/bin/mini", "-t", "go"],
@@ -538,22 +513,6 @@ def _python_trees() -> list[Tree]:
                 WAIT,
             ),
             [("python3", script), ("sed", "sed -i s/a/b/ f && git diff")],
-        ),
-        Tree(
-            "aider",
-            become(
-                ["python3", "/x/bin/aider", "--yes"],
-                called("aider"),
-                spawn(["git", "version"], outside("git")),
-                spawn(["git", "cat-file", "--batch-check"], outside("git")),
-                spawn(["/bin/sh", "-c", "pytest -q"], start(["pytest", "-q"], inside("pytest"))),
-                fork(
-                    SETSID,
-                    become(["/bin/bash", "-i", "-c", "ruff check ."], inside("ruff"), WAIT),
-                ),
-                WAIT,
-            ),
-            [("pytest", "pytest -q"), ("ruff", "ruff check .")],
         ),
         Tree(
             "langchain, a shell for each command",
@@ -619,7 +578,43 @@ def _python_trees() -> list[Tree]:
     ]
 
 
-RECORDED: list[Tree] = [*_claude_trees(), *_codex_trees(), *_gemini_trees(), *_python_trees()]
+def _played(steps: list[list[Any]]) -> Words:
+    """Make words for the player of the steps that strace has seen. What is executed last in a
+    process stays for a while, or it would have ended before it can be moved."""
+    words: Words = []
+    for number, (what, *given) in enumerate(steps):
+        rest = [step[0] for step in steps[number + 1 :]]
+        match what:
+            case "exec":
+                words += become(given[1], *([] if rest else [nap(300)]), comm=given[0])
+            case "spawn":
+                setsid = given[0][0] == ["setsid"]
+                first, *others = given[0][1:] if setsid else given[0]
+                after = _played(others) if others else nap(300)
+                words += spawn(first[2], after, comm=first[1], setsid=setsid)
+            case "fork":
+                if given[0][:1] == [["join"]]:
+                    words += nap(50)  # so that which of a pipeline comes first is certain
+                words += fork(_played(given[0]))
+            case "thread":
+                words += thread("worker", _played(given[0]))
+            case _:
+                words.append(what)
+    return words
+
+
+def _from_recordings() -> list[Tree]:
+    rows = json.loads(RECORDINGS.read_text())
+    return [
+        Tree(row["what"], _played(row["steps"]), [(name, last) for name, last in row["calls"]])
+        for row in rows
+    ]
+
+
+RECORDED: list[Tree] = [
+    *(*_claude_trees(), *_codex_trees(), *_gemini_trees(), *_python_trees()),
+    *_from_recordings(),
+]
 
 
 @dataclass(frozen=True)
