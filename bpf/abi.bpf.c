@@ -13,6 +13,7 @@ struct fork_event fork_event;
 struct exec_event exec_event;
 struct exit_event exit_event;
 struct oom_event oom_event;
+struct left_event left_event;
 struct lifecycle_counters lifecycle_counters;
 struct memory_limits memory_limits;
 struct memory_state memory_state;

@@ -15,6 +15,7 @@ enum abi {
 	ABI_VERSION = 1,
 	ABI_ARGV_BYTES = 512,
 	ABI_COMM_BYTES = 16,
+	ABI_PATH_BYTES = 256,
 	ABI_PROTECTED_MAX = 64,
 	ABI_SMALL_REQUEST_BYTES = 1114112, /* an allocator's arena of 1 MiB, and its head */
 	ABI_DEPTH_MAX = 8,		   /* levels looked up above a task's own cgroup */
@@ -49,7 +50,8 @@ enum event_type {
 	EVENT_RATES = 7,  /* faults or refaults passed their rate, or fell below half of it */
 	EVENT_DENIED = 8, /* growth was refused for the first time since it was denied */
 	EVENT_URGENT = 9, /* a protected session stalled; the program denies growth by itself */
-	EVENT_TYPES = 10,
+	EVENT_LEFT = 10,  /* a process was moved out of a call */
+	EVENT_TYPES = 11,
 };
 
 /* lifecycle.bpf.c: one entry for each managed cgroup, by cgroup id. */
@@ -103,6 +105,13 @@ struct exit_event {
 struct oom_event {
 	struct event event;
 	struct process process;
+};
+
+struct left_event {
+	struct event event;	   /* of the call that it was in */
+	struct process process;	   /* now elsewhere */
+	struct process mover;	   /* may be the same */
+	__u8 path[ABI_PATH_BYTES]; /* where it is, from the root of the tree; ends in a NUL */
 };
 
 /* lifecycle.bpf.c: counts since load. */

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Events of processes below managed cgroups: fork, exec, exit, and the OOM killer's choice. Other
- * processes cause no event. All programs are at BTF tracepoints, so the object also loads on
- * kernels that refuse trampolines.
+ * Events of processes below managed cgroups: fork, exec, exit, the OOM killer's choice, and leaving
+ * a call. Other processes cause no event. All programs are at BTF tracepoints, so the object also
+ * loads on kernels that refuse trampolines.
  *
  * All events go through one ring buffer, so the daemon reads them in the order in which they were
  * reserved: a process's fork before its exec, its exec before its exit. An event that finds no room
@@ -24,6 +24,9 @@ char LICENSE[] SEC("license") = "GPL";
 #define STARTUP_DEPTH 4
 
 ID_MAP(managed, struct managed);
+
+/* The call that a process is in. The kernel tells of a move when the process has its new place. */
+TASK_MAP(call_of, u64);
 
 RING_BUFFER(events, 8 << 20);
 
@@ -96,6 +99,14 @@ static __always_inline void describe(struct process *process, struct task_struct
 	BPF_CORE_READ_INTO(&process->comm, task, comm);
 }
 
+static __always_inline void note_call(struct task_struct *task, u64 id)
+{
+	u64 *call = bpf_task_storage_get(&call_of, task, NULL, BPF_LOCAL_STORAGE_GET_F_CREATE);
+
+	if (call)
+		*call = id;
+}
+
 static __always_inline void tell_fork(struct task_struct *parent, struct task_struct *child)
 {
 	struct fork_event *event;
@@ -106,6 +117,8 @@ static __always_inline void tell_fork(struct task_struct *parent, struct task_st
 		return;
 	/* A child of a process in a call is in that call already. */
 	entry = find_managed(child, &own, &id);
+	if (entry && entry->kind == KIND_CALL)
+		note_call(child, id);
 	if (!entry || entry->kind == KIND_CALL)
 		return;
 	event = reserve(EVENT_FORK, sizeof(*event), id);
@@ -290,6 +303,41 @@ int BPF_PROG(on_oom_victim, struct task_struct *task)
 {
 	preempt_off();
 	tell_oom_victim(task);
+	preempt_on();
+	return 0;
+}
+
+static __always_inline void tell_move(const char *path, struct task_struct *task)
+{
+	struct left_event *event;
+	struct managed *entry;
+	u64 own, id, *call;
+
+	entry = find_managed(task, &own, &id);
+	if (entry && entry->kind == KIND_CALL) {
+		note_call(task, id);
+		return;
+	}
+	call = bpf_task_storage_get(&call_of, task, NULL, 0);
+	if (!call || !*call)
+		return;
+	id = *call;
+	*call = 0;
+	event = reserve(EVENT_LEFT, sizeof(*event), id);
+	if (!event)
+		return;
+	describe(&event->process, task);
+	describe(&event->mover, bpf_get_current_task_btf());
+	if (bpf_probe_read_kernel_str(event->path, sizeof(event->path), path) < 0)
+		event->path[0] = 0;
+	submit(event, true);
+}
+
+SEC("tp_btf/cgroup_attach_task")
+int BPF_PROG(on_move, struct cgroup *to, const char *path, struct task_struct *task, bool threads)
+{
+	preempt_off();
+	tell_move(path, task);
 	preempt_on();
 	return 0;
 }

@@ -31,6 +31,15 @@
 		__type(value, value_type);           \
 	} name SEC(".maps")
 
+/* A value for each task that was given one, which goes with the task. */
+#define TASK_MAP(name, value_type)                       \
+	struct {                                         \
+		__uint(type, BPF_MAP_TYPE_TASK_STORAGE); \
+		__uint(map_flags, BPF_F_NO_PREALLOC);    \
+		__type(key, int);                        \
+		__type(value, value_type);               \
+	} name SEC(".maps")
+
 /* A ring buffer of @size_bytes, a power of two; the daemon may choose another size at the load. */
 #define RING_BUFFER(name, size_bytes)               \
 	struct {                                    \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,3 +55,12 @@ tool = subprocess.Popen([EXEC, "--call", call_id, "--", "sleep", "100000"])
     )
     yield process
     process.close()
+
+
+@pytest.fixture(scope="module")
+def manager(installed: None) -> Iterator[None]:
+    """A user's own manager."""
+    service.start_user_manager()
+    yield
+    service.systemctl("stop", service.MANAGER)
+    subprocess.run(["userdel", "lingering"], check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,14 @@ POLL_S = 0.1 * SLOW
 """systemctl by itself takes an emulated CPU longer than that."""
 WATCHDOG_S = 6 if SLOW == 1.0 else 60
 """The daemon asks itself every half of that."""
+USER = 4321
+MANAGER = f"user@{USER}.service"
+RUNTIME_DIR = Path(f"/run/user/{USER}")
+SYSTEMD_RUN_USER = (
+    *("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"),
+    *("env", f"XDG_RUNTIME_DIR={RUNTIME_DIR}", "systemd-run", "--user", "--quiet"),
+)
+"""Asks the user's own manager, as that user."""
 
 
 def systemctl(*arguments: str) -> str:
@@ -100,3 +109,12 @@ def journal(*arguments: str) -> str:
     return subprocess.run(
         ["journalctl", "-u", DAEMON, "--no-pager", *arguments], capture_output=True, text=True
     ).stdout
+
+
+def start_user_manager() -> None:
+    """Start the manager of a user who is logged in, or lingers."""
+    subprocess.run(["useradd", f"--uid={USER}", "--no-create-home", "lingering"], check=True)
+    RUNTIME_DIR.mkdir(parents=True, exist_ok=True)
+    os.chown(RUNTIME_DIR, USER, USER)
+    RUNTIME_DIR.chmod(0o700)
+    systemctl("start", MANAGER)

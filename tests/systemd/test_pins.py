@@ -15,10 +15,23 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroup.v1 import agentcgroup_pb2_grpc as pb_grpc
 from agentcgroupd.bpf import pins
 from agentcgroupd.bpf.libbpf import libbpf
-from tests.systemd.service import DAEMON, POOL, journal, show, systemctl, wait_for_another
+from tests.harness import AgentProcess, wait_until
+from tests.systemd.service import (
+    DAEMON,
+    MANAGER,
+    POOL,
+    SYSTEMD_RUN_USER,
+    journal,
+    show,
+    systemctl,
+    wait_for_another,
+)
 
 pytestmark = [pytest.mark.programs, pytest.mark.usefixtures("installed")]
 
+RUN = """
+result = subprocess.run([EXEC, "--name", "scoped", "--", "bash", "-c", script]).returncode
+"""
 PLACE = pins.MOUNT / pins.DIRECTORY
 
 
@@ -37,6 +50,20 @@ def map_ids() -> dict[str, int]:
         found[path.name] = pins.map_info(fd).id
         os.close(fd)
     return found
+
+
+def test_what_a_users_manager_takes_out_of_a_call_is_told_with_who_did_it(
+    agent: AgentProcess, admin: pb_grpc.AdminStub, manager: None
+) -> None:
+    """A scope of a job in the background, which goes on after its call has ended."""
+    scope = " ".join([*SYSTEMD_RUN_USER, "--scope", "sleep", "1000"])
+    script = f"{scope} & until grep -q run-r /proc/$!/cgroup; do sleep 1; done; exit 5"
+    assert agent.run(RUN, script=script) == 5
+    request = pb.ListReportsRequest(session_id="alpha", limit=50)
+    wait_until("it is reported", lambda: bool(admin.ListReports(request).reports), 60)
+    sentence = admin.ListReports(request).reports[0].sentence
+    assert "was moved by systemd (1) to " in sentence, sentence
+    assert f"/{MANAGER}/app.slice/run-r" in sentence, sentence
 
 
 def test_they_are_pinned_taken_over_and_gone_with_the_service(admin: pb_grpc.AdminStub) -> None:

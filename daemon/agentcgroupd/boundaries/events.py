@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -49,7 +50,9 @@ from agentcgroupd.boundaries.rules import (
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.lifecycle import Lifecycle
+from agentcgroupd.calls.counters import shown
 from agentcgroupd.calls.lifecycle import Calls
+from agentcgroupd.calls.words import gone_words_of
 from agentcgroupd.config import BoundariesConfig
 from agentcgroupd.errors import AgentcgroupdError, RequestError
 from agentcgroupd.host.proc import CMDLINE_BYTES_MAX, command_line, read_proc
@@ -58,6 +61,7 @@ from agentcgroupd.intents.environment import ENVIRONMENT_BYTES_MAX, declared_in
 from agentcgroupd.intents.parse import Intent
 from agentcgroupd.intents.script import is_shell, shell_command
 from agentcgroupd.intents.wrapped import user_command
+from agentcgroupd.state.ending import Gone
 from agentcgroupd.state.session import Call, Session, unix_usec
 from agentcgroupd.telemetry.notices import Notices
 
@@ -173,6 +177,8 @@ class Boundaries:
                 self._note_status(event)
             elif isinstance(event, abi.OomEvent):
                 self._note_victim(event)
+            elif isinstance(event, abi.LeftEvent):
+                self._note_gone(event)
         self._queue.extend(batch)
         if not self._busy and self._work_later is None:
             self._work()
@@ -250,6 +256,25 @@ class Boundaries:
         if call is not None:
             comm = printable(event.process.comm.decode("utf-8", "replace"))
             call.account.note_victim(event.process.pid, comm, "mark_victim", unix_usec())
+
+    def _note_gone(self, event: abi.LeftEvent) -> None:
+        """Keep and tell at once that a process was moved out of a call, for the same reason. What
+        the daemon moves itself is told where it does so."""
+        call = self._call_of_cgroup.get(event.event.cgroup_id)
+        if call is None or event.mover.pid == os.getpid():
+            return
+        pid, mover = event.process.pid, event.mover
+        path = bytes(event.path).split(b"\0")[0].decode("utf-8", "replace")
+        name, by = (printable(p.comm.decode("utf-8", "replace")) for p in (event.process, mover))
+        gone = Gone(pid, name, mover.pid, by, shown(path), unix_usec())
+        words = gone_words_of(gone)
+        main = call.main
+        is_main = main is not None and (main.pid, main.start_ticks) == key_of(event.process)
+        if is_main:
+            call.account.add(words, "cgroup_attach_task", gone.at_unix_usec)
+        else:
+            call.account.note_gone(gone, words, "cgroup_attach_task")
+        self._notices.process_left(call, gone, is_main, f"{words}, where its limits do not hold.")
 
     def _fork(self, event: abi.ForkEvent) -> None:
         session = self._agents.get(event.event.cgroup_id)

@@ -11,6 +11,7 @@ import enum
 ABI_VERSION = 1
 ABI_ARGV_BYTES = 512
 ABI_COMM_BYTES = 16
+ABI_PATH_BYTES = 256
 ABI_PROTECTED_MAX = 64
 ABI_SMALL_REQUEST_BYTES = 1114112
 ABI_DEPTH_MAX = 8
@@ -48,7 +49,8 @@ class EventType(enum.IntEnum):
     RATES = 7
     DENIED = 8
     URGENT = 9
-    TYPES = 10
+    LEFT = 10
+    TYPES = 11
 
 
 class DenyMode(enum.IntEnum):
@@ -211,12 +213,27 @@ class OomEvent(ctypes.Structure):
     process: Process
 
 
-class LifecycleCounters(ctypes.Structure):
-    """struct lifecycle_counters, 160 bytes"""
+class LeftEvent(ctypes.Structure):
+    """struct left_event, 344 bytes"""
 
     _fields_ = (
-        ("sent", ctypes.c_uint64 * 10),
-        ("lost", ctypes.c_uint64 * 10),
+        ("event", Event),
+        ("process", Process),
+        ("mover", Process),
+        ("path", ctypes.c_uint8 * 256),
+    )
+    event: Event
+    process: Process
+    mover: Process
+    path: ctypes.Array[ctypes.c_uint8]
+
+
+class LifecycleCounters(ctypes.Structure):
+    """struct lifecycle_counters, 176 bytes"""
+
+    _fields_ = (
+        ("sent", ctypes.c_uint64 * 11),
+        ("lost", ctypes.c_uint64 * 11),
     )
     sent: ctypes.Array[ctypes.c_uint64]
     lost: ctypes.Array[ctypes.c_uint64]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.libbpf import SampleCallback, libbpf
 
-LifecycleEvent = abi.ForkEvent | abi.ExecEvent | abi.ExitEvent | abi.OomEvent
+LifecycleEvent = abi.ForkEvent | abi.ExecEvent | abi.ExitEvent | abi.OomEvent | abi.LeftEvent
 MemoryEvent = abi.MarkEvent | abi.HighEvent | abi.RatesEvent | abi.DeniedEvent | abi.UrgentEvent
 AnyEvent = LifecycleEvent | MemoryEvent | abi.GpuDeviceEvent | abi.VramEvent
 
@@ -18,6 +18,7 @@ _TYPES: dict[int, type[AnyEvent]] = {
     abi.EventType.EXEC: abi.ExecEvent,
     abi.EventType.EXIT: abi.ExitEvent,
     abi.EventType.OOM_VICTIM: abi.OomEvent,
+    abi.EventType.LEFT: abi.LeftEvent,
     abi.EventType.MARK: abi.MarkEvent,
     abi.EventType.HIGH: abi.HighEvent,
     abi.EventType.RATES: abi.RatesEvent,

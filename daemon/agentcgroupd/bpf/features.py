@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 LIFECYCLE = "process lifecycle"
 OOM_VICTIMS = "OOM victims"
+LEAVING = "processes that leave a call"
 MARKS = "memory marks"
 DENY = "deny growth"
 HIGH_EVENTS = "memory.high events"
@@ -157,6 +158,12 @@ DEFINITIONS = (
         "lifecycle",
         (Way(("on_oom_victim",), _tracepoints("mark_victim")),),
         "which process was chosen is not told, only that one was",
+    ),
+    Definition(
+        LEAVING,
+        "lifecycle",
+        (Way(("on_fork", "on_move"), _tracepoints("sched_process_fork", "cgroup_attach_task")),),
+        "a main process that leaves is found out by looking, another one only at the call's end",
     ),
     Definition(
         MARKS,

@@ -99,6 +99,8 @@ def gather(call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
         main_lost=account.main_lost,
         removed=account.removed,
         left=tuple(account.left),
+        gone=tuple(account.gone),
+        gone_count=account.gone_count,
         left_before=tuple(account.left_before),
         left_lives=frozenset(p.pid for p in call.left_mains if not pidfd_ended(p.pidfd)),
         outside=outside,

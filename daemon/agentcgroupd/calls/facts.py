@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.intents.grant import Grant
-from agentcgroupd.state.ending import Asked, Asker, Held, Left
+from agentcgroupd.state.ending import Asked, Asker, Gone, Held, Left
 
 CALLER_REASONS = (pb.END_REASON_TIMEOUT, pb.END_REASON_CANCELLED)
 """Reasons for which a caller may have killed the main process itself before it says so."""
@@ -91,6 +91,9 @@ class EndFacts:
     """Whether somebody else removed the cgroup."""
     left: tuple[Left, ...] = ()
     """Where the main process was found outside of its call's cgroup."""
+    gone: tuple[Gone, ...] = ()
+    """Processes besides the main one that were moved out of the call, those that are named."""
+    gone_count: int = 0
     left_before: tuple[Left, ...] = ()
     """Where the main processes of earlier commands were that had left."""
     left_lives: frozenset[int] = frozenset()

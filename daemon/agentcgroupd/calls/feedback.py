@@ -11,6 +11,7 @@ from agentcgroupd.calls.words import (
     count_of,
     earlier_left_words,
     earlier_oom,
+    gone_words,
     left_words,
     outside_words,
     swept_words,
@@ -101,11 +102,13 @@ def _of_oom(facts: EndFacts) -> list[pb.Feedback]:
 
 
 def _of_leaving(facts: EndFacts) -> list[pb.Feedback]:
-    """Tell that the main process left its call, or children of it."""
+    """Tell that the main process left its call, or others of it."""
     code = pb.FEEDBACK_CODE_LEFT_CALL
     told = []
     if facts.left:
         told.append(_feedback(code, left_words(facts), pid=facts.left[-1].pid))
+    if facts.gone_count:
+        told.append(_feedback(code, gone_words(facts), processes=facts.gone_count))
     for left, words in zip(facts.left_before, earlier_left_words(facts), strict=True):
         told.append(_feedback(code, words, pid=left.pid))
     if facts.ender is not None and facts.ender.outside:

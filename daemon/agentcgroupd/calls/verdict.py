@@ -21,6 +21,7 @@ from agentcgroupd.calls.words import (
     child_oom,
     claim_words,
     earlier_left_words,
+    gone_words,
     left_words,
     limit_words,
     oom_advice,
@@ -307,7 +308,8 @@ def judge(facts: EndFacts) -> tuple[pb.Verdict.ValueType, str]:
     rule = rule_of(facts)
     said = [rule.sentence(facts)]
     if facts.ever_entered:
-        said += [child_oom(facts), left_words(facts), swept_words(facts)]
+        said += [child_oom(facts), left_words(facts), gone_words(facts)]
+        said.append(swept_words(facts))
         said.append(claim_words(facts))
         said += earlier_left_words(facts)
     return rule.verdict, " ".join(filter(None, said))

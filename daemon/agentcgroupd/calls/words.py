@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.facts import CALLER_REASONS, EndFacts, LimitHit
-from agentcgroupd.state.ending import CALLER_WORDS, Asker, Held, Left
+from agentcgroupd.state.ending import CALLER_WORDS, Asker, Gone, Held, Left
 from agentcgroupd.units import show_bytes, show_usec
 
 CALLER_SAYS = {reason: f"its caller says that {CALLER_WORDS[reason]}" for reason in CALLER_REASONS}
@@ -176,6 +176,26 @@ def left_words_of(left: Left, still_there: bool) -> str:
     if still_there:
         return f"{text} and runs on without the call's limits; only its timeout holds there."
     return f"{text} and ran on without the call's limits until its end."
+
+
+def gone_words(facts: EndFacts) -> str:
+    """What left the call besides its main process, and who moved it; empty: nothing did, as far as
+    the kernel told."""
+    if not facts.gone_count:
+        return ""
+    named = "; ".join(gone_words_of(gone) for gone in facts.gone)
+    more = facts.gone_count - len(facts.gone)
+    rest = f"; and {more} more" if more else ""
+    left = f"{count_of(facts.gone_count)} left the call's cgroup"
+    return f"{left}, where its limits do not hold: {named}{rest}."
+
+
+def gone_words_of(gone: Gone) -> str:
+    """Who moved a process out of its call, and where to, as a clause."""
+    which = f"{gone.name} ({gone.pid})"
+    if gone.mover_pid == gone.pid:
+        return f"{which} moved itself to {gone.path}"
+    return f"{which} was moved by {gone.mover} ({gone.mover_pid}) to {gone.path}"
 
 
 def swept_words(facts: EndFacts) -> str:

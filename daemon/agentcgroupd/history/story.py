@@ -186,6 +186,10 @@ _WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
         f"The kernel's OOM killer chose {f.get('comm', 'a process')} ({f.get('pid', '?')})."
     ),
     "left_call": lambda f: f"Its main process left its cgroup for {f.get('to', 'another')}.",
+    "process_left": lambda f: (
+        f"{f.get('name', 'A process')} ({f.get('pid', '?')}) was moved to {f.get('to', 'another')} "
+        f"by {f.get('mover', 'somebody')} ({f.get('mover_pid', '?')})."
+    ),
     "reclaim": lambda f: (
         f"{_bytes(f, 'reclaimed_bytes')} were reclaimed in {_usec(f, 'took_usec')}."
     ),

@@ -15,6 +15,8 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup.held import HeldKnob
 from agentcgroupd.cgroup.tree import Cgroup
 
+GONE_MOST = 4
+"""Processes that left a call by themselves which its report names."""
 VICTIMS_MOST = 1000
 """How many processes that the kernel's OOM killer chose are known by their pids."""
 LEFT_BEFORE_MOST = 4
@@ -87,6 +89,19 @@ class Left:
     """The cgroup that it was found in, below the mount."""
     at_unix_usec: int
     moved_back: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A process, not the main one, that was moved out of its call, and by whom."""
+
+    pid: int
+    name: str
+    mover_pid: int
+    mover: str
+    path: str
+    """Where it was moved to, below the mount; of a long one the end."""
+    at_unix_usec: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +199,9 @@ class Account:
     left_before: list[Left] = field(default_factory=list)
     """Where the main processes of earlier commands were last, the last LEFT_BEFORE_MOST of those
     that had left."""
+    gone: list[Gone] = field(default_factory=list)
+    """Processes that were moved out of the call, the first GONE_MOST, as far as the kernel told."""
+    gone_count: int = 0
     victims: set[int] = field(default_factory=set)
     """Pids of processes that the kernel's OOM killer chose since the main process entered, as far
     as the kernel told."""
@@ -220,6 +238,14 @@ class Account:
             self.victims.add(pid)
             self.add(f"the kernel's OOM killer chose {name} ({pid})", source, at_unix_usec)
 
+    def note_gone(self, gone: Gone, words: str, source: str) -> None:
+        """Take down that a process was moved out of the call; the first GONE_MOST are known by
+        name."""
+        self.gone_count += 1
+        if len(self.gone) < GONE_MOST:
+            self.gone.append(gone)
+            self.add(words, source, gone.at_unix_usec)
+
     def command_begins(self, baseline: Baseline | None) -> None:
         """Begin anew with another main process. `baseline`: the counters as they are now; None:
         they are as they were."""
@@ -232,6 +258,8 @@ class Account:
         self.left_before += [left for left in self.left[-1:] if not left.moved_back]
         del self.left_before[:-LEFT_BEFORE_MOST]
         self.left.clear()
+        self.gone.clear()
+        self.gone_count = 0
         self.victims.clear()
         self.main_lost = self.main_killed = False
 

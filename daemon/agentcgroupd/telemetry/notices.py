@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from agentcgroup.text import printable
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.history.history import History
+from agentcgroupd.state.ending import Gone
 from agentcgroupd.state.session import HISTORY_KEPT, Call, Session, unix_usec
 from agentcgroupd.telemetry.audit import Audit
 from agentcgroupd.telemetry.feed import Feed
@@ -86,6 +87,27 @@ class Notices:
         code = pb.FEEDBACK_CODE_LEFT_CALL
         told = pb.Feedback(code=code, sentence=sentence, numbers={"pid": float(pid)})
         self.tell(call.session, call.id, told)
+
+    def process_left(self, call: Call, gone: Gone, is_main: bool, words: str) -> None:
+        """The kernel told that a process was moved out of a call, and by whom. Who is the main
+        process is told to the agent when it is looked at."""
+        session = call.session.id
+        self.audit.write(
+            "process_left",
+            session=session,
+            call=call.id,
+            pid=gone.pid,
+            name=gone.name,
+            mover_pid=gone.mover_pid,
+            mover=gone.mover,
+            to=gone.path,
+            main=is_main,
+        )
+        log.warning("call %s of session %s: %s", call.id, session, words)
+        if not is_main:
+            code = pb.FEEDBACK_CODE_LEFT_CALL
+            told = pb.Feedback(code=code, sentence=words, numbers={"pid": float(gone.pid)})
+            self.tell(call.session, call.id, told)
 
     # Of what the kernel did
 

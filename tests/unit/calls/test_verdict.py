@@ -14,7 +14,7 @@ from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.facts import EndFacts, LimitHit, OomFacts
 from agentcgroupd.calls.verdict import RULES, judge, report_of, rule_of
 from agentcgroupd.intents.grant import Grant
-from agentcgroupd.state.ending import Asked, Asker, Held, Left
+from agentcgroupd.state.ending import Asked, Asker, Gone, Held, Left
 
 MIB = 1 << 20
 GRANT = Grant(
@@ -125,6 +125,10 @@ SESSION, POOL, HOST = pb.LEVEL_SESSION, pb.LEVEL_POOL, pb.LEVEL_HOST
 TIMED_OUT = asked(Asker.TIMEOUT)
 LEFT_BEHIND: dict[str, Any] = {"main_ran": False, "processes": 2}
 ELSEWHERE = (Left(12, "/system.slice/x.scope", 1),)
+GONE = (
+    Gone(13, "sleep", 1, "systemd", "/user.slice/x.scope", 1),
+    Gone(14, "bash", 14, "bash", "/a", 1),
+)
 MOVED_BACK = (Left(12, "/pool/alpha/agent", 1, moved_back=True),)
 
 
@@ -268,6 +272,20 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
         {"wait_status": 5 << 8, "left": ELSEWHERE},
         pb.VERDICT_FAILED,
         ["exit status 5", "(12) left the call's cgroup for /system.slice/x.scope", "until its"],
+    ),
+    (
+        {"wait_status": 5 << 8, "gone": GONE, "gone_count": 2},
+        pb.VERDICT_FAILED,
+        [
+            "exit status 5",
+            "2 processes left the call's cgroup, where its limits do not hold: sleep (13) was "
+            "moved by systemd (1) to /user.slice/x.scope; bash (14) moved itself to /a.",
+        ],
+    ),
+    (
+        {"gone": GONE[:1], "gone_count": 7},
+        pb.VERDICT_OK,
+        ["7 processes left the call's cgroup", "to /user.slice/x.scope; and 6 more."],
     ),
     (
         {"wait_status": 15, "left": ELSEWHERE, **TIMED_OUT},

@@ -1,0 +1,145 @@
+"""Processes that are moved out of their calls, as systemd does it for a scope: each is told, with
+who moved it and where to, on this kernel."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.bpf.features import LEAVING, load
+from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
+from tests.harness import EXEC, AgentProcess, DaemonProcess, wait_until
+
+pytestmark = pytest.mark.programs
+RUN = """
+done = subprocess.run([EXEC, "--name", name, "--", "bash", "-c", script])
+result = done.returncode
+"""
+START = """
+tool = subprocess.Popen([EXEC, "--name", name, "--", "bash", "-c", script])
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _works() -> None:
+    """Skip the module where the kernel does not tell."""
+    bpf, states = load("lifecycle")
+    if bpf is not None:
+        bpf.close()
+    state = next(state for state in states if state.name == LEAVING)
+    if not state.works:
+        pytest.skip(state.reason)
+
+
+@pytest.fixture
+def other() -> Iterator[Path]:
+    """A cgroup that is none of the daemon's, which is empty in the end."""
+    root = Cgroup.open(cgroup2_mount())
+    made = root.make_child(f"agentcg-test-else-{os.getpid()}")
+    yield made.path
+    (made.path / "cgroup.kill").write_text("1")
+    wait_until("it is empty", lambda: not made.procs())
+    made.path.rmdir()
+
+
+def report_of(daemon: DaemonProcess, name: str) -> pb.Report:
+    """The report of the call of that name, when it has ended."""
+
+    def found() -> list[pb.Report]:
+        request = pb.ListReportsRequest(session_id="alpha", limit=100)
+        return [r for r in daemon.admin.ListReports(request).reports if r.name == name]
+
+    wait_until("it is reported", lambda: bool(found()))
+    return found()[0]
+
+
+def told(daemon: DaemonProcess, *names: str) -> list[dict[str, object]]:
+    """What the audit log has of processes that left calls of these names."""
+    entries = [json.loads(line) for line in daemon.audit_lines()]
+    begun = [entry for entry in entries if entry["event"] == "call_begun"]
+    calls = {entry["call"] for entry in begun if entry["name"] in names}
+    assert len(calls) == len(names)
+    return [e for e in entries if e["event"] == "process_left" and e["call"] in calls]
+
+
+def test_a_child_that_goes_by_itself_is_told_after_its_call_has_ended_well(
+    daemon: DaemonProcess, agent: AgentProcess, other: Path
+) -> None:
+    script = f"(echo $BASHPID > {other}/cgroup.procs; exec sleep 100) & sleep 0.3; exit 5"
+    assert agent.run(RUN, name="child", script=script) == 5
+    report = report_of(daemon, "child")
+    (pid,) = (other / "cgroup.procs").read_text().split()
+    moved = f"bash ({pid}) moved itself to /{other.name}"
+    assert moved in report.sentence and "1 process left the call's cgroup" in report.sentence
+    assert [fact.what for fact in report.facts if fact.source == "cgroup_attach_task"] == [moved]
+    codes = [feedback.code for feedback in report.feedback]
+    assert codes.count(pb.FEEDBACK_CODE_LEFT_CALL) == 1
+    (entry,) = told(daemon, "child")
+    assert (entry["pid"], entry["to"], entry["main"]) == (int(pid), f"/{other.name}", False)
+
+
+def test_an_orphan_that_somebody_else_moves_is_told_with_who_it_was(
+    daemon: DaemonProcess, agent: AgentProcess, other: Path, tmp_path: Path
+) -> None:
+    """Forked twice, in a session of its own, so that nothing leads back to its call."""
+    pid_file = tmp_path / "pid"
+    orphan = f"echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; exec sleep 100"
+    script = f"(setsid bash -c '{orphan}' &); sleep 100; true"
+    agent.run(START, name="orphan", script=script)
+    wait_until("it runs", pid_file.exists)
+    pid = pid_file.read_text().strip()
+    mover = subprocess.Popen(
+        ["bash", "-c", f"echo {pid} > {other}/cgroup.procs; exec sleep 100"],
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        wait_until("the log has it", lambda: bool(told(daemon, "orphan")))
+        (entry,) = told(daemon, "orphan")
+        assert (entry["pid"], entry["mover_pid"]) == (int(pid), mover.pid)
+    finally:
+        mover.kill()
+        mover.wait()
+    agent.run("tool.terminate(); tool.wait()")
+    sentence = report_of(daemon, "orphan").sentence
+    assert f"sleep ({pid}) was moved by bash ({mover.pid}) to /{other.name}" in sentence
+
+
+def test_of_many_four_are_named_and_the_rest_is_counted(
+    daemon: DaemonProcess, agent: AgentProcess, other: Path
+) -> None:
+    one = f"(echo $BASHPID > {other}/cgroup.procs; exec sleep 100) &"
+    script = f"for n in $(seq 30); do {one} done; sleep 1; exit 0"
+    agent.run(RUN, name="many", script=script)
+    sentence = report_of(daemon, "many").sentence
+    assert "30 processes left the call's cgroup" in sentence and "; and 26 more." in sentence
+    assert sentence.count("moved itself") == 4
+    assert len(told(daemon, "many")) == 30
+
+
+def test_what_stays_or_goes_to_another_call_has_not_left(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    script = f"(setsid sh -c '(sleep 0.3 &)' &); {EXEC} --name inner -- sleep 0.1; sleep 0.5; true"
+    agent.run(RUN, name="stays", script=script)
+    assert "left" not in report_of(daemon, "stays").sentence
+    assert "left" not in report_of(daemon, "inner").sentence
+    assert told(daemon, "stays", "inner") == []
+
+
+def test_who_moved_the_main_process_is_a_fact(
+    daemon: DaemonProcess, agent: AgentProcess, other: Path
+) -> None:
+    script = f"echo $$ > {other}/cgroup.procs; exit 3"
+    assert agent.run(RUN, name="main", script=script) == 3
+    report = report_of(daemon, "main")
+    facts = [fact.what for fact in report.facts if fact.source == "cgroup_attach_task"]
+    assert len(facts) == 1 and facts[0].endswith(f"moved itself to /{other.name}")
+    assert "processes left" not in report.sentence
+    (entry,) = told(daemon, "main")
+    assert entry["main"] is True
