@@ -578,7 +578,7 @@ def _python_trees() -> list[Tree]:
     ]
 
 
-def _played(steps: list[list[Any]]) -> Words:
+def played(steps: list[list[Any]]) -> Words:
     """Make words for the player of the steps that strace has seen. What is executed last in a
     process stays for a while, or it would have ended before it can be moved."""
     words: Words = []
@@ -590,14 +590,14 @@ def _played(steps: list[list[Any]]) -> Words:
             case "spawn":
                 setsid = given[0][0] == ["setsid"]
                 first, *others = given[0][1:] if setsid else given[0]
-                after = _played(others) if others else nap(300)
+                after = played(others) if others else nap(300)
                 words += spawn(first[2], after, comm=first[1], setsid=setsid)
             case "fork":
                 if given[0][:1] == [["join"]]:
                     words += nap(50)  # so that which of a pipeline comes first is certain
-                words += fork(_played(given[0]))
+                words += fork(played(given[0]))
             case "thread":
-                words += thread("worker", _played(given[0]))
+                words += thread("worker", played(given[0]))
             case _:
                 words.append(what)
     return words
@@ -606,7 +606,7 @@ def _played(steps: list[list[Any]]) -> Words:
 def _from_recordings() -> list[Tree]:
     rows = json.loads(RECORDINGS.read_text())
     return [
-        Tree(row["what"], _played(row["steps"]), [(name, last) for name, last in row["calls"]])
+        Tree(row["what"], played(row["steps"]), [(name, last) for name, last in row["calls"]])
         for row in rows
     ]
 

@@ -41,10 +41,12 @@ def steps_of(
         done = subprocess.run(trace, capture_output=True, text=True, check=False, **options)
         files = Path(directory).iterdir()
         by_pid = {int(file.suffix[1:]): file.read_text().splitlines() for file in files}
-    return _Reader(by_pid).steps(min(by_pid)), done
+    return Reader(by_pid).steps(min(by_pid)), done
 
 
-class _Reader:
+class Reader:
+    """Makes steps of the lines of each process."""
+
     def __init__(self, lines: Mapping[int, list[str]]) -> None:
         self._lines = lines
 
