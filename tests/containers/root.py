@@ -22,7 +22,8 @@ from tools.debian_suites import find_mirror
 SUITES = ("forky", "trixie")
 PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "kmod", "iproute2", "busybox-static", "procps"),
-    *("docker.io", "docker-cli", "containerd", "runc", "podman", "crun", "ca-certificates"),
+    *("docker.io", "docker-cli", "docker-buildx", "containerd", "runc", "podman", "crun"),
+    "ca-certificates",
     "libelf1t64",
 )
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*")
