@@ -161,7 +161,7 @@ def _with_guests() -> list[Suite]:
         "pins",
         ("tests/systemd/test_pins.py",),
         "qemu",
-        limit_sec=900,
+        limit_sec=1500,
         test_limit_sec=600,
         marks=IN_QEMU,
         guest_options=("--systemd",),

@@ -24,13 +24,18 @@
 
 enum { INPUT_MAX = 8 << 20, COMMAND_MAX = 8192, LOG_MAX = 256 << 10, ALL_S = 5, ANSWER_MS = 4000 };
 
-/* The events after a tool, in the dialects of the agents. */
+/*
+ * The events after a tool, in the dialects of the agents; or those at which the model can be told
+ * of all tools since the last one, because what is said after a tool never reaches it.
+ */
 static const struct {
 	const char *agent, *events[3];
+	bool of_all;
 } dialects[] = {
-	{ "claude", { "PostToolUse", "PostToolUseFailure" } },
-	{ "codex", { "PostToolUse" } },
-	{ "gemini", { "AfterTool" } },
+	{ "claude", { "PostToolUse", "PostToolUseFailure" }, false },
+	{ "codex", { "PostToolUse" }, false },
+	{ "gemini", { "AfterTool" }, false },
+	{ "openhands", { "Stop", "UserPromptSubmit" }, true },
 };
 
 enum { DIALECTS = sizeof(dialects) / sizeof(*dialects) };
@@ -103,7 +108,7 @@ static char *read_input(void)
 	return text;
 }
 
-static bool follows_tool(int dialect, const char *event)
+static bool is_of(int dialect, const char *event)
 {
 	for (int i = 0; event && dialects[dialect].events[i]; i++)
 		if (!strcmp(event, dialects[dialect].events[i]))
@@ -178,6 +183,34 @@ static void after_tool(const char *document, const char *event)
 		tell(event, text);
 }
 
+/*
+ * Tells of all calls that the model has not been told of. An agent that is about to stop goes on,
+ * or it would hear nothing before its next message from the user.
+ */
+static void of_all(const char *event)
+{
+	static char answer[ANSWER_MAX + 2], text[ANSWER_MAX + 1024];
+	static struct question question;
+
+	begin_question(&question, "told");
+	add_word(&question, "all", "1", 1);
+	if (!ask(&question, answer, ANSWER_MS, false)) {
+		if (errno != ENOENT && errno != ECONNREFUSED)
+			note("the daemon did not answer: %s", strerror(errno));
+		return;
+	}
+	if (!strcmp(answer, "OK"))
+		gather(answer, text, sizeof(text));
+	else if (strcmp(answer + sizeof("ERR"), "PERMISSION_DENIED"))
+		note("the daemon refused: %s", answer + sizeof("ERR"));
+	if (!*text)
+		return;
+	make_printable((unsigned char *)text);
+	fputs("{\"additionalContext\":", stdout);
+	json_print(stdout, text);
+	puts(strcmp(event, "Stop") ? "}" : ",\"decision\":\"deny\"}");
+}
+
 int main(int argc, char **argv)
 {
 	int dialect = 0;
@@ -188,7 +221,8 @@ int main(int argc, char **argv)
 		dialect++;
 	if (argc != 2 || dialect == DIALECTS) {
 		program = "agentcg hook";
-		say("%s: usage: %s claude|codex|gemini, as `agentcg setup` has agents run it",
+		say("%s: usage: %s claude|codex|gemini|openhands, as `agentcg setup` has agents "
+		    "run it",
 		    program, program);
 		return 1; /* not 2, by which a hook stops an agent */
 	}
@@ -206,7 +240,11 @@ int main(int argc, char **argv)
 	event = json_find_text(document, "hook_event_name");
 	if (!event) /* OpenHands */
 		event = json_find_text(document, "event_type");
-	if (follows_tool(dialect, event))
+	if (!is_of(dialect, event))
+		return 0;
+	if (dialects[dialect].of_all)
+		of_all(event);
+	else
 		after_tool(document, event);
 	return 0;
 }

@@ -70,7 +70,13 @@ def test_the_model_hears_what_became_of_its_command(
     assert not log.exists(), log.read_text()
 
 
-def test_openhands_runs_the_hook_and_drops_what_it_says(
+AFTER_A_TOOL = """
+import json
+print(json.dumps({"additionalContext": "heard after a tool", "reason": "heard after a tool"}))
+"""
+
+
+def test_openhands_model_hears_before_it_stops_what_it_does_not_after_a_tool(
     daemon: DaemonProcess, tmp_path: Path
 ) -> None:
     work, home = tmp_path / "work", tmp_path / "home"
@@ -80,11 +86,22 @@ def test_openhands_runs_the_hook_and_drops_what_it_says(
     base["AGENTCG_RUN_DIR"] = str(daemon.run_dir)
     setup = [FRONT, "setup", "openhands", "--project"]
     subprocess.run(setup, env=base, check=True, cwd=work, stdout=2)
+    # What any hook says after a tool goes nowhere: if that changes, ours is to be one of them.
+    script = work / "after.py"
+    script.write_text(AFTER_A_TOOL)
+    settings = work / ".openhands/hooks.json"
+    hooks = json.loads(settings.read_text())
+    after = {"type": "command", "command": f"python3 {script}", "timeout": 10}
+    hooks["hooks"]["PostToolUse"] = [{"matcher": "*", "hooks": [after]}]
+    settings.write_text(json.dumps(hooks))
     with Model(f"{FRONT} exec --quiet --timeout 300ms -- sleep 1000; echo over") as model:
         seen = (Path(FRONT).parent, daemon.run_dir)
         argv, env = openhands("tmux", home, work, model.url, *seen)
         session = daemon.open("real-openhands")
         done = session.run(RUN, argv=argv, env={**base, **env}, cwd=str(work))
-    assert "hook: 0 " in done[1], done
-    said = "was ended at its timeout of 300 ms"
-    assert model.told and said not in model.told[-1], "docs/agents.md says that it is not told"
+    assert "hook: 0 " in done[1] and "heard after a tool" in done[1], done
+    assert not any("heard after a tool" in told for told in model.told), "docs/agents.md says so"
+    heard = ["was ended at its timeout of 300 ms" in told for told in model.told]
+    assert len(heard) >= 2 and heard[-1] and not heard[0], (heard, done)
+    log = home / ".local/state/agentcgroup/hook.log"
+    assert not log.exists(), log.read_text()

@@ -62,6 +62,39 @@ def test_the_command_finds_its_report_and_it_is_told_once(
     assert told(agent, dialect, command) == ""
 
 
+def told_of_all(agent: AgentProcess, event: str) -> dict[str, Any]:
+    """What OpenHands' hook says at one of its events; empty: nothing."""
+    said = {"event_type": event, "session_id": "s-1", "working_dir": "/", "metadata": {}}
+    status, out, error = run(agent, FRONT, "hook", "openhands", said=json.dumps(said))
+    assert (status, error) == (0, "")
+    return dict(json.loads(out)) if out else {}
+
+
+def test_an_agent_that_hears_nothing_after_a_tool_hears_of_all_before_it_stops(
+    agent: AgentProcess,
+) -> None:
+    told_of_all(agent, "UserPromptSubmit")
+    declared(agent, "exit 3")
+    for number in range(2):
+        declared(agent, f"sleep 200{number}", "--timeout", "200ms")
+    assert told_of_all(agent, "PostToolUse") == {}
+    said = told_of_all(agent, "Stop")
+    assert said["decision"] == "deny"
+    first, _, second = said["additionalContext"].partition("sleep 2001")
+    assert "sleep 2000`: " in first and "its timeout of 200 ms" in first and "exit 3" not in first
+    assert "its timeout of 200 ms" in second
+    assert told_of_all(agent, "Stop") == told_of_all(agent, "UserPromptSubmit") == {}
+    declared(agent, "sleep 2002", "--timeout", "200ms")
+    said = told_of_all(agent, "UserPromptSubmit")
+    assert said.keys() == {"additionalContext"} and "sleep 2002" in said["additionalContext"]
+
+
+def test_what_was_told_after_a_tool_is_not_told_again_with_all(agent: AgentProcess) -> None:
+    declared(agent, "sleep 2003", "--timeout", "200ms")
+    assert told(agent, "claude", "sleep 2003") != ""
+    assert told_of_all(agent, "Stop") == {}
+
+
 def test_what_went_well_and_what_failed_by_itself_is_not_spoken_of(agent: AgentProcess) -> None:
     declared(agent, "exit 3")
     declared(agent, "echo all is well")

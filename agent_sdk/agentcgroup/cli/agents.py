@@ -45,7 +45,7 @@ def settings_of(agent: str, scope: Scope, front: Path, home: Path, project: Path
     return _FINDERS[agent](scope, base, command)
 
 
-_DIALECTS = {"openhands": "claude", "opencode": "claude"}
+_DIALECTS = {"opencode": "claude"}
 
 
 # JSON, as most have it
@@ -142,10 +142,11 @@ def _openhands(scope: Scope, base: Path, command: str) -> Settings:
     if scope == "managed":
         raise CannotSetUp("OpenHands has no managed hooks; use --user or --project")
     hook = {"type": "command", "command": command, "timeout": _TIMEOUT_S}
-    entries = {"PostToolUse": [{"matcher": "*", "hooks": [hook]}]}
+    entry = {"matcher": "*", "hooks": [hook]}
+    entries = {"Stop": [entry], "UserPromptSubmit": [entry]}
     note = (
-        "OpenHands 1.58 runs the hook but does not pass what it says on to the model; "
-        "`agentcg report` has it."
+        "OpenHands passes nothing on to the model after a tool: it hears what there is to tell "
+        "with your next message, or before it stops."
     )
     return Settings(base / ".openhands/hooks.json", _json(entries), note)
 

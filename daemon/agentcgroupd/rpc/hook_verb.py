@@ -3,6 +3,9 @@
 The report is found by the agent's own name for the tool call, else by the command that the model
 asked for. Each report is told once, so that of two calls of the same command each hook tells of one
 of its own. A tool that ran nothing, or whose call is still running, has nothing to be told of it.
+
+Where an agent hands its model nothing after a tool, its hook asks later for all that is worth
+telling.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ ENDING_S, GOING_ON_S = 3.0, 0.1
 """How long an answer waits for the end of a call whose main process has ended already: one whose
 processes are ended now, and one in which what was left running may go on."""
 SENTENCES_MAX = 6
+COMMAND_CHARS = 80
+"""How much of a command is repeated to the model."""
 BY_ITSELF = frozenset(pb.Verdict.Value(f"VERDICT_{name}") for name in worth_telling.BY_ITSELF)
 WORTH_TELLING = frozenset(
     pb.FeedbackCode.Value(f"FEEDBACK_CODE_{name}") for name in worth_telling.FEEDBACK
@@ -43,9 +48,12 @@ class HookVerb:
 
     def told(self, peer: Peer, request: Request) -> list[str] | Coroutine[Any, Any, list[str]]:
         """Answer what there is to tell of a tool call that has just ended: `call=` and its
-        sentences, for each call of it. Raises RequestError."""
-        request.only("tool_use_id", "command")
+        sentences, for each call of it; with `all=1` of all that has not been told. Raises
+        RequestError."""
+        request.only("tool_use_id", "command", "all")
         caller = self._callers.of(peer)
+        if request.values.get("all"):
+            return _answer_of_all(caller)
         tool_use_id = request.values.get("tool_use_id", "")
         command = request.values.get("command", "")
         ending = [call for call in _open(caller, tool_use_id, command) if _has_ended(call)]
@@ -108,6 +116,27 @@ def _answer(caller: Caller, tool_use_id: str, command: str) -> list[str]:
         words += [f"call={report.call_id}", f"verdict={verdict}"]
         told += [sentence for sentence in _sentences(report) if sentence not in told]
     return [*words, *(f"say={' '.join(sentence.split())}" for sentence in told[:SENTENCES_MAX])]
+
+
+def _answer_of_all(caller: Caller) -> list[str]:
+    """Tell of the calls that the caller is shown and nobody has told of, the newest last. Each says
+    which it was, because the model does not hear it beside its command."""
+    session = caller.session
+    fresh = [
+        report
+        for report in session.reports
+        if report.call_id not in session.told and caller.sees_report(report)
+    ]
+    _note(session, fresh)
+    words, told = ["OK"], list[str]()
+    for report in fresh:
+        said = list(_sentences(report))
+        if said:
+            words.append(f"call={report.call_id}")
+            what = report.command or report.name
+            what = what if len(what) <= COMMAND_CHARS else what[:COMMAND_CHARS] + "..."
+            told.append(f"`{what}`: {' '.join(said)}")
+    return [*words, *(f"say={' '.join(text.split())}" for text in told[-SENTENCES_MAX:])]
 
 
 def _reports(caller: Caller, tool_use_id: str, command: str) -> list[pb.Report]:

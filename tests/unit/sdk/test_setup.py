@@ -81,6 +81,27 @@ def test_each_agent_is_told_in_its_own_words() -> None:
     ]
 
 
+def test_openhands_is_told_where_its_model_hears_it() -> None:
+    before = json.dumps(
+        {
+            "hooks": {
+                "PostToolUse": [
+                    {
+                        "matcher": "*",
+                        "hooks": [
+                            {"type": "command", "command": f"{FRONT} hook claude", "timeout": 10}
+                        ],
+                    }
+                ]
+            }
+        }
+    )
+    assert hooks_of(json.loads(write("openhands", before))) == [
+        ("Stop", "*", f"{FRONT} hook openhands"),
+        ("UserPromptSubmit", "*", f"{FRONT} hook openhands"),
+    ]
+
+
 def test_files_are_where_the_agents_look() -> None:
     found = {
         (agent, scope): str(settings_of(agent, scope, FRONT, HOME, PROJECT).path)
