@@ -56,6 +56,12 @@ def test_what_a_quiet_shell_goes_on_as_is_no_call() -> None:
     assert not DEFAULT.of(Started("env", ["env"], "claude", is_first=False)).begins_call
 
 
+@pytest.mark.parametrize("argv", [["bash", "-c", "make"], ["make"], ["sudo", "make"], ["bash"]])
+def test_what_startup_files_start_is_quiet(argv: list[str]) -> None:
+    started = Started(argv[0], argv, "bash", is_job=lambda: True, at_startup=True)
+    assert DEFAULT.of(started).is_quiet and not DEFAULT.of(started).begins_call
+
+
 @pytest.mark.parametrize(
     ("comm", "argv", "quiet"),
     [
