@@ -122,7 +122,7 @@ def _aider(way: str, home: Path, work: Path, url: str) -> Agent:
     if way in ("run", "terminal"):
         argv += ["--no-git", "--message", f"/run {COMMANDS[0]}"]
         if way == "terminal":
-            argv = [sys.executable, "-c", TERMINAL, *argv]
+            argv = ["python3", "-c", TERMINAL, *argv]
         return Agent(argv, env, FOUND[:1], asks=False)
     git = ["git", "-C", str(work), "-c", "user.name=u", "-c", "user.email=u@localhost"]
     (work / "f.py").write_text('print("hi")\n')

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ def recorded(package: str, way: str) -> dict[str, Any]:
         steps, done = steps_of(agent.argv, env=env, cwd=work, stdin=null, timeout=200)
         assert done.returncode == 0, done
         own = {str(WHERE / "py" / package / "bin"): "/x/bin", str(home): "/home/u", str(work): "/w"}
-        own[sys.executable] = "/x/bin/python"
         if way == "server":
             own[agent.argv[2]] = "8000"
     return {"what": f"{package}: {way}", "steps": _without(steps, own), "calls": agent.calls}
