@@ -3,10 +3,12 @@ all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,13 @@ def recordings() -> Path:
         return Path(known)
     beside = ROOT.parent / "shared/traces"
     return beside if beside.is_dir() else ROOT / "bench/recordings"
+
+
+@contextlib.contextmanager
+def run_directory() -> Iterator[Path]:
+    """A run directory for a daemon where a service has it, in memory: each call writes there."""
+    with tempfile.TemporaryDirectory(prefix="agentcg-", dir="/run") as directory:
+        yield Path(directory) / "run"
 
 
 @dataclass(frozen=True, slots=True)
