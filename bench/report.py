@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agentcgroup import tables
+from agentcgroupd.host.mounts import mounts
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build/bench"
@@ -31,8 +32,15 @@ def recordings() -> Path:
 
 @contextlib.contextmanager
 def run_directory() -> Iterator[Path]:
-    """A run directory for a daemon where a service has it, in memory: each call writes there."""
-    with tempfile.TemporaryDirectory(prefix="agentcg-", dir="/run") as directory:
+    """A run directory for a daemon in memory, where a service has it: each call writes there.
+    Raises SystemExit where there is no such file system."""
+    in_memory = {mount.point for mount in mounts() if mount.kind == b"tmpfs"}
+    places = [place for place in map(Path, ("/run", "/dev/shm")) if place in in_memory]
+    if not places:
+        raise SystemExit(
+            "neither /run nor /dev/shm is a tmpfs: the run directory would be on a disk"
+        )
+    with tempfile.TemporaryDirectory(prefix="agentcg-", dir=places[0]) as directory:
         yield Path(directory) / "run"
 
 

@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 SWEEP_INTERVAL_S = 10.0
 SWEEP_SHARE = 0.005
-"""Most of a CPU that sweeps take: with thousands of calls they are further apart. They find only
-what nobody has told of."""
+"""Most of a CPU that sweeps take, which find only what nobody has told of, and looks at all
+sessions for metrics: with thousands of calls they are further apart."""
 BEAT_INTERVAL_S = 0.5
 SHOW_INTERVAL_S = 2.0
 """Between looks at all sessions for the metrics."""
@@ -158,12 +158,18 @@ class Running:
                 log.error("the pool cannot be read: %s", error)
 
     async def _show_forever(self) -> None:
-        """Keep the metrics of sessions, which there may be a thousand of."""
+        """Keep the metrics of sessions and calls, which there may be thousands of."""
         await asyncio.sleep(SHOW_INTERVAL_S)
         shown = SessionMetrics(self._metrics, self._sessions_shown)
         while True:
-            await in_slices(shown.show(tuple(self._parts.sessions.open.values())))
-            await asyncio.sleep(SHOW_INTERVAL_S)
+            took_s = await in_slices(self._show(shown))
+            await asyncio.sleep(max(SHOW_INTERVAL_S, took_s / SWEEP_SHARE))
+
+    def _show(self, shown: SessionMetrics) -> Iterator[None]:
+        states = Counter(call.state for call in self._calls.open.values())
+        for name, state in CALL_STATES.items():
+            self._metrics.calls_open.labels(name).set(states[state])
+        yield from shown.show(tuple(self._parts.sessions.open.values()))
 
     async def _ask_forever(self) -> None:
         """Ask the daemon itself; the answers feed systemd's watchdog and /readyz."""
@@ -189,9 +195,6 @@ class Running:
         used = current / most if current is not None and most else float("nan")
         metrics.pool_memory_ratio.set(used)
         metrics.calls_waited_longest.set(self._parts.queue.longest_wait_usec() / 1e6)
-        states = Counter(call.state for call in self._calls.open.values())
-        for name, state in CALL_STATES.items():
-            metrics.calls_open.labels(name).set(states[state])
         metrics.cgroups_polled.set(self._events.polled)
         metrics.audit_lost.follow(self._parts.notices.audit.lost)
         metrics.audit_left_out.follow(self._parts.notices.audit.left_out)
