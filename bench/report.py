@@ -3,15 +3,18 @@ all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from agentcgroup import tables
+from agentcgroupd.host.mounts import mounts
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build/bench"
@@ -25,6 +28,20 @@ def recordings() -> Path:
         return Path(known)
     beside = ROOT.parent / "shared/traces"
     return beside if beside.is_dir() else ROOT / "bench/recordings"
+
+
+@contextlib.contextmanager
+def run_directory() -> Iterator[Path]:
+    """A run directory for a daemon in memory, where a service has it: each call writes there.
+    Raises SystemExit where there is no such file system."""
+    in_memory = {mount.point for mount in mounts() if mount.kind == b"tmpfs"}
+    places = [place for place in map(Path, ("/run", "/dev/shm")) if place in in_memory]
+    if not places:
+        raise SystemExit(
+            "neither /run nor /dev/shm is a tmpfs: the run directory would be on a disk"
+        )
+    with tempfile.TemporaryDirectory(prefix="agentcg-", dir=places[0]) as directory:
+        yield Path(directory) / "run"
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ ANYWHERE = frozenset(
         "soak",
         "history",
         "containers",
+        "traffic",
     }
 )
 """Benchmarks that any cgroup2 mount will do for, or that start the guest for a part themselves."""

@@ -48,3 +48,4 @@ struct vram_key vram_key;
 struct vram_allocation vram_allocation;
 struct vram_event vram_event;
 struct net_traffic net_traffic;
+struct net_control net_control;

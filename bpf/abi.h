@@ -494,12 +494,19 @@ struct vram_event {
 struct net_traffic {
 	__u64 receive_bytes;
 	__u64 receive_packets;
+	__u64 apart[8]; /* receiving and sending are often done by two CPUs: a cache line each */
 	__u64 send_bytes;
 	__u64 send_packets;
 	__u64 refused_packets;	/* what it would have sent above its rate */
 	__u64 send_bytes_per_s; /* what it may send; 0: as much as it likes */
 	__u64 paid_until_ns;	/* when all that it has sent would be out at that rate
 				   (CLOCK_MONOTONIC) */
+};
+
+/* What the daemon tells net.bpf.c. */
+struct net_control {
+	__u32 first_level; /* levels below the root where the highest cgroup with an entry is */
+	__u32 reserved;
 };
 
 #endif

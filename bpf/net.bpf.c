@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * What the sockets of sessions and calls receive and send. Attached to the pool, beside any program
- * that others have there; lets every packet through, but for those that a call sends faster than it
- * may.
+ * What the sockets of sessions and calls receive and send. Attached to the pool, and to the cgroups
+ * of adopted sessions, beside any program that others have there; lets every packet through, but
+ * for those that a call sends faster than it may.
  *
  * A packet belongs to the cgroup in which its socket was made. It is counted for that cgroup and
  * for those above it that the daemon has given an entry: a call inside another one is a part of
@@ -21,6 +21,7 @@ char LICENSE[] SEC("license") = "GPL";
 #define LEVELS 20
 
 ID_MAP(traffic, struct net_traffic);
+struct net_control control = {};
 
 /*
  * What may be sent at once. TCP tries again by its own timer after half a second where it has
@@ -80,7 +81,8 @@ static __always_inline void take_back(struct __sk_buff *skb, int refused_at)
 	struct net_traffic *entry;
 	bool is_last;
 
-	for (int level = 1; level <= LEVELS && level < refused_at; level++) {
+	for (int level = control.first_level, i = 0; i < LEVELS && level < refused_at;
+	     i++, level++) {
 		entry = entry_at(skb, level, &is_last);
 		if (!entry)
 			continue;
@@ -98,7 +100,7 @@ int on_receive(struct __sk_buff *skb)
 	struct net_traffic *entry;
 	bool is_last;
 
-	for (int level = 1; level <= LEVELS; level++) {
+	for (int level = control.first_level, i = 0; i < LEVELS; i++, level++) {
 		entry = entry_at(skb, level, &is_last);
 		if (is_last)
 			break;
@@ -118,7 +120,7 @@ int on_send(struct __sk_buff *skb)
 	int result = PASS;
 	bool is_last;
 
-	for (int level = 1; level <= LEVELS; level++) {
+	for (int level = control.first_level, i = 0; i < LEVELS; i++, level++) {
 		entry = entry_at(skb, level, &is_last);
 		if (is_last)
 			break;

@@ -921,12 +921,33 @@ static __always_inline u64 session(struct pt_regs *ctx)
 	return id;
 }
 
+/* False; the compiler does not know that, the verifier does. */
+const volatile bool never = false;
+
+/**
+ * keep_own_stack - have the kernel use a stack of the thread's own for this program
+ * @ctx: the program's context
+ *
+ * From Linux 6.13 on, a function of a program of this type with 64 bytes of stack or more gets one
+ * stack for each CPU (kernel/bpf/verifier.c: bpf_enable_priv_stack()). For other types, the same
+ * program does not run twice at once on a CPU. A probe of user space does: it can be preempted, or
+ * sleep, and then another thread runs it, and both write to the same stack. Seen in accounts: sizes
+ * that were addresses, and memory given back that was not. A program with a tail call anywhere gets
+ * no such stack. This one is never made, nor verified.
+ */
+static __always_inline void keep_own_stack(void *ctx)
+{
+	if (never)
+		bpf_tail_call(ctx, NULL, 0);
+}
+
 /* Returns 1 if the kernel need not run this program at the function's end. */
 SEC("uprobe.multi.s")
 int on_cuda(struct pt_regs *ctx)
 {
 	u64 id = session(ctx);
 
+	keep_own_stack(ctx);
 	if (id == REFUSED)
 		leave_out(ctx);
 	return id == REFUSED || id == NOT_OURS;
@@ -936,6 +957,7 @@ int on_cuda(struct pt_regs *ctx)
 SEC("uprobe.multi.s")
 int on_cuda_seen(struct pt_regs *ctx)
 {
+	keep_own_stack(ctx);
 	return session(ctx) == NOT_OURS;
 }
 
@@ -947,6 +969,7 @@ int on_launch(struct pt_regs *ctx)
 	struct vram_quota *quota;
 	u64 id;
 
+	keep_own_stack(ctx);
 	id = quota_id();
 	quota = bpf_map_lookup_elem(&quotas, &id);
 	account = id ? account_of(id) : NULL;

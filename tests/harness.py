@@ -150,12 +150,12 @@ shell_command = true
 class DaemonProcess:
     """A daemon with a pool, sockets and files of its own."""
 
-    def __init__(self, directory: Path, config: str = "") -> None:
+    def __init__(self, directory: Path, config: str = "", run_dir: Path | None = None) -> None:
         """Write the configuration. `config` is TOML to be added: sections other than [server] and
         [audit]; a [pool] section comes first. Where it does not speak of boundaries,
-        SHELLS_BEGIN_CALLS holds."""
+        SHELLS_BEGIN_CALLS holds. `run_dir`: the run directory, where it is to be elsewhere."""
         self.directory = directory
-        self.run_dir = directory / "run"
+        self.run_dir = run_dir or directory / "run"
         self.audit_path = directory / "audit.jsonl"
         self.history_path = directory / "history.db"
         self.pool_path = f"/agentcg-test-{secrets.token_hex(4)}"

@@ -14,7 +14,12 @@ from tests.guest.where import Kind
 
 RESULTS = CHECKOUT / "build/test"
 PYTEST = [str(CHECKOUT / ".venv/bin/python"), "-m", "pytest", "-p", "no:cacheprovider"]
-SCHED = ("tests/guest/test_cpu.py", "tests/guest/test_disk_hogs.py", "tests/guest/test_sched.py")
+SCHED = (
+    "tests/guest/test_cpu.py",
+    "tests/guest/test_disk_hogs.py",
+    "tests/guest/test_disk_shares.py",
+    "tests/guest/test_sched.py",
+)
 """A suite of their own, so that the work can be shared out more evenly. Its guest has a disk."""
 PROGRAMS = (
     *(

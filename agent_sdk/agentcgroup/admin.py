@@ -42,9 +42,9 @@ class Admin(Client["AdminStub"]):
     """A connection to the daemon's admin socket, made when first needed.
 
     Limits of a session are text or numbers, as in an intent: memory_low, memory_high, memory_max
-    (bytes), cpu_weight, cpu_max (cores), pids_max, priority, calls_max; gpu, gpu_memory,
-    gpu_priority, gpu_device: for the agent itself; exec_is_call: "yes" or "no". labels: at most
-    16, text by text, which stay as they are: what `usage` adds up by.
+    (bytes), cpu_weight, cpu_max (cores), io_weight, io_latency (seconds), pids_max, priority,
+    calls_max; gpu, gpu_memory, gpu_priority, gpu_device: for the agent itself; exec_is_call: "yes"
+    or "no". labels: at most 16, text by text, which stay as they are: what `usage` adds up by.
     """
 
     def __init__(self, run_dir: str | None = None) -> None:

@@ -489,6 +489,8 @@ class SessionInfo(_Answer):
     where no runtime has told of it."""
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """What its use is added up by: whose it is, what it is for."""
+    io_weight: int = 100
+    io_latency_usec: int | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)

@@ -23,7 +23,7 @@ from typing import Any
 
 import agentcgroup
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from bench.report import BenchReport, Target, quantile, spread
+from bench.report import BenchReport, Target, quantile, run_directory, spread
 from tests.harness import EXEC, DaemonProcess, wait_until
 
 TRUE = "/bin/true"
@@ -119,8 +119,8 @@ def main() -> int:
         small = arguments.inside == "time"
         print(json.dumps(inside(arguments.per_round) if small else many(arguments.leak_calls)))
         return 0
-    with tempfile.TemporaryDirectory(prefix="agentcg-") as directory:
-        daemon = DaemonProcess(Path(directory))
+    with tempfile.TemporaryDirectory(prefix="agentcg-") as directory, run_directory() as run:
+        daemon = DaemonProcess(Path(directory), run_dir=run)
         try:
             daemon.start()
             report = _measure(daemon, arguments)

@@ -24,7 +24,7 @@ from google.protobuf.message import Message
 
 from agentcgroup import packets
 from agentcgroup.v1 import agentcgroup_pb2 as pb
-from bench.report import BenchReport, Target, quantile, spread
+from bench.report import BenchReport, Target, quantile, run_directory, spread
 from bench.scale import look
 from tests.floods import rss_bytes
 from tests.guest.where import decide
@@ -214,8 +214,8 @@ def main() -> int:
     looks = look.measure(chosen.sessions, chosen.calls, GROWING, chosen.rounds)
     for growing, took in looks.items():
         print(f"  {growing} growing: look {spread(took.look_ms)}, decide {spread(took.decide_ms)}")
-    with tempfile.TemporaryDirectory(prefix="s") as directory:
-        daemon = DaemonProcess(Path(directory), CONFIG)
+    with tempfile.TemporaryDirectory(prefix="s") as directory, run_directory() as run:
+        daemon = DaemonProcess(Path(directory), CONFIG, run)
         try:
             daemon.start()
             found = _of_daemon(daemon, chosen.sessions, chosen.calls)

@@ -20,6 +20,8 @@ LABEL_FIELDS = {
     "memory-max": "memory_max",
     "cpu-weight": "cpu_weight",
     "cpu-max": "cpu_max",
+    "io-weight": "io_weight",
+    "io-latency": "io_latency",
     "pids-max": "pids_max",
     "priority": "priority",
     "calls-max": "calls_max",

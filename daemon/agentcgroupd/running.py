@@ -32,6 +32,9 @@ from agentcgroupd.turns import in_slices
 log = logging.getLogger(__name__)
 
 SWEEP_INTERVAL_S = 10.0
+SWEEP_SHARE = 0.005
+"""Most of a CPU that sweeps take, which find only what nobody has told of, and looks at all
+sessions for metrics: with thousands of calls they are further apart."""
 BEAT_INTERVAL_S = 0.5
 SHOW_INTERVAL_S = 2.0
 """Between looks at all sessions for the metrics."""
@@ -123,9 +126,11 @@ class Running:
             pass
 
     async def _sweep_forever(self) -> None:
+        rest_s = SWEEP_INTERVAL_S
         while True:
-            await asyncio.sleep(SWEEP_INTERVAL_S)
-            await in_slices(self.sweep())
+            await asyncio.sleep(rest_s)
+            took_s = await in_slices(self.sweep())
+            rest_s = max(SWEEP_INTERVAL_S, took_s / SWEEP_SHARE)
 
     async def _beat_forever(self) -> None:
         """Keep gauges and the loop's lateness."""
@@ -153,12 +158,18 @@ class Running:
                 log.error("the pool cannot be read: %s", error)
 
     async def _show_forever(self) -> None:
-        """Keep the metrics of sessions, which there may be a thousand of."""
+        """Keep the metrics of sessions and calls, which there may be thousands of."""
         await asyncio.sleep(SHOW_INTERVAL_S)
         shown = SessionMetrics(self._metrics, self._sessions_shown)
         while True:
-            await in_slices(shown.show(tuple(self._parts.sessions.open.values())))
-            await asyncio.sleep(SHOW_INTERVAL_S)
+            took_s = await in_slices(self._show(shown))
+            await asyncio.sleep(max(SHOW_INTERVAL_S, took_s / SWEEP_SHARE))
+
+    def _show(self, shown: SessionMetrics) -> Iterator[None]:
+        states = Counter(call.state for call in self._calls.open.values())
+        for name, state in CALL_STATES.items():
+            self._metrics.calls_open.labels(name).set(states[state])
+        yield from shown.show(tuple(self._parts.sessions.open.values()))
 
     async def _ask_forever(self) -> None:
         """Ask the daemon itself; the answers feed systemd's watchdog and /readyz."""
@@ -184,9 +195,6 @@ class Running:
         used = current / most if current is not None and most else float("nan")
         metrics.pool_memory_ratio.set(used)
         metrics.calls_waited_longest.set(self._parts.queue.longest_wait_usec() / 1e6)
-        states = Counter(call.state for call in self._calls.open.values())
-        for name, state in CALL_STATES.items():
-            metrics.calls_open.labels(name).set(states[state])
         metrics.cgroups_polled.set(self._events.polled)
         metrics.audit_lost.follow(self._parts.notices.audit.lost)
         metrics.audit_left_out.follow(self._parts.notices.audit.left_out)

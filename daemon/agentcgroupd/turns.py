@@ -230,12 +230,15 @@ class Slices:
         """`turns`, `key`: whose turn each slice is; without them the loop goes round in between."""
         self._turns, self._key = turns, key
         self._began = time.perf_counter()
+        self.spent_s = 0.0
+        """What all slices took that are used up."""
 
     async def breathe(self) -> None:
         """Let others work once the slice is used up."""
         spent = time.perf_counter() - self._began
         if spent < SLICE_S:
             return
+        self.spent_s += spent
         if self._turns is None:
             await asyncio.sleep(0)
         else:
@@ -244,8 +247,10 @@ class Slices:
         self._began = time.perf_counter()
 
 
-async def in_slices(steps: Iterator[object]) -> None:
-    """Run through `steps` to their end, letting the loop go round between slices."""
+async def in_slices(steps: Iterator[object]) -> float:
+    """Run through `steps` to their end, letting the loop go round between slices; returns the
+    seconds that they took, but for a last slice that was not used up."""
     slices = Slices()
     for _ in steps:
         await slices.breathe()
+    return slices.spent_s

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import StartDaemon
-from tests.guest.vm import DISK_SERIAL
+from tests.guest.disk import find_disk
 from tests.harness import AgentProcess, DaemonProcess
 
 pytestmark = [pytest.mark.controllers, pytest.mark.full_kernel]
@@ -33,12 +32,8 @@ HOG = "while :; do dd if=/dev/zero of={disk} bs=1M count={area} seek={at} oflag=
 
 @pytest.fixture(scope="module")
 def disk() -> Path:
-    """The guest's own disk, whose contents are nobody's."""
-    subprocess.run(["modprobe", "virtio_blk"], check=False)
-    for serial in Path("/sys/block").glob("vd*/serial"):
-        if serial.read_text().strip() == DISK_SERIAL:
-            return Path("/dev") / serial.parent.name
-    pytest.skip("the guest has no disk of its own (--disk MIB:MIB_PER_S)")
+    """The guest's own disk."""
+    return find_disk()
 
 
 def wrote_s(agent: AgentProcess, disk: Path) -> float:

@@ -3,11 +3,14 @@ else."""
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from subprocess import PIPE
 
 import pytest
@@ -16,6 +19,7 @@ from agentcgroup import Admin
 from agentcgroup.types import NetUsage, Report
 from agentcgroupd.bpf import net
 from agentcgroupd.bpf.net import NetPrograms
+from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from tests.conftest import StartDaemon
 from tests.harness import AgentProcess, DaemonProcess
 
@@ -225,6 +229,49 @@ def test_what_is_not_sent_again_is_lost_above_the_rate(counting: DaemonProcess) 
     assert report.net.send_bytes < 1.1 * most
     assert report.net.send_packets + report.net.refused_packets >= 2000
     assert report.net.refused_packets > 1000
+
+
+@pytest.fixture
+def box() -> Iterator[Cgroup]:
+    """A cgroup outside of the pool, as a runtime makes one for a container."""
+    root = Cgroup.open(cgroup2_mount())
+    made = root.make_child(f"agentcg-test-{secrets.token_hex(4)}")
+    yield made
+    made.kill_and_remove()
+    root.close()
+
+
+def links(daemon: DaemonProcess) -> list[int]:
+    """The cgroups that programs of the daemon are attached to, one for each link."""
+    assert daemon.process is not None
+    found = []
+    for path in Path(f"/proc/{daemon.process.pid}/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            lines = path.read_text().split("\n")
+            fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            if fields.get("link_type") == "cgroup":
+                found.append(int(fields["cgroup_id"]))
+    return found
+
+
+def test_a_container_is_counted_and_held_too(counting: DaemonProcess, box: Cgroup) -> None:
+    """Its cgroup lies outside of the pool, where a runtime wants it."""
+    pools = links(counting)
+    with Admin(str(counting.run_dir)) as admin:
+        admin.adopt_session("box", f"/{box.path.name}")
+        agent = counting.enter("box")
+        found = ran(counting, agent, sys.executable, "-c", TALKS)
+        assert found is not None and SENT < found.send_bytes < 1.2 * SENT
+        assert of_session(counting, "box").send_bytes >= found.send_bytes
+        held = talked(counting, agent, FLOOD, net_send_max="1M")
+        assert held.net is not None and held.net.refused_packets > 1000
+        assert sorted(links(counting)) == sorted([*pools, box.id, box.id])
+        counting.stop()
+        counting.start()
+        again = ran(counting, agent, sys.executable, "-c", TALKS)
+        assert again is not None and SENT < again.send_bytes < 1.2 * SENT
+        admin.close_session("box")
+    assert set(links(counting)).isdisjoint({box.id})
 
 
 def test_the_rate_of_the_outer_call_holds_for_one_inside(counting: DaemonProcess) -> None:

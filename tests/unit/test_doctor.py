@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from agentcgroupd.doctor.diagnosis import CALL_CGROUPS, MEMORY_LIMITS, Diagnosis, Feature, State
+from agentcgroupd.doctor.disks import disk_features
 
 OPTIONAL = ("pydantic", "prometheus_client", "grpc_health", "grpc_reflection", "pynvml")
 
@@ -53,3 +55,28 @@ def test_it_needs_no_more_than_the_sdk() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0].startswith("kernel ")
     assert "agentcgroup" in done.stdout.splitlines()[-1]
+
+
+def features_of_disks(root: Path) -> dict[str, Feature]:
+    mount, sys_block = root / "cgroup", root / "block"
+    return {feature.name: feature for feature in disk_features(mount, sys_block)}
+
+
+def test_what_is_kept_of_disks(tmp_path: Path) -> None:
+    disks, leaf = tmp_path / "block", tmp_path / "cgroup/leaf"
+    leaf.mkdir(parents=True)
+    assert features_of_disks(tmp_path)["shares of disks"].state is State.MISSING
+    assert features_of_disks(tmp_path)["latency of disks"].state is State.UNKNOWN
+    for name, scheduler in (("sda", "none [bfq]"), ("sdb", "[none] bfq")):
+        (disks / name / "queue").mkdir(parents=True)
+        (disks / name / "queue/scheduler").write_text(f"{scheduler}\n")
+    (disks / "going").mkdir()
+    qos = "999:7 enable=1 ctrl=auto\n999:8 enable=0 ctrl=auto\n"
+    (tmp_path / "cgroup/io.cost.qos").write_text(qos)
+    (leaf / "io.stat").touch()
+    shares = features_of_disks(tmp_path)["shares of disks"]
+    assert shares.state is State.WORKS
+    assert shares.reason == "weights count on 999:7 (io.cost), sda (bfq)"
+    assert features_of_disks(tmp_path)["latency of disks"].state is State.MISSING
+    (leaf / "io.latency").touch()
+    assert features_of_disks(tmp_path)["latency of disks"].state is State.WORKS

@@ -19,6 +19,8 @@ LIMITS = (
     "memory_max",
     "cpu_max",
     "cpu_weight",
+    "io_weight",
+    "io_latency",
     "pids_max",
     "priority",
 )

@@ -21,6 +21,8 @@ LIMITS = {
     "memory_max": ("SIZE", "memory that it may reach"),
     "cpu_weight": ("N", "its share of the CPUs, 1 to 10000 (default: by priority)"),
     "cpu_max": ("CORES", "cores that it may use"),
+    "io_weight": ("N", "its share of block devices, 1 to 10000 (default: by priority)"),
+    "io_latency": ("TIME", "how long its requests to disks may take before others wait, as 20ms"),
     "pids_max": ("N", "processes and threads that it may have"),
     "priority": ("PRIORITY", "how important it is"),
     "calls_max": ("N", "calls that may be open at the same time"),
@@ -40,9 +42,14 @@ FILES = {
     "cpu_weight": "cpu.weight",
     "cpu_max": "cpu.max",
     "pids_max": "pids.max",
+    "io_weight": "io.weight",
+    "io_latency": "io.latency",
 }
 """Interface file that keeps each limit."""
-NO_LIMIT = "  `none` takes a limit away: of --memory-low, --memory-high, --memory-max, --cpu-max\n"
+NO_LIMIT = (
+    "  `none` takes a limit away: of --memory-low, --memory-high, --memory-max, --cpu-max,\n"
+    "  --io-latency\n"
+)
 
 
 def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:

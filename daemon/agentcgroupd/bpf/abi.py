@@ -846,11 +846,12 @@ class VramEvent(ctypes.Structure):
 
 
 class NetTraffic(ctypes.Structure):
-    """struct net_traffic, 56 bytes"""
+    """struct net_traffic, 120 bytes"""
 
     _fields_ = (
         ("receive_bytes", ctypes.c_uint64),
         ("receive_packets", ctypes.c_uint64),
+        ("apart", ctypes.c_uint64 * 8),
         ("send_bytes", ctypes.c_uint64),
         ("send_packets", ctypes.c_uint64),
         ("refused_packets", ctypes.c_uint64),
@@ -859,8 +860,20 @@ class NetTraffic(ctypes.Structure):
     )
     receive_bytes: int
     receive_packets: int
+    apart: ctypes.Array[ctypes.c_uint64]
     send_bytes: int
     send_packets: int
     refused_packets: int
     send_bytes_per_s: int
     paid_until_ns: int
+
+
+class NetControl(ctypes.Structure):
+    """struct net_control, 8 bytes"""
+
+    _fields_ = (
+        ("first_level", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
+    first_level: int
+    reserved: int

@@ -12,9 +12,12 @@ from agentcgroupd.bpf.libbpf import libbpf
 from agentcgroupd.bpf.loader import BpfObject
 from agentcgroupd.bpf.loading import load_one
 from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.errors import BpfError
 from agentcgroupd.units import CgroupId
 
 OBJECT = "net"
+LEVELS = 20
+"""Of cgroups below the root that the programs look at (net.bpf.c)."""
 # include/uapi/linux/bpf.h: enum bpf_attach_type
 _PROGRAMS = {"on_receive": 0, "on_send": 1}
 
@@ -26,19 +29,35 @@ class NetPrograms:
         """Take over a loaded object. Raises BpfError."""
         self._bpf = bpf
         self._traffic = bpf.map("traffic", abi.NetTraffic)
-        self._links: list[int] = []
+        self._control = bpf.shared("control", abi.NetControl)
+        self._control.first_level = LEVELS
+        self._links: dict[CgroupId, list[int]] = {}
 
     def attach(self, cgroup: Cgroup) -> None:
-        """Count below a cgroup from now on, beside other programs there, until `close` or the end
-        of this process. Raises BpfError."""
+        """Count below a cgroup from now on, beside other programs there, until `detach`, `close` or
+        the end of this process. Raises BpfError; then nothing is attached."""
+        links = self._links.setdefault(cgroup.id, [])
         fd = os.open(cgroup.proc_path(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             for name, kind in _PROGRAMS.items():
                 program, what = self._bpf.program_fd(name), f"attaching net/{name}"
                 link = libbpf().check(what, "bpf_link_create", program, fd, kind, None)
-                self._links.append(link)
+                links.append(link)
+        except BpfError:
+            self.detach(cgroup.id)
+            raise
         finally:
             os.close(fd)
+
+    def detach(self, cgroup: CgroupId) -> None:
+        """Count below a cgroup no more; no error if that was not done."""
+        for link in self._links.pop(cgroup, ()):
+            os.close(link)
+
+    def look_from(self, level: int) -> None:
+        """Look for entries of cgroups at this level below the root too. Each level costs time with
+        each packet, and before this is called, none is looked at."""
+        self._control.first_level = min(self._control.first_level, max(1, level))
 
     def follow(self, cgroup: CgroupId, send_bytes_per_s: int | None = None) -> None:
         """Count for a cgroup, from zero, and refuse what it sends above a rate. Raises BpfError."""
@@ -68,9 +87,8 @@ class NetPrograms:
 
     def close(self) -> None:
         """Detach and unload the programs."""
-        for link in self._links:
-            os.close(link)
-        self._links = []
+        for cgroup in list(self._links):
+            self.detach(cgroup)
         self._bpf.close()
 
 

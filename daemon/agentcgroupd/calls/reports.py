@@ -165,15 +165,11 @@ class Reports:
     def _room(self, call: Call) -> Room:
         """What another call of the session could have once this one is gone."""
         session, ceiling = call.session, self._ceiling(call.session)
-        most, free = ceiling.memory_max_bytes, None
-        try:
-            free = self._memory_free(call)
-        except KnobError as error:
-            log.debug("call %s: what is free cannot be read: %s", call.id, error)
+        most = ceiling.memory_max_bytes
         if most is not None:
             most -= ceiling.agent_memory_bytes + ceiling.files_memory_bytes
         return Room(
-            memory_free_bytes=free,
+            memory_free=lambda: self._memory_free(call),
             memory_most_bytes=None if most is None else max(0, most),
             pids_most=ceiling.pids_max,
             timeout_most_usec=ceiling.timeout_max_usec,
@@ -182,12 +178,16 @@ class Reports:
 
     def _memory_free(self, call: Call) -> int | None:
         """Memory that is free in the session and the pool, in bytes, with what this call still
-        holds; None: there is no limit. Raises KnobError."""
-        mine = used_for_good(call.cgroup) or 0
-        sides = (
-            (call.session.limits.memory_max_bytes, used_for_good(call.session.cgroup)),
-            (self._pool.read_if(knobs.MEMORY_MAX), used_for_good(self._pool)),
-        )
+        holds; None: there is no limit, or what is used cannot be read."""
+        try:
+            mine = used_for_good(call.cgroup) or 0
+            sides = (
+                (call.session.limits.memory_max_bytes, used_for_good(call.session.cgroup)),
+                (self._pool.read_if(knobs.MEMORY_MAX), used_for_good(self._pool)),
+            )
+        except KnobError as error:
+            log.debug("call %s: what is free cannot be read: %s", call.id, error)
+            return None
         left = [most - used + mine for most, used in sides if most and used is not None]
         return max(0, min(left)) if left else None
 

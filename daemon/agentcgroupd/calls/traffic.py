@@ -27,13 +27,17 @@ class Traffic:
         self._programs = programs
 
     def session_opened(self, session: Session) -> None:
-        """Count for a session. Raises BpfError."""
+        """Count for a session; an adopted one lies outside of the pool. Raises BpfError."""
+        if session.adopted:
+            self._programs.attach(session.cgroup)
+        self._programs.look_from(session.cgroup_path.count("/"))
         self._programs.follow(session.cgroup.id)
         session.traffic = partial(self._of, session.cgroup.id)
 
     def session_closed(self, session: Session) -> None:
         """Count for it no more. Raises BpfError."""
         session.traffic = None
+        self._programs.detach(session.cgroup.id)
         self._programs.forget(session.cgroup.id)
 
     def call_opened(self, call: Call) -> None:

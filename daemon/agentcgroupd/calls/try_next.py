@@ -8,7 +8,7 @@ killed call has shown that its limit was too little, and twice as much is the ne
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -28,8 +28,9 @@ _SHELL_KILLED = 128 + signal.SIGKILL
 class Room:
     """What a session's next call could have. None: not known, or no limit."""
 
-    memory_free_bytes: int | None = None
-    """Free now in the session and the pool, the ended call's part included."""
+    memory_free: Callable[[], int | None] = lambda: None
+    """Tells the bytes that are free now in the session and the pool, the ended call's part
+    included. To find out takes longer than all else here, and most advice is not about it."""
     memory_most_bytes: int | None = None
     """The largest memory_max that a call of the session is granted."""
     pids_most: int | None = None
@@ -64,18 +65,18 @@ def try_next(
         return None
     admitted = None
     if advice.tells_admission:
-        fits = room.memory_free_bytes is None or advice.memory_bytes <= room.memory_free_bytes
-        admitted = room.calls_left > 0 and fits
-        advice.steps.append(_admission(admitted, advice, room))
+        free = room.memory_free()
+        admitted = room.calls_left > 0 and (free is None or advice.memory_bytes <= free)
+        advice.steps.append(_admission(admitted, free, room))
     return pb.TryNext(steps=advice.steps, enough=advice.enough, admitted_now=admitted)
 
 
-def _admission(admitted: bool, advice: _Advice, room: Room) -> str:
+def _admission(admitted: bool, free_bytes: int | None, room: Room) -> str:
     if admitted:
         return "Such a call would start now."
     if room.calls_left <= 0:
         return "It would not start now: as many calls are open as the session may have."
-    free = show_bytes(room.memory_free_bytes or 0)
+    free = show_bytes(free_bytes or 0)
     return f"It would not fit now, when {free} are free: wait until other calls have ended."
 
 

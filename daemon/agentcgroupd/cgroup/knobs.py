@@ -202,3 +202,7 @@ those below it; before, refusals of the cgroup's own processes at whatever limit
 IO_STAT = Knob("io.stat", parse_nested_keyed)
 IO_WEIGHT = Knob("io.weight", parse_default_weight, format_default_weight)
 """There only with the cost model of CONFIG_BLK_CGROUP_IOCOST."""
+IO_BFQ_WEIGHT = Knob("io.bfq.weight", parse_default_weight, format_default_weight)
+"""There only where the I/O scheduler bfq is built in or loaded. 1 to 1000."""
+IO_LATENCY = Knob("io.latency", parse_nested_keyed)
+"""There only with CONFIG_BLK_CGROUP_IOLATENCY. Written one device at a time."""

@@ -7,6 +7,7 @@ import os
 from agentcgroupd.cgroup.tree import cgroup2_mount
 from agentcgroupd.doctor import kernel
 from agentcgroupd.doctor.diagnosis import Diagnosis
+from agentcgroupd.doctor.disks import disk_features
 from agentcgroupd.doctor.gpu import gpu_features
 from agentcgroupd.doctor.limits import limit_features
 
@@ -18,7 +19,7 @@ def run() -> Diagnosis:
     except OSError as error:
         shown_mount, cgroups = "", [kernel.no_cgroups(error)]
     else:
-        shown_mount, cgroups = str(mount), list(kernel.cgroup_features(mount))
+        shown_mount, cgroups = str(mount), [*kernel.cgroup_features(mount), *disk_features(mount)]
     features = (
         *cgroups,
         *kernel.process_features(),

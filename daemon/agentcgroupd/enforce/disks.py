@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 
 from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.disk_share import (
+    DEFAULT_WEIGHT,
+    NO_SUCH_DEVICE,
+    has_weight,
+    write_weight,
+)
 from agentcgroupd.cgroup.knobs import Knob
 from agentcgroupd.errors import KnobError
 from agentcgroupd.state.session import Call, boottime_usec
 
 log = logging.getLogger(__name__)
 
-DEFAULT_WEIGHT = 100
-"""What the kernel gives a cgroup (block/blk-cgroup.h: CGROUP_WEIGHT_DFL)."""
 DEVICES_MOST = 64
 IO_MAX = Knob("io.max", str)
 
 
 def lower_weight(call: Call, percent: int) -> bool:
     """Leave a call this part of its weight. Returns whether it has one here. Raises KnobError."""
-    if knobs.IO_WEIGHT.file not in call.session.offered:
+    offered = call.session.offered
+    if not has_weight(offered):
         return False
     weight = max(1, (call.grant.io_weight or DEFAULT_WEIGHT) * percent // 100)
-    call.cgroup.write(knobs.IO_WEIGHT, weight)
+    write_weight(call.cgroup, offered, weight)
     call.disks.weight_since_usec = boottime_usec()
     return True
 
@@ -31,7 +35,7 @@ def lower_weight(call: Call, percent: int) -> bool:
 def restore_weight(call: Call) -> None:
     """Give a call the weight of its grant. Raises KnobError."""
     call.disks.weight_since_usec = None
-    call.cgroup.write(knobs.IO_WEIGHT, call.grant.io_weight or DEFAULT_WEIGHT)
+    write_weight(call.cgroup, call.session.offered, call.grant.io_weight or DEFAULT_WEIGHT)
 
 
 def hold(call: Call, rate: int) -> bool:
@@ -58,10 +62,7 @@ def take_up(call: Call) -> None:
     """Give a call that was found again what its grant says: an earlier daemon may have been killed
     while it had lowered that. Raises KnobError."""
     offered = call.session.offered
-    if knobs.IO_WEIGHT.file in offered:
-        granted = call.grant.io_weight or DEFAULT_WEIGHT
-        if call.cgroup.read_if(knobs.IO_WEIGHT) not in (None, granted):
-            call.cgroup.write(knobs.IO_WEIGHT, granted)
+    write_weight(call.cgroup, offered, call.grant.io_weight or DEFAULT_WEIGHT)
     if IO_MAX.file not in offered:
         return
     for line in (call.cgroup.read_if(IO_MAX) or "").split("\n")[:DEVICES_MOST]:
@@ -80,8 +81,8 @@ def _write(call: Call, device: str, rate: int | None) -> bool:
     try:
         call.cgroup.write_text(IO_MAX.file, f"{device} {' '.join(limits)}")
     except KnobError as error:
-        if error.errno not in (errno.ENODEV, errno.EOPNOTSUPP):
+        if error.errno not in NO_SUCH_DEVICE:
             raise
-        log.debug("%s", error)  # removed meanwhile, or one that the kernel keeps no limits of
+        log.debug("%s", error)
         return False
     return True

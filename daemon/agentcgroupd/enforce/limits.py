@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.disk_share import (
+    DEFAULT_WEIGHT,
+    NO_SUCH_DEVICE,
+    has_weight,
+    write_weight,
+)
 from agentcgroupd.cgroup.knobs import Knob, T
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import InvalidField, KnobError
@@ -118,8 +123,7 @@ class _Writer:
         try:
             self._cgroup.write_text(file, line)
         except KnobError as error:
-            # A device that was removed meanwhile, or of which the kernel keeps no limits.
-            if file != "io.max" or error.errno not in (errno.ENODEV, errno.EOPNOTSUPP):
+            if file != "io.max" or error.errno not in NO_SUCH_DEVICE:
                 raise
             log.debug("%s", error)
 
@@ -167,10 +171,11 @@ def _write(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
         cgroup.write(knobs.MEMORY_OOM_GROUP, True)
     writer.put(knobs.PIDS_MAX, grant.pids_max, grant.pids_max is not None)
     writer.put(knobs.CPU_WEIGHT, grant.cpu_weight, grant.cpu_weight != 100)
-    if grant.io_weight not in (None, 100) and knobs.IO_WEIGHT.file in session.offered:
-        cgroup.write(knobs.IO_WEIGHT, grant.io_weight)
+    if grant.io_weight is not None and has_weight(session.offered):
+        if grant.io_weight != DEFAULT_WEIGHT:
+            write_weight(cgroup, session.offered, grant.io_weight)
     elif grant.io_weight_asked:
-        writer.note(knobs.IO_WEIGHT)
+        writer.missing.append(knobs.IO_WEIGHT.file)
     if grant.cpu_max_millicores is not None:
         writer.put(knobs.CPU_MAX, knobs.CpuMax(grant.cpu_max_millicores * 100), True)
     writer.put_settings(grant.settings)
@@ -188,6 +193,8 @@ def rewrite_grant(session: Session, cgroup: Cgroup, old: Grant, new: Grant) -> G
         cgroup.write(knobs.CPU_MAX, knobs.CpuMax(None))
     if new.cpu_weight == 100 and old.cpu_weight != 100:
         cgroup.write(knobs.CPU_WEIGHT, 100)
+    if new.io_weight in (None, DEFAULT_WEIGHT) and old.io_weight not in (None, DEFAULT_WEIGHT):
+        write_weight(cgroup, session.offered, DEFAULT_WEIGHT)
     return granted
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.disk_share import has_weight
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.enforce.disks import IO_MAX
 from agentcgroupd.host import zram
@@ -49,7 +50,7 @@ def read_host(programs: Host, pool: Cgroup) -> Host:
     programs = replace(
         programs,
         can_reclaim=knobs.MEMORY_RECLAIM.file in files,
-        has_io_weight=knobs.IO_WEIGHT.file in files,
+        has_io_weight=has_weight(files),
         has_io_max=IO_MAX.file in files,
     )
     if not areas:

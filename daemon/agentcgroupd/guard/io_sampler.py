@@ -84,15 +84,15 @@ class IoSampler:
 
     def look(self, now_usec: int) -> bool:
         """Read what is due. Returns whether a ruleset may hold, or something is to be undone."""
+        if self._looked_usec is not None and now_usec - self._looked_usec < EVERY_USEC:
+            return bool(self.calls)
+        self._looked_usec = now_usec
         lowered = [c for c in self._calls.values() if c.disks.is_lowered]
         if not asks_for_disks(self._policy()) and not lowered:
             self.pool_share, self.calls = 0.0, ()
             self._shares.clear()
             self._totals.clear()
             return False
-        if self._looked_usec is not None and now_usec - self._looked_usec < EVERY_USEC:
-            return bool(self.calls)
-        self._looked_usec = now_usec
         before, self._totals = self._totals, {}
         self.pool_share = self._stalled("", self._pool, before, now_usec)
         self._shares = {}

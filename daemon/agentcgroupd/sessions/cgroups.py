@@ -40,6 +40,7 @@ from agentcgroupd.sessions.limits import (
     parse_limits,
     read_limits,
     tighten,
+    write_found,
     write_limits,
 )
 from agentcgroupd.sessions.merging import merge
@@ -354,8 +355,7 @@ class SessionCgroups:
         # Killed from here on, the daemon has its successor do the rest.
         cgroup.set_xattr(_split_record(found))
         merge(cgroup, AGENT_LEAF)
-        for file, text in found.items():
-            cgroup.write_text(file, text)
+        write_found(cgroup, found)
         cgroup.remove_xattr()
         self._pool.cgroup.remove_xattr(f"{ADOPTED_XATTR}{cgroup.id}")
 
@@ -446,4 +446,6 @@ def _split_record(found: dict[str, str]) -> bytes:
 
 def _limits_of_record(data: dict[str, Any]) -> SessionLimits:
     """Limits from a record, where lists stand for tuples."""
-    return SessionLimits(**{**data, "gpu_devices": tuple(data.get("gpu_devices", ()))})
+    # A record of an earlier daemon has no weight for disks.
+    since = {"io_weight": data["cpu_weight"], **data}
+    return SessionLimits(**{**since, "gpu_devices": tuple(data.get("gpu_devices", ()))})

@@ -16,6 +16,7 @@ from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import AgentcgroupdError, CgroupGone, FailedPrecondition, KnobError
 from agentcgroupd.sessions.cgroups import SessionCgroups
 from agentcgroupd.sessions.holding import agent_kills, killed_in_words
+from agentcgroupd.sessions.limits import lacking_files
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.sessions.registry import Sessions
 from agentcgroupd.state.process import Process
@@ -116,7 +117,8 @@ class SessionLifecycle:
     def describe(self, session: Session, admin: bool) -> pb.Session:
         """A session as sent, for the operator or for its own agent. Raises CgroupGone."""
         numbers = self._cpu_numbers(session.cgroup.id)
-        return session_to_proto(session, admin, self._pool.not_enforced(), numbers)
+        lacking = self._pool.not_enforced() + lacking_files(session.cgroup, session.limits)
+        return session_to_proto(session, admin, lacking, numbers)
 
     # Opening
 

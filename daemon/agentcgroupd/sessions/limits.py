@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.disk_share import (
+    DEFAULT_WEIGHT,
+    WEIGHTS,
+    write_latency,
+    write_weight,
+)
 from agentcgroupd.cgroup.knobs import Knob, T
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.config import CallDefaults, SessionDefaults
-from agentcgroupd.errors import InvalidField
+from agentcgroupd.errors import CgroupGone, InvalidField, KnobError
 from agentcgroupd.intents.gpu import GpuCeiling
 from agentcgroupd.intents.grant import Ceiling, weight_of_priority
 from agentcgroupd.sessions.holding import held_beside_calls
@@ -22,14 +29,21 @@ from agentcgroupd.units import (
     parse_bytes,
     parse_cores,
     parse_count,
+    parse_duration,
     parse_priority,
     parse_word,
     show_bytes,
+    show_usec,
 )
+
+log = logging.getLogger(__name__)
 
 PIDS_MOST = 4_194_304
 """PID_MAX_LIMIT on 64 bits (include/linux/threads.h)."""
 CALLS_MOST = 100_000
+WEIGHT_MOST = 10_000
+"""CGROUP_WEIGHT_MAX (include/linux/cgroup.h)."""
+LATENCY_MOST_USEC = 10_000_000
 CGROUPS_BESIDE_CALLS = 64
 """Room for cgroups that are not of calls, however many calls a session may have."""
 
@@ -85,8 +99,10 @@ def parse_limits(
         memory_low_bytes=size("memory_low"),
         memory_high_bytes=size("memory_high"),
         memory_max_bytes=size("memory_max"),
-        cpu_weight=count("cpu_weight", 10_000, weight_of_priority(priority)),
+        cpu_weight=count("cpu_weight", WEIGHT_MOST, weight_of_priority(priority)),
         cpu_max_millicores=parse_cores("cpu_max", spec.cpu_max) if spec.cpu_max else None,
+        io_weight=count("io_weight", WEIGHT_MOST, weight_of_priority(priority)),
+        io_latency_usec=_parse_latency("io_latency", spec.io_latency) if spec.io_latency else None,
         pids_max=pids_max,
         priority=priority,
         calls_max=calls_max,
@@ -110,7 +126,15 @@ def _parse_yes(field: str, text: str) -> bool:
     return parse_word(field, text, ("yes", "no")) == "yes"
 
 
-_REMOVABLE = ("memory_low", "memory_high", "memory_max", "cpu_max")
+def _parse_latency(field: str, text: str) -> int:
+    """Microseconds that requests to disks may take. Raises InvalidField."""
+    usec = parse_duration(field, text)
+    if usec > LATENCY_MOST_USEC:
+        raise InvalidField(field, text, f"at most {show_usec(LATENCY_MOST_USEC)}")
+    return usec
+
+
+_REMOVABLE = ("memory_low", "memory_high", "memory_max", "cpu_max", "io_latency")
 NO_LIMIT = "none"
 """What takes one of these limits away."""
 
@@ -132,10 +156,12 @@ def change_limits(
     limits = replace(before, **changes)  # type: ignore[arg-type]  # all are numbers
     if spec.priority:
         limits = replace(limits, swap_max_bytes=_swap_max_bytes(limits.priority))
-    if spec.priority and not spec.cpu_weight:
-        usual = before.cpu_weight == weight_of_priority(before.priority)
-        weight = weight_of_priority(limits.priority) if usual else before.cpu_weight
-        limits = replace(limits, cpu_weight=weight)
+    if spec.priority:
+        usual, weight = weight_of_priority(before.priority), weight_of_priority(limits.priority)
+        if not spec.cpu_weight and before.cpu_weight == usual:
+            limits = replace(limits, cpu_weight=weight)
+        if not spec.io_weight and before.io_weight == usual:
+            limits = replace(limits, io_weight=weight)
     if spec.calls_max:
         cgroups = max(before.cgroups_max or 0, 2 * limits.calls_max + CGROUPS_BESIDE_CALLS)
         limits = replace(limits, cgroups_max=cgroups)
@@ -147,7 +173,9 @@ _CHANGEABLE: dict[str, tuple[str, Callable[[str, str], int]]] = {
     "memory_low": ("memory_low_bytes", parse_bytes),
     "memory_high": ("memory_high_bytes", parse_bytes),
     "memory_max": ("memory_max_bytes", parse_bytes),
-    "cpu_weight": ("cpu_weight", lambda field, text: parse_count(field, text, 1, 10_000)),
+    "cpu_weight": ("cpu_weight", lambda field, text: parse_count(field, text, 1, WEIGHT_MOST)),
+    "io_weight": ("io_weight", lambda field, text: parse_count(field, text, 1, WEIGHT_MOST)),
+    "io_latency": ("io_latency_usec", _parse_latency),
     "cpu_max": ("cpu_max_millicores", parse_cores),
     "pids_max": ("pids_max", lambda field, text: parse_count(field, text, 1, PIDS_MOST)),
     "priority": ("priority", parse_priority),
@@ -194,6 +222,10 @@ def write_limits(cgroup: Cgroup, limits: SessionLimits) -> None:
     put(knobs.PIDS_MAX, limits.pids_max)
     put(knobs.CGROUP_MAX_DESCENDANTS, limits.cgroups_max)
     put(knobs.CGROUP_MAX_DEPTH, limits.cgroup_depth_max)
+    files = cgroup.files()
+    write_weight(cgroup, files, limits.io_weight)
+    if knobs.IO_LATENCY.file in files:
+        write_latency(cgroup, limits.io_latency_usec)
 
 
 WRITTEN_KNOBS = (
@@ -206,8 +238,22 @@ WRITTEN_KNOBS = (
     knobs.PIDS_MAX.file,
     knobs.CGROUP_MAX_DESCENDANTS.file,
     knobs.CGROUP_MAX_DEPTH.file,
+    knobs.IO_WEIGHT.file,
+    knobs.IO_BFQ_WEIGHT.file,
+    knobs.IO_LATENCY.file,
 )
 """What `write_limits` sets."""
+DISK_FILES = frozenset((knobs.IO_WEIGHT.file, knobs.IO_BFQ_WEIGHT.file, knobs.IO_LATENCY.file))
+"""Those of it with a line for each device."""
+
+
+def lacking_files(cgroup: Cgroup, limits: SessionLimits) -> list[str]:
+    """List the files of disks that limits of a session would be kept by, and that are not there."""
+    wanted = [] if limits.io_latency_usec is None else [knobs.IO_LATENCY]
+    lacking = [knob.file for knob in wanted if not cgroup.has(knob)]
+    if limits.io_weight != DEFAULT_WEIGHT and not any(cgroup.has(knob) for knob, _ in WEIGHTS):
+        lacking.append(knobs.IO_WEIGHT.file)
+    return lacking
 
 
 def millicores_of(cpu: knobs.CpuMax | None) -> int | None:
@@ -225,6 +271,24 @@ def read_limits(cgroup: Cgroup) -> dict[str, str]:
         if text is not None:
             found[file] = text
     return found
+
+
+def write_found(cgroup: Cgroup, found: Mapping[str, str]) -> None:
+    """Put interface files back to the text that `read_limits` found. Raises KnobError."""
+    for file, text in found.items():
+        if file not in DISK_FILES:
+            cgroup.write_text(file, text)
+            continue
+        try:
+            if file == knobs.IO_LATENCY.file:
+                write_latency(cgroup, None)
+            for line in filter(None, text.split("\n")):
+                cgroup.write_text(file, line)
+        except CgroupGone:
+            raise
+        except KnobError as error:
+            # A device was removed, or the scheduler that kept weights. Nobody is held by those.
+            log.info("%s", error)
 
 
 class Read(Protocol):

@@ -424,6 +424,9 @@ class SessionLimits:
     swap is time that it loses."""
     exec_is_call: bool = False
     """Whether a program that is executed in the session from outside is a call."""
+    io_weight: int = 100
+    io_latency_usec: int | None = None
+    """How long its requests to block devices may take before others have to wait for it."""
 
 
 @dataclass(slots=True, eq=False)

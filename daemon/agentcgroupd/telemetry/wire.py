@@ -171,4 +171,6 @@ def session_to_proto(
         container=session.container if admin else "",
         exec_is_call=limits.exec_is_call,
         labels=session.labels,
+        io_weight=limits.io_weight,
+        io_latency_usec=limits.io_latency_usec,
     )

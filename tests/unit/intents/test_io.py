@@ -11,7 +11,7 @@ import pytest
 
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.enforce import limits
-from agentcgroupd.enforce.limits import write_grant
+from agentcgroupd.enforce.limits import rewrite_grant, write_grant
 from agentcgroupd.errors import InvalidField, KnobError, PermissionDenied
 from agentcgroupd.host.block_devices import device_name, whole_devices
 from agentcgroupd.intents.grant import grant_for, merge
@@ -91,6 +91,23 @@ def test_each_device_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert ("io.weight", 300) in found
     assert not {"io.max", "io.weight"} & set(grant.not_enforced)
+
+
+def test_a_weight_of_bfq_is_a_thousand_at_most_and_goes_back_to_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, found = written({"io.bfq.weight"}, [], monkeypatch)
+    assert found == [("io.bfq.weight", 300)]
+    session: Any = SimpleNamespace(offered=frozenset({"io.weight", "io.bfq.weight"}))
+    large, usual, leaf = granted(io_weight="5000"), granted(io_weight="100"), Leaf()
+    kept: Any = leaf
+    rewrite_grant(session, kept, usual, large)
+    rewrite_grant(session, kept, large, usual)
+    weights = [each for each in leaf.written if each[0] != "cpu.weight"]
+    assert weights == [
+        *(("io.weight", 5000), ("io.bfq.weight", 1000)),
+        *(("io.weight", 100), ("io.bfq.weight", 100)),
+    ]
 
 
 @pytest.mark.parametrize(("offered", "devices"), [(set(), ["8:0"]), ({"io.max"}, [])])

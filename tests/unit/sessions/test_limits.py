@@ -30,6 +30,19 @@ def test_a_weight_follows_from_the_priority_unless_it_is_given() -> None:
     assert (limits.cpu_weight, limits.pids_max, limits.calls_max) == (7, 9, 3)
 
 
+def test_the_share_of_disks_follows_the_priority_too() -> None:
+    important = parse_limits(pb.SessionSpec(priority="important"), DEFAULTS, None)
+    assert (important.io_weight, important.io_latency_usec) == (400, None)
+    spec = pb.SessionSpec(priority="important", io_weight="7", io_latency="20ms")
+    asked = parse_limits(spec, DEFAULTS, None)
+    assert (asked.io_weight, asked.cpu_weight, asked.io_latency_usec) == (7, 400, 20_000)
+    less = pb.SessionSpec(priority="normal")
+    assert change_limits(less, important, None).io_weight == 100
+    assert change_limits(less, asked, None).io_weight == 7, "it was named"
+    taken = change_limits(pb.SessionSpec(io_latency="none"), asked, None)
+    assert taken.io_latency_usec is None and taken.io_weight == 7
+
+
 def test_nothing_of_an_important_session_is_swapped_out() -> None:
     normal = parse_limits(pb.SessionSpec(), DEFAULTS, None)
     important = parse_limits(pb.SessionSpec(priority="80"), DEFAULTS, None)
@@ -60,6 +73,9 @@ def test_a_session_may_have_no_limit_on_processes() -> None:
         ({"memory_high": "2G", "memory_max": "512M"}, "memory_high", "at most memory_max"),
         ({"memory_max": "lots"}, "memory_max", "not a number"),
         ({"cpu_weight": "0"}, "cpu_weight", "out of range"),
+        ({"io_weight": "10001"}, "io_weight", "out of range"),
+        ({"io_latency": "11s"}, "io_latency", "at most 10"),
+        ({"io_latency": "soon"}, "io_latency", "not a number"),
         ({"pids_max": "5000000"}, "pids_max", "out of range"),
         ({"calls_max": "100001"}, "calls_max", "out of range"),
     ],

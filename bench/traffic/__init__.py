@@ -1,0 +1,1 @@
+"""Benchmark `traffic`: what counting costs where sockets send and receive."""
