@@ -45,6 +45,9 @@ class Actions:
     reclaimer: Reclaimer = field(default_factory=Reclaimer)
     touched: Callable[[Call], None] = lambda call: None
     """Told of each call that something was done to."""
+    disks_lowered: dict[str, Call] = field(default_factory=dict)
+    """Calls whose use of disks was held back, by their ids. Whoever looks at them takes out those
+    of which that is no longer so."""
 
     # Of a call
 
@@ -203,6 +206,7 @@ class Actions:
         """Leave a call `percent` of its weight for disks; no error if that is so already. Raises
         KnobError, or CgroupGone."""
         if call.disks.weight_since_usec is None and disks.lower_weight(call, percent):
+            self.disks_lowered[call.id] = call
             self.notices.acted_on_call("io_weight", call, why, pb.FEEDBACK_CODE_IO_LOWERED)
 
     def io_unweight(self, call: Call, why: str) -> None:
@@ -216,6 +220,7 @@ class Actions:
         """Hold a call to so many bytes a second of each disk that it uses; no error if it is held
         already. Raises KnobError, or CgroupGone."""
         if call.disks.held_since_usec is None and disks.hold(call, rate):
+            self.disks_lowered[call.id] = call
             self.notices.acted_on_call("io_max", call, why, pb.FEEDBACK_CODE_IO_LOWERED)
 
     def io_unmax(self, call: Call, why: str) -> None:

@@ -89,7 +89,13 @@ class PoolGuard:
         sampler.cpu_below_bytes = lambda: kill_free_bytes(policy_files.policy, sampler.limit_bytes)
         calls.actions.touched = sampler.touch
         self.sampler = sampler
-        disks = IoSampler(pool.cgroup, calls.open, sessions.values, lambda: policy_files.policy)
+        disks = IoSampler(
+            pool.cgroup,
+            calls.open,
+            sessions.values,
+            lambda: policy_files.policy,
+            calls.actions.disks_lowered,
+        )
         sampler.disks = disks
         self._memory = MemoryResource(lambda: policy_files.policy, sampler.snapshot)
         if config.credit:

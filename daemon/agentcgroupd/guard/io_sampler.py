@@ -65,7 +65,11 @@ class IoSampler:
         calls: Mapping[str, Call],
         sessions: Callable[[], Iterable[Session]],
         policy: Callable[[], Policy],
+        lowered: dict[str, Call],
     ) -> None:
+        """`lowered`: calls that were held back, by their ids; those that are no longer are taken
+        out. With thousands of open calls, they are not all asked at each look."""
+        self._lowered = lowered
         self._pool = pool
         self._calls = calls
         self._sessions = sessions
@@ -87,7 +91,7 @@ class IoSampler:
         if self._looked_usec is not None and now_usec - self._looked_usec < EVERY_USEC:
             return bool(self.calls)
         self._looked_usec = now_usec
-        lowered = [c for c in self._calls.values() if c.disks.is_lowered]
+        lowered = self._still_lowered()
         if not asks_for_disks(self._policy()) and not lowered:
             self.pool_share, self.calls = 0.0, ()
             self._shares.clear()
@@ -106,6 +110,13 @@ class IoSampler:
         else:
             self.calls = ()
         return bool(self.calls)
+
+    def _still_lowered(self) -> bool:
+        """Tell whether something of an open call is held back."""
+        for call_id, call in list(self._lowered.items()):
+            if call_id not in self._calls or not call.disks.is_lowered:
+                del self._lowered[call_id]
+        return bool(self._lowered)
 
     def _stalled(
         self, key: str, cgroup: Cgroup, before: Mapping[str, _Total], now_usec: int

@@ -59,11 +59,13 @@ def a_call(files: Files, **settings: str) -> Any:
 def test_shares_and_rates_come_of_two_looks() -> None:
     pool, vip, call = Files(stalled=0), Files(stalled=0), a_call(Files(moved=0))
     session: Any = SimpleNamespace(id="vip", cgroup=vip, limits=SimpleNamespace(priority=80))
+    lowered: dict[str, Any] = {}
     sampler = IoSampler(
         pool,  # type: ignore[arg-type]
         {"c": call},
         lambda: [session],
         lambda: shipped("default"),
+        lowered,
     )
     assert not sampler.look(SECOND)
     pool.values["stalled"] = SECOND // 2
@@ -77,18 +79,22 @@ def test_shares_and_rates_come_of_two_looks() -> None:
     (view,) = sampler.calls
     assert view.bytes_per_s == 3000 and view.held_usec is None
     call.disks.held_since_usec = 3 * SECOND
+    lowered["c"] = call
     assert sampler.look(5 * SECOND), "what is held back is looked at without pressure as well"
     assert sampler.calls[0].held_usec == 2 * SECOND
+    call.disks.held_since_usec = None
+    sampler.look(6 * SECOND)
+    assert not lowered
 
 
 def test_a_policy_that_does_not_ask_costs_nothing() -> None:
     pool = Files(stalled=0)
-    sampler = IoSampler(pool, {}, list, Policy)  # type: ignore[arg-type]
+    sampler = IoSampler(pool, {}, list, Policy, {})  # type: ignore[arg-type]
     assert not sampler.look(SECOND) and pool.reads == 0
 
 
 def test_a_kernel_without_pressure_is_told_apart() -> None:
-    sampler = IoSampler(Files(), {}, list, lambda: shipped("default"))  # type: ignore[arg-type]
+    sampler = IoSampler(Files(), {}, list, lambda: shipped("default"), {})  # type: ignore[arg-type]
     assert not sampler.look(SECOND)
     assert sampler.pool_share is None
 
