@@ -94,6 +94,8 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=0, help="calls at a time")
     parser.add_argument("--only", nargs="*", help="names of commands")
     parser.add_argument("--work", type=int, default=3_000_000, help="of a worker, in turns")
+    python = "Python of the pools of processes; from 3.13 on, os.cpu_count can be told"
+    parser.add_argument("--pool-python", default=sys.executable, metavar="PROGRAM", help=python)
     arguments = parser.parse_args()
     arguments.at_once = arguments.at_once or max(1, cpus // arguments.cpus - 1)
     if "memory" not in controllers():
@@ -101,7 +103,7 @@ def main() -> int:
     RESULTS.mkdir(parents=True, exist_ok=True)
     # Files in /tmp may be memory of the call that writes them.
     with tempfile.TemporaryDirectory(prefix="rs-", dir=RESULTS) as directory:
-        commands = prepare(Path(directory), arguments.memory, arguments.work)
+        commands = prepare(Path(directory), arguments.memory, arguments.work, arguments.pool_python)
         commands = [c for c in commands if not arguments.only or c.name in arguments.only]
         runs: dict[str, list[Run]] = {}
         seconds: dict[str, float] = {}
@@ -167,6 +169,7 @@ def _report(
         "runs": rows,
         "seconds": seconds,
         "python": platform.python_version(),
+        "pool_python": arguments.pool_python,
         "call": {"cpus": arguments.cpus, "memory_mib": arguments.memory},
         "at_once": arguments.at_once,
     }

@@ -114,11 +114,13 @@ class Command:
     """Whether it is one of the ten."""
 
 
-def prepare(folder: Path, limit_mib: int, work: int) -> list[Command]:
+def prepare(
+    folder: Path, limit_mib: int, work: int, pool_python: str = sys.executable
+) -> list[Command]:
     """Write the files of all commands; returns those whose programs are here.
 
     A worker takes a tenth of the call's memory: two fit well, sixteen do not. `work`: turns of its
-    loop.
+    loop. `pool_python`: the Python that counts CPUs for a pool of processes.
     """
     mib = limit_mib // 10
     files = {"worker.py": WORKER, "pool.py": POOL, "lines.py": LINES, "cache.py": CACHE}
@@ -130,7 +132,7 @@ def prepare(folder: Path, limit_mib: int, work: int) -> list[Command]:
     objects = " ".join(f"{n}.o" for n in range(16))
     head = f".PHONY: all\nall: {objects}\n%.o:\n"
     worker = f"{sys.executable} {folder}/worker.py {mib} {work}"
-    pool = f"{sys.executable} pool.py worker.py {mib} {work}"
+    pool = f"{pool_python} pool.py worker.py {mib} {work}"
     compile = f"g++ -std=c++17 -c -o $@ {folder}/heavy.cc"
     (folder / "Makefile").write_text(f"{head}\t@{compile} && rm $@\n")
     (folder / "Makefile.small").write_text(f"{head}\t@{worker}\n")
