@@ -391,11 +391,11 @@ def test_churn_leaves_nothing(scheduler: Scheduler) -> None:
     assert control.without_entry == 0
 
 
-CHURN = int(os.environ.get("AGENTCG_CHURN", "0")) or 300 // (1 if SLOW == 1 else 2)
+CHURN = int(os.environ.get("AGENTCG_CHURN", "1000"))
 """Cgroups that are made and removed beside load: AGENTCG_CHURN=10000 for a release."""
 
 
-@pytest.mark.timeout(120 if CHURN < 1000 else 7200)
+@pytest.mark.timeout(600 if CHURN <= 1000 else 7200)
 @patient
 def test_cgroups_that_come_and_go_beside_load(scheduler: Scheduler) -> None:
     """The kernel does not let go of the scheduler, and the load has its shares by weight. A cgroup
