@@ -416,7 +416,7 @@ keep_prev:
 	if (task && prev) {
 		scx_bpf_task_set_slice(prev, slice_of(task->slot));
 		keep_on(at, now);
-	} else if (!is_finished) {
+	} else if (!is_finished || first_lane(at)) {
 		scx_bpf_kick_cpu(cpu, KICK_IDLE);
 	}
 }

@@ -31,7 +31,7 @@
 #define LANES	       (2 * ABI_SCHED_CPUS) /* of the CPUs, then of the sets; a power of two */
 #define SET_LANE(set)  (ABI_SCHED_CPUS + (set))
 #define SET_UNUSED_NS  (1000 * NSEC_PER_MSEC) /* after which another set may have the lane */
-#define LANE_BEHIND_NS (100 * NSEC_PER_MSEC)  /* of virtual time, or more: see begin_order() */
+#define LANE_BEHIND_NS (50 * NSEC_PER_MSEC)   /* of virtual time, or more: see begin_order() */
 #define LANE_BOOST_NS  (1000 * NSEC_PER_MSEC) /* by which the key of one that goes first is less */
 #define LANE_NEARER    32 /* part by which a lane comes nearer to the first one every few ms */
 #define CPU_WORDS      (ABI_SCHED_CPUS / 64)
