@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -418,6 +419,7 @@ def test_cgroups_that_come_and_go_beside_load(scheduler: Scheduler) -> None:
             left[path] = 0
             if i % 10 == 0:
                 left[path] = load.start(f"churn/c{i}")
+                wait_until("it is in it", partial(has_processes, path))
                 load.write(f"churn/c{i}", "cgroup.kill", 1)
             remove(load, left)
         wait_until("all are removed", lambda: remove(load, left) == 0)
@@ -431,6 +433,11 @@ def test_cgroups_that_come_and_go_beside_load(scheduler: Scheduler) -> None:
     print(f"{CHURN} cgroups in {took:.0f} s, {shares(used)}")
     assert control.without_entry == 0
     assert not wrong_shares(used, {"one": 25.0, "three": 75.0}), "found, expected"
+
+
+def has_processes(path: Path) -> bool:
+    """Tell whether something is in a cgroup."""
+    return (path / "cgroup.procs").read_text() != ""
 
 
 def remove(load: Load, left: dict[Path, int]) -> int:
