@@ -314,7 +314,7 @@ struct sched_control {
 	__u64 cgroups;	     /* now */
 	__u64 queues;	     /* DSQs, now */
 	__u64 waiting;	     /* tasks in the queues of cgroups, now */
-	__u64 in_lanes;	     /* tasks in the lanes of CPUs, now */
+	__u64 in_lanes;	     /* tasks in lanes, now */
 	__u64 without_entry; /* cgroups without an entry, scheduled with their parent */
 	__u64 picks;
 	__u64 picks_empty; /* choices of a queue that had no task for the CPU */

@@ -9,9 +9,9 @@
  * for too long, one with a budget for going first, and one that is about to be frozen or killed, so
  * that its tasks release what they hold in the kernel.
  *
- * A task that may not run on every CPU waits in the lane of one that it may run on (sched_lane.h).
- * Lanes are queues too, one for each CPU. The tree has only tasks that any CPU may take, so a
- * choice there is never in vain, however many tasks are bound to whatever CPUs.
+ * A task that may not run on every CPU waits in the lane of its set of CPUs (sched_lane.h). Lanes
+ * are queues too. The tree has only tasks that any CPU may take, so a choice there is never in
+ * vain, however many tasks are bound to whatever CPUs.
  *
  * A call whose last charge of memory found it above its mark pays more for its CPU time and is
  * paused in proportion. memory.bpf.c notes how far above it is in its map `states`, which is
@@ -74,13 +74,17 @@ __noinline int can_take(u32 at, u32 slot, u32 boost, u64 now)
 	return comes_before(slot, running - 1, unpaid);
 }
 
-/* Find such a CPU, beginning at one. Returns the CPU, plus one; 0: none of those looked at. */
-__noinline u32 find_victim(u32 from, u32 slot, u32 boost, u64 now)
+/*
+ * Find such a CPU among those that a task may run on, beginning at its own. Returns the CPU, plus
+ * one; 0: none of those looked at.
+ */
+static __noinline u32 find_victim(struct task_struct *p, u32 slot, u32 boost, u64 now)
 {
-	u32 cpus = scx_bpf_nr_cpu_ids(), cpu = from, left = victims;
+	u32 cpus = scx_bpf_nr_cpu_ids(), cpu = scx_bpf_task_cpu(p), left = victims;
 
 	while (left-- && can_loop) {
-		if (can_take(cpu, slot, boost, now))
+		if (bpf_cpumask_test_cpu(cpu, fields(p)->cpus_ptr) &&
+		    can_take(cpu, slot, boost, now))
 			return cpu + 1;
 		if (++cpu >= cpus)
 			cpu = 0;
@@ -88,47 +92,46 @@ __noinline u32 find_victim(u32 from, u32 slot, u32 boost, u64 now)
 	return 0;
 }
 
-/* Have such a CPU choose again, if there is one and the task may run on it. */
-static __always_inline void preempt_for(struct task_struct *p, u32 slot, u32 boost, u64 now)
+/* Have a CPU choose that can take a task which was just queued: an idle one, or for one that woke
+ * another. The kernel carries out a kick after this callback, when the task is in its queue. */
+static __always_inline void find_cpu(struct task_struct *p, u32 slot, u32 boost, u64 now,
+				     u64 enq_flags)
 {
-	u32 victim = find_victim(scx_bpf_task_cpu(p), slot, boost, now);
+	s32 idle = is_fixed(p) ? -1 : scx_bpf_pick_idle_cpu(fields(p)->cpus_ptr, 0);
+	u32 victim;
 
-	if (!victim || !bpf_cpumask_test_cpu(victim - 1, fields(p)->cpus_ptr))
+	if (idle >= 0) {
+		scx_bpf_kick_cpu(idle, KICK_IDLE);
+		return;
+	}
+	victim = enq_flags & ENQ_WAKEUP ? find_victim(p, slot, boost, now) : 0;
+	if (!victim)
 		return;
 	running_on[MASKED(victim - 1, ABI_SCHED_CPUS - 1)].taken = 1;
 	__sync_fetch_and_add(&control.preempted, 1);
 	scx_bpf_kick_cpu(victim - 1, KICK_PREEMPT);
 }
 
-/* Put a task into the lane of a CPU that it may run on. */
+/* Put a task into its lane. */
 static __always_inline void enter_lane(struct task_struct *p, struct task *task, u64 now,
 				       u64 enq_flags)
 {
 	struct scx_bpf_dsq_insert_vtime_args args = {};
-	u32 slot = within(task->slot);
-	s32 idle = is_fixed(p) ? -1 : scx_bpf_pick_idle_cpu(fields(p)->cpus_ptr, 0);
-	s32 cpu = idle >= 0 ? idle : lane_for(p);
-	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1);
-	u64 key = lane_enter(slot, &task->stay, at);
+	u32 slot = within(task->slot), lane = lane_for(p, task, now);
 
+	args.vtime =
+		lane_enter(slot, &task->stay, lane, scx_bpf_task_cpu(p), enq_flags & ENQ_WAKEUP);
 	task->boosted = may_boost(slot, now);
 	if (task->boosted)
-		key -= LANE_BOOST_NS;
-	args.dsq_id = LANE(at);
+		args.vtime -= LANE_BOOST_NS;
+	args.dsq_id = LANE(lane);
 	args.slice = control.slice_ns;
-	args.vtime = key;
 	args.enq_flags = enq_flags;
 	task->queued = slot;
 	task->place = PLACE_LANE;
 	counts[my_row()].in_lanes++;
 	__scx_bpf_dsq_insert_vtime(p, &args);
-	if (idle >= 0)
-		scx_bpf_kick_cpu(idle, KICK_IDLE);
-	else if (enq_flags & ENQ_WAKEUP && can_take(at, slot, task->boosted, now)) {
-		running_on[at].taken = 1;
-		__sync_fetch_and_add(&control.preempted, 1);
-		scx_bpf_kick_cpu(at, KICK_PREEMPT);
-	}
+	find_cpu(p, slot, task->boosted, now, enq_flags);
 }
 
 /* Put a task into its cgroup's queue. */
@@ -140,7 +143,6 @@ static __always_inline void enter_queue(struct task_struct *p, struct task *task
 	struct node *node = node_of(slot);
 	u64 least = node->task_vtime - control.slice_ns;
 	int boost;
-	s32 cpu;
 
 	if (before(task->vtime, least))
 		task->vtime = least;
@@ -155,14 +157,8 @@ static __always_inline void enter_queue(struct task_struct *p, struct task *task
 	boost = begin_waiting(slot, now);
 	settle_up(slot, !(enq_flags & ENQ_WAKEUP));
 	__scx_bpf_dsq_insert_vtime(p, &args);
-	if (held)
-		return;
-	/* The kernel carries out a kick after this callback, when the task is in its queue. */
-	cpu = scx_bpf_pick_idle_cpu(fields(p)->cpus_ptr, 0);
-	if (cpu >= 0)
-		scx_bpf_kick_cpu(cpu, KICK_IDLE);
-	else if (enq_flags & ENQ_WAKEUP)
-		preempt_for(p, slot, boost, now);
+	if (!held)
+		find_cpu(p, slot, boost, now, enq_flags);
 }
 
 /*
@@ -332,16 +328,16 @@ void BPF_PROG(tick, struct task_struct *p)
 /* --- Callbacks: CPUs --- */
 
 /*
- * Gives a CPU its next task: of its lane, or of the tree. If there is none, the task that was
- * running goes on, or another CPU's lane has one.
+ * Gives a CPU its next task: of a lane, or of the tree. If there is none, the task that was running
+ * goes on.
  */
 SEC("struct_ops/dispatch")
 void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 {
-	u64 now = bpf_ktime_get_ns(), prev_key = 0;
+	u64 now = bpf_ktime_get_ns();
 	struct task *task = NULL;
 	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1);
-	u32 free_prev = 0, lane_prev = 0, left = tries;
+	u32 free_prev = 0, left = tries;
 	bool is_finished = false;
 
 	if (control.stall_on_purpose)
@@ -354,11 +350,14 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 				task = NULL;
 		}
 	}
+	running_on[at].prev = 0;
 	if (task && is_bound(prev)) {
-		lane_prev = within(task->slot) + 1;
-		if (task->stay.lane != at + 1)
-			lane_enter(task->slot, &task->stay, at);
-		prev_key = lane_key_of(task->slot, &task->stay);
+		u32 lane = lane_for(prev, task, now);
+
+		running_on[at].prev = within(task->slot) + 1;
+		if (task->stay.lane != lane + 1)
+			lane_enter(task->slot, &task->stay, lane, cpu, false);
+		running_on[at].prev_key = lane_place(lane, lane_key_of(task->slot, &task->stay));
 	} else if (task) {
 		free_prev = within(task->slot) + 1;
 	}
@@ -376,8 +375,7 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 			continue;
 		}
 		if (how != TURN_BOOST) {
-			u32 rival = how == TURN_NONE ? 0 : slot + 1;
-			int lane = lane_turn(at, rival, lane_prev, prev_key, now);
+			int lane = lane_turns(at, how == TURN_NONE ? 0 : slot + 1, now);
 
 			if (lane == LANE_MOVED)
 				return;
@@ -395,7 +393,7 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 			return;
 		}
 		if (node_of(slot)->parked) {
-			unpark(slot);
+			unpark(slot, now);
 			continue;
 		}
 		/* Set before the move, during which the kernel may call running(). */
@@ -418,7 +416,7 @@ keep_prev:
 	if (task && prev) {
 		scx_bpf_task_set_slice(prev, slice_of(task->slot));
 		keep_on(at, now);
-	} else if (!steal(at, now) && !is_finished) {
+	} else if (!is_finished || first_lane(at)) {
 		scx_bpf_kick_cpu(cpu, KICK_IDLE);
 	}
 }
@@ -630,17 +628,18 @@ SEC("struct_ops.s/sched_init")
 s32 BPF_PROG(sched_init)
 {
 	struct wakeup *wakeup;
-	u32 key = 0, cpu = 0;
+	u32 key = 0, lane = READ_ONCE(from_zero);
 	s32 error;
 
-	own_groups = scx_bpf_nr_cpu_ids() < STRIPES ? scx_bpf_nr_cpu_ids() : STRIPES;
+	begin_order(scx_bpf_nr_cpu_ids());
 	if (scx_bpf_nr_cpu_ids() > ABI_SCHED_CPUS)
 		return -E2BIG;
-	while (cpu < scx_bpf_nr_cpu_ids() && can_loop) {
-		error = scx_bpf_create_dsq(LANE(cpu), -1);
+	while (lane < SET_LANE(SETS) && can_loop) {
+		error = scx_bpf_create_dsq(LANE(lane), -1);
 		if (error)
 			return error;
-		cpu++;
+		if (++lane == scx_bpf_nr_cpu_ids())
+			lane = SET_LANE(0);
 	}
 	wakeup = bpf_map_lookup_elem(&wakeups, &key);
 	if (!wakeup)

@@ -20,6 +20,7 @@ enum guards {
 	GUARD_PAUSE = 1 << 20,
 	GUARD_BOOST,
 	GUARD_SLOTS,
+	GUARD_SETS,
 };
 
 /* The number of the lock of a group, or of one of those above. */

@@ -73,30 +73,50 @@ __noinline u64 move_oldest(u64 queue, u64 now)
 	return result;
 }
 
+/* What the timer finds. */
+struct visits {
+	u64 waiting;
+	u64 in_lanes;
+	u64 picks;
+	u64 filled; /* bits: the sets in whose lanes tasks wait */
+	u64 front;
+};
+
 /* Add up what a CPU has counted, and have it choose if it is idle and may have a task. */
-static long visit(u32 cpu, u64 *sums)
+static long visit(u32 cpu, struct visits *all)
 {
 	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1);
 
-	sums[0] += counts[at].waiting;
-	sums[1] += counts[at].in_lanes;
-	sums[2] += counts[at].picks;
+	all->waiting += counts[at].waiting;
+	all->in_lanes += counts[at].in_lanes;
+	all->picks += counts[at].picks;
+	lane_nearer(at, &all->front);
 	if (running_on[at].slot || control.stall_on_purpose)
 		return 0;
-	if (wants(0) || scx_bpf_dsq_nr_queued(LANE(cpu)) > 0)
+	if (wants(0) || sets_of[at] & all->filled || scx_bpf_dsq_nr_queued(LANE(cpu)) > 0)
 		scx_bpf_kick_cpu(cpu, KICK_IDLE);
 	return 0;
 }
 
-/* Visit all CPUs: one may have become idle just when a task was queued. */
+static long visit_set(u32 set, struct visits *all)
+{
+	lane_nearer(SET_LANE(set), &all->front);
+	if (scx_bpf_dsq_nr_queued(LANE(SET_LANE(set))) > 0)
+		all->filled |= 1ULL << set;
+	return 0;
+}
+
+/* Visit all sets and CPUs: one may have become idle just when a task was queued. */
 static __always_inline void visit_all(void)
 {
-	u64 sums[3] = {};
+	struct visits all = { .front = lane_front };
 
-	bpf_loop(scx_bpf_nr_cpu_ids(), visit, sums, 0);
-	control.waiting = sums[0];
-	control.in_lanes = sums[1];
-	control.picks = sums[2];
+	bpf_loop(SETS, visit_set, &all, 0);
+	bpf_loop(scx_bpf_nr_cpu_ids(), visit, &all, 0);
+	lane_front = all.front;
+	control.waiting = all.waiting;
+	control.in_lanes = all.in_lanes;
+	control.picks = all.picks;
 }
 
 /* Let the running task go on for a slice, unless one in its queue has a lower virtual time. */
@@ -138,7 +158,7 @@ static __always_inline void park(struct bpf_iter_scx_dsq *it, struct task_struct
 }
 
 /* Move tasks that are parked in a cgroup's queue to lanes, at most `parked_most`. Returns 0. */
-__noinline int unpark(u32 slot)
+__noinline int unpark(u32 slot, u64 now)
 {
 	u32 left = parked_most;
 	struct bpf_iter_scx_dsq it;
@@ -147,155 +167,136 @@ __noinline int unpark(u32 slot)
 	if (!bpf_iter_scx_dsq_new(&it, QUEUE(slot), 0)) {
 		while (left-- && (p = bpf_iter_scx_dsq_next(&it))) {
 			struct task *task = task_of(p);
-			u32 cpu;
+			u32 lane;
 
 			if (!task || __sync_val_compare_and_swap(&task->place, PLACE_PARKED,
 								 PLACE_LANE) != PLACE_PARKED)
 				continue;
 			leave(task, PLACE_PARKED);
 			counts[my_row()].in_lanes++;
-			cpu = MASKED(lane_for(p), ABI_SCHED_CPUS - 1);
-			scx_bpf_dsq_move_set_vtime(&it, lane_enter(slot, &task->stay, cpu));
-			scx_bpf_dsq_move_vtime(&it, p, LANE(cpu), 0);
-			scx_bpf_kick_cpu(cpu, KICK_IDLE);
+			lane = lane_for(p, task, now);
+			scx_bpf_dsq_move_set_vtime(&it, lane_enter(slot, &task->stay, lane,
+								   scx_bpf_task_cpu(p), true));
+			scx_bpf_dsq_move_vtime(&it, p, LANE(lane), 0);
+			scx_bpf_kick_cpu(scx_bpf_task_cpu(p), KICK_IDLE);
 		}
 	}
 	bpf_iter_scx_dsq_destroy(&it);
 	return 0;
 }
 
-/* Result of lane_turn(). */
+/* Result of lane_turns(). */
 enum lane_turn {
-	LANE_NOT = 0, /* it is the turn of the tree's choice, or there is nothing in the lane */
+	LANE_NOT = 0, /* it is the turn of the tree's choice, or nothing waits in a lane */
 	LANE_MOVED = 1,
-	LANE_KEEP = 2, /* the task that was running, which would be in the lane, goes on */
+	LANE_KEEP = 2,	/* the task that was running, which would be in a lane, goes on */
+	LANE_AGAIN = 3, /* the first task was put elsewhere */
 };
 
-/**
- * lane_turn - give a CPU to the first task of its lane, if that comes before the tree's choice
- * @cpu: the CPU
- * @rival: slot, plus one, of the tree's choice; 0: there is none
- * @prev: slot, plus one, of the task that ran on the CPU, would be in the lane and could go on; 0:
- *        there is none
- * @prev_key: the key of that task
- * @now: the time
- *
- * Return: enum lane_turn.
- */
-__noinline int lane_turn(u32 cpu, u32 rival, u32 prev, u64 prev_key, u64 now)
+/* See lane_turns(), for the first task of one lane. */
+__noinline int lane_turn(u32 cpu, u32 lane, u32 rival, u64 now)
 {
-	u32 at = MASKED(cpu, ABI_SCHED_CPUS - 1), left = lane_tries;
-	int result = LANE_NOT;
+	u32 at = MASKED(cpu, ABI_SCHED_CPUS - 1), prev = running_on[at].prev, slot, other;
+	int result = LANE_AGAIN;
 	struct bpf_iter_scx_dsq it;
 	struct task_struct *p;
+	struct task *task;
+	bool boost;
+	u64 key;
 
-	if (!bpf_iter_scx_dsq_new(&it, LANE(at), 0)) {
-		while (left-- && (p = bpf_iter_scx_dsq_next(&it))) {
-			struct task *task = task_of(p);
-			u32 slot, other;
-			bool boost;
-			u64 key;
-
-			if (!task)
-				continue;
-			slot = within(task->queued);
-			if (is_held(slot, now)) {
-				park(&it, p, task, now);
-				continue;
-			}
-			if (!may_run_on(p, at)) {
-				other = MASKED(lane_for(p), ABI_SCHED_CPUS - 1);
-				scx_bpf_dsq_move_set_vtime(&it,
-							   lane_enter(slot, &task->stay, other));
-				scx_bpf_dsq_move_vtime(&it, p, LANE(other), 0);
-				continue;
-			}
-			boost = task->boosted && may_boost(slot, now);
-			key = lane_key_of(slot, &task->stay);
-			if (!boost && prev && !before(key, prev_key))
-				break;
-			if (!boost && rival && !lane_first(slot, rival - 1)) {
-				task->boosted = 0;
-				key = lane_passed(at, slot, key);
-				task->stay.offset = key - node_of(slot)->flat;
-				scx_bpf_dsq_move_set_vtime(&it, key);
-				scx_bpf_dsq_move_vtime(&it, p, LANE(at), 0);
-				continue;
-			}
-			/* Set before the move, during which the kernel may call running(). */
-			running_on[at].next = boost ? TURN_BOOST : TURN_TREE;
-			if (scx_bpf_dsq_move(&it, p, DSQ_LOCAL, 0)) {
-				lane_taken(at, slot, key);
-				lend(at, slot);
-				result = LANE_MOVED;
-				break;
-			}
-		}
+	if (bpf_iter_scx_dsq_new(&it, LANE(lane), 0))
+		goto out;
+	p = bpf_iter_scx_dsq_next(&it);
+	if (!p)
+		goto out;
+	task = task_of(p);
+	if (!task)
+		goto out;
+	slot = within(task->queued);
+	key = fields(p)->scx.dsq_vtime;
+	if (is_held(slot, now)) {
+		park(&it, p, task, now);
+		goto out;
 	}
+	if (!may_run_on(p, at)) {
+		other = MASKED(one_cpu(p), ABI_SCHED_CPUS - 1);
+		scx_bpf_dsq_move_set_vtime(&it, lane_enter(slot, &task->stay, other, other, true));
+		scx_bpf_dsq_move_vtime(&it, p, LANE(other), 0);
+		goto out;
+	}
+	boost = task->boosted && may_boost(slot, now);
+	if (task->boosted && !boost) {
+		task->boosted = 0;
+		scx_bpf_dsq_move_set_vtime(&it, lane_key_of(slot, &task->stay));
+		scx_bpf_dsq_move_vtime(&it, p, LANE(lane), 0);
+		goto out;
+	}
+	if (!boost && prev && !before(lane_place(lane, key), running_on[at].prev_key)) {
+		result = LANE_NOT;
+		goto out;
+	}
+	if (!boost && rival && !lane_first(slot, rival - 1)) {
+		scx_bpf_dsq_move_set_vtime(&it, lane_passed(slot, rival - 1, &task->stay, key));
+		scx_bpf_dsq_move_vtime(&it, p, LANE(lane), 0);
+		goto out;
+	}
+	/* Set before the move, during which the kernel may call running(). */
+	running_on[at].next = boost ? TURN_BOOST : TURN_TREE;
+	if (scx_bpf_dsq_move(&it, p, DSQ_LOCAL, 0)) {
+		lane_taken(lane, at, slot, key);
+		lend(at, slot);
+		result = LANE_MOVED;
+	}
+out:
 	bpf_iter_scx_dsq_destroy(&it);
-	if (result == LANE_NOT && prev && (!rival || lane_first(prev - 1, rival - 1))) {
-		lane_taken(at, prev - 1, prev_key);
-		result = LANE_KEEP;
-	}
 	return result;
 }
 
-/* Take the first task of another CPU's lane, if that may run here. Returns whether it was moved. */
-__noinline int steal_from(u32 cpu, u32 from, u64 now)
+/**
+ * lane_turns - give a CPU to the first task of its lanes, if that comes before the tree's choice
+ * @cpu: the CPU; its `prev` is the slot, plus one, of the task that ran on it, would be in a lane
+ *	 and could go on (0: there is none), and `prev_key` that task's key with the lane's base
+ * @rival: slot, plus one, of the tree's choice; 0: there is none
+ * @now: the time
+ *
+ * Return: enum lane_turn, but not LANE_AGAIN.
+ */
+__noinline int lane_turns(u32 cpu, u32 rival, u64 now)
 {
-	struct bpf_iter_scx_dsq it;
-	struct task_struct *p;
-	bool moved = false;
+	u32 at = MASKED(cpu, ABI_SCHED_CPUS - 1), prev = running_on[at].prev;
+	u32 left = lane_tries, lane;
+	int result = LANE_AGAIN;
 
-	if (scx_bpf_dsq_nr_queued(LANE(from)) <= 0)
-		return false;
-	if (!bpf_iter_scx_dsq_new(&it, LANE(from), 0)) {
-		p = bpf_iter_scx_dsq_next(&it);
-		if (p) {
-			struct task *task = task_of(p);
-
-			if (task && may_run_on(p, cpu) && !is_held(task->queued, now))
-				moved = scx_bpf_dsq_move(&it, p, DSQ_LOCAL, 0);
-		}
+	while (left-- && result == LANE_AGAIN && can_loop) {
+		lane = first_lane(at);
+		if (!lane)
+			break;
+		result = lane_turn(at, lane - 1, rival, now);
 	}
-	bpf_iter_scx_dsq_destroy(&it);
-	return moved;
-}
-
-/* Look into some lanes of other CPUs, each time into others. Returns whether a task was moved. */
-__noinline int steal(u32 cpu, u64 now)
-{
-	u32 at = MASKED(cpu, ABI_SCHED_CPUS - 1), cpus = scx_bpf_nr_cpu_ids();
-	u32 from = running_on[at].steal_from, left = stolen_most < cpus ? stolen_most : cpus;
-	bool moved = false;
-
-	running_on[at].next = TURN_TREE;
-	while (left-- && !moved && can_loop) {
-		if (++from >= cpus)
-			from = 0;
-		if (from != at)
-			moved = steal_from(at, from, now);
-	}
-	running_on[at].steal_from = from;
-	return moved;
+	if (result == LANE_MOVED)
+		return result;
+	if (!prev || (rival && !lane_first(prev - 1, rival - 1)))
+		return LANE_NOT;
+	lane_taken(at, at, prev - 1, running_on[at].prev_key - lanes[at].base);
+	return LANE_KEEP;
 }
 
 /* Look for long waits in a lane when it is time. Returns whether a task was moved to this CPU. */
 __noinline int rescue_in_lane(u32 cpu, u32 of, u64 now)
 {
-	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1), lane = MASKED(of, ABI_SCHED_CPUS - 1), moved;
+	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1), lane = in_lanes(of), moved;
 
-	if (before(now, running_on[lane].look_ns) || scx_bpf_dsq_nr_queued(LANE(lane)) <= 0)
+	if (before(now, lanes[lane].look_ns) || scx_bpf_dsq_nr_queued(LANE(lane)) <= 0)
 		return false;
 	running_on[at].next = TURN_RESCUE;
 	moved = move_oldest(LANE(lane), now);
-	running_on[lane].look_ns = now + control.wait_max_ns / RESCUED_MOST;
+	lanes[lane].look_ns = now + control.wait_max_ns / RESCUED_MOST;
 	return moved == MOVED_HERE;
 }
 
 /*
- * Look for long waits in a CPU's own lane and in that of one other, each time of another one, which
- * may be a CPU that serves none of our tasks or is offline. Returns whether a task was moved to
+ * Look for long waits in a CPU's own lane and in one other, each time in another one, which may be
+ * that of a CPU that serves none of our tasks or is offline. Returns whether a task was moved to
  * this CPU.
  */
 __noinline int rescue_in_lanes(u32 cpu, u64 now)
@@ -303,8 +304,10 @@ __noinline int rescue_in_lanes(u32 cpu, u64 now)
 	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1);
 	u32 other = running_on[at].look_at + 1;
 
-	if (other >= scx_bpf_nr_cpu_ids())
+	if (other >= SET_LANE(SETS))
 		other = 0;
+	else if (other >= scx_bpf_nr_cpu_ids() && other < SET_LANE(0))
+		other = SET_LANE(0);
 	running_on[at].look_at = other;
 	return rescue_in_lane(at, at, now) || rescue_in_lane(at, other, now);
 }

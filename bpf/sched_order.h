@@ -62,6 +62,7 @@ struct node {
 	u64 own_vtime;	  /* virtual time of its own tasks in the competition with its children */
 	u64 task_vtime;	  /* the highest virtual time of an own task that was given a CPU */
 	u64 flat;	  /* its CPU time by its part of the whole tree: see sched_lane.h */
+	u64 put_off;	  /* flat time by which its tasks in lanes come later: see lane_passed() */
 	u64 rescue_at_ns; /* when to look for long waits in its queue */
 	u32 tasks;	  /* waiting in its own queue */
 	u32 runnable;	  /* own tasks that run or wait */

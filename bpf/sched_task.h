@@ -12,7 +12,7 @@
 #define JOBCTL_TRAP_FREEZE (1UL << 23) /* include/linux/sched/jobctl.h */
 
 #define QUEUE(slot)	 ((u64)(slot) + 1)
-#define LANE(cpu)	 ((u64)SLOTS + 1 + (cpu))
+#define LANE(lane)	 ((u64)SLOTS + 1 + (lane))
 #define TASK_WEIGHT_LOW	 20 /* limits the effect of nice values, so that no task waits too long */
 #define TASK_WEIGHT_HIGH 500
 #define PROTECTED_PART	 4 /* a task that wakes does not cut the first quarter of a slice short */
@@ -85,15 +85,15 @@ struct sched_exit ended;
 
 /* What runs on each CPU, and its last dispatch. */
 static struct {
-	u32 slot;	/* slot, plus one, of the task that runs; 0: none of this scheduler's */
-	u32 turn;	/* enum turn of that task */
-	u64 since_ns;	/* since when it runs */
-	u32 next;	/* enum turn of the task that was chosen, until it runs */
-	u32 taken;	/* 1: the task is being preempted for another one */
-	u64 paid_ns;	/* time up to which the task has paid */
-	u64 look_ns;	/* when to look for long waits in its lane */
-	u32 steal_from; /* CPU whose lane was looked at last by this one, when it was idle */
-	u32 look_at;	/* CPU whose lane was looked at last for long waits */
+	u32 slot;     /* slot, plus one, of the task that runs; 0: none of this scheduler's */
+	u32 turn;     /* enum turn of that task */
+	u64 since_ns; /* since when it runs */
+	u32 next;     /* enum turn of the task that was chosen, until it runs */
+	u32 taken;    /* 1: the task is being preempted for another one */
+	u64 paid_ns;  /* time up to which the task has paid */
+	u64 prev_key; /* see lane_turns() */
+	u32 prev;
+	u32 look_at; /* lane that it looked at last for long waits */
 } running_on[ABI_SCHED_CPUS];
 
 /* Variables, as top_level is. */
@@ -101,7 +101,6 @@ static u32 tries = 8;	       /* queues that a dispatch tries at most */
 static u32 lane_tries = 8;     /* tasks of a lane that a dispatch looks at, at most */
 static u32 parked_most = 16;   /* tasks that a dispatch moves to lanes, at most */
 static u32 looked_most = 1024; /* tasks among which move_oldest() finds the oldest */
-static u32 stolen_most = 16;   /* lanes of other CPUs that an idle one looks at, at most */
 static u32 victims = 16;       /* CPUs that find_victim() looks at, at most */
 static bool active;	       /* a task has run since the timer's last run */
 
@@ -288,8 +287,8 @@ static __always_inline bool is_online(s32 cpu)
 	return found;
 }
 
-/* The CPU in whose lane a task is to wait if none is idle: where it was, or where fewer wait. */
-static __always_inline s32 lane_for(struct task_struct *p)
+/* A CPU for a task that waits for one CPU only: where it was, or where fewer wait. */
+static __always_inline s32 one_cpu(struct task_struct *p)
 {
 	s32 here = scx_bpf_task_cpu(p), other;
 
@@ -302,6 +301,30 @@ static __always_inline s32 lane_for(struct task_struct *p)
 		return other;
 	return scx_bpf_dsq_nr_queued(LANE(other)) < scx_bpf_dsq_nr_queued(LANE(here)) ? other :
 											here;
+}
+
+static __always_inline bool lane_head(u32 lane, u64 *key)
+{
+	struct task_struct *head = scx_bpf_dsq_peek(LANE(lane));
+
+	if (head)
+		*key = fields(head)->scx.dsq_vtime;
+	return head;
+}
+
+/* The lane of a task that is bound. */
+static __noinline u32 lane_for(struct task_struct *p, struct task *task, u64 now)
+{
+	struct cpu_set cpus;
+	u32 set = 0;
+
+	if (!is_fixed(p) && fields(p)->nr_cpus_allowed > 1 &&
+	    !bpf_probe_read_kernel(&cpus, sizeof(cpus), fields(p)->cpus_ptr))
+		set = find_set(&cpus, scx_bpf_nr_cpu_ids(), task->stay.set, now);
+	if (!set)
+		return MASKED(one_cpu(p), ABI_SCHED_CPUS - 1);
+	task->stay.set = set - 1;
+	return SET_LANE(set - 1);
 }
 
 /* Count that a task no longer waits where it did. */

@@ -152,7 +152,9 @@ def _with_guests() -> list[Suite]:
         guest_options=("--memory=2048",),
     )
     disk = (*programs.guest_options, "--disk=1024:50")
-    sched = replace(programs, name="sched", paths=SCHED, guest_options=disk)
+    # The third CPU is off, but for the test of sets of CPUs.
+    cpus = (*disk, "--cpus=3", "--kernel-arg=maxcpus=2")
+    sched = replace(programs, name="sched", paths=SCHED, guest_options=cpus)
     systemd = Suite(
         "systemd",
         ("tests/systemd",),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -390,6 +392,70 @@ def test_churn_leaves_nothing(scheduler: Scheduler) -> None:
     assert control.without_entry == 0
 
 
+CHURN = int(os.environ.get("AGENTCG_CHURN", "1000"))
+"""Cgroups that are made and removed beside load: AGENTCG_CHURN=10000 for a release."""
+
+
+@pytest.mark.timeout(600 if CHURN <= 1000 else 7200)
+@patient
+def test_cgroups_that_come_and_go_beside_load(scheduler: Scheduler) -> None:
+    """The kernel does not let go of the scheduler, and the load has its shares by weight. A cgroup
+    is removed as soon as the kernel allows it, one in ten while a process that was killed in it is
+    still ending, which is when the kernel's own scx_flatcg fails."""
+    control, weights = scheduler.control, {"one": 100, "three": 300}
+    with Load(controllers="+cpu") as load:
+        for name, weight in weights.items():
+            load.make(name, weight)
+            for _ in range(2):
+                load.start(name)
+        churn = load.make("churn", 100)
+        (churn / "cgroup.subtree_control").write_text("+cpu")
+        before = control.cgroups, control.queues, scheduler.places()
+        began, used = time.monotonic(), {name: load.usage_usec(name) for name in weights}
+        left: dict[Path, int] = {}
+        for i in range(CHURN):
+            path = churn / f"c{i}"
+            path.mkdir()
+            left[path] = 0
+            if i % 10 == 0:
+                left[path] = load.start(f"churn/c{i}")
+                wait_until("it is in it", partial(has_processes, path))
+                load.write(f"churn/c{i}", "cgroup.kill", 1)
+            remove(load, left)
+        wait_until("all are removed", lambda: remove(load, left) == 0)
+        took = time.monotonic() - began
+        used = {name: load.usage_usec(name) - usec for name, usec in used.items()}
+        assert scheduler.ending() is None
+        wait_until(
+            "nothing is left",
+            lambda: (control.cgroups, control.queues, scheduler.places()) == before,
+        )
+    print(f"{CHURN} cgroups in {took:.0f} s, {shares(used)}")
+    assert control.without_entry == 0
+    assert not wrong_shares(used, {"one": 25.0, "three": 75.0}), "found, expected"
+
+
+def has_processes(path: Path) -> bool:
+    """Tell whether something is in a cgroup."""
+    return (path / "cgroup.procs").read_text() != ""
+
+
+def remove(load: Load, left: dict[Path, int]) -> int:
+    """Remove those cgroups in which nothing is left, and have their processes waited for (0: there
+    was none). Returns how many remain."""
+    for path, pid in list(left.items()):
+        try:
+            path.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            continue
+        if pid:
+            load.wait(pid)
+        del left[path]
+    return len(left)
+
+
 def turns_of(pid: int) -> int:
     """How often a task has been given a CPU, as the kernel itself counts."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[2])
@@ -522,6 +588,45 @@ def test_more_cgroups_bound_to_a_cpu_than_are_tried_at_once(scheduler: Scheduler
         took_s = sum(used.values()) / 1e6
     assert not wrong_shares(used, equal)
     assert took_s > 0.4, "they have a CPU for themselves"
+
+
+@patient
+def test_tasks_bound_to_some_cpus(scheduler: Scheduler) -> None:
+    """Sets of two of three CPUs, which overlap: by weight, inside a set, between sets and beside
+    what may run anywhere."""
+    switch = Path("/sys/devices/system/cpu/cpu2/online")
+    if not switch.exists():
+        pytest.skip("this machine has no third CPU that can be switched")
+    was = switch.read_text()
+    demands: dict[str, tuple[int, set[int], int]] = {
+        "a": (100, {0, 1}, 2),
+        "b": (300, {0, 1}, 3),
+        "c": (200, {1, 2}, 3),
+        "free": (100, {0, 1, 2}, 2),
+    }
+    expected = {name: weight / 7 for name, (weight, _, _) in demands.items()}
+    switch.write_text("1")
+    try:
+        with Load(controllers="+cpu") as load:
+            for name, (weight, mask, count) in demands.items():
+                load.make(name, weight)
+                for _ in range(count):
+                    load.start(name, bound_to(mask))
+            time.sleep(0.5)
+            used = settled(load, list(demands), lambda used, _: not wrong_shares(used, expected))
+    finally:
+        switch.write_text(was)
+    assert not wrong_shares(used, expected), "found, expected"
+
+
+def bound_to(cpus: set[int]) -> Callable[[], None]:
+    """Spin on these CPUs only."""
+
+    def run() -> None:
+        os.sched_setaffinity(0, cpus)
+        spin()
+
+    return run
 
 
 @patient

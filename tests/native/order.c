@@ -4,23 +4,27 @@
  * writes what each cgroup got. One command a line, times in us:
  *
  *     cgroup PARENT WEIGHT              the next number, from 1 on; 0 is the root
- *     task CGROUP CPU CPUS FROM TO RUN SLEEP
- *                                       may run on CPUS many from CPU on; is there from FROM to TO;
- *                                       sleeps for SLEEP whenever it has run for RUN (0: never)
+ *     task CGROUP CPUS FROM TO RUN SLEEP
+ *                                       may run on CPUS, as hexadecimal words with commas, lowest
+ *                                       first; is there from FROM to TO; sleeps for SLEEP whenever
+ *                                       it has run for RUN (0: never)
  *     away CPU                          serves no task of this scheduler's
  *     run CPUS SLICE FROM TO            simulates until TO; counts from FROM on
  *
- * Output: `used CGROUP NS` for each cgroup with tasks, and `cost DISPATCHES STEPS MOST LOCKS`: of
- * the dispatches, with the turns of loops and lock takes of all of them, and the most of one.
+ * Output: `used CGROUP NS` for each cgroup with tasks, and `cost DISPATCHES STEPS MOST LOCKS NS`:
+ * of the dispatches, with the turns of loops, lock takes and time of all of them, and the most
+ * turns of one.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "driver.h"
 
 #define TASKS_MAX 65536
 #define NEVER	  UINT64_MAX
+#define TICK_NS	  4000000
 
 static struct task tasks[TASKS_MAX];
 static u32 task_count, cgroup_count = 1, slots[SLOTS];
@@ -31,7 +35,15 @@ static struct {
 	bool away;
 } cpus[ABI_SCHED_CPUS];
 static u32 cpu_count;
-static u64 dispatches, steps_most, steps_all, locks_all;
+static u64 dispatches, steps_most, steps_all, locks_all, time_all;
+
+static u64 clock_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000000000ULL + t.tv_nsec;
+}
 
 /* Tell of a task that has something to run, and let an idle CPU have it. */
 static void wake(struct task *task, u64 now)
@@ -39,10 +51,11 @@ static void wake(struct task *task, u64 now)
 	int idle = -1;
 
 	for (u32 cpu = 0; cpu < cpu_count && idle < 0; cpu++)
-		if (!cpus[cpu].task && !cpus[cpu].away && may_run(task, cpu))
+		if (!cpus[cpu].task && !cpus[cpu].away && cpus[cpu].until > now &&
+		    may_run(task, cpu))
 			idle = cpu;
 	task->waits = true;
-	driver_enqueue(task, now, true, idle);
+	driver_enqueue(task, now, true);
 	if (idle >= 0 && cpus[idle].until > now)
 		cpus[idle].until = now;
 }
@@ -50,9 +63,10 @@ static void wake(struct task *task, u64 now)
 /* Have a CPU choose, with the task that ran there if that can go on. */
 static void dispatch(u32 cpu, struct task *prev, u64 now, u64 slice)
 {
-	u64 steps = loop_steps, locks = locks_taken;
+	u64 steps = loop_steps, locks = locks_taken, began = clock_ns();
 	struct task *next = driver_dispatch(cpu, prev, now);
 
+	time_all += clock_ns() - began;
 	dispatches++;
 	steps = loop_steps - steps;
 	steps_all += steps;
@@ -102,7 +116,7 @@ static void end_turn(u32 cpu, u64 now, u64 slice, u64 from)
 
 static void simulate(u64 slice, u64 from, u64 to)
 {
-	u64 now = 0;
+	u64 now = 0, tick = START;
 
 	/* CPUs do not switch all at the same time. */
 	for (u32 cpu = 0; cpu < cpu_count; cpu++)
@@ -121,6 +135,8 @@ static void simulate(u64 slice, u64 from, u64 to)
 		if (next == NEVER)
 			break;
 		now = next > now ? next : now;
+		for (; tick < now; tick += TICK_NS)
+			driver_tick();
 		if (waker) {
 			waker->awake = true;
 			wake(waker, now);
@@ -134,9 +150,20 @@ static void simulate(u64 slice, u64 from, u64 to)
 	}
 }
 
+/* Read a task's CPUs. */
+static void set_cpus(struct task *task, char *text)
+{
+	for (u32 i = 0; text && i < CPU_WORDS; i++) {
+		task->cpus.words[i] = strtoull(text, &text, 16);
+		task->count += __builtin_popcountll(task->cpus.words[i]);
+		text = *text == ',' ? text + 1 : NULL;
+	}
+}
+
 int main(void)
 {
-	unsigned long long a, b, c, d, e, f, g;
+	unsigned long long a, b, c, d, e, f;
+	char mask[256];
 	char line[256];
 
 	while (fgets(line, sizeof(line), stdin)) {
@@ -144,18 +171,17 @@ int main(void)
 			if (cgroup_count == 1)
 				driver_begin();
 			slots[cgroup_count++] = driver_cgroup(slots[a], b);
-		} else if (sscanf(line, "task %llu %llu %llu %llu %llu %llu %llu", &a, &b, &c, &d,
-				  &e, &f, &g) == 7) {
+		} else if (sscanf(line, "task %llu %255s %llu %llu %llu %llu", &a, mask, &c, &d, &e,
+				  &f) == 6) {
 			struct task *task = &tasks[task_count++];
 
 			task->cgroup = a;
 			task->slot = slots[a];
-			task->cpu = b;
-			task->cpus = c;
-			task->wakes = START + d * 1000;
-			task->to = START + e * 1000;
-			task->run = task->left = f * 1000;
-			task->sleep = g * 1000;
+			set_cpus(task, mask);
+			task->wakes = START + c * 1000;
+			task->to = START + d * 1000;
+			task->run = task->left = e * 1000;
+			task->sleep = f * 1000;
 		} else if (sscanf(line, "away %llu", &a) == 1) {
 			cpus[a].away = true;
 		} else if (sscanf(line, "run %llu %llu %llu %llu", &a, &b, &c, &d) == 4) {
@@ -169,8 +195,8 @@ int main(void)
 	}
 	for (u32 i = 0; i < cgroup_count; i++)
 		printf("used %u %llu\n", i, (unsigned long long)used[i]);
-	printf("cost %llu %llu %llu %llu\n", (unsigned long long)dispatches,
+	printf("cost %llu %llu %llu %llu %llu\n", (unsigned long long)dispatches,
 	       (unsigned long long)steps_all, (unsigned long long)steps_most,
-	       (unsigned long long)locks_all);
+	       (unsigned long long)locks_all, (unsigned long long)time_all);
 	return 0;
 }

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from tempfile import mkdtemp
 HERE = Path(__file__).parent
 FOREVER_USEC = 10**12
 WARM_UP_S = 1
+WORD = (1 << 64) - 1
 
 
 @cache
@@ -51,6 +53,8 @@ class Result:
     steps_most: int
     """In one dispatch."""
     locks: int
+    time_ns: int
+    """Of all dispatches, on this machine."""
 
     def shares(self, cgroups: list[int]) -> list[float]:
         """Shares in percent of what these had together."""
@@ -96,19 +100,19 @@ class Scenario:
     def task(
         self,
         cgroup: int,
-        cpu: int = 0,
-        cpus: int = 0,
+        on: Iterable[int] | None = None,
         since_s: float = 0,
         until_s: float | None = None,
         run_usec: int = 0,
         sleep_usec: int = 0,
     ) -> None:
-        """Add a task that may run on `cpus` CPUs from `cpu` on (0: on all). It always has something
-        to run, or sleeps for `sleep_usec` after each `run_usec`."""
+        """Add a task that may run on these CPUs (None: on all). It always has something to run, or
+        sleeps for `sleep_usec` after each `run_usec`."""
         end = FOREVER_USEC if until_s is None else round(until_s * 1e6)
-        mask = f"{cpu} {cpus or self.cpus}"
+        mask = sum(1 << cpu for cpu in (range(self.cpus) if on is None else set(on)))
+        words = ",".join(f"{mask >> 64 * i & WORD:x}" for i in range(self.cpus // 64 + 1))
         times = f"{round(since_s * 1e6)} {end} {run_usec} {sleep_usec}"
-        self.lines.append(f"task {cgroup} {mask} {times}")
+        self.lines.append(f"task {cgroup} {words} {times}")
 
     def hogs(self, cgroup: int, count: int) -> None:
         """Add tasks that always have something to run, anywhere."""
@@ -132,8 +136,8 @@ class Scenario:
             what, *numbers = line.split()
             if what == "used":
                 used[int(numbers[0])] = int(numbers[1])
-        dispatches, steps, most, locks = map(int, numbers)
-        return Result(used, dispatches, steps, most, locks)
+        dispatches, steps, most, locks, time_ns = map(int, numbers)
+        return Result(used, dispatches, steps, most, locks, time_ns)
 
 
 def main() -> None:
