@@ -31,12 +31,12 @@ from agentcgroupd.turns import in_slices
 
 log = logging.getLogger(__name__)
 
-SWEEP_INTERVAL_S = 10.0
+SWEEP_INTERVAL_S, SWEEP_MOST_S = 10.0, 60.0
 SWEEP_SHARE = 0.005
 """Most of a CPU that sweeps take, which find only what nobody has told of, and looks at all
-sessions for metrics: with thousands of calls they are further apart."""
+sessions for metrics: with thousands of calls they are further apart, up to the larger number."""
 BEAT_INTERVAL_S = 0.5
-SHOW_INTERVAL_S = 2.0
+SHOW_INTERVAL_S, SHOW_MOST_S = 2.0, 10.0
 """Between looks at all sessions for the metrics."""
 
 
@@ -130,7 +130,7 @@ class Running:
         while True:
             await asyncio.sleep(rest_s)
             took_s = await in_slices(self.sweep())
-            rest_s = max(SWEEP_INTERVAL_S, took_s / SWEEP_SHARE)
+            rest_s = rest_after(took_s, SWEEP_INTERVAL_S, SWEEP_MOST_S)
 
     async def _beat_forever(self) -> None:
         """Keep gauges and the loop's lateness."""
@@ -163,7 +163,7 @@ class Running:
         shown = SessionMetrics(self._metrics, self._sessions_shown)
         while True:
             took_s = await in_slices(self._show(shown))
-            await asyncio.sleep(max(SHOW_INTERVAL_S, took_s / SWEEP_SHARE))
+            await asyncio.sleep(rest_after(took_s, SHOW_INTERVAL_S, SHOW_MOST_S))
 
     def _show(self, shown: SessionMetrics) -> Iterator[None]:
         states = Counter(call.state for call in self._calls.open.values())
@@ -201,6 +201,11 @@ class Running:
         metrics.history_lost.follow(self._parts.notices.history.lost)
         metrics.history_bytes.set(self._parts.notices.history.used_bytes)
         metrics.gpu_calls.set(len(self._gpus.tenants))
+
+
+def rest_after(took_s: float, least_s: float, most_s: float) -> float:
+    """Seconds until something is done again that took so many of a CPU."""
+    return min(most_s, max(least_s, took_s / SWEEP_SHARE))
 
 
 def note_alive(pool: Pool) -> None:

@@ -230,15 +230,12 @@ class Slices:
         """`turns`, `key`: whose turn each slice is; without them the loop goes round in between."""
         self._turns, self._key = turns, key
         self._began = time.perf_counter()
-        self.spent_s = 0.0
-        """What all slices took that are used up."""
 
     async def breathe(self) -> None:
         """Let others work once the slice is used up."""
         spent = time.perf_counter() - self._began
         if spent < SLICE_S:
             return
-        self.spent_s += spent
         if self._turns is None:
             await asyncio.sleep(0)
         else:
@@ -249,8 +246,10 @@ class Slices:
 
 async def in_slices(steps: Iterator[object]) -> float:
     """Run through `steps` to their end, letting the loop go round between slices; returns the
-    seconds that they took, but for a last slice that was not used up."""
-    slices = Slices()
+    seconds of CPU time that they took."""
+    slices, spent_s, began_s = Slices(), 0.0, time.thread_time()
     for _ in steps:
+        spent_s += time.thread_time() - began_s
         await slices.breathe()
-    return slices.spent_s
+        began_s = time.thread_time()
+    return spent_s + time.thread_time() - began_s

@@ -33,7 +33,6 @@ BEGIN = (
     "result = call.id"
 )
 BYTES, REQUESTS = 50 << 20, 800
-BYTES, REQUESTS = 50 << 20, 800
 COSTS = " ".join(
     f"{way}bps={BYTES} {way}seqiops={REQUESTS} {way}randiops={REQUESTS}" for way in ("r", "w")
 )

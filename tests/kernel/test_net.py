@@ -255,7 +255,7 @@ def links(daemon: DaemonProcess) -> list[int]:
 
 
 def test_a_container_is_counted_and_held_too(counting: DaemonProcess, box: Cgroup) -> None:
-    """Its cgroup lies outside of the pool, where a runtime wants it."""
+    """The cgroup of a container lies outside of the pool, where its runtime wants it."""
     pools = links(counting)
     with Admin(str(counting.run_dir)) as admin:
         admin.adopt_session("box", f"/{box.path.name}")

@@ -12,7 +12,7 @@ import pytest
 
 from agentcgroupd import stopping
 from agentcgroupd.config import ServerConfig
-from agentcgroupd.running import PartFailed, Running
+from agentcgroupd.running import PartFailed, Running, rest_after
 
 
 def running(compare_forever: Any) -> Running:
@@ -89,3 +89,8 @@ def test_a_part_that_does_not_stop_is_not_waited_for(
     assert [r.getMessage() for r in caplog.records] == [
         "the stuck part did not stop within 0.05 s: the daemon ends without it"
     ]
+
+
+@pytest.mark.parametrize(("took_s", "rest_s"), [(0.0, 10.0), (0.1, 20.0), (30.0, 60.0)])
+def test_what_takes_long_is_done_less_often_up_to_a_bound(took_s: float, rest_s: float) -> None:
+    assert rest_after(took_s, 10.0, 60.0) == pytest.approx(rest_s)

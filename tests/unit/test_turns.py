@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from agentcgroupd.turns import KEYS_MOST, Turns
+from agentcgroupd.turns import KEYS_MOST, Turns, in_slices
 
 
 def note(done: list[str], what: str, seconds: float = 0.0) -> Callable[[], None]:
@@ -151,3 +151,12 @@ async def many_at_once(count: int) -> int:
 
 def test_few_keys_are_remembered() -> None:
     assert asyncio.run(many_at_once(20_000)) <= 2 * KEYS_MOST
+
+
+def test_time_that_others_take_is_not_that_of_the_steps() -> None:
+    def steps() -> Iterator[None]:
+        for _ in range(3):
+            time.sleep(0.05)  # waits, as for a file that blocks
+            yield
+
+    assert asyncio.run(in_slices(steps())) < 0.05

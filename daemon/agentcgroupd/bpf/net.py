@@ -16,8 +16,8 @@ from agentcgroupd.errors import BpfError
 from agentcgroupd.units import CgroupId
 
 OBJECT = "net"
-LEVELS = 20
-"""Of cgroups below the root that the programs look at (net.bpf.c)."""
+NO_LEVEL = 1 << 16
+"""Deeper than any tree of cgroups."""
 # include/uapi/linux/bpf.h: enum bpf_attach_type
 _PROGRAMS = {"on_receive": 0, "on_send": 1}
 
@@ -30,14 +30,17 @@ class NetPrograms:
         self._bpf = bpf
         self._traffic = bpf.map("traffic", abi.NetTraffic)
         self._control = bpf.shared("control", abi.NetControl)
-        self._control.first_level = LEVELS
+        self._control.first_level = NO_LEVEL
         self._links: dict[CgroupId, list[int]] = {}
 
     def attach(self, cgroup: Cgroup) -> None:
         """Count below a cgroup from now on, beside other programs there, until `detach`, `close` or
         the end of this process. Raises BpfError; then nothing is attached."""
         links = self._links.setdefault(cgroup.id, [])
-        fd = os.open(cgroup.proc_path(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fd = os.open(cgroup.proc_path(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise BpfError(f"opening {cgroup.path}", error.errno or 0) from None
         try:
             for name, kind in _PROGRAMS.items():
                 program, what = self._bpf.program_fd(name), f"attaching net/{name}"
@@ -55,8 +58,8 @@ class NetPrograms:
             os.close(link)
 
     def look_from(self, level: int) -> None:
-        """Look for entries of cgroups at this level below the root too. Each level costs time with
-        each packet, and before this is called, none is looked at."""
+        """Look for entries of cgroups at this level below the root too, and from now on. Each level
+        costs time with each packet, and before this is called, none is looked at."""
         self._control.first_level = min(self._control.first_level, max(1, level))
 
     def follow(self, cgroup: CgroupId, send_bytes_per_s: int | None = None) -> None:

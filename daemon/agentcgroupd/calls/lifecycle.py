@@ -362,6 +362,7 @@ class Calls(OpenCalls):
         grant = self._observer.regrant(call, grant)
         # What the policy did is undone first: its next decision is made under the new grant.
         self.actions.unthrottle(call, "Its grant was changed.")
+        self.actions.io_unweight(call, "Its grant was changed.")
         leftovers = call.grant.leftovers
         call.grant = rewrite_grant(call.session, call.cgroup, call.grant, grant)
         memory_high.write(call)

@@ -41,9 +41,11 @@ class Traffic:
         self._programs.forget(session.cgroup.id)
 
     def call_opened(self, call: Call) -> None:
-        """Count for a call that has just been made, and hold any to what it may send. Raises
-        BpfError."""
-        if call.entered and call.grant.net_send_bytes_per_s is None:
+        """Count for a call that has just been made, and hold any to what it may send; nothing where
+        its session is not counted. Raises BpfError."""
+        if call.session.traffic is None or (
+            call.entered and call.grant.net_send_bytes_per_s is None
+        ):
             return
         self._programs.follow(call.cgroup.id, call.grant.net_send_bytes_per_s)
         if not call.entered:
@@ -51,6 +53,8 @@ class Traffic:
 
     def regrant(self, call: Call, grant: Grant) -> None:
         """Hold a call to what it may send by its new grant. Raises BpfError."""
+        if call.session.traffic is None:
+            return
         if grant.net_send_bytes_per_s != call.grant.net_send_bytes_per_s:
             self._programs.limit(call.cgroup.id, grant.net_send_bytes_per_s)
 

@@ -9,7 +9,7 @@ from collections.abc import Container
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.knobs import Knob
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.errors import KnobError
+from agentcgroupd.errors import CgroupGone, KnobError
 from agentcgroupd.host.block_devices import whole_devices
 
 log = logging.getLogger(__name__)
@@ -31,23 +31,39 @@ def has_weight(files: Container[str]) -> bool:
     return any(knob.file in files for knob, _ in WEIGHTS)
 
 
-def write_weight(cgroup: Cgroup, files: Container[str], weight: int) -> None:
-    """Set a weight of 1 to 10000 in those of a cgroup's interface files that keep one. Raises
-    KnobError."""
+def write_weight(cgroup: Cgroup, weight: int) -> bool:
+    """Set a weight of 1 to 10000 in those interface files of a cgroup that keep one now: that of
+    bfq comes and goes with its module. Returns whether there is one. Raises KnobError."""
+    kept = False
     for knob, most in WEIGHTS:
-        if knob.file in files:
+        try:
             cgroup.write(knob, min(weight, most))
+        except CgroupGone:
+            raise
+        except KnobError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        else:
+            kept = True
+    return kept
 
 
 def write_latency(cgroup: Cgroup, target_usec: int | None) -> None:
     """Set how long a cgroup's requests may take on each block device before the kernel has others
-    beside it wait; None: nobody waits for it. The file has to be there. Raises KnobError."""
+    beside it wait; None: nobody waits for it. The file has to be there. What one device refuses is
+    logged. Raises KnobError."""
     target = "max" if target_usec is None else str(target_usec)
     devices = whole_devices() if target_usec is not None else cgroup.read(knobs.IO_LATENCY)
     for device in devices:
-        try:
-            cgroup.write_text(knobs.IO_LATENCY.file, f"{device} target={target}")
-        except KnobError as error:
-            if error.errno not in NO_SUCH_DEVICE:
-                raise
-            log.debug("%s", error)
+        write_line(cgroup, knobs.IO_LATENCY.file, f"{device} target={target}")
+
+
+def write_line(cgroup: Cgroup, file: str, line: str) -> None:
+    """Write what holds for one device; what it refuses is logged. Raises CgroupGone."""
+    try:
+        cgroup.write_text(file, line)
+    except CgroupGone:
+        raise
+    except KnobError as error:
+        level = logging.DEBUG if error.errno in NO_SUCH_DEVICE else logging.WARNING
+        log.log(level, "%s", error)

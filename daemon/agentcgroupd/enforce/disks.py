@@ -8,7 +8,6 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.disk_share import (
     DEFAULT_WEIGHT,
     NO_SUCH_DEVICE,
-    has_weight,
     write_weight,
 )
 from agentcgroupd.cgroup.knobs import Knob
@@ -23,11 +22,9 @@ IO_MAX = Knob("io.max", str)
 
 def lower_weight(call: Call, percent: int) -> bool:
     """Leave a call this part of its weight. Returns whether it has one here. Raises KnobError."""
-    offered = call.session.offered
-    if not has_weight(offered):
-        return False
     weight = max(1, (call.grant.io_weight or DEFAULT_WEIGHT) * percent // 100)
-    write_weight(call.cgroup, offered, weight)
+    if not write_weight(call.cgroup, weight):
+        return False
     call.disks.weight_since_usec = boottime_usec()
     return True
 
@@ -35,7 +32,7 @@ def lower_weight(call: Call, percent: int) -> bool:
 def restore_weight(call: Call) -> None:
     """Give a call the weight of its grant. Raises KnobError."""
     call.disks.weight_since_usec = None
-    write_weight(call.cgroup, call.session.offered, call.grant.io_weight or DEFAULT_WEIGHT)
+    write_weight(call.cgroup, call.grant.io_weight or DEFAULT_WEIGHT)
 
 
 def hold(call: Call, rate: int) -> bool:
@@ -62,7 +59,7 @@ def take_up(call: Call) -> None:
     """Give a call that was found again what its grant says: an earlier daemon may have been killed
     while it had lowered that. Raises KnobError."""
     offered = call.session.offered
-    write_weight(call.cgroup, offered, call.grant.io_weight or DEFAULT_WEIGHT)
+    write_weight(call.cgroup, call.grant.io_weight or DEFAULT_WEIGHT)
     if IO_MAX.file not in offered:
         return
     for line in (call.cgroup.read_if(IO_MAX) or "").split("\n")[:DEVICES_MOST]:

@@ -12,7 +12,6 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.disk_share import (
     DEFAULT_WEIGHT,
     NO_SUCH_DEVICE,
-    has_weight,
     write_weight,
 )
 from agentcgroupd.cgroup.knobs import Knob, T
@@ -171,11 +170,10 @@ def _write(session: Session, cgroup: Cgroup, grant: Grant) -> Grant:
         cgroup.write(knobs.MEMORY_OOM_GROUP, True)
     writer.put(knobs.PIDS_MAX, grant.pids_max, grant.pids_max is not None)
     writer.put(knobs.CPU_WEIGHT, grant.cpu_weight, grant.cpu_weight != 100)
-    if grant.io_weight is not None and has_weight(session.offered):
-        if grant.io_weight != DEFAULT_WEIGHT:
-            write_weight(cgroup, session.offered, grant.io_weight)
-    elif grant.io_weight_asked:
-        writer.missing.append(knobs.IO_WEIGHT.file)
+    if grant.io_weight_asked or grant.io_weight not in (None, DEFAULT_WEIGHT):
+        kept = write_weight(cgroup, grant.io_weight or DEFAULT_WEIGHT)
+        if grant.io_weight_asked and not kept:
+            writer.missing.append(knobs.IO_WEIGHT.file)
     if grant.cpu_max_millicores is not None:
         writer.put(knobs.CPU_MAX, knobs.CpuMax(grant.cpu_max_millicores * 100), True)
     writer.put_settings(grant.settings)
@@ -193,8 +191,9 @@ def rewrite_grant(session: Session, cgroup: Cgroup, old: Grant, new: Grant) -> G
         cgroup.write(knobs.CPU_MAX, knobs.CpuMax(None))
     if new.cpu_weight == 100 and old.cpu_weight != 100:
         cgroup.write(knobs.CPU_WEIGHT, 100)
-    if new.io_weight in (None, DEFAULT_WEIGHT) and old.io_weight not in (None, DEFAULT_WEIGHT):
-        write_weight(cgroup, session.offered, DEFAULT_WEIGHT)
+    usual = (None, DEFAULT_WEIGHT)
+    if not new.io_weight_asked and new.io_weight in usual and old.io_weight not in usual:
+        write_weight(cgroup, DEFAULT_WEIGHT)
     return granted
 
 

@@ -11,18 +11,23 @@ DEVICES_MOST = 256
 
 
 def whole_devices(sys_block: Path = SYS_BLOCK) -> list[str]:
-    """List the numbers, as `8:0`, of all devices that are no partitions. The kernel keeps limits
-    and counts for these alone (block/blk-cgroup.c: blkg_conf_open_bdev)."""
+    """List the numbers, as `8:0`, of all devices that are no partitions and hold something: a loop
+    device without a file is left out. The kernel keeps limits and counts for whole devices alone
+    (block/blk-cgroup.c: blkg_conf_open_bdev)."""
     found = []
     try:
         names = sorted(os.listdir(sys_block))
     except FileNotFoundError:
         return []
-    for name in names[:DEVICES_MOST]:
+    for name in names:
         try:
+            if (sys_block / name / "size").read_text(encoding="ascii").strip() == "0":
+                continue
             found.append((sys_block / name / "dev").read_text(encoding="ascii").strip())
         except OSError:
             continue  # removed meanwhile
+        if len(found) == DEVICES_MOST:
+            break
     return found
 
 

@@ -26,6 +26,7 @@ from agentcgroupd.errors import (
 )
 from agentcgroupd.intents.gpu import GpuCeiling
 from agentcgroupd.intents.gpu_part import Part, gpu_part
+from agentcgroupd.intents.grant import weight_of_priority
 from agentcgroupd.intents.parse import parse_intent
 from agentcgroupd.sessions.containers import (
     agent_leaf,
@@ -37,9 +38,11 @@ from agentcgroupd.sessions.holding import used_for_good
 from agentcgroupd.sessions.limits import (
     as_found,
     change_limits,
+    drop_latency,
     parse_limits,
     read_limits,
     tighten,
+    write_disk_limits,
     write_found,
     write_limits,
 )
@@ -277,6 +280,8 @@ class SessionCgroups:
             limits = replace(limits, cpu_weight=session.cgroup.read(knobs.CPU_WEIGHT))
         try:
             write_limits(session.cgroup, limits)
+            if limits.io_latency_usec is None and session.limits.io_latency_usec is not None:
+                drop_latency(session.cgroup, session.found)
         except CgroupGone:
             raise
         except KnobError:
@@ -430,6 +435,8 @@ class SessionCgroups:
             if cgroup.has(knobs.CPU_WEIGHT):
                 # An earlier daemon may have been killed while it had lowered the weight.
                 cgroup.write(knobs.CPU_WEIGHT, session.limits.cpu_weight)
+            # It may have known nothing of these, or bfq has come since.
+            write_disk_limits(cgroup, session.limits)
         except (KeyError, TypeError, ValueError, KnobError) as error:
             log.warning("%s is not a session that can be taken up: %s", directory, error)
             cgroup.close()
@@ -447,5 +454,5 @@ def _split_record(found: dict[str, str]) -> bytes:
 def _limits_of_record(data: dict[str, Any]) -> SessionLimits:
     """Limits from a record, where lists stand for tuples."""
     # A record of an earlier daemon has no weight for disks.
-    since = {"io_weight": data["cpu_weight"], **data}
+    since = {"io_weight": weight_of_priority(data["priority"]), **data}
     return SessionLimits(**{**since, "gpu_devices": tuple(data.get("gpu_devices", ()))})

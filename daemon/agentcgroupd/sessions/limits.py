@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
@@ -13,12 +12,13 @@ from agentcgroupd.cgroup.disk_share import (
     DEFAULT_WEIGHT,
     WEIGHTS,
     write_latency,
+    write_line,
     write_weight,
 )
 from agentcgroupd.cgroup.knobs import Knob, T
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.config import CallDefaults, SessionDefaults
-from agentcgroupd.errors import CgroupGone, InvalidField, KnobError
+from agentcgroupd.errors import InvalidField
 from agentcgroupd.intents.gpu import GpuCeiling
 from agentcgroupd.intents.grant import Ceiling, weight_of_priority
 from agentcgroupd.sessions.holding import held_beside_calls
@@ -35,8 +35,6 @@ from agentcgroupd.units import (
     show_bytes,
     show_usec,
 )
-
-log = logging.getLogger(__name__)
 
 PIDS_MOST = 4_194_304
 """PID_MAX_LIMIT on 64 bits (include/linux/threads.h)."""
@@ -222,10 +220,22 @@ def write_limits(cgroup: Cgroup, limits: SessionLimits) -> None:
     put(knobs.PIDS_MAX, limits.pids_max)
     put(knobs.CGROUP_MAX_DESCENDANTS, limits.cgroups_max)
     put(knobs.CGROUP_MAX_DEPTH, limits.cgroup_depth_max)
-    files = cgroup.files()
-    write_weight(cgroup, files, limits.io_weight)
-    if knobs.IO_LATENCY.file in files:
+    write_disk_limits(cgroup, limits)
+
+
+def write_disk_limits(cgroup: Cgroup, limits: SessionLimits) -> None:
+    """Set what is kept of disks for a session. Where it asks for no latency, one that a runtime has
+    set stays. Raises KnobError."""
+    write_weight(cgroup, limits.io_weight)
+    if limits.io_latency_usec is not None and cgroup.has(knobs.IO_LATENCY):
         write_latency(cgroup, limits.io_latency_usec)
+
+
+def drop_latency(cgroup: Cgroup, found: Mapping[str, str]) -> None:
+    """Take away what a session has asked for, and put back what was found. Raises KnobError."""
+    if cgroup.has(knobs.IO_LATENCY):
+        write_latency(cgroup, None)
+        _write_lines(cgroup, knobs.IO_LATENCY.file, found.get(knobs.IO_LATENCY.file, ""))
 
 
 WRITTEN_KNOBS = (
@@ -244,7 +254,7 @@ WRITTEN_KNOBS = (
 )
 """What `write_limits` sets."""
 DISK_FILES = frozenset((knobs.IO_WEIGHT.file, knobs.IO_BFQ_WEIGHT.file, knobs.IO_LATENCY.file))
-"""Those of it with a line for each device."""
+"""Files of WRITTEN_KNOBS that have a line for each device."""
 
 
 def lacking_files(cgroup: Cgroup, limits: SessionLimits) -> list[str]:
@@ -278,17 +288,17 @@ def write_found(cgroup: Cgroup, found: Mapping[str, str]) -> None:
     for file, text in found.items():
         if file not in DISK_FILES:
             cgroup.write_text(file, text)
-            continue
-        try:
-            if file == knobs.IO_LATENCY.file:
-                write_latency(cgroup, None)
-            for line in filter(None, text.split("\n")):
-                cgroup.write_text(file, line)
-        except CgroupGone:
-            raise
-        except KnobError as error:
-            # A device was removed, or the scheduler that kept weights. Nobody is held by those.
-            log.info("%s", error)
+    # What an earlier daemon did not know of, or a module has brought since, was not found.
+    write_weight(cgroup, DEFAULT_WEIGHT)
+    for knob, _ in WEIGHTS:
+        _write_lines(cgroup, knob.file, found.get(knob.file, ""))
+    drop_latency(cgroup, found)
+
+
+def _write_lines(cgroup: Cgroup, file: str, text: str) -> None:
+    """Write what holds for each device, as far as it is still there. Raises CgroupGone."""
+    for line in filter(None, text.split("\n")):
+        write_line(cgroup, file, line)
 
 
 class Read(Protocol):

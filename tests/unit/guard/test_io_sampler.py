@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from types import SimpleNamespace
 from typing import Any
 
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.enforce import disks
+from agentcgroupd.errors import KnobError
 from agentcgroupd.guard.io_sampler import STALLED, IoSampler, bytes_moved
 from agentcgroupd.policy.schema import Policy
 from agentcgroupd.state.session import LoweredDisks
@@ -34,6 +36,8 @@ class Files:
         return self.values.get("stalled" if knob is STALLED else "moved")
 
     def write(self, knob: Any, value: object) -> None:
+        if knob is knobs.IO_BFQ_WEIGHT:
+            raise KnobError(OSError(errno.ENOENT, "no bfq"), "leaf", knob.file)
         self.written.append((knob.file, value))
 
     def write_text(self, file: str, text: str) -> None:

@@ -56,9 +56,11 @@ def test_a_tool_may_lower_its_rate_and_not_raise_it() -> None:
 
 
 class Leaf:
-    """A call's cgroup that takes down what is written; device 9:9 has gone."""
+    """A call's cgroup that takes down what is written; device 9:9 has gone. `files`: what it keeps
+    of disks' shares."""
 
-    def __init__(self) -> None:
+    def __init__(self, *files: str) -> None:
+        self.files = files
         self.written: list[tuple[str, object]] = []
 
     def write_text(self, file: str, text: str) -> None:
@@ -67,6 +69,8 @@ class Leaf:
         self.written.append((file, text))
 
     def write(self, knob: Any, value: object) -> None:
+        if knob.file.endswith("weight") and knob.file not in (*self.files, "cpu.weight"):
+            raise KnobError(OSError(errno.ENOENT, "no such file"), "leaf", knob.file)
         self.written.append((knob.file, value))
 
 
@@ -75,7 +79,7 @@ def written(offered: set[str], devices: list[str], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(limits, "whole_devices", lambda: devices)
     cgroup = SimpleNamespace(read=lambda knob: (), enable=lambda controllers: controllers)
     session: Any = SimpleNamespace(cgroup=cgroup, offered=frozenset(offered))
-    leaf: Any = Leaf()
+    leaf: Any = Leaf(*offered)
     asked = granted(io_read_max="1M", io_write_max="2M", io_weight="300")
     return write_grant(session, leaf, asked), leaf.written
 
@@ -98,16 +102,15 @@ def test_a_weight_of_bfq_is_a_thousand_at_most_and_goes_back_to_the_default(
 ) -> None:
     _, found = written({"io.bfq.weight"}, [], monkeypatch)
     assert found == [("io.bfq.weight", 300)]
-    session: Any = SimpleNamespace(offered=frozenset({"io.weight", "io.bfq.weight"}))
-    large, usual, leaf = granted(io_weight="5000"), granted(io_weight="100"), Leaf()
+    session: Any = SimpleNamespace(offered=frozenset())
+    large, usual = granted(io_weight="5000"), granted(io_weight="100")
+    leaf = Leaf("io.weight", "io.bfq.weight")
     kept: Any = leaf
     rewrite_grant(session, kept, usual, large)
     rewrite_grant(session, kept, large, usual)
     weights = [each for each in leaf.written if each[0] != "cpu.weight"]
-    assert weights == [
-        *(("io.weight", 5000), ("io.bfq.weight", 1000)),
-        *(("io.weight", 100), ("io.bfq.weight", 100)),
-    ]
+    assert weights[:2] == [("io.weight", 5000), ("io.bfq.weight", 1000)]
+    assert weights[-2:] == [("io.weight", 100), ("io.bfq.weight", 100)]
 
 
 @pytest.mark.parametrize(("offered", "devices"), [(set(), ["8:0"]), ({"io.max"}, [])])
@@ -120,9 +123,10 @@ def test_what_nothing_holds_is_named(
 
 
 def test_devices_are_listed_and_named(tmp_path: Path) -> None:
-    for name, number in (("sda", "8:0"), ("zram0", "252:0")):
+    for name, number, size in (("loop0", "7:0", 0), ("sda", "8:0", 9), ("zram0", "252:0", 9)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "dev").write_text(f"{number}\n")
+        (tmp_path / name / "size").write_text(f"{size}\n")
     (tmp_path / "going").mkdir()
     assert whole_devices(tmp_path) == ["8:0", "252:0"]
     assert whole_devices(tmp_path / "none") == []

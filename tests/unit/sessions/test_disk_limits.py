@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +12,13 @@ from agentcgroupd.cgroup import disk_share
 from agentcgroupd.cgroup.knobs import Knob
 from agentcgroupd.config import SessionDefaults
 from agentcgroupd.errors import KnobError
-from agentcgroupd.sessions.limits import lacking_files, parse_limits, write_found, write_limits
+from agentcgroupd.sessions.limits import (
+    drop_latency,
+    lacking_files,
+    parse_limits,
+    write_found,
+    write_limits,
+)
 from agentcgroupd.state.session import SessionLimits
 
 ASKED = pb.SessionSpec(io_weight="2500", io_latency="20ms")
@@ -72,8 +77,10 @@ def test_each_file_that_is_there_is_set() -> None:
         "io.latency": "8:0 target=20000\n259:1 target=20000",
     }
     assert lacking_files(cgroup, limits(ASKED)) == []
-    write_limits(cgroup, replace(limits(ASKED), io_latency_usec=None))
-    assert cgroup.texts["io.latency"] == ""
+    drop_latency(cgroup, {"io.latency": "8:0 target=7"})
+    assert cgroup.texts["io.latency"] == "8:0 target=7"
+    write_limits(cgroup, limits(pb.SessionSpec()))
+    assert cgroup.texts["io.latency"] == "8:0 target=7", "a runtime's own stays"
 
 
 def test_what_nothing_keeps_is_named() -> None:
@@ -86,14 +93,20 @@ def test_what_nothing_keeps_is_named() -> None:
 
 
 def test_they_are_put_back_as_they_were_found() -> None:
-    found = {"io.weight": "default 50\n8:0 70", "io.bfq.weight": "default 9", "pids.max": "7"}
+    found = {"io.weight": "default 50\n9:9 60\n8:0 70", "io.bfq.weight": "default 9"}
     cgroup: Any = Directory(pids_max="3", io_weight="", io_latency="8:0 target=1\n9:9 target=1")
     # bfq's file went with its module, and nothing was said of latencies by whoever was there first.
-    write_found(cgroup, {**found, "io.latency": ""})
+    write_found(cgroup, {**found, "pids.max": "7", "io.latency": ""})
     assert ("pids.max", "7") in cgroup.lines
     weights = [text for file, text in cgroup.lines if file == "io.weight"]
-    assert weights == ["default 50", "8:0 70"]
+    assert weights == ["default 100", "default 50", "8:0 70"]
     assert cgroup.texts["io.latency"] == "9:9 target=1", "a device that has gone keeps nothing"
     del cgroup.texts["pids.max"]
     with pytest.raises(KnobError):
         write_found(cgroup, {"pids.max": "7"})
+
+
+def test_a_weight_that_was_not_there_when_it_was_found_is_the_usual_one() -> None:
+    cgroup: Any = Directory(io_bfq_weight="default 400")
+    write_found(cgroup, {})
+    assert cgroup.texts["io.bfq.weight"] == "default 100"
