@@ -27,7 +27,7 @@ from bench.report import BenchReport, Target, quantile, run_directory, spread
 from tests.harness import EXEC, DaemonProcess, wait_until
 
 TRUE = "/bin/true"
-FRONT = str(Path(EXEC).with_name("agentcg"))
+FRONT, SHELL = (str(Path(EXEC).with_name(name)) for name in ("agentcg", "agentcg-sh"))
 ROUNDS = 5
 PER_ROUND = 400
 LEAK_CALLS = 10_000
@@ -71,6 +71,7 @@ def inside(n: int) -> dict[str, Any]:
         "exec": (_spawn([TRUE]), _spawn([FRONT, "exec", "--", TRUE])),
         "launcher": (_spawn([TRUE]), _spawn([EXEC, "--", TRUE])),
         "sdk": (subprocess_bare, lambda: agent.run([TRUE], check=True)),
+        "shell": (_spawn(["/bin/bash", "-c", ":"]), _spawn([SHELL, "-c", ":"])),
     }
     result: dict[str, Any] = {name: [] for name in cases}
     for name, (bare, call) in cases.items():
@@ -150,7 +151,12 @@ def _measure(daemon: DaemonProcess, arguments: argparse.Namespace) -> BenchRepor
     leaked = len(daemon.call_dirs())
     ended = daemon.admin.GetPool(pb.GetPoolRequest()).calls_ended - before
     targets = []
-    for name, label in (("exec", "agentcg exec -- /bin/true"), ("sdk", "agent.run(['/bin/true'])")):
+    labels = {
+        "exec": "agentcg exec -- /bin/true",
+        "sdk": "agent.run(['/bin/true'])",
+        "shell": "agentcg-sh -c : over bash -c :",
+    }
+    for name, label in labels.items():
         added = cases[name]["added_ms"]
         for share, limit in (("p50", 2.0), ("p99", 10.0)):
             value = added[share]
