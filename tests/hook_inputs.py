@@ -1,5 +1,5 @@
 """What agents say to their hooks, and what they make of a command: fields and shapes that Claude
-Code 2.1.332, Codex 0.171.0 and Gemini CLI 0.61.0 were seen to use."""
+Code 2.1.332, Codex 0.171.0, Gemini CLI 0.61.0 and OpenHands 1.58 were seen to use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 from typing import Any
 
 AGENTS = ("claude", "codex", "gemini")
+"""Those whose models hear something right after a tool."""
 
 
 def after_tool(
@@ -42,6 +43,11 @@ def before_tool(agent: str, command: str) -> dict[str, Any]:
     for name in ("tool_response", "duration_ms"):
         said.pop(name, None)
     return {**said, "hook_event_name": "BeforeTool" if agent == "gemini" else "PreToolUse"}
+
+
+def before_stop(event: str = "Stop") -> dict[str, Any]:
+    """The input of a hook of OpenHands, whose model hears nothing after a tool."""
+    return {"event_type": event, "session_id": "s-1", "working_dir": "/", "metadata": {}}
 
 
 def wrapped(agent: str, command: str) -> list[str]:

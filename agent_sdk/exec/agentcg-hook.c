@@ -185,7 +185,8 @@ static void after_tool(const char *document, const char *event)
 
 /*
  * Tells of all calls that the model has not been told of. An agent that is about to stop goes on,
- * or it would hear nothing before its next message from the user.
+ * or it would hear nothing before its next message from the user; the daemon has nothing to say
+ * where that has been so a few times in a row.
  */
 static void of_all(const char *event)
 {
@@ -194,6 +195,8 @@ static void of_all(const char *event)
 
 	begin_question(&question, "told");
 	add_word(&question, "all", "1", 1);
+	if (!strcmp(event, "Stop"))
+		add_word(&question, "stops", "1", 1);
 	if (!ask(&question, answer, ANSWER_MS, false)) {
 		if (errno != ENOENT && errno != ECONNREFUSED)
 			note("the daemon did not answer: %s", strerror(errno));

@@ -34,7 +34,8 @@ class BoundaryRule(Section):
     job: Flag = False
     """Only what such a shell has started."""
     startup: Flag = False
-    """Only what a shell with a terminal starts because its startup files say so."""
+    """Only what a shell with a terminal starts because its startup files say so. Any program can
+    look like one (docs/security.md)."""
     begins_call: Flag = True
     descendants: Flag = False
     """Where no call begins: what it starts, and what that starts, begins none either."""

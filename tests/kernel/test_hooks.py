@@ -14,7 +14,7 @@ import pytest
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.bpf.features import load
 from tests.harness import EXEC, AgentProcess, DaemonProcess, wait_until
-from tests.hook_inputs import AGENTS, after_tool, text, wrapped
+from tests.hook_inputs import AGENTS, after_tool, before_stop, text, wrapped
 
 FRONT = str(Path(EXEC).with_name("agentcg"))
 RUN = """
@@ -64,8 +64,7 @@ def test_the_command_finds_its_report_and_it_is_told_once(
 
 def told_of_all(agent: AgentProcess, event: str) -> dict[str, Any]:
     """What OpenHands' hook says at one of its events; empty: nothing."""
-    said = {"event_type": event, "session_id": "s-1", "working_dir": "/", "metadata": {}}
-    status, out, error = run(agent, FRONT, "hook", "openhands", said=json.dumps(said))
+    status, out, error = run(agent, FRONT, "hook", "openhands", said=text(before_stop(event)))
     assert (status, error) == (0, "")
     return dict(json.loads(out)) if out else {}
 

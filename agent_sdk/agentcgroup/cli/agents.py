@@ -237,3 +237,6 @@ _FINDERS: dict[str, Callable[[Scope, Path, str], Settings]] = {
     "openhands": _openhands,
 }
 AGENTS = tuple(_FINDERS)
+HOOKED = tuple(agent for agent in AGENTS if agent not in _DIALECTS)
+"""What `agentcg hook` takes: agents whose hooks have a dialect of their own, as in
+exec/agentcg-hook.c."""

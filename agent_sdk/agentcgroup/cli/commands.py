@@ -42,7 +42,8 @@ def run(arguments: list[str]) -> int:
     try:
         code = _run(line)
         flush()
-        return code
+        # A hook stops an agent by 2.
+        return common.BAD if line.words[:1] == ("hook",) and code == common.USAGE else code
     except OutputError as error:
         give_up_stdout()
         if error.is_reader_gone:

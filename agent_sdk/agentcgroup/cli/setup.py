@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from . import common
-from .agents import AGENTS, SCOPES, CannotSetUp, Settings, settings_of
+from .agents import AGENTS, HOOKED, SCOPES, CannotSetUp, Settings, settings_of
 from .output import complain, print_json, say
 from .summaries import summary
 
@@ -47,7 +47,7 @@ def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     setup.add_argument("--remove", action="store_true", help="take the hook out of the settings")
     setup.add_argument("--dry-run", action="store_true", help="only show what would change")
     hook = subparsers.add_parser("hook", help=summary("hook"), description=summary("hook"))
-    hook.add_argument("agent", choices=("claude", "codex", "gemini"), metavar="AGENT")
+    hook.add_argument("agent", choices=HOOKED, metavar="AGENT", help=", ".join(HOOKED))
     hook.set_defaults(run=run_hook, parser=hook)
 
 

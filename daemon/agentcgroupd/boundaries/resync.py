@@ -24,11 +24,13 @@ from agentcgroupd.boundaries.processes import (
     lives,
 )
 from agentcgroupd.boundaries.rules import Rules, Started
+from agentcgroupd.boundaries.startup import is_at_startup
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.errors import AgentcgroupdError, BpfError
 from agentcgroupd.host.proc import CMDLINE_BYTES_MAX, command_line, program_name
 from agentcgroupd.host.syscalls import process_stat
 from agentcgroupd.intents.command import tool_name
+from agentcgroupd.intents.script import is_shell
 from agentcgroupd.intents.wrapped import user_command
 from agentcgroupd.state.session import Session, boottime_usec
 from agentcgroupd.telemetry.notices import Notices
@@ -177,7 +179,10 @@ class Resync:
         if forked is None:
             if parent is None or key[1] <= self._settled_ticks:
                 return  # put here from outside, or seen before: the agent itself
-            forked = Forked(session, program_name(parent[0]), time.monotonic_ns(), parent)
+            above = self._known.forked(parent)
+            quiet = above is not None and above.quiet
+            comm = program_name(parent[0])
+            forked = Forked(session, comm, time.monotonic_ns(), parent, quiet=quiet)
             self._known.fork(key, forked)
         comm = program_name(pid)
         argv = command_line(pid, CMDLINE_BYTES_MAX)
@@ -186,7 +191,11 @@ class Resync:
         is_job = partial(reads_its_commands, forked.parent, forked.comm)
         if forked.quiet:
             return
-        if self._rules.of(Started(comm, argv, forked.comm, is_first, is_job)).begins_call:
+        at_startup = is_shell(forked.comm) and is_at_startup(pid)
+        started = Started(comm, argv, forked.comm, is_first, is_job, at_startup=at_startup)
+        decision = self._rules.of(started)
+        forked.quiet = decision.is_quiet and forked.executed
+        if decision.begins_call:
             argv = user_command(argv)
             name = tool_name(comm, argv)
             self._placement.begin(ObservedCall(session, name, argv, key, time.monotonic_ns()))

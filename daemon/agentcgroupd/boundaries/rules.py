@@ -11,7 +11,7 @@ from functools import cached_property
 from agentcgroupd.bpf import abi
 from agentcgroupd.config_boundaries import BoundariesConfig, BoundaryRule
 from agentcgroupd.intents.command import tool_name
-from agentcgroupd.intents.script import reads_commands, shell_command
+from agentcgroupd.intents.script import is_shell, reads_commands, shell_command
 from agentcgroupd.intents.wrapped import user_command
 
 GLOBBED_CHARS = 4096
@@ -61,7 +61,14 @@ class Started:
     is_cut: bool = False
     """Whether only the head of its arguments is known."""
     at_startup: bool = False
-    """Whether a shell's startup files have it started."""
+    """Whether it looks like what a shell's startup files start, by its terminal, signals and time:
+    see is_at_startup() in bpf/lifecycle.bpf.c."""
+
+    @property
+    def is_of_startup_files(self) -> bool:
+        """Whether a shell's startup files have it started, as far as can be told: any program can
+        ignore the stop of its terminal, as shells do."""
+        return self.at_startup and (not self.parent or is_shell(self.parent))
 
     @cached_property
     def command_line(self) -> str:
@@ -146,7 +153,7 @@ class _Prepared:
         rule, argv = self._rule, started.argv
         return (
             self.names(started.comm)
-            and (not rule.startup or started.at_startup)
+            and (not rule.startup or started.is_of_startup_files)
             and (started.is_first or not self.is_for_all)
             and _matches(self._parent, started.parent)
             and _matches(self._first_argument, argv[1] if len(argv) > 1 else "")

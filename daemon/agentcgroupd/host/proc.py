@@ -88,6 +88,16 @@ def children_of(pid: int) -> Iterator[list[int]]:
         return
 
 
+def ignores(pid: int, number: int) -> bool:
+    """Whether a process ignores a signal. Raises FileNotFoundError or ProcessLookupError when there
+    is no such process."""
+    for line in read_proc(pid, "status").split(b"\n"):
+        name, _, value = line.partition(b":")
+        if name == b"SigIgn":
+            return bool(int(value, 16) >> (number - 1) & 1)
+    raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), f"/proc/{pid}/status")
+
+
 def tracer_of(pid: int, threads_most: int = 256) -> int:
     """The pid of the tracer that a process, or one of its first threads, is stopped for, as in
     ptrace(2); 0: it is stopped for none, or has ended."""

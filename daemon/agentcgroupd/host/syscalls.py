@@ -289,6 +289,8 @@ class ProcessStat:
     parent_pid: int
     group: int
     session: int
+    terminal: int
+    """Device number of its controlling terminal; 0: it has none."""
     start_ticks: int
     exit_status: int
     """Wait status; meaningful while state is Z."""
@@ -314,6 +316,7 @@ def process_stat(pid: int) -> ProcessStat:
         parent_pid=int(fields[1]),
         group=int(fields[2]),
         session=int(fields[3]),
+        terminal=int(fields[4]),
         start_ticks=int(fields[19]),
         exit_status=int(fields[49]),
     )

@@ -455,7 +455,11 @@ class Session:
     calls: dict[str, Call] = field(default_factory=dict)
     reports: deque[pb.Report] = field(default_factory=deque)
     told: set[str] = field(default_factory=set)
-    """Calls whose reports a hook has told of, as long as they are kept."""
+    """Calls whose reports a hook has told of after their tool, as long as they are kept."""
+    told_of_all: set[str] = field(default_factory=set)
+    """The same for hooks that tell of all calls since the last time."""
+    stops_delayed: int = 0
+    """How often in a row an agent that was about to stop was told of some, and so went on."""
     learned: Learned = field(default_factory=Learned)
     traffic: Callable[[], pb.NetUsage | None] | None = None
     """Reads what its sockets have received and sent; None: nobody counts it."""

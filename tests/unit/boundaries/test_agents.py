@@ -62,6 +62,13 @@ def test_what_startup_files_start_is_quiet(argv: list[str]) -> None:
     assert DEFAULT.of(started).is_quiet and not DEFAULT.of(started).begins_call
 
 
+@pytest.mark.parametrize("parent", ["bash", "zsh", "", "python3", "claude", "node"])
+def test_only_a_shell_has_startup_files(parent: str) -> None:
+    """Any program can ignore the stop of its terminal; a parent that is not known may be one."""
+    started = Started("make", ["make"], parent, at_startup=True)
+    assert DEFAULT.of(started).begins_call is (parent in ("python3", "claude", "node"))
+
+
 @pytest.mark.parametrize(
     ("comm", "argv", "quiet"),
     [

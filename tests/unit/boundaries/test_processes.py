@@ -5,26 +5,32 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pty
+import signal
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from agentcgroupd.boundaries import events, processes
+from agentcgroupd.boundaries import events, processes, startup
 from agentcgroupd.boundaries.events import Boundaries
 from agentcgroupd.boundaries.processes import TICK_NS, Forked, Key, KnownProcesses
+from agentcgroupd.boundaries.startup import is_at_startup
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import BoundariesConfig
+from agentcgroupd.host.proc import children_of, command_line
 from agentcgroupd.host.syscalls import process_stat
 from agentcgroupd.intents.request import CallRequest
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.telemetry.notices import Notices
+from tests.harness import wait_until
 from tests.trees.wraps import codex
 
 AGENT_ID = 17
@@ -155,7 +161,7 @@ LIMITS = SimpleNamespace(exec_is_call=False)
 class World:
     """Boundaries with one session, whose agent leaf holds this process and the tool."""
 
-    def __init__(self, tool: Tool) -> None:
+    def __init__(self, tool: Tool | Shell) -> None:
         self.lifecycle = FakeLifecycle()
         self.calls = FakeCalls()
         self.lost_counts: list[dict[str, int]] = []
@@ -192,13 +198,18 @@ class World:
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tool]:
-    """A tool that runs, and is in the agent leaf as far as its cgroup says."""
+def one_leaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All processes are in the agent leaf as far as their cgroup says."""
     for module in ("placement", "insiders"):
         where = f"agentcgroupd.boundaries.{module}.cgroup_of"
         monkeypatch.setattr(where, lambda pid: "/pool/s/agent")
     # A busy machine must not end a slice between two events that belong together here.
     monkeypatch.setattr("agentcgroupd.boundaries.events.SLICE_S", 10.0)
+
+
+@pytest.fixture
+def tool(one_leaf: None) -> Iterator[Tool]:
+    """A tool that runs in the agent leaf."""
     made = Tool()
     try:
         yield made
@@ -313,6 +324,91 @@ def test_a_long_script_that_becomes_a_shell_is_named_by_that_where_both_have_end
 
     ((found, status),) = in_world(tool, test)
     assert found.startswith(name) and status == EXIT_3
+
+
+class Shell:
+    """An interactive shell that keeps reading what its startup file has it run; both count as in
+    the agent leaf."""
+
+    def __init__(self, directory: Path, line: str) -> None:
+        rc, self.fifo = directory / "rc", directory / "fifo"
+        os.mkfifo(self.fifo)
+        rc.write_text(line.format(fifo=self.fifo) + "\n")
+        self.pid, self.terminal = pty.fork()
+        if not self.pid:
+            os.execvp("bash", ["bash", "--noprofile", "--rcfile", str(rc), "-i"])
+        self.key: Key = (self.pid, process_stat(self.pid).start_ticks)
+
+    def child(self, *argv: str) -> int:
+        """The process below it that runs this."""
+        found: list[int] = []
+
+        def runs() -> bool:
+            found[:] = [pid for pid in self.below() if command_line(pid) == list(argv)]
+            return bool(found)
+
+        wait_until(f"{argv} runs", runs)
+        return found[0]
+
+    def below(self) -> list[int]:
+        """All processes below it, parents first."""
+        pids = [self.pid]
+        for pid in pids:
+            pids += [child for thread in children_of(pid) for child in thread]
+        return pids[1:]
+
+    def go_on(self) -> None:
+        """Let go of what waits for the fifo."""
+        os.close(os.open(self.fifo, os.O_WRONLY))
+
+    def end(self) -> None:
+        for pid in [*self.below(), self.pid]:
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.terminal)
+
+
+@pytest.mark.parametrize(
+    "line", ["cat {fifo}", "x=$(cat {fifo})", "sh -c 'cat {fifo}; true'", "env -i cat {fifo} | cat"]
+)
+def test_what_startup_files_run_while_events_are_lost_is_no_call(
+    one_leaf: None, tmp_path: Path, line: str
+) -> None:
+    shell = Shell(tmp_path, line)
+
+    async def test() -> None:
+        world = World(shell)
+        startup = shell.child("cat", str(shell.fifo))
+        world.here = [os.getpid(), shell.pid, *shell.below()]
+        assert is_at_startup(startup)
+        world.lose_some()
+        assert world.calls.begun == 0
+        shell.go_on()
+        os.write(shell.terminal, f"/bin/cat {shell.fifo}\n".encode())
+        job = shell.child("/bin/cat", str(shell.fifo))
+        world.here = [os.getpid(), shell.pid, *shell.below()]
+        assert not is_at_startup(job)
+        world.lose_some()
+        assert world.calls.begun == 1
+        world.boundaries.close()
+
+    try:
+        asyncio.run(test())
+    finally:
+        shell.end()
+
+
+def test_the_time_tells_what_is_of_startup_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell = Shell(tmp_path, "cat {fifo}")
+    try:
+        child = shell.child("cat", str(shell.fifo))
+        assert is_at_startup(child) and not is_at_startup(os.getpid())
+        monkeypatch.setattr(startup, "STARTUP_TICKS", -1)
+        assert not is_at_startup(child)
+    finally:
+        shell.end()
 
 
 def test_a_process_goes_from_forked_to_seen_to_ended(monkeypatch: pytest.MonkeyPatch) -> None:

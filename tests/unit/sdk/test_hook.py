@@ -7,6 +7,7 @@ import os
 import socket
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.hook_inputs import AGENTS, after_tool, before_tool, text
+from agentcgroup.cli.agents import HOOKED
+from tests.hook_inputs import AGENTS, after_tool, before_stop, before_tool, text
 from tests.unit.sdk.test_launcher import Daemon, Handler, daemon, reply
 
 BIN = Path(__file__).resolve().parents[3] / "build/bin"
+CLI = Path(sys.executable).with_name("agentcg-cli")
 SAID = b'OK\0call=c1\0verdict=timeout\0say=It was too "slow".\0say=Do less.\0'
 WORTH_A_CALL = "make all"
 
@@ -146,7 +149,7 @@ BROKEN = (
 )
 
 
-@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize("agent", HOOKED)
 @pytest.mark.parametrize("data", BROKEN, ids=range(len(BROKEN)))
 def test_broken_input_never_breaks_the_tool(hook: Hook, agent: str, data: bytes) -> None:
     assert hook.run(agent, data) == b""
@@ -202,11 +205,66 @@ def test_a_full_disk_is_named(hook: Hook, tmp_path: Path) -> None:
         subprocess.run(["umount", full], check=True)
 
 
-def test_wrong_usage_is_no_word_to_the_model_and_stops_nothing() -> None:
-    done = subprocess.run(
-        [BIN / "agentcg-hook", "vim"], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    assert (done.returncode, done.stdout) == (1, "") and "claude|codex|gemini" in done.stderr
+@pytest.mark.parametrize("event", ["Stop", "UserPromptSubmit"])
+def test_openhands_is_told_of_all_and_goes_on_where_it_was_about_to_stop(
+    hook: Hook, event: str
+) -> None:
+    with daemon(hook.socket, reply(SAID)) as it:
+        out = json.loads(hook.run("openhands", before_stop(event)))
+    assert out.pop("decision", "") == ("deny" if event == "Stop" else "")
+    assert out == {"additionalContext": 'agentcgroup: It was too "slow". Do less.'}
+    assert keys(it) == {b"all": b"1"} | ({b"stops": b"1"} if event == "Stop" else {})
+
+
+def test_openhands_stops_where_there_is_nothing_to_tell(hook: Hook) -> None:
+    with daemon(hook.socket, reply(b"OK\0")):
+        assert hook.run("openhands", before_stop("Stop")) == b""
+        assert hook.run("openhands", before_stop("PostToolUse")) == b""
+    assert hook.run("openhands", b"{") == hook.run("openhands", before_stop("Stop")) == b""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["vim"], [], ["claude", "codex"], ["--frob", "claude"]], ids=" ".join
+)
+@pytest.mark.parametrize("front", ["agentcg", "agentcg-hook"])
+def test_wrong_usage_is_no_word_to_the_model_and_stops_nothing(
+    front: str, arguments: list[str]
+) -> None:
+    words = ["hook"] if front == "agentcg" else []
+    done = run([BIN / front, *words, *arguments])
+    assert (done.returncode, done.stdout) == (1, "") and "|".join(HOOKED) in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["hook"],
+        ["hook", "vim"],
+        ["hook", "claude", "codex"],
+        ["hook", "--frob", "claude"],
+        ["--json", "hook", "claude"],
+        ["--frob", "hook", "openhands"],
+    ],
+    ids=" ".join,
+)
+def test_the_python_command_stops_nothing_either(arguments: list[str]) -> None:
+    done = run([CLI, *arguments])
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr
+
+
+@pytest.mark.parametrize("agent", HOOKED)
+def test_the_python_command_knows_the_same_agents(hook: Hook, agent: str) -> None:
+    said = before_stop("Stop") if agent == "openhands" else after_tool(agent, WORTH_A_CALL)
+    with daemon(hook.socket, reply(SAID)):
+        env = {"AGENTCG_RUN_DIR": str(hook.run_dir), "AGENTCG_HOOK_LOG": str(hook.log)}
+        done = run([CLI, "hook", agent], text(said), **env)
+    assert (done.returncode, done.stderr) == (0, "") and "Do less." in done.stdout
+
+
+def run(argv: list[str | Path], said: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command; how it ended and what it wrote."""
+    env = {**os.environ, **env}
+    return subprocess.run(argv, input=said, capture_output=True, text=True, env=env, check=False)
 
 
 def serve(handle: Handler, hook: Hook) -> float:

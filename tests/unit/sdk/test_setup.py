@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from agentcgroup.cli.agents import AGENTS, CannotSetUp, settings_of
+from agentcgroup.cli.agents import AGENTS, HOOKED, CannotSetUp, settings_of
 
 FRONT = Path("/opt/agentcgroup/bin/agentcg")
 HOME, PROJECT = Path("/home/u"), Path("/src/p")
@@ -29,6 +30,12 @@ def test_the_second_time_changes_nothing_and_removing_leaves_nothing(agent: str)
     assert once and write(agent, once) == once
     assert write(agent, once, False) == ""
     assert write(agent, "", False) == ""
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_the_hook_that_is_put_there_is_one_that_there_is(agent: str) -> None:
+    dialects = re.findall(r"""agentcg(?:", \["hook", "| hook )(\w+)""", write(agent, ""))
+    assert dialects and set(dialects) <= set(HOOKED)
 
 
 @pytest.mark.parametrize("agent", JSON_AGENTS)
