@@ -25,7 +25,7 @@ enum abi {
 	ABI_VRAM_GRAIN_BYTES = 512, /* allocations start at multiples, so take multiples */
 	ABI_SCHED_CGROUPS = 16384,  /* cgroups that the scheduler tells apart; a power of two */
 	ABI_SCHED_CPUS = 1024,	    /* a power of two */
-	ABI_LEVELS_MAX = 1024,	    /* levels that cgroups can be below one another */
+	ABI_LEVELS_MAX = 256,	    /* levels above a cgroup in which its call is looked for */
 	ABI_LEFT_MOST = 64,	    /* processes told in a second that left one call */
 	ABI_LOOK_CALLS = 16384,	    /* calls that are looked at at once; a power of two */
 	ABI_SCHED_REASON_BYTES = 64,

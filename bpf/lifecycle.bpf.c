@@ -189,14 +189,20 @@ static __always_inline void tell_place(struct task_struct *parent, struct task_s
 				       u64 found)
 {
 	struct cgroup *to = task_cgroup(child);
-	u64 from = 0;
+	struct managed *around;
+	u64 own, id, from = 0;
 
 	if (found && task_cgroup(parent) == to) {
 		note_call(child, found);
 		return;
 	}
-	if (parent->pid == parent->tgid)
+	if (parent->pid == parent->tgid) {
 		from = stored_call(parent);
+	} else {
+		around = find_managed(parent, &own, &id);
+		if (around && around->kind == KIND_CALL)
+			from = id;
+	}
 	if (from && is_inside(to, from)) {
 		note_call(child, found ? found : from);
 		return;

@@ -169,28 +169,37 @@ def test_a_cgroup_far_below_its_call_is_inside_it(
 
 
 INTO = """
-import ctypes, os, platform, struct, sys
+import ctypes, os, struct, sys, threading
 directory = os.open(sys.argv[1], os.O_PATH)
 libc = ctypes.CDLL(None, use_errno=True)
 arguments = struct.pack("11Q", 0x200000000, 0, 0, 0, 17, 0, 0, 0, 0, 0, directory)
-pid = libc.syscall(435, arguments, len(arguments))
-if pid == 0:
-    os.execvp("sleep", ["sleep", "100"])
-sys.exit(0 if pid > 0 else 7)
+def make():
+    pid = libc.syscall(435, arguments, len(arguments))
+    if pid == 0:
+        os.execvp("sleep", ["sleep", "100"])
+    if pid < 0:
+        os._exit(7)
+if sys.argv[2] == "thread":
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+else:
+    make()
 """
 
 
+@pytest.mark.parametrize("by", ["process", "thread"])
 def test_a_child_that_is_made_in_another_cgroup_has_left(
-    daemon: DaemonProcess, agent: AgentProcess, other: Path, tmp_path: Path
+    daemon: DaemonProcess, agent: AgentProcess, other: Path, tmp_path: Path, by: str
 ) -> None:
-    program = tmp_path / "into.py"
+    program, name = tmp_path / "into.py", f"into-by-{by}"
     program.write_text(INTO)
-    script = f"{sys.executable} {program} {other}"
-    assert agent.run(RUN, name="into", script=f"{script}; exit $?") == 0
-    (entry,) = told(daemon, "into")
+    script = f"{sys.executable} {program} {other} {by}"
+    assert agent.run(RUN, name=name, script=f"{script}; exit $?") == 0
+    (entry,) = told(daemon, name)
     (pid,) = (other / "cgroup.procs").read_text().split()
     assert (entry["pid"], entry["to"]) == (int(pid), f"/{other.name}")
-    assert "1 process left the call's cgroup" in report_of(daemon, "into").sentence
+    assert "1 process left the call's cgroup" in report_of(daemon, name).sentence
 
 
 def test_what_moves_from_an_inner_call_to_the_outer_one_has_left_the_inner(
@@ -263,3 +272,19 @@ def test_a_new_daemon_tells_of_what_ran_before(
     assert (entry["pid"], entry["mover_pid"]) == (int(pid), os.getpid())
     agent.run("tool.terminate(); tool.wait()")
     assert f"sleep ({pid}) was moved by" in report_of(daemon, "before").sentence
+
+
+def test_of_a_flood_the_number_is_told_as_the_least_that_it_is(
+    daemon: DaemonProcess, agent: AgentProcess, other: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "flood.py"
+    head = INTO.partition("def make")[0]
+    one = "pid = libc.syscall(435, arguments, len(arguments))"
+    again = f"for n in range(400):\n    {one}\n    if pid <= 0:\n        os._exit(0)\n"
+    program.write_text(head + again)
+    assert agent.run(RUN, name="flood", script=f"{sys.executable} {program} {other}; true") == 0
+    report = report_of(daemon, "flood")
+    told_of = [f for f in report.feedback if f.code == pb.FEEDBACK_CODE_LEFT_CALL]
+    assert f"At least {told_of[-1].numbers['processes']:.0f} processes left" in report.sentence
+    assert 64 <= told_of[-1].numbers["processes"] < 400
+    assert len(told(daemon, "flood")) == 4

@@ -62,7 +62,8 @@ class Moves:
             return [partial(self._tell_more, call)]
         gone = _gone(call, event)
         words = gone_words_of(gone)
-        account.name_gone(gone, is_main, words, SOURCE)
+        source = "sched_process_fork" if event.made else SOURCE
+        account.name_gone(gone, is_main, words, source)
         return [partial(self._tell, call, gone, is_main, words)]
 
     def _tell(self, call: Call, gone: Gone, is_main: bool, words: str) -> None:
