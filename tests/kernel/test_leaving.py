@@ -288,3 +288,18 @@ def test_of_a_flood_the_number_is_told_as_the_least_that_it_is(
     assert f"At least {told_of[-1].numbers['processes']:.0f} processes left" in report.sentence
     assert 64 <= told_of[-1].numbers["processes"] < 400
     assert len(told(daemon, "flood")) == 4
+
+
+def test_a_new_daemon_reports_what_had_left_before(
+    daemon: DaemonProcess, agent: AgentProcess, other: Path
+) -> None:
+    script = f"(echo $BASHPID > {other}/cgroup.procs; exec sleep 100) & sleep 100; true"
+    agent.run(START, name="kept", script=script)
+    wait_until("it is there", lambda: bool((other / "cgroup.procs").read_text()))
+    wait_until("the log has it", lambda: bool(told(daemon, "kept")))
+    (entry,) = told(daemon, "kept")
+    daemon.kill()
+    daemon.start()
+    agent.run("tool.terminate(); tool.wait()")
+    report = report_of(daemon, "kept")
+    assert f"bash ({entry['pid']}) moved itself to /{other.name}" in report.sentence
