@@ -25,6 +25,8 @@ enum abi {
 	ABI_VRAM_GRAIN_BYTES = 512, /* allocations start at multiples, so take multiples */
 	ABI_SCHED_CGROUPS = 16384,  /* cgroups that the scheduler tells apart; a power of two */
 	ABI_SCHED_CPUS = 1024,	    /* a power of two */
+	ABI_LEVELS_MAX = 256,	    /* levels above a cgroup in which its call is looked for */
+	ABI_LEFT_MOST = 64,	    /* processes told in a second that left one call */
 	ABI_LOOK_CALLS = 16384,	    /* calls that are looked at at once; a power of two */
 	ABI_SCHED_REASON_BYTES = 64,
 	ABI_SCHED_MESSAGE_BYTES = 256,
@@ -50,14 +52,15 @@ enum event_type {
 	EVENT_RATES = 7,  /* faults or refaults passed their rate, or fell below half of it */
 	EVENT_DENIED = 8, /* growth was refused for the first time since it was denied */
 	EVENT_URGENT = 9, /* a protected session stalled; the program denies growth by itself */
-	EVENT_LEFT = 10,  /* a process was moved out of a call */
+	EVENT_LEFT = 10,  /* a process was moved out of a call, or made outside of it */
 	EVENT_TYPES = 11,
 };
 
 /* lifecycle.bpf.c: one entry for each managed cgroup, by cgroup id. */
 struct managed {
 	__u32 kind;
-	__u32 reserved;
+	__u16 left;	   /* processes that left in the second below and were told */
+	__u16 left_second; /* units of 2^30 ns, the low bits */
 };
 
 /* The head of every event. */
@@ -111,13 +114,16 @@ struct left_event {
 	struct event event;	   /* of the call that it was in */
 	struct process process;	   /* now elsewhere */
 	struct process mover;	   /* may be the same */
+	__u64 to_cgroup_id;	   /* where it is */
+	__u32 more;		   /* 1: others that leave within the second are not told */
+	__u32 made;		   /* 1: the mover has made it there: CLONE_INTO_CGROUP */
 	__u8 path[ABI_PATH_BYTES]; /* where it is, from the root of the tree; ends in a NUL */
 };
 
 /* lifecycle.bpf.c: counts since load. */
 struct lifecycle_counters {
 	__u64 sent[EVENT_TYPES];
-	__u64 lost[EVENT_TYPES]; /* no room in the ring buffer */
+	__u64 lost[EVENT_TYPES]; /* no room in the ring buffer, or for what an event needs */
 };
 
 /* memory.bpf.c: what the daemon asks for, by cgroup id. */

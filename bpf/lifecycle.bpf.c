@@ -99,12 +99,118 @@ static __always_inline void describe(struct process *process, struct task_struct
 	BPF_CORE_READ_INTO(&process->comm, task, comm);
 }
 
+/**
+ * stored_call - the call that a task was last known to be in
+ * @task: the first thread of a process; of others nothing is known
+ *
+ * Return: the id of the call's cgroup; 0: none.
+ */
+static __always_inline u64 stored_call(struct task_struct *task)
+{
+	u64 *call = bpf_task_storage_get(&call_of, task, NULL, 0);
+
+	return call ? *call : 0;
+}
+
 static __always_inline void note_call(struct task_struct *task, u64 id)
 {
 	u64 *call = bpf_task_storage_get(&call_of, task, NULL, BPF_LOCAL_STORAGE_GET_F_CREATE);
 
 	if (call)
 		*call = id;
+	else
+		__sync_fetch_and_add(&counters.lost[EVENT_LEFT], 1);
+}
+
+/* Whether a cgroup is the one with this id, or below it. */
+static __always_inline bool is_inside(struct cgroup *cgroup, u64 id)
+{
+	struct cgroup_subsys_state *css = &cgroup->self;
+	int level = cgroup->level;
+
+	for (int i = 0; i < ABI_LEVELS_MAX && i < level; i++) {
+		if (cgroup_id(css->cgroup) == id)
+			return true;
+		css = css->parent;
+	}
+	return false;
+}
+
+/* Whether another process that left a call is told: not too many, lest they fill the buffer. */
+static __always_inline bool may_tell(struct managed *call)
+{
+	__u16 second = bpf_ktime_get_ns() >> 30;
+
+	if (call->left_second != second) {
+		call->left_second = second;
+		call->left = 0;
+	}
+	if (call->left >= ABI_LEFT_MOST)
+		return false;
+	call->left++;
+	return true;
+}
+
+/**
+ * tell_left - tell that a process of a call is elsewhere
+ * @id: the call
+ * @task: any thread of the process
+ * @mover: who did it
+ * @to: where it is
+ * @path: the path of that; NULL: the process was made there
+ */
+static __always_inline void tell_left(u64 id, struct task_struct *task, struct task_struct *mover,
+				      struct cgroup *to, const char *path)
+{
+	struct managed *call = bpf_map_lookup_elem(&managed, &id);
+	struct left_event *event;
+
+	if (!call || !may_tell(call))
+		return;
+	event = reserve(EVENT_LEFT, sizeof(*event), id);
+	if (!event)
+		return;
+	describe(&event->process, task);
+	describe(&event->mover, mover);
+	event->to_cgroup_id = cgroup_id(to);
+	event->more = call->left >= ABI_LEFT_MOST;
+	event->made = !path;
+	event->path[0] = 0;
+	if (path && bpf_probe_read_kernel_str(event->path, sizeof(event->path), path) < 0)
+		event->path[0] = 0;
+	submit(event, true);
+}
+
+/*
+ * Keep which call a new process is in, or tell that it was made outside of its parent's. What is
+ * kept of the parent counts where cgroups that the tool made are too deep for find_managed().
+ */
+static __always_inline void tell_place(struct task_struct *parent, struct task_struct *child,
+				       u64 found)
+{
+	struct cgroup *to = task_cgroup(child);
+	struct managed *around;
+	u64 own, id, from = 0;
+
+	if (found && task_cgroup(parent) == to) {
+		note_call(child, found);
+		return;
+	}
+	if (parent->pid == parent->tgid) {
+		from = stored_call(parent);
+	} else {
+		around = find_managed(parent, &own, &id);
+		if (around && around->kind == KIND_CALL)
+			from = id;
+	}
+	if (from && is_inside(to, from)) {
+		note_call(child, found ? found : from);
+		return;
+	}
+	if (found)
+		note_call(child, found);
+	if (from)
+		tell_left(from, child, parent, to, NULL);
 }
 
 static __always_inline void tell_fork(struct task_struct *parent, struct task_struct *child)
@@ -115,10 +221,9 @@ static __always_inline void tell_fork(struct task_struct *parent, struct task_st
 
 	if (child->pid != child->tgid)
 		return;
-	/* A child of a process in a call is in that call already. */
 	entry = find_managed(child, &own, &id);
-	if (entry && entry->kind == KIND_CALL)
-		note_call(child, id);
+	tell_place(parent, child, entry && entry->kind == KIND_CALL ? id : 0);
+	/* A child of a process in a call is in that call already. */
 	if (!entry || entry->kind == KIND_CALL)
 		return;
 	event = reserve(EVENT_FORK, sizeof(*event), id);
@@ -307,37 +412,35 @@ int BPF_PROG(on_oom_victim, struct task_struct *task)
 	return 0;
 }
 
-static __always_inline void tell_move(const char *path, struct task_struct *task)
+static __always_inline void tell_move(struct cgroup *to, const char *path, struct task_struct *task)
 {
-	struct left_event *event;
 	struct managed *entry;
-	u64 own, id, *call;
+	u64 own, id, from, now;
 
-	entry = find_managed(task, &own, &id);
-	if (entry && entry->kind == KIND_CALL) {
-		note_call(task, id);
+	/* One of the hierarchies of cgroup v1, or a zombie, which stays where it is. */
+	if (to->root != task_cgroup(task)->root || !task->signal->live.counter)
+		return;
+	/* Not the task's cgroup: a first thread that has ended stays, while the others move. */
+	entry = nearest(&managed, to, &own, &id);
+	now = entry && entry->kind == KIND_CALL ? id : 0;
+	from = stored_call(task);
+	if (now == from)
+		return;
+	if (from && is_inside(to, from)) {
+		if (now)
+			note_call(task, now);
 		return;
 	}
-	call = bpf_task_storage_get(&call_of, task, NULL, 0);
-	if (!call || !*call)
-		return;
-	id = *call;
-	*call = 0;
-	event = reserve(EVENT_LEFT, sizeof(*event), id);
-	if (!event)
-		return;
-	describe(&event->process, task);
-	describe(&event->mover, bpf_get_current_task_btf());
-	if (bpf_probe_read_kernel_str(event->path, sizeof(event->path), path) < 0)
-		event->path[0] = 0;
-	submit(event, true);
+	note_call(task, now);
+	if (from)
+		tell_left(from, task, bpf_get_current_task_btf(), to, path);
 }
 
 SEC("tp_btf/cgroup_attach_task")
 int BPF_PROG(on_move, struct cgroup *to, const char *path, struct task_struct *task, bool threads)
 {
 	preempt_off();
-	tell_move(path, task);
+	tell_move(to, path, task);
 	preempt_on();
 	return 0;
 }

@@ -304,9 +304,9 @@ def test_a_child_that_left_is_ended_with_the_call(
     assert run(agent, "sh", "-c", f"{child} & wait", timeout=SECOND) == -signal.SIGTERM
     report = last(daemon)
     assert report.verdict == pb.VERDICT_TIMEOUT
-    assert codes(report) == ["TIMEOUT", "LEFT_CALL"]
+    assert set(codes(report)) == {"TIMEOUT", "LEFT_CALL"}
     # The shell, and its sleep.
-    assert report.feedback[1].numbers["processes"] == 2
+    assert report.feedback[-1].numbers["processes"] == 2
     wait_until("it is gone", lambda: not (elsewhere / "cgroup.procs").read_text())
 
 
@@ -318,8 +318,8 @@ def test_what_a_tool_starts_elsewhere_after_sigterm_is_ended_too(
     assert run(agent, "sh", "-c", script, timeout=SECOND) == -signal.SIGKILL
     report = last(daemon)
     assert report.verdict == pb.VERDICT_TIMEOUT
-    assert codes(report) == ["TIMEOUT", "LEFT_CALL"]
-    assert report.feedback[1].numbers["processes"] == 1
+    assert set(codes(report)) == {"TIMEOUT", "LEFT_CALL"}
+    assert report.feedback[-1].numbers["processes"] == 1
     wait_until("it is gone", lambda: not (elsewhere / "cgroup.procs").read_text())
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from tests.harness import EXEC, AgentProcess, DaemonProcess, wait_until
 
 pytestmark = pytest.mark.programs
+MOUNT = cgroup2_mount()
 RUN = """
 done = subprocess.run([EXEC, "--name", name, "--", "bash", "-c", script])
 result = done.returncode
@@ -119,7 +121,8 @@ def test_of_many_four_are_named_and_the_rest_is_counted(
     sentence = report_of(daemon, "many").sentence
     assert "30 processes left the call's cgroup" in sentence and "; and 26 more." in sentence
     assert sentence.count("moved itself") == 4
-    assert len(told(daemon, "many")) == 30
+    assert len(told(daemon, "many")) == 4
+    assert sum('"more_left"' in line for line in daemon.audit_lines()) == 1
 
 
 def test_what_stays_or_goes_to_another_call_has_not_left(
@@ -143,3 +146,160 @@ def test_who_moved_the_main_process_is_a_fact(
     assert "processes left" not in report.sentence
     (entry,) = told(daemon, "main")
     assert entry["main"] is True
+
+
+@pytest.mark.parametrize("depth", [7, 8, 9, 15])
+def test_a_cgroup_far_below_its_call_is_inside_it(
+    daemon: DaemonProcess, agent: AgentProcess, other: Path, depth: int
+) -> None:
+    """Nothing is told of the way down, nor of what is forked there, and leaving is told then."""
+    name = f"deep-{depth}"
+    script = f"""
+        here=$(awk -F: '$1 == 0 {{print $3}}' /proc/self/cgroup); below={MOUNT}$here
+        for n in $(seq {depth}); do below=$below/d; mkdir $below || exit 9; done
+        echo $BASHPID > $below/cgroup.procs || exit 8
+        bash -c 'sleep 0.1; (echo $BASHPID > {other}/cgroup.procs; sleep 0.3) & wait'
+        exit 0
+    """
+    assert agent.run(RUN, name=name, script=script) == 0
+    sentence = report_of(daemon, name).sentence
+    (entry,) = told(daemon, name)
+    assert (entry["name"], entry["to"], entry["main"]) == ("bash", f"/{other.name}", False)
+    assert "1 process left the call's cgroup" in sentence
+
+
+INTO = """
+import ctypes, os, struct, sys, threading
+directory = os.open(sys.argv[1], os.O_PATH)
+libc = ctypes.CDLL(None, use_errno=True)
+arguments = struct.pack("11Q", 0x200000000, 0, 0, 0, 17, 0, 0, 0, 0, 0, directory)
+def make():
+    pid = libc.syscall(435, arguments, len(arguments))
+    if pid == 0:
+        os.execvp("sleep", ["sleep", "100"])
+    if pid < 0:
+        os._exit(7)
+if sys.argv[2] == "thread":
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+else:
+    make()
+"""
+
+
+@pytest.mark.parametrize("by", ["process", "thread"])
+def test_a_child_that_is_made_in_another_cgroup_has_left(
+    daemon: DaemonProcess, agent: AgentProcess, other: Path, tmp_path: Path, by: str
+) -> None:
+    program, name = tmp_path / "into.py", f"into-by-{by}"
+    program.write_text(INTO)
+    script = f"{sys.executable} {program} {other} {by}"
+    assert agent.run(RUN, name=name, script=f"{script}; exit $?") == 0
+    (entry,) = told(daemon, name)
+    (pid,) = (other / "cgroup.procs").read_text().split()
+    assert (entry["pid"], entry["to"]) == (int(pid), f"/{other.name}")
+    assert "1 process left the call's cgroup" in report_of(daemon, name).sentence
+
+
+def test_what_moves_from_an_inner_call_to_the_outer_one_has_left_the_inner(
+    daemon: DaemonProcess, agent: AgentProcess
+) -> None:
+    outer = "$(awk -F: '$1 == 0 {print $3}' /proc/self/cgroup)"
+    inner = "(echo $BASHPID > $OUTER/cgroup.procs; exec sleep 0.3) & wait"
+    script = f"export OUTER={MOUNT}{outer}; {EXEC} --name within -- bash -c '{inner}'; true"
+    agent.run(RUN, name="around", script=script)
+    (entry,) = told(daemon, "within")
+    assert entry["name"] == "bash"
+    assert told(daemon, "around") == []
+    assert "left" not in report_of(daemon, "around").sentence
+
+
+DEAD_LEADER = """
+import ctypes, os, sys, threading, time
+def others():
+    time.sleep(0.3)
+    pid = os.getpid()
+    with open(sys.argv[1] + "/cgroup.procs", "w") as file:
+        file.write(str(pid))
+    time.sleep(0.3)
+    os._exit(0)
+threading.Thread(target=others).start()
+ctypes.CDLL(None).syscall(NR_EXIT, 0)
+"""
+
+
+def test_threads_whose_first_one_has_ended_have_left(
+    daemon: DaemonProcess, agent: AgentProcess, other: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "dead_leader.py"
+    number = {"x86_64": "60", "aarch64": "93"}[os.uname().machine]
+    program.write_text(DEAD_LEADER.replace("NR_EXIT", number))
+    script = f"{sys.executable} {program} {other} & sleep 1; exit 0"
+    assert agent.run(RUN, name="threads", script=script) == 0
+    (entry,) = told(daemon, "threads")
+    assert entry["to"] == f"/{other.name}"
+
+
+def test_a_long_path_is_told_by_its_end(
+    daemon: DaemonProcess, agent: AgentProcess, other: Path
+) -> None:
+    below = other / ("a" * 200) / ("b" * 200) / "end"
+    below.mkdir(parents=True)
+    script = f"(echo $BASHPID > {below}/cgroup.procs; exec sleep 0.3) & wait"
+    agent.run(RUN, name="long", script=script)
+    wait_until("it is empty", lambda: not (below / "cgroup.procs").read_text())
+    for directory in (below, below.parent, below.parent.parent):
+        directory.rmdir()
+    (entry,) = told(daemon, "long")
+    assert str(entry["to"]).endswith("b/end")
+
+
+def test_a_new_daemon_tells_of_what_ran_before(
+    daemon: DaemonProcess, agent: AgentProcess, other: Path, tmp_path: Path
+) -> None:
+    pid_file = tmp_path / "pid"
+    orphan = f"echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; exec sleep 100"
+    script = f"(setsid bash -c '{orphan}' &); sleep 100; true"
+    agent.run(START, name="before", script=script)
+    wait_until("it runs", pid_file.exists)
+    pid = pid_file.read_text().strip()
+    daemon.kill()
+    daemon.start()
+    (other / "cgroup.procs").write_text(pid)
+    wait_until("the log has it", lambda: bool(told(daemon, "before")))
+    (entry,) = told(daemon, "before")
+    assert (entry["pid"], entry["mover_pid"]) == (int(pid), os.getpid())
+    agent.run("tool.terminate(); tool.wait()")
+    assert f"sleep ({pid}) was moved by" in report_of(daemon, "before").sentence
+
+
+def test_of_a_flood_the_number_is_told_as_the_least_that_it_is(
+    daemon: DaemonProcess, agent: AgentProcess, other: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "flood.py"
+    head = INTO.partition("def make")[0]
+    one = "pid = libc.syscall(435, arguments, len(arguments))"
+    again = f"for n in range(400):\n    {one}\n    if pid <= 0:\n        os._exit(0)\n"
+    program.write_text(head + again)
+    assert agent.run(RUN, name="flood", script=f"{sys.executable} {program} {other}; true") == 0
+    report = report_of(daemon, "flood")
+    told_of = [f for f in report.feedback if f.code == pb.FEEDBACK_CODE_LEFT_CALL]
+    assert f"At least {told_of[-1].numbers['processes']:.0f} processes left" in report.sentence
+    assert 64 <= told_of[-1].numbers["processes"] < 400
+    assert len(told(daemon, "flood")) == 4
+
+
+def test_a_new_daemon_reports_what_had_left_before(
+    daemon: DaemonProcess, agent: AgentProcess, other: Path
+) -> None:
+    script = f"(echo $BASHPID > {other}/cgroup.procs; exec sleep 100) & sleep 100; true"
+    agent.run(START, name="kept", script=script)
+    wait_until("it is there", lambda: bool((other / "cgroup.procs").read_text()))
+    wait_until("the log has it", lambda: bool(told(daemon, "kept")))
+    (entry,) = told(daemon, "kept")
+    daemon.kill()
+    daemon.start()
+    agent.run("tool.terminate(); tool.wait()")
+    report = report_of(daemon, "kept")
+    assert f"bash ({entry['pid']}) moved itself to /{other.name}" in report.sentence

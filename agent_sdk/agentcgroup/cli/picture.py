@@ -22,7 +22,9 @@ TOP, MEMORY_HEIGHT, GAP, LANE = 46, 120, 34, 20
 NAME_CHARS = 26
 _PAUSES = {"freeze": "thaw", "hold": "unhold"}
 """What begins a pause, and what ends it."""
-_MARKS = frozenset({"deny", "kill", "oom_victim", "throttle", "denied", "urgent", "left_call"})
+_MARKS = frozenset(
+    {"deny", "kill", "oom_victim", "throttle", "denied", "urgent", "left_call", "process_left"}
+)
 _COLOURS = {Verdict.OK: "#4c8c4a", Verdict.FAILED: "#b7791f", Verdict.SIGNALED: "#b7791f"}
 _ENDED_BY_OTHERS = "#b23b3b"
 _STYLE = (

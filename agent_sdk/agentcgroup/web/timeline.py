@@ -39,7 +39,15 @@ _KINDS = {
     "slow": ("throttle", "memory_throttled", "cpu_throttled", "cpu_lowered", "slow"),
     "deny": ("deny", "denied", "growth_denied", "gpu_memory_denied", "pids_limit"),
     "end": ("kill", "killed", "oom", "oom_victim", "timeout", "stopped", "gpu_fault"),
-    "note": ("urgent", "left_call", "leftovers", "gpu_lost", "gpu_closed", "fewer_cpus"),
+    "note": (
+        "urgent",
+        "left_call",
+        "process_left",
+        "leftovers",
+        "gpu_lost",
+        "gpu_closed",
+        "fewer_cpus",
+    ),
 }
 KIND_OF = {word: kind for kind, words in _KINDS.items() for word in words}
 """Kinds of marks, by the word of the audit log or of the feedback. What has none is not drawn."""

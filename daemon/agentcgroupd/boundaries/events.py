@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -28,6 +27,7 @@ from agentcgroup.text import printable
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.boundaries.insiders import Insiders, is_runtime
 from agentcgroupd.boundaries.jobs import Jobs, reads_its_commands
+from agentcgroupd.boundaries.leaving import Moves
 from agentcgroupd.boundaries.placement import Placement
 from agentcgroupd.boundaries.processes import (
     TICK_NS,
@@ -50,9 +50,7 @@ from agentcgroupd.boundaries.rules import (
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.lifecycle import Lifecycle
-from agentcgroupd.calls.counters import shown
 from agentcgroupd.calls.lifecycle import Calls
-from agentcgroupd.calls.words import gone_words_of
 from agentcgroupd.config import BoundariesConfig
 from agentcgroupd.errors import AgentcgroupdError, RequestError
 from agentcgroupd.host.proc import CMDLINE_BYTES_MAX, command_line, read_proc
@@ -61,7 +59,6 @@ from agentcgroupd.intents.environment import ENVIRONMENT_BYTES_MAX, declared_in
 from agentcgroupd.intents.parse import Intent
 from agentcgroupd.intents.script import is_shell, shell_command
 from agentcgroupd.intents.wrapped import user_command
-from agentcgroupd.state.ending import Gone
 from agentcgroupd.state.session import Call, Session, unix_usec
 from agentcgroupd.telemetry.notices import Notices
 
@@ -100,7 +97,8 @@ class Boundaries:
         self._notices = notices
         self._agents: dict[int, Session] = {}
         self._call_of_cgroup: dict[int, Call] = {}
-        self._queue: deque[AnyEvent] = deque()
+        self._moves = Moves(lifecycle, notices, self._call_of_cgroup)
+        self._queue: deque[AnyEvent | partial[None]] = deque()
         self._busy = False
         self._loop = asyncio.get_running_loop()
         self._work_later: asyncio.Handle | None = None
@@ -115,6 +113,7 @@ class Boundaries:
             self._placement,
             self._watched,
             lambda: self.behind,
+            self._moves.lost,
             notices,
             settled_ticks,
         )
@@ -127,6 +126,7 @@ class Boundaries:
     def start(self) -> None:
         """Begin with what runs now."""
         self._resync.start()
+        self._moves.start()
         self._lifecycle.start(self.handle)
         self._resync.read_leaves()
 
@@ -178,7 +178,7 @@ class Boundaries:
             elif isinstance(event, abi.OomEvent):
                 self._note_victim(event)
             elif isinstance(event, abi.LeftEvent):
-                self._note_gone(event)
+                self._queue.extend(self._moves.count(event))
         self._queue.extend(batch)
         if not self._busy and self._work_later is None:
             self._work()
@@ -224,9 +224,11 @@ class Boundaries:
         if len(self._queue) < QUEUE_EVENTS_MAX:
             self._lifecycle.drain()
 
-    def _one(self, event: AnyEvent) -> None:
+    def _one(self, event: AnyEvent | partial[None]) -> None:
         try:
             match event:
+                case partial():
+                    event()
                 case abi.ForkEvent():
                     self._fork(event)
                 case abi.ExecEvent():
@@ -256,25 +258,6 @@ class Boundaries:
         if call is not None:
             comm = printable(event.process.comm.decode("utf-8", "replace"))
             call.account.note_victim(event.process.pid, comm, "mark_victim", unix_usec())
-
-    def _note_gone(self, event: abi.LeftEvent) -> None:
-        """Keep and tell at once that a process was moved out of a call, for the same reason. What
-        the daemon moves itself is told where it does so."""
-        call = self._call_of_cgroup.get(event.event.cgroup_id)
-        if call is None or event.mover.pid == os.getpid():
-            return
-        pid, mover = event.process.pid, event.mover
-        path = bytes(event.path).split(b"\0")[0].decode("utf-8", "replace")
-        name, by = (printable(p.comm.decode("utf-8", "replace")) for p in (event.process, mover))
-        gone = Gone(pid, name, mover.pid, by, shown(path), unix_usec())
-        words = gone_words_of(gone)
-        main = call.main
-        is_main = main is not None and (main.pid, main.start_ticks) == key_of(event.process)
-        if is_main:
-            call.account.add(words, "cgroup_attach_task", gone.at_unix_usec)
-        else:
-            call.account.note_gone(gone, words, "cgroup_attach_task")
-        self._notices.process_left(call, gone, is_main, f"{words}, where its limits do not hold.")
 
     def _fork(self, event: abi.ForkEvent) -> None:
         session = self._agents.get(event.event.cgroup_id)

@@ -55,11 +55,13 @@ class Resync:
         placement: Placement,
         sessions: Callable[[], Iterable[Session]],
         behind: Callable[[], bool],
+        left_lost: Callable[[], None],
         notices: Notices,
         settled_ticks: int,
     ) -> None:
         """`sessions`: those whose agent leaf is watched. `behind`: whether events wait to be dealt
-        with. `settled_ticks`: processes that were in an agent leaf at this time (clock ticks since
+        with. `left_lost`: told when those that tell who left a call were among the lost ones.
+        `settled_ticks`: processes that were in an agent leaf at this time (clock ticks since
         boot) and in no call belong to the agent itself."""
         self._rules = rules
         self._lifecycle = lifecycle
@@ -67,6 +69,7 @@ class Resync:
         self._placement = placement
         self._sessions = sessions
         self._behind = behind
+        self._left_lost = left_lost
         self._notices = notices
         self._settled_ticks = settled_ticks
         self._lost_before: dict[str, int] = {}
@@ -90,7 +93,7 @@ class Resync:
             return
         fresh = {kind: count - self._lost_before.get(kind, 0) for kind, count in lost.items()}
         self._lost_before = lost
-        self._notices.events_lost({kind: count for kind, count in fresh.items() if count})
+        self._tell({kind: count for kind, count in fresh.items() if count})
         self.read_leaves()
 
     def check_soon(self) -> None:
@@ -117,10 +120,15 @@ class Resync:
             return
         before, self._missed_before = self._missed_before, missed
         fresh = {kind: count - before.get(kind, 0) for kind, count in missed.items()}
-        self._notices.events_lost({kind: count for kind, count in fresh.items() if count > 0})
+        self._tell({kind: count for kind, count in fresh.items() if count > 0})
         self.read_leaves()
         self.prune()
         self._loop.call_later(CHECK_AFTER_S, self.prune)
+
+    def _tell(self, fresh: dict[str, int]) -> None:
+        self._notices.events_lost(fresh)
+        if "left" in fresh:
+            self._left_lost()
 
     # Making up for it
 

@@ -21,6 +21,8 @@ ABI_GPU_SHARED_MINOR = 254
 ABI_VRAM_GRAIN_BYTES = 512
 ABI_SCHED_CGROUPS = 16384
 ABI_SCHED_CPUS = 1024
+ABI_LEVELS_MAX = 256
+ABI_LEFT_MOST = 64
 ABI_LOOK_CALLS = 16384
 ABI_SCHED_REASON_BYTES = 64
 ABI_SCHED_MESSAGE_BYTES = 256
@@ -109,10 +111,12 @@ class Managed(ctypes.Structure):
 
     _fields_ = (
         ("kind", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("left", ctypes.c_uint16),
+        ("left_second", ctypes.c_uint16),
     )
     kind: int
-    reserved: int
+    left: int
+    left_second: int
 
 
 class Event(ctypes.Structure):
@@ -214,17 +218,23 @@ class OomEvent(ctypes.Structure):
 
 
 class LeftEvent(ctypes.Structure):
-    """struct left_event, 344 bytes"""
+    """struct left_event, 360 bytes"""
 
     _fields_ = (
         ("event", Event),
         ("process", Process),
         ("mover", Process),
+        ("to_cgroup_id", ctypes.c_uint64),
+        ("more", ctypes.c_uint32),
+        ("made", ctypes.c_uint32),
         ("path", ctypes.c_uint8 * 256),
     )
     event: Event
     process: Process
     mover: Process
+    to_cgroup_id: int
+    more: int
+    made: int
     path: ctypes.Array[ctypes.c_uint8]
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
 from collections.abc import Callable
 
 from agentcgroupd.bpf import abi
 from agentcgroupd.bpf.events import AnyEvent, RingBuffer
+from agentcgroupd.bpf.libbpf import libbpf
 from agentcgroupd.bpf.loader import BpfObject
+from agentcgroupd.errors import BpfError
 from agentcgroupd.units import CgroupId
+
+NO_EXIST = 1  # BPF_NOEXIST, include/uapi/linux/bpf.h
 
 
 class Lifecycle:
-    """Events of processes below managed cgroups: forks, execs, exits, OOM victims."""
+    """Events of processes below managed cgroups: forks, execs, exits, OOM victims, leaving."""
 
     def __init__(self, bpf: BpfObject) -> None:
         """Take over a loaded and attached object. Raises BpfError."""
@@ -33,6 +40,23 @@ class Lifecycle:
         """Stop watching; no error if it was not watched. Raises BpfError."""
         self._managed.pop(cgroup)
 
+    def note(self, pid: int, call: CgroupId) -> None:
+        """Have the programs know that a process is in a call, unless they know of one; no error for
+        a process that has ended. Raises BpfError or OSError."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        try:
+            key, value = ctypes.c_int(pidfd), ctypes.c_uint64(call)
+            place, new = ctypes.byref(key), ctypes.byref(value)
+            fd = self._bpf.map_fd("call_of")
+            result = libbpf().call("bpf_map_update_elem", fd, place, new, NO_EXIST)
+        finally:
+            os.close(pidfd)
+        if result < 0 and -result not in (errno.EEXIST, errno.ESRCH, errno.ENOENT):
+            raise BpfError(f"map call_of: process {pid}", -result)
+
     def drain(self) -> None:
         """Hand over at once the events that are there, at most BATCH_EVENTS."""
         if self._ring is not None:
@@ -44,7 +68,8 @@ class Lifecycle:
             self._ring.read(on)
 
     def lost(self) -> dict[str, int]:
-        """Number of events without room in the ring buffer since the load, by type."""
+        """Number of events without room since the load, by type; those of processes that leave
+        calls include processes whose call could not be kept."""
         counts = zip(abi.EventType, self.counters.lost, strict=False)
         return {kind.name.lower(): count for kind, count in counts if count}
 
@@ -52,8 +77,9 @@ class Lifecycle:
         """Number of events for which a program was left out, because another task had interrupted
         it on that CPU, by type. A type that the kernel does not count is absent. Raises
         BpfError."""
-        programs = {"fork": "on_fork", "exec": "on_exec", "exit": "on_exit"}
-        counts = {kind: self._bpf.missed(name) for kind, name in programs.items()}
+        programs = {"fork": "on_fork", "exec": "on_exec", "exit": "on_exit", "left": "on_move"}
+        attached = self._bpf.attached()
+        counts = {k: self._bpf.missed(name) for k, name in programs.items() if name in attached}
         return {kind: count for kind, count in counts.items() if count is not None}
 
     def close(self) -> None:

@@ -101,6 +101,8 @@ def gather(call: Call, pool: Cgroup, oom_log: OomLog) -> EndFacts:
         left=tuple(account.left),
         gone=tuple(account.gone),
         gone_count=account.gone_count,
+        gone_more=account.gone_more,
+        gone_before=account.gone_before,
         left_before=tuple(account.left_before),
         left_lives=frozenset(p.pid for p in call.left_mains if not pidfd_ended(p.pidfd)),
         outside=outside,

@@ -94,6 +94,10 @@ class EndFacts:
     gone: tuple[Gone, ...] = ()
     """Processes besides the main one that were moved out of the call, those that are named."""
     gone_count: int = 0
+    gone_more: bool = False
+    """Whether there were more than these."""
+    gone_before: int = 0
+    """How many were moved out while earlier commands ran."""
     left_before: tuple[Left, ...] = ()
     """Where the main processes of earlier commands were that had left."""
     left_lives: frozenset[int] = frozenset()

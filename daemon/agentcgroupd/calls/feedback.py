@@ -107,8 +107,9 @@ def _of_leaving(facts: EndFacts) -> list[pb.Feedback]:
     told = []
     if facts.left:
         told.append(_feedback(code, left_words(facts), pid=facts.left[-1].pid))
-    if facts.gone_count:
-        told.append(_feedback(code, gone_words(facts), processes=facts.gone_count))
+    if facts.gone_count or facts.gone_before:
+        count = facts.gone_count + facts.gone_before
+        told.append(_feedback(code, gone_words(facts), processes=count))
     for left, words in zip(facts.left_before, earlier_left_words(facts), strict=True):
         told.append(_feedback(code, words, pid=left.pid))
     if facts.ender is not None and facts.ender.outside:

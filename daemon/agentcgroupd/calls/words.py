@@ -181,13 +181,19 @@ def left_words_of(left: Left, still_there: bool) -> str:
 def gone_words(facts: EndFacts) -> str:
     """What left the call besides its main process, and who moved it; empty: nothing did, as far as
     the kernel told."""
+    before = ""
+    if facts.gone_before:
+        left = f"{count_of(facts.gone_before)} left the call's cgroup"
+        before = f"{left} while earlier commands ran in it."
     if not facts.gone_count:
-        return ""
+        return before
     named = "; ".join(gone_words_of(gone) for gone in facts.gone)
     more = facts.gone_count - len(facts.gone)
     rest = f"; and {more} more" if more else ""
-    left = f"{count_of(facts.gone_count)} left the call's cgroup"
-    return f"{left}, where its limits do not hold: {named}{rest}."
+    least = "at least " if facts.gone_more else ""
+    left = f"{least}{count_of(facts.gone_count)} left the call's cgroup".capitalize()
+    now = f"{left}, where its limits do not hold: {named}{rest}."
+    return f"{now} {before}".rstrip()
 
 
 def gone_words_of(gone: Gone) -> str:

@@ -190,6 +190,7 @@ _WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
         f"{f.get('name', 'A process')} ({f.get('pid', '?')}) was moved to {f.get('to', 'another')} "
         f"by {f.get('mover', 'somebody')} ({f.get('mover_pid', '?')})."
     ),
+    "more_left": lambda f: "More of its processes were moved out of it.",
     "reclaim": lambda f: (
         f"{_bytes(f, 'reclaimed_bytes')} were reclaimed in {_usec(f, 'took_usec')}."
     ),

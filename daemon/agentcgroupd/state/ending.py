@@ -16,7 +16,8 @@ from agentcgroupd.cgroup.held import HeldKnob
 from agentcgroupd.cgroup.tree import Cgroup
 
 GONE_MOST = 4
-"""Processes that left a call by themselves which its report names."""
+"""Processes moved out of a call that are told one by one and named in its report; moves of its main
+process, too."""
 VICTIMS_MOST = 1000
 """How many processes that the kernel's OOM killer chose are known by their pids."""
 LEFT_BEFORE_MOST = 4
@@ -202,6 +203,13 @@ class Account:
     gone: list[Gone] = field(default_factory=list)
     """Processes that were moved out of the call, the first GONE_MOST, as far as the kernel told."""
     gone_count: int = 0
+    """How many such processes there were. A process that went twice counts twice."""
+    gone_more: bool = False
+    """Whether there were more: the kernel's program did not tell of all."""
+    gone_before: int = 0
+    """How many were moved out while earlier commands ran."""
+    main_moves: int = 0
+    """How often the main process was moved out, as far as the kernel told."""
     victims: set[int] = field(default_factory=set)
     """Pids of processes that the kernel's OOM killer chose since the main process entered, as far
     as the kernel told."""
@@ -238,13 +246,21 @@ class Account:
             self.victims.add(pid)
             self.add(f"the kernel's OOM killer chose {name} ({pid})", source, at_unix_usec)
 
-    def note_gone(self, gone: Gone, words: str, source: str) -> None:
-        """Take down that a process was moved out of the call; the first GONE_MOST are known by
-        name."""
+    def count_gone(self, is_main: bool) -> int:
+        """Count a process that was moved out of the call. Returns its number: the first GONE_MOST
+        are to be named."""
+        if is_main:
+            self.main_moves += 1
+            return self.main_moves
         self.gone_count += 1
-        if len(self.gone) < GONE_MOST:
+        return self.gone_count
+
+    def name_gone(self, gone: Gone, is_main: bool, words: str, source: str) -> None:
+        """Take down, after it was counted, which process was moved out of the call. `words`: a
+        clause that says so."""
+        if not is_main:
             self.gone.append(gone)
-            self.add(words, source, gone.at_unix_usec)
+        self.add(words, source, gone.at_unix_usec)
 
     def command_begins(self, baseline: Baseline | None) -> None:
         """Begin anew with another main process. `baseline`: the counters as they are now; None:
@@ -258,8 +274,10 @@ class Account:
         self.left_before += [left for left in self.left[-1:] if not left.moved_back]
         del self.left_before[:-LEFT_BEFORE_MOST]
         self.left.clear()
+        self.gone_before += self.gone_count
         self.gone.clear()
-        self.gone_count = 0
+        self.gone_count = self.main_moves = 0
+        self.gone_more = False
         self.victims.clear()
         self.main_lost = self.main_killed = False
 
@@ -280,6 +298,13 @@ class Account:
         for name, places in (("left", self.left), ("left_before", self.left_before)):
             if places:
                 data[name] = [[m.pid, m.path, m.at_unix_usec, m.moved_back] for m in places]
+        if self.gone:
+            data["gone"] = [
+                [g.pid, g.name, g.mover_pid, g.mover, g.path, g.at_unix_usec] for g in self.gone
+            ]
+        counts = [self.gone_count, self.gone_before, self.main_moves, int(self.gone_more)]
+        if any(counts):
+            data["gone_counts"] = counts
         if self.facts:
             data["facts"] = [[f.what, f.source, f.at_unix_usec, f.level] for f in self.facts[:16]]
         return data
@@ -291,6 +316,9 @@ class Account:
             Baseline.from_plain(data[name]) if name in data else None
             for name in ("began", "baseline")
         )
+        gone_count, gone_before, main_moves, gone_more = map(
+            int, data.get("gone_counts", (0, 0, 0, 0))
+        )
         return cls(
             facts=[Fact(*values) for values in data.get("facts", ())],
             asked=[Asked(Asker(by), *values) for by, *values in data.get("asked", ())],
@@ -298,6 +326,11 @@ class Account:
             main_lost=bool(data.get("main_lost")),
             left=[Left(*values) for values in data.get("left", ())],
             left_before=[Left(*values) for values in data.get("left_before", ())],
+            gone=[Gone(*values) for values in data.get("gone", ())],
+            gone_count=gone_count,
+            gone_more=bool(gone_more),
+            gone_before=gone_before,
+            main_moves=main_moves,
             began=began,
             baseline=before,
             commands=int(data.get("commands", 0)),

@@ -89,8 +89,8 @@ class Notices:
         self.tell(call.session, call.id, told)
 
     def process_left(self, call: Call, gone: Gone, is_main: bool, words: str) -> None:
-        """The kernel told that a process was moved out of a call, and by whom. Who is the main
-        process is told to the agent when it is looked at."""
+        """The kernel told that a process was moved out of a call, and by whom. Of the main process
+        the agent hears by `left_call`, when the daemon has looked where it is."""
         session = call.session.id
         self.audit.write(
             "process_left",
@@ -108,6 +108,15 @@ class Notices:
             code = pb.FEEDBACK_CODE_LEFT_CALL
             told = pb.Feedback(code=code, sentence=words, numbers={"pid": float(gone.pid)})
             self.tell(call.session, call.id, told)
+
+    def more_left(self, call: Call) -> None:
+        """More processes were moved out of a call than are told one by one."""
+        session = call.session.id
+        words = "More processes left the call's cgroup; from here on they are only counted."
+        self.audit.write("more_left", session=session, call=call.id)
+        log.warning("call %s of session %s: %s", call.id, session, words)
+        told = pb.Feedback(code=pb.FEEDBACK_CODE_LEFT_CALL, sentence=words)
+        self.tell(call.session, call.id, told)
 
     # Of what the kernel did
 

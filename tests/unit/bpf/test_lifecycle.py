@@ -24,13 +24,24 @@ class Loaded(BpfObject):
     def shared(self, name: str, kind: Any) -> Any:
         return kind()
 
+    def attached(self) -> tuple[str, ...]:
+        return tuple(self.counts)
+
     def missed(self, name: str) -> int | None:
         return self.counts[name]
 
 
 def test_what_the_kernel_does_not_count_is_absent() -> None:
-    counts = {"on_fork": 0, "on_exec": None, "on_exit": 7}
-    assert Lifecycle(Loaded(counts)).missed() == {"fork": 0, "exit": 7}
+    counts = {"on_fork": 0, "on_exec": None, "on_exit": 7, "on_move": 2}
+    assert Lifecycle(Loaded(counts)).missed() == {"fork": 0, "exit": 7, "left": 2}
+
+
+def test_of_a_program_that_is_not_attached_nothing_is_asked() -> None:
+    assert Lifecycle(Loaded({"on_fork": 0, "on_exec": 1, "on_exit": 7})).missed() == {
+        "fork": 0,
+        "exec": 1,
+        "exit": 7,
+    }
 
 
 def test_lost_events_are_named_by_type() -> None:

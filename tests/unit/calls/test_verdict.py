@@ -288,6 +288,15 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
         ["7 processes left the call's cgroup", "to /user.slice/x.scope; and 6 more."],
     ),
     (
+        {"gone": GONE[:1], "gone_count": 7, "gone_more": True, "gone_before": 1},
+        pb.VERDICT_OK,
+        [
+            "At least 7 processes left the call's cgroup",
+            "; and 6 more. 1 process left the call's cgroup while earlier commands ran in it.",
+        ],
+    ),
+    ({"gone_before": 3}, pb.VERDICT_OK, ["3 processes left the call's cgroup while earlier"]),
+    (
         {"wait_status": 15, "left": ELSEWHERE, **TIMED_OUT},
         pb.VERDICT_TIMEOUT,
         ["1 min", "left the call's cgroup"],
