@@ -64,6 +64,8 @@ def test_what_a_users_manager_takes_out_of_a_call_is_told_with_who_did_it(
     sentence = admin.ListReports(request).reports[0].sentence
     assert "was moved by systemd (1) to " in sentence, sentence
     assert f"/{MANAGER}/app.slice/run-r" in sentence, sentence
+    # What is installed goes below only if no session is open.
+    admin.CloseSession(pb.CloseSessionRequest(session_id="alpha"))
 
 
 def test_they_are_pinned_taken_over_and_gone_with_the_service(admin: pb_grpc.AdminStub) -> None:
