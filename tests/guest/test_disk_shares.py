@@ -27,8 +27,8 @@ AREA_MIB = 64
 MEASURED_S = 6.0
 SETTLE_S = 2.0
 MORE = 0.56
-"""What is clearly more than half. On an emulated CPU bfq gives 0.65 to 0.76 of 0.8: who is late with
-the next request loses its turn."""
+"""What is clearly more than half. On an emulated CPU bfq gives 0.65 to 0.76 of 0.8: who is late
+with the next request loses its turn."""
 QUIET = "[guard]\nenabled = false\n"
 WRITE = "while :; do dd if=/dev/zero of={disk} bs=256K count={count} seek={at} oflag=direct; done"
 BEGIN = (
