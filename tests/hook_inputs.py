@@ -8,7 +8,7 @@ import shlex
 from typing import Any
 
 AGENTS = ("claude", "codex", "gemini")
-"""Those whose models hear something right after a tool."""
+"""Agents whose models hear something right after a tool."""
 
 
 def after_tool(

@@ -47,7 +47,7 @@ EVENT = re.compile(r"\[(\d+)\] \S+ +(\d+\.\d+): (sched_wakeup|sched_switch): ")
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """One wake-up: the time in a queue, in us, and whether the CPU that woke the task ran it."""
+    """A wake-up: the time in a queue, in us, and whether the CPU that woke the task ran it."""
 
     usec: float
     here: bool

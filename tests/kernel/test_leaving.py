@@ -152,7 +152,7 @@ def test_who_moved_the_main_process_is_a_fact(
 def test_a_cgroup_far_below_its_call_is_inside_it(
     daemon: DaemonProcess, agent: AgentProcess, other: Path, depth: int
 ) -> None:
-    """Nothing is told of the way down, nor of what is forked there, and leaving is told then."""
+    """The way down is not told, nor what is forked there; leaving is."""
     name = f"deep-{depth}"
     script = f"""
         here=$(awk -F: '$1 == 0 {{print $3}}' /proc/self/cgroup); below={MOUNT}$here

@@ -54,7 +54,7 @@ class Result:
     """In one dispatch."""
     locks: int
     time_ns: int
-    """Of all dispatches, on this machine."""
+    """What all dispatches took, on this machine."""
 
     def shares(self, cgroups: list[int]) -> list[float]:
         """Shares in percent of what these had together."""

@@ -197,7 +197,7 @@ def gone_words(facts: EndFacts) -> str:
 
 
 def gone_words_of(gone: Gone) -> str:
-    """Who moved a process out of its call, and where to, as a clause."""
+    """Say who moved a process out of its call, and where to, in a clause."""
     which = f"{gone.name} ({gone.pid})"
     if gone.mover_pid == gone.pid:
         return f"{which} moved itself to {gone.path}"

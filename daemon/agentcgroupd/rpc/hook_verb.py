@@ -135,7 +135,7 @@ def _seen(caller: Caller) -> Iterator[Call]:
 
 
 def _open(caller: Caller, tool_use_id: str, command: str) -> Iterator[Call]:
-    """Those of them that are of a tool call."""
+    """Give the open calls that were begun for a tool call."""
     for call in _seen(caller):
         purpose = call.purpose
         if purpose is None:
@@ -236,7 +236,7 @@ def _by_command(fresh: Sequence[pb.Report], command: str) -> list[pb.Report]:
 
 
 def _kept(session: Session, told: set[str]) -> set[str]:
-    """Those calls whose reports are still kept."""
+    """Give the ids of calls whose reports are still kept, of those that were told."""
     return told & {report.call_id for report in session.reports}
 
 
