@@ -31,6 +31,7 @@ struct sched_cgroup sched_cgroup;
 struct sched_control sched_control;
 struct sched_exit sched_exit;
 struct sched_hurry sched_hurry;
+struct sched_let_go sched_let_go;
 struct protection protection;
 struct memcg_ops_counters memcg_ops_counters;
 struct memcg_decision memcg_decision;

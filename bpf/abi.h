@@ -315,6 +315,7 @@ struct sched_control {
 	__u64 boost_lead_ns;	/* how far ahead of its share a boost may take a cgroup */
 	__u32 penalty_most;	/* highest factor of CPU time for memory over the mark; 1: off */
 	__u32 stall_on_purpose; /* for tests: give no task a CPU */
+	__u64 exec_hold_ns;	/* longest time that a program waits at its exec; 0: none does */
 
 	/* Counts since the scheduler was attached. */
 	__u64 cgroups;	     /* now */
@@ -323,16 +324,26 @@ struct sched_control {
 	__u64 in_lanes;	     /* tasks in lanes, now */
 	__u64 without_entry; /* cgroups without an entry, scheduled with their parent */
 	__u64 picks;
-	__u64 picks_empty; /* choices of a queue that had no task for the CPU */
-	__u64 preempted;   /* tasks that lost their CPU to one that woke */
-	__u64 finishing;   /* slices for tasks that must go on at once: see enqueue */
-	__u64 left;	   /* tasks that left the class while alive */
+	__u64 picks_empty;     /* choices of a queue that had no task for the CPU */
+	__u64 preempted;       /* tasks that lost their CPU to one that woke */
+	__u64 finishing;       /* slices for tasks that must go on at once: see enqueue */
+	__u64 left;	       /* tasks that left the class while alive */
+	__u64 stopped_inside;  /* tasks that were paused where they were in the kernel */
+	__u64 held_at_exec;    /* programs that the daemon was to decide on before they run */
+	__u64 exec_holds_over; /* of these, that went on because the time was over */
 };
 
 /* sched.bpf.c: context of the program `hurry`. */
 struct sched_hurry {
 	__u64 cgroup_id;
 	__u64 until_ns;
+};
+
+/* sched.bpf.c: context of the program `let_go`. */
+struct sched_let_go {
+	__u32 pid; /* of the process, as the daemon sees it */
+	__u32 reserved;
+	__u64 at_ns; /* time of the event of its exec */
 };
 
 /* sched.bpf.c: reason why the kernel has detached the scheduler. */

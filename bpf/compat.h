@@ -83,6 +83,19 @@ static __always_inline u64 cgroup_id(struct cgroup *cgroup)
 	return cgroup->kn->id;
 }
 
+/*
+ * Whether a task is our launcher. It declares its call itself, so its exec need not wake the
+ * daemon, unless that is the declaration.
+ */
+static __always_inline bool is_launcher(struct task_struct *task)
+{
+	char comm[ABI_COMM_BYTES] = {};
+
+	BPF_CORE_READ_INTO(&comm, task, comm);
+	return !bpf_strncmp(comm, sizeof("agentcg-exec"), "agentcg-exec") ||
+	       !bpf_strncmp(comm, sizeof("agentcg"), "agentcg");
+}
+
 /**
  * nearest - the entry of a cgroup, or of the nearest one above it, in a map by cgroup id
  * @map: the map
@@ -123,6 +136,12 @@ static __always_inline long syscall_number(struct pt_regs *regs)
 {
 	return BPF_CORE_READ(regs, orig_ax);
 }
+
+/* Whether registers were saved while a program ran, and not the kernel. */
+static __always_inline bool is_user_mode(struct pt_regs *regs)
+{
+	return BPF_CORE_READ(regs, cs) & 3;
+}
 #elif defined(__TARGET_ARCH_arm64)
 #define NR_CLONE    220
 #define NR_FORK	    -2 /* no such system call here */
@@ -133,6 +152,12 @@ static __always_inline long syscall_number(struct pt_regs *regs)
 static __always_inline long syscall_number(struct pt_regs *regs)
 {
 	return BPF_CORE_READ(regs, syscallno);
+}
+
+/* Whether registers were saved while a program ran, and not the kernel. */
+static __always_inline bool is_user_mode(struct pt_regs *regs)
+{
+	return !(BPF_CORE_READ(regs, pstate) & 0xf);
 }
 #else
 #error "the numbers of fork's system calls on this architecture"

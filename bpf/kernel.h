@@ -170,6 +170,7 @@ struct pt_regs {
 	unsigned long di;
 	unsigned long orig_ax;
 	unsigned long ip;
+	unsigned short cs;
 	unsigned long sp;
 };
 #elif defined(__TARGET_ARCH_arm64)
@@ -177,6 +178,7 @@ struct pt_regs {
 	u64 regs[31];
 	u64 sp;
 	u64 pc;
+	u64 pstate;
 	s32 syscallno;
 };
 #endif

@@ -246,19 +246,6 @@ int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
 }
 
 /*
- * Whether a task is our launcher. It declares its call itself, so its exec need not wake the
- * daemon, unless that is the declaration.
- */
-static __always_inline bool is_launcher(struct task_struct *task)
-{
-	char comm[ABI_COMM_BYTES] = {};
-
-	BPF_CORE_READ_INTO(&comm, task, comm);
-	return !bpf_strncmp(comm, sizeof("agentcg-exec"), "agentcg-exec") ||
-	       !bpf_strncmp(comm, sizeof("agentcg"), "agentcg");
-}
-
-/*
  * Whether our launcher executes itself to declare a call, because it may use no socket
  * (agent_sdk/exec/sealed.h). So a process in a call may declare one, inside that.
  */

@@ -42,74 +42,9 @@ s32 BPF_PROG(select_cpu, struct task_struct *p, s32 prev_cpu, u64 wake_flags)
 
 	if (!is_idle || !task || control.stall_on_purpose)
 		return cpu;
-	if (!is_held(task->slot, bpf_ktime_get_ns()))
+	if (!is_held(task->slot, bpf_ktime_get_ns()) || !may_stop(p, task))
 		insert_local(p, slice_of(task->slot), 0);
 	return cpu;
-}
-
-/**
- * can_take - whether a CPU's task has to make room for one that wakes
- * @at: the CPU
- * @slot: cgroup of the task that wakes
- * @boost: whether that task may go ahead of others
- * @now: the time
- *
- * It has to if it is a task of this scheduler that does not itself go ahead of others. If @boost is
- * false, it must also have had a quarter of its slice, and its cgroup must come after @slot. Times
- * are compared with their sign: another CPU may have switched since @now was read.
- */
-__noinline int can_take(u32 at, u32 slot, u32 boost, u64 now)
-{
-	u64 cpu = MASKED(at, ABI_SCHED_CPUS - 1), unpaid = 0;
-	u32 running = running_on[cpu].slot;
-
-	if (!running || running_on[cpu].turn == TURN_BOOST || running_on[cpu].taken)
-		return false;
-	if (boost)
-		return true;
-	if ((s64)(now - running_on[cpu].since_ns) <= (s64)(control.slice_ns / PROTECTED_PART))
-		return false;
-	if (before(running_on[cpu].paid_ns, now))
-		unpaid = now - running_on[cpu].paid_ns;
-	return comes_before(slot, running - 1, unpaid);
-}
-
-/*
- * Find such a CPU among those that a task may run on, beginning at its own. Returns the CPU, plus
- * one; 0: none of those looked at.
- */
-static __noinline u32 find_victim(struct task_struct *p, u32 slot, u32 boost, u64 now)
-{
-	u32 cpus = scx_bpf_nr_cpu_ids(), cpu = scx_bpf_task_cpu(p), left = victims;
-
-	while (left-- && can_loop) {
-		if (bpf_cpumask_test_cpu(cpu, fields(p)->cpus_ptr) &&
-		    can_take(cpu, slot, boost, now))
-			return cpu + 1;
-		if (++cpu >= cpus)
-			cpu = 0;
-	}
-	return 0;
-}
-
-/* Have a CPU choose that can take a task which was just queued: an idle one, or for one that woke
- * another. The kernel carries out a kick after this callback, when the task is in its queue. */
-static __always_inline void find_cpu(struct task_struct *p, u32 slot, u32 boost, u64 now,
-				     u64 enq_flags)
-{
-	s32 idle = is_fixed(p) ? -1 : scx_bpf_pick_idle_cpu(fields(p)->cpus_ptr, 0);
-	u32 victim;
-
-	if (idle >= 0) {
-		scx_bpf_kick_cpu(idle, KICK_IDLE);
-		return;
-	}
-	victim = enq_flags & ENQ_WAKEUP ? find_victim(p, slot, boost, now) : 0;
-	if (!victim)
-		return;
-	running_on[MASKED(victim - 1, ABI_SCHED_CPUS - 1)].taken = 1;
-	__sync_fetch_and_add(&control.preempted, 1);
-	scx_bpf_kick_cpu(victim - 1, KICK_PREEMPT);
 }
 
 /* Put a task into its lane. */
@@ -134,6 +69,20 @@ static __always_inline void enter_lane(struct task_struct *p, struct task *task,
 	find_cpu(p, slot, task->boosted, now, enq_flags);
 }
 
+/* Have a program wait at its exec until the daemon has decided what it is. */
+static __always_inline void wait_at_exec(struct task_struct *p, struct task *task, u64 enq_flags)
+{
+	struct scx_bpf_dsq_insert_vtime_args args = {};
+
+	args.dsq_id = AT_EXEC;
+	args.slice = control.slice_ns;
+	args.vtime = task->held_until_ns;
+	args.enq_flags = enq_flags;
+	task->queued = within(task->slot);
+	task->place = PLACE_AT_EXEC;
+	__scx_bpf_dsq_insert_vtime(p, &args);
+}
+
 /* Put a task into its cgroup's queue. */
 static __always_inline void enter_queue(struct task_struct *p, struct task *task, bool held,
 					bool bound, u64 now, u64 enq_flags)
@@ -154,6 +103,8 @@ static __always_inline void enter_queue(struct task_struct *p, struct task *task
 	task->place = bound ? PLACE_PARKED : PLACE_QUEUE;
 	if (bound)
 		__sync_fetch_and_add(&node->parked, 1);
+	if (task->stop != STOP_HERE && !node->inside)
+		node->inside = 1;
 	boost = begin_waiting(slot, now);
 	settle_up(slot, !(enq_flags & ENQ_WAKEUP));
 	__scx_bpf_dsq_insert_vtime(p, &args);
@@ -163,34 +114,40 @@ static __always_inline void enter_queue(struct task_struct *p, struct task *task
 
 /*
  * Takes a task that has no CPU. It waits in its cgroup's queue, or in a lane if it may not run on
- * every CPU, except for tasks that must go on at once (see is_leaving, is_critical), and for the
- * only one that the CPU has.
+ * every CPU, or if its cgroup is paused and it may not be stopped yet. Exceptions are tasks that
+ * must go on at once (see is_leaving, is_critical), and the only one that the CPU has.
  */
 SEC("struct_ops/enqueue")
 void BPF_PROG(enqueue, struct task_struct *p, u64 enq_flags)
 {
 	struct task *task = task_of(p);
 	u64 now = bpf_ktime_get_ns();
-	bool held, bound;
+	bool paused, at_exec, held, bound;
 
 	if (!task) {
 		insert_local(p, control.slice_ns, enq_flags);
 		return;
 	}
-	held = is_held(within(task->slot), now);
-	if (!control.stall_on_purpose) {
-		if (is_leaving(p) || is_critical(p)) {
-			__sync_fetch_and_add(&control.finishing, 1);
-			insert_local(p, SLICE_LEAST_NS, enq_flags);
-			return;
-		}
-		if (enq_flags & ENQ_LAST && !held) {
-			insert_local(p, slice_of(task->slot), enq_flags);
-			return;
-		}
+	if (!control.stall_on_purpose && (is_leaving(p) || is_critical(p))) {
+		__sync_fetch_and_add(&control.finishing, 1);
+		went_on(task);
+		insert_local(p, SLICE_LEAST_NS, enq_flags);
+		return;
+	}
+	paused = is_held(within(task->slot), now);
+	at_exec = is_at_exec(task, now);
+	held = (paused || at_exec) && may_stop(p, task);
+	if (!control.stall_on_purpose && enq_flags & ENQ_LAST && !held) {
+		went_on(task);
+		insert_local(p, slice_of(task->slot), enq_flags);
+		return;
+	}
+	if (held && at_exec) {
+		wait_at_exec(p, task, enq_flags);
+		return;
 	}
 	bound = is_bound(p);
-	if (bound && !held)
+	if (!held && (paused || bound))
 		enter_lane(p, task, now, enq_flags);
 	else
 		enter_queue(p, task, held, bound, now, enq_flags);
@@ -205,8 +162,10 @@ void BPF_PROG(dequeue, struct task_struct *p, u64 deq_flags)
 {
 	struct task *task = task_of(p);
 
-	if (task)
-		leave(task, __sync_lock_test_and_set(&task->place, PLACE_NONE));
+	if (!task)
+		return;
+	went_on(task);
+	leave(task, __sync_lock_test_and_set(&task->place, PLACE_NONE));
 }
 
 /* A task begins to wait. */
@@ -233,7 +192,11 @@ void BPF_PROG(quiescent, struct task_struct *p, u64 deq_flags)
 	struct task *task = task_of(p);
 	u32 slot;
 
-	if (!task || !task->counted)
+	if (!task)
+		return;
+	if (deq_flags & DEQUEUE_SLEEP)
+		went_on(task);
+	if (!task->counted)
 		return;
 	slot = within(task->counted - 1);
 	task->counted = 0;
@@ -251,7 +214,11 @@ void BPF_PROG(running, struct task_struct *p)
 	u32 slot, turn;
 	struct node *node;
 
-	if (!task)
+	/*
+	 * One that is being stopped does not begin: the kernel has changed where it may run,
+	 * because it is switched out while it may not leave its CPU.
+	 */
+	if (!task || task->stop == STOP_HERE)
 		return;
 	if (!active)
 		active = true;
@@ -320,9 +287,12 @@ void BPF_PROG(tick, struct task_struct *p)
 		return;
 	account(p, task, cpu);
 	resume_due(now);
-	if (rescue_due() || (running_on[cpu].turn != TURN_BOOST && boost_due(now)) ||
-	    is_held(task->slot, now))
+	if (is_held(within(task->slot), now) || is_at_exec(task, now))
+		stop_running(p, task);
+	if (has_any(&rescues) || (running_on[cpu].turn != TURN_BOOST && boost_due(now)))
 		scx_bpf_task_set_slice(p, 0);
+	if (!fields(p)->scx.slice && from_user_space())
+		task->stop = STOP_HERE;
 }
 
 /* --- Callbacks: CPUs --- */
@@ -337,7 +307,7 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 	u64 now = bpf_ktime_get_ns();
 	struct task *task = NULL;
 	u64 at = MASKED(cpu, ABI_SCHED_CPUS - 1);
-	u32 free_prev = 0, left = tries;
+	u32 free_prev = 0, left = READ_ONCE(tries), slot;
 	bool is_finished = false;
 
 	if (control.stall_on_purpose)
@@ -346,8 +316,10 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 		task = task_of(prev);
 		if (task) {
 			account(prev, task, cpu);
-			if (is_held(task->slot, now))
+			if (is_stopped(task, now))
 				task = NULL;
+			else
+				went_on(task);
 		}
 	}
 	running_on[at].prev = 0;
@@ -362,12 +334,18 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 		free_prev = within(task->slot) + 1;
 	}
 	resume_due(now);
+	end_exec_holds(now);
+	slot = take_from(&paused);
+	if (slot)
+		unpark_inside(slot, now);
 	counts[at].picks++;
 	if (rescue_in_lanes(at, now))
 		return;
 	while (left-- && can_loop) {
 		u64 turn = choose(free_prev, now);
-		u32 slot = within(turn), how = turn >> 32;
+		u32 how = turn >> 32;
+
+		slot = within(turn);
 
 		if (how == TURN_RESCUE) {
 			if (rescue(at, slot, now))
@@ -430,9 +408,10 @@ static int on_timer(void *map, int *key, struct wakeup *wakeup)
 
 	active = false;
 	resume_due(now);
-	find_long_waits(now);
-	visit_all();
-	idle = !control.waiting && !control.in_lanes && !order_first(ORDER_PAUSE, 0);
+	look_at_queues(now);
+	visit_all(now);
+	idle = !control.waiting && !control.in_lanes && scx_bpf_dsq_nr_queued(AT_EXEC) <= 0 &&
+	       !order_first(ORDER_PAUSE, 0);
 	bpf_timer_start(&wakeup->timer, idle && !was_active ? TIMER_IDLE_NS : TIMER_BUSY_NS, 0);
 	return 0;
 }
@@ -582,6 +561,7 @@ void BPF_PROG(cgroup_move, struct task_struct *p, struct cgroup *from, struct cg
 	task->slot = slot_of(to);
 	task->vtime = node_of(task->slot)->task_vtime + ahead;
 	task->stay.lane = 0;
+	task->held_until_ns = 0;
 }
 
 /* cpu.weight was written. */
@@ -641,6 +621,9 @@ s32 BPF_PROG(sched_init)
 		if (++lane == scx_bpf_nr_cpu_ids())
 			lane = SET_LANE(0);
 	}
+	error = scx_bpf_create_dsq(AT_EXEC, -1);
+	if (error)
+		return error;
 	wakeup = bpf_map_lookup_elem(&wakeups, &key);
 	if (!wakeup)
 		return -ENOENT;
@@ -681,6 +664,78 @@ int hurry(struct sched_hurry *wish)
 	return 0;
 }
 
+/**
+ * let_go - let a program run that waits at its exec; run by the daemon
+ * @whom: the process
+ *
+ * Return: 0; -ENOENT: there is no such process, or it is none of this scheduler's.
+ */
+SEC("syscall")
+int let_go(struct sched_let_go *whom)
+{
+	struct task_struct *p = bpf_task_from_vpid(whom->pid);
+	struct task *task;
+
+	if (!p)
+		return -ENOENT;
+	bpf_rcu_read_lock();
+	task = task_of(p);
+	if (task) {
+		task->let_go_ns = whom->at_ns;
+		task->held_until_ns = 0;
+		end_exec_hold(p->pid, bpf_ktime_get_ns());
+	}
+	bpf_rcu_read_unlock();
+	bpf_task_release(p);
+	return task ? 0 : -ENOENT;
+}
+
+/* The kind of the managed cgroup that a task's cgroup is, or is in. */
+static __always_inline u32 kind_around(u32 slot)
+{
+	while (slot && can_loop) {
+		if (cgroup_of(slot)->kind)
+			return cgroup_of(slot)->kind;
+		slot = node_of(slot)->parent;
+	}
+	return KIND_NONE;
+}
+
+static __always_inline void hold_at_exec(struct task_struct *p)
+{
+	u64 now = bpf_ktime_get_ns(), before_it;
+	struct task *task;
+
+	if (!control.exec_hold_ns || fields(p)->policy != SCHED_EXT || is_launcher(p))
+		return;
+	task = task_of(p);
+	if (!task)
+		return;
+	before_it = task->exec_ns;
+	task->exec_ns = now;
+	/* The event was sent just before this, and the daemon may have been quick. */
+	if (before(before_it, task->let_go_ns))
+		return;
+	if (kind_around(within(task->slot)) != KIND_AGENT || !ask(p, task))
+		return;
+	task->held_until_ns = now + control.exec_hold_ns;
+	__sync_fetch_and_add(&control.held_at_exec, 1);
+}
+
+/*
+ * A program is executed. In an agent leaf it may begin a call, and is to be in the call's cgroup
+ * before its first instruction: the daemon, which lifecycle.bpf.c tells of it, moves it or lets it
+ * go. It waits for that on its way to user space, for `exec_hold_ns` at most.
+ */
+SEC("tp_btf/sched_process_exec")
+int BPF_PROG(on_exec, struct task_struct *p, int old_pid, struct linux_binprm *bprm)
+{
+	preempt_off();
+	hold_at_exec(p);
+	preempt_on();
+	return 0;
+}
+
 SEC("?.struct_ops.link")
 struct sched_ext_ops___agentcg scheduler = {
 	.select_cpu = (void *)select_cpu,
@@ -704,8 +759,8 @@ struct sched_ext_ops___agentcg scheduler = {
 	.cpu_offline = (void *)cpu_offline,
 	.init = (void *)sched_init,
 	.exit = (void *)sched_exit,
-	/* SCX_OPS_ENQ_LAST, SCX_OPS_SWITCH_PARTIAL */
-	.flags = 1ULL << 1 | 1ULL << 3,
+	/* SCX_OPS_ENQ_LAST, SCX_OPS_SWITCH_PARTIAL, SCX_OPS_ENQ_MIGRATION_DISABLED */
+	.flags = 1ULL << 1 | 1ULL << 3 | 1ULL << 4,
 	.timeout_ms = 30000,
 	.name = "agentcg",
 };

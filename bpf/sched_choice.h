@@ -76,56 +76,73 @@ __noinline int rescue_again(u32 slot, u64 at, u64 now)
 	return 0;
 }
 
-/* Cgroups with tasks that may have waited for too long, as the timer has found them. */
-static struct {
+/* Cgroups whose queues are to be looked at, as the timer has found them. */
+struct to_look_at {
 	u32 slots[RESCUED_MOST];
 	u32 first;
 	u32 end; /* first and end only grow */
-} rescues;
+};
+
+static struct to_look_at rescues; /* for tasks that may have waited for too long */
+static struct to_look_at paused;  /* paused ones, for tasks that are in the kernel */
+
+static __always_inline bool is_full(struct to_look_at *list)
+{
+	return list->end - READ_ONCE(list->first) >= RESCUED_MOST;
+}
+
+static __always_inline void add_to(struct to_look_at *list, u32 slot)
+{
+	list->slots[MASKED(list->end, RESCUED_MOST - 1)] = slot;
+	full_barrier(&list->end);
+	list->end++;
+}
+
+/* Whether there is such a cgroup. */
+static __always_inline bool has_any(struct to_look_at *list)
+{
+	return READ_ONCE(list->first) != READ_ONCE(list->end);
+}
+
+/* Take one of them; 0: there is none. */
+static __always_inline u32 take_from(struct to_look_at *list)
+{
+	u32 first = READ_ONCE(list->first), slot;
+
+	if (first == READ_ONCE(list->end))
+		return 0;
+	slot = list->slots[MASKED(first, RESCUED_MOST - 1)];
+	return __sync_val_compare_and_swap(&list->first, first, first + 1) == first ? slot : 0;
+}
 
 /*
- * Look at some cgroups, each time at others, for tasks that may have waited for too long. Called by
- * the timer alone. Returns 0.
+ * Look at some cgroups, each time at others, for tasks that may have waited for too long, and for
+ * tasks of paused ones that are in the kernel. Called by the timer alone. Returns 0.
  */
-__noinline int find_long_waits(u64 now)
+__noinline int look_at_queues(u64 now)
 {
 	static u32 cursor;
-	u32 left = looked_at, slot = cursor;
+	u32 left = READ_ONCE(looked_at), slot = cursor;
 
 	while (left-- && can_loop) {
 		struct node *node;
 
 		if (++slot >= fresh_slot)
-			slot = 0;
+			slot = READ_ONCE(from_zero);
 		node = node_of(slot);
-		if (!slot || !node->tasks || before(now, node->rescue_at_ns))
+		if (!slot || !node->tasks)
 			continue;
-		if (rescues.end - READ_ONCE(rescues.first) >= RESCUED_MOST)
+		if (is_full(&rescues) || is_full(&paused))
 			break;
+		if (node->inside && is_held(slot, now))
+			add_to(&paused, slot);
+		if (before(now, node->rescue_at_ns))
+			continue;
 		node->rescue_at_ns = rescue_at(node, now);
-		rescues.slots[MASKED(rescues.end, RESCUED_MOST - 1)] = slot;
-		full_barrier(&rescues.end);
-		rescues.end++;
+		add_to(&rescues, slot);
 	}
 	cursor = slot;
 	return 0;
-}
-
-/* Whether there is such a cgroup. */
-static __always_inline bool rescue_due(void)
-{
-	return READ_ONCE(rescues.first) != READ_ONCE(rescues.end);
-}
-
-/* Take one of them; 0: there is none. */
-__noinline u32 take_rescue(void)
-{
-	u32 first = READ_ONCE(rescues.first), slot;
-
-	if (first == READ_ONCE(rescues.end))
-		return 0;
-	slot = rescues.slots[MASKED(first, RESCUED_MOST - 1)];
-	return __sync_val_compare_and_swap(&rescues.first, first, first + 1) == first ? slot : 0;
 }
 
 /* --- Choosing --- */
@@ -133,7 +150,7 @@ __noinline u32 take_rescue(void)
 /* The first cgroup that may go ahead of others; 0: none. */
 __noinline u32 boost_due(u64 now)
 {
-	u32 left = at_once, slot;
+	u32 left = READ_ONCE(at_once), slot;
 
 	while (left-- && can_loop) {
 		slot = order_first(ORDER_BOOST, 0);
@@ -163,7 +180,7 @@ static __always_inline bool is_before(u32 slot, u32 than, u64 behind)
 __noinline int put_in_place(u32 group)
 {
 	struct guard *guard = guard_of(group);
-	u32 left = at_once, slot;
+	u32 left = READ_ONCE(at_once), slot;
 
 	if (!guard)
 		return 0;
@@ -214,7 +231,7 @@ __noinline u32 first_child(u32 at)
 {
 	u64 row = my_row(), column = MASKED(node_of(at)->depth, SEEN - 1);
 	u64 grain = (control.slice_ns / GRAINS) << SLOT_BITS;
-	u32 left = at_once, best = 0;
+	u32 left = READ_ONCE(at_once), best = 0;
 
 	while (left-- && can_loop) {
 		u32 own = least_of(at, row % own_groups, own_groups);
@@ -322,7 +339,7 @@ __noinline u64 choose(u32 prev, u64 now)
 {
 	u32 slot;
 
-	slot = take_rescue();
+	slot = take_from(&rescues);
 	if (slot)
 		return TURN(TURN_RESCUE, slot);
 	slot = boost_due(now);

@@ -33,6 +33,7 @@ union rcu_special {
 
 struct task_struct___sched {
 	unsigned int flags;
+	unsigned int policy;
 	unsigned long jobctl;
 	union rcu_special rcu_read_unlock_special; /* only there in preemptible kernels */
 	struct sched_entity se;
@@ -70,6 +71,10 @@ struct scx_bpf_dsq_insert_vtime_args {
 	u64 slice;
 	u64 vtime;
 	u64 enq_flags;
+};
+
+struct bpf_map {
+	u32 id;
 };
 
 #pragma clang attribute pop
@@ -149,6 +154,20 @@ bool __scx_bpf_dsq_insert_vtime(struct task_struct *p,
 bool scx_bpf_task_set_slice(struct task_struct *p, u64 slice) __ksym;
 bool scx_bpf_task_set_dsq_vtime(struct task_struct *p, u64 vtime) __ksym;
 struct task_struct *scx_bpf_dsq_peek(u64 dsq_id) __ksym;
+
+/* Since v6.14. */
+struct task_struct *bpf_task_from_vpid(s32 vpid) __ksym;
+struct task_struct *bpf_task_acquire(struct task_struct *p) __ksym;
+void bpf_task_release(struct task_struct *p) __ksym;
+void bpf_rcu_read_lock(void) __ksym;
+void bpf_rcu_read_unlock(void) __ksym;
+/* Since v6.18. */
+struct bpf_task_work {
+	u64 opaque;
+} __attribute__((aligned(8)));
+int bpf_task_work_schedule_resume(struct task_struct *task, struct bpf_task_work *work, void *map,
+				  int (*callback)(struct bpf_map *map, void *key,
+						  void *value)) __ksym;
 
 struct bpf_iter_scx_dsq {
 	u64 opaque[6];

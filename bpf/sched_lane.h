@@ -50,7 +50,6 @@ static struct {
 static u64 sets_of[ABI_SCHED_CPUS]; /* bits: the sets that a CPU is in */
 static u64 lane_front;		    /* how far the first lane had come, base included */
 static u64 behind_most = LANE_BEHIND_NS;
-static u32 from_zero; /* for the verifier: the number from which loops count is no constant */
 
 /* CPUs that a task may run on. */
 struct cpu_set {

@@ -3,7 +3,7 @@
 #ifndef AGENTCG_SCHED_MOVES_H
 #define AGENTCG_SCHED_MOVES_H
 
-#include "sched_task.h"
+#include "sched_hold.h"
 
 /* Whether a task that waits may be given a CPU. */
 static __always_inline bool may_run_on(struct task_struct *p, u32 cpu)
@@ -29,7 +29,7 @@ static __always_inline bool may_run_on(struct task_struct *p, u32 cpu)
  */
 __noinline u64 move_oldest(u64 queue, u64 now)
 {
-	u32 cpu = bpf_get_smp_processor_id(), left = looked_most;
+	u32 cpu = bpf_get_smp_processor_id(), left = READ_ONCE(looked_most);
 	u64 long_ns = control.wait_max_ns / 2, oldest = now, result = NONE_MOVED;
 	struct bpf_iter_scx_dsq it;
 	struct task_struct *p;
@@ -80,6 +80,7 @@ struct visits {
 	u64 picks;
 	u64 filled; /* bits: the sets in whose lanes tasks wait */
 	u64 front;
+	bool is_due; /* whether tasks are to be moved that wait elsewhere */
 };
 
 /* Add up what a CPU has counted, and have it choose if it is idle and may have a task. */
@@ -93,7 +94,8 @@ static long visit(u32 cpu, struct visits *all)
 	lane_nearer(at, &all->front);
 	if (running_on[at].slot || control.stall_on_purpose)
 		return 0;
-	if (wants(0) || sets_of[at] & all->filled || scx_bpf_dsq_nr_queued(LANE(cpu)) > 0)
+	if (all->is_due || wants(0) || sets_of[at] & all->filled ||
+	    scx_bpf_dsq_nr_queued(LANE(cpu)) > 0)
 		scx_bpf_kick_cpu(cpu, KICK_IDLE);
 	return 0;
 }
@@ -107,10 +109,12 @@ static long visit_set(u32 set, struct visits *all)
 }
 
 /* Visit all sets and CPUs: one may have become idle just when a task was queued. */
-static __always_inline void visit_all(void)
+static __always_inline void visit_all(u64 now)
 {
 	struct visits all = { .front = lane_front };
+	struct task_struct *head = scx_bpf_dsq_peek(AT_EXEC);
 
+	all.is_due = has_any(&paused) || (head && before(fields(head)->scx.dsq_vtime, now));
 	bpf_loop(SETS, visit_set, &all, 0);
 	bpf_loop(scx_bpf_nr_cpu_ids(), visit, &all, 0);
 	lane_front = all.front;
@@ -139,6 +143,73 @@ static __always_inline void keep_on(u64 at, u64 now)
 	running_on[at].taken = 0;
 }
 
+/* --- A CPU for a task that wakes --- */
+
+/**
+ * can_take - whether a CPU's task has to make room for one that wakes
+ * @at: the CPU
+ * @slot: cgroup of the task that wakes
+ * @boost: whether that task may go ahead of others
+ * @now: the time
+ *
+ * It has to if it is a task of this scheduler that does not itself go ahead of others. If @boost is
+ * false, it must also have had a quarter of its slice, and its cgroup must come after @slot. Times
+ * are compared with their sign: another CPU may have switched since @now was read.
+ */
+__noinline int can_take(u32 at, u32 slot, u32 boost, u64 now)
+{
+	u64 cpu = MASKED(at, ABI_SCHED_CPUS - 1), unpaid = 0;
+	u32 running = running_on[cpu].slot;
+
+	if (!running || running_on[cpu].turn == TURN_BOOST || running_on[cpu].taken)
+		return false;
+	if (boost)
+		return true;
+	if ((s64)(now - running_on[cpu].since_ns) <= (s64)(control.slice_ns / PROTECTED_PART))
+		return false;
+	if (before(running_on[cpu].paid_ns, now))
+		unpaid = now - running_on[cpu].paid_ns;
+	return comes_before(slot, running - 1, unpaid);
+}
+
+/*
+ * Find such a CPU among those that a task may run on, beginning at its own. Returns the CPU, plus
+ * one; 0: none of those looked at.
+ */
+static __noinline u32 find_victim(struct task_struct *p, u32 slot, u32 boost, u64 now)
+{
+	u32 cpus = scx_bpf_nr_cpu_ids(), cpu = scx_bpf_task_cpu(p), left = READ_ONCE(victims);
+
+	while (left-- && can_loop) {
+		if (bpf_cpumask_test_cpu(cpu, fields(p)->cpus_ptr) &&
+		    can_take(cpu, slot, boost, now))
+			return cpu + 1;
+		if (++cpu >= cpus)
+			cpu = 0;
+	}
+	return 0;
+}
+
+/* Have a CPU choose that can take a task which was just queued: an idle one, or for one that woke
+ * another. The kernel carries out a kick after this callback, when the task is in its queue. */
+static __always_inline void find_cpu(struct task_struct *p, u32 slot, u32 boost, u64 now,
+				     u64 enq_flags)
+{
+	s32 idle = is_fixed(p) ? -1 : scx_bpf_pick_idle_cpu(fields(p)->cpus_ptr, 0);
+	u32 victim;
+
+	if (idle >= 0) {
+		scx_bpf_kick_cpu(idle, KICK_IDLE);
+		return;
+	}
+	victim = enq_flags & ENQ_WAKEUP ? find_victim(p, slot, boost, now) : 0;
+	if (!victim)
+		return;
+	running_on[MASKED(victim - 1, ABI_SCHED_CPUS - 1)].taken = 1;
+	__sync_fetch_and_add(&control.preempted, 1);
+	scx_bpf_kick_cpu(victim - 1, KICK_PREEMPT);
+}
+
 /* --- Lanes --- */
 
 /* Put a task of a paused cgroup, found in a lane, into the cgroup's queue until that goes on. */
@@ -157,28 +228,141 @@ static __always_inline void park(struct bpf_iter_scx_dsq *it, struct task_struct
 	scx_bpf_dsq_move_vtime(it, p, QUEUE(slot), 0);
 }
 
+/* Move a task from its cgroup's queue to its lane. */
+static __always_inline void to_lane(struct bpf_iter_scx_dsq *it, struct task_struct *p,
+				    struct task *task, u32 place, u64 now)
+{
+	u32 slot = within(task->queued), lane;
+
+	if (__sync_val_compare_and_swap(&task->place, place, PLACE_LANE) != place)
+		return;
+	leave(task, place);
+	counts[my_row()].in_lanes++;
+	lane = lane_for(p, task, now);
+	scx_bpf_dsq_move_set_vtime(it,
+				   lane_enter(slot, &task->stay, lane, scx_bpf_task_cpu(p), true));
+	scx_bpf_dsq_move_vtime(it, p, LANE(lane), 0);
+	scx_bpf_kick_cpu(scx_bpf_task_cpu(p), KICK_IDLE);
+}
+
 /* Move tasks that are parked in a cgroup's queue to lanes, at most `parked_most`. Returns 0. */
 __noinline int unpark(u32 slot, u64 now)
 {
-	u32 left = parked_most;
+	u32 left = READ_ONCE(parked_most);
 	struct bpf_iter_scx_dsq it;
 	struct task_struct *p;
 
 	if (!bpf_iter_scx_dsq_new(&it, QUEUE(slot), 0)) {
 		while (left-- && (p = bpf_iter_scx_dsq_next(&it))) {
 			struct task *task = task_of(p);
-			u32 lane;
 
-			if (!task || __sync_val_compare_and_swap(&task->place, PLACE_PARKED,
-								 PLACE_LANE) != PLACE_PARKED)
+			if (task)
+				to_lane(&it, p, task, PLACE_PARKED, now);
+		}
+	}
+	bpf_iter_scx_dsq_destroy(&it);
+	return 0;
+}
+
+/*
+ * Move tasks of a paused cgroup that may be in the kernel to lanes, at most `parked_most`. Returns
+ * 0.
+ */
+__noinline int unpark_inside(u32 slot, u64 now)
+{
+	u32 seen = READ_ONCE(from_zero), moved = READ_ONCE(from_zero);
+	struct bpf_iter_scx_dsq it;
+	struct task_struct *p;
+
+	node_of(slot)->inside = 0;
+	if (!bpf_iter_scx_dsq_new(&it, QUEUE(slot), 0)) {
+		while (seen++ < looked_most && (p = bpf_iter_scx_dsq_next(&it))) {
+			struct task *task = task_of(p);
+
+			if (!task || may_stop(p, task))
 				continue;
-			leave(task, PLACE_PARKED);
-			counts[my_row()].in_lanes++;
-			lane = lane_for(p, task, now);
-			scx_bpf_dsq_move_set_vtime(&it, lane_enter(slot, &task->stay, lane,
-								   scx_bpf_task_cpu(p), true));
-			scx_bpf_dsq_move_vtime(&it, p, LANE(lane), 0);
-			scx_bpf_kick_cpu(scx_bpf_task_cpu(p), KICK_IDLE);
+			to_lane(&it, p, task, task->place, now);
+			if (moved++ >= parked_most) {
+				node_of(slot)->inside = 1;
+				break;
+			}
+		}
+	}
+	bpf_iter_scx_dsq_destroy(&it);
+	return 0;
+}
+
+/* --- Programs that are held at their exec --- */
+
+/*
+ * Let a program that waits at its exec run: put it into its cgroup's queue, or into a lane. Returns
+ * whether it was there.
+ */
+static __always_inline bool let_run(struct bpf_iter_scx_dsq *it, struct task_struct *p,
+				    struct task *task, u64 now)
+{
+	u32 slot = within(task->queued), lane;
+	bool bound = is_bound(p);
+
+	if (__sync_val_compare_and_swap(&task->place, PLACE_AT_EXEC,
+					bound ? PLACE_LANE : PLACE_QUEUE) != PLACE_AT_EXEC)
+		return false;
+	if (bound) {
+		counts[my_row()].in_lanes++;
+		lane = lane_for(p, task, now);
+		scx_bpf_dsq_move_set_vtime(
+			it, lane_enter(slot, &task->stay, lane, scx_bpf_task_cpu(p), true));
+		scx_bpf_dsq_move_vtime(it, p, LANE(lane), 0);
+	} else {
+		begin_waiting(slot, now);
+		settle_up(slot, false);
+		scx_bpf_dsq_move_set_vtime(it, task->vtime);
+		scx_bpf_dsq_move_vtime(it, p, QUEUE(slot), 0);
+	}
+	find_cpu(p, slot, may_boost(slot, now), now, ENQ_WAKEUP);
+	return true;
+}
+
+/* Let programs run whose time at their exec is over, at most `parked_most`. Returns 0. */
+__noinline int end_exec_holds(u64 now)
+{
+	u32 seen = READ_ONCE(from_zero);
+	struct bpf_iter_scx_dsq it;
+	struct task_struct *p;
+
+	if (scx_bpf_dsq_nr_queued(AT_EXEC) <= 0)
+		return 0;
+	if (!bpf_iter_scx_dsq_new(&it, AT_EXEC, 0)) {
+		while (seen++ < parked_most && (p = bpf_iter_scx_dsq_next(&it))) {
+			struct task *task = task_of(p);
+
+			if (!task)
+				continue;
+			if (is_at_exec(task, now))
+				break;
+			if (let_run(&it, p, task, now))
+				__sync_fetch_and_add(&control.exec_holds_over, 1);
+		}
+	}
+	bpf_iter_scx_dsq_destroy(&it);
+	return 0;
+}
+
+/* Let a program that waits at its exec run, if it is there. Returns 0. */
+__noinline int end_exec_hold(int pid, u64 now)
+{
+	struct bpf_iter_scx_dsq it;
+	struct task_struct *p;
+	u32 seen = READ_ONCE(from_zero);
+
+	if (!bpf_iter_scx_dsq_new(&it, AT_EXEC, 0)) {
+		while (seen++ < looked_most && (p = bpf_iter_scx_dsq_next(&it))) {
+			struct task *task = task_of(p);
+
+			if (p->pid != pid || !task)
+				continue;
+			let_run(&it, p, task, now);
+			break;
 		}
 	}
 	bpf_iter_scx_dsq_destroy(&it);
@@ -214,7 +398,7 @@ __noinline int lane_turn(u32 cpu, u32 lane, u32 rival, u64 now)
 		goto out;
 	slot = within(task->queued);
 	key = fields(p)->scx.dsq_vtime;
-	if (is_held(slot, now)) {
+	if (task->stop != STOP_ASKED && is_held(slot, now) && may_stop(p, task)) {
 		park(&it, p, task, now);
 		goto out;
 	}
@@ -264,7 +448,7 @@ out:
 __noinline int lane_turns(u32 cpu, u32 rival, u64 now)
 {
 	u32 at = MASKED(cpu, ABI_SCHED_CPUS - 1), prev = running_on[at].prev;
-	u32 left = lane_tries, lane;
+	u32 left = READ_ONCE(lane_tries), lane;
 	int result = LANE_AGAIN;
 
 	while (left-- && result == LANE_AGAIN && can_loop) {

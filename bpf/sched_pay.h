@@ -117,7 +117,7 @@ __noinline u32 resume_one(u64 now)
 /* End the pauses whose time has come, at most `at_once` of them. Returns 0. */
 __noinline int resume_due(u64 now)
 {
-	u32 left = at_once, slot;
+	u32 left = READ_ONCE(at_once), slot;
 
 	while (left-- && can_loop) {
 		slot = resume_one(now);

@@ -13,6 +13,8 @@
 
 #define QUEUE(slot)	 ((u64)(slot) + 1)
 #define LANE(lane)	 ((u64)SLOTS + 1 + (lane))
+#define AT_EXEC		 LANE(LANES) /* where programs wait that are held at their exec */
+#define SCHED_EXT	 7	     /* include/uapi/linux/sched.h */
 #define TASK_WEIGHT_LOW	 20 /* limits the effect of nice values, so that no task waits too long */
 #define TASK_WEIGHT_HIGH 500
 #define PROTECTED_PART	 4 /* a task that wakes does not cut the first quarter of a slice short */
@@ -43,15 +45,18 @@ struct {
 
 /* What the scheduler knows of a task. */
 struct task {
-	u64 ran_ns;   /* its CPU time up to which it has been paid for */
-	u64 since_ns; /* when it began to wait; 0: it does not */
-	u64 vtime;    /* its virtual time among the tasks of its cgroup */
-	u32 slot;     /* its cgroup */
-	u32 queued;   /* that cgroup when it was put where it waits */
-	u32 place;    /* enum place */
-	u32 counted;  /* slot, plus one, in which it is counted as runnable; 0: none */
-	u32 boosted;  /* 1: it came into its lane ahead of others */
-	u32 reserved;
+	u64 ran_ns;	   /* its CPU time up to which it has been paid for */
+	u64 since_ns;	   /* when it began to wait; 0: it does not */
+	u64 vtime;	   /* its virtual time among the tasks of its cgroup */
+	u32 slot;	   /* its cgroup */
+	u32 queued;	   /* that cgroup when it was put where it waits */
+	u32 place;	   /* enum place */
+	u32 counted;	   /* slot, plus one, in which it is counted as runnable; 0: none */
+	u32 boosted;	   /* 1: it came into its lane ahead of others */
+	u32 stop;	   /* enum stop */
+	u64 held_until_ns; /* end of the time for which it is held at its exec; 0: it is not */
+	u64 exec_ns;	   /* its last exec */
+	u64 let_go_ns;	   /* that was decided on last, as its event had it */
 	struct stay stay;
 };
 
@@ -61,6 +66,14 @@ enum place {
 	PLACE_QUEUE = 1,  /* in its cgroup's queue */
 	PLACE_PARKED = 2, /* there too, although it belongs into a lane: its cgroup is paused */
 	PLACE_LANE = 3,
+	PLACE_AT_EXEC = 4,
+};
+
+/* Where a task stands that its cgroup's pause is to stop: see sched_hold.h. */
+enum stop {
+	STOP_NONE = 0,
+	STOP_ASKED = 1, /* in the kernel: it goes on until it is on its way back to user space */
+	STOP_HERE = 2,	/* on that way */
 };
 
 struct {

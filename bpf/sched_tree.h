@@ -43,7 +43,7 @@ struct sched_cgroup cgroups[SLOTS];
 
 static u32 fresh_slot = 1;  /* the first slot that was never used; 0 is the root's */
 static u32 own_groups = 1;  /* CPUs, or STRIPES if those are fewer */
-static u32 looked_at = 256; /* cgroups that find_long_waits() looks at */
+static u32 looked_at = 256; /* cgroups that look_at_queues() looks at */
 
 static u32 at_once = 32; /* cgroups that a call resumes, puts in place, ... at most */
 

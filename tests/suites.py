@@ -19,6 +19,7 @@ SCHED = (
     "tests/guest/test_disk_hogs.py",
     "tests/guest/test_disk_shares.py",
     "tests/guest/test_sched.py",
+    "tests/guest/test_sched_holds.py",
 )
 """A suite of their own, so that the work can be shared out more evenly. Its guest has a disk."""
 PROGRAMS = (

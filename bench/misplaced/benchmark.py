@@ -73,12 +73,14 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=CALLS if SLOW == 1 else 60)
     parser.add_argument("--mib", type=int, default=GROWN_MIB, help="how far each call grows")
     parser.add_argument("--way", choices=("as is", "fanotify"), default="as is")
+    parser.add_argument("--exec-hold", default="20ms", help="`cpu.exec_hold` of the daemon")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="agentcg-") as directory:
         program = Path(directory) / "grower"
         options = ["-O2", "-Wall", "-Wextra", "-Werror", "-static"]
         subprocess.run(["cc", *options, "-o", str(program), str(SOURCE)], check=True)
-        daemon = DaemonProcess(Path(directory), "[boundaries]\nenabled = true\n")
+        config = f'[boundaries]\nenabled = true\n[cpu]\nexec_hold = "{arguments.exec_hold}"\n'
+        daemon = DaemonProcess(Path(directory), config)
         try:
             daemon.start()
             agent = daemon.open("bench")

@@ -33,6 +33,7 @@ from agentcgroupd.config_values import (
     RunDir,
     audit_bytes,
     checked_room,
+    parse_exec_hold,
     power_of_two,
     quantity,
     zram_size,
@@ -253,6 +254,9 @@ class CpuConfig(Section):
     """How far ahead of its share a boost may take a cgroup of weight 100."""
     penalty_most: Annotated[Count, Field(ge=1, le=100)] = 8
     """A call far above its memory mark gets one part in so many of the CPU; 1: no penalties."""
+    exec_hold: Annotated[int, quantity(parse_exec_hold, "duration")] = 20_000
+    """Longest time that a program in an agent leaf waits at its exec until it is in its call's
+    cgroup, or is known to begin none; 0 (`off`): none waits. It needs our scheduler."""
     retries: Annotated[Count, Field(ge=0, le=100)] = 3
     """How often it is tried again after the kernel has let go of it."""
     retry_after: Duration = 5_000_000

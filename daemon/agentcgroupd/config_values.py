@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from agentcgroupd.errors import InvalidField
 from agentcgroupd.units import (
+    bare,
     parse_bytes,
     parse_count,
     parse_duration,
@@ -58,6 +59,19 @@ def power_of_two(field: str, text: str) -> int:
     if size & (size - 1) or not 4096 <= size <= 1 << 30:
         raise InvalidField(field, text, "a power of two from 4K to 1G, such as 16M")
     return size
+
+
+EXEC_HOLD_MOST_USEC = 1_000_000
+
+
+def parse_exec_hold(field: str, text: str) -> int:
+    """Microseconds of a program's wait at its exec, 0 for `off`. Raises InvalidField."""
+    if bare(text) == "off":
+        return 0
+    value = parse_duration(field, text)
+    if value > EXEC_HOLD_MOST_USEC:
+        raise InvalidField(field, text, "off, or a time from 1ms to 1s")
+    return value
 
 
 def parse_zram(field: str, text: str) -> int | Literal["off", "auto"]:

@@ -93,6 +93,7 @@ class Observers:
                 self._notices,
                 self._pool.settled_ticks,
                 lambda *launcher: self.declared(*launcher),
+                self._cpu.let_go,
             )
 
     def start(self, guard: PoolGuard | None) -> None:

@@ -8,6 +8,7 @@ import ctypes
 import json
 import mmap
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -39,7 +40,13 @@ pytestmark = [pytest.mark.controllers, pytest.mark.programs]
 SETTINGS = SchedSettings(
     slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000, penalty_most=8
 )
-CONFIG = """[cpu]
+CONFIG = """[[boundaries.rules]]
+program = ["true"]
+begins_call = false
+[[boundaries.rules]]
+program = ["*"]
+[cpu]
+exec_hold = "1s"
 stall_timeout = "2s"
 wait_max = "1s"
 retries = 1
@@ -93,6 +100,7 @@ def control_of_the_daemon() -> abi.SchedControl:
         _fields_ = (("words", ctypes.c_uint32 * 6), ("name", ctypes.c_char * 16))
 
     call, number = libbpf().call, ctypes.c_uint32(0)
+    found = None  # the newest: of a daemon that was killed, a test that failed may have a map
     while call("bpf_map_get_next_id", number, ctypes.byref(number)) == 0:
         fd = call("bpf_map_get_fd_by_id", number)
         info, size = Info(), ctypes.c_uint32(ctypes.sizeof(Info))
@@ -100,10 +108,10 @@ def control_of_the_daemon() -> abi.SchedControl:
         if info.name == b"sched.bss":
             place, _ = Btf.of_file(OBJECTS / "sched.bpf.o").variables(".bss")["control"]
             pages = mmap.mmap(fd, -(-info.words[3] // mmap.PAGESIZE) * mmap.PAGESIZE)
-            os.close(fd)
-            return abi.SchedControl.from_buffer(pages, place)
+            found = abi.SchedControl.from_buffer(pages, place)
         os.close(fd)
-    raise AssertionError("no scheduler is loaded")
+    assert found is not None, "no scheduler is loaded"
+    return found
 
 
 def test_what_enters_is_scheduled_by_it(daemon: DaemonProcess, agent: Any) -> None:
@@ -162,6 +170,52 @@ def test_an_adopted_cgroup_is_given_back(daemon: DaemonProcess) -> None:
         process.kill()
         process.wait()
         path.rmdir()
+
+
+WHERE = """
+began = time.monotonic()
+places = [
+    subprocess.run([program, "/proc/self/cgroup"], capture_output=True, text=True).stdout
+    for _ in range(times)
+]
+result = places, time.monotonic() - began
+"""
+
+
+def test_a_tool_is_in_its_call_before_its_first_instruction(
+    daemon: DaemonProcess, agent: Any
+) -> None:
+    """It waits at its exec until the daemon has moved it."""
+    control = control_of_the_daemon()
+    held = control.held_at_exec
+    places, _ = agent.run(WHERE, program="/bin/cat", times=8)
+    assert [place for place in places if "/call-" not in place] == []
+    assert control.held_at_exec > held, "not all: some are moved before they wait"
+    assert control.exec_holds_over == 0
+
+
+def test_a_program_that_begins_no_call_is_let_go(daemon: DaemonProcess, agent: Any) -> None:
+    """It does not wait until the time is over."""
+    control = control_of_the_daemon()
+    held = control.held_at_exec
+    agent.run(WHERE, program="/bin/true", times=8)
+    assert control.held_at_exec > held, "not all: some are decided on before they wait"
+    assert control.exec_holds_over == 0
+
+
+def test_a_daemon_that_stands_still_holds_nobody_for_long(
+    daemon: DaemonProcess, agent: Any
+) -> None:
+    """A program goes on after `cpu.exec_hold` where it is; the daemon moves it when it goes on."""
+    control = control_of_the_daemon()
+    assert daemon.process is not None
+    daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        (place,), took_s = agent.run(WHERE, program="/bin/cat", times=1)
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+    assert place.strip().endswith("/agent") and took_s >= 1
+    assert control.exec_holds_over == 1
 
 
 def test_a_killed_daemon_takes_it_along(daemon: DaemonProcess, agent: Any) -> None:

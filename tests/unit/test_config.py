@@ -120,6 +120,17 @@ def test_a_pool_outside_of_the_mount_is_refused(cgroup: str) -> None:
         parse_config({"pool": {"cgroup": cgroup}})
 
 
+@pytest.mark.parametrize(("text", "usec"), [("off", 0), ("1ms", 1000), ("1s", 1_000_000)])
+def test_how_long_a_program_waits_at_its_exec(text: str, usec: int) -> None:
+    assert parse_config({"cpu": {"exec_hold": text}}).cpu.exec_hold == usec
+
+
+@pytest.mark.parametrize("text", ["1.1s", "0", "on", "20"])
+def test_other_times_at_an_exec_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"cpu\.exec_hold"):
+        parse_config({"cpu": {"exec_hold": text}})
+
+
 def test_a_contradiction_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text('[cpu]\nwait_max = "10s"\nstall_timeout = "5s"\n')

@@ -85,12 +85,15 @@ class Boundaries:
         notices: Notices,
         settled_ticks: int,
         declared: Declared,
+        decided: Callable[[int, int], None],
     ) -> None:
         """`settled_ticks`: processes that were in an agent leaf at this time (clock ticks since
         boot) and in no call belong to the agent itself, because a daemon was there to see them.
-        `declared`: told of each launcher that declares a call without a socket."""
+        `declared`: told of each launcher that declares a call without a socket; `decided`: of each
+        process that has executed a program, and when, as soon as it is where it belongs."""
         self._rules = Rules(config)
         self._declared = declared
+        self._decided = decided
         self._lifecycle = lifecycle
         self._calls = calls
         self._sessions = sessions
@@ -232,7 +235,10 @@ class Boundaries:
                 case abi.ForkEvent():
                     self._fork(event)
                 case abi.ExecEvent():
-                    self._exec(event)
+                    try:
+                        self._exec(event)
+                    finally:
+                        self._decided(event.process.pid, event.event.at_ns)
                 case abi.ExitEvent():
                     self._exit(event)
                 case abi.OomEvent():

@@ -580,7 +580,7 @@ class SchedCgroup(ctypes.Structure):
 
 
 class SchedControl(ctypes.Structure):
-    """struct sched_control, 112 bytes"""
+    """struct sched_control, 144 bytes"""
 
     _fields_ = (
         ("slice_ns", ctypes.c_uint64),
@@ -588,6 +588,7 @@ class SchedControl(ctypes.Structure):
         ("boost_lead_ns", ctypes.c_uint64),
         ("penalty_most", ctypes.c_uint32),
         ("stall_on_purpose", ctypes.c_uint32),
+        ("exec_hold_ns", ctypes.c_uint64),
         ("cgroups", ctypes.c_uint64),
         ("queues", ctypes.c_uint64),
         ("waiting", ctypes.c_uint64),
@@ -598,12 +599,16 @@ class SchedControl(ctypes.Structure):
         ("preempted", ctypes.c_uint64),
         ("finishing", ctypes.c_uint64),
         ("left", ctypes.c_uint64),
+        ("stopped_inside", ctypes.c_uint64),
+        ("held_at_exec", ctypes.c_uint64),
+        ("exec_holds_over", ctypes.c_uint64),
     )
     slice_ns: int
     wait_max_ns: int
     boost_lead_ns: int
     penalty_most: int
     stall_on_purpose: int
+    exec_hold_ns: int
     cgroups: int
     queues: int
     waiting: int
@@ -614,6 +619,9 @@ class SchedControl(ctypes.Structure):
     preempted: int
     finishing: int
     left: int
+    stopped_inside: int
+    held_at_exec: int
+    exec_holds_over: int
 
 
 class SchedExit(ctypes.Structure):
@@ -644,6 +652,19 @@ class SchedHurry(ctypes.Structure):
     )
     cgroup_id: int
     until_ns: int
+
+
+class SchedLetGo(ctypes.Structure):
+    """struct sched_let_go, 16 bytes"""
+
+    _fields_ = (
+        ("pid", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("at_ns", ctypes.c_uint64),
+    )
+    pid: int
+    reserved: int
+    at_ns: int
 
 
 class Protection(ctypes.Structure):

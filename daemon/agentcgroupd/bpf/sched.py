@@ -44,6 +44,9 @@ class SchedSettings:
     penalty_most: int
     stall_timeout_usec: int = 30_000_000
     """The kernel detaches a scheduler that lets a task wait for longer; at most 30 s."""
+    exec_hold_usec: int = 0
+    """Longest time that a program in an agent leaf waits at its exec for `let_go` or a move, 0 for
+    none."""
     name: str = NAME
 
 
@@ -132,6 +135,7 @@ class Scheduler:
         self.control.wait_max_ns = settings.wait_max_usec * NSEC_PER_USEC
         self.control.boost_lead_ns = settings.boost_lead_usec * NSEC_PER_USEC
         self.control.penalty_most = settings.penalty_most
+        self.control.exec_hold_ns = settings.exec_hold_usec * NSEC_PER_USEC
 
     @classmethod
     def load(
@@ -154,6 +158,7 @@ class Scheduler:
         """Let the scheduler have all SCHED_EXT tasks from now on. Blocks while the kernel tells the
         scheduler of every task of the host. Raises BpfError."""
         self._bpf.attach_scheduler()
+        self._bpf.attach("on_exec")
 
     def _entry(self, cgroup: CgroupId) -> abi.SchedCgroup | None:
         place = self._places.get(cgroup)
@@ -182,6 +187,11 @@ class Scheduler:
         BpfError."""
         wish = abi.SchedHurry(cgroup_id=cgroup, until_ns=time.monotonic_ns() + usec * NSEC_PER_USEC)
         self._bpf.run("hurry", wish)
+
+    def let_go(self, pid: int, at_ns: int) -> None:
+        """Let a program run that waits at its exec for the daemon's decision, or that is just about
+        to. `at_ns`: time of the event of that exec. Raises BpfError."""
+        self._bpf.run("let_go", abi.SchedLetGo(pid=pid, at_ns=at_ns))
 
     def numbers(self, cgroup: CgroupId) -> CpuNumbers | None:
         """Counts of a cgroup; None: the scheduler knows no such cgroup. Raises BpfError."""

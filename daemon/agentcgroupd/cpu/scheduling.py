@@ -153,6 +153,7 @@ class CpuScheduling:
             boost_lead_usec=config.boost_lead,
             penalty_most=config.penalty_most,
             stall_timeout_usec=config.stall_timeout,
+            exec_hold_usec=config.exec_hold,
         )
         try:
             return Scheduler.load(settings, self._states_fd, self._objects)
@@ -348,6 +349,16 @@ class CpuScheduling:
                 self._scheduler.hurry(each.leaf.id, HURRY_USEC)
             except BpfError as error:
                 log.debug("call %s: %s", each.id, error)
+
+    def let_go(self, pid: int, at_ns: int) -> None:
+        """Let a program run that the daemon has decided on, which waits for that at its exec.
+        `at_ns`: time of the event of that exec. Never raises BpfError."""
+        if self._scheduler is None or not self._config.exec_hold:
+            return
+        try:
+            self._scheduler.let_go(pid, at_ns)
+        except BpfError as error:
+            log.debug("process %d: %s", pid, error)
 
     # What it tells
 

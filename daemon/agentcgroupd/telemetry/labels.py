@@ -127,6 +127,16 @@ SIGNALS = (
 )
 PHASES = ("attach", "begin", "finish")
 SCHEDULER_STATES = ("cgroups", "queues", "waiting", "in_lanes")
-SCHEDULER_EVENTS = ("without_entry", "picks", "picks_empty", "preempted", "finishing", "left")
+SCHEDULER_EVENTS = (
+    "without_entry",
+    "picks",
+    "picks_empty",
+    "preempted",
+    "finishing",
+    "left",
+    "stopped_inside",
+    "held_at_exec",
+    "exec_holds_over",
+)
 CPU_TIMES = ("run", "wait", "boosted", "penalty", "stalled")
 CPU_EVENTS = ("slices", "boosts", "penalties", "stalls", "rescues")

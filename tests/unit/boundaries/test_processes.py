@@ -24,6 +24,7 @@ from agentcgroupd.bpf.events import AnyEvent
 from agentcgroupd.bpf.lifecycle import Lifecycle
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.config import BoundariesConfig
+from agentcgroupd.errors import KnobError
 from agentcgroupd.host.proc import children_of, command_line
 from agentcgroupd.host.syscalls import process_stat
 from agentcgroupd.intents.request import CallRequest
@@ -75,11 +76,14 @@ class FakeCalls:
         self.open: dict[str, Call] = {}
         self.reports: list[tuple[str, int | None]] = []
         self.begun = 0
+        self.fails = False
 
     def begin(
         self, session: Session, request: CallRequest, owner: Process | None, age_usec: int
     ) -> Call:
         assert request.observed and owner is None and age_usec >= 0
+        if self.fails:
+            raise KnobError(OSError(5, "it is busy"), "/pool/s/call-1", "cgroup.procs")
         self.begun += 1
         name = request.name
         call = cast(Call, SimpleNamespace(id=f"{self.begun}", name=name, exit_status=None))
@@ -165,6 +169,7 @@ class World:
         self.lifecycle = FakeLifecycle()
         self.calls = FakeCalls()
         self.lost_counts: list[dict[str, int]] = []
+        self.decided: list[tuple[int, int, int]] = []
         self.here = [os.getpid(), tool.key[0]]
         agent = SimpleNamespace(id=AGENT_ID, procs=lambda: self.here)
         session = SimpleNamespace(
@@ -179,11 +184,15 @@ class World:
             cast(Notices, notices),
             settled_ticks=0,
             declared=lambda *_: None,
+            decided=self._note_decision,
         )
         self.here, there = [], self.here
         self.boundaries.session_opened(cast(Session, session))
         self.boundaries.start()
         self.here = there
+
+    def _note_decision(self, pid: int, at_ns: int) -> None:
+        self.decided.append((pid, at_ns, self.calls.begun))
 
     def events(self, *events: AnyEvent) -> None:
         """The kernel sends these, and they are read."""
@@ -242,6 +251,23 @@ def test_what_a_resync_saw_is_not_seen_again_by_its_late_events(tool: Tool) -> N
         assert world.calls.begun == 1
 
     assert in_world(tool, test) == [("echo", EXIT_3)]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_exec_is_decided_on(tool: Tool, fails: bool) -> None:
+    """A program waits for that: when its call has begun, and also if none could."""
+
+    async def test(world: World) -> None:
+        event = tool.exec()
+        event.event.at_ns = 5
+        world.calls.fails = fails
+        world.events(tool.fork(), event)
+        assert world.decided == [(tool.key[0], 5, 0 if fails else 1)]
+        world.calls.fails = False
+        tool.end()
+        world.events(tool.exit())
+
+    in_world(tool, test)
 
 
 def test_what_has_ended_is_not_seen_again_by_a_resync(tool: Tool) -> None:

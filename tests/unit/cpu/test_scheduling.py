@@ -104,7 +104,8 @@ def opened(kernel: Kernel, **config: Any) -> tuple[CpuScheduling, FakeScheduler]
 
 
 def test_the_settings_are_the_configuration(kernel: Kernel) -> None:
-    scheduling, fake = opened(kernel, slice="2ms", wait_max="1s", penalty_most=3)
+    scheduling, fake = opened(kernel, slice="2ms", wait_max="1s", penalty_most=3, exec_hold="30ms")
+    assert fake.settings.exec_hold_usec == 30_000
     assert (fake.settings.slice_usec, fake.settings.wait_max_usec) == (2000, 1_000_000)
     assert fake.settings.penalty_most == 3 and scheduling.penalizes
     scheduling.close()

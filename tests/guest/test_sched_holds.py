@@ -1,0 +1,126 @@
+"""Where a pause of the CPU scheduler stops a task: on its way back to user space, where it holds no
+lock of the kernel's."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from agentcgroupd.bpf import features, sched
+from agentcgroupd.bpf.memory import MemoryPrograms
+from agentcgroupd.bpf.sched import SchedSettings, Scheduler
+from agentcgroupd.config import GuardConfig
+from agentcgroupd.units import CgroupId
+from tests.guest.cpu_load import Load, settled
+from tests.harness import patient
+
+pytestmark = [pytest.mark.controllers, pytest.mark.programs]
+
+SETTINGS = SchedSettings(
+    slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000, penalty_most=8
+)
+LIMIT = 0.02
+"""Part of a CPU that a slow call may have: it is paused for most of the time."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_sched_ext() -> None:
+    """Skip all of these tests where the kernel does not take the scheduler."""
+    state = sched.gate()
+    if not state.works:
+        pytest.skip(state.reason)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[Scheduler]:
+    """Loaded once for the module, because the verifier takes seconds here."""
+    bpf, _ = features.load("memory")
+    assert bpf is not None
+    memory = MemoryPrograms(bpf, GuardConfig())
+    scheduler = Scheduler.load(SETTINGS, memory.states_fd)
+    scheduler.attach()
+    yield scheduler
+    assert scheduler.ending() is None, "the kernel has let go of it"
+    scheduler.close()
+    memory.close()
+
+
+def in_the_directory(path: Path) -> None:
+    """Make and remove a directory, for ever: nearly all of that is in the kernel, and in the lock
+    of the directory around it."""
+    while True:
+        path.mkdir()
+        path.rmdir()
+
+
+@patient
+def test_a_paused_call_holds_no_lock(loaded: Scheduler, tmp_path: Path) -> None:
+    """A call without a limit uses the same directory, and does not wait for the other's pauses,
+    which take most of the time (up to 4 s of the 8 when these were anywhere)."""
+    reader, writer = os.pipe()
+
+    def measure() -> None:
+        longest, end = 0.0, time.monotonic() + 8
+        while time.monotonic() < end:
+            began = time.monotonic()
+            (tmp_path / "fast").mkdir()
+            (tmp_path / "fast").rmdir()
+            longest = max(longest, time.monotonic() - began)
+            time.sleep(0.003)
+        os.write(writer, str(longest).encode())
+
+    with Load() as load:
+        load.make("slow", cpu_max=f"{LIMIT * 100_000:.0f} 100000")
+        load.make("fast")
+        for i in range(4):
+            path = tmp_path / f"slow{i}"
+            load.start("slow", lambda path=path: in_the_directory(path))  # type: ignore[misc]
+        time.sleep(0.5)
+        load.wait(load.start("fast", measure))
+        numbers = loaded.numbers(CgroupId(load.id("slow")))
+    longest_s = float(os.read(reader, 100))
+    os.close(reader)
+    os.close(writer)
+    assert numbers is not None and numbers.stalled_usec > 2_000_000, "it was paused"
+    assert longest_s < 0.2
+    assert loaded.control.stopped_inside == 0
+
+
+def populate() -> None:
+    """Long system calls, one after another."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    while True:
+        mmap.mmap(-1, 4 << 20, flags=private).close()
+
+
+def read_zeros() -> None:
+    """Short ones."""
+    zero, buffer = os.open("/dev/zero", os.O_RDONLY), bytearray(1 << 20)
+    while True:
+        os.readv(zero, [buffer])
+
+
+@pytest.mark.parametrize("work", [populate, read_zeros])
+@patient
+def test_cpu_max_is_kept_in_the_kernel(loaded: Scheduler, work: Callable[[], None]) -> None:
+    """Calls that are hardly ever in user space when the clock ticks."""
+
+    def is_kept(used: dict[str, int], took: float) -> bool:
+        return abs(used["a"] / took / 200_000 - 1) < 0.03
+
+    with Load() as load:
+        load.make("a", cpu_max="20000 100000")
+        load.start("a", work)
+        load.start("a", work)
+        load.make("beside")
+        load.start("beside")
+        time.sleep(1)
+        began = time.monotonic()
+        used = settled(load, ["a"], is_kept, 2.0, 20.0)
+        assert is_kept(used, time.monotonic() - began), used
+    assert loaded.control.stopped_inside == 0
