@@ -170,7 +170,7 @@ struct pt_regs {
 	unsigned long di;
 	unsigned long orig_ax;
 	unsigned long ip;
-	unsigned short cs;
+	__u16 cs;
 	unsigned long sp;
 };
 #elif defined(__TARGET_ARCH_arm64)

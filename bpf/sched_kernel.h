@@ -163,7 +163,7 @@ void bpf_rcu_read_lock(void) __ksym;
 void bpf_rcu_read_unlock(void) __ksym;
 /* Since v6.18. */
 struct bpf_task_work {
-	u64 opaque;
+	u64 __opaque;
 } __attribute__((aligned(8)));
 int bpf_task_work_schedule_resume(struct task_struct *task, struct bpf_task_work *work, void *map,
 				  int (*callback)(struct bpf_map *map, void *key,

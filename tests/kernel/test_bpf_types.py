@@ -34,6 +34,7 @@ ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm64"}
 HERE = ARCHITECTURES[os.uname().machine]
 SIZES = {
     **dict.fromkeys(("char", "bool", "__u8"), 1),
+    "__u16": 2,
     **dict.fromkeys(("int", "unsigned int", "__u32", "__s32"), 4),
     **dict.fromkeys(("long", "unsigned long", "__u64", "__s64"), 8),
 }
