@@ -452,7 +452,9 @@ SEC("struct_ops/disable")
 void BPF_PROG(disable, struct task_struct *p)
 {
 	struct task *task = task_of(p);
+	int key = p->pid;
 
+	bpf_map_delete_elem(&asked, &key);
 	if (!task)
 		return;
 	if (!is_leaving(p) && !(fields(p)->flags & PF_EXITING))
