@@ -328,7 +328,7 @@ struct sched_control {
 	__u64 preempted;       /* tasks that lost their CPU to one that woke */
 	__u64 finishing;       /* slices for tasks that must go on at once: see enqueue */
 	__u64 left;	       /* tasks that left the class while alive */
-	__u64 stopped_inside;  /* tasks that were paused where they were in the kernel */
+	__u64 not_asked;       /* times that there was no memory to ask a task: see ask() */
 	__u64 held_at_exec;    /* programs that the daemon was to decide on before they run */
 	__u64 exec_holds_over; /* of these, that went on because the time was over */
 };

@@ -103,8 +103,8 @@ static __always_inline void enter_queue(struct task_struct *p, struct task *task
 	task->place = bound ? PLACE_PARKED : PLACE_QUEUE;
 	if (bound)
 		__sync_fetch_and_add(&node->parked, 1);
-	if (task->stop != STOP_HERE && !node->inside)
-		node->inside = 1;
+	if (task->stop != STOP_HERE && node->inside < INSIDE_LOOKS)
+		node->inside = INSIDE_LOOKS;
 	boost = begin_waiting(slot, now);
 	settle_up(slot, !(enq_flags & ENQ_WAKEUP));
 	__scx_bpf_dsq_insert_vtime(p, &args);
@@ -164,7 +164,9 @@ void BPF_PROG(dequeue, struct task_struct *p, u64 deq_flags)
 
 	if (!task)
 		return;
-	went_on(task);
+	/* When only its nice value, its CPUs or its cgroup change, it stands where it stood. */
+	if (!(deq_flags & SCHED_CHANGE))
+		went_on(task);
 	leave(task, __sync_lock_test_and_set(&task->place, PLACE_NONE));
 }
 
@@ -215,8 +217,8 @@ void BPF_PROG(running, struct task_struct *p)
 	struct node *node;
 
 	/*
-	 * One that is being stopped does not begin: the kernel has changed where it may run,
-	 * because it is switched out while it may not leave its CPU.
+	 * One that is being stopped does not begin. The kernel calls this when it switches out a
+	 * task that may not leave its CPU, and binds it to that (migrate_disable_switch).
 	 */
 	if (!task || task->stop == STOP_HERE)
 		return;
@@ -282,16 +284,19 @@ void BPF_PROG(tick, struct task_struct *p)
 	struct task *task = task_of(p);
 	u64 cpu = MASKED(scx_bpf_task_cpu(p), ABI_SCHED_CPUS - 1);
 	u64 now = bpf_ktime_get_ns();
+	bool user = from_user_space();
 
 	if (!task)
 		return;
 	account(p, task, cpu);
 	resume_due(now);
+	if (!user)
+		went_on(task);
 	if (is_held(within(task->slot), now) || is_at_exec(task, now))
-		stop_running(p, task);
+		stop_running(p, task, user);
 	if (has_any(&rescues) || (running_on[cpu].turn != TURN_BOOST && boost_due(now)))
 		scx_bpf_task_set_slice(p, 0);
-	if (!fields(p)->scx.slice && from_user_space())
+	if (user && !fields(p)->scx.slice)
 		task->stop = STOP_HERE;
 }
 
@@ -318,8 +323,6 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 			account(prev, task, cpu);
 			if (is_stopped(task, now))
 				task = NULL;
-			else
-				went_on(task);
 		}
 	}
 	running_on[at].prev = 0;
@@ -370,10 +373,8 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 			keep_on(at, now);
 			return;
 		}
-		if (node_of(slot)->parked) {
-			unpark(slot, now);
+		if (node_of(slot)->parked && unpark(slot, now))
 			continue;
-		}
 		/* Set before the move, during which the kernel may call running(). */
 		running_on[at].next = how;
 		if (scx_bpf_dsq_move_to_local(QUEUE(slot))) {
@@ -392,6 +393,7 @@ void BPF_PROG(dispatch, s32 cpu, struct task_struct *prev)
 keep_prev:
 	running_on[at].next = TURN_NONE;
 	if (task && prev) {
+		went_on(task);
 		scx_bpf_task_set_slice(prev, slice_of(task->slot));
 		keep_on(at, now);
 	} else if (!is_finished || first_lane(at)) {
@@ -444,6 +446,8 @@ void BPF_PROG(enable, struct task_struct *p)
 		return;
 	task->ran_ns = fields(p)->se.sum_exec_runtime;
 	task->since_ns = 0;
+	task->stop = STOP_NONE;
+	task->held_until_ns = 0;
 	task->vtime = node_of(task->slot)->task_vtime;
 }
 
@@ -684,8 +688,11 @@ int let_go(struct sched_let_go *whom)
 	task = task_of(p);
 	if (task) {
 		task->let_go_ns = whom->at_ns;
-		task->held_until_ns = 0;
-		end_exec_hold(p->pid, bpf_ktime_get_ns());
+		/* Else it has executed another program since. */
+		if (before(task->exec_before_ns, whom->at_ns)) {
+			task->held_until_ns = 0;
+			end_exec_hold(p, task, bpf_ktime_get_ns());
+		}
 	}
 	bpf_rcu_read_unlock();
 	bpf_task_release(p);
@@ -705,18 +712,17 @@ static __always_inline u32 kind_around(u32 slot)
 
 static __always_inline void hold_at_exec(struct task_struct *p)
 {
-	u64 now = bpf_ktime_get_ns(), before_it;
-	struct task *task;
+	struct task *task = task_of(p);
+	u64 now = bpf_ktime_get_ns();
 
-	if (!control.exec_hold_ns || fields(p)->policy != SCHED_EXT || is_launcher(p))
-		return;
-	task = task_of(p);
 	if (!task)
 		return;
-	before_it = task->exec_ns;
+	task->exec_before_ns = task->exec_ns;
 	task->exec_ns = now;
 	/* The event was sent just before this, and the daemon may have been quick. */
-	if (before(before_it, task->let_go_ns))
+	if (before(task->exec_before_ns, task->let_go_ns))
+		return;
+	if (!control.exec_hold_ns || fields(p)->policy != SCHED_EXT || is_launcher(p))
 		return;
 	if (kind_around(within(task->slot)) != KIND_AGENT || !ask(p, task))
 		return;

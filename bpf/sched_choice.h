@@ -43,7 +43,8 @@ __noinline int begin_waiting(u32 slot, u64 now)
 	struct node *node = node_of(slot);
 	int boost = may_boost(slot, now);
 
-	counts[my_row()].waiting++;
+	/* One instruction: let_go(), which calls this too, can be interrupted. */
+	__sync_fetch_and_add(&counts[my_row()].waiting, 1);
 	if (!__sync_fetch_and_add(&node->tasks, 1)) {
 		if (before(node->own_vtime, node->vtime_now))
 			node->own_vtime = node->vtime_now;
@@ -132,10 +133,13 @@ __noinline int look_at_queues(u64 now)
 		node = node_of(slot);
 		if (!slot || !node->tasks)
 			continue;
-		if (is_full(&rescues) || is_full(&paused))
-			break;
-		if (node->inside && is_held(slot, now))
+		/* Twice: a task may have been on its way into the queue when it was looked at. */
+		if (node->inside && !is_full(&paused) && is_held(slot, now)) {
+			node->inside--;
 			add_to(&paused, slot);
+		}
+		if (is_full(&rescues))
+			break;
 		if (before(now, node->rescue_at_ns))
 			continue;
 		node->rescue_at_ns = rescue_at(node, now);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
  * Where a task of a paused cgroup is stopped: on its way back to user space, where it holds no lock
- * of the kernel's. Stopped elsewhere, it would have everyone wait who wants the same lock, for as
+ * of the kernel's. If it were stopped elsewhere, everyone who wants the same lock would wait for as
  * long as its pause lasts.
  *
  * A tick that finds the task in user space ends its slice, and the kernel switches before the next
@@ -14,9 +14,10 @@
 
 #include "sched_task.h"
 
-#define EBUSY	      16
-#define PF_KTHREAD    0x00200000 /* include/linux/sched.h */
-#define DEQUEUE_SLEEP 1		 /* kernel/sched/sched.h */
+#define EBUSY	       16
+#define PF_USER_WORKER 0x00004000 /* include/linux/sched.h */
+#define PF_KTHREAD     0x00200000
+#define DEQUEUE_SLEEP  1 /* kernel/sched/sched.h */
 
 struct asked {
 	struct bpf_task_work work;
@@ -61,6 +62,8 @@ static int at_boundary(struct bpf_map *map, void *key, void *value)
 	struct task *task = task_of(p);
 	u64 now = bpf_ktime_get_ns();
 
+	/* So that nothing is left of tasks that have ended, and that it can be asked again. */
+	bpf_map_delete_elem(&asked, key);
 	if (!task)
 		return 0;
 	task->stop = STOP_NONE;
@@ -68,7 +71,10 @@ static int at_boundary(struct bpf_map *map, void *key, void *value)
 	    !(is_at_exec(task, now) || is_held(within(task->slot), now)))
 		return 0;
 	task->stop = STOP_HERE;
-	/* The kick comes at once, while that function is an RCU reader: see is_critical(). */
+	/*
+	 * The interrupt of the kick arrives inside of scx_bpf_kick_cpu(), which is an RCU reader:
+	 * if the task was switched out there, it would have to go on (see is_critical).
+	 */
 	preempt_off();
 	scx_bpf_kick_cpu(bpf_get_smp_processor_id(), KICK_PREEMPT);
 	preempt_on();
@@ -80,22 +86,23 @@ static __always_inline bool ask(struct task_struct *p, struct task *task)
 {
 	struct asked none = {}, *value;
 	int key = p->pid;
-	s32 error;
+	s32 error = -1;
 
 	value = bpf_map_lookup_elem(&asked, &key);
 	if (!value) {
 		bpf_map_update_elem(&asked, &key, &none, BPF_NOEXIST);
 		value = bpf_map_lookup_elem(&asked, &key);
 	}
-	if (!value)
-		return false;
 	p = bpf_task_acquire(p);
 	if (!p)
 		return false;
-	error = bpf_task_work_schedule_resume(p, &value->work, &asked, at_boundary);
+	if (value)
+		error = bpf_task_work_schedule_resume(p, &value->work, &asked, at_boundary);
 	bpf_task_release(p);
-	if (error && error != -EBUSY)
+	if (error && error != -EBUSY) {
+		__sync_fetch_and_add(&control.not_asked, 1);
 		return false;
+	}
 	task->stop = STOP_ASKED;
 	return true;
 }
@@ -105,41 +112,43 @@ static __always_inline bool ask(struct task_struct *p, struct task *task)
  * @p: the task
  * @task: what is known of it
  *
- * If it may not, it is asked to say when it is on its way back to user space. One that ends, or
- * that never was there, goes on to its end.
+ * If it may not, it is asked to say when it is on its way back to user space. One that ends goes on
+ * to its end. A thread that works for a program inside of the kernel (of io_uring, or a kernel
+ * thread) does not go there, and is stopped where it is.
  *
  * Return: whether it may; true as well if there is no memory to ask.
  */
 static __always_inline bool may_stop(struct task_struct *p, struct task *task)
 {
-	if (task->stop == STOP_HERE)
+	u32 flags = fields(p)->flags;
+
+	if (task->stop == STOP_HERE || flags & (PF_KTHREAD | PF_USER_WORKER))
 		return true;
-	if (fields(p)->flags & (PF_EXITING | PF_KTHREAD)) {
+	if (flags & PF_EXITING) {
 		task->stop = STOP_ASKED;
 		return false;
 	}
-	if (ask(p, task))
-		return false;
-	__sync_fetch_and_add(&control.stopped_inside, 1);
-	return true;
+	return !ask(p, task);
 }
 
-/* Whether a task that runs has to give up its CPU: it is on its way to user space, and held. */
+/* Whether a task that runs has to give up its CPU, to be stopped or to wait for its turn to be. */
 static __always_inline bool is_stopped(struct task *task, u64 now)
 {
 	return is_held(within(task->slot), now) ||
 	       (task->stop == STOP_HERE && is_at_exec(task, now));
 }
 
-/* Stop the task that runs and is to be stopped, at the first place where it may be. */
-static __always_inline void stop_running(struct task_struct *p, struct task *task)
+/*
+ * Stop the task that runs and is to be stopped, at the first place where it may be; `user`: a tick
+ * has found it in user space.
+ */
+static __always_inline void stop_running(struct task_struct *p, struct task *task, bool user)
 {
-	if (from_user_space()) {
+	if (user)
 		task->stop = STOP_HERE;
-		scx_bpf_task_set_slice(p, 0);
-	} else if (may_stop(p, task)) {
-		scx_bpf_task_set_slice(p, 0);
-	}
+	else if (!may_stop(p, task))
+		return;
+	scx_bpf_task_set_slice(p, 0);
 }
 
 #endif

@@ -90,6 +90,10 @@ enum scx_enq_flags {
 	SCX_ENQ_LAST = 1ULL << 41,
 };
 
+enum scx_deq_flags {
+	SCX_DEQ_SCHED_CHANGE = 1ULL << 33,
+};
+
 enum scx_ent_flags {
 	SCX_TASK_QUEUED = 1,
 };
@@ -104,6 +108,7 @@ enum scx_kick_flags {
 #define DSQ_LOCAL_ON bpf_core_enum_value(enum scx_dsq_id_flags, SCX_DSQ_LOCAL_ON)
 #define ENQ_WAKEUP   bpf_core_enum_value(enum scx_enq_flags, SCX_ENQ_WAKEUP)
 #define ENQ_LAST     bpf_core_enum_value(enum scx_enq_flags, SCX_ENQ_LAST)
+#define SCHED_CHANGE bpf_core_enum_value(enum scx_deq_flags, SCX_DEQ_SCHED_CHANGE)
 #define KICK_IDLE    bpf_core_enum_value(enum scx_kick_flags, SCX_KICK_IDLE)
 #define KICK_PREEMPT bpf_core_enum_value(enum scx_kick_flags, SCX_KICK_PREEMPT)
 

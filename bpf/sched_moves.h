@@ -130,6 +130,7 @@ static __always_inline bool keep(struct task_struct *prev, struct task *task, u3
 
 	if (head && before(fields(head)->scx.dsq_vtime, task->vtime))
 		return false;
+	went_on(task);
 	scx_bpf_task_set_slice(prev, slice_of(slot));
 	return true;
 }
@@ -195,9 +196,13 @@ static __noinline u32 find_victim(struct task_struct *p, u32 slot, u32 boost, u6
 static __always_inline void find_cpu(struct task_struct *p, u32 slot, u32 boost, u64 now,
 				     u64 enq_flags)
 {
-	s32 idle = is_fixed(p) ? -1 : scx_bpf_pick_idle_cpu(fields(p)->cpus_ptr, 0);
+	s32 idle = -1;
 	u32 victim;
 
+	if (is_fixed(p))
+		scx_bpf_kick_cpu(scx_bpf_task_cpu(p), KICK_IDLE);
+	else
+		idle = scx_bpf_pick_idle_cpu(fields(p)->cpus_ptr, 0);
 	if (idle >= 0) {
 		scx_bpf_kick_cpu(idle, KICK_IDLE);
 		return;
@@ -228,14 +233,15 @@ static __always_inline void park(struct bpf_iter_scx_dsq *it, struct task_struct
 	scx_bpf_dsq_move_vtime(it, p, QUEUE(slot), 0);
 }
 
-/* Move a task from its cgroup's queue to its lane. */
-static __always_inline void to_lane(struct bpf_iter_scx_dsq *it, struct task_struct *p,
+/* Move a task from its cgroup's queue, where it is at a place, to its lane. Returns whether it was.
+ */
+static __always_inline bool to_lane(struct bpf_iter_scx_dsq *it, struct task_struct *p,
 				    struct task *task, u32 place, u64 now)
 {
 	u32 slot = within(task->queued), lane;
 
 	if (__sync_val_compare_and_swap(&task->place, place, PLACE_LANE) != place)
-		return;
+		return false;
 	leave(task, place);
 	counts[my_row()].in_lanes++;
 	lane = lane_for(p, task, now);
@@ -243,47 +249,55 @@ static __always_inline void to_lane(struct bpf_iter_scx_dsq *it, struct task_str
 				   lane_enter(slot, &task->stay, lane, scx_bpf_task_cpu(p), true));
 	scx_bpf_dsq_move_vtime(it, p, LANE(lane), 0);
 	scx_bpf_kick_cpu(scx_bpf_task_cpu(p), KICK_IDLE);
-}
-
-/* Move tasks that are parked in a cgroup's queue to lanes, at most `parked_most`. Returns 0. */
-__noinline int unpark(u32 slot, u64 now)
-{
-	u32 left = READ_ONCE(parked_most);
-	struct bpf_iter_scx_dsq it;
-	struct task_struct *p;
-
-	if (!bpf_iter_scx_dsq_new(&it, QUEUE(slot), 0)) {
-		while (left-- && (p = bpf_iter_scx_dsq_next(&it))) {
-			struct task *task = task_of(p);
-
-			if (task)
-				to_lane(&it, p, task, PLACE_PARKED, now);
-		}
-	}
-	bpf_iter_scx_dsq_destroy(&it);
-	return 0;
+	return true;
 }
 
 /*
- * Move tasks of a paused cgroup that may be in the kernel to lanes, at most `parked_most`. Returns
- * 0.
+ * Move tasks that are parked in a cgroup's queue to lanes, at most `parked_most`, of the first
+ * `looked_most`. Returns how many.
  */
-__noinline int unpark_inside(u32 slot, u64 now)
+__noinline int unpark(u32 slot, u64 now)
 {
 	u32 seen = READ_ONCE(from_zero), moved = READ_ONCE(from_zero);
 	struct bpf_iter_scx_dsq it;
 	struct task_struct *p;
 
-	node_of(slot)->inside = 0;
 	if (!bpf_iter_scx_dsq_new(&it, QUEUE(slot), 0)) {
 		while (seen++ < looked_most && (p = bpf_iter_scx_dsq_next(&it))) {
 			struct task *task = task_of(p);
 
-			if (!task || may_stop(p, task))
+			if (!task || !to_lane(&it, p, task, PLACE_PARKED, now))
 				continue;
-			to_lane(&it, p, task, task->place, now);
-			if (moved++ >= parked_most) {
-				node_of(slot)->inside = 1;
+			if (++moved >= parked_most)
+				break;
+		}
+	}
+	bpf_iter_scx_dsq_destroy(&it);
+	return moved;
+}
+
+/*
+ * Move tasks of a paused cgroup that may be in the kernel to lanes, at most `parked_most`, of the
+ * first `looked_most` in its queue. Returns 0.
+ */
+__noinline int unpark_inside(u32 slot, u64 now)
+{
+	u32 seen = READ_ONCE(from_zero), moved = READ_ONCE(from_zero), place;
+	struct bpf_iter_scx_dsq it;
+	struct task_struct *p;
+
+	if (!bpf_iter_scx_dsq_new(&it, QUEUE(slot), 0)) {
+		while (seen++ < looked_most && (p = bpf_iter_scx_dsq_next(&it))) {
+			struct task *task = task_of(p);
+
+			if (!task)
+				continue;
+			place = READ_ONCE(task->place);
+			if ((place != PLACE_QUEUE && place != PLACE_PARKED) || may_stop(p, task))
+				continue;
+			to_lane(&it, p, task, place, now);
+			if (++moved >= parked_most) {
+				node_of(slot)->inside = INSIDE_LOOKS;
 				break;
 			}
 		}
@@ -308,7 +322,8 @@ static __always_inline bool let_run(struct bpf_iter_scx_dsq *it, struct task_str
 					bound ? PLACE_LANE : PLACE_QUEUE) != PLACE_AT_EXEC)
 		return false;
 	if (bound) {
-		counts[my_row()].in_lanes++;
+		/* One instruction, as in begin_waiting(). */
+		__sync_fetch_and_add(&counts[my_row()].in_lanes, 1);
 		lane = lane_for(p, task, now);
 		scx_bpf_dsq_move_set_vtime(
 			it, lane_enter(slot, &task->stay, lane, scx_bpf_task_cpu(p), true));
@@ -323,7 +338,10 @@ static __always_inline bool let_run(struct bpf_iter_scx_dsq *it, struct task_str
 	return true;
 }
 
-/* Let programs run whose time at their exec is over, at most `parked_most`. Returns 0. */
+/*
+ * Let programs run whose time at their exec is over, or that are on their way into a freeze or to
+ * their end: of the first `parked_most`, by the end of their times. Returns 0.
+ */
 __noinline int end_exec_holds(u64 now)
 {
 	u32 seen = READ_ONCE(from_zero);
@@ -335,12 +353,14 @@ __noinline int end_exec_holds(u64 now)
 	if (!bpf_iter_scx_dsq_new(&it, AT_EXEC, 0)) {
 		while (seen++ < parked_most && (p = bpf_iter_scx_dsq_next(&it))) {
 			struct task *task = task_of(p);
+			bool over;
 
 			if (!task)
 				continue;
-			if (is_at_exec(task, now))
-				break;
-			if (let_run(&it, p, task, now))
+			over = task->held_until_ns && !is_at_exec(task, now);
+			if (is_at_exec(task, now) && !is_leaving(p))
+				continue;
+			if (let_run(&it, p, task, now) && over)
 				__sync_fetch_and_add(&control.exec_holds_over, 1);
 		}
 	}
@@ -348,25 +368,15 @@ __noinline int end_exec_holds(u64 now)
 	return 0;
 }
 
-/* Let a program that waits at its exec run, if it is there. Returns 0. */
-__noinline int end_exec_hold(int pid, u64 now)
+/* Let a program that waits at its exec run, if it is there. */
+static __always_inline void end_exec_hold(struct task_struct *p, struct task *task, u64 now)
 {
 	struct bpf_iter_scx_dsq it;
-	struct task_struct *p;
-	u32 seen = READ_ONCE(from_zero);
 
-	if (!bpf_iter_scx_dsq_new(&it, AT_EXEC, 0)) {
-		while (seen++ < looked_most && (p = bpf_iter_scx_dsq_next(&it))) {
-			struct task *task = task_of(p);
-
-			if (p->pid != pid || !task)
-				continue;
-			let_run(&it, p, task, now);
-			break;
-		}
-	}
+	/* The iterator is the way to name the queue that a task is moved from. */
+	if (!bpf_iter_scx_dsq_new(&it, AT_EXEC, 0))
+		let_run(&it, p, task, now);
 	bpf_iter_scx_dsq_destroy(&it);
-	return 0;
 }
 
 /* Result of lane_turns(). */

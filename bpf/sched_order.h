@@ -79,7 +79,7 @@ struct node {
 	s64 budget_ns;	      /* CPU time that may be taken ahead of others */
 	u32 active;	      /* 1: it or a cgroup below it has such tasks */
 	u32 counted;	      /* weight with which it is in its parent's active_weight */
-	u32 inside;	      /* 1: tasks may wait in its own queue that are in the kernel */
+	u32 inside; /* looks that are due for tasks in its own queue that are in the kernel */
 } __line;
 
 static struct node nodes[SLOTS];
@@ -100,7 +100,8 @@ _Static_assert(SLOTS == 1 << SLOT_BITS, "a slot in a place");
  * anew for each value that the loop's variable can have.
  */
 static u32 top_level = LEVELS - 1;
-static u32 from_zero; /* the number from which loops count, with READ_ONCE() */
+/* The number from which loops count, read with READ_ONCE(), so that it is no constant either. */
+static u32 from_zero;
 
 static __always_inline u64 within(u32 slot)
 {

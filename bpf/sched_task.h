@@ -45,18 +45,19 @@ struct {
 
 /* What the scheduler knows of a task. */
 struct task {
-	u64 ran_ns;	   /* its CPU time up to which it has been paid for */
-	u64 since_ns;	   /* when it began to wait; 0: it does not */
-	u64 vtime;	   /* its virtual time among the tasks of its cgroup */
-	u32 slot;	   /* its cgroup */
-	u32 queued;	   /* that cgroup when it was put where it waits */
-	u32 place;	   /* enum place */
-	u32 counted;	   /* slot, plus one, in which it is counted as runnable; 0: none */
-	u32 boosted;	   /* 1: it came into its lane ahead of others */
-	u32 stop;	   /* enum stop */
-	u64 held_until_ns; /* end of the time for which it is held at its exec; 0: it is not */
-	u64 exec_ns;	   /* its last exec */
-	u64 let_go_ns;	   /* that was decided on last, as its event had it */
+	u64 ran_ns;	    /* its CPU time up to which it has been paid for */
+	u64 since_ns;	    /* when it began to wait; 0: it does not */
+	u64 vtime;	    /* its virtual time among the tasks of its cgroup */
+	u32 slot;	    /* its cgroup */
+	u32 queued;	    /* that cgroup when it was put where it waits */
+	u32 place;	    /* enum place */
+	u32 counted;	    /* slot, plus one, in which it is counted as runnable; 0: none */
+	u32 boosted;	    /* 1: it came into its lane ahead of others */
+	u32 stop;	    /* enum stop */
+	u64 held_until_ns;  /* end of the time for which it is held at its exec; 0: it is not */
+	u64 exec_ns;	    /* its last exec, */
+	u64 exec_before_ns; /* and the one before */
+	u64 let_go_ns;	    /* time of the last event of an exec that the daemon has decided on */
 	struct stay stay;
 };
 
@@ -69,11 +70,11 @@ enum place {
 	PLACE_AT_EXEC = 4,
 };
 
-/* Where a task stands that its cgroup's pause is to stop: see sched_hold.h. */
+/* Where a task stands, for whoever wants to stop it: see sched_hold.h. */
 enum stop {
-	STOP_NONE = 0,
+	STOP_NONE = 0,	/* not known */
 	STOP_ASKED = 1, /* in the kernel: it goes on until it is on its way back to user space */
-	STOP_HERE = 2,	/* on that way */
+	STOP_HERE = 2,	/* on that way, or in user space */
 };
 
 struct {

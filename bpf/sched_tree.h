@@ -37,6 +37,7 @@
 #define SEEN_TIMES	   8
 #define FLAT_MOST_NS	   10000000000ULL
 #define GATHER_NS	   (2 * NSEC_PER_MSEC)
+#define INSIDE_LOOKS	   2 /* at the queue of a paused cgroup: see look_at_queues() */
 
 struct sched_control control;
 struct sched_cgroup cgroups[SLOTS];

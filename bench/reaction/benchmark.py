@@ -3,7 +3,8 @@
 A call grows without end, in one of several ways, beside a more important call that grows as well
 and therefore goes first. The guard pauses it, and is asked afterwards when that was (the audit
 log). An observer outside the pool has read memory.current in a tight loop meanwhile: how much the
-pool grew after that moment, for how long, and how far beyond its mark. The same with a hundred
+call's session grew after that moment, for how long, and how far beyond its mark the pool was. The
+same with a hundred
 growers at once; with the daemon stopped (SIGSTOP) for five seconds while they grow; and with the
 daemon killed and started again. Each part ends in bounded time, whatever happens.
 
@@ -131,9 +132,14 @@ def at(samples: list[tuple[float, int]], moment: float) -> int:
 
 
 def judge(
-    case: str, samples: list[tuple[float, int]], decided: list[float], mark: int, limit_hit: int
+    case: str,
+    samples: list[tuple[float, int]],
+    decided: list[float],
+    past_mark_bytes: int,
+    limit_hit: int,
 ) -> Reaction:
-    """What is left to say of a part: `decided` are the unix times of all pauses."""
+    """What is left to say of a part. `samples`: of what the growers hold; `decided`: the unix times
+    of all pauses; `past_mark_bytes`: of the pool."""
     end, highest = samples[-1]
     moment = max(decided) if decided else end
     return Reaction(
@@ -141,7 +147,7 @@ def judge(
         decided=bool(decided),
         stopped_after_ms=max(0.0, end - moment) * 1e3,
         past_bytes=max(0, highest - at(samples, moment)),
-        past_mark_bytes=highest - mark,
+        past_mark_bytes=past_mark_bytes,
         limit_hit=limit_hit,
     )
 
@@ -193,7 +199,9 @@ def observed(
     size = max(2 * pool_bytes // count, 64 * MIB)
     with growers(daemon, batch, count, way, size):
         since, before = daemon.audit_path.stat().st_size, _events(daemon)
-        observer = Observer(daemon.cgroup_dir / "memory.current")
+        pool = Observer(daemon.cgroup_dir / "memory.current")
+        # The session of the growers: the important one goes on growing.
+        observer = Observer(daemon.cgroup_dir / "batch/memory.current")
         assert daemon.process is not None
         if stopped_s:
             daemon.process.send_signal(signal.SIGSTOP)
@@ -203,8 +211,9 @@ def observed(
             daemon.process.send_signal(signal.SIGCONT)
         observer.quiet(0.5 * SLOW**0.5, MOST_S)
         samples = observer.close()
+        past_mark = pool.close()[-1][1] - mark
         hit = _events(daemon) - before
-        return judge(case, samples, _pauses(daemon, since), mark, hit)
+        return judge(case, samples, _pauses(daemon, since), past_mark, hit)
 
 
 def killed(daemon: DaemonProcess, batch: AgentProcess, count: int, pool_bytes: int) -> int:

@@ -16,8 +16,8 @@ from agentcgroupd.bpf.memory import MemoryPrograms
 from agentcgroupd.bpf.sched import SchedSettings, Scheduler
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.units import CgroupId
-from tests.guest.cpu_load import Load, settled
-from tests.harness import patient
+from tests.guest.cpu_load import Load, settled, spin
+from tests.harness import patient, wait_until
 
 pytestmark = [pytest.mark.controllers, pytest.mark.programs]
 
@@ -83,12 +83,58 @@ def test_a_paused_call_holds_no_lock(loaded: Scheduler, tmp_path: Path) -> None:
         time.sleep(0.5)
         load.wait(load.start("fast", measure))
         numbers = loaded.numbers(CgroupId(load.id("slow")))
+    os.close(writer)
     longest_s = float(os.read(reader, 100))
     os.close(reader)
-    os.close(writer)
     assert numbers is not None and numbers.stalled_usec > 2_000_000, "it was paused"
     assert longest_s < 0.2
-    assert loaded.control.stopped_inside == 0
+    assert loaded.control.not_asked == 0
+
+
+@patient
+def test_many_that_wait_in_a_limited_call_keep_nobody_from_a_turn(loaded: Scheduler) -> None:
+    """More tasks than a CPU moves at a time, some stopped in the kernel and bound to a CPU by that,
+    most not: the queue of such a call is not searched in vain while others wait."""
+    with Load() as load:
+        load.make("limited", cpu_max="20000 100000")
+        for i in range(24):
+            load.start("limited", read_zeros if i % 4 == 0 else spin)
+        load.make("beside")
+        for _ in range(3):
+            load.start("beside")
+        time.sleep(1)
+        used = settled(
+            load,
+            ["beside", "limited"],
+            lambda used, took: used["beside"] / took > 1.6e6 and used["limited"] / took < 230_000,
+            3.0,
+        )
+        numbers = loaded.numbers(CgroupId(load.id("beside")))
+    assert numbers is not None and numbers.wait_max_usec < 1_000_000, used
+    wait_until("nobody is in a lane", lambda: loaded.control.in_lanes == 0)
+    wait_until("nobody waits", lambda: loaded.control.waiting == 0)
+
+
+def turned(pids: list[int], seconds: float) -> None:
+    """Change what CPUs processes may run on, again and again."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for cpus in ({0}, {1}, {0, 1}):
+            for pid in pids:
+                os.sched_setaffinity(pid, cpus)
+
+
+@patient
+def test_a_helper_frees_nobody_from_a_pause(loaded: Scheduler) -> None:
+    """A task that is stopped stays so when another process changes its CPUs."""
+    with Load() as load:
+        load.make("limited", cpu_max="5000 100000")
+        pids = [load.start("limited", read_zeros), load.start("limited")]
+        time.sleep(1)
+        before, began = load.usage_usec("limited"), time.monotonic()
+        turned(pids, 6.0)
+        used = (load.usage_usec("limited") - before) / (time.monotonic() - began)
+    assert used < 80_000, "5 % of a CPU, and some ticks at the begin"
 
 
 def populate() -> None:
@@ -123,4 +169,4 @@ def test_cpu_max_is_kept_in_the_kernel(loaded: Scheduler, work: Callable[[], Non
         began = time.monotonic()
         used = settled(load, ["a"], is_kept, 2.0, 20.0)
         assert is_kept(used, time.monotonic() - began), used
-    assert loaded.control.stopped_inside == 0
+    assert loaded.control.not_asked == 0

@@ -599,7 +599,7 @@ class SchedControl(ctypes.Structure):
         ("preempted", ctypes.c_uint64),
         ("finishing", ctypes.c_uint64),
         ("left", ctypes.c_uint64),
-        ("stopped_inside", ctypes.c_uint64),
+        ("not_asked", ctypes.c_uint64),
         ("held_at_exec", ctypes.c_uint64),
         ("exec_holds_over", ctypes.c_uint64),
     )
@@ -619,7 +619,7 @@ class SchedControl(ctypes.Structure):
     preempted: int
     finishing: int
     left: int
-    stopped_inside: int
+    not_asked: int
     held_at_exec: int
     exec_holds_over: int
 

@@ -134,7 +134,7 @@ SCHEDULER_EVENTS = (
     "preempted",
     "finishing",
     "left",
-    "stopped_inside",
+    "not_asked",
     "held_at_exec",
     "exec_holds_over",
 )
