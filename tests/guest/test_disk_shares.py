@@ -24,11 +24,11 @@ from tests.harness import AgentProcess, DaemonProcess
 pytestmark = [pytest.mark.controllers, pytest.mark.full_kernel]
 
 AREA_MIB = 64
-MEASURED_S = 6.0
-TRIES = 4
-SETTLE_S = 2.0
-MORE = 0.56
-"""What is clearly more than half. On an emulated CPU bfq gives 0.65 to 0.76 of 0.8: who is late
+MEASURED_S = 5.0
+TRIES = 3
+SETTLE_S = 1.5
+MORE = 0.53
+"""What is clearly more than half. On an emulated CPU bfq gives 0.6 to 0.76 of 0.8: who is late
 with the next request loses its turn."""
 QUIET = "[guard]\nenabled = false\n"
 WRITE = "while :; do dd if=/dev/zero of={disk} bs=256K count={count} seek={at} oflag=direct; done"
