@@ -62,7 +62,7 @@ class Running:
         self._run_dir, self._is_watched = server.run_dir, bool(server.metrics_address)
         self._parts = parts
         self.memory = memory
-        self.garbage = Garbage()
+        self.garbage = Garbage(lambda: len(parts.calls.open) + len(parts.sessions.open))
         self._events = events
         self._pool = pool
         self.observers = observers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,8 +29,13 @@ def now() -> list[float]:
 
 
 @pytest.fixture
-def collector(now: list[float]) -> Iterator[Garbage]:
-    made = Garbage(lambda: now[0])
+def open_calls() -> list[int]:
+    return [0]
+
+
+@pytest.fixture
+def collector(now: list[float], open_calls: list[int]) -> Iterator[Garbage]:
+    made = Garbage(lambda: open_calls[0], lambda: now[0])
     made.start()
     yield made
     made.stop()
@@ -82,9 +88,49 @@ def test_a_cycle_that_was_left_alone_goes_in_the_end(
     assert lost() is None
 
 
+def left_alone() -> weakref.ref[Thing]:
+    """Make a cycle that is let go of once the collector has looked at it."""
+    one = Thing()
+    one.other = Thing(one)
+    gc.collect()
+    return weakref.ref(one)
+
+
+def test_a_look_waits_until_little_is_open(
+    collector: Garbage, now: list[float], open_calls: list[int]
+) -> None:
+    lost, open_calls[0] = left_alone(), garbage.LITTLE_OPEN + 1
+    now[0] += garbage.THOROUGH_S
+    collector.check()
+    assert lost() is not None, "so much is open that others would wait"
+    open_calls[0] -= 1
+    collector.check()
+    assert lost() is None
+    # But not for ever.
+    lost, open_calls[0] = left_alone(), garbage.LITTLE_OPEN + 1
+    now[0] += garbage.THOROUGH_MOST_S
+    collector.check()
+    assert lost() is None
+
+
+def test_memory_of_what_is_open_brings_no_look(
+    collector: Garbage, now: list[float], open_calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, before = left_alone(), sys.getallocatedblocks()
+    now[0] += garbage.THOROUGH_LEAST_S
+    more = 10_000 * garbage.BLOCKS_OF_OPEN
+    monkeypatch.setattr("sys.getallocatedblocks", lambda: before + more)
+    open_calls[0] = 10_000
+    collector.check()
+    assert lost() is not None
+    monkeypatch.setattr("sys.getallocatedblocks", lambda: 2 * before + more + 50_000)
+    collector.check()
+    assert lost() is None
+
+
 def test_the_collector_is_left_as_it_was() -> None:
     before = gc.get_threshold(), len(gc.callbacks)
-    made = Garbage()
+    made = Garbage(lambda: 0)
     made.start()
     assert gc.get_threshold()[2] == garbage.FULL_AFTER
     made.stop()
