@@ -297,8 +297,9 @@ class SessionLifecycle:
     def sweep(self) -> Iterator[None]:
         """Remove cgroups that nobody owns, and close sessions whose cgroup was removed, one a
         step."""
-        for cgroup in list(self._sessions.unknown()):
-            self._remove_leftover(cgroup)
+        for cgroup in self._sessions.unknown():
+            if cgroup is not None:
+                self._remove_leftover(cgroup)
             yield
         for session in list(self._sessions.open.values()):
             if session.closing:

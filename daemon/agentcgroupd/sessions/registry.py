@@ -94,22 +94,30 @@ class Sessions:
 
     # What is there besides
 
-    def unknown(self) -> Iterator[Cgroup]:
-        """Cgroups in the pool that are no session, and those in sessions that are no open call."""
-        for name in self._pool.cgroup.children():
-            if name not in self.open:
-                yield from _child_if_there(self._pool.cgroup, name)
+    def unknown(self) -> Iterator[Cgroup | None]:
+        """Cgroups in the pool that are no session, and those in sessions that are no open call.
+        None stands for one more session that has been looked at."""
+        for name in [name for name in self._pool.cgroup.children() if name not in self.open]:
+            yield from _child_if_there(self._pool.cgroup, name)
         for session in list(self.open.values()):
-            known = {c.cgroup.path.name for c in session.calls.values() if c.parent is None}
-            try:
-                names = [] if session.closing else list(session.cgroup.children())
-            except CgroupGone:
-                continue  # the sweep closes it
-            for name in names:
-                if name.startswith(CALL_PREFIX) and name not in known:
-                    yield from _child_if_there(session.cgroup, name)
-            for call in list(session.calls.values()):
-                yield from _unknown_inside(call)
+            # Others may have been closed while this one waited for its step.
+            if self.open.get(session.id) is session:
+                yield from _unknown_in(session)
+            yield None
+
+
+def _unknown_in(session: Session) -> Iterator[Cgroup]:
+    """Cgroups in a session that are named as calls and are none."""
+    known = {c.cgroup.path.name for c in session.calls.values() if c.parent is None}
+    try:
+        names = [] if session.closing else list(session.cgroup.children())
+    except CgroupGone:
+        return  # the sweep closes it
+    for name in names:
+        if name.startswith(CALL_PREFIX) and name not in known:
+            yield from _child_if_there(session.cgroup, name)
+    for call in list(session.calls.values()):
+        yield from _unknown_inside(call)
 
 
 def _unknown_inside(call: Call) -> Iterator[Cgroup]:
