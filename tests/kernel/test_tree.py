@@ -53,6 +53,25 @@ def test_id_is_the_inode_and_names_this_directory_only(top: Cgroup) -> None:
     assert second.exists() and not first.exists()
 
 
+def test_all_processes_are_listed_however_many_there_are(top: Cgroup) -> None:
+    """The kernel gives a page of pids at a time, which is some 800 of them."""
+    crowd = top.make_child("crowd")
+    code = "import os\nfor _ in range(1200):\n    if not os.fork(): os.read(0, 1); os._exit(0)\n"
+    spawned = subprocess.Popen(
+        [sys.executable, "-c", f"import os; os.read(0, 1)\n{code}os.read(0, 1)"],
+        stdin=subprocess.PIPE,
+    )
+    crowd.attach(spawned.pid)
+    assert spawned.stdin is not None
+    spawned.stdin.write(b"x")
+    spawned.stdin.flush()
+    wait_until("all are there", lambda: len(crowd.all_procs()) == 1201)
+    assert sorted(crowd.procs()) == sorted(crowd.all_procs())
+    crowd.kill()
+    spawned.stdin.close()
+    spawned.wait()
+
+
 def test_a_file_that_is_not_there_is_an_error_and_is_never_made(top: Cgroup) -> None:
     with pytest.raises(KnobError) as caught:
         top.write_text("memory.maxx", "1")

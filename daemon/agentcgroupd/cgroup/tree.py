@@ -29,11 +29,11 @@ from agentcgroupd.cgroup.knobs import (
 from agentcgroupd.cgroup.subtree import GONE, pids_in, remove_below, signal_in, walk
 from agentcgroupd.errors import CgroupGone, KnobError
 from agentcgroupd.host.mounts import MOUNTINFO, Mount, mounts
+from agentcgroupd.host.syscalls import read_at_once
 from agentcgroupd.units import CgroupId
 
 T = TypeVar("T")
 
-_READ_BYTES = 65_536
 _NAMESPACE_ROOT = Path("/")
 XATTR_NAME = "trusted.agentcgroup"
 """Attributes named trusted.* are readable and writable only with CAP_SYS_ADMIN in the initial user
@@ -102,13 +102,7 @@ class Cgroup:
     def read(self, knob: Knob[T]) -> T:
         """The value of an interface file. Raises KnobError, or CgroupGone."""
         try:
-            fd = os.open(self._prefix + knob.file, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.dir_fd)
-            try:
-                data = os.read(fd, _READ_BYTES)
-                while len(data) % _READ_BYTES == 0 and (more := os.read(fd, _READ_BYTES)):
-                    data += more
-            finally:
-                os.close(fd)
+            data = read_at_once(self._prefix + knob.file, self.dir_fd)
         except OSError as error:
             raise self._error(error, knob.file) from None
         return knob.parse(data.decode())

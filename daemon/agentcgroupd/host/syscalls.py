@@ -296,20 +296,31 @@ class ProcessStat:
     """Wait status; meaningful while state is Z."""
 
 
-_STAT_BYTES_MAX = 4096
-"""Some fifty numbers and a name of at most 64 bytes."""
+_READ_BYTES = 16_384
+_HALF_PAGE_BYTES = 2048
+
+
+def read_at_once(path: str, dir_fd: int | None = None) -> bytes:
+    """Read a file of /proc or of a cgroup whose lines are short, mostly by a single read(2). Raises
+    OSError. `dir_fd`: the directory that `path` is below."""
+    # Without the system calls by which open() finds out what kind of file it is: a call that begins
+    # or ends asks for many such files.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        more = data = os.read(fd, _READ_BYTES)
+        # Of a list the kernel gives as many lines at a time as fit into a page (fs/seq_file.c).
+        while len(more) >= _HALF_PAGE_BYTES:
+            more = os.read(fd, _READ_BYTES)
+            data += more
+        return data
+    finally:
+        os.close(fd)
 
 
 def process_stat(pid: int) -> ProcessStat:
     """Read /proc/<pid>/stat; FileNotFoundError or ProcessLookupError when there is no such
     process."""
-    # Without the system calls by which open() finds out what kind of file it is: a call that begins
-    # or ends asks this several times.
-    fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        data = os.read(fd, _STAT_BYTES_MAX)
-    finally:
-        os.close(fd)
+    data = read_at_once(f"/proc/{pid}/stat")
     fields = data[data.rindex(b")") + 2 :].split()
     return ProcessStat(
         state=fields[0].decode(),

@@ -83,12 +83,14 @@ class World:
         # Its cgroup of v1 has a name that a reader of lines as text would take for a line.
         first = {FORGER: b"/x\r0::/pool/vip/agent"}
 
-        def read_proc(pid: int, file: str) -> bytes:
+        def read(path: str) -> bytes:
+            number = path.split("/")[2]
+            pid = int(number)
             if (place := places.get(pid, b"/elsewhere" if pid == FORGER else None)) is None:
                 raise FileNotFoundError
             return b"1:memory:%s\n0::%s\n" % (first.get(pid, b"/x"), place)
 
-        monkeypatch.setattr("agentcgroupd.host.proc.read_proc", read_proc)
+        monkeypatch.setattr("agentcgroupd.host.proc.read_at_once", read)
         self.now_usec = 0
         self.holders = LockHolders(
             self.sessions, lambda call: self.touched.append(call.id), lambda: self.locks
