@@ -19,7 +19,15 @@ from typing import Protocol
 from agentcgroupd.errors import AgentcgroupdError
 from agentcgroupd.host.syscalls import PeerCredentials, peer_credentials
 from agentcgroupd.rpc.budgets import STRANGERS, Bucket, Budgets, Crowd, user_key
-from agentcgroupd.rpc.peers import Peer, SessionFinder, crowd_at, crowd_of, path_of
+from agentcgroupd.rpc.peers import (
+    NOT_LOOKED,
+    Look,
+    Peer,
+    SessionFinder,
+    crowd_at,
+    crowd_of,
+    path_of,
+)
 from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -100,18 +108,20 @@ class Lobby:
             self._later(sock, who, slow, wait_s)
             return
         try:
-            seems = self._timed(who)
+            look = self._timed(who)
         except ProcessLookupError:
             self._turns.spent(self._stranger(who.uid), 0)
             self._host.ended(sock)
             return
-        crowd = self._budgets.crowd(seems or user_key(who.uid))
-        key = crowd.turns_key if seems else self._stranger(who.uid)
+        crowd = self._budgets.crowd(look.crowd or user_key(who.uid))
+        key = crowd.turns_key if look.crowd else self._stranger(who.uid)
         if self._is_full(key):
             self._host.turn_away(sock, crowd, self._crowded)
         else:
             self._count(key, 1)
-            self._turns.submit_or_do(key, partial(self._identify, sock, who.pid, seems, key))
+            self._turns.submit_or_do(key, partial(self._identify, sock, who.pid, look, key))
+            # Nobody was moved meanwhile: the daemon did nothing but serve this connection, if that.
+            look.expire()
 
     def _later(
         self, sock: socket.socket, who: PeerCredentials, slow: Bucket, wait_s: float
@@ -123,14 +133,14 @@ class Lobby:
             return
         slow.take(SLOW_BURST_S)
         self._count(key, 1)
-        identify = partial(self._identify, sock, who.pid, "", key)
+        identify = partial(self._identify, sock, who.pid, NOT_LOOKED, key)
         self._loop.call_later(wait_s, self._turns.submit, key, identify)
 
-    def _timed(self, who: PeerCredentials) -> str:
-        """Do as `_seems`, and count for the user what that takes if it is long."""
+    def _timed(self, who: PeerCredentials) -> Look:
+        """Do as `_look_at`, and count for the user what that takes if it is long."""
         started = time.thread_time()
         try:
-            return self._seems(who)
+            return self._look_at(who)
         finally:
             took_s = time.thread_time() - started
             if took_s > SLOW_S and who.uid != ROOT_UID:
@@ -156,29 +166,28 @@ class Lobby:
             if not self._unseen[what]:
                 del self._unseen[what]
 
-    def _seems(self, who: PeerCredentials) -> str:
-        """The crowd that a process is of, if it still is who connected; empty: that cannot be told
-        like this. Raises ProcessLookupError if it has ended."""
+    def _look_at(self, who: PeerCredentials) -> Look:
+        """Look at the process of a pid, which may not be who connected any more. Raises
+        ProcessLookupError if it has ended."""
         if not who.pid:
-            return ""
+            return NOT_LOOKED
         try:
-            return crowd_at(path_of(who.pid), who.pid, who.uid, self._find)
+            path = path_of(who.pid)
+            return Look(path, crowd_at(path, who.pid, who.uid, self._find))
         except (FileNotFoundError, ProcessLookupError):
             raise ProcessLookupError from None
         except Exception:
             log.debug("process %d is asked for once more", who.pid, exc_info=True)
-            return ""
+            return NOT_LOOKED
 
-    def _identify(self, sock: socket.socket, pid: int, seems: str, key: str) -> None:
+    def _identify(self, sock: socket.socket, pid: int, look: Look, key: str) -> None:
         """Ask the kernel who is there, and hand it to the server."""
         self._count(key, -1)
         peer: Peer | None = None
         try:
-            peer = Peer(sock)
-            if seems:
-                # It has been there since it connected, so what was read of its pid was its own.
-                peer.check_alive()
-            crowd = self._budgets.crowd(seems or crowd_of(peer, self._find))
+            # It has been there since it connected, so what was read of its pid was its own.
+            peer = Peer(sock, look)
+            crowd = self._budgets.crowd(look.crowd or crowd_of(peer, self._find))
         except Exception as error:
             if peer is not None:
                 peer.close()

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from agentcgroupd.errors import PermissionDenied, Unavailable
 from agentcgroupd.host.proc import CgroupUnknown, cgroup_of
@@ -31,14 +32,34 @@ def _not_known(error: OSError) -> PermissionDenied | Unavailable:
     return PermissionDenied(ENDED)
 
 
+@dataclass(slots=True)
+class Look:
+    """A look at where a process stands: what was read of its pid, for as long as nothing else has
+    been done since."""
+
+    path: str
+    """The cgroup, below the mount; empty: it is too old, or was not to be had."""
+    crowd: str
+    """Whose budget the process uses; empty: that cannot be told like this."""
+
+    def expire(self) -> None:
+        """Have the cgroup read anew by whoever asks for it from now on."""
+        self.path = ""
+
+
+NOT_LOOKED = Look("", "")
+
+
 class Peer:
     """The process that opened a connection."""
 
-    __slots__ = ("gid", "process", "uid")
+    __slots__ = ("_look", "gid", "process", "uid")
 
-    def __init__(self, sock: socket.socket) -> None:
-        """The peer of a connected Unix socket. Raises PermissionDenied if the process is gone or
-        cannot be seen from the daemon's pid namespace, Unavailable where no descriptor is left."""
+    def __init__(self, sock: socket.socket, look: Look = NOT_LOOKED) -> None:
+        """The peer of a connected Unix socket, which is alive. `look`: what was read of its pid
+        since it connected. Raises PermissionDenied if the process is gone or cannot be seen from
+        the daemon's pid namespace, Unavailable where no descriptor is left."""
+        self._look = look
         credentials = peer_credentials(sock)
         self.uid, self.gid = credentials.uid, credentials.gid
         if credentials.pid == 0:
@@ -64,12 +85,15 @@ class Peer:
         for its session alone, whoever its user is."""
         peer = cls.__new__(cls)
         peer.uid = peer.gid = NOBODY
+        peer._look = NOT_LOOKED
         peer.process = process
         return peer
 
     def cgroup_path(self) -> str:
         """The cgroup the process is in now, below the cgroup2 mount. Raises PermissionDenied, or
         Unavailable where no descriptor is left."""
+        if self._look.path:
+            return self._look.path
         try:
             path = path_of(self.process.pid)
         except OSError as error:
