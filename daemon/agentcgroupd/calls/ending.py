@@ -122,6 +122,14 @@ class OpenCalls:
             self._owners.add(call)
         self._deadlines.begun(call)
 
+    def _keep(self, call: Call) -> None:
+        """Write a call's record, and the second one where it has had a process: before that nobody
+        loses anything with the call. Raises KnobError."""
+        record = call.record()
+        call.cgroup.set_xattr(record)
+        if call.entered:
+            self.second.keep(call.id, call.cgroup.id, record)
+
     def _told(self, call_id: str) -> None:
         """Tell of a call that has begun, unless that is done."""
         tell = self._untold.pop(call_id, None)
@@ -265,7 +273,7 @@ class OpenCalls:
         if call.state == pb.CALL_STATE_PENDING:
             call.state = pb.CALL_STATE_RUNNING
         self._deadlines.entered(call)
-        call.cgroup.set_xattr(call.record())
+        self._keep(call)
 
     def _goes_on(self, call: Call) -> bool:
         """Whether a process of a call is left, in its cgroup or, as its main process or that of a

@@ -206,12 +206,6 @@ class Calls(OpenCalls):
         self._observer.call_begun(call)
         return call
 
-    def _keep(self, call: Call) -> None:
-        """Write a call's record, and the second one. Raises KnobError."""
-        record = call.record()
-        call.cgroup.set_xattr(record)
-        self.second.keep(call.id, call.cgroup.id, record)
-
     def _with_cgroup(
         self, candidate: Candidate, grant: Grant, owner: Process | None, age_usec: int
     ) -> Call:
@@ -296,7 +290,9 @@ class Calls(OpenCalls):
         call.client_status = call.exit_status = None
         self._leftovers.watch(call)
         call.went_on_as = ""
-        self._entered(call, process)
+        self._entered(call, process.pid)
+        # The tool waits for the answer alone.
+        self._loop.call_soon(self._settle_later, call, process.copy())
 
     def _leave_others(self, call: Call, process: Process) -> None:
         """Let go of the call whose main process has just gone on to another one: a shell that ends
@@ -332,20 +328,37 @@ class Calls(OpenCalls):
         """Move one more process into a call; if the call is ending, the process is killed with it.
         Raises KnobError, or FailedPrecondition if the process has ended."""
         _move(process, call.leaf)
-        self._entered(call, process)
+        self._entered(call, process.pid)
+        self._settle(call, process)
         if call.state == pb.CALL_STATE_ENDING:
             kill(call)
 
-    def _entered(self, call: Call, process: Process) -> None:
-        self._observer.entered(process.pid)
-        put_call_before_agent(call.session, call.cgroup, process.pid, call.grant.priority)
+    def _entered(self, call: Call, pid: int) -> None:
+        """Take down that a process has entered a call."""
+        self._observer.entered(pid)
         call.entered = True
         if call.state == pb.CALL_STATE_PENDING:
             call.state = pb.CALL_STATE_RUNNING
+
+    def _settle(self, call: Call, process: Process) -> None:
+        """Do what there is to do once a process has entered a call. Raises KnobError."""
+        if pidfd_alive(process.pidfd):
+            put_call_before_agent(call.session, call.cgroup, process.pid, call.grant.priority)
         self._deadlines.entered(call)
         self._keep(call)
         if call.id in self._untold:
             self._loop.call_soon(self._told, call.id)
+
+    def _settle_later(self, call: Call, process: Process) -> None:
+        """Do the same for a main process that was answered in between; it is closed."""
+        try:
+            if call.id in self.open:
+                self._settle(call, process)
+        except KnobError as error:
+            # Its end is told like any other; a daemon that is started again knows less of it.
+            log.error("call %s: its record could not be kept: %s", call.id, error)
+        finally:
+            process.close()
 
     def update(self, call: Call, intent: Intent, only_lower: bool = False) -> Call:
         """Change an open call's grant. `only_lower`: refuse what would raise anything that the call

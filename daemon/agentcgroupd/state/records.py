@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,10 +43,19 @@ def foreign_version(raw: bytes | None, kind: str) -> object:
     return None if data["v"] == RECORD_VERSION else data["v"]
 
 
+encode = json.JSONEncoder(separators=(",", ":")).encode
+"""Write what a record holds as JSON. json.dumps would make an encoder each time."""
+
+
+@cache
+def _names(kind: type[DataclassInstance]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
+
+
 def plain(value: DataclassInstance) -> dict[str, Any]:
     """A flat dataclass as a dict. dataclasses.asdict would copy deeply, which is most of a record's
     cost."""
-    return {f.name: getattr(value, f.name) for f in fields(value)}
+    return {name: getattr(value, name) for name in _names(type(value))}
 
 
 def cut_argv_of_record(argv: tuple[str, ...]) -> list[str]:

@@ -19,7 +19,13 @@ from agentcgroupd.policy.learning import Learned
 from agentcgroupd.state.ending import NOTHING_HELD, Account, Held, Place
 from agentcgroupd.state.process import Process
 from agentcgroupd.state.purpose import Purpose
-from agentcgroupd.state.records import RECORD_VERSION, cut_argv_of_record, plain, sendable
+from agentcgroupd.state.records import (
+    RECORD_VERSION,
+    cut_argv_of_record,
+    encode,
+    plain,
+    sendable,
+)
 
 AGENT_LEAF = "agent"
 CALL_PREFIX = "call-"
@@ -243,11 +249,11 @@ class Call:
                 "argv": cut_argv_of_record(self.argv),
                 "grant": plain(self.grant),
             }
-            self.head_of_record = self.grant, json.dumps(head, separators=(",", ":"))[:-1]
+            self.head_of_record = self.grant, encode(head)[:-1]
         return self.head_of_record[1]
 
     def _record_rest(self) -> str:
-        return json.dumps(
+        return encode(
             {
                 "began_unix_usec": self.began_unix_usec,
                 "began_boot_usec": self.began_boot_usec,
@@ -272,8 +278,7 @@ class Call:
                 "status": [self.exit_status, self.client_status],
                 "cut": self.cut,
                 "account": self.account.plain(),
-            },
-            separators=(",", ":"),
+            }
         )
 
     @classmethod

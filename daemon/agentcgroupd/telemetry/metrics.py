@@ -314,9 +314,9 @@ class Metrics:
         self.call_wall.observe(report.wall_usec / 1e6)
         if report.HasField("memory_peak_bytes"):
             self.call_peak.observe(report.memory_peak_bytes)
-        self.throttled.labels("cpu").inc(report.cpu_throttled_usec / 1e6)
-        self.throttled.labels("memory").inc(report.memory_throttled_usec / 1e6)
-        self.throttled.labels("frozen").inc(report.frozen_usec / 1e6)
+        _add(self.throttled, report.cpu_throttled_usec / 1e6, "cpu")
+        _add(self.throttled, report.memory_throttled_usec / 1e6, "memory")
+        _add(self.throttled, report.frozen_usec / 1e6, "frozen")
         if report.HasField("gpu"):
             self.gpu_energy.inc(report.gpu.energy_mj / 1e3)
             self.gpu_held_back.inc(report.gpu.held_back_usec / 1e6)
@@ -324,13 +324,13 @@ class Metrics:
             self._count_usage(report, priority)
 
     def _count_usage(self, report: pb.Report, priority: str) -> None:
-        self.used_cpu.labels(priority).inc(report.cpu_usage_usec / 1e6)
+        _add(self.used_cpu, report.cpu_usage_usec / 1e6, priority)
         held = report.memory_peak_bytes * report.wall_usec / 1e6
-        self.used_memory.labels(priority).inc(held)
-        self.used_io.labels("read", priority).inc(report.io_read_bytes)
-        self.used_io.labels("write", priority).inc(report.io_write_bytes)
-        self.used_net.labels("receive", priority).inc(report.net.receive_bytes)
-        self.used_net.labels("send", priority).inc(report.net.send_bytes)
+        _add(self.used_memory, held, priority)
+        _add(self.used_io, report.io_read_bytes, "read", priority)
+        _add(self.used_io, report.io_write_bytes, "write", priority)
+        _add(self.used_net, report.net.receive_bytes, "receive", priority)
+        _add(self.used_net, report.net.send_bytes, "send", priority)
 
     def count_feedback(self, feedback: pb.Feedback) -> None:
         """Count one piece of feedback to an agent."""
@@ -340,6 +340,13 @@ class Metrics:
     def time(self, phase: str) -> Any:
         """A context manager that times one of the daemon's own steps."""
         return self.phase.labels(phase).time()
+
+
+def _add(counter: Counter, more: float, *labels: str) -> None:
+    """Add to a series that is there already. Mostly there is nothing to add, and to find the series
+    is most of the work."""
+    if more:
+        counter.labels(*labels).inc(more)
 
 
 _BUILD = ("version", "kernel", "python")
