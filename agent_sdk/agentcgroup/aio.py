@@ -58,11 +58,12 @@ class AsyncCall(CallBase):
 
     async def end(self) -> Report | None:
         """End the call, as leaving `async with` does. Returns its report."""
-        return await self._end(None)
+        await self._end(None)
+        return self.report
 
     async def _end(
         self, error: BaseException | None, when_away: Callable[[], None] | None = None
-    ) -> Report | None:
+    ) -> None:
         if self._state == "open":
             outcome = None
             if self.confined:
@@ -76,7 +77,6 @@ class AsyncCall(CallBase):
                     if process.returncode is None:
                         process.kill()
             self._ended(outcome)
-        return self.report
 
     async def __aenter__(self) -> Self:
         return await self.begin()

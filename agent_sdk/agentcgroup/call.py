@@ -118,6 +118,8 @@ class CallBase:
         self._request = begin_request(self.name, intent, argv)
         self._launch: list[str] = []
         self._state = "new"
+        # The message of its report, which is read when somebody asks for it.
+        self._answer: pb.Report | None = None
         self._report: Report | None = None
         # Why the process that was started last did not come to its end; see `_reason_of`.
         self._reason: pb.EndReason.ValueType = pb.END_REASON_UNSPECIFIED
@@ -138,6 +140,8 @@ class CallBase:
                 f"call {self.id or self.name} has not ended: its report can be read after the "
                 "'with' block"
             )
+        if self._report is None and self._answer is not None:
+            self._report = Report.from_proto(self._answer)
         return self._report
 
     def _launcher(self) -> str:
@@ -236,15 +240,14 @@ class CallBase:
             return pb.END_REASON_DONE
         return pb.END_REASON_UNSPECIFIED
 
-    def _ended(self, outcome: Report | AgentcgError | None) -> None:
+    def _ended(self, outcome: pb.Report | AgentcgError | None) -> None:
         self._state = "ended"
         if isinstance(outcome, AgentcgError):
             self._settings.seen = False
             warn(f"the report of call {self.id} ({self.name}) is lost: {outcome}")
         else:
-            self._report = outcome
-            if outcome is not None:
-                note(outcome)
+            self._answer = outcome
+            note(self)
 
     def _update_request(self, intent: Intent) -> pb.UpdateIntentRequest:
         if self._state != "open":

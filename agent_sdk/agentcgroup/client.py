@@ -70,9 +70,10 @@ class Call(CallBase):
 
     def end(self) -> Report | None:
         """End the call, as leaving `with` does. Returns its report; a second time, the same."""
-        return self._end(None)
+        self._end(None)
+        return self.report
 
-    def _end(self, error: BaseException | None) -> Report | None:
+    def _end(self, error: BaseException | None) -> None:
         if self._state == "open":
             process = self._process
             returncode = process.poll() if process is not None else None
@@ -88,7 +89,6 @@ class Call(CallBase):
                 for process in self._popened:
                     process.kill()
             self._ended(outcome)
-        return self.report
 
     def __enter__(self) -> Self:
         return self.begin()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from agentcgroup import packets, paths
 from agentcgroup.told import told
@@ -20,11 +20,18 @@ COMMAND_BYTES_MAX = 8192
 _ended: ContextVar[list[Report] | None] = ContextVar("agentcgroup_ended", default=None)
 
 
-def note(report: Report) -> None:
+class EndedCall(Protocol):
+    """A call that has ended."""
+
+    @property
+    def report(self) -> Report | None: ...
+
+
+def note(call: EndedCall) -> None:
     """Remember a call that has ended, for the tool that this context belongs to."""
     reports = _ended.get()
-    if reports is not None:
-        reports.append(report)
+    if reports is not None and call.report is not None:
+        reports.append(call.report)
 
 
 class Telling:
