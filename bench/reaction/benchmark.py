@@ -5,8 +5,9 @@ and therefore goes first. The guard pauses it, and is asked afterwards when that
 log). An observer outside the pool has read memory.current in a tight loop meanwhile: how much the
 call's session grew after that moment, for how long, and how far beyond its mark the pool was. The
 same with a hundred
-growers at once; with the daemon stopped (SIGSTOP) for five seconds while they grow; and with the
-daemon killed and started again. Each part ends in bounded time, whatever happens.
+growers at once; with the daemon stopped (SIGSTOP) for five seconds while they grow; with the
+daemon killed and started again; and, with --open, beside so many open calls and others that begin
+and end all the time. Each part ends in bounded time, whatever happens.
 
 Kernel rungs: memory.max and denied growth, in bytes past what was set.
 """
@@ -32,6 +33,7 @@ from agentcgroupd.config import GuardConfig
 from agentcgroupd.policy.engine import marks
 from bench.growers import WAYS, daemon_with_pool, grower, policy_for
 from bench.report import BenchReport, Target, quantile
+from bench.scale.benchmark import CONFIG, Agent, begin_all, end_all
 from tests.harness import EXEC, SLOW, AgentProcess, DaemonProcess, wait_until
 
 LOAD = str(Path(EXEC).with_name("agentcg-load"))
@@ -60,6 +62,18 @@ for tool in tools:
     tool.kill()
     tool.wait()
 """
+BEGIN_AND_END = """
+import agentcgroup, threading
+over, agent = threading.Event(), agentcgroup.Agent()
+def begin_and_end():
+    while not over.wait(0.01):
+        with agent.tool_call("short"):
+            pass
+thread = threading.Thread(target=begin_and_end)
+thread.start()
+"""
+"""Some 100 calls a second."""
+END = "over.set(); thread.join()"
 LEAD = """
 tool = subprocess.Popen([EXEC, "--name", "lead", "--", LOAD], stdin=subprocess.PIPE, text=True)
 tool.stdin.write(schedule)
@@ -233,6 +247,34 @@ def killed(daemon: DaemonProcess, batch: AgentProcess, count: int, pool_bytes: i
         return after - before
 
 
+def crowded(
+    daemon: DaemonProcess, batch: AgentProcess, calls: int, rounds: int, pool_bytes: int
+) -> Iterator[Reaction]:
+    """What a single grower is seen to do beside so many open calls in a tenth as many sessions,
+    and others that begin and end."""
+    sessions = max(1, calls // 10)
+    for number in range(sessions):
+        spec = pb.SessionSpec(id=f"s{number}")
+        daemon.admin.OpenSession(pb.OpenSessionRequest(spec=spec))
+    agent = Agent(daemon)
+    try:
+        opened = begin_all(agent, sessions, calls)
+    finally:
+        agent.leave()
+    busy = daemon.open("busy")
+    busy.run(BEGIN_AND_END)
+    try:
+        for way in WAYS:
+            for _ in range(rounds):
+                yield observed(daemon, batch, f"{way}, {calls} calls open", 1, way, pool_bytes)
+    finally:
+        busy.run(END)
+        try:
+            end_all(agent, opened)
+        finally:
+            agent.leave()
+
+
 def kernel_rungs(daemon: DaemonProcess, call_bytes: int) -> list[Any]:
     """Bytes past memory.max."""
     agent = daemon.open("rungs", priority="batch")
@@ -286,13 +328,14 @@ def main() -> int:
     in_guest = SLOW > 1 or "AGENTCG_GUEST" in os.environ
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2 if in_guest else ROUNDS)
+    parser.add_argument("--open", type=int, default=0, help="calls that are open beside a grower")
     arguments = parser.parse_args()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     pool_bytes = int(min(4 * GIB, memory // 3)) // MIB * MIB
     many = 20 if in_guest else MANY
     found: list[Reaction] = []
     with tempfile.TemporaryDirectory(prefix="agentcg-") as directory:
-        daemon = daemon_with_pool(Path(directory), pool_bytes)
+        daemon = daemon_with_pool(Path(directory), pool_bytes, CONFIG)
 
         def note(reaction: Reaction) -> None:
             found.append(reaction)
@@ -317,6 +360,11 @@ def main() -> int:
                 case = f"{many} {way}, daemon stopped"
                 note(observed(daemon, batch, case, many, way, pool_bytes, STOPPED_S))
             grown = killed(daemon, batch, 4, pool_bytes)
+            if arguments.open:
+                for reaction in crowded(
+                    daemon, batch, arguments.open, arguments.rounds, pool_bytes
+                ):
+                    note(reaction)
             vip.run("tool.kill(); tool.wait()")
             rungs = kernel_rungs(daemon, min(GIB, pool_bytes // 8))
             if "deny growth" in _features(daemon):
@@ -345,7 +393,7 @@ def summarize(
         past = max(r.past_bytes for r in mine)
         targets.append(
             Target(f"{case}: growth after the pause", past / MIB, "MiB", "<= 16", past <= MOST_PAST)
-            if case in WAYS
+            if case.partition(",")[0] in WAYS
             else _past_mark(case, mine)
         )
         hit = sum(r.limit_hit for r in mine)
@@ -354,11 +402,11 @@ def summarize(
     name = "daemon killed: growth in the second before the next"
     targets.append(Target(name, killed_bytes / MIB, "MiB", "<= 64", met))
     if not in_guest:
-        times = [r.stopped_after_ms for r in found if r.case in WAYS]
-        for share, limit in ((0.5, 1.0), (0.99, 5.0)):
-            value = quantile(times, share)
-            name = f"from the pause to no more growth, p{share * 100:g}"
-            targets.append(Target(name, value, "ms", f"<= {limit:g}", value <= limit))
+        for beside in dict.fromkeys(r.case.partition(",")[2] for r in found):
+            cases = [f"{way},{beside}" if beside else way for way in WAYS]
+            times = [r.stopped_after_ms for r in found if r.case in cases]
+            if times:
+                targets += _times(times, beside)
     details = {
         "reactions": [asdict(r) for r in found],
         "killed_bytes": killed_bytes,
@@ -366,6 +414,13 @@ def summarize(
     }
     where = "guest" if in_guest else "host"
     return BenchReport("reaction", where, len(found), targets, details)
+
+
+def _times(times: list[float], beside: str) -> Iterator[Target]:
+    for share, limit in ((0.5, 1.0), (0.99, 5.0)):
+        value = quantile(times, share)
+        name = f"from the pause to no more growth,{beside} p{share * 100:g}"
+        yield Target(name, value, "ms", f"<= {limit:g}", value <= limit)
 
 
 def _past_mark(case: str, mine: list[Reaction]) -> Target:

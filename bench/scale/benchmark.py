@@ -133,7 +133,7 @@ def _of_daemon(daemon: DaemonProcess, sessions: int, calls: int) -> dict[str, An
     try:
         with Pings(daemon) as pings:
             found["begin_s"], found["begin_cpu_s"] = _timed(
-                daemon, lambda: opened.update(_begin_all(agent, sessions, calls))
+                daemon, lambda: opened.update(begin_all(agent, sessions, calls))
             )
         found["begin_lag_ms"], found["begin_late_ms"] = spread(pings.ms), spread(pings.late_ms)
         time.sleep(2)
@@ -147,7 +147,7 @@ def _of_daemon(daemon: DaemonProcess, sessions: int, calls: int) -> dict[str, An
         found["idle_cpu_share"] = (cpu_s(daemon) - before) / IDLE_S
         found["rss_mib"] = rss_bytes(daemon) / MIB
         with Pings(daemon) as pings:
-            found["end_s"], found["end_cpu_s"] = _timed(daemon, lambda: _end_all(agent, opened))
+            found["end_s"], found["end_cpu_s"] = _timed(daemon, lambda: end_all(agent, opened))
         found["end_lag_ms"], found["end_late_ms"] = spread(pings.ms), spread(pings.late_ms)
     finally:
         agent.leave()
@@ -162,7 +162,8 @@ def _timed(daemon: DaemonProcess, action: Any) -> tuple[float, float]:
     return time.perf_counter() - began, cpu_s(daemon) - cpu
 
 
-def _begin_all(agent: Agent, sessions: int, calls: int) -> dict[str, list[str]]:
+def begin_all(agent: Agent, sessions: int, calls: int) -> dict[str, list[str]]:
+    """Begin so many calls in all, in sessions `s0` and so on; returns their ids by session."""
     opened: dict[str, list[str]] = {}
     for number in range(sessions):
         name = f"s{number}"
@@ -171,7 +172,8 @@ def _begin_all(agent: Agent, sessions: int, calls: int) -> dict[str, list[str]]:
     return opened
 
 
-def _end_all(agent: Agent, opened: dict[str, list[str]]) -> None:
+def end_all(agent: Agent, opened: dict[str, list[str]]) -> None:
+    """End what `begin_all` has begun."""
     for name, ids in opened.items():
         agent.enter(name)
         for call_id in ids:

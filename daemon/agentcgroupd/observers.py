@@ -161,12 +161,11 @@ class Observers:
         for observer in self._programs():
             self._plane.attempt("a call cannot be watched", observer.call_opened, call)
         self._gpus.call_opened(call)
-        if self._guard is not None:
-            self._guard.call_opened(call)
 
     def call_begun(self, call: Call) -> None:
-        """Have the guard sample the pool soon."""
+        """Have the guard look at a call, hold it to its credit, and sample the pool soon."""
         if self._guard is not None:
+            self._guard.call_opened(call)
             self._guard.loop.call_began()
 
     def regrant(self, call: Call, grant: Grant) -> Grant:

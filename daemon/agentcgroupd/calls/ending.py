@@ -51,7 +51,7 @@ from agentcgroupd.state.session import (
     all_inside,
 )
 from agentcgroupd.telemetry.notices import Notices
-from agentcgroupd.telemetry.wire import grant_to_proto
+from agentcgroupd.telemetry.wire import grant_of
 from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,8 @@ class OpenCalls:
         self._postponed: dict[str, Call] = {}
         self._untold: dict[str, Callable[[], None]] = {}
         """Calls that have begun and are about to be told of, with what does that."""
+        self._new: dict[str, Call] = {}
+        """Calls that are looked after as soon as their callers have been answered."""
         self.ended = 0
         self.second = second
 
@@ -120,7 +122,14 @@ class OpenCalls:
         self._observer.call_opened(call)
         if call.owner is not None:
             self._owners.add(call)
-        self._deadlines.begun(call)
+        self._new[call.id] = call
+
+    def _look_after(self, call: Call) -> None:
+        """Do for a call that is followed what has to be done before a process enters it, unless
+        that is done."""
+        if self._new.pop(call.id, None) is not None:
+            self._deadlines.begun(call)
+            self._observer.call_begun(call)
 
     def _keep(self, call: Call) -> None:
         """Write a call's record, and the second one where it has had a process: before that nobody
@@ -141,6 +150,7 @@ class OpenCalls:
         BpfError, KnobError or OSError."""
         call.held = call.held and call.owner is not None
         self._follow(call)
+        self._look_after(call)
         if call.owner is not None:
             # Owners keeps a pidfd of its own.
             call.owner.close()
@@ -222,7 +232,7 @@ class OpenCalls:
             call_id=call.id,
             session_id=call.session.id,
             name=call.name,
-            grant=grant_to_proto(call.grant),
+            grant=grant_of(call),
             sentence="The call goes on until its last process ends.",
         )
 
@@ -375,6 +385,7 @@ class OpenCalls:
 
     def _forget(self, call: Call, removed: bool = False) -> None:
         self.open.pop(call.id, None)
+        self._new.pop(call.id, None)
         call.session.calls.pop(call.id, None)
         if call.parent is not None:
             call.parent.inner.pop(call.id, None)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.counters import (
+    Counted,
     Counters,
     ended_as_a_whole,
     memory_hits,
@@ -197,7 +198,8 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup, oom_log: OomLog) -
     pressure, io = read_if(knobs.MEMORY_STALLED), read(knobs.IO_STAT)
     cpu, pids_peak = call.cgroup.read(knobs.CPU_STAT), read(knobs.PIDS_PEAK)
     counters = Counters.read(call, pool, events or {}, pids_events or {})
-    oom = _oom_facts(call, pool, counters, oom_log)
+    began = counters.since(call.account.began)
+    oom = _oom_facts(call, pool, counters, began, oom_log)
     if facts.outside and facts.signal == signal.SIGKILL:
         # What this call's counters say is not of the cgroup that it was in.
         oom = replace(oom, main_chosen=_main_chosen(call, None, oom_log))
@@ -205,7 +207,7 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup, oom_log: OomLog) -
         facts,
         oom_kills=oom.least + oom.least_before if events else None,
         oom=oom,
-        pids_hits=tuple(pids_hits(call, counters.since(call.account.began), pids_peak)),
+        pids_hits=tuple(pids_hits(call, began, pids_peak)),
         memory_peak_bytes=read(knobs.MEMORY_PEAK),
         memory_high_events=events["high"] if events else None,
         memory_throttled_usec=pressure["some"] if pressure else None,
@@ -220,10 +222,13 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup, oom_log: OomLog) -
     )
 
 
-def _oom_facts(call: Call, pool: Cgroup, counters: Counters, oom_log: OomLog) -> OomFacts:
-    """What the kernel's OOM killer did to a call. Raises KnobError."""
+def _oom_facts(
+    call: Call, pool: Cgroup, counters: Counters, began: Counted, oom_log: OomLog
+) -> OomFacts:
+    """What the kernel's OOM killer did to a call. `began`: what was counted since it began. Raises
+    KnobError."""
     account = call.account
-    counted = counters.since(account.baseline or account.began)
+    counted = began if account.baseline is None else counters.since(account.baseline)
     kills = counted.below.oom_kills
     now = counters.now.below
     found = OomFacts(
@@ -231,7 +236,7 @@ def _oom_facts(call: Call, pool: Cgroup, counters: Counters, oom_log: OomLog) ->
         groups_before=now.group_kills - counted.below.group_kills,
     )
     if found.kills_before:
-        hits_before = tuple(memory_hits(call, counters.since(account.began)))
+        hits_before = tuple(memory_hits(call, began))
         found = replace(found, hits_before=hits_before)
     if not kills:
         return found

@@ -16,7 +16,8 @@ class CallObserver(Protocol):
         Raises BpfError where the call cannot have what it was granted."""
 
     def call_begun(self, call: Call) -> None:
-        """Take note that a call has begun, its limits set and its start told."""
+        """Look after a call from now on, whose limits are set: before a process enters it or, after
+        a restart, while some are in it."""
 
     def regrant(self, call: Call, grant: Grant) -> Grant:
         """Change what an open call has to `grant`, and return that with what follows from it.

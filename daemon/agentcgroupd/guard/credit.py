@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import ParamSpec
@@ -38,6 +39,8 @@ REST_USEC = 200_000
 """A call that has not grown for this long is not looked at any more."""
 FIRST_USEC = 1_000_000
 """After this time a call that has not asked rests, and keeps a small credit."""
+YOUNG_PAUSE_S, YOUNG_SLICE_S = 0.02, 0.002
+"""At least so long between two times that calls are put to rest, and for how long at a time."""
 HOLD_USEC = 100_000
 """A call that has waited this long for credit is paused; until then its tasks
 sleep in the kernel at memory.high."""
@@ -174,7 +177,10 @@ class CreditKeeper:
 
     def _look_later(self) -> None:
         if self._timer is None and self._running and (self._looked_at or self._young):
-            pause_s = LOOK_S if self._looked_at else FIRST_USEC / 2e6
+            pause_s = LOOK_S
+            if not self._looked_at:
+                due_s = (self._young[0][0] - boottime_usec()) / 1e6
+                pause_s = max(YOUNG_PAUSE_S, due_s)
             self._timer = self._loop.call_later(pause_s, self._timed)
         elif self._timer is not None and self._looked_at:
             due = self._loop.time() + LOOK_S
@@ -440,7 +446,8 @@ class CreditKeeper:
 
     def _settle_young(self, now: int) -> None:
         """Leave calls that began a while ago, and have not asked, a small credit."""
-        while self._young and self._young[0][0] <= now:
+        end = time.monotonic() + YOUNG_SLICE_S
+        while self._young and self._young[0][0] <= now and time.monotonic() < end:
             ledger = self._ledgers.get(self._young.popleft()[1])
             if ledger is not None and ledger.call.id not in self._looked_at:
                 self._attempt(ledger.call, self._reread_and_rest, ledger)

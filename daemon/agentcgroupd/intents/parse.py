@@ -169,6 +169,7 @@ class Intent:
     """Bytes a second that its sockets may send."""
 
 
+NOTHING_SAID = Intent()
 _MARKS: Mapping[str, tuple[Any, ...]] = {
     name: hint.__metadata__ for name, hint in get_type_hints(Intent, include_extras=True).items()
 }
@@ -191,6 +192,8 @@ _SHOWN: Mapping[object, Callable[[Any], str]] = {
 
 def said_in(intent: Intent) -> dict[str, str]:
     """Give the fields that were said, as people read them, by name."""
+    if intent == NOTHING_SAID:
+        return {}
     said = ((name, getattr(intent, name)) for name in PARSERS)
     return {
         name: _SHOWN.get(PARSERS[name], str)(value) for name, value in said if value is not None
@@ -207,6 +210,8 @@ def settings_of(intent: Intent) -> dict[str, str]:
 def parse_intent(texts: Mapping[str, str]) -> Intent:
     """Read an intent from text by field name; an empty text says nothing. Raises InvalidField for
     the first field that is unknown or wrong."""
+    if not texts:
+        return NOTHING_SAID
     for name, text in texts.items():
         if name not in PARSERS:
             why = suggestion(name, PARSERS) or "there is no such field"

@@ -48,6 +48,13 @@ def grant_to_proto(grant: Grant) -> pb.Grant:
     )
 
 
+def grant_of(call: Call) -> pb.Grant:
+    """The grant of a call as sent, which is made once for each that it has."""
+    if call.grant_sent is None or call.grant_sent[0] is not call.grant:
+        call.grant_sent = call.grant, grant_to_proto(call.grant)
+    return call.grant_sent[1]
+
+
 def cpu_to_proto(numbers: CpuNumbers) -> pb.CpuNumbers:
     """What the scheduler counted, as sent."""
     return pb.CpuNumbers(**asdict(numbers))
@@ -110,7 +117,7 @@ def call_to_proto(call: Call, admin: bool, usage: bool = False) -> pb.Call:
         name=call.name,
         argv=call.argv,
         state=pb.CALL_STATE_FROZEN if is_held else call.state,
-        grant=grant_to_proto(call.grant),
+        grant=grant_of(call),
         cgroup_id=call.cgroup.id,
         cgroup_path=path_of(call) if admin else "",
         began_unix_usec=call.began_unix_usec,

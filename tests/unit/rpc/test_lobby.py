@@ -210,3 +210,48 @@ def test_who_is_slow_to_look_at_waits(tmp_path: Path, monkeypatch: pytest.Monkey
     seen = asyncio.run(slowly_looked_at(tmp_path / "s", 6, monkeypatch))
     assert seen[0] == 1 and seen[5] <= 2, "the others are looked at later"
     assert seen[-1] == 6
+
+
+class Asking(Noting):
+    """A server that asks where a peer stands: when it is let in, and once more later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peers: list[Peer] = []
+        self.places: list[str] = []
+
+    def let_in(self, sock: socket.socket, peer: Peer, crowd: Crowd) -> None:
+        self.places.append(peer.cgroup_path())
+        self.peers.append(peer)
+        sock.close()
+
+
+async def places_seen(path: Path, at_once: bool) -> list[str]:
+    place = Place(path, in_session)
+    host = place.host = Asking()
+    place.lobby = Lobby(host, in_session, place.budgets, place.turns, "connects")
+    if not at_once:
+        place.turns.submit("session y", lambda: None)
+    place.connect(1)
+    await place.settle()
+    (peer,) = host.peers
+    host.places.append(peer.cgroup_path())
+    peer.close()
+    return host.places
+
+
+@pytest.mark.usefixtures("not_the_daemon")
+@pytest.mark.parametrize(
+    ("at_once", "seen"),
+    [
+        pytest.param(True, ["/first", "/second"], id="one look where it is served at once"),
+        pytest.param(False, ["/second", "/third"], id="another one where it has waited"),
+    ],
+)
+def test_where_a_peer_stands_is_read_anew_after_a_wait(
+    at_once: bool, seen: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = iter(("/first", "/second", "/third"))
+    for module in ("peers", "lobby"):
+        monkeypatch.setattr(f"agentcgroupd.rpc.{module}.path_of", lambda pid: next(places))
+    assert asyncio.run(places_seen(tmp_path / "s", at_once)) == seen
