@@ -355,16 +355,15 @@ def main() -> int:
             for way in WAYS:
                 for _ in range(arguments.rounds):
                     note(observed(daemon, batch, way, 1, way, pool_bytes))
+            if arguments.open:
+                beside = crowded(daemon, batch, arguments.open, arguments.rounds, pool_bytes)
+                for reaction in beside:
+                    note(reaction)
             for way in ("touch", "populate"):
                 note(observed(daemon, batch, f"{many} {way}", many, way, pool_bytes))
                 case = f"{many} {way}, daemon stopped"
                 note(observed(daemon, batch, case, many, way, pool_bytes, STOPPED_S))
             grown = killed(daemon, batch, 4, pool_bytes)
-            if arguments.open:
-                for reaction in crowded(
-                    daemon, batch, arguments.open, arguments.rounds, pool_bytes
-                ):
-                    note(reaction)
             vip.run("tool.kill(); tool.wait()")
             rungs = kernel_rungs(daemon, min(GIB, pool_bytes // 8))
             if "deny growth" in _features(daemon):

@@ -86,7 +86,7 @@ class OpenCalls:
         self._reports = reports
         self._observer = observer
         self._loop = asyncio.get_running_loop()
-        self._owners = Owners(self._owner_gone, turns)
+        self._owners = Owners(self.let_go_of, turns)
         self._leavers = Leavers(notices, admit, self._recheck)
         self._deadlines = Deadlines(
             config,
@@ -314,8 +314,8 @@ class OpenCalls:
         elif call.entered or call.account.removed or call.state == pb.CALL_STATE_ENDING:
             self._finish(call)
 
-    def _owner_gone(self, call: Call) -> None:
-        """Let go of a call: the process that held it open has ended."""
+    def let_go_of(self, call: Call) -> None:
+        """Let go of a call: who held it open has ended, or waits for it no longer."""
         if call.id not in self.open:
             return  # it has ended meanwhile
         call.held = False

@@ -100,15 +100,14 @@ def peer_credentials(sock: socket.socket) -> PeerCredentials:
 
 def peer_pidfd(sock: socket.socket) -> int:
     """Open a pidfd of the peer process. SO_PEERPIDFD names that very process; before Linux 6.5 the
-    pid of SO_PEERCRED is opened instead, and a pid given out again in between goes unnoticed."""
+    pid of SO_PEERCRED is opened instead, and a pid given out again in between goes unnoticed.
+    Either is close-on-exec."""
     try:
-        fd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+        return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     except OSError as error:
         if error.errno != errno.ENOPROTOOPT:
             raise
         return os.pidfd_open(peer_credentials(sock).pid)
-    os.set_inheritable(fd, False)
-    return fd
 
 
 def receive_from(sock: socket.socket, most_bytes: int) -> tuple[bytes, int | None]:

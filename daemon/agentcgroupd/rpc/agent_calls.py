@@ -81,6 +81,10 @@ class AgentCalls:
         """Find an open call, for the daemon itself; None: it is not open."""
         return self._calls.open.get(call_id)
 
+    def hung_up(self, call: Call) -> None:
+        """Let go of a call that is for one command: who began it waits for it no longer."""
+        self._calls.let_go_of(call)
+
     def end(
         self, peer: Peer, message: pb.EndCallRequest
     ) -> pb.Report | Coroutine[Any, Any, pb.Report]:

@@ -341,8 +341,8 @@ class AttachServer:
         self._close(caller)
 
     def _readable_again(self, caller: Client, call: Call) -> None:
-        """Take a second request, for the end of the call, which is answered like any other; whoever
-        hangs up is told nothing."""
+        """Take a second request, for the end of the call, which is answered like any other. Whoever
+        hangs up wants no report, and holds the call open no longer."""
         try:
             data, sender = receive_from(caller.socket, PACKET_BYTES_MAX + 1)
         except BlockingIOError:
@@ -352,6 +352,7 @@ class AttachServer:
         self._leave_line(caller, call)
         if not data:
             self._close(caller)
+            self._messages.hung_up(call)
             return
         caller.crowd.packets.take(1)
         self._turns.submit_or_do(caller.crowd.turns_key, partial(self._serve, caller, data, sender))

@@ -55,6 +55,15 @@ class Caller:
             raise NotFound(f"no call {call_id[:64]!r} is open in this session", "call_id", call_id)
         return call
 
+    def find_by_ticket(self, ticket: str) -> Call:
+        """Find an open call of the caller's session by its ticket, the newest first. Raises
+        NotFound."""
+        for call in reversed(self.session.calls.values()):
+            if ticket and call.ticket == ticket:
+                return call
+        sentence = "no call with this ticket is open in this session"
+        raise NotFound(sentence, "ticket", ticket[:64])
+
     # What it may do
 
     def sees(self, call: Call) -> bool:

@@ -132,6 +132,11 @@ class Messages:
         call = self._calls.open_call(answer.id)
         return packet if call is None else Stays(packet, call)
 
+    def hung_up(self, call: Call) -> None:
+        """Let go of a call whose caller no longer waits for its report."""
+        if self._calls is not None:
+            self._calls.hung_up(call)
+
     async def _ask(self, method: str, request: message.Message, by: Asking) -> bytes:
         started = time.perf_counter()
         try:
