@@ -163,7 +163,7 @@ class Daemon:
             acting.gpus,
             base.events,
             MemoryWatch(config.limits.memory),
-            DiskGuard(config.guard, entry.calls.open, acting.actions),
+            DiskGuard(config.guard, entry.calls.open, entry.calls.disk_limited, acting.actions),
             config.server,
         )
         running.sweep_at_once()

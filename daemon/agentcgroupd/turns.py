@@ -231,11 +231,16 @@ class Slices:
         self._turns, self._key = turns, key
         self._began = time.perf_counter()
 
+    @property
+    def is_used_up(self) -> bool:
+        """Whether others are to work now."""
+        return time.perf_counter() - self._began >= SLICE_S
+
     async def breathe(self) -> None:
         """Let others work once the slice is used up."""
-        spent = time.perf_counter() - self._began
-        if spent < SLICE_S:
+        if not self.is_used_up:
             return
+        spent = time.perf_counter() - self._began
         if self._turns is None:
             await asyncio.sleep(0)
         else:
@@ -249,7 +254,8 @@ async def in_slices(steps: Iterator[object]) -> float:
     seconds of CPU time that they took."""
     slices, spent_s, began_s = Slices(), 0.0, time.thread_time()
     for _ in steps:
-        spent_s += time.thread_time() - began_s
-        await slices.breathe()
-        began_s = time.thread_time()
+        if slices.is_used_up:
+            spent_s += time.thread_time() - began_s
+            await slices.breathe()
+            began_s = time.thread_time()
     return spent_s + time.thread_time() - began_s

@@ -51,7 +51,7 @@ from agentcgroupd.state.session import (
     all_inside,
 )
 from agentcgroupd.telemetry.notices import Notices
-from agentcgroupd.telemetry.wire import grant_of
+from agentcgroupd.telemetry.wire import grant_to_proto
 from agentcgroupd.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,8 @@ class OpenCalls:
         )
         self._leftovers = Leftovers(config, notices, self._populated, self._kill, self._recheck)
         self.open: dict[str, Call] = {}
+        self.disk_limited: dict[str, Call] = {}
+        """Those of them that may write only so much to disks."""
         self._postponed: dict[str, Call] = {}
         self._untold: dict[str, Callable[[], None]] = {}
         """Calls that have begun and are about to be told of, with what does that."""
@@ -123,6 +125,13 @@ class OpenCalls:
         if call.owner is not None:
             self._owners.add(call)
         self._new[call.id] = call
+        self._note_disk_limit(call)
+
+    def _note_disk_limit(self, call: Call) -> None:
+        if call.grant.disk_max_bytes is not None:
+            self.disk_limited[call.id] = call
+        else:
+            self.disk_limited.pop(call.id, None)
 
     def _look_after(self, call: Call) -> None:
         """Do for a call that is followed what has to be done before a process enters it, unless
@@ -232,7 +241,7 @@ class OpenCalls:
             call_id=call.id,
             session_id=call.session.id,
             name=call.name,
-            grant=grant_of(call),
+            grant=grant_to_proto(call.grant),
             sentence="The call goes on until its last process ends.",
         )
 
@@ -386,6 +395,7 @@ class OpenCalls:
     def _forget(self, call: Call, removed: bool = False) -> None:
         self.open.pop(call.id, None)
         self._new.pop(call.id, None)
+        self.disk_limited.pop(call.id, None)
         call.session.calls.pop(call.id, None)
         if call.parent is not None:
             call.parent.inner.pop(call.id, None)

@@ -382,6 +382,7 @@ class Calls(OpenCalls):
         leftovers = call.grant.leftovers
         call.grant = rewrite_grant(call.session, call.cgroup, call.grant, grant)
         memory_high.write(call)
+        self._note_disk_limit(call)
         if call.grant.leftovers != leftovers:
             self._leftovers.watch(call)
         call.likely_bytes, _ = self._reports.expect(call.session, call.name, call.argv, call.grant)

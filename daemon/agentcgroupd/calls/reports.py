@@ -29,7 +29,7 @@ from agentcgroupd.state.ending import Baseline, Fact
 from agentcgroupd.state.purpose import Purpose
 from agentcgroupd.state.session import Call, Session, unix_usec
 from agentcgroupd.telemetry.notices import Notices
-from agentcgroupd.telemetry.wire import cpu_to_proto, grant_of, grant_to_proto
+from agentcgroupd.telemetry.wire import cpu_to_proto, grant_to_proto
 from agentcgroupd.units import CgroupId
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Reports:
             report.cpu.CopyFrom(cpu_to_proto(cpu))
         report.call_id, report.session_id, report.name = call.id, call.session.id, call.name
         report.argv.extend(call.argv)
-        report.grant.CopyFrom(grant_of(call))
+        report.grant.CopyFrom(grant_to_proto(call.grant))
         report.began_unix_usec = call.began_unix_usec
         report.observed, report.waited_usec = call.observed, call.waited_usec
         if call.traffic is not None and (net := call.traffic()) is not None:

@@ -108,13 +108,14 @@ class DiskGuard:
         self,
         config: GuardConfig,
         open_calls: Mapping[str, Call],
+        limited: Mapping[str, Call],
         actions: Actions,
         look: Callable[[tuple[str, ...]], list[Space]] = spaces,
     ) -> None:
-        """`look`: asks for the room of all file systems and of those of the given paths; it is
+        """`limited`: those of the open calls that may write only so much. `look`: asks for the room of all file systems and of those of the given paths; it is
         called in a thread."""
         self._config = config
-        self._open = open_calls
+        self._open, self._limited = open_calls, limited
         self._actions = actions
         self._look = look
         self._paths = tuple(map(str, config.disk_paths))
@@ -138,9 +139,9 @@ class DiskGuard:
     async def hold_limits(self) -> float:
         """Look once at each call that has such a limit. Returns the seconds until the next look."""
         wait_s, spent_s = LIMITS_EVERY_S, 0.0
-        for call in [c for c in self._open.values() if c.grant.disk_max_bytes is not None]:
+        for call in list(self._limited.values()):
             began_s = time.monotonic()
-            if call.state != pb.CALL_STATE_ENDING:
+            if call.state != pb.CALL_STATE_ENDING and call.id in self._limited:
                 wait_s = min(wait_s, self._hold_limit(call))
             spent_s += time.monotonic() - began_s
             await asyncio.sleep(0)  # others have their turn

@@ -88,8 +88,6 @@ class Call:
     none may."""
     head_of_record: tuple[Grant, str] | None = None
     """The beginning of its record as it is for that grant."""
-    grant_sent: tuple[Grant, pb.Grant] | None = None
-    """That grant as it is sent."""
     line: Callable[[pb.Report], None] | None = None
     """Sends its report to whoever stays connected until its end; None: nobody does."""
     main: Process | None = None

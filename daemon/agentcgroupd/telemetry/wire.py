@@ -22,8 +22,21 @@ from agentcgroupd.state.session import (
 )
 
 
+class _Sent:
+    """The grant that was sent last. Most calls get the same, and each sends its own twice."""
+
+    grant: Grant | None = None
+    message = pb.Grant()
+
+
 def grant_to_proto(grant: Grant) -> pb.Grant:
-    """A grant as sent."""
+    """A grant as sent, to be copied: the message is shared."""
+    if grant != _Sent.grant:
+        _Sent.message, _Sent.grant = _grant_to_proto(grant), grant
+    return _Sent.message
+
+
+def _grant_to_proto(grant: Grant) -> pb.Grant:
     return pb.Grant(
         memory_expected_bytes=grant.memory_expected_bytes,
         memory_high_bytes=grant.memory_high_bytes,
@@ -46,13 +59,6 @@ def grant_to_proto(grant: Grant) -> pb.Grant:
         disk_max_bytes=grant.disk_max_bytes,
         net_send_bytes_per_s=grant.net_send_bytes_per_s,
     )
-
-
-def grant_of(call: Call) -> pb.Grant:
-    """The grant of a call as sent, which is made once for each that it has."""
-    if call.grant_sent is None or call.grant_sent[0] is not call.grant:
-        call.grant_sent = call.grant, grant_to_proto(call.grant)
-    return call.grant_sent[1]
 
 
 def cpu_to_proto(numbers: CpuNumbers) -> pb.CpuNumbers:
@@ -117,7 +123,7 @@ def call_to_proto(call: Call, admin: bool, usage: bool = False) -> pb.Call:
         name=call.name,
         argv=call.argv,
         state=pb.CALL_STATE_FROZEN if is_held else call.state,
-        grant=grant_of(call),
+        grant=grant_to_proto(call.grant),
         cgroup_id=call.cgroup.id,
         cgroup_path=path_of(call) if admin else "",
         began_unix_usec=call.began_unix_usec,

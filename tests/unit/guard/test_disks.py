@@ -75,7 +75,8 @@ class World:
         self.actions = Actions()
         given = {"disk_free": "1%", "disk_grace": GRACE, **config}
         settings = GuardConfig.model_validate(given)
-        self.guard = DiskGuard(settings, self.calls, self.actions)  # type: ignore[arg-type]
+        limited = {i: c for i, c in self.calls.items() if c.grant.disk_max_bytes is not None}
+        self.guard = DiskGuard(settings, self.calls, limited, self.actions)  # type: ignore[arg-type]
         self.free = 2 * GIB
         self.now_usec = 10 * SECOND
 
