@@ -112,8 +112,8 @@ class DiskGuard:
         actions: Actions,
         look: Callable[[tuple[str, ...]], list[Space]] = spaces,
     ) -> None:
-        """`limited`: those of the open calls that may write only so much. `look`: asks for the room of all file systems and of those of the given paths; it is
-        called in a thread."""
+        """`limited`: those of the open calls that may write only so much. `look`: asks for the room
+        of all file systems and of those of the given paths; it is called in a thread."""
         self._config = config
         self._open, self._limited = open_calls, limited
         self._actions = actions
