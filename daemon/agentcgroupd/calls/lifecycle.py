@@ -294,7 +294,7 @@ class Calls(OpenCalls):
         call.went_on_as = ""
         self._entered(call, process.pid)
         # The tool waits for the answer alone.
-        self._loop.call_soon(self._settle_later, call, process.copy())
+        self._loop.call_soon(self._settle, call)
 
     def _leave_others(self, call: Call, process: Process) -> None:
         """Let go of the call whose main process has just gone on to another one: a shell that ends
@@ -332,36 +332,27 @@ class Calls(OpenCalls):
         self._look_after(call)
         _move(process, call.leaf)
         self._entered(call, process.pid)
-        self._settle(call, process)
+        self._settle(call)
         if call.state == pb.CALL_STATE_ENDING:
             kill(call)
 
     def _entered(self, call: Call, pid: int) -> None:
-        """Take down that a process has entered a call."""
+        """Take down that a process has entered a call. Raises KnobError."""
         self._observer.entered(pid)
+        put_call_before_agent(call.session, call.cgroup, pid, call.grant.priority)
         call.entered = True
         if call.state == pb.CALL_STATE_PENDING:
             call.state = pb.CALL_STATE_RUNNING
+        call.cgroup.set_xattr(call.record())
 
-    def _settle(self, call: Call, process: Process) -> None:
-        """Do what there is to do once a process has entered a call. Raises KnobError."""
-        if pidfd_alive(process.pidfd):
-            put_call_before_agent(call.session, call.cgroup, process.pid, call.grant.priority)
+    def _settle(self, call: Call) -> None:
+        """Do what a process that has entered a call need not wait for."""
+        if call.id not in self.open:
+            return  # it has ended meanwhile
         self._deadlines.entered(call)
-        self._keep(call)
+        self.second.keep(call.id, call.cgroup.id, call.record())
         if call.id in self._untold:
             self._loop.call_soon(self._told, call.id)
-
-    def _settle_later(self, call: Call, process: Process) -> None:
-        """Do the same for a main process that was answered in between; it is closed."""
-        try:
-            if call.id in self.open:
-                self._settle(call, process)
-        except KnobError as error:
-            # Its end is told like any other; a daemon that is started again knows less of it.
-            log.error("call %s: its record could not be kept: %s", call.id, error)
-        finally:
-            process.close()
 
     def update(self, call: Call, intent: Intent, only_lower: bool = False) -> Call:
         """Change an open call's grant. `only_lower`: refuse what would raise anything that the call
