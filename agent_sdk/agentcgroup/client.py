@@ -196,6 +196,10 @@ class Call(CallBase):
             self._take_begun(launcher, launch)
         except BaseException as error:
             self._process = None
+            if self._line is not None:
+                # An interrupt came when the call had begun: nobody holds it open any more.
+                line, self._line = self._line, None
+                line.close()
             with process:
                 process.kill()
             if not isinstance(error, ConnectionLost):

@@ -64,16 +64,25 @@ for tool in tools:
 """
 BEGIN_AND_END = """
 import agentcgroup, threading
-over, agent = threading.Event(), agentcgroup.Agent()
+over, agent, ended = threading.Event(), agentcgroup.Agent(), []
 def begin_and_end():
     while not over.wait(0.01):
-        with agent.tool_call("short"):
-            pass
-thread = threading.Thread(target=begin_and_end)
+        try:
+            with agent.tool_call("short", wait="0"):
+                pass
+        except agentcgroup.AgentcgError:
+            continue  # there is no room for it now
+        ended.append(time.monotonic())
+thread = threading.Thread(target=begin_and_end, daemon=True)
 thread.start()
 """
 """Some 100 calls a second."""
-END = "over.set(); thread.join()"
+END = """
+alive = thread.is_alive()
+over.set()
+thread.join(30)
+result = alive, len(ended)
+"""
 LEAD = """
 tool = subprocess.Popen([EXEC, "--name", "lead", "--", LOAD], stdin=subprocess.PIPE, text=True)
 tool.stdin.write(schedule)
@@ -253,6 +262,7 @@ def crowded(
     """What a single grower is seen to do beside so many open calls in a tenth as many sessions,
     and others that begin and end."""
     sessions = max(1, calls // 10)
+    calls = sessions * (calls // sessions)
     for number in range(sessions):
         spec = pb.SessionSpec(id=f"s{number}")
         daemon.admin.OpenSession(pb.OpenSessionRequest(spec=spec))
@@ -263,16 +273,21 @@ def crowded(
         agent.leave()
     busy = daemon.open("busy")
     busy.run(BEGIN_AND_END)
+    began = time.monotonic()
     try:
         for way in WAYS:
             for _ in range(rounds):
                 yield observed(daemon, batch, f"{way}, {calls} calls open", 1, way, pool_bytes)
     finally:
-        busy.run(END)
+        alive, ended = busy.run(END)
+        took_s = time.monotonic() - began
+        print(f"reaction: {ended} calls in {took_s:.0f} s beside these", file=sys.stderr)
         try:
             end_all(agent, opened)
         finally:
             agent.leave()
+        if not alive:
+            raise SystemExit("the calls beside the growers stopped")
 
 
 def kernel_rungs(daemon: DaemonProcess, call_bytes: int) -> list[Any]:

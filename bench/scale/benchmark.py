@@ -36,8 +36,7 @@ GROWING_MOST = 100
 """Beyond, there is no target."""
 ROUNDS = 100
 ASKED_S, IDLE_S = 20.0, 60.0
-"""The daemon looks for garbage thoroughly once after it has grown, for some 0.3 s. Less than a
-minute would show that and little else."""
+"""What the daemon does at intervals, it does once in ten seconds or a minute with so many calls."""
 RPC = b"ACG1\0rpc\0"
 PING_S = 0.01
 PING = b"ACG1\0ping\0"

@@ -47,11 +47,13 @@ class Garbage:
         self._count_open, self._clock = count_open, clock
         self._thresholds = gc.get_threshold()
         self._looked_s = 0.0
-        self._blocks = 0
+        self._blocks = self._at_start = 0
 
     def start(self) -> None:
         """Leave alone what is there now, and what survives a look from now on."""
         self._thoroughly()
+        # What is open may take less than is reckoned with, so that later numbers come out too low.
+        self._at_start = self._blocks
         first, second, _ = self._thresholds
         gc.set_threshold(first, second, FULL_AFTER)
         gc.callbacks.append(self._looked)
@@ -70,7 +72,7 @@ class Garbage:
             return
         count = self._count_open()
         is_due = since_s >= THOROUGH_S and (count <= LITTLE_OPEN or since_s >= THOROUGH_MOST_S)
-        if is_due or self._unexplained() > GREW * self._blocks:
+        if is_due or self._unexplained() > GREW * max(self._blocks, self._at_start):
             self._thoroughly()
 
     def _unexplained(self) -> int:

@@ -87,7 +87,7 @@ def test_what_is_left_running_is_ended_by_who_says_so(
     wait_until("its cgroup is gone", lambda: not daemon.call_dirs())
 
 
-def test_a_call_whose_connection_ends_stays_open(
+def test_a_call_whose_connection_ends_goes_on_while_its_command_runs(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
     begin(daemon, agent, "sleep 1000")

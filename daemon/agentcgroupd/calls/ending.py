@@ -2,7 +2,7 @@
 
 A call ends when its cgroup is empty, whoever forgot to say so. One that was begun through gRPC is
 held open by its owner, so that several commands can run in it; it ends when the owner says so, or
-when the owner is gone and the cgroup is empty.
+when the owner is gone, or has hung up on a call for one command, and the cgroup is empty.
 """
 
 from __future__ import annotations

@@ -372,8 +372,8 @@ class Calls(OpenCalls):
         self.actions.io_unweight(call, "Its grant was changed.")
         leftovers = call.grant.leftovers
         call.grant = rewrite_grant(call.session, call.cgroup, call.grant, grant)
-        memory_high.write(call)
         self._note_disk_limit(call)
+        memory_high.write(call)
         if call.grant.leftovers != leftovers:
             self._leftovers.watch(call)
         call.likely_bytes, _ = self._reports.expect(call.session, call.name, call.argv, call.grant)

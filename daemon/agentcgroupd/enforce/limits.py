@@ -251,7 +251,7 @@ def set_oom_score_adj(pid: int, value: int) -> None:
     """Tell the kernel whom to choose when a limit above the calls is reached: a call, and the least
     important one, rather than the agent."""
     try:
-        # Without what `open` does besides, because a call cannot begin before this is done.
+        # Without what `open` does besides, because a tool cannot start before this is done.
         fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, b"%d" % value)

@@ -352,7 +352,8 @@ class AttachServer:
         self._leave_line(caller, call)
         if not data:
             self._close(caller)
-            self._messages.hung_up(call)
+            hung_up = partial(self._messages.hung_up, call)
+            self._turns.submit(caller.crowd.turns_key, hung_up)
             return
         caller.crowd.packets.take(1)
         self._turns.submit_or_do(caller.crowd.turns_key, partial(self._serve, caller, data, sender))

@@ -7,8 +7,9 @@ only observed is no promise by anyone: its shell is the agent's hand, and may do
 but for raising the limits of that call itself.
 
 Every request asks here, whether it came over gRPC or in a packet. Where the process stands is read
-from the kernel each time: a connection that was made before its process entered a call gives no
-right that the process has lost.
+from the kernel each time, once for a request that is served as soon as its connection is accepted:
+a connection that was made before its process entered a call gives no right that the process has
+lost.
 """
 
 from __future__ import annotations
@@ -56,10 +57,11 @@ class Caller:
         return call
 
     def find_by_ticket(self, ticket: str) -> Call:
-        """Find an open call of the caller's session by its ticket, the newest first. Raises
-        NotFound."""
+        """Find an open call by its ticket, the newest first: one that is as deep as those which the
+        caller begins, so that a tool that has learned an agent's ticket cannot have the agent's
+        command enter a call of its own. Raises NotFound."""
         for call in reversed(self.session.calls.values()):
-            if ticket and call.ticket == ticket:
+            if ticket and call.ticket == ticket and call.parent is self.outer:
                 return call
         sentence = "no call with this ticket is open in this session"
         raise NotFound(sentence, "ticket", ticket[:64])
