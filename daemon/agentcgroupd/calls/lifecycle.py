@@ -293,8 +293,6 @@ class Calls(OpenCalls):
         self._leftovers.watch(call)
         call.went_on_as = ""
         self._entered(call, process.pid)
-        # The tool waits for the answer alone.
-        self._loop.call_soon(self._settle, call)
 
     def _leave_others(self, call: Call, process: Process) -> None:
         """Let go of the call whose main process has just gone on to another one: a shell that ends
@@ -332,7 +330,6 @@ class Calls(OpenCalls):
         self._look_after(call)
         _move(process, call.leaf)
         self._entered(call, process.pid)
-        self._settle(call)
         if call.state == pb.CALL_STATE_ENDING:
             kill(call)
 
@@ -343,14 +340,9 @@ class Calls(OpenCalls):
         call.entered = True
         if call.state == pb.CALL_STATE_PENDING:
             call.state = pb.CALL_STATE_RUNNING
-        call.cgroup.set_xattr(call.record())
-
-    def _settle(self, call: Call) -> None:
-        """Do what a process that has entered a call need not wait for."""
-        if call.id not in self.open:
-            return  # it has ended meanwhile
         self._deadlines.entered(call)
-        self.second.keep(call.id, call.cgroup.id, call.record())
+        # Before the answer: where there is one CPU, the command may be over before anything else.
+        self._keep(call)
         if call.id in self._untold:
             self._loop.call_soon(self._told, call.id)
 

@@ -96,7 +96,7 @@ class SecondRecords:
 def _write(path: str, data: bytes) -> None:
     """Write a file, which may be there. Raises OSError.
 
-    This is done for every tool. A file that was emptied first would be sent to the
+    Every tool waits for this. A file that was emptied first would be sent to the
     disk when it is closed (ext4(5), auto_da_alloc), which takes several times as long.
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
