@@ -235,21 +235,22 @@ def _oom_facts(
         kills_before=now.oom_kills - kills,
         groups_before=now.group_kills - counted.below.group_kills,
     )
-    if found.kills_before:
-        hits_before = tuple(memory_hits(call, began))
-        found = replace(found, hits_before=hits_before)
+    if account.baseline is not None and now.oom_kills:
+        found = replace(found, hits_before=tuple(memory_hits(call, began)))
     if not kills:
         return found
     hits = tuple(memory_hits(call, counted))
-    if not hits and found.hits_before and not _main_chosen(call, kills, oom_log):
+    if not hits and found.hits_before:
         # The kernel kills a group process by process, and counts each (mm/oom_kill.c:
         # oom_kill_memcg_member). The earlier command may have ended, and this one entered, before
-        # it came to the last.
-        return replace(
-            found,
-            kills_before=now.oom_kills,
-            groups_before=now.group_kills,
-        )
+        # it came to the last: which may be this one.
+        if not _main_chosen(call, kills, oom_log):
+            return replace(
+                found,
+                kills_before=now.oom_kills,
+                groups_before=now.group_kills,
+            )
+        hits = found.hits_before
     at_session = bool(hits) and hits[0].level == pb.LEVEL_SESSION
     whole = ended_as_a_whole(call, counted, hits)
     # One above the call is not counted in it, and before Linux 5.17 none is.
