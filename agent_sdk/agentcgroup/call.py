@@ -34,7 +34,6 @@ from agentcgroup.telling import note
 from agentcgroup.types import Grant, Report
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 
-TICKET_BYTES = 12
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -118,7 +117,6 @@ class CallBase:
         self._settings = settings
         self._request = begin_request(self.name, intent, argv)
         self._launch: list[str] = []
-        self._ticket = ""
         self._state = "new"
         # The message of its report, which is read when somebody asks for it.
         self._answer: pb.Report | None = None
@@ -182,15 +180,13 @@ class CallBase:
     def _early_rpc(self) -> Rpc:
         """Make the request that begins a call for one command, whose launcher is started
         meanwhile."""
-        self._ticket = os.urandom(TICKET_BYTES).hex()
-        request = pb.BeginCallRequest(one_command=True, ticket=self._ticket)
+        request = pb.BeginCallRequest(one_command=True)
         request.MergeFrom(self._request)
         return Rpc("BeginCall", request, BEGIN_TIMEOUT_S)
 
     def _launched_early(self, launcher: str, command: list[str], options: dict[str, Any]) -> Launch:
-        """Prepare the start of `command` in this call, which is being begun: it enters by the
-        ticket where the daemon has dealt with that by then, else when it is told the id."""
-        argv = [launcher, f"--ticket={self._ticket}", *self._launcher_options()]
+        """Prepare the start of `command` in this call, which is being begun."""
+        argv = [launcher, *self._launcher_options()]
         self._last_launch = Launch(argv, command, options, piped=True, early=True)
         return self._last_launch
 

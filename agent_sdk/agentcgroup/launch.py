@@ -41,7 +41,7 @@ class Launch:
         """Prepare to start `command`. `launcher`: the command line that ends in "--"; empty: the
         command is started directly. `options`: arguments for Popen. `piped`: there is a pipe, and
         `check` will be called; else the launcher says on stderr what is wrong. `early`: the
-        launcher may have to wait for `tell`; with `piped` only."""
+        launcher waits for `tell`; with `piped` only."""
         if launcher and options.get("process_group") is None:
             launcher = [*launcher[:-1], "--own-group", *launcher[-1:]]
         self.argv, self.options, self.failed = [*launcher, *command], options, False
@@ -117,9 +117,7 @@ class Launch:
         try:
             said = os.read(self._fds[0], 16)
         except (BlockingIOError, ConnectionResetError):
-            # Another child of this process has the pipe too, which was forked meanwhile; or the
-            # tool was executed before the launcher was told the call's id.
-            return
+            return  # another child of this process has the pipe too: it was forked meanwhile
         if said.isdigit():
             self.failed = True
             number = int(said) or errno.ENOENT

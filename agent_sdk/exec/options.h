@@ -19,23 +19,11 @@
 /* Options before KEYS are keys of the request; those from NAME on are for `begin` alone. */
 #define FIELD(field, option) FIELD_##field,
 enum { CALL, SESSION, NAME, INTENT_FIELDS(FIELD) KEYS };
-enum {
-	SOCKET = KEYS,
-	AWAY,
-	ERROR_FD,
-	CALL_FD,
-	TICKET,
-	USER,
-	HELP,
-	VERSION,
-	OWN_GROUP,
-	QUIET,
-	OPTIONS
-};
+enum { SOCKET = KEYS, AWAY, ERROR_FD, CALL_FD, USER, HELP, VERSION, OWN_GROUP, QUIET, OPTIONS };
 /*
  * These are for the SDK: it gets errno from ERROR_FD when the tool cannot be executed, and writes
  * the id of the call to CALL_FD, a word that a newline ends, where it has none yet when it starts
- * this. TICKET names the call until then.
+ * this.
  */
 static const char *const verbs[] = { [CALL] = "attach", [SESSION] = "enter", [NAME] = "begin" };
 #define OPTION(field, option) [FIELD_##field] = option,
@@ -44,8 +32,8 @@ static const char *const names[OPTIONS] = { [CALL] = "call",	       [SESSION] = 
 					    [HELP] = "help",	       [VERSION] = "version",
 					    [AWAY] = "on-unavailable", [ERROR_FD] = "error-fd",
 					    [CALL_FD] = "call-fd",     [OWN_GROUP] = "own-group",
-					    [TICKET] = "ticket",       [USER] = "user",
-					    [QUIET] = "quiet",	       INTENT_FIELDS(OPTION) };
+					    [USER] = "user",	       [QUIET] = "quiet",
+					    INTENT_FIELDS(OPTION) };
 static char *values[OPTIONS];
 static const char version[] = "agentcg-exec " AGENTCG_VERSION "\n"; /* from pyproject.toml */
 static const char *hint_source = "--hint";

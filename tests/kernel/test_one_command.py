@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from typing import Any
 
 import pytest
@@ -114,75 +113,6 @@ def test_a_call_that_nobody_enters_goes_with_its_connection(
     assert len(daemon.call_dirs()) == 1
     agent.run("sock.close()")
     wait_until("its cgroup is gone", lambda: not daemon.call_dirs())
-
-
-TICKET = "0123456789abcdef"
-BY_TICKET = (
-    BEGIN.replace("one_command=True", "one_command=True, ticket=ticket").partition("tool =")[0]
-    + """
-ours, theirs = socket.socketpair()
-options = [f"--ticket={given}", f"--call-fd={theirs.fileno()}", f"--error-fd={theirs.fileno()}"]
-argv = [EXEC, *options, "--", "sh", "-c", "echo in; read x"]
-pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[theirs.fileno()])
-tool = subprocess.Popen(argv, **pipes)
-theirs.close()
-"""
-)
-
-
-def test_a_process_enters_by_the_ticket(daemon: DaemonProcess, agent: AgentProcess) -> None:
-    run_dir = str(daemon.run_dir)
-    agent.run(BY_TICKET, run_dir=run_dir, ticket=TICKET, given=TICKET)
-    assert agent.run("result = tool.stdout.readline()") == b"in\n"
-    (call,) = daemon.call_dirs()
-    pid = agent.run("result = tool.pid")
-    assert str(pid) in (call / "cgroup.procs").read_text().split()
-    agent.run("tool.communicate(b'x\\n')")
-    assert report(agent).verdict == pb.VERDICT_OK
-
-
-@pytest.mark.parametrize("given", ["f" * 16, "x"])
-def test_with_another_ticket_it_waits_for_the_id(
-    daemon: DaemonProcess, agent: AgentProcess, given: str
-) -> None:
-    run_dir = str(daemon.run_dir)
-    agent.run(BY_TICKET, run_dir=run_dir, ticket=TICKET, given=given)
-    time.sleep(0.2)
-    assert not is_entered(daemon)
-    agent.run("ours.send(f'{call_id}\\n'.encode())")
-    assert agent.run("result = tool.stdout.readline()") == b"in\n"
-    agent.run("tool.communicate(b'x\\n')")
-    assert report(agent).verdict == pb.VERDICT_OK
-
-
-def test_a_ticket_of_another_session_opens_nothing(
-    daemon: DaemonProcess, agent: AgentProcess
-) -> None:
-    run_dir, other = str(daemon.run_dir), daemon.open("other")
-    agent.run(BY_TICKET.partition("ours,")[0], run_dir=run_dir, ticket=TICKET)
-    code = """
-import socket
-sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-sock.connect(f"{run_dir}/agent/attach.sock")
-sock.send(f"ACG1\\0attach\\0ticket={ticket}\\0".encode())
-result = sock.recv(1 << 16).split(b"\\0")[:2]
-"""
-    assert other.run(code, run_dir=run_dir, ticket=TICKET) == [b"ERR", b"NOT_FOUND"]
-    assert other.run(code, run_dir=run_dir, ticket="") == [b"ERR", b"NOT_FOUND"]
-
-
-def test_a_ticket_that_could_be_guessed_is_refused(agent: AgentProcess) -> None:
-    code = """
-from agentcgroup import packets
-from agentcgroup.flow import Rpc
-try:
-    request = pb.BeginCallRequest(name="one", one_command=True, ticket="short")
-    packets.ask(path, "BeginCall", packets.packet_for(Rpc("BeginCall", request)), 10)
-except Exception as error:
-    result = str(error)
-"""
-    path = "agent.settings.attach_path"
-    assert "ticket" in agent.run(code.replace("(path,", f"({path},"))
 
 
 def test_the_connection_is_no_way_for_others(daemon: DaemonProcess, agent: AgentProcess) -> None:

@@ -238,7 +238,6 @@ class Calls(OpenCalls):
             held=owner is not None,
             owner=owner,
             one_command=request.one_command,
-            ticket=request.ticket,
             observed=request.observed,
             account=Account(began=began),
             likely_bytes=candidate.likely_bytes,

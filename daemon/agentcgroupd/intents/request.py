@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,6 @@ WORDS = ("name", "by_script", "argc", "arg", *PARSERS)
 """Keys of a `begin` packet of the attach protocol."""
 
 
-TICKET = re.compile("[0-9a-f]{16,64}")
 ARGC_MOST = (1 << 31) - 1
 """The most arguments that a program can be told of (its argc is an int)."""
 
@@ -41,8 +39,6 @@ class CallRequest:
     """Nobody asked: the daemon saw an agent execute a tool."""
     one_command: bool = False
     """Whether the call ends with its command, although somebody holds it open."""
-    ticket: str = ""
-    """A word of the caller's by which a process may enter the call that does not know its id."""
 
 
 NO_INTENT = Intent(leftovers="keep")
@@ -67,12 +63,7 @@ def request_of_proto(message: pb.BeginCallRequest) -> CallRequest:
     """Read a BeginCallRequest. Raises InvalidField."""
     name = check_name(message.name)
     intent = intent_of_proto(message.intent)
-    ticket = message.ticket
-    if ticket and not TICKET.fullmatch(ticket):
-        raise InvalidField("ticket", ticket[:64], "16 to 64 digits or lower-case letters a to f")
-    return CallRequest(
-        name, cut_argv(message.argv), intent, one_command=message.one_command, ticket=ticket
-    )
+    return CallRequest(name, cut_argv(message.argv), intent, one_command=message.one_command)
 
 
 def name_of_words(values: Mapping[str, str], args: Sequence[str]) -> str:

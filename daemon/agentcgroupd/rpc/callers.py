@@ -56,16 +56,6 @@ class Caller:
             raise NotFound(f"no call {call_id[:64]!r} is open in this session", "call_id", call_id)
         return call
 
-    def find_by_ticket(self, ticket: str) -> Call:
-        """Find an open call by its ticket, the newest first: one that is as deep as those which the
-        caller begins, so that a tool that has learned an agent's ticket cannot have the agent's
-        command enter a call of its own. Raises NotFound."""
-        for call in reversed(self.session.calls.values()):
-            if ticket and call.ticket == ticket and call.parent is self.outer:
-                return call
-        sentence = "no call with this ticket is open in this session"
-        raise NotFound(sentence, "ticket", ticket[:64])
-
     # What it may do
 
     def sees(self, call: Call) -> bool:

@@ -47,12 +47,10 @@ class AgentVerbs:
         self._rightsize = rightsize
 
     def attach(self, peer: Peer, request: Request) -> list[str]:
-        """Move the peer into an open call, which it names by its id or its ticket."""
-        request.only("call", "ticket")
-        caller, call_id = self._callers.of(peer), request.values.get("call")
-        if call_id is None and "ticket" in request.values:
-            call_id = caller.find_by_ticket(request.values["ticket"]).id
-        call = caller.find_to_enter(call_id or request.value("call"))
+        """Move the peer into an open call."""
+        request.only("call")
+        caller = self._callers.of(peer)
+        call = caller.find_to_enter(request.value("call"))
         self._calls.attach(call, peer.process, caller.call)
         return _entered(call, self._rightsize)
 

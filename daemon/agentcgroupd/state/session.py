@@ -83,9 +83,6 @@ class Call:
     one_command: bool = False
     """Whether it ends when its main process has ended with status 0 and left nothing running,
     although it is held open."""
-    ticket: str = ""
-    """A word of its caller's by which a process may enter it that does not know its id; empty:
-    none may."""
     head_of_record: tuple[Grant, str] | None = None
     """The beginning of its record as it is for that grant."""
     line: Callable[[pb.Report], None] | None = None
