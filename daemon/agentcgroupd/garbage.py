@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 OLDEST = 2
 """The generation that holds all objects."""
-FULL_AFTER = 1
-"""Looks at the second generation before one at all that came since the last: some 15,000 objects,
-and 2 ms."""
+FULL_AFTER = 0
+"""Looks at the second generation before one at all that came since the last: some 8,000 objects,
+and 1 or 2 ms."""
 THOROUGH_S = 3600.0
 THOROUGH_LEAST_S = 60.0
 THOROUGH_MOST_S = 24 * 3600.0
