@@ -197,7 +197,7 @@ class Call(CallBase):
         except BaseException as error:
             self._process = None
             if self._line is not None:
-                # An interrupt came when the call had begun: nobody holds it open any more.
+                # The call may have begun: closing the connection lets go of it.
                 line, self._line = self._line, None
                 line.close()
             with process:

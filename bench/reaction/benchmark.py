@@ -76,7 +76,7 @@ def begin_and_end():
 thread = threading.Thread(target=begin_and_end, daemon=True)
 thread.start()
 """
-"""Some 100 calls a second."""
+"""Calls one after the other with pauses of 10 ms: below 100 a second."""
 END = """
 alive = thread.is_alive()
 over.set()

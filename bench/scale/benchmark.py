@@ -36,7 +36,7 @@ GROWING_MOST = 100
 """Beyond, there is no target."""
 ROUNDS = 100
 ASKED_S, IDLE_S = 20.0, 60.0
-"""What the daemon does at intervals, it does once in ten seconds or a minute with so many calls."""
+"""Seconds measured: long enough to include what the daemon does every ten seconds or minute."""
 RPC = b"ACG1\0rpc\0"
 PING_S = 0.01
 PING = b"ACG1\0ping\0"

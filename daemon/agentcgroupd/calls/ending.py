@@ -2,7 +2,8 @@
 
 A call ends when its cgroup is empty, whoever forgot to say so. One that was begun through gRPC is
 held open by its owner, so that several commands can run in it; it ends when the owner says so, or
-when the owner is gone, or has hung up on a call for one command, and the cgroup is empty.
+when the cgroup is empty and the owner is gone, or has closed the connection of a call for one
+command.
 """
 
 from __future__ import annotations
@@ -101,12 +102,12 @@ class OpenCalls:
         self._leftovers = Leftovers(config, notices, self._populated, self._kill, self._recheck)
         self.open: dict[str, Call] = {}
         self.disk_limited: dict[str, Call] = {}
-        """Those of them that may write only so much to disks."""
+        """Open calls that have a limit of what they write to disks, by id."""
         self._postponed: dict[str, Call] = {}
         self._untold: dict[str, Callable[[], None]] = {}
         """Calls that have begun and are about to be told of, with what does that."""
-        self._new: dict[str, Call] = {}
-        """Calls that are looked after as soon as their callers have been answered."""
+        self._unguarded: dict[str, Call] = {}
+        """Calls of which `_have_guarded` is still to be done, by id."""
         self.ended = 0
         self.second = second
 
@@ -124,7 +125,7 @@ class OpenCalls:
         self._observer.call_opened(call)
         if call.owner is not None:
             self._owners.add(call)
-        self._new[call.id] = call
+        self._unguarded[call.id] = call
         self._note_disk_limit(call)
 
     def _note_disk_limit(self, call: Call) -> None:
@@ -133,10 +134,10 @@ class OpenCalls:
         else:
             self.disk_limited.pop(call.id, None)
 
-    def _look_after(self, call: Call) -> None:
-        """Do for a call that is followed what has to be done before a process enters it, unless
-        that is done."""
-        if self._new.pop(call.id, None) is not None:
+    def _have_guarded(self, call: Call) -> None:
+        """Start the deadlines of a call and have it guarded, unless that is done: after the answer
+        to its caller, but before a process enters it."""
+        if self._unguarded.pop(call.id, None) is not None:
             self._deadlines.begun(call)
             self._observer.call_begun(call)
 
@@ -159,7 +160,7 @@ class OpenCalls:
         BpfError, KnobError or OSError."""
         call.held = call.held and call.owner is not None
         self._follow(call)
-        self._look_after(call)
+        self._have_guarded(call)
         if call.owner is not None:
             # Owners keeps a pidfd of its own.
             call.owner.close()
@@ -394,7 +395,7 @@ class OpenCalls:
 
     def _forget(self, call: Call, removed: bool = False) -> None:
         self.open.pop(call.id, None)
-        self._new.pop(call.id, None)
+        self._unguarded.pop(call.id, None)
         self.disk_limited.pop(call.id, None)
         call.session.calls.pop(call.id, None)
         if call.parent is not None:

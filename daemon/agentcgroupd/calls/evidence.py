@@ -198,8 +198,8 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup, oom_log: OomLog) -
     pressure, io = read_if(knobs.MEMORY_STALLED), read(knobs.IO_STAT)
     cpu, pids_peak = call.cgroup.read(knobs.CPU_STAT), read(knobs.PIDS_PEAK)
     counters = Counters.read(call, pool, events or {}, pids_events or {})
-    began = counters.since(call.account.began)
-    oom = _oom_facts(call, pool, counters, began, oom_log)
+    in_all = counters.since(call.account.began)
+    oom = _oom_facts(call, pool, counters, in_all, oom_log)
     if facts.outside and facts.signal == signal.SIGKILL:
         # What this call's counters say is not of the cgroup that it was in.
         oom = replace(oom, main_chosen=_main_chosen(call, None, oom_log))
@@ -207,7 +207,7 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup, oom_log: OomLog) -
         facts,
         oom_kills=oom.least + oom.least_before if events else None,
         oom=oom,
-        pids_hits=tuple(pids_hits(call, began, pids_peak)),
+        pids_hits=tuple(pids_hits(call, in_all, pids_peak)),
         memory_peak_bytes=read(knobs.MEMORY_PEAK),
         memory_high_events=events["high"] if events else None,
         memory_throttled_usec=pressure["some"] if pressure else None,
@@ -223,12 +223,12 @@ def _with_counters(facts: EndFacts, call: Call, pool: Cgroup, oom_log: OomLog) -
 
 
 def _oom_facts(
-    call: Call, pool: Cgroup, counters: Counters, began: Counted, oom_log: OomLog
+    call: Call, pool: Cgroup, counters: Counters, in_all: Counted, oom_log: OomLog
 ) -> OomFacts:
-    """What the kernel's OOM killer did to a call. `began`: what was counted since it began. Raises
-    KnobError."""
+    """What the kernel's OOM killer did to a call. `in_all`: what was counted since the call began.
+    Raises KnobError."""
     account = call.account
-    counted = began if account.baseline is None else counters.since(account.baseline)
+    counted = in_all if account.baseline is None else counters.since(account.baseline)
     kills = counted.below.oom_kills
     now = counters.now.below
     found = OomFacts(
@@ -236,14 +236,14 @@ def _oom_facts(
         groups_before=now.group_kills - counted.below.group_kills,
     )
     if account.baseline is not None and now.oom_kills:
-        found = replace(found, hits_before=tuple(memory_hits(call, began)))
+        found = replace(found, hits_before=tuple(memory_hits(call, in_all)))
     if not kills:
         return found
     hits = tuple(memory_hits(call, counted))
     if not hits and found.hits_before:
         # The kernel kills a group process by process, and counts each (mm/oom_kill.c:
-        # oom_kill_memcg_member). The earlier command may have ended, and this one entered, before
-        # it came to the last: which may be this one.
+        # oom_kill_memcg_member). It may still be at that when the earlier command has ended and
+        # this one enters, which may then be killed too, by the limit that the earlier one reached.
         if not _main_chosen(call, kills, oom_log):
             return replace(
                 found,

@@ -40,7 +40,7 @@ class OomFacts:
     """The same as `kills`, while earlier main processes were in it."""
     groups_before: int = 0
     hits_before: tuple[LimitHit, ...] = ()
-    """Limits of memory that were reached then."""
+    """Limits of memory reached since the call began, whichever main process was in it."""
     whole: bool = False
     """Whether it ended the call as a whole (memory.oom.group)."""
     main_chosen: bool | None = None

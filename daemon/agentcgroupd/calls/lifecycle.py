@@ -201,7 +201,7 @@ class Calls(OpenCalls):
                 raise Unavailable(f"the call's limits could not be set: {error}") from None
             self.begun += 1
             # Somebody waits for the answer, and then to enter.
-            self._loop.call_soon(self._look_after, call)
+            self._loop.call_soon(self._have_guarded, call)
             self._untold[call.id] = partial(self._tell_begun, call, candidate.request.intent)
             self._loop.call_later(TOLD_S, self._told, call.id)
         return call
@@ -275,7 +275,7 @@ class Calls(OpenCalls):
         if call.state == pb.CALL_STATE_ENDING:
             raise FailedPrecondition(f"call {call.id} is ending")
         self._leavers.check_room(call)
-        self._look_after(call)
+        self._have_guarded(call)
         with self._metrics.time("attach"):
             _move(process, call.leaf)
         self._leave_others(call, process)
@@ -326,7 +326,7 @@ class Calls(OpenCalls):
     def admit(self, call: Call, process: Process) -> None:
         """Move one more process into a call; if the call is ending, the process is killed with it.
         Raises KnobError, or FailedPrecondition if the process has ended."""
-        self._look_after(call)
+        self._have_guarded(call)
         _move(process, call.leaf)
         self._entered(call, process.pid)
         if call.state == pb.CALL_STATE_ENDING:

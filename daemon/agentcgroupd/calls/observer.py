@@ -16,8 +16,7 @@ class CallObserver(Protocol):
         Raises BpfError where the call cannot have what it was granted."""
 
     def call_begun(self, call: Call) -> None:
-        """Look after a call from now on, whose limits are set: before a process enters it or, after
-        a restart, while some are in it."""
+        """Guard a call from now on. Its limits are set; only after a restart has it processes."""
 
     def regrant(self, call: Call, grant: Grant) -> Grant:
         """Change what an open call has to `grant`, and return that with what follows from it.

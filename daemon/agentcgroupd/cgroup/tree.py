@@ -29,7 +29,7 @@ from agentcgroupd.cgroup.knobs import (
 from agentcgroupd.cgroup.subtree import GONE, pids_in, remove_below, signal_in, walk
 from agentcgroupd.errors import CgroupGone, KnobError
 from agentcgroupd.host.mounts import MOUNTINFO, Mount, mounts
-from agentcgroupd.host.syscalls import read_at_once
+from agentcgroupd.host.syscalls import read_whole
 from agentcgroupd.units import CgroupId
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ class Cgroup:
     def read(self, knob: Knob[T]) -> T:
         """The value of an interface file. Raises KnobError, or CgroupGone."""
         try:
-            data = read_at_once(self._prefix + knob.file, self.dir_fd)
+            data = read_whole(self._prefix + knob.file, self.dir_fd)
         except OSError as error:
             raise self._error(error, knob.file) from None
         return knob.parse(data.decode())

@@ -40,7 +40,8 @@ REST_USEC = 200_000
 FIRST_USEC = 1_000_000
 """After this time a call that has not asked rests, and keeps a small credit."""
 YOUNG_PAUSE_S, YOUNG_SLICE_S = 0.02, 0.002
-"""At least so long between two times that calls are put to rest, and for how long at a time."""
+"""Calls that have begun are put to rest in slices of YOUNG_SLICE_S, so that others have their turn.
+YOUNG_PAUSE_S: least pause between slices while no call is looked at; else LOOK_S."""
 HOLD_USEC = 100_000
 """A call that has waited this long for credit is paused; until then its tasks
 sleep in the kernel at memory.high."""

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 
 from agentcgroupd.errors import AgentcgroupdError
-from agentcgroupd.host.syscalls import read_at_once
+from agentcgroupd.host.syscalls import read_whole
 
 _READ_BYTES = 65_536
 CMDLINE_BYTES_MAX = 65_536
@@ -43,7 +43,7 @@ def parse_cgroup(data: bytes) -> str:
 def cgroup_of(pid: int) -> str:
     """The cgroup v2 path of a process, as `parse_cgroup` gives it. Raises FileNotFoundError or
     ProcessLookupError when there is no such process, CgroupUnknown when the path cannot be told."""
-    data = read_at_once(f"/proc/{pid}/cgroup")
+    data = read_whole(f"/proc/{pid}/cgroup")
     if not data:
         # The process was reaped after the file had been opened.
         raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), f"/proc/{pid}/cgroup")

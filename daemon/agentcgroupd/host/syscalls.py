@@ -299,15 +299,16 @@ _READ_BYTES = 16_384
 _HALF_PAGE_BYTES = 2048
 
 
-def read_at_once(path: str, dir_fd: int | None = None) -> bytes:
-    """Read a file of /proc or of a cgroup whose lines are short, mostly by a single read(2). Raises
-    OSError. `dir_fd`: the directory that `path` is below."""
+def read_whole(path: str, dir_fd: int | None = None) -> bytes:
+    """Read all of a file of /proc or of a cgroup. Lists must have lines shorter than half a page.
+    `dir_fd`: the directory that `path` is below. Raises OSError."""
     # Without the system calls by which open() finds out what kind of file it is: a call that begins
     # or ends asks for many such files.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=dir_fd)
     try:
         more = data = os.read(fd, _READ_BYTES)
-        # Of a list the kernel gives as many lines at a time as fit into a page (fs/seq_file.c).
+        # The kernel hands out as many whole lines as fit into a page (fs/seq_file.c). They are
+        # shorter than half a page, so a read that gives less than that was the last.
         while len(more) >= _HALF_PAGE_BYTES:
             more = os.read(fd, _READ_BYTES)
             data += more
@@ -319,7 +320,7 @@ def read_at_once(path: str, dir_fd: int | None = None) -> bytes:
 def process_stat(pid: int) -> ProcessStat:
     """Read /proc/<pid>/stat; FileNotFoundError or ProcessLookupError when there is no such
     process."""
-    data = read_at_once(f"/proc/{pid}/stat")
+    data = read_whole(f"/proc/{pid}/stat")
     fields = data[data.rindex(b")") + 2 :].split()
     return ProcessStat(
         state=fields[0].decode(),

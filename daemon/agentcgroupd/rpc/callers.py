@@ -7,9 +7,9 @@ only observed is no promise by anyone: its shell is the agent's hand, and may do
 but for raising the limits of that call itself.
 
 Every request asks here, whether it came over gRPC or in a packet. Where the process stands is read
-from the kernel each time, once for a request that is served as soon as its connection is accepted:
-a connection that was made before its process entered a call gives no right that the process has
-lost.
+from the kernel for each request, because a connection that was made before its process entered a
+call gives no right that the process has lost. A request that is served as soon as its connection is
+accepted uses what was read on accepting.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class Lobby:
         else:
             self._count(key, 1)
             self._turns.submit_or_do(key, partial(self._identify, sock, who.pid, look, key))
-            # Nobody was moved meanwhile: the daemon did nothing but serve this connection, if that.
+            # From here on the daemon does other work, which may move the process.
             look.expire()
 
     def _later(
@@ -185,7 +185,7 @@ class Lobby:
         self._count(key, -1)
         peer: Peer | None = None
         try:
-            # It has been there since it connected, so what was read of its pid was its own.
+            # Peer checks that who connected still lives, so the look was at that process.
             peer = Peer(sock, look)
             crowd = self._budgets.crowd(look.crowd or crowd_of(peer, self._find))
         except Exception as error:

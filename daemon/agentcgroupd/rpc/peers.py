@@ -38,9 +38,9 @@ class Look:
     been done since."""
 
     path: str
-    """The cgroup, below the mount; empty: it is too old, or was not to be had."""
+    """The cgroup, below the mount; empty: not read, or read too long ago to be relied on."""
     crowd: str
-    """Whose budget the process uses; empty: that cannot be told like this."""
+    """The crowd whose budget the process uses; empty: to be found out by way of its pidfd."""
 
     def expire(self) -> None:
         """Have the cgroup read anew by whoever asks for it from now on."""
@@ -56,9 +56,10 @@ class Peer:
     __slots__ = ("_look", "gid", "process", "uid")
 
     def __init__(self, sock: socket.socket, look: Look = NOT_LOOKED) -> None:
-        """The peer of a connected Unix socket, which is alive. `look`: what was read of its pid
-        since it connected. Raises PermissionDenied if the process is gone or cannot be seen from
-        the daemon's pid namespace, Unavailable where no descriptor is left."""
+        """Take the peer of a connected Unix socket, whose process is found to be alive. `look`:
+        what was read of its pid since it connected. Raises PermissionDenied if the process is gone
+        or cannot be seen from the daemon's pid namespace, Unavailable where no descriptor is
+        left."""
         self._look = look
         credentials = peer_credentials(sock)
         self.uid, self.gid = credentials.uid, credentials.gid
@@ -90,8 +91,8 @@ class Peer:
         return peer
 
     def cgroup_path(self) -> str:
-        """The cgroup the process is in now, below the cgroup2 mount. Raises PermissionDenied, or
-        Unavailable where no descriptor is left."""
+        """The cgroup of the process, below the cgroup2 mount: of its look until that expires, else
+        read now. Raises PermissionDenied, or Unavailable where no descriptor is left."""
         if self._look.path:
             return self._look.path
         try:

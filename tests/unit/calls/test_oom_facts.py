@@ -1,4 +1,4 @@
-"""Whose the kernel's OOM kills are where one command of a call follows another."""
+"""OOM kills told apart between two commands of a call, the second begun while kills go on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def facts(at_start: Counts, at_end: Counts, chose_main: bool) -> OomFacts:
 
 
 @pytest.mark.parametrize("killed_before", [0, 1])
-def test_a_group_that_is_killed_with_who_came_late_ran_into_its_limit(killed_before: int) -> None:
+def test_a_late_command_killed_with_the_earlier_group_is_told_of_its_limit(
+    killed_before: int,
+) -> None:
     """The kernel was still killing the group when the second command entered, and took it along."""
     at_start, at_end = Counts(1, killed_before, 1), Counts(1, 3, 1)
     found = facts(at_start, at_end, chose_main=True)
@@ -45,7 +47,9 @@ def test_a_group_that_is_killed_with_who_came_late_ran_into_its_limit(killed_bef
 
 
 @pytest.mark.parametrize("killed_before", [0, 1])
-def test_kills_of_the_earlier_commands_group_are_not_the_second_ones(killed_before: int) -> None:
+def test_kills_of_the_earlier_group_are_not_counted_for_the_second_command(
+    killed_before: int,
+) -> None:
     at_start, at_end = Counts(1, killed_before, 1), Counts(1, 3, 1)
     found = facts(at_start, at_end, chose_main=False)
     assert (found.kills, found.kills_before) == (0, 3)

@@ -90,7 +90,7 @@ class World:
                 raise FileNotFoundError
             return b"1:memory:%s\n0::%s\n" % (first.get(pid, b"/x"), place)
 
-        monkeypatch.setattr("agentcgroupd.host.proc.read_at_once", read)
+        monkeypatch.setattr("agentcgroupd.host.proc.read_whole", read)
         self.now_usec = 0
         self.holders = LockHolders(
             self.sessions, lambda call: self.touched.append(call.id), lambda: self.locks
