@@ -69,7 +69,8 @@ def state_of(pids: list[int]) -> Path:
     words: list[str] = []
     for pid in pids:
         words += Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ").split()
-    (init,) = (word.removeprefix("init=") for word in words if word.startswith("init="))
+    # In user-mode Linux a process that has just been forked shows the words of the one before it.
+    (init,) = {word.removeprefix("init=") for word in words if word.startswith("init=")}
     return Path(init).parent
 
 
