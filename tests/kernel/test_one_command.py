@@ -99,7 +99,7 @@ def test_a_call_whose_connection_ends_goes_on_while_its_command_runs(
 def test_a_call_that_nobody_waits_for_ends_with_its_command(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
-    begin(daemon, agent, "read x; exit 3")
+    begin(daemon, agent, "exec sleep 1000")
     wait_until("the tool is in its call", lambda: is_entered(daemon))
     agent.run("sock.close(); tool.kill(); tool.wait()")
     wait_until("its cgroup is gone", lambda: not daemon.call_dirs())
