@@ -142,12 +142,10 @@ class OpenCalls:
             self._observer.call_begun(call)
 
     def _keep(self, call: Call) -> None:
-        """Write a call's record, and the second one where it has had a process: before that nobody
-        loses anything with the call. Raises KnobError."""
+        """Write a call's record, and the second one. Raises KnobError."""
         record = call.record()
         call.cgroup.set_xattr(record)
-        if call.entered:
-            self.second.keep(call.id, call.cgroup.id, record)
+        self.second.keep(call.id, call.cgroup.id, record)
 
     def _told(self, call_id: str) -> None:
         """Tell of a call that has begun, unless that is done."""

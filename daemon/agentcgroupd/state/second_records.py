@@ -2,9 +2,9 @@
 
 The record of a call lies on its cgroup, where root in a tool can remove it, if it may write to the
 host's cgroups (docs/security.md). A daemon that was killed then would find processes in a cgroup of
-which it knows nothing. So each record is written here as well when a process enters the call, and
-when its grant changes after that: one file for each call, which is read only if the record on the
-cgroup is gone. It is for the cgroup alone that it was written for: another of the same name,
+which it knows nothing. So each record is written here as well when a call begins, when a process
+enters it and when its grant changes: one file for each open call, which is read only if the record
+on the cgroup is gone. It is for the cgroup alone that it was written for: another of the same name,
 which an agent may have made in its own session, is no call.
 """
 
@@ -96,7 +96,7 @@ class SecondRecords:
 def _write(path: str, data: bytes) -> None:
     """Write a file, which may be there. Raises OSError.
 
-    Every tool waits for this. A file that was emptied first would be sent to the
+    Every call that begins waits for this twice. A file that was emptied first would be sent to the
     disk when it is closed (ext4(5), auto_da_alloc), which takes several times as long.
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
