@@ -22,21 +22,8 @@ from agentcgroupd.state.session import (
 )
 
 
-class _Sent:
-    """The grant that was sent last. Most calls get the same, and each sends its own twice."""
-
-    grant: Grant | None = None
-    message = pb.Grant()
-
-
 def grant_to_proto(grant: Grant) -> pb.Grant:
-    """A grant as sent, to be copied: the message is shared."""
-    if grant != _Sent.grant:
-        _Sent.message, _Sent.grant = _grant_to_proto(grant), grant
-    return _Sent.message
-
-
-def _grant_to_proto(grant: Grant) -> pb.Grant:
+    """A grant as sent."""
     return pb.Grant(
         memory_expected_bytes=grant.memory_expected_bytes,
         memory_high_bytes=grant.memory_high_bytes,
