@@ -129,9 +129,10 @@ class CriRuntime:
         self, request: cri.EventsRequest, context: grpc.ServicerContext
     ) -> Iterator[cri.ContainerEvent]:
         stream: Queue[cri.ContainerEvent | None] = Queue()
+        if not context.add_callback(lambda: stream.put(None)):
+            return  # it has ended already, and nobody would ever say so
         with self._lock:
             self._streams.append(stream)
-        context.add_callback(lambda: stream.put(None))
         while (event := stream.get()) is not None:
             yield event
         with self._lock:
