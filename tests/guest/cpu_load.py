@@ -12,10 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from agentcgroupd.bpf.sched import SchedSettings
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 
 SCHED_EXT = 7
 """include/uapi/linux/sched.h"""
+SETTINGS = SchedSettings(
+    slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000, penalty_most=8
+)
+"""Of the scheduler in tests."""
 
 
 def spin() -> None:

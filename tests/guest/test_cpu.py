@@ -24,7 +24,7 @@ from agentcgroupd.bpf import abi, sched
 from agentcgroupd.bpf.btf import Btf
 from agentcgroupd.bpf.generate import OBJECTS
 from agentcgroupd.bpf.libbpf import libbpf
-from agentcgroupd.bpf.sched import SchedSettings, Scheduler
+from agentcgroupd.bpf.sched import Scheduler
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from agentcgroupd.config import CpuConfig
 from agentcgroupd.cpu.scheduling import CpuScheduling
@@ -32,14 +32,15 @@ from agentcgroupd.policy.schema import Policy
 from agentcgroupd.sessions.pool import Pool, offered_controllers
 from agentcgroupd.telemetry.metrics import Metrics
 from tests.conftest import StartDaemon
-from tests.guest.cpu_load import SCHED_EXT
-from tests.harness import DaemonProcess, wait_until
+from tests.guest.cpu_load import SCHED_EXT, SETTINGS
+from tests.harness import DaemonProcess, patient, wait_until
 
-pytestmark = [pytest.mark.controllers, pytest.mark.programs]
+pytestmark = [
+    pytest.mark.controllers,
+    pytest.mark.programs,
+    pytest.mark.usefixtures("needs_sched_ext"),
+]
 
-SETTINGS = SchedSettings(
-    slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000, penalty_most=8
-)
 CONFIG = """[[boundaries.rules]]
 program = ["true"]
 begins_call = false
@@ -54,14 +55,6 @@ retry_after = "500ms"
 [guard]
 enabled = false
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def needs_sched_ext() -> None:
-    """Skip all of these tests where the kernel does not take the scheduler."""
-    state = sched.gate()
-    if not state.works:
-        pytest.skip(state.reason)
 
 
 @pytest.fixture(scope="module")
@@ -182,26 +175,27 @@ result = places, time.monotonic() - began
 """
 
 
+@patient
 def test_a_tool_is_in_its_call_before_its_first_instruction(
     daemon: DaemonProcess, agent: Any
 ) -> None:
     """The program waits at its exec until the daemon has moved it."""
     control = control_of_the_daemon()
-    held = control.held_at_exec
+    held, over = control.held_at_exec, control.exec_holds_over
     places, _ = agent.run(WHERE, program="/bin/cat", times=8)
     assert [place for place in places if "/call-" not in place] == []
     assert control.held_at_exec > held, "not all: some are moved before they wait"
-    assert control.exec_holds_over == 0
+    assert control.exec_holds_over == over
 
 
+@patient
 def test_a_program_that_begins_no_call_is_let_go(daemon: DaemonProcess, agent: Any) -> None:
     """The program does not wait until the time is over."""
     control = control_of_the_daemon()
-    held = control.held_at_exec
-    _, took_s = agent.run(WHERE, program="/bin/true", times=8)
-    assert took_s < 4, "none of them for the whole second"
+    held, over = control.held_at_exec, control.exec_holds_over
+    agent.run(WHERE, program="/bin/true", times=8)
     assert control.held_at_exec > held, "not all: some are decided on before they wait"
-    assert control.exec_holds_over == 0
+    assert control.exec_holds_over == over, "none of them for the whole second"
 
 
 def test_a_daemon_that_stands_still_holds_nobody_for_long(
@@ -209,6 +203,7 @@ def test_a_daemon_that_stands_still_holds_nobody_for_long(
 ) -> None:
     """A program goes on after `cpu.exec_hold` where it is; the daemon moves it when it goes on."""
     control = control_of_the_daemon()
+    over = control.exec_holds_over
     assert daemon.process is not None
     daemon.process.send_signal(signal.SIGSTOP)
     try:
@@ -216,7 +211,7 @@ def test_a_daemon_that_stands_still_holds_nobody_for_long(
     finally:
         daemon.process.send_signal(signal.SIGCONT)
     assert place.strip().endswith("/agent") and took_s >= 1
-    assert control.exec_holds_over == 1
+    assert control.exec_holds_over == over + 1
 
 
 def test_a_killed_daemon_takes_it_along(daemon: DaemonProcess, agent: Any) -> None:

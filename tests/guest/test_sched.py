@@ -19,29 +19,24 @@ import pytest
 from agentcgroupd.bpf import abi, features, sched
 from agentcgroupd.bpf.loader import BpfObject
 from agentcgroupd.bpf.memory import MemoryPrograms
-from agentcgroupd.bpf.sched import SchedSettings, Scheduler
+from agentcgroupd.bpf.sched import CpuNumbers, Scheduler
 from agentcgroupd.cgroup.tree import cgroup2_mount
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.units import CgroupId
-from tests.guest.cpu_load import Load, settled, shares, spin
+from tests.guest.cpu_load import SETTINGS, Load, settled, shares, spin
 from tests.harness import SLOW, patient, wait_until
 
-pytestmark = [pytest.mark.controllers, pytest.mark.programs]
+pytestmark = [
+    pytest.mark.controllers,
+    pytest.mark.programs,
+    pytest.mark.usefixtures("needs_sched_ext"),
+]
 
-SETTINGS = SchedSettings(
-    slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000, penalty_most=8
-)
 MIB = 1 << 20
 HZ = 250
 """Of the slowest kernels; slices end with the clock's tick."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def needs_sched_ext() -> None:
-    """Skip all of these tests where the kernel does not take the scheduler."""
-    state = sched.gate()
-    if not state.works:
-        pytest.skip(state.reason)
+TURNS = 1 if SLOW == 1 else 2
+"""Emulated CPUs take turns on one thread, so that a task's ticks last twice as long."""
 
 
 @pytest.fixture(scope="module")
@@ -168,20 +163,32 @@ def test_shares_follow_the_weights(
 @patient
 def test_the_numbers_are_the_kernels(scheduler: Scheduler) -> None:
     """Run time as in cpu.stat; wait time is what was not run of the time that there was."""
+    names = ("a", "b", "c", "d")
     with Load() as load:
-        for name in ("a", "b", "c", "d"):
-            load.make(name)
-            load.start(name)
-        time.sleep(1)
-        for name in ("a", "b", "c", "d"):
+
+        def numbers_of(name: str) -> CpuNumbers:
             numbers = scheduler.numbers(CgroupId(load.id(name)))
             assert numbers is not None
-            assert numbers.run_usec == pytest.approx(load.usage_usec(name), rel=0.1, abs=50_000)
-            assert 0.3 < numbers.run_usec / numbers.wait_usec < 2, "two CPUs for four"
+            return numbers
+
+        for name in names:
+            load.make(name)
+            load.start(name)
+        time.sleep(0.3)  # on a busy machine the first ones run alone for a while
+        first = {name: numbers_of(name) for name in names}
+        time.sleep(2)
+        for name in names:
+            # The kernel's count is read on both sides: between two reads, too, a CPU may be late.
+            least = load.usage_usec(name)
+            numbers = numbers_of(name)
+            most = load.usage_usec(name)
+            assert 0.9 * least - 50_000 < numbers.run_usec < 1.1 * most + 50_000
+            ran = numbers.run_usec - first[name].run_usec
+            waited = numbers.wait_usec - first[name].wait_usec
+            assert 0.3 * waited < ran < 2 * waited, "two CPUs for four"
             assert numbers.slices > 5 and numbers.wait_usec > numbers.wait_max_usec > 2_000
-        all_of_it = scheduler.numbers(CgroupId(load.root.stat().st_ino))
-        assert all_of_it is not None and numbers is not None
-        assert all_of_it.run_usec > 3 * numbers.run_usec
+        each = [numbers_of(name).run_usec for name in names]
+        assert numbers_of("").run_usec >= sum(each)
 
 
 @patient
@@ -499,7 +506,7 @@ def test_nobody_waits_longer_than_the_bound(scheduler: Scheduler, seed: int) -> 
                 slowest = max(slowest, time.monotonic() - began)
             numbers = scheduler.numbers(CgroupId(load.root.stat().st_ino))
             assert numbers is not None and numbers.rescues > 0, "the rule was not needed here"
-            bound_s = 2 * 0.4 + len(pids) * 2 / HZ + slowest
+            bound_s = 2 * 0.4 + len(pids) * 2 * TURNS / HZ + slowest
             assert longest < bound_s, f"a task waited for {longest:.2f} s of {bound_s:.2f}"
             for name in names:
                 load.write(name, "cpu.max", "max")

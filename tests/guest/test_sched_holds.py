@@ -11,29 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from agentcgroupd.bpf import features, sched
+from agentcgroupd.bpf import features
 from agentcgroupd.bpf.memory import MemoryPrograms
-from agentcgroupd.bpf.sched import SchedSettings, Scheduler
+from agentcgroupd.bpf.sched import Scheduler
 from agentcgroupd.config import GuardConfig
 from agentcgroupd.units import CgroupId
-from tests.guest.cpu_load import Load, settled, spin
+from tests.guest.cpu_load import SETTINGS, Load, settled, spin
 from tests.harness import patient, wait_until
 
-pytestmark = [pytest.mark.controllers, pytest.mark.programs]
+pytestmark = [
+    pytest.mark.controllers,
+    pytest.mark.programs,
+    pytest.mark.usefixtures("needs_sched_ext"),
+]
 
-SETTINGS = SchedSettings(
-    slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000, penalty_most=8
-)
 LIMIT = 0.02
 """Part of a CPU that a slow call may have: it is paused for most of the time."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def needs_sched_ext() -> None:
-    """Skip all of these tests where the kernel does not take the scheduler."""
-    state = sched.gate()
-    if not state.works:
-        pytest.skip(state.reason)
 
 
 @pytest.fixture(scope="module")
