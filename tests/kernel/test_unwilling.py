@@ -78,6 +78,7 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+@pytest.mark.waits
 def test_a_tool_that_its_agent_keeps_at_its_exit_ends_with_that(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:
@@ -91,6 +92,7 @@ def test_a_tool_that_its_agent_keeps_at_its_exit_ends_with_that(
     daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="alpha"))
 
 
+@pytest.mark.waits
 def test_a_tracer_of_the_host_is_named_and_left_alone(
     daemon: DaemonProcess, agent: AgentProcess, tracer: list[subprocess.Popen[str]]
 ) -> None:
@@ -131,16 +133,16 @@ def test_a_tool_that_is_frozen_with_its_session_keeps_its_time(
 ) -> None:
     if not (daemon.cgroup_dir / "alpha/cgroup.stat.local").exists():
         pytest.skip("this kernel has no cgroup.stat.local")
-    start(agent, "sleep 1000", SECOND)
+    start(agent, "sleep 1000", f"{3000 * SLOW:.0f}ms")
     freeze = daemon.cgroup_dir / "alpha/cgroup.freeze"
     freeze.write_text("1")
-    time.sleep(2 * SLOW)
+    time.sleep(4 * SLOW)
     assert len(daemon.call_dirs()) == 1
     freeze.write_text("0")
     # The shell may be told of the end of its command before it is ended itself.
     assert agent.run("result = tool.wait()") in (-signal.SIGTERM, 128 + signal.SIGTERM)
     report = last(daemon)
-    assert report.verdict == pb.VERDICT_TIMEOUT and report.wall_usec > 2.5e6 * SLOW
+    assert report.verdict == pb.VERDICT_TIMEOUT and report.wall_usec > 5e6 * SLOW
 
 
 THREADED = """
