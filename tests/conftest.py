@@ -23,7 +23,8 @@ MARKERS = {
     "psi": "needs a kernel with pressure stall information",
     "full_kernel": "needs something else that user-mode Linux lacks, such as zstd for zram",
     "with_programs": "shows something else on a kernel that takes BPF programs: runs there too",
-    "full_speed": "too slow, or without meaning, on an emulated machine",
+    "full_speed": "too slow in a guest, or shows nothing there that it does not show here",
+    "waits": "waits nearly all of its time, so that much else can run beside it; not in a guest",
 }
 NOT_IN_UML = ("programs", "psi", "full_kernel")
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)

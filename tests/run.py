@@ -1,6 +1,7 @@
 """`make test`: every suite in the place it belongs, and what each did in a table at the end.
 
     host      unit tests, and those that any Linux host with root can run, at full speed
+    waits     of these, the ones that wait for seconds and need no CPU meanwhile
     uml       what needs cgroup controllers: the whole daemon on user-mode Linux, without programs
     programs  BPF programs, pressure and what else a full kernel has, on a recent one in QEMU
     sched     the CPU scheduler, on the same kernel in QEMU
@@ -8,9 +9,10 @@
     pins      of the units, what needs BPF programs, under systemd in QEMU
 
 Where this machine has the controllers itself, all run natively, and nothing twice. Two suites run
-side by side: a guest is one thread. A suite that collects nothing has failed. A few tests that fail
-so are run once more, a suite at a time with nothing beside it: the load of another suite is no
-fault of theirs, and both results are printed. docs/testing.md says which test belongs where.
+side by side, as a guest is one thread, and `waits` beside both. A suite that collects nothing has
+failed. A few tests that fail so are run once more, a suite at a time with nothing beside it: the
+load of another suite is no fault of theirs, and both results are printed. docs/testing.md says
+which test belongs where.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from tests.suites import PYTEST, RESULTS, Suite, plan
 from tools import wheel_venv
 
 NO_TESTS = 5  # pytest's exit status when it collected nothing
-RUN_AGAIN_MAX = 3
+RUN_AGAIN_MAX = 10
 """Failed tests of a suite that are run once more. Where more fail, load is not the reason."""
 
 
@@ -173,15 +175,23 @@ class Runner:
 
     def __init__(self, suites: Sequence[Suite], extra: Sequence[str]) -> None:
         self.totals = Totals()
-        self._waiting = deque(suites)
+        self._waiting = deque(suite for suite in suites if not suite.is_idle)
+        self._idle = [suite for suite in suites if suite.is_idle]
         self._extra = extra
         self._lock = threading.Lock()
         self._running: dict[str, subprocess.Popen[str]] = {}
         self._stopping = False
 
     def run(self, at_once: int) -> None:
-        """Run all, some at once; returns when the last suite has ended."""
+        """Run all, some at once and the idle ones beside them; returns when the last has ended.
+
+        at_once: 1 is one suite after the other, the idle ones first.
+        """
+        if at_once == 1:
+            self._waiting.extendleft(self._idle)
+            self._idle = []
         threads = [threading.Thread(target=self._take_turns) for _ in range(at_once)]
+        threads += [threading.Thread(target=self._suite, args=(suite,)) for suite in self._idle]
         for thread in threads:
             thread.start()
         try:

@@ -165,6 +165,7 @@ def test_what_a_shells_startup_files_start_is_none(
     assert found == [("sleep", ["sleep", f"0.{number}"]) for number in range(3, 8)]
 
 
+@pytest.mark.waits
 def test_a_shell_whose_job_control_is_switched_off_is_believed_in_time(
     daemon: DaemonProcess, agent: AgentProcess
 ) -> None:

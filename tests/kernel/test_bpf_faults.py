@@ -197,6 +197,7 @@ def test_a_constant_that_lies_outside_of_its_section(tmp_path: Path) -> None:
     assert [r for r in reasons if r.startswith("lifecycle: daemon_pid_ns is outside of .rodata")]
 
 
+@pytest.mark.full_speed
 def test_an_object_of_another_release(tmp_path: Path) -> None:
     objects = compiled(
         tmp_path, ("abi.h", f"ABI_VERSION = {abi.ABI_VERSION},", "ABI_VERSION = 77,")
@@ -206,6 +207,7 @@ def test_an_object_of_another_release(tmp_path: Path) -> None:
     assert "install both from one release" in reason
 
 
+@pytest.mark.full_speed
 def test_a_map_of_another_size(tmp_path: Path) -> None:
     """The object loads, but its entries are not what the daemon reads: the plane unloads it."""
     objects = compiled(
@@ -237,6 +239,7 @@ REJECTED = """
 """
 
 
+@pytest.mark.full_speed
 def test_one_program_that_the_verifier_rejects(tmp_path: Path) -> None:
     """OOM victims is missing, with the verifier's last words; process lifecycle works."""
     text = (ROOT / "bpf/lifecycle.bpf.c").read_text(encoding="ascii")
@@ -565,6 +568,7 @@ def run_daemon(
         print(daemon.log.read_text())
 
 
+@pytest.mark.full_speed
 def test_more_cgroups_than_a_map_has_room_for(
     tmp_path: Path, run_daemon: Callable[[str], DaemonProcess]
 ) -> None:

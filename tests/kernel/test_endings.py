@@ -73,6 +73,7 @@ def end(
 # What was left running
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("deaf", [False, True])
 def test_a_timeout_that_ended_only_what_was_left_is_told(
     daemon: DaemonProcess, agent: AgentProcess, deaf: bool
@@ -107,6 +108,7 @@ def test_what_a_tool_left_in_cgroups_of_its_own_is_ended_too(
 # Who ended it
 
 
+@pytest.mark.waits
 def test_a_main_thread_that_ended_is_no_end(daemon: DaemonProcess, agent: AgentProcess) -> None:
     code = [sys.executable, "-S", "-c", THREAD_GOES_ON]
     assert run(agent, *code, f"{0.5 * SLOW}", name="a") == 7
@@ -275,6 +277,7 @@ def tells_where_processes_end() -> bool:
         os.close(fd)
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("deaf", [False, True])
 def test_the_timeout_of_a_tool_that_left_is_kept(
     daemon: DaemonProcess, agent: AgentProcess, elsewhere: Path, deaf: bool
@@ -310,6 +313,7 @@ def test_a_child_that_left_is_ended_with_the_call(
     wait_until("it is gone", lambda: not (elsewhere / "cgroup.procs").read_text())
 
 
+@pytest.mark.waits
 def test_what_a_tool_starts_elsewhere_after_sigterm_is_ended_too(
     daemon: DaemonProcess, agent: AgentProcess, elsewhere: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_flood_costs_another_session_little(daemon: DaemonProcess, attack: str
     assert victim.run("result = stub.GetSession(pb.GetSessionRequest(), timeout=5).id") == "victim"
 
 
+@pytest.mark.waits
 def test_answers_that_nobody_reads_are_not_kept(daemon: DaemonProcess) -> None:
     hostile, victim = daemon.open("hostile"), daemon.open("victim")
     hostile.run(
@@ -283,6 +284,7 @@ for _ in range(8):
     assert rss_bytes(daemon) - before < 60 * MIB
 
 
+@pytest.mark.waits
 def test_slow_writers_are_let_go(daemon: DaemonProcess) -> None:
     """Connections that begin a request, or say nothing, and never go on."""
     agent = daemon.open("alpha")

@@ -76,6 +76,7 @@ def test_an_end_that_nobody_asked_for(machine: Machine, agent: AgentProcess) -> 
     end(machine, again)
 
 
+@pytest.mark.waits
 def test_past_mps(machine: Machine, agent: AgentProcess) -> None:
     """Only the call whose process is no client of MPS is told."""
     start = (

@@ -109,6 +109,7 @@ def test_use_is_added_up_by_labels_that_stay_with_a_session(fresh: DaemonProcess
     assert '"team": "shop"' in agentcg(fresh, "history", "--sessions", "--json")
 
 
+@pytest.mark.waits
 def test_what_ended_right_before_kill_9_is_not_lost(fresh: DaemonProcess) -> None:
     """Rows are gathered for a moment before they are written; the audit log has them by then."""
     agent = fresh.open("alpha")

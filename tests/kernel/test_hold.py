@@ -72,6 +72,7 @@ def test_a_held_call_stands_still_until_the_operator_lets_it(
     assert any("held it paused" in fact.what for fact in report.facts)
 
 
+@pytest.mark.waits
 def test_time_that_it_is_held_does_not_count_against_its_timeout(
     fresh: DaemonProcess, tmp_path: Path
 ) -> None:

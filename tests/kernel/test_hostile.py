@@ -55,6 +55,7 @@ result = [one(number) for number in range(rounds)]
     assert not daemon.call_dirs()
 
 
+@pytest.mark.waits
 def test_a_held_call_that_idles_is_ended(daemon: DaemonProcess) -> None:
     agent = daemon.open("alpha")
     call_id = agent.run(

@@ -266,6 +266,7 @@ result = replies
     assert daemon.admin.GetPool(pb.GetPoolRequest()).calls_begun == before
 
 
+@pytest.mark.waits
 def test_silent_connections_are_closed_and_do_not_block_others(
     daemon: DaemonProcess, other: AgentProcess
 ) -> None:

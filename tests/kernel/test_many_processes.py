@@ -21,6 +21,8 @@ from agentcgroupd.state.process import Process
 from agentcgroupd.state.session import Call
 from tests.harness import wait_until
 
+pytestmark = pytest.mark.full_speed
+
 COUNT = 600
 """Processes: more than are signalled at a time."""
 FORKS = f"import os, signal\nfor _ in range({COUNT - 1}):\n    os.fork() or signal.pause()"

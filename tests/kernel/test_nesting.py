@@ -223,6 +223,7 @@ def test_calls_inside_begin_while_the_outer_one_forks(
     agent.run("storm.wait()")
 
 
+@pytest.mark.full_speed
 def test_a_call_of_many_processes_is_not_split(daemon: DaemonProcess, agent: AgentProcess) -> None:
     call = begin(agent, "outer")
     tool = tool_in(daemon, call)

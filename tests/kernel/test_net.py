@@ -297,6 +297,7 @@ def test_an_open_call_can_be_given_another_rate(counting: DaemonProcess) -> None
     assert refused > 1000 and refused + sent >= 2000
 
 
+@pytest.mark.waits
 def test_a_call_that_was_found_again_is_held_to_its_rate(counting: DaemonProcess) -> None:
     agent = counting.open("alpha")
     begin = "call = agent.tool_call('t', net_send_max='64K'); call.begin(); call.run(['true'])"
@@ -312,6 +313,7 @@ def test_a_call_that_was_found_again_is_held_to_its_rate(counting: DaemonProcess
         assert admin.end_call(call_id).net is None
 
 
+@pytest.mark.waits
 def test_a_call_that_was_found_again_can_be_given_a_rate(counting: DaemonProcess) -> None:
     agent = counting.open("alpha")
     agent.run("call = agent.tool_call('t'); call.begin(); call.run(['true'])")

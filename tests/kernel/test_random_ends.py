@@ -61,6 +61,7 @@ def run(daemon: DaemonProcess, directory: Path, limits: bool) -> None:
     assert done == COUNT
 
 
+@pytest.mark.full_speed
 @pytest.mark.timeout(LIMIT_S)
 def test_ends_at_random(start_daemon: StartDaemon, tmp_path: Path) -> None:
     run(start_daemon(""), tmp_path, limits=False)

@@ -11,6 +11,8 @@ import pytest
 
 from agentcgroupd.cgroup.tree import cgroup2_mount
 
+pytestmark = pytest.mark.full_speed
+
 CONFIG = """\
 [pool]
 cgroup = "{pool}"

@@ -242,6 +242,7 @@ def test_a_session_closed_while_calls_run_takes_them_along(fresh: DaemonProcess)
     assert agent.process.wait(10 * PATIENCE) == -signal.SIGKILL
 
 
+@pytest.mark.waits
 def test_servers_that_do_not_end_keep_no_call_frozen(tmp_path: Path) -> None:
     daemon = DaemonProcess(tmp_path)
     daemon.module = "tests.stuck_daemon"

@@ -124,6 +124,7 @@ def test_the_signal_of_the_answer_is_as_it_was(agent: AgentProcess, refuse: Path
     assert int(mask.split()[1], 16) == 1 << 22
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("kind", ["socket", "connect"])
 def test_it_runs_where_nobody_moves_it_and_says_so(refuse: Path, kind: str) -> None:
     argv = [*sandbox(kind, refuse), EXEC, "--memory-max=64M", "--", "sh", "-c", "exit 4"]

@@ -77,6 +77,7 @@ def test_the_call_is_found_with_all_that_it_was_granted(
     assert copies(fresh) == []
 
 
+@pytest.mark.waits
 def test_its_timeout_is_kept(fresh: DaemonProcess) -> None:
     agent = fresh.open("alpha")
     seconds = 3 * SLOW
@@ -88,6 +89,7 @@ def test_its_timeout_is_kept(fresh: DaemonProcess) -> None:
     assert report.wall_usec >= seconds * 1e6
 
 
+@pytest.mark.waits
 def test_how_it_ended_is_known(fresh: DaemonProcess) -> None:
     agent = fresh.open("alpha")
     without_record(fresh, agent, f"sleep {5 * SLOW}; exit 7")

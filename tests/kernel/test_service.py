@@ -113,6 +113,7 @@ def test_answers_feed_the_watchdog_and_make_it_ready(watched: Watched) -> None:
     assert "STOPPING=1" in watched.systemd.hear()
 
 
+@pytest.mark.waits
 def test_a_loop_that_turns_and_answers_nobody_is_not_alive(watched: Watched) -> None:
     """Only the answers count: the event loop goes on all the time."""
     wait_until("it is ready", lambda: watched.get("/readyz")[0] == 200)
@@ -133,6 +134,7 @@ def test_a_loop_that_turns_and_answers_nobody_is_not_alive(watched: Watched) -> 
     wait_until("it is fed", lambda: watched.systemd.fed() > 0)
 
 
+@pytest.mark.waits
 def test_agents_who_are_not_answered_do_not_have_it_restarted(watched: Watched) -> None:
     wait_until("it is ready", lambda: watched.get("/readyz")[0] == 200)
     watched.deaf.write_text("agent")
@@ -143,6 +145,7 @@ def test_agents_who_are_not_answered_do_not_have_it_restarted(watched: Watched) 
     assert watched.get("/healthz")[0] == 200
 
 
+@pytest.mark.waits
 def test_a_stuck_loop_is_seen_and_not_fed(watched: Watched) -> None:
     """The page is served by another thread, which the loop does not hold up."""
     wait_until("it is ready", lambda: watched.get("/readyz")[0] == 200)
@@ -158,6 +161,8 @@ def test_a_stuck_loop_is_seen_and_not_fed(watched: Watched) -> None:
 
 ATTACK = """
 import threading
+
+pytestmark = pytest.mark.full_speed
 stop = False
 def connect():
     socks = []
@@ -206,6 +211,7 @@ def test_a_stop_under_attack_lets_go_first_and_ends_in_time(start_daemon: StartD
     assert any(call_id in path.name for path in daemon.call_dirs())
 
 
+@pytest.mark.waits
 def test_a_part_that_blocks_for_ever_does_not_keep_the_process(tmp_path: Path) -> None:
     daemon = DaemonProcess(tmp_path)
     daemon.module = "tests.stuck_daemon"

@@ -110,6 +110,7 @@ def test_that_of_a_command_in_a_held_call(fresh: DaemonProcess) -> None:
     assert report.evidence == pb.EVIDENCE_KERNEL
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("moment", ["in the grace", "after SIGTERM"])
 def test_that_of_a_call_whose_leftovers_are_being_ended(
     fresh: DaemonProcess, tmp_path: Path, moment: str

@@ -82,6 +82,7 @@ def test_many_shells_at_once(daemon: DaemonProcess, agent: AgentProcess) -> None
     assert ended(daemon) == before + SHELLS
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("how", ESCAPES)
 def test_nothing_that_a_call_leaves_running_gets_out_of_it(
     daemon: DaemonProcess, agent: AgentProcess, how: str

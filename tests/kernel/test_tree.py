@@ -53,6 +53,7 @@ def test_id_is_the_inode_and_names_this_directory_only(top: Cgroup) -> None:
     assert second.exists() and not first.exists()
 
 
+@pytest.mark.full_speed
 def test_all_processes_are_listed_however_many_there_are(top: Cgroup) -> None:
     """The kernel gives a page of pids at a time, which is some 800 of them."""
     crowd = top.make_child("crowd")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,13 +117,37 @@ def test_many_failures_or_a_broken_suite_are_not_run_again(suite: Suite) -> None
     totals = run.Totals()
     case = '<testcase classname="t.a" name="test_{}" file="t/a.py"><failure/></testcase>'
     cases = "".join(case.format(number) for number in range(run.RUN_AGAIN_MAX + 1))
-    counts = f'tests="9" failures="{run.RUN_AGAIN_MAX + 1}" errors="0" skipped="0"'
+    counts = f'tests="99" failures="{run.RUN_AGAIN_MAX + 1}" errors="0" skipped="0"'
     suite.results.write_text(f"<testsuites><testsuite {counts}>{cases}</testsuite></testsuites>")
     totals.add(suite, 1, 4.0, 3.0)
     assert totals.outcomes[0].to_run_again() is None
     results(suite, tests=3, failures=0, errors=0, skipped=0)
     totals.add(suite, 137, 4.0, 3.0)
     assert totals.outcomes[1].to_run_again() is None
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_an_idle_suite_runs_beside_the_others(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    together, lock, all_three = set[str](), threading.Lock(), threading.Barrier(3)
+    most = 0
+
+    def note(_: run.Runner, suite: Suite) -> None:
+        nonlocal most
+        with lock:
+            together.add(suite.name)
+            most = max(most, len(together))
+        if at_once == 2:
+            all_three.wait(20)
+        with lock:
+            together.remove(suite.name)
+
+    monkeypatch.setattr(run.Runner, "_suite", note)
+    suites = [Suite(name, ("tests/unit",), "native", 60) for name in ("a", "b", "c")]
+    runner = run.Runner([replace(suites[0], is_idle=True), *suites[1:]], ())
+    runner.run(at_once)
+    assert most == (1 if at_once == 1 else 3)
 
 
 def planned(name: str) -> Suite:
@@ -134,6 +160,7 @@ def planned(name: str) -> Suite:
 def test_the_guests_do_what_the_host_cannot() -> None:
     suites, left_out = plan("guest", systemd_here=False)
     assert {suite.name: suite.place for suite in suites} == {
+        "waits": "native",
         "host": "native",
         "uml": "uml",
         "programs": "qemu",
@@ -226,6 +253,7 @@ def test_each_place_has_the_tests_that_only_it_can_run(collected: dict[str, list
         return {suite.name for suite in suites if has(suite, name, marks)}
 
     assert places("test_counts") == {"host"}
+    assert places("test_slow_writers_are_let_go") == {"waits"}
     assert places("test_exit_137_is_not_out_of_memory") == {"uml"}
     assert places("test_reports_and_sessions_are_there_after_a_restart") == {"host", "uml"}
     assert places("test_psi_is_read_with_its_units") == {"host", "programs"}

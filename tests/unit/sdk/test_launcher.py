@@ -413,6 +413,7 @@ def test_wait_then_ok(launcher: Launcher) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "hi\n", "")
 
 
+@pytest.mark.waits
 def test_wait_then_refused_or_gone(launcher: Launcher) -> None:
     waits = b"WAIT\0seconds=5\0"
     with daemon(launcher.agent, reply(waits, b"ERR\0DEADLINE_EXCEEDED\0no room in time\0")):
@@ -614,6 +615,7 @@ def test_not_a_daemon_at_all(launcher: Launcher, tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (125, "")
 
 
+@pytest.mark.waits
 def test_silence_is_no_absence(launcher: Launcher, tmp_path: Path) -> None:
     """Three waits at the same time: no reply, nothing after WAIT, a backlog that stays full."""
 
@@ -659,6 +661,7 @@ def test_silence_is_no_absence(launcher: Launcher, tmp_path: Path) -> None:
         assert (out, status) == ("", 125) and "no reply in time" in err
 
 
+@pytest.mark.waits
 def test_a_daemon_that_hangs_up_is_asked_again(launcher: Launcher, tmp_path: Path) -> None:
     """No answer is no absence: the tool never runs without limits for it."""
     asked: list[float] = []

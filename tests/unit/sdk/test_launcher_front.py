@@ -91,6 +91,7 @@ def test_nothing_is_said_where_there_is_nothing_to_say(launcher: Launcher, ended
     assert (done.returncode, done.stderr) == (4, "")
 
 
+@pytest.mark.waits
 def test_it_says_that_it_does_not_know(launcher: Launcher) -> None:
     with answering(launcher, ended=b""):
         done = front(launcher, "sh", "-c", "exit 4")

@@ -246,6 +246,7 @@ def test_the_daemon_ends_a_command_whose_time_has_passed(daemon: FakeDaemon) -> 
     assert alive == [True, True]
 
 
+@pytest.mark.waits
 def test_a_command_does_not_outlive_its_timeout_where_the_daemon_is_away(
     daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:

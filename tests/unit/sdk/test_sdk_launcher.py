@@ -55,6 +55,7 @@ def test_refused_to_enter(daemon: FakeDaemon, attach: AttachSocket, tmp_path: Pa
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("policy", ["run", "refuse"])
 def test_daemon_that_hangs_up_between_begin_and_start(
     daemon: FakeDaemon, attach: AttachSocket, policy: str
