@@ -180,7 +180,7 @@ with agent.tool_call("build", memory_max="40M") as call:
     # Who asked for too much has all of the call killed, and may come to the next command, too,
     # until it is gone itself.
     (here,) = [line[3:] for line in open("/proc/self/cgroup") if line.startswith("0::")]
-    leaf = here.strip().replace("/agent", "/call-" + call.id)
+    leaf = here.strip().removesuffix("agent") + "call-" + call.id
     while open("MOUNT" + leaf + "/cgroup.procs").read():
         time.sleep(0.01)
     second = call.run(["sh", "-c", then]).returncode
