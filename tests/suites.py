@@ -70,7 +70,7 @@ WAITING = "waits and not controllers"
 FULL_KERNEL = "programs or psi or full_kernel"
 """What user-mode Linux lacks, by the markers of tests/conftest.py."""
 IN_UML = f"not full_speed and not waits and not ({FULL_KERNEL})"
-IN_QEMU = f"not full_speed and ({FULL_KERNEL} or with_programs)"
+IN_QEMU = f"not full_speed and not waits and ({FULL_KERNEL} or with_programs)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +109,7 @@ class Suite:
         pytest = [*PYTEST, *results, f"--timeout={self.test_limit_sec}"]
         if self.place == "native":
             return [*pytest, *extra, *self.selection()]
-        nice = ["nice", "-n", "-10"] if self.goes_first else []
-        guest = [*nice, sys.executable, "-m", GUESTS[self.place], f"--timeout={self.limit_sec}"]
+        guest = [sys.executable, "-m", GUESTS[self.place], f"--timeout={self.limit_sec}"]
         # Verbose, because a guest is slow: each test shows as it ends.
         return [*guest, *self.guest_options, "--", *pytest, "-v", *extra, *self.selection()]
 
@@ -131,8 +130,8 @@ def plan(where: Kind, systemd_here: bool) -> tuple[list[Suite], list[str]]:
 
 
 def _with_guests() -> list[Suite]:
-    """The suites where this machine has no controllers, the longest first, so that the last to
-    begin is a short one."""
+    """The suites where this machine has no controllers: of those that take turns the longest first,
+    so that the last to begin is a short one."""
     host = Suite(
         "host",
         ("tests/unit", "tests/fuzz", "tests/kernel"),

@@ -181,7 +181,9 @@ with agent.tool_call("build", memory_max="40M") as call:
     # until it is gone itself.
     (here,) = [line[3:] for line in open("/proc/self/cgroup") if line.startswith("0::")]
     leaf = here.strip().removesuffix("agent") + "call-" + call.id
-    while open("MOUNT" + leaf + "/cgroup.procs").read():
+    deadline = time.monotonic() + 60
+    while left := open("MOUNT" + leaf + "/cgroup.procs").read():
+        assert time.monotonic() < deadline, left
         time.sleep(0.01)
     second = call.run(["sh", "-c", then]).returncode
 result = (first, second, str(call.report.verdict), call.report.sentence,

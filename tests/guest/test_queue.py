@@ -147,7 +147,8 @@ def test_who_goes_away_leaves_nothing_behind(daemon: DaemonProcess) -> None:
 
 
 def test_hundreds_at_once_all_get_their_turn(daemon: DaemonProcess) -> None:
-    """In one tick, each expecting a quarter of the pool; and the daemon answers others."""
+    """As many at once as can be started, each expecting a quarter of the pool; and the daemon
+    answers others."""
     # More than the reports that are kept of a session. A guest's CPU needs seconds to start a
     # hundred, and a launcher waits ten for its answer.
     waves, at_once = (1, 30) if SLOW != 1.0 else (3, 90) if IN_GUEST else (1, 500)

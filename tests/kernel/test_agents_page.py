@@ -13,8 +13,6 @@ import pytest
 from agentcgroup.cli.agents import AGENTS
 from tests.harness import EXEC, ROOT, DaemonProcess
 
-pytestmark = pytest.mark.full_speed
-
 PAGE = (ROOT / "docs/agents.md").read_text()
 BIN = Path(EXEC).parent
 LINES = re.findall(r"^```sh\n(.*?)^```$", PAGE.partition("\n## The hook")[0], re.M | re.S)

@@ -288,7 +288,6 @@ def test_a_storm_loses_no_call(daemon: DaemonProcess, agent: AgentProcess) -> No
     assert not daemon.call_dirs()
 
 
-@pytest.mark.full_speed
 def test_events_without_room_are_counted_and_made_up_for(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:

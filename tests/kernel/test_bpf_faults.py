@@ -239,7 +239,6 @@ REJECTED = """
 """
 
 
-@pytest.mark.full_speed
 def test_one_program_that_the_verifier_rejects(tmp_path: Path) -> None:
     """OOM victims is missing, with the verifier's last words; process lifecycle works."""
     text = (ROOT / "bpf/lifecycle.bpf.c").read_text(encoding="ascii")

@@ -53,7 +53,6 @@ def opened(daemon: DaemonProcess) -> tuple[AgentProcess, AgentProcess]:
     return hostile, quiet
 
 
-@pytest.mark.waits
 def test_who_has_most_open_is_disconnected(start_daemon: StartDaemon) -> None:
     """200 connections with 1,600 requests cost some 6 MiB; there is room for 2."""
     unbounded = start_daemon("")

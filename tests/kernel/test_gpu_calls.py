@@ -440,7 +440,6 @@ def _until_never_held(machine: Machine, call_id: str) -> None:
     wait_until("it is not held back for an idle one", never)
 
 
-@pytest.mark.waits
 @pytest.mark.full_speed
 def test_time_slices(machine: Machine, agent: AgentProcess) -> None:
     """Two that use one device have it in turn, in proportion; alone, nobody waits."""
@@ -471,7 +470,6 @@ time.sleep(60)
 """
 
 
-@pytest.mark.waits
 @pytest.mark.full_speed
 def test_who_launches_is_not_taken_for_idle(
     machine: Machine, agent: AgentProcess, tmp_path: Path

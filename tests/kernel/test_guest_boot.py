@@ -136,7 +136,6 @@ def test_panic_is_told_with_the_console(module: str) -> None:
     assert "Kernel panic - not syncing: sysrq triggered crash" in err
 
 
-@pytest.mark.waits
 def test_time_runs_out(module: str) -> None:
     begin = time.monotonic()
     process = guest(module, "--timeout", "10", "--", "sh", "-c", "echo so far; sleep 300")

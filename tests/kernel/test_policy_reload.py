@@ -16,8 +16,6 @@ import pytest
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from tests.harness import SLOW, DaemonProcess, wait_until
 
-pytestmark = pytest.mark.full_speed
-
 POLICY = """\
 name = "{name}"
 
@@ -68,7 +66,7 @@ def edited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edited]:
         print(running.log.read_text())
 
 
-@pytest.mark.waits
+@pytest.mark.full_speed
 def test_an_edited_policy_is_taken_up_and_a_wrong_one_is_not(edited: Edited) -> None:
     state = edited.state()
     assert (state.name, list(state.sources), state.error) == ("one", [str(edited.policy)], "")

@@ -24,6 +24,8 @@ from agentcgroupd.rpc import canary
 from tests.conftest import StartDaemon
 from tests.harness import IN_GUEST, PATIENCE, SLOW, DaemonProcess, wait_until
 
+pytestmark = pytest.mark.full_speed
+
 STOP_MOST_S = 10.0
 RESTARTS = 8 if IN_GUEST else 20
 KILLS = RESTARTS // 4
@@ -161,8 +163,6 @@ def test_a_stuck_loop_is_seen_and_not_fed(watched: Watched) -> None:
 
 ATTACK = """
 import threading
-
-pytestmark = pytest.mark.full_speed
 stop = False
 def connect():
     socks = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -130,24 +131,38 @@ def test_many_failures_or_a_broken_suite_are_not_run_again(suite: Suite) -> None
 def test_an_idle_suite_runs_beside_the_others(
     monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    together, lock, all_three = set[str](), threading.Lock(), threading.Barrier(3)
-    most = 0
+    ran: list[str] = []
+    together = threading.Barrier(1 if at_once == 1 else 3)
 
     def note(_: run.Runner, suite: Suite) -> None:
-        nonlocal most
-        with lock:
-            together.add(suite.name)
-            most = max(most, len(together))
-        if at_once == 2:
-            all_three.wait(20)
-        with lock:
-            together.remove(suite.name)
+        together.wait(20)
+        ran.append(suite.name)
 
     monkeypatch.setattr(run.Runner, "_suite", note)
     suites = [Suite(name, ("tests/unit",), "native", 60) for name in ("a", "b", "c")]
     runner = run.Runner([replace(suites[0], is_idle=True), *suites[1:]], ())
     runner.run(at_once)
-    assert most == (1 if at_once == 1 else 3)
+    assert ["a", "b", "c"] == (ran if at_once == 1 else sorted(ran))
+
+
+def test_what_measures_time_goes_first() -> None:
+    assert [suite.name for suite in plan("guest", False)[0] if suite.goes_first] == ["sched"]
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        run._let_go_first(process.pid)
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == run.GOES_FIRST_NICE
+        autogroup = Path(f"/proc/{process.pid}/autogroup")
+        if autogroup.exists():
+            assert autogroup.read_text().split()[-1] == str(run.GOES_FIRST_NICE)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_suite_that_does_not_run_here_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--only", "nonsense"])
+    assert "'nonsense' does not run here, only " in capsys.readouterr().err
 
 
 def planned(name: str) -> Suite:
@@ -234,6 +249,9 @@ def test_every_test_runs_somewhere(collected: dict[str, list[str]]) -> None:
         if not any(has(suite, test, marks) for suite in suites)
     ]
     assert nowhere == []
+    for test, marks in collected.items():
+        if "waits" in marks:
+            assert [suite.name for suite in suites if has(suite, test, marks)] == ["waits"], test
     in_both = [test for test, marks in collected.items() if "with_programs" in marks]
     for name in ("uml", "programs"):
         suite = planned(name)

@@ -105,7 +105,6 @@ def test_without_a_daemon_it_is_silent_and_logs_nothing(hook: Hook) -> None:
     assert not hook.log.exists()
 
 
-@pytest.mark.waits
 def test_a_daemon_that_does_not_answer_holds_nobody_up(hook: Hook) -> None:
     def wait(conn: socket.socket, request: bytes) -> None:
         conn.settimeout(10)
