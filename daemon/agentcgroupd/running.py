@@ -22,6 +22,7 @@ from agentcgroupd.observers import Observers
 from agentcgroupd.rpc.canary import EVERY_S, Canary
 from agentcgroupd.rpc.memory import MemoryWatch
 from agentcgroupd.rpc.service import Parts
+from agentcgroupd.sessions.holding import look_at_adopted
 from agentcgroupd.sessions.pool import ALIVE_XATTR, Pool
 from agentcgroupd.state.session import boottime_usec
 from agentcgroupd.telemetry.labels import CALL_STATES
@@ -37,7 +38,7 @@ SWEEP_SHARE = 0.005
 sessions for metrics: with thousands of calls they are further apart, up to the larger number."""
 BEAT_INTERVAL_S = 0.5
 SHOW_INTERVAL_S, SHOW_MOST_S = 2.0, 10.0
-"""Between looks at all sessions for the metrics."""
+"""Between looks at all sessions for the metrics, and at what adopted ones hold."""
 
 
 class PartFailed(AgentcgroupdError):
@@ -169,7 +170,9 @@ class Running:
         states = Counter(call.state for call in self._calls.open.values())
         for name, state in CALL_STATES.items():
             self._metrics.calls_open.labels(name).set(states[state])
-        yield from shown.show(tuple(self._parts.sessions.open.values()))
+        sessions = tuple(self._parts.sessions.open.values())
+        yield from look_at_adopted(self._pool, sessions)
+        yield from shown.show(sessions)
 
     async def _ask_forever(self) -> None:
         """Ask the daemon itself; the answers feed systemd's watchdog and /readyz."""
@@ -189,6 +192,8 @@ class Running:
     def _set_gauges(self) -> None:
         metrics = self._metrics
         current = self._pool.cgroup.read_if(knobs.MEMORY_CURRENT)
+        if current is not None:
+            current += self._pool.adopted_bytes
         metrics.pool_memory_current.set(float("nan") if current is None else current)
         most = self._pool.memory_max_bytes
         metrics.pool_memory_max.set(float("nan") if most is None else most)

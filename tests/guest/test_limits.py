@@ -6,12 +6,15 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from tests.conftest import StartDaemon
 from tests.harness import (
@@ -363,9 +366,14 @@ result = call_id
     agent.run("stub.EndCall(pb.EndCallRequest(call_id=call_id)); tool.wait()", call_id=call_id)
 
 
-def test_the_budget_is_what_is_left(daemon: DaemonProcess, agent: AgentProcess) -> None:
+def budget_of(agent: AgentProcess) -> pb.Budget:
+    """What is left for an agent's session."""
     code = "result = stub.GetBudget(pb.GetBudgetRequest()).SerializeToString()"
-    budget = pb.Budget.FromString(agent.run(code))
+    return pb.Budget.FromString(agent.run(code))
+
+
+def test_the_budget_is_what_is_left(daemon: DaemonProcess, agent: AgentProcess) -> None:
+    budget = budget_of(agent)
     assert budget.memory_limit_bytes == 300 * MIB
     used = _memory(daemon, "alpha")
     assert abs(budget.memory_used_bytes - used) < 8 * MIB
@@ -375,18 +383,32 @@ def test_the_budget_is_what_is_left(daemon: DaemonProcess, agent: AgentProcess) 
     assert "MiB" in budget.sentence
 
 
-def test_a_containers_cgroup_is_split_in_place_and_given_back(daemon: DaemonProcess) -> None:
+@contextmanager
+def container(daemon: DaemonProcess, code: str) -> Iterator[tuple[Cgroup, subprocess.Popen[bytes]]]:
+    """A cgroup beside the pool, as a runtime makes it, and in it a Python process that runs `code`
+    and then waits."""
     root = Cgroup.open(cgroup2_mount())
     made = root.make_child(f"container-{daemon.pool_path.strip('/')}")
-    container = Cgroup.open(made.path)
-    container.write_text("memory.max", str(200 * MIB))
-    inside = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(10000)"])
-    container.attach(inside.pid)
-    path = "/" + made.path.name
-    request = pb.AdoptSessionRequest(
-        cgroup_path=path, spec=pb.SessionSpec(id="box", memory_max="400M", pids_max="100")
-    )
+    cgroup = Cgroup.open(made.path)
+    cgroup.write_text("memory.max", str(200 * MIB))
+    inside = subprocess.Popen([sys.executable, "-c", f"{code}; import time; time.sleep(10000)"])
+    cgroup.attach(inside.pid)
     try:
+        yield cgroup, inside
+    finally:
+        inside.kill()
+        inside.wait()
+        cgroup.kill_and_remove()
+        cgroup.close()
+        root.close()
+
+
+def test_a_containers_cgroup_is_split_in_place_and_given_back(daemon: DaemonProcess) -> None:
+    with container(daemon, "pass") as (made, inside):
+        request = pb.AdoptSessionRequest(
+            cgroup_path="/" + made.path.name,
+            spec=pb.SessionSpec(id="box", memory_max="400M", pids_max="100"),
+        )
         session = daemon.admin.AdoptSession(request)
         assert session.adopted
         assert session.memory_max_bytes == 200 * MIB, "never above the runtime's own limit"
@@ -406,12 +428,27 @@ def test_a_containers_cgroup_is_split_in_place_and_given_back(daemon: DaemonProc
         assert (made.path / "pids.max").read_text().strip() == "max"
         assert (made.path / "cgroup.subtree_control").read_text().strip() == ""
         assert inside.poll() is None
-    finally:
-        inside.kill()
-        inside.wait()
-        container.kill_and_remove()
-        container.close()
-        root.close()
+
+
+def test_what_an_adopted_session_holds_is_the_pools(daemon: DaemonProcess) -> None:
+    """Its cgroup lies beside the pool's: the pool's numbers and the budgets of others know it."""
+    held = 100 * MIB
+
+    def of_pool() -> int:
+        return daemon.admin.GetPool(pb.GetPoolRequest()).memory_current_bytes
+
+    agent = daemon.open("beside")
+    with container(daemon, f"held = b'x' * {held}") as (made, _):
+        wait_until("it holds that", lambda: made.read(knobs.MEMORY_CURRENT) >= held)
+        before, free = of_pool(), budget_of(agent).memory_available_bytes
+        request = pb.AdoptSessionRequest(
+            cgroup_path="/" + made.path.name, spec=pb.SessionSpec(id="large")
+        )
+        daemon.admin.AdoptSession(request)
+        wait_until("the pool has it", lambda: of_pool() >= before + 0.9 * held)
+        assert budget_of(agent).memory_available_bytes <= free - 0.9 * held
+        daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="large"))
+        wait_until("the pool has it no more", lambda: of_pool() < before + 0.5 * held)
 
 
 def test_hundreds_of_calls_leave_nothing(daemon: DaemonProcess, agent: AgentProcess) -> None:

@@ -122,10 +122,11 @@ class Views:
 
     def describe_pool(self) -> pb.Pool:
         """The pool as sent."""
+        held = self._pool.cgroup.read_if(knobs.MEMORY_CURRENT)
         return pb.Pool(
             cgroup_path=self._pool.path,
             memory_max_bytes=self._pool.memory_max_bytes,
-            memory_current_bytes=self._pool.cgroup.read_if(knobs.MEMORY_CURRENT),
+            memory_current_bytes=None if held is None else held + self._pool.adopted_bytes,
             cpu_millicores=self._pool.cpu_millicores,
             sessions_open=len(self._sessions.open),
             calls_open=len(self._calls.open),
@@ -148,9 +149,12 @@ class Views:
         that a tool asks from, whose limits hold for it as well."""
         limits, pool = session.limits, self._pool
         used = session.cgroup.read_if(knobs.MEMORY_CURRENT)
+        of_pool = used_for_good(pool.cgroup)
+        if of_pool is not None:
+            of_pool += pool.adopted_for_good_bytes
         sides = [
             (limits.memory_max_bytes, used_for_good(session.cgroup)),
-            (pool.memory_max_bytes, used_for_good(pool.cgroup)),
+            (pool.memory_max_bytes, of_pool),
         ]
         sides += [_limit_and_use(each) for each in _with_outer(call)]
         left = [top - now for top, now in sides if top is not None and now is not None]

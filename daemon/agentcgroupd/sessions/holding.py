@@ -8,11 +8,12 @@ are charged to the cgroup of their writer, and to the session alone once that is
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
-from agentcgroupd.errors import CgroupGone
+from agentcgroupd.errors import CgroupGone, KnobError
+from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.state.ending import Held
 from agentcgroupd.state.session import Call, Session
 from agentcgroupd.units import show_bytes
@@ -71,6 +72,20 @@ def used_for_good(cgroup: Cgroup) -> int | None:
     stat = cgroup.read(knobs.MEMORY_STAT)
     cache = stat["active_file"] + stat["inactive_file"] + stat.get("slab_reclaimable", 0)
     return max(0, current - cache)
+
+
+def look_at_adopted(pool: Pool, sessions: Iterable[Session]) -> Iterator[None]:
+    """Have the pool know what adopted sessions hold, one session a step."""
+    held = for_good = 0
+    for session in sessions:
+        if session.adopted:
+            try:
+                held += session.cgroup.read_if(knobs.MEMORY_CURRENT) or 0
+                for_good += used_for_good(session.cgroup) or 0
+            except KnobError:  # its runtime has just removed it
+                continue
+            yield
+    pool.adopted_bytes, pool.adopted_for_good_bytes = held, for_good
 
 
 def agent_kills(session: Session) -> int | None:

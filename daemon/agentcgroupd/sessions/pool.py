@@ -65,6 +65,11 @@ class Pool:
     """The swap in compressed memory that is ours."""
     settled_ticks: int = 0
     """When a daemon was last there to see processes begin, in clock ticks since boot."""
+    adopted_bytes: int = 0
+    """What adopted sessions held when they were last looked at: their cgroups lie elsewhere, and
+    share the pool's memory all the same."""
+    adopted_for_good_bytes: int = 0
+    """The part of it that the kernel cannot simply drop."""
 
     @property
     def missing(self) -> tuple[str, ...]:

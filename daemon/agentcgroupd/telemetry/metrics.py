@@ -103,10 +103,13 @@ class Metrics:
 
     def _add_pool(self) -> None:
         gauge = self._gauge
-        self.pool_memory_current = gauge("pool_memory_bytes", "Memory charged to the pool")
+        self.pool_memory_current = gauge(
+            "pool_memory_bytes", "Memory charged to the pool and to adopted sessions"
+        )
         self.pool_memory_max = gauge("pool_memory_max_bytes", "The pool's limit (NaN: none)")
         self.pool_memory_ratio = gauge(
-            "pool_memory_used_ratio", "Memory charged to the pool by its limit (NaN: no limit)"
+            "pool_memory_used_ratio",
+            "Memory charged to the pool and to adopted sessions by its limit (NaN: no limit)",
         )
         self.sessions_open = gauge("sessions_open", "Open sessions", priority=known.PRIORITIES)
         self.sessions_memory = gauge(
