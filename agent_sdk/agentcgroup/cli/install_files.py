@@ -33,7 +33,7 @@ SYSTEM = Path("/etc/systemd/system")
 CONFIG = Path("/etc/agentcgroup/agentcgroupd.toml")
 TMPFILES = Path("/etc/tmpfiles.d/agentcgroup.conf")
 BIN = Path("/usr/local/bin")
-PROGRAMS = ("agentcg", "agentcg-exec", "agentcgroupd")
+PROGRAMS = ("agentcg", "agentcg-exec", "agentcg-sh", "agentcgroupd")
 LOCAL = Path("/usr/local")
 SHARED = (
     "share/bash-completion/completions/agentcg",
