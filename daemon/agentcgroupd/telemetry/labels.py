@@ -60,6 +60,7 @@ FEATURES = tuple(
     for name in (
         features.LIFECYCLE,
         features.OOM_VICTIMS,
+        features.LEAVING,
         features.MARKS,
         features.DENY,
         features.HIGH_EVENTS,
@@ -71,7 +72,7 @@ FEATURES = tuple(
         features.NET,
     )
 )
-LOST = ("exec", "exit", "fork", "memory", "memory_state", "oom_victim")
+LOST = ("exec", "exit", "fork", "left", "memory", "memory_state", "oom_victim")
 """Events whose losses are counted."""
 CODES = (
     "ALREADY_EXISTS",
