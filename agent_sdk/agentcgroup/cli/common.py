@@ -29,10 +29,10 @@ NOT_STARTED = 125
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    what was asked about is bad: something cannot be enforced here (doctor), a
-       call that did not end well (report --check), a policy with a mistake,
-       something is not installed, the output cannot be written, record or
-       replay could not be done
+  1    what was asked about is bad: calls have no cgroups or no limit of memory
+       here, or it was not tried as root (doctor), a call that did not end well
+       (report --check), a policy with a mistake, something is not installed, the
+       output cannot be written, record or replay could not be done
   2    wrong usage
   3    the daemon is away
   4    refused, not allowed, or a value that makes no sense
