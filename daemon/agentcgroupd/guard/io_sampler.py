@@ -99,17 +99,33 @@ class IoSampler:
             return False
         before, self._totals = self._totals, {}
         self.pool_share = self._stalled("", self._pool, before, now_usec)
-        self._shares = {}
-        if self.pool_share:
-            important = [s for s in self._sessions() if s.limits.priority >= IMPORTANT_PRIORITY]
-            for session in important[:SESSIONS_MOST]:
-                share = self._stalled(f"s {session.id}", session.cgroup, before, now_usec)
-                self._shares[session.id] = share or 0.0
+        self._look_at_sessions(before, now_usec)
         if self.pool_share or lowered:
             self.calls = tuple(self._read_calls(before, now_usec))
         else:
             self.calls = ()
         return bool(self.calls)
+
+    def _look_at_sessions(self, before: Mapping[str, _Total], now_usec: int) -> None:
+        """See how important sessions wait, where any task of the pool does, and how adopted ones
+        do, whose cgroups lie beside the pool's: the one that waits most counts as the pool."""
+        self._shares = {}
+        if self.pool_share is None:
+            return
+        important: list[Session] = []
+        others: list[Session] = []
+        for session in self._sessions():
+            if session.limits.priority < IMPORTANT_PRIORITY:
+                if session.adopted:
+                    others.append(session)
+            elif session.adopted or self.pool_share:
+                important.append(session)
+        for session in (important + others)[:SESSIONS_MOST]:
+            share = self._stalled(f"s {session.id}", session.cgroup, before, now_usec) or 0.0
+            if session.limits.priority >= IMPORTANT_PRIORITY:
+                self._shares[session.id] = share
+            if session.adopted:
+                self.pool_share = max(self.pool_share, share)
 
     def _still_lowered(self) -> bool:
         """Tell whether something of an open call is held back."""

@@ -62,7 +62,9 @@ def a_call(files: Files, **settings: str) -> Any:
 
 def test_shares_and_rates_come_of_two_looks() -> None:
     pool, vip, call = Files(stalled=0), Files(stalled=0), a_call(Files(moved=0))
-    session: Any = SimpleNamespace(id="vip", cgroup=vip, limits=SimpleNamespace(priority=80))
+    session: Any = SimpleNamespace(
+        id="vip", cgroup=vip, adopted=False, limits=SimpleNamespace(priority=80)
+    )
     lowered: dict[str, Any] = {}
     sampler = IoSampler(
         pool,  # type: ignore[arg-type]
@@ -89,6 +91,28 @@ def test_shares_and_rates_come_of_two_looks() -> None:
     call.disks.held_since_usec = None
     sampler.look(6 * SECOND)
     assert not lowered
+
+
+def test_adopted_sessions_wait_for_disks_although_the_pool_does_not() -> None:
+    """Their cgroups lie beside the pool's: its file says nothing of them."""
+    files = {"vip": Files(stalled=0), "box": Files(stalled=0), "own": Files(stalled=0)}
+    priorities = {"vip": 80, "box": 50, "own": 80}
+    sessions: list[Any] = [
+        SimpleNamespace(
+            id=name,
+            cgroup=files[name],
+            adopted=name != "own",
+            limits=SimpleNamespace(priority=priorities[name]),
+        )
+        for name in files
+    ]
+    sampler = IoSampler(Files(stalled=0), {}, lambda: sessions, lambda: shipped("default"), {})  # type: ignore[arg-type]
+    sampler.look(SECOND)
+    files["vip"].values["stalled"], files["box"].values["stalled"] = SECOND // 4, SECOND // 2
+    sampler.look(2 * SECOND)
+    assert sampler.share_of("vip") == 0.25
+    assert sampler.pool_share == 0.5, "the one that waits most"
+    assert files["own"].reads == 0, "nobody in the pool waits"
 
 
 def test_a_policy_that_does_not_ask_costs_nothing() -> None:
