@@ -204,7 +204,7 @@ class Daemon:
             pool,
             base.sessions.open.values,
         )
-        actions = Actions(notices, lambda: plane.memory, pool.cgroup, cpu.hurry)
+        actions = Actions(notices, lambda: plane.memory, cpu.hurry)
         gpus = Gpus(
             config.gpu,
             config.server.run_dir,
@@ -226,7 +226,7 @@ class Daemon:
         ceilings = Ceilings(config.calls, base.pool, lambda: gpus.ceiling)
         peaks = Peaks()
         reports = Reports(
-            base.pool.cgroup,
+            base.pool,
             base.notices,
             ceilings.of,
             acting.cpu.numbers,

@@ -22,7 +22,7 @@ from agentcgroupd.observers import Observers
 from agentcgroupd.rpc.canary import EVERY_S, Canary
 from agentcgroupd.rpc.memory import MemoryWatch
 from agentcgroupd.rpc.service import Parts
-from agentcgroupd.sessions.holding import look_at_adopted
+from agentcgroupd.sessions.holding import look_at_adopted, used_of_pool
 from agentcgroupd.sessions.pool import ALIVE_XATTR, Pool
 from agentcgroupd.state.session import boottime_usec
 from agentcgroupd.telemetry.labels import CALL_STATES
@@ -172,7 +172,18 @@ class Running:
             self._metrics.calls_open.labels(name).set(states[state])
         sessions = tuple(self._parts.sessions.open.values())
         yield from look_at_adopted(self._pool, sessions)
+        self._show_held()
         yield from shown.show(sessions)
+
+    def _show_held(self) -> None:
+        most, nan = self._pool.memory_max_bytes, float("nan")
+        try:
+            held = used_of_pool(self._pool)
+        except KnobError as error:
+            log.error("the pool cannot be read: %s", error)
+            held = None
+        self._metrics.pool_memory_held.set(nan if held is None else held)
+        self._metrics.pool_memory_ratio.set(held / most if held is not None and most else nan)
 
     async def _ask_forever(self) -> None:
         """Ask the daemon itself; the answers feed systemd's watchdog and /readyz."""
@@ -197,8 +208,6 @@ class Running:
         metrics.pool_memory_current.set(float("nan") if current is None else current)
         most = self._pool.memory_max_bytes
         metrics.pool_memory_max.set(float("nan") if most is None else most)
-        used = current / most if current is not None and most else float("nan")
-        metrics.pool_memory_ratio.set(used)
         metrics.calls_waited_longest.set(self._parts.queue.longest_wait_usec() / 1e6)
         metrics.cgroups_polled.set(self._events.polled)
         metrics.audit_lost.follow(self._parts.notices.audit.lost)

@@ -105,7 +105,7 @@ def make_place(tmp_path: Path) -> Iterator[Place]:
         offered=agent.files(),
     )
     notices = Notices(Audit(tmp_path / "audit.jsonl", 1 << 30), Metrics(), Feed())
-    actions = Actions(notices, lambda: None, pool, hurry=lambda call: None)
+    actions = Actions(notices, lambda: None, hurry=lambda call: None)
     made = Place(pool, session, actions)
     try:
         yield made

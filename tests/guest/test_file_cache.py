@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
+from agentcgroupd.cgroup import knobs
 from tests.conftest import StartDaemon
+from tests.guest.container import adopt, container
 from tests.harness import EXEC, ROOT, AgentProcess, DaemonProcess, wait_until
 
 pytestmark = pytest.mark.controllers
@@ -115,6 +117,26 @@ def test_a_call_grows_into_cache_that_another_one_uses(
     assert not seen, "nobody is paused for cache that can go"
     assert "oom_kill 0" in (daemon.cgroup_dir / "memory.events").read_text()
     assert reader.run("result = reader.poll()") is None
+
+
+def test_what_an_adopted_session_has_in_cache_is_free_as_well(
+    daemon: DaemonProcess, file: Path
+) -> None:
+    """Its cgroup lies beside the pool's, and nothing above it has the kernel take cache back."""
+    with container(daemon, READ.replace("PATH", repr(str(file)))) as (made, _):
+        wait_until(
+            "the file is in use",
+            lambda: made.read(knobs.MEMORY_STAT)["active_file"] > CACHE * 0.8,
+            60,
+        )
+        adopt(daemon, made, "box")
+        grower = daemon.open("grower", priority="batch")
+        grower.run(GROW, LOAD=LOAD, options=["--memory", "130M"], usec=4_000, size=130 * MIB)
+        assert grower.run("result = tool.wait()") == 0
+        report = reports(daemon, 1)["grower"]
+        assert (report.verdict, report.waited_usec) == (pb.VERDICT_OK, 0)
+        assert report.frozen_usec < 100_000
+        daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="box"))
 
 
 def test_cache_in_use_changes_no_order_among_those_that_grow(

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +11,8 @@ import pytest
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup import knobs
-from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
 from tests.conftest import StartDaemon
+from tests.guest.container import adopt, container
 from tests.harness import (
     EXEC,
     IN_GUEST,
@@ -383,33 +379,9 @@ def test_the_budget_is_what_is_left(daemon: DaemonProcess, agent: AgentProcess) 
     assert "MiB" in budget.sentence
 
 
-@contextmanager
-def container(daemon: DaemonProcess, code: str) -> Iterator[tuple[Cgroup, subprocess.Popen[bytes]]]:
-    """A cgroup beside the pool, as a runtime makes it, and in it a Python process that runs `code`
-    and then waits."""
-    root = Cgroup.open(cgroup2_mount())
-    made = root.make_child(f"container-{daemon.pool_path.strip('/')}")
-    cgroup = Cgroup.open(made.path)
-    cgroup.write_text("memory.max", str(200 * MIB))
-    inside = subprocess.Popen([sys.executable, "-c", f"{code}; import time; time.sleep(10000)"])
-    cgroup.attach(inside.pid)
-    try:
-        yield cgroup, inside
-    finally:
-        inside.kill()
-        inside.wait()
-        cgroup.kill_and_remove()
-        cgroup.close()
-        root.close()
-
-
 def test_a_containers_cgroup_is_split_in_place_and_given_back(daemon: DaemonProcess) -> None:
-    with container(daemon, "pass") as (made, inside):
-        request = pb.AdoptSessionRequest(
-            cgroup_path="/" + made.path.name,
-            spec=pb.SessionSpec(id="box", memory_max="400M", pids_max="100"),
-        )
-        session = daemon.admin.AdoptSession(request)
+    with container(daemon, "pass", str(200 * MIB)) as (made, inside):
+        session = adopt(daemon, made, "box", memory_max="400M", pids_max="100")
         assert session.adopted
         assert session.memory_max_bytes == 200 * MIB, "never above the runtime's own limit"
         assert (made.path / "memory.max").read_text().strip() == str(200 * MIB)
@@ -441,10 +413,7 @@ def test_what_an_adopted_session_holds_is_the_pools(daemon: DaemonProcess) -> No
     with container(daemon, f"held = b'x' * {held}") as (made, _):
         wait_until("it holds that", lambda: made.read(knobs.MEMORY_CURRENT) >= held)
         before, free = of_pool(), budget_of(agent).memory_available_bytes
-        request = pb.AdoptSessionRequest(
-            cgroup_path="/" + made.path.name, spec=pb.SessionSpec(id="large")
-        )
-        daemon.admin.AdoptSession(request)
+        adopt(daemon, made, "large")
         wait_until("the pool has it", lambda: of_pool() >= before + 0.9 * held)
         assert budget_of(agent).memory_available_bytes <= free - 0.9 * held
         daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="large"))

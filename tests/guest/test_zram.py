@@ -308,7 +308,7 @@ def test_what_is_reclaimed_from_the_pool_is_file_cache_and_nobody_is_swapped_out
     assert answer(reader) == "read"
 
     async def run() -> int:
-        return await place.actions.reclaim_pool(16 * MIB, "it is short")
+        return await place.actions.reclaim_pool(16 * MIB, "it is short", [place.pool])
 
     took = asyncio.run(run())
     swapped = place.session.cgroup.read(knobs.MEMORY_SWAP_CURRENT)

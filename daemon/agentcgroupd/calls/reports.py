@@ -16,15 +16,14 @@ from agentcgroupd.calls.facts import EndFacts
 from agentcgroupd.calls.purposes import declared, placed_later
 from agentcgroupd.calls.try_next import Room, try_next
 from agentcgroupd.calls.verdict import report_of
-from agentcgroupd.cgroup import knobs
-from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import KnobError
 from agentcgroupd.host.kernel_log import OomLog
 from agentcgroupd.intents.grant import Ceiling, Grant, grant_for
 from agentcgroupd.intents.parse import Intent, cut_argv
 from agentcgroupd.policy.command_shape import shape_of
 from agentcgroupd.policy.learning import Peaks, learn
-from agentcgroupd.sessions.holding import used_for_good
+from agentcgroupd.sessions.holding import used_for_good, used_of_pool
+from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.state.ending import Baseline, Fact
 from agentcgroupd.state.purpose import Purpose
 from agentcgroupd.state.session import Call, Session, unix_usec
@@ -68,7 +67,7 @@ class Reports:
 
     def __init__(
         self,
-        pool: Cgroup,
+        pool: Pool,
         notices: Notices,
         ceiling: Callable[[Session], Ceiling],
         cpu: Callable[[CgroupId], CpuNumbers | None],
@@ -88,11 +87,11 @@ class Reports:
     def baseline_of_new(self, session: Session, outer: Call | None) -> Baseline:
         """Read the counters above a call that is about to get its cgroup, in another call or in
         none. Raises KnobError."""
-        return baseline_of_new(session, self._pool, outer)
+        return baseline_of_new(session, self._pool.cgroup, outer)
 
     def baseline_now(self, call: Call) -> Baseline:
         """Read the counters of an open call and above it. Raises KnobError."""
-        return baseline_now(call, self._pool)
+        return baseline_now(call, self._pool.cgroup)
 
     # What a call will take
 
@@ -121,7 +120,7 @@ class Reports:
 
     def of(self, call: Call) -> pb.Report:
         """Make the report of a call whose cgroup is empty and still there."""
-        facts, cpu = gather(call, self._pool, self._oom_log), self._cpu(call.cgroup.id)
+        facts, cpu = gather(call, self._pool.cgroup, self._oom_log), self._cpu(call.cgroup.id)
         if cpu is not None:
             # cpu.stat counts only what the fair class held back.
             held = facts.cpu.get("throttled_usec", 0) + cpu.stalled_usec
@@ -183,7 +182,7 @@ class Reports:
             mine = used_for_good(call.cgroup) or 0
             sides = (
                 (call.session.limits.memory_max_bytes, used_for_good(call.session.cgroup)),
-                (self._pool.read_if(knobs.MEMORY_MAX), used_for_good(self._pool)),
+                (self._pool.memory_max_bytes, used_of_pool(self._pool)),
             )
         except KnobError as error:
             log.debug("call %s: what is free cannot be read: %s", call.id, error)

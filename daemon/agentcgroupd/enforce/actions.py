@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -37,8 +37,6 @@ class Actions:
     notices: Notices
     memory: Callable[[], MemoryPrograms | None]
     """The memory programs now; None: growth cannot be denied here."""
-    pool: Cgroup
-    """What `reclaim_pool` takes memory from."""
     hurry: Callable[[Call], None]
     """Lets a call that is about to be frozen or killed come to where it holds no lock of the
     kernel's."""
@@ -300,10 +298,12 @@ class Actions:
         work = self._reclaim(session.id, ids, cgroups, size_bytes, go_on, why, ANON_FIRST)
         return self.reclaimer.start(session.id, work)
 
-    def reclaim_pool(self, size_bytes: int, why: str) -> asyncio.Task[int]:
-        """Take the pool's coldest file cache back, and swap nobody's memory out; returns as
-        `reclaim` does."""
-        work = self._reclaim("", [], (self.pool,), size_bytes, lambda _: True, why, CACHE_ONLY)
+    def reclaim_pool(
+        self, size_bytes: int, why: str, cgroups: Sequence[Cgroup]
+    ) -> asyncio.Task[int]:
+        """Take the coldest file cache of these cgroups back, one after the other until it is so
+        much, and swap nobody's memory out; returns as `reclaim` does."""
+        work = self._reclaim("", [], cgroups, size_bytes, lambda _: True, why, CACHE_ONLY)
         return self.reclaimer.start("", work)
 
     async def _reclaim(

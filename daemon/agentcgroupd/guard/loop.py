@@ -255,7 +255,8 @@ class GuardLoop:
 
     def _apply_to_session(self, decision: Decision) -> bool:
         if not decision.subject:
-            self._actions.reclaim_pool(decision.amount, decision.why)
+            holders = self._sampler.cache_holders()
+            self._actions.reclaim_pool(decision.amount, decision.why, holders)
             return True
         session = self._sessions.get(decision.subject)
         if session is None or session.closing:

@@ -19,6 +19,7 @@ from typing import Protocol
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.cgroup import knobs
+from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import BpfError, KnobError
 from agentcgroupd.guard.io_sampler import IoSampler
 from agentcgroupd.guard.look import CallLook, FileCache, FileLook, Seen, file_cache, read_cold
@@ -40,6 +41,10 @@ CPU_ASKED = 64
 """Calls that are asked for their CPU time when one may have to be ended."""
 IN_TURN = 50
 """Calls that do nothing are judged anew so many at a time."""
+CACHES_IN_TURN = 50
+"""Adopted sessions are asked for their file cache so many at a time."""
+CACHE_WORTH_BYTES = 1 << 20
+"""File cache of a cgroup that is worth a request to take it back."""
 STEADY_USEC = 10_000_000
 """A call is active for so long after it grew, unless the policy says otherwise."""
 
@@ -84,6 +89,9 @@ class Sampler:
         self._first: CallView | None = None
         """The most important of `_views`; None: not known."""
         self._growth = Growth()
+        self._caches: OrderedDict[str, FileCache] = OrderedDict()
+        """File cache of adopted sessions when they were asked last, the one whose turn is next
+        first."""
         self._stall: tuple[int, int] | None = None
         self._stalled_share = 0.0
         self.limit_bytes = pool.memory_max_bytes
@@ -161,8 +169,39 @@ class Sampler:
         cache that the kernel can take back counts as free. Raises KnobError."""
         free = self.limit_bytes - self.usage()
         if free < self.limit_bytes * matters_share:
-            free += file_cache(self._pool.cgroup).freeable_bytes(self.limit_bytes)
+            free += self._cache().freeable_bytes(self.limit_bytes)
         return free
+
+    def _cache(self) -> FileCache:
+        """Read how much file cache there is in the pool, and in adopted sessions, which have their
+        turns where there are many. Raises KnobError."""
+        found = file_cache(self._pool.cgroup)
+        adopted = {session.id: session for session in self._adopted()}
+        for gone in self._caches.keys() - adopted.keys():
+            del self._caches[gone]
+        new = (id for id in adopted if id not in self._caches)
+        for id in list(itertools.islice(itertools.chain(new, self._caches), CACHES_IN_TURN)):
+            try:
+                self._caches[id] = file_cache(adopted[id].cgroup)
+            except KnobError:  # its runtime has just removed it
+                self._caches[id] = FileCache(0, 0)
+            self._caches.move_to_end(id)
+        return FileCache(
+            found.cold_bytes + sum(cache.cold_bytes for cache in self._caches.values()),
+            found.clean_bytes + sum(cache.clean_bytes for cache in self._caches.values()),
+        )
+
+    def cache_holders(self) -> list[Cgroup]:
+        """The cgroups that file cache can be taken back from: the pool's, and those of the adopted
+        sessions that had some when they were asked last, the most of it first."""
+        adopted = {session.id: session for session in self._adopted()}
+        worth = [
+            (cache.cold_bytes, adopted[id].cgroup)
+            for id, cache in self._caches.items()
+            if id in adopted and cache.cold_bytes >= CACHE_WORTH_BYTES
+        ]
+        worth.sort(key=lambda each: each[0], reverse=True)
+        return [self._pool.cgroup, *(cgroup for _, cgroup in worth)]
 
     def snapshot(self) -> Snapshot:
         """What the policy sees now, with the CPU time of all calls. Raises KnobError when the pool
@@ -177,7 +216,7 @@ class Sampler:
         cache = FileCache(0, 0)
         tight = self.limit_bytes - usage < self.limit_bytes * CACHE_MATTERS_SHARE
         if tight:
-            cache = file_cache(self._pool.cgroup)
+            cache = self._cache()
         used = usage - cache.freeable_bytes(self.limit_bytes)
         active = self._judge_calls(now, tight)
         calls = tuple(self._views.values())
@@ -187,17 +226,18 @@ class Sampler:
         key, other = ("pool", "pool and cache") if tight else ("pool and cache", "pool")
         growth = self._growth.of(key, now, used)
         self._growth.forget(other)
+        sessions = self._sessions(now)
         return Snapshot(
             now_usec=now,
             limit_bytes=self.limit_bytes,
             usage_bytes=used,
             growth_bytes_per_s=growth,
             calls=calls,
-            sessions=self._with_disks(self._sessions(now)),
+            sessions=self._with_disks(sessions),
             io_stalled_share=0.0 if self.disks is None else self.disks.pool_share,
             io_calls=() if self.disks is None else self.disks.calls,
             host=self._host(now),
-            stalled_share=self._stalled(now),
+            stalled_share=self._stalled(now, sessions),
             credit_bytes=self.credit_bytes(),
             cache_bytes=cache.cold_bytes,
             peaks_bytes=self._peaks(),
@@ -346,10 +386,20 @@ class Sampler:
             log.debug("call %s: %s", call.id, error)
             return 0
 
-    def _stalled(self, now: int) -> float | None:
-        """The share of the time in which some task of the pool stalled on memory, since the last
-        sample that was long enough ago to say something; None where this kernel does not measure it
-        (CONFIG_PSI, psi=0, cgroup.pressure)."""
+    def _stalled(self, now: int, sessions: Iterable[SessionView]) -> float | None:
+        """The share of the time in which some task of the pool, or of the adopted session that
+        stalls most, stalled on memory, since the last sample that was long enough ago to say
+        something; None where this kernel does not measure it (CONFIG_PSI, psi=0, cgroup.pressure).
+        """
+        share = self._stalled_in_pool(now)
+        if share is None:
+            return None
+        adopted = {session.id for session in self._adopted()}
+        if not adopted:
+            return share
+        return max(share, *(view.stalled_share for view in sessions if view.id in adopted), 0.0)
+
+    def _stalled_in_pool(self, now: int) -> float | None:
         try:
             pressure = self._pool.cgroup.read_if(knobs.MEMORY_PRESSURE)
         except KnobError as error:

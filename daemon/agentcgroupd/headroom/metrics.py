@@ -52,7 +52,7 @@ def numbers_of(text: str) -> Numbers:
 
     return Numbers(
         pool_bytes=value("agentcg_pool_memory_max_bytes"),
-        used_bytes=value("agentcg_pool_memory_bytes"),
+        used_bytes=value("agentcg_pool_memory_held_bytes"),
         sessions=value("agentcg_sessions_open"),
         peaks=tuple(sorted(peaks)),
     )

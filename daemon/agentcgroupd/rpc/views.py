@@ -18,7 +18,7 @@ from agentcgroupd.guard.policy_files import PolicyFiles
 from agentcgroupd.host.idle import IdleCpus
 from agentcgroupd.policy.explain import explain, policy_state
 from agentcgroupd.rpc.pages import Key, page
-from agentcgroupd.sessions.holding import held_beside_calls, used_for_good
+from agentcgroupd.sessions.holding import held_beside_calls, used_for_good, used_of_pool
 from agentcgroupd.sessions.lifecycle import SessionLifecycle
 from agentcgroupd.sessions.pool import Pool
 from agentcgroupd.sessions.registry import Sessions
@@ -149,12 +149,9 @@ class Views:
         that a tool asks from, whose limits hold for it as well."""
         limits, pool = session.limits, self._pool
         used = session.cgroup.read_if(knobs.MEMORY_CURRENT)
-        of_pool = used_for_good(pool.cgroup)
-        if of_pool is not None:
-            of_pool += pool.adopted_for_good_bytes
         sides = [
             (limits.memory_max_bytes, used_for_good(session.cgroup)),
-            (pool.memory_max_bytes, of_pool),
+            (pool.memory_max_bytes, used_of_pool(pool)),
         ]
         sides += [_limit_and_use(each) for each in _with_outer(call)]
         left = [top - now for top, now in sides if top is not None and now is not None]

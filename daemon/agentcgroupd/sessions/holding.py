@@ -74,6 +74,13 @@ def used_for_good(cgroup: Cgroup) -> int | None:
     return max(0, current - cache)
 
 
+def used_of_pool(pool: Pool) -> int | None:
+    """Bytes that all sessions use and the kernel cannot simply drop, those of adopted ones as they
+    were when these were last looked at. None without a memory controller. Raises KnobError."""
+    used = used_for_good(pool.cgroup)
+    return None if used is None else used + pool.adopted_for_good_bytes
+
+
 def look_at_adopted(pool: Pool, sessions: Iterable[Session]) -> Iterator[None]:
     """Have the pool know what adopted sessions hold, one session a step."""
     held = for_good = 0

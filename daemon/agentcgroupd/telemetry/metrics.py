@@ -106,10 +106,14 @@ class Metrics:
         self.pool_memory_current = gauge(
             "pool_memory_bytes", "Memory charged to the pool and to adopted sessions"
         )
+        self.pool_memory_held = gauge(
+            "pool_memory_held_bytes", "What the pool and adopted sessions hold beside file cache"
+        )
+        self.pool_memory_held.set(float("nan"))  # until it has been looked at
         self.pool_memory_max = gauge("pool_memory_max_bytes", "The pool's limit (NaN: none)")
         self.pool_memory_ratio = gauge(
             "pool_memory_used_ratio",
-            "Memory charged to the pool and to adopted sessions by its limit (NaN: no limit)",
+            "What is held beside file cache by the pool's limit (NaN: no limit)",
         )
         self.sessions_open = gauge("sessions_open", "Open sessions", priority=known.PRIORITIES)
         self.sessions_memory = gauge(

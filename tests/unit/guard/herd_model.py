@@ -159,7 +159,7 @@ class Machine:
         audit = Audit(self.directory / "audit.jsonl", 1 << 40)
         notices = Notices(audit, Metrics(), Feed())
         pool: Any = SimpleNamespace(read=self._read_pool, read_if=lambda knob: None)
-        self.actions = Actions(notices, lambda: None, pool, hurry=lambda call: None)
+        self.actions = Actions(notices, lambda: None, hurry=lambda call: None)
         known: Any = SimpleNamespace(open=self.calls, actions=self.actions)
         of_pool: Any = SimpleNamespace(cgroup=pool, memory_max_bytes=self.limit_bytes)
         host: Any = HostModel(self.has_credit)

@@ -16,7 +16,7 @@ from agentcgroupd.cgroup.knobs import Knob
 from agentcgroupd.errors import CgroupGone
 from agentcgroupd.guard import look, sampler
 from agentcgroupd.guard.look import SLICE_NS, FileLook, Seen
-from agentcgroupd.guard.sampler import IN_TURN, STEADY_USEC, Sampler
+from agentcgroupd.guard.sampler import CACHES_IN_TURN, IN_TURN, STEADY_USEC, Sampler
 from agentcgroupd.intents.grant import Grant
 from agentcgroupd.policy.snapshot import CallView, Host, Snapshot
 from agentcgroupd.state.session import Call
@@ -309,3 +309,57 @@ def test_the_file_cache_of_many_is_read_in_turn(monkeypatch: pytest.MonkeyPatch)
     assert [s.cold_usec for s in seen] == [1] * 4 + [None] * 6
     look.read_cold(seen, 2)
     assert [s.cold_usec for s in seen] == [1] * 4 + [2] * 4 + [None] * 2
+
+
+class Box(SimpleNamespace):
+    """An adopted session that has file cache, and was stalled for a part of the time."""
+
+    def __init__(self, name: str, cold: int = 0) -> None:
+        super().__init__(id=name, cgroup=FakeCgroup(Path(name), cold=cold))
+
+
+def beside(boxes: list[Box], views: tuple[Any, ...] = ()) -> tuple[Sampler, FakeCgroup]:
+    """A sampler of a pool of 1 GiB that is empty, with adopted sessions beside it."""
+    pool, known = FakeCgroup(used=0), SimpleNamespace(open={})
+    of_pool = SimpleNamespace(cgroup=pool, memory_max_bytes=GIB)
+    made: Any = Sampler(
+        of_pool,  # type: ignore[arg-type]
+        known,  # type: ignore[arg-type]
+        lambda now: views,
+        FakeHost(),
+        tuple,
+        lambda: boxes,  # type: ignore[arg-type, return-value]
+    )
+    return made, pool
+
+
+def test_file_cache_of_adopted_sessions_is_free_and_can_be_taken_back() -> None:
+    boxes = [Box(str(number), (number + 1) * MIB) for number in range(CACHES_IN_TURN + 10)]
+    of_all = sum(box.cgroup.cold for box in boxes)
+    sampled, pool = beside(boxes)
+    for _ in range(2):
+        now = sampled.sample(GIB)
+        asked = sum(box.cgroup.reads.pop(knobs.MEMORY_STAT.file, 0) for box in boxes)
+        assert asked == CACHES_IN_TURN
+    assert now.cache_bytes == of_all
+    assert now.usage_bytes <= GIB - of_all
+    holders = [cgroup.path.name for cgroup in sampled.cache_holders()]
+    assert holders[0] == pool.path.name and holders[1:] == [box.id for box in reversed(boxes)]
+    boxes[-1].cgroup.gone = True
+    del boxes[0]
+    sampled.sample(GIB)
+    sampled.sample(GIB)
+    assert len(sampled.cache_holders()) == len(boxes), "the pool, and all but the one that is gone"
+
+
+def test_the_adopted_session_that_stalls_most_counts_as_the_pool() -> None:
+    views = tuple(
+        SimpleNamespace(id=name, stalled_share=share)
+        for name, share in (("a", 0.2), ("b", 0.6), ("own", 0.9))
+    )
+    sampled, pool = beside([Box("a"), Box("b")], views)
+    stalled: Any = {"some": SimpleNamespace(total_usec=0)}
+    pool.read_if = lambda knob: stalled  # type: ignore[method-assign]
+    assert sampled.sample(0).stalled_share == 0.6
+    pool.read_if = lambda knob: None  # type: ignore[method-assign]
+    assert sampled.sample(0).stalled_share is None, "this kernel does not measure it"

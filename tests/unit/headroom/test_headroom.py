@@ -84,7 +84,7 @@ def test_the_number_falls_at_once_and_rises_when_it_has_stayed() -> None:
 def test_the_daemons_own_metrics_are_read() -> None:
     metrics = Metrics()
     metrics.pool_memory_max.set(8 * GIB)
-    metrics.pool_memory_current.set(2 * GIB)
+    metrics.pool_memory_held.set(2 * GIB)
     metrics.sessions_open.labels("important").set(2)
     metrics.sessions_open.labels("batch").set(5)
     metrics.call_peak.observe(100 * MIB)
@@ -174,7 +174,7 @@ def test_only_changes_are_told_and_what_was_not_taken_again() -> None:
 
     metrics = Metrics()
     metrics.pool_memory_max.set(8 * GIB)
-    metrics.pool_memory_current.set(0)
+    metrics.pool_memory_held.set(0)
     publisher = Publisher(
         lambda: generate_latest(metrics.registry).decode(), tell, SETTINGS, Steady(60)
     )
@@ -183,7 +183,7 @@ def test_only_changes_are_told_and_what_was_not_taken_again() -> None:
     publisher.step(5)
     publisher.step(10)
     assert told == [16]
-    metrics.pool_memory_current.set(6.5 * GIB)
+    metrics.pool_memory_held.set(6.5 * GIB)
     publisher.step(15)
     publisher.step(15 + AGAIN_S)
     assert told == [16, 4, 4]
