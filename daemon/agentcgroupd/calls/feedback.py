@@ -162,8 +162,8 @@ def _pids_words(hit: LimitHit) -> str:
             return f"{refused} while the call ran: all sessions together may have {most}."
         case _:
             return (
-                f"{refused} while the call ran: the cgroup {hit.name!r} above the pool may have "
-                f"{most}."
+                f"{refused} while the call ran: the cgroup {hit.name!r} above this session may "
+                f"have {most}."
             )
 
 

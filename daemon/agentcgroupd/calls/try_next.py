@@ -117,6 +117,12 @@ def _of_oom(
         advice.enough["memory"] = size_text(advice.memory_bytes)
     elif verdict in (pb.VERDICT_OOM_POOL, pb.VERDICT_OOM_HOST):
         _elsewhere(report, argv, room, advice)
+        if verdict == pb.VERDICT_OOM_HOST:
+            # A container may have a limit around it that is nobody else's.
+            advice.steps.append(
+                "If it ends the same way again, a limit around this session is too low for it: "
+                + smaller_work(argv, Scarce.MEMORY)
+            )
 
 
 def _more_memory(limit: int, argv: Sequence[str], whole: int, room: Room, advice: _Advice) -> None:

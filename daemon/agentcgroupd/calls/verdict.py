@@ -264,7 +264,7 @@ RULES: tuple[Rule, ...] = (
         _oom,
     ),
     Rule(
-        "main process out of memory above the pool",
+        "main process out of memory above the session and the pool",
         _oom_at(pb.LEVEL_HOST),
         pb.VERDICT_OOM_HOST,
         _oom,

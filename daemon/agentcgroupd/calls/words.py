@@ -45,7 +45,7 @@ def limit_words(hit: LimitHit) -> str:
         case pb.LEVEL_POOL:
             return f"all sessions together reached the pool's limit{size}"
         case _:
-            return f"the cgroup {hit.name!r} above the pool reached its limit{size}"
+            return f"the cgroup {hit.name!r} above this session reached its limit{size}"
 
 
 def oom_advice(facts: EndFacts, hit: LimitHit) -> str:
@@ -66,7 +66,10 @@ def oom_advice(facts: EndFacts, hit: LimitHit) -> str:
         case pb.LEVEL_POOL:
             said.append("It may go through when tried again in a while.")
         case _:
-            said.append("Trying again later may help.")
+            said.append(
+                "Others below it may have taken the memory: trying again later may help. Else that "
+                "limit is too low for this work."
+            )
     return " ".join(said)
 
 

@@ -156,7 +156,7 @@ VERDICTS: list[tuple[dict[str, Any], pb.Verdict.ValueType, list[str]]] = [
     (killed(**oom(OUTER)), pb.VERDICT_OOM_CALL, ["call x, which this one is in"]),
     (killed(**oom(SESSION)), pb.VERDICT_OOM_SESSION, ["this session", "64 MiB"]),
     (killed(**oom(POOL)), pb.VERDICT_OOM_POOL, ["the pool's limit of 64 MiB"]),
-    (killed(**oom(HOST)), pb.VERDICT_OOM_HOST, ["the cgroup 'x' above the pool"]),
+    (killed(**oom(HOST)), pb.VERDICT_OOM_HOST, ["the cgroup 'x' above this session"]),
     (killed(**oom()), pb.VERDICT_OOM_HOST, ["the host itself"]),
     # Two limits were reached; the call died as a whole, which the inner one does not ask for.
     (killed(**oom(NESTED, SESSION)), pb.VERDICT_OOM_SESSION, ["this session"]),
@@ -501,7 +501,7 @@ def test_what_is_not_known_is_absent_not_zero() -> None:
         (OUTER, "in call x, which this one is in"),
         (SESSION, "in this session"),
         (POOL, "all sessions together may have 50"),
-        (HOST, "the cgroup 'x' above the pool"),
+        (HOST, "the cgroup 'x' above this session"),
     ],
 )
 def test_a_refused_process_names_the_level_of_the_limit(
