@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from agentcgroup import errors
+from agentcgroup.cli.install_sessions import OpenSessions, give_back, open_sessions
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup, cgroup2_mount
@@ -85,6 +87,26 @@ def test_an_agent_in_cgroups_of_its_own_is_given_back(
     assert "adopted" not in {
         session.id for session in daemon.admin.ListSessions(pb.ListSessionsRequest()).sessions
     }
+
+
+def test_uninstall_finds_adopted_sessions_without_the_daemon_and_gives_them_back_with_it(
+    daemon: DaemonProcess, container: Cgroup, shells: list[subprocess.Popen[bytes]]
+) -> None:
+    path = f"/{container.path.name}"
+    spec = pb.SessionSpec(id="web")
+    daemon.admin.AdoptSession(pb.AdoptSessionRequest(cgroup_path=path, spec=spec))
+    daemon.stop()
+    where = ((cgroup2_mount(),), daemon.cgroup_dir.relative_to(cgroup2_mount()))
+    found = open_sessions(*where)
+    assert found.adopted == (f"web ({path})",)
+    with pytest.raises(errors.Refused, match=rf"web \({path}\).*systemctl start"):
+        give_back(found, str(daemon.run_dir))
+    assert container.procs() == ()
+    daemon.start()
+    assert open_sessions(*where) == found
+    give_back(found, str(daemon.run_dir))
+    assert sorted(container.procs()) == sorted(shell.pid for shell in shells)
+    assert open_sessions(*where) == OpenSessions(found.inside)
 
 
 @pytest.fixture

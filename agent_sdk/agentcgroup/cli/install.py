@@ -30,6 +30,7 @@ from .install_files import (
     remove,
 )
 from .install_pins import PINS, remove_pins
+from .install_sessions import give_back, open_sessions
 from .output import print_json, say
 from .summaries import summary
 
@@ -39,7 +40,8 @@ HOST = Path("/")
 RUN, LOG = Path("/run/agentcgroup"), Path("/var/log/agentcgroup")
 STATE = Path("/var/lib/agentcgroup")
 SOCKETS = ("agentcgroupd-agent.socket", "agentcgroupd-admin.socket")
-POOL = Path("agentcg.slice/agentcg-pool.service/pool")
+ROUNDS = 3
+"""How often what was adopted while the daemon stopped is given back as well."""
 _DONE = {"new": "made", "changed": "replaced", "same": "as it was", "kept": "kept, as changed here"}
 _WOULD = {"new": "would be made", "changed": "would be replaced"}
 
@@ -56,7 +58,10 @@ def add_commands(subparsers: common.Subparsers, words: common.Words) -> None:
     uninstall = common.command(subparsers, "uninstall", run_uninstall, summary("uninstall"))
     keep = "configuration, audit log and history stay"
     uninstall.add_argument("--keep", action="store_true", help=keep)
-    force = "end sessions that are open; forget Docker's runtime though containers have it"
+    force = (
+        "end sessions that are open, and give back adopted ones; forget Docker's runtime though "
+        "containers have it"
+    )
     uninstall.add_argument("--force", action="store_true", help=force)
     uninstall.add_argument(
         "--docker", action="store_true", help="only have Docker forget the runtime agentcg"
@@ -247,21 +252,40 @@ def _start(found: Sequence[tuple[Entry, Found]]) -> None:
 
 
 def _stop(force: bool) -> None:
-    """Stop everything, unless sessions are open and nobody insists."""
+    """Stop everything, unless sessions are open and nobody insists; adopted ones are given back
+    first. Raises Refused, with the daemon running if it did."""
     if not _has_systemd():
         return
-    open_sessions = _open_sessions()
-    if open_sessions and not force:
-        raise errors.Refused(
-            f"sessions are open: {', '.join(open_sessions)}; close them first, or end them with "
-            "--force",
-            code="FAILED_PRECONDITION",
-        )
-    # The sockets first: a connection would start the daemon again.
-    _systemctl("stop", *SOCKETS, "agentcgroupd.service", may_fail=True)
+    _stop_daemon(force)
     _systemctl("stop", "agentcg-pool.service", may_fail=True)
     _systemctl("stop", "agentcg.slice", may_fail=True)
     _systemctl("reset-failed", *UNITS, may_fail=True)
+
+
+def _stop_daemon(force: bool) -> None:
+    """Stop the daemon with nothing left that it has adopted: the marks of that are on the pool's
+    cgroup, and go with it."""
+    for _ in range(ROUNDS):
+        found = _changing(open_sessions)
+        if (found.inside or found.adopted) and not force:
+            raise errors.Refused(
+                f"sessions are open: {found}; close them first, or have --force end them, and give "
+                "back those that are adopted",
+                code="FAILED_PRECONDITION",
+            )
+        if found.adopted:
+            give_back(found, str(RUN))
+        # The sockets first: a connection would start the daemon again.
+        _systemctl("stop", *SOCKETS, "agentcgroupd.service", may_fail=True)
+        left = _changing(open_sessions).adopted
+        if not left:
+            return
+        # A container has started meanwhile, or the daemon has to finish what it began.
+        _systemctl("start", "agentcgroupd.service")
+    raise errors.Refused(
+        f"not given back: {', '.join(left)}; stop these containers first",
+        code="FAILED_PRECONDITION",
+    )
 
 
 def _refuse_running() -> None:
@@ -279,15 +303,6 @@ def _refuse_running() -> None:
         ) from None
     finally:
         os.close(lock)
-
-
-def _open_sessions() -> list[str]:
-    """Names of the sessions below the pool of the service."""
-    for mount in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")):
-        pool = mount / POOL
-        if pool.is_dir():
-            return sorted(entry.name for entry in pool.iterdir() if entry.is_dir())
-    return []
 
 
 def _tell_install(
