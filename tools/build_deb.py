@@ -76,7 +76,13 @@ if [ "$1" = remove ] && /usr/lib/agentcgroup/bin/python -I -c '' 2>/dev/null; th
     }
 fi
 if [ -d /run/systemd/system ] && [ "$1" = remove ]; then
+    # What was adopted, cgroups of containers, is given back by the daemon alone, and its marks go
+    # with the pool. The package goes all the same, and says what stays.
+    import="from agentcgroup.cli.install_sessions import give_back_or_say, say_what_stays"
+    /usr/lib/agentcgroup/bin/python -I -c "$import; give_back_or_say()" || true
     systemctl stop agentcgroupd-agent.socket agentcgroupd-admin.socket agentcgroupd.service || true
+    /usr/lib/agentcgroup/bin/python -I -c "$import; say_what_stays()" ||
+        echo "agentcgroup: containers that were sessions may stay split until they stop" >&2
     systemctl stop agentcg-pool.service agentcg.slice || true
     # What is pinned works on without a daemon; pins of another pool stay.
     unpin="from agentcgroup.cli.install_pins import remove_pins; remove_pins()"

@@ -11,8 +11,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -127,6 +129,41 @@ def test_docker_forgets_the_runtime_before_the_package_goes(
         called,
     )
     assert ("stays as it is" in done.stderr) is (status == 1)
+
+
+@pytest.mark.parametrize("python", [True, False], ids=["with Python", "without"])
+def test_what_is_adopted_is_given_back_before_the_package_stops_its_daemon(
+    tmp_path: Path, python: bool
+) -> None:
+    home, log = tmp_path / "home", tmp_path / "log"
+    (home / "bin").mkdir(parents=True)
+    text = build_deb.PRERM.replace("/usr/lib/agentcgroup", str(home))
+    (tmp_path / "prerm").write_text(text.replace("/run/systemd/system", str(tmp_path)))
+    says = f'echo "${{3##*; }}" >> {log}'
+    programs = {
+        "systemctl": f'echo systemctl "$1" "$2" >> {log}',
+        "home/bin/python": f'[ -z "$3" ] || {says}' if python else "exit 127",
+        "home/bin/agentcg-cli": "exit 0",
+    }
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(
+        ["sh", tmp_path / "prerm", "remove"], env=env, capture_output=True, text=True, check=False
+    )
+    called = log.read_text().splitlines()
+    stops = ["systemctl stop agentcgroupd-agent.socket", "systemctl stop agentcg-pool.service"]
+    wanted = ["give_back_or_say()", stops[0], "say_what_stays()", stops[1]] if python else stops
+    assert (done.returncode, called[: len(wanted)]) == (0, wanted)
+    assert ("may stay split" in done.stderr) is not python
+
+
+def test_the_package_s_scripts_call_what_there_is() -> None:
+    lines = re.findall(r'"(from agentcgroup\.[^";]+import [^";]+)', build_deb.PRERM)
+    assert len(lines) == 2
+    for line in lines:
+        subprocess.run([sys.executable, "-I", "-c", line], check=True)
 
 
 def test_an_image_is_what_its_digests_say(tmp_path: Path) -> None:
