@@ -146,8 +146,8 @@ class Running:
             self._parts.views.idle_cpus.sample()
             if not self._pool.cgroup.exists():
                 raise PartFailed(
-                    f"the pool's cgroup {self._pool.path} was removed, and with it all sessions; "
-                    "the daemon ends, and makes it anew when it is started again"
+                    f"the pool's cgroup {self._pool.path} was removed, and with it all sessions in "
+                    "it; the daemon ends, and makes it anew when it is started again"
                 )
             note_alive(self._pool)
             self._cpu.check()
