@@ -402,6 +402,33 @@ def test_a_containers_cgroup_is_split_in_place_and_given_back(daemon: DaemonProc
         assert inside.poll() is None
 
 
+def test_a_container_that_its_runtime_ends_as_a_whole_loses_a_call(daemon: DaemonProcess) -> None:
+    """The kubelet sets memory.oom.group on the cgroup of each container."""
+    with container(daemon, "pass") as (made, inside):
+        made.write(knobs.MEMORY_OOM_GROUP, True)
+        request = pb.AdoptSessionRequest(
+            cgroup_path="/" + made.path.name, spec=pb.SessionSpec(id="whole")
+        )
+        daemon.admin.AdoptSession(request)
+        agent = daemon.enter("whole")
+        start = START + "globals()[name] = tool"
+        hold = f"1 {90 * MIB} 0\n100000 {90 * MIB} 0\n"
+        agent.run(start, name="first", options=["--name", "90"], LOAD=LOAD, schedule=hold)
+        wait_until("it has begun", lambda: bool(list(made.path.glob("call-*"))))
+        held = next(made.path.glob("call-*")) / "memory.current"
+        wait_until("it has grown", lambda: int(held.read_text()) > 90 * MIB)
+        agent.run("first.send_signal(signal.SIGSTOP)")
+        grow = f"1 {150 * MIB} 0\n100 {150 * MIB} 0\n"
+        agent.run(start, name="second", options=["--name", "150"], LOAD=LOAD, schedule=grow)
+        ended = "second.wait(); first.terminate(); first.send_signal(signal.SIGCONT)\n"
+        statuses = agent.run(ended + "result = first.wait(), second.wait()")
+        assert statuses.count(-9) == 1
+        assert inside.poll() is None and agent.process.poll() is None
+        agent.close()
+        daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="whole"))
+        assert made.read(knobs.MEMORY_OOM_GROUP)
+
+
 def test_what_an_adopted_session_holds_is_the_pools(daemon: DaemonProcess) -> None:
     """Its cgroup lies beside the pool's: the pool's numbers and the budgets of others know it."""
     held = 100 * MIB

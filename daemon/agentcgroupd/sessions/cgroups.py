@@ -29,16 +29,23 @@ from agentcgroupd.intents.gpu_part import Part, gpu_part
 from agentcgroupd.intents.grant import weight_of_priority
 from agentcgroupd.intents.parse import parse_intent
 from agentcgroupd.sessions.containers import (
+    DISK_WEIGHTS,
     agent_leaf,
+    as_written,
     changed_by_runtime,
     check_processes,
+    left_weights,
+    runtimes_disk_weights,
+    runtimes_weights,
     with_changed,
+    with_weights,
 )
 from agentcgroupd.sessions.holding import used_for_good
 from agentcgroupd.sessions.limits import (
     as_found,
     change_limits,
     drop_latency,
+    end_one_by_one,
     parse_limits,
     read_limits,
     tighten,
@@ -147,7 +154,9 @@ class SessionCgroups:
             sentence = f"cgroup {path} is there already and is not a session: {error}"
             raise AlreadyExists(sentence, "id", spec.id) from None
         try:
-            return self._set_up(Cgroup.open(made.path), path, spec.id, limits, labels, {}, owner)
+            return self._set_up(
+                Cgroup.open(made.path), path, spec.id, limits, labels, {}, owner=owner
+            )
         except (KnobError, OSError) as error:
             made.remove()
             raise Unavailable(f"the session's limits could not be set: {error}") from None
@@ -160,12 +169,15 @@ class SessionCgroups:
         limits: SessionLimits,
         labels: dict[str, str],
         found: dict[str, str],
+        weights: frozenset[str] = frozenset(),
         owner: Process | None = None,
     ) -> Session:
-        """Put limits, agent leaf and record on a cgroup that holds no processes of its own."""
+        """Put limits, agent leaf and record on a cgroup that holds no processes of its own.
+        `weights`: files of those that stay as a runtime has set them."""
         owner = owner.copy() if owner is not None else None
         try:
-            write_limits(cgroup, limits)
+            disks = {knob.file for knob in DISK_WEIGHTS} & weights & found.keys()
+            write_limits(cgroup, limits, {file: found[file] for file in disks})
             cgroup.enable(offered_controllers(cgroup))
             agent = agent_leaf(cgroup)
             session = Session(
@@ -180,7 +192,7 @@ class SessionCgroups:
                 found=found,
                 offered=agent.files(),
                 owner=owner,
-                written=read_limits(cgroup) if found else {},
+                written=as_written(cgroup, weights) if found else {},
             )
             cgroup.set_xattr(session.record())
         except BaseException:
@@ -222,8 +234,10 @@ class SessionCgroups:
             raise FailedPrecondition(f"cgroup {path} cannot be split: {error}") from None
         try:
             move_all(cgroup, agent)
-            limits = tighten(cgroup.read_if, limits)
-            return self._set_up(cgroup, path, spec.id, limits, labels, found)
+            weights = left_weights(spec)
+            limits = with_weights(tighten(cgroup.read_if, limits), cgroup.read_if, weights)
+            end_one_by_one(cgroup)
+            return self._set_up(cgroup, path, spec.id, limits, labels, found, weights)
         except (KnobError, OSError) as error:
             again = Cgroup.open(self._pool.mount / path.strip("/"))
             self._give_back(again, found)
@@ -264,6 +278,7 @@ class SessionCgroups:
             self._check_guarantee(spec, limits)
         if session.adopted:
             limits = tighten(as_found(session.found), limits)
+            limits = self._with_own_weights(session, spec, limits)
         top = limits.memory_max_bytes
         held = used_for_good(session.cgroup) if spec.memory_max and top is not None else None
         if held is not None and top is not None and top < held:
@@ -272,41 +287,68 @@ class SessionCgroups:
             raise InvalidField("memory_max", spec.memory_max, allowed, why)
         return limits
 
+    @staticmethod
+    def _with_own_weights(
+        session: Session, spec: pb.SessionSpec, limits: SessionLimits
+    ) -> SessionLimits:
+        """The new limits of an adopted session, where a priority takes the place of the weights
+        that it had from its runtime."""
+        if not spec.priority:
+            return limits
+        weight, theirs = weight_of_priority(limits.priority), runtimes_weights(session)
+        if not spec.cpu_weight and knobs.CPU_WEIGHT.file in theirs:
+            limits = replace(limits, cpu_weight=weight)
+        if not spec.io_weight and any(knob.file in theirs for knob in DISK_WEIGHTS):
+            limits = replace(limits, io_weight=weight)
+        return limits
+
     def write_changed(self, session: Session, limits: SessionLimits) -> None:
         """Write new limits, or all of the old ones again where one cannot be. May block, while the
         kernel reclaims what is above them: for a thread of its own. Raises KnobError."""
         if session.slowed:
             # Its lower weight stays until the guard lets go of it.
             limits = replace(limits, cpu_weight=session.cgroup.read(knobs.CPU_WEIGHT))
+        theirs = runtimes_disk_weights(session)
+        kept = theirs if limits.io_weight == session.limits.io_weight else {}
         try:
-            write_limits(session.cgroup, limits)
+            write_limits(session.cgroup, limits, kept)
             if limits.io_latency_usec is None and session.limits.io_latency_usec is not None:
                 drop_latency(session.cgroup, session.found)
         except CgroupGone:
             raise
         except KnobError:
-            write_limits(session.cgroup, session.limits)
+            write_limits(session.cgroup, session.limits, theirs)
             raise
 
     def keep_changed(self, session: Session, limits: SessionLimits) -> None:
         """Keep new limits that have been written. Raises KnobError."""
-        session.limits = limits
+        theirs, before, session.limits = runtimes_weights(session), session.limits, limits
         if session.adopted:
-            session.written = read_limits(session.cgroup)
+            if limits.cpu_weight != before.cpu_weight:
+                theirs -= {knobs.CPU_WEIGHT.file}
+            if limits.io_weight != before.io_weight:
+                theirs -= {knob.file for knob in DISK_WEIGHTS}
+            session.written = as_written(session.cgroup, theirs)
         session.cgroup.set_xattr(session.record())
 
     @staticmethod
     def reread(session: Session) -> bool:
-        """Take over limits that a runtime has changed on its container; what it has set stays.
-        Returns whether there were any. Raises KnobError."""
-        changed = changed_by_runtime(session.cgroup, session.written)
+        """Take over limits that a runtime has changed on its container; what it has set stays, but
+        for the end of the container as a whole and for weights that the session has of its own.
+        Returns whether its limits are others now. Raises KnobError."""
+        changed = changed_by_runtime(session)
         if not changed:
             return False
+        before, theirs = session.limits, runtimes_weights(session)
         session.found |= changed
-        session.written |= changed
-        session.limits = with_changed(session.limits, changed)
+        session.written |= {f: text for f, text in changed.items() if f in session.written}
+        limits = with_changed(session.limits, changed)
+        session.limits = with_weights(limits, as_found(session.found), theirs)
         session.cgroup.set_xattr(session.record())
-        return True
+        end_one_by_one(session.cgroup)
+        if knobs.CPU_WEIGHT.file in changed.keys() - theirs:
+            session.cgroup.write(knobs.CPU_WEIGHT, session.limits.cpu_weight)
+        return session.limits != before
 
     # Closing
 
@@ -318,7 +360,7 @@ class SessionCgroups:
         """
         try:
             if session.adopted:
-                kept = changed_by_runtime(session.cgroup, session.written)
+                kept = changed_by_runtime(session)
                 self._give_back(session.cgroup, {**session.found, **kept})
             else:
                 session.cgroup.kill_and_remove()
@@ -338,7 +380,8 @@ class SessionCgroups:
             if AGENT_LEAF not in set(cgroup.children()):
                 session.agent = cgroup.make_child(AGENT_LEAF)
             move_all(cgroup, session.agent)
-            write_limits(cgroup, session.limits)
+            write_limits(cgroup, session.limits, runtimes_disk_weights(session))
+            end_one_by_one(cgroup)
             cgroup.enable(offered_controllers(cgroup))
         except KnobError as error:
             log.error("session %s: its cgroup is no longer split: %s", session.id, error)
@@ -435,8 +478,10 @@ class SessionCgroups:
             if cgroup.has(knobs.CPU_WEIGHT):
                 # An earlier daemon may have been killed while it had lowered the weight.
                 cgroup.write(knobs.CPU_WEIGHT, session.limits.cpu_weight)
+            if session.adopted and self.reread(session):
+                log.info("session %s: its runtime has changed its container's limits", session.id)
             # It may have known nothing of these, or bfq has come since.
-            write_disk_limits(cgroup, session.limits)
+            write_disk_limits(cgroup, session.limits, runtimes_disk_weights(session))
         except (KeyError, TypeError, ValueError, KnobError) as error:
             log.warning("%s is not a session that can be taken up: %s", directory, error)
             cgroup.close()

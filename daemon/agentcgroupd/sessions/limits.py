@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Protocol
 
 from agentcgroup.v1 import agentcgroup_pb2 as pb
@@ -203,8 +204,11 @@ def _check_sizes(spec: pb.SessionSpec, limits: SessionLimits, pool_bytes: int | 
         raise InvalidField(field, getattr(spec, field), allowed)
 
 
-def write_limits(cgroup: Cgroup, limits: SessionLimits) -> None:
-    """Set the interface files that are there. Raises KnobError."""
+def write_limits(
+    cgroup: Cgroup, limits: SessionLimits, disk_weights: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Set the interface files that are there. `disk_weights`: as for `write_disk_limits`. Raises
+    KnobError."""
 
     def put(knob: Knob[T], value: T) -> None:
         if cgroup.has(knob):
@@ -220,13 +224,20 @@ def write_limits(cgroup: Cgroup, limits: SessionLimits) -> None:
     put(knobs.PIDS_MAX, limits.pids_max)
     put(knobs.CGROUP_MAX_DESCENDANTS, limits.cgroups_max)
     put(knobs.CGROUP_MAX_DEPTH, limits.cgroup_depth_max)
-    write_disk_limits(cgroup, limits)
+    write_disk_limits(cgroup, limits, disk_weights)
 
 
-def write_disk_limits(cgroup: Cgroup, limits: SessionLimits) -> None:
-    """Set what is kept of disks for a session. Where it asks for no latency, one that a runtime has
-    set stays. Raises KnobError."""
-    write_weight(cgroup, limits.io_weight)
+def write_disk_limits(
+    cgroup: Cgroup, limits: SessionLimits, disk_weights: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Set what is kept of disks for a session. `disk_weights`: the text of the files of weights, by
+    file, where these are a runtime's and not the session's own. Where the session asks for no
+    latency, one that a runtime has set stays. Raises KnobError."""
+    if not disk_weights:
+        write_weight(cgroup, limits.io_weight)
+    for file, text in disk_weights.items():
+        if cgroup.has(Knob(file, str)):  # that of bfq goes with its module
+            _write_lines(cgroup, file, text)
     if limits.io_latency_usec is not None and cgroup.has(knobs.IO_LATENCY):
         write_latency(cgroup, limits.io_latency_usec)
 
@@ -238,11 +249,20 @@ def drop_latency(cgroup: Cgroup, found: Mapping[str, str]) -> None:
         _write_lines(cgroup, knobs.IO_LATENCY.file, found.get(knobs.IO_LATENCY.file, ""))
 
 
+def end_one_by_one(cgroup: Cgroup) -> None:
+    """Have the kernel end a call, or a process of the agent, when the memory of a container ends.
+    Its runtime may have asked for the container as a whole, as the kubelet does for each one since
+    Kubernetes 1.28. No error without the memory controller. Raises KnobError."""
+    if cgroup.read_if(knobs.MEMORY_OOM_GROUP):
+        cgroup.write(knobs.MEMORY_OOM_GROUP, False)
+
+
 WRITTEN_KNOBS = (
     knobs.MEMORY_LOW.file,
     knobs.MEMORY_HIGH.file,
     knobs.MEMORY_MAX.file,
     knobs.MEMORY_SWAP_MAX.file,
+    knobs.MEMORY_OOM_GROUP.file,
     knobs.CPU_WEIGHT.file,
     knobs.CPU_MAX.file,
     knobs.PIDS_MAX.file,
@@ -252,7 +272,7 @@ WRITTEN_KNOBS = (
     knobs.IO_BFQ_WEIGHT.file,
     knobs.IO_LATENCY.file,
 )
-"""What `write_limits` sets."""
+"""What `write_limits` and `end_one_by_one` set."""
 DISK_FILES = frozenset((knobs.IO_WEIGHT.file, knobs.IO_BFQ_WEIGHT.file, knobs.IO_LATENCY.file))
 """Files of WRITTEN_KNOBS that have a line for each device."""
 
@@ -274,7 +294,7 @@ def millicores_of(cpu: knobs.CpuMax | None) -> int | None:
 
 
 def read_limits(cgroup: Cgroup) -> dict[str, str]:
-    """The text of the files that `write_limits` would set, by file. Raises KnobError."""
+    """The text of the files of WRITTEN_KNOBS that are there, by file. Raises KnobError."""
     found = {}
     for file in WRITTEN_KNOBS:
         text = cgroup.read_if(Knob(file, str.strip))

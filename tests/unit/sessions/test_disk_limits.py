@@ -83,6 +83,15 @@ def test_each_file_that_is_there_is_set() -> None:
     assert cgroup.texts["io.latency"] == "8:0 target=7", "a runtime's own stays"
 
 
+def test_weights_of_a_runtime_are_written_as_they_were_found() -> None:
+    cgroup: Any = Directory(io_weight="default 100", pids_max="max")
+    theirs = {"io.weight": "default 50\n8:0 70", "io.bfq.weight": "default 9"}
+    write_limits(cgroup, limits(pb.SessionSpec()), theirs)
+    weights = [text for file, text in cgroup.lines if file == "io.weight"]
+    assert weights == ["default 50", "8:0 70"]
+    assert "io.bfq.weight" not in cgroup.texts, "it went with its module"
+
+
 def test_what_nothing_keeps_is_named() -> None:
     nowhere: Any = Directory()
     write_limits(nowhere, limits(ASKED))
