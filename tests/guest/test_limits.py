@@ -404,12 +404,9 @@ def test_a_containers_cgroup_is_split_in_place_and_given_back(daemon: DaemonProc
 
 def test_a_container_that_its_runtime_ends_as_a_whole_loses_a_call(daemon: DaemonProcess) -> None:
     """The kubelet sets memory.oom.group on the cgroup of each container."""
-    with container(daemon, "pass") as (made, inside):
+    with container(daemon, "pass", str(200 * MIB)) as (made, inside):
         made.write(knobs.MEMORY_OOM_GROUP, True)
-        request = pb.AdoptSessionRequest(
-            cgroup_path="/" + made.path.name, spec=pb.SessionSpec(id="whole")
-        )
-        daemon.admin.AdoptSession(request)
+        adopt(daemon, made, "whole")
         agent = daemon.enter("whole")
         start = START + "globals()[name] = tool"
         hold = f"1 {90 * MIB} 0\n100000 {90 * MIB} 0\n"
