@@ -26,6 +26,7 @@ PROGRAMS = (
     *(
         f"tests/guest/test_{name}.py"
         for name in (
+            "container_limits",
             "endings",
             "growers",
             "guard",

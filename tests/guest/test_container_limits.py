@@ -199,6 +199,7 @@ def test_a_session_of_an_earlier_daemon_keeps_the_weight_of_its_priority(
     assert container.read(knobs.CPU_WEIGHT) == 9
 
 
+@pytest.mark.full_kernel
 def test_weights_for_disks_stay_as_well(
     books: SessionCgroups, container: Cgroup, pool: Pool
 ) -> None:
