@@ -15,6 +15,7 @@ import pytest
 
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.psi import PressureTrigger
+from agentcgroupd.enforce.reclaimer import CacheHolder
 from agentcgroupd.guard.host_capacity import read_host, zram_used_bytes
 from agentcgroupd.guard.session_sampler import SessionSampler
 from agentcgroupd.host import zram
@@ -308,7 +309,9 @@ def test_what_is_reclaimed_from_the_pool_is_file_cache_and_nobody_is_swapped_out
     assert answer(reader) == "read"
 
     async def run() -> int:
-        return await place.actions.reclaim_pool(16 * MIB, "it is short", [place.pool])
+        return await place.actions.reclaim_pool(
+            16 * MIB, "it is short", [CacheHolder(place.pool, 24 * MIB)]
+        )
 
     took = asyncio.run(run())
     swapped = place.session.cgroup.read(knobs.MEMORY_SWAP_CURRENT)

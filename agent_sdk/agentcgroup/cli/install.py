@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -42,6 +43,8 @@ STATE = Path("/var/lib/agentcgroup")
 SOCKETS = ("agentcgroupd-agent.socket", "agentcgroupd-admin.socket")
 ROUNDS = 3
 """How often what was adopted while the daemon stopped is given back as well."""
+QUIET_S = 2.0
+"""A daemon that has just been started finds the containers that are to be sessions in this time."""
 _DONE = {"new": "made", "changed": "replaced", "same": "as it was", "kept": "kept, as changed here"}
 _WOULD = {"new": "would be made", "changed": "would be replaced"}
 
@@ -265,7 +268,9 @@ def _stop(force: bool) -> None:
 def _stop_daemon(force: bool) -> None:
     """Stop the daemon with nothing left that it has adopted: the marks of that are on the pool's
     cgroup, and go with it."""
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
+        if number and force:
+            _give_back_until_quiet()
         found = _changing(open_sessions)
         if (found.inside or found.adopted) and not force:
             raise errors.Refused(
@@ -286,6 +291,17 @@ def _stop_daemon(force: bool) -> None:
         f"not given back: {', '.join(left)}; stop these containers first",
         code="FAILED_PRECONDITION",
     )
+
+
+def _give_back_until_quiet() -> None:
+    """Give back what a daemon adopts that has just been started again: all containers that are to
+    be sessions. Those that it has given back itself it leaves alone."""
+    for _ in range(ROUNDS):
+        time.sleep(QUIET_S)
+        found = _changing(open_sessions)
+        if not found.adopted:
+            return
+        give_back(found, str(RUN))
 
 
 def _refuse_running() -> None:

@@ -3,6 +3,7 @@ adopted elsewhere, cgroups of containers, is given back while the daemon runs.""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -50,7 +51,12 @@ def _adopted(mount: Path, pool: Path) -> Iterator[str]:
     for name in os.listxattr(pool):
         if not name.startswith(ADOPTED_XATTR):
             continue
-        path = os.fsdecode(os.getxattr(pool, name))
+        try:
+            path = os.fsdecode(os.getxattr(pool, name))
+        except OSError as error:
+            if error.errno != errno.ENODATA:
+                raise
+            continue  # given back meanwhile
         cgroup = mount / path.strip("/")
         try:
             there = str(cgroup.stat().st_ino) == name.removeprefix(ADOPTED_XATTR)

@@ -16,6 +16,7 @@ from agentcgroupd.calls.facts import EndFacts
 from agentcgroupd.calls.purposes import declared, placed_later
 from agentcgroupd.calls.try_next import Room, try_next
 from agentcgroupd.calls.verdict import report_of
+from agentcgroupd.cgroup import knobs
 from agentcgroupd.errors import KnobError
 from agentcgroupd.host.kernel_log import OomLog
 from agentcgroupd.intents.grant import Ceiling, Grant, grant_for
@@ -182,7 +183,7 @@ class Reports:
             mine = used_for_good(call.cgroup) or 0
             sides = (
                 (call.session.limits.memory_max_bytes, used_for_good(call.session.cgroup)),
-                (self._pool.memory_max_bytes, used_of_pool(self._pool)),
+                (self._pool.cgroup.read_if(knobs.MEMORY_MAX), used_of_pool(self._pool)),
             )
         except KnobError as error:
             log.debug("call %s: what is free cannot be read: %s", call.id, error)

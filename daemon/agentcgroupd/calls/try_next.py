@@ -118,9 +118,9 @@ def _of_oom(
     elif verdict in (pb.VERDICT_OOM_POOL, pb.VERDICT_OOM_HOST):
         _elsewhere(report, argv, room, advice)
         if verdict == pb.VERDICT_OOM_HOST:
-            # A container may have a limit around it that is nobody else's.
+            # A container may have a limit around it that is nobody else's doing.
             advice.steps.append(
-                "If it ends the same way again, a limit around this session is too low for it: "
+                "If it ends the same way again, do it in a smaller form: "
                 + smaller_work(argv, Scarce.MEMORY)
             )
 

@@ -13,7 +13,13 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.enforce import disks, memory_high, pause
 from agentcgroupd.enforce.kill import ask_end, kill
-from agentcgroupd.enforce.reclaimer import ANON_FIRST, CACHE_ONLY, Reclaimer, Swappiness
+from agentcgroupd.enforce.reclaimer import (
+    ANON_FIRST,
+    CACHE_ONLY,
+    CacheHolder,
+    Reclaimer,
+    Swappiness,
+)
 from agentcgroupd.errors import BpfError, CgroupGone, KnobError
 from agentcgroupd.state.ending import Asker
 from agentcgroupd.state.session import (
@@ -293,24 +299,31 @@ class Actions:
             return not session.closing and waits == (not session.calls)
 
         ids = [call.id for call in paused.values()]
-        cgroups = tuple(paused) or (session.agent,)
+        parts = [(cgroup, size_bytes) for cgroup in tuple(paused) or (session.agent,)]
         session.reclaimed_at_usec = boottime_usec()
-        work = self._reclaim(session.id, ids, cgroups, size_bytes, go_on, why, ANON_FIRST)
+        work = self._reclaim(session.id, ids, parts, size_bytes, go_on, why, ANON_FIRST)
         return self.reclaimer.start(session.id, work)
 
     def reclaim_pool(
-        self, size_bytes: int, why: str, cgroups: Sequence[Cgroup]
+        self, size_bytes: int, why: str, holders: Sequence[CacheHolder]
     ) -> asyncio.Task[int]:
-        """Take the coldest file cache of these cgroups back, one after the other until it is so
-        much, and swap nobody's memory out; returns as `reclaim` does."""
-        work = self._reclaim("", [], cgroups, size_bytes, lambda _: True, why, CACHE_ONLY)
+        """Take the coldest file cache of these back, one after the other until it is so much, and
+        swap nobody's memory out; returns as `reclaim` does."""
+        session_of = {holder.cgroup: holder.session for holder in holders}
+
+        def go_on(cgroup: Cgroup) -> bool:
+            session = session_of[cgroup]
+            return session is None or not session.closing
+
+        parts = [(holder.cgroup, holder.cold_bytes) for holder in holders if holder.cold_bytes]
+        work = self._reclaim("", [], parts, size_bytes, go_on, why, CACHE_ONLY)
         return self.reclaimer.start("", work)
 
     async def _reclaim(
         self,
         session: str,
         calls: list[str],
-        cgroups: Iterable[Cgroup],
+        parts: Iterable[tuple[Cgroup, int]],
         size_bytes: int,
         go_on: Callable[[Cgroup], bool],
         why: str,
@@ -318,7 +331,7 @@ class Actions:
     ) -> int:
         began_usec = boottime_usec()
         try:
-            got = await self.reclaimer.reclaim(cgroups, size_bytes, go_on, swappiness)
+            got = await self.reclaimer.reclaim(parts, size_bytes, go_on, swappiness)
         except KnobError as error:
             log.warning("memory of %s cannot be reclaimed: %s", session or "the pool", error)
             return 0

@@ -14,6 +14,7 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.knobs import Reclaim
 from agentcgroupd.cgroup.tree import Cgroup
 from agentcgroupd.errors import CgroupGone, KnobError
+from agentcgroupd.state.session import Session
 
 AT_ONCE = 2
 """Writes at a time: each keeps a core busy with compressing."""
@@ -28,6 +29,16 @@ ANON_FIRST: tuple[Swappiness, ...] = ("max", 200, None)
 """Values that take anonymous memory, which goes to swap, before the files that an agent works
 on."""
 _SPENT = (errno.EAGAIN, errno.ENODEV, errno.ENOENT)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheHolder:
+    """A cgroup with file cache that can be taken back."""
+
+    cgroup: Cgroup
+    cold_bytes: int
+    session: Session | None = None
+    """Whose it is where that is an adopted session; None: the pool."""
 
 
 @dataclass(slots=True)
@@ -53,23 +64,31 @@ class Reclaimer:
 
     async def reclaim(
         self,
-        cgroups: Iterable[Cgroup],
+        parts: Iterable[tuple[Cgroup, int]],
         size_bytes: int,
         go_on: Callable[[Cgroup], bool],
         swappiness: tuple[Swappiness, ...] = (None,),
     ) -> int:
         """Take up to `size_bytes` from these cgroups, one after the other; returns by how many
-        bytes their use fell. `swappiness`: the first of these that the kernel knows. `go_on` is
-        asked before each step, in a thread. Cgroups that have gone are passed over. Raises
-        KnobError."""
+        bytes their use fell. `parts`: each with the most to take from it. `swappiness`: the first
+        of these that the kernel knows. `go_on` is asked before each step, in a thread. Cgroups that
+        have gone are passed over, and so are those that refuse while others do not. Raises
+        KnobError where nothing was to be had for that."""
         got = 0
-        for cgroup in cgroups:
+        refused: KnobError | None = None
+        for cgroup, most_bytes in parts:
             if got >= size_bytes:
                 break
+            if not go_on(cgroup):
+                continue
             try:
-                got += await self._one(cgroup, size_bytes - got, go_on, swappiness)
+                got += await self._one(cgroup, min(size_bytes - got, most_bytes), go_on, swappiness)
             except CgroupGone:
                 continue
+            except KnobError as error:
+                refused = error
+        if refused is not None and not got:
+            raise refused
         return got
 
     async def _one(

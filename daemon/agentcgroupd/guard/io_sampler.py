@@ -77,6 +77,7 @@ class IoSampler:
         self._looked_usec: int | None = None
         self._totals: dict[str, _Total] = {}
         self._shares: dict[str, float] = {}
+        self._turn = 0
         self.pool_share: float | None = 0.0
         """Part of the last moment in which some task of the pool waited for disks; None: this
         kernel does not tell."""
@@ -108,24 +109,33 @@ class IoSampler:
 
     def _look_at_sessions(self, before: Mapping[str, _Total], now_usec: int) -> None:
         """See how important sessions wait, where any task of the pool does, and how adopted ones
-        do, whose cgroups lie beside the pool's: the one that waits most counts as the pool."""
-        self._shares = {}
+        do, whose cgroups lie beside the pool's: the one that waits most counts as the pool. Where
+        there are many, they have their turns."""
+        last, self._shares = self._shares, {}
         if self.pool_share is None:
             return
-        important: list[Session] = []
-        others: list[Session] = []
-        for session in self._sessions():
-            if session.limits.priority < IMPORTANT_PRIORITY:
-                if session.adopted:
-                    others.append(session)
-            elif session.adopted or self.pool_share:
-                important.append(session)
-        for session in (important + others)[:SESSIONS_MOST]:
-            share = self._stalled(f"s {session.id}", session.cgroup, before, now_usec) or 0.0
+        asked = [
+            session
+            for session in self._sessions()
+            if session.adopted
+            or (self.pool_share and session.limits.priority >= IMPORTANT_PRIORITY)
+        ]
+        turn = self._turn % max(1, len(asked))
+        self._turn = turn + SESSIONS_MOST
+        asked = asked[turn:] + asked[:turn]
+        for session in asked[:SESSIONS_MOST]:
+            key = f"s {session.id}"
+            share = self._stalled(key, session.cgroup, before, now_usec) or 0.0
             if session.limits.priority >= IMPORTANT_PRIORITY:
                 self._shares[session.id] = share
             if session.adopted:
                 self.pool_share = max(self.pool_share, share)
+        for session in asked[SESSIONS_MOST:]:
+            key = f"s {session.id}"
+            if key in before:
+                self._totals[key] = before[key]
+            if session.id in last:
+                self._shares[session.id] = last[session.id]
 
     def _still_lowered(self) -> bool:
         """Tell whether something of an open call is held back."""

@@ -19,8 +19,9 @@ from typing import Protocol
 from agentcgroup.v1 import agentcgroup_pb2 as pb
 from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.cgroup import knobs
-from agentcgroupd.cgroup.tree import Cgroup
+from agentcgroupd.enforce.reclaimer import CacheHolder
 from agentcgroupd.errors import BpfError, KnobError
+from agentcgroupd.guard.adopted_caches import AdoptedCaches
 from agentcgroupd.guard.io_sampler import IoSampler
 from agentcgroupd.guard.look import CallLook, FileCache, FileLook, Seen, file_cache, read_cold
 from agentcgroupd.policy.choose import kill_least_bytes
@@ -41,10 +42,8 @@ CPU_ASKED = 64
 """Calls that are asked for their CPU time when one may have to be ended."""
 IN_TURN = 50
 """Calls that do nothing are judged anew so many at a time."""
-CACHES_IN_TURN = 50
-"""Adopted sessions are asked for their file cache so many at a time."""
-CACHE_WORTH_BYTES = 1 << 20
-"""File cache of a cgroup that is worth a request to take it back."""
+STALL_FRESH_USEC = 1_000_000
+"""What was seen of an adopted session's stalls longer ago is nothing of now."""
 STEADY_USEC = 10_000_000
 """A call is active for so long after it grew, unless the policy says otherwise."""
 
@@ -89,9 +88,8 @@ class Sampler:
         self._first: CallView | None = None
         """The most important of `_views`; None: not known."""
         self._growth = Growth()
-        self._caches: OrderedDict[str, FileCache] = OrderedDict()
-        """File cache of adopted sessions when they were asked last, the one whose turn is next
-        first."""
+        self._caches = AdoptedCaches(adopted)
+        self._pools_cold_bytes = 0
         self._stall: tuple[int, int] | None = None
         self._stalled_share = 0.0
         self.limit_bytes = pool.memory_max_bytes
@@ -169,39 +167,21 @@ class Sampler:
         cache that the kernel can take back counts as free. Raises KnobError."""
         free = self.limit_bytes - self.usage()
         if free < self.limit_bytes * matters_share:
-            free += self._cache().freeable_bytes(self.limit_bytes)
+            free += self._cache(boottime_usec()).freeable_bytes(self.limit_bytes)
         return free
 
-    def _cache(self) -> FileCache:
-        """Read how much file cache there is in the pool, and in adopted sessions, which have their
-        turns where there are many. Raises KnobError."""
-        found = file_cache(self._pool.cgroup)
-        adopted = {session.id: session for session in self._adopted()}
-        for gone in self._caches.keys() - adopted.keys():
-            del self._caches[gone]
-        new = (id for id in adopted if id not in self._caches)
-        for id in list(itertools.islice(itertools.chain(new, self._caches), CACHES_IN_TURN)):
-            try:
-                self._caches[id] = file_cache(adopted[id].cgroup)
-            except KnobError:  # its runtime has just removed it
-                self._caches[id] = FileCache(0, 0)
-            self._caches.move_to_end(id)
-        return FileCache(
-            found.cold_bytes + sum(cache.cold_bytes for cache in self._caches.values()),
-            found.clean_bytes + sum(cache.clean_bytes for cache in self._caches.values()),
-        )
+    def _cache(self, now: int) -> FileCache:
+        """File cache of the pool and of adopted sessions. Raises KnobError."""
+        own, beside = file_cache(self._pool.cgroup), self._caches.look(now)
+        self._pools_cold_bytes = own.cold_bytes
+        return FileCache(own.cold_bytes + beside.cold_bytes, own.clean_bytes + beside.clean_bytes)
 
-    def cache_holders(self) -> list[Cgroup]:
-        """The cgroups that file cache can be taken back from: the pool's, and those of the adopted
-        sessions that had some when they were asked last, the most of it first."""
-        adopted = {session.id: session for session in self._adopted()}
-        worth = [
-            (cache.cold_bytes, adopted[id].cgroup)
-            for id, cache in self._caches.items()
-            if id in adopted and cache.cold_bytes >= CACHE_WORTH_BYTES
-        ]
-        worth.sort(key=lambda each: each[0], reverse=True)
-        return [self._pool.cgroup, *(cgroup for _, cgroup in worth)]
+    def cache_holders(self) -> list[CacheHolder]:
+        """Who had file cache at the last sample that can be taken back, the most of it first."""
+        found = [CacheHolder(self._pool.cgroup, self._pools_cold_bytes)]
+        for session, cold_bytes in self._caches.cold(boottime_usec()):
+            found.append(CacheHolder(session.cgroup, cold_bytes, session))
+        return sorted(found, key=lambda holder: holder.cold_bytes, reverse=True)
 
     def snapshot(self) -> Snapshot:
         """What the policy sees now, with the CPU time of all calls. Raises KnobError when the pool
@@ -216,7 +196,7 @@ class Sampler:
         cache = FileCache(0, 0)
         tight = self.limit_bytes - usage < self.limit_bytes * CACHE_MATTERS_SHARE
         if tight:
-            cache = self._cache()
+            cache = self._cache(now)
         used = usage - cache.freeable_bytes(self.limit_bytes)
         active = self._judge_calls(now, tight)
         calls = tuple(self._views.values())
@@ -224,6 +204,8 @@ class Sampler:
             calls = self._with_cpu(calls, self._may_be_ended(calls))
         # With and without the cache are two series: from one to the other is no growth.
         key, other = ("pool", "pool and cache") if tight else ("pool and cache", "pool")
+        if tight and not self._caches.are_all_known:
+            self._growth.forget(key)  # what is not known yet would show as growth later
         growth = self._growth.of(key, now, used)
         self._growth.forget(other)
         sessions = self._sessions(now)
@@ -397,7 +379,8 @@ class Sampler:
         adopted = {session.id for session in self._adopted()}
         if not adopted:
             return share
-        return max(share, *(view.stalled_share for view in sessions if view.id in adopted), 0.0)
+        fresh = (v for v in sessions if now - v.sampled_usec <= STALL_FRESH_USEC)
+        return max(share, *(view.stalled_share for view in fresh if view.id in adopted), 0.0)
 
     def _stalled_in_pool(self, now: int) -> float | None:
         try:

@@ -198,6 +198,7 @@ def _view(session: Session, sample: Sample, now: int) -> SessionView:
         waiting_usec=0 if quiet is None else now - quiet,
         refaults_per_s=sample.refaults_per_s,
         stalled_share=sample.stalled_share,
+        sampled_usec=sample.at_usec,
         slowed=session.slowed,
         reclaimed_usec=None if reclaimed is None else now - reclaimed,
     )

@@ -109,6 +109,8 @@ class SessionView:
     """Pages a second that had been reclaimed and were needed again."""
     stalled_share: float = 0.0
     """Part of the last moment in which some task stalled on memory, 0 to 1 (PSI some)."""
+    sampled_usec: int = 0
+    """When its share was measured, since boot."""
     slowed: bool = False
     """Whether the CPU weight is lowered (Action.SLOW)."""
     io_stalled_share: float = 0.0

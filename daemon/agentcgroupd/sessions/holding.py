@@ -85,7 +85,7 @@ def look_at_adopted(pool: Pool, sessions: Iterable[Session]) -> Iterator[None]:
     """Have the pool know what adopted sessions hold, one session a step."""
     held = for_good = 0
     for session in sessions:
-        if session.adopted:
+        if session.adopted and not session.closing:
             try:
                 held += session.cgroup.read_if(knobs.MEMORY_CURRENT) or 0
                 for_good += used_for_good(session.cgroup) or 0

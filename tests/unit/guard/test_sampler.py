@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,9 @@ from agentcgroupd.cgroup import knobs
 from agentcgroupd.cgroup.knobs import Knob
 from agentcgroupd.errors import CgroupGone
 from agentcgroupd.guard import look, sampler
-from agentcgroupd.guard.look import SLICE_NS, FileLook, Seen
-from agentcgroupd.guard.sampler import CACHES_IN_TURN, IN_TURN, STEADY_USEC, Sampler
+from agentcgroupd.guard.adopted_caches import FRESH_USEC, AdoptedCaches
+from agentcgroupd.guard.look import COLD_SLICE_NS, SLICE_NS, FileLook, Seen
+from agentcgroupd.guard.sampler import IN_TURN, STEADY_USEC, Sampler
 from agentcgroupd.intents.grant import Grant
 from agentcgroupd.policy.snapshot import CallView, Host, Snapshot
 from agentcgroupd.state.session import Call
@@ -311,15 +313,11 @@ def test_the_file_cache_of_many_is_read_in_turn(monkeypatch: pytest.MonkeyPatch)
     assert [s.cold_usec for s in seen] == [1] * 4 + [2] * 4 + [None] * 2
 
 
-class Box(SimpleNamespace):
-    """An adopted session that has file cache, and was stalled for a part of the time."""
-
-    def __init__(self, name: str, cold: int = 0) -> None:
-        super().__init__(id=name, cgroup=FakeCgroup(Path(name), cold=cold))
-
-
-def beside(boxes: list[Box], views: tuple[Any, ...] = ()) -> tuple[Sampler, FakeCgroup]:
-    """A sampler of a pool of 1 GiB that is empty, with adopted sessions beside it."""
+def beside(
+    boxes: list[Any], views: tuple[Any, ...] = (), most: int = 1000
+) -> tuple[Sampler, FakeCgroup]:
+    """A sampler of a pool of 1 GiB that is empty, with adopted sessions beside it, of which it can
+    ask so many in its slice of time."""
     pool, known = FakeCgroup(used=0), SimpleNamespace(open={})
     of_pool = SimpleNamespace(cgroup=pool, memory_max_bytes=GIB)
     made: Any = Sampler(
@@ -328,38 +326,60 @@ def beside(boxes: list[Box], views: tuple[Any, ...] = ()) -> tuple[Sampler, Fake
         lambda now: views,
         FakeHost(),
         tuple,
-        lambda: boxes,  # type: ignore[arg-type, return-value]
+        lambda: boxes,
     )
+    ticks = itertools.count(step=COLD_SLICE_NS // most)
+    made._caches = AdoptedCaches(lambda: boxes, lambda: next(ticks))
     return made, pool
 
 
-def test_file_cache_of_adopted_sessions_is_free_and_can_be_taken_back() -> None:
-    boxes = [Box(str(number), (number + 1) * MIB) for number in range(CACHES_IN_TURN + 10)]
-    of_all = sum(box.cgroup.cold for box in boxes)
-    sampled, pool = beside(boxes)
+def box(number: int, cold: int = 0) -> Any:
+    """An adopted session with file cache."""
+    cgroup = FakeCgroup(Path(str(number)), id=number, cold=cold)
+    return SimpleNamespace(id=str(number), cgroup=cgroup, closing=False)
+
+
+def test_file_cache_of_adopted_sessions_is_free_and_can_be_taken_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at_usec = 1_000_000
+    monkeypatch.setattr(sampler, "boottime_usec", lambda: at_usec)
+    boxes = [box(number, number * MIB) for number in range(1, 31)]
+    of_all = sum(each.cgroup.cold for each in boxes)
+    sampled, _ = beside(boxes, most=20)
+    now = sampled.sample(GIB)
+    assert 0 < now.cache_bytes < of_all and now.growth_bytes_per_s == 0
+    at_usec += 10_000
+    now = sampled.sample(GIB)
+    assert now.cache_bytes == of_all and now.usage_bytes <= GIB - of_all
+    assert now.growth_bytes_per_s == 0, "nothing grew: more became known"
+    held = [holder.cold_bytes // MIB for holder in sampled.cache_holders()]
+    assert held == [*range(30, 0, -1), 0], "the pool itself has none"
+    boxes[0].closing = boxes[1].cgroup.gone = True
+    at_usec += 10_000
     for _ in range(2):
         now = sampled.sample(GIB)
-        asked = sum(box.cgroup.reads.pop(knobs.MEMORY_STAT.file, 0) for box in boxes)
-        assert asked == CACHES_IN_TURN
-    assert now.cache_bytes == of_all
-    assert now.usage_bytes <= GIB - of_all
-    holders = [cgroup.path.name for cgroup in sampled.cache_holders()]
-    assert holders[0] == pool.path.name and holders[1:] == [box.id for box in reversed(boxes)]
-    boxes[-1].cgroup.gone = True
-    del boxes[0]
-    sampled.sample(GIB)
-    sampled.sample(GIB)
-    assert len(sampled.cache_holders()) == len(boxes), "the pool, and all but the one that is gone"
+    assert now.cache_bytes == of_all - 3 * MIB
+    at_usec += 10 * FRESH_USEC
+    assert sampled.sample(GIB).cache_bytes < of_all - 100 * MIB, "only what is known now counts"
 
 
-def test_the_adopted_session_that_stalls_most_counts_as_the_pool() -> None:
+def test_the_adopted_session_that_stalls_most_counts_as_the_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sampler, "boottime_usec", lambda: 10_000_000)
     views = tuple(
-        SimpleNamespace(id=name, stalled_share=share)
-        for name, share in (("a", 0.2), ("b", 0.6), ("own", 0.9))
+        SimpleNamespace(id=name, stalled_share=share, sampled_usec=at)
+        for name, share, at in (
+            ("1", 0.2, 9_900_000),
+            ("2", 0.6, 9_900_000),
+            ("3", 0.9, 1_000_000),
+            ("own", 1.0, 9_900_000),
+        )
     )
-    sampled, pool = beside([Box("a"), Box("b")], views)
+    sampled, pool = beside([box(1), box(2), box(3)], views)
     stalled: Any = {"some": SimpleNamespace(total_usec=0)}
     pool.read_if = lambda knob: stalled  # type: ignore[method-assign]
-    assert sampled.sample(0).stalled_share == 0.6
+    assert sampled.sample(0).stalled_share == 0.6, "of 3 nothing is known of now"
     pool.read_if = lambda knob: None  # type: ignore[method-assign]
     assert sampled.sample(0).stalled_share is None, "this kernel does not measure it"

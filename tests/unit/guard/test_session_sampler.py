@@ -110,7 +110,12 @@ def test_the_first_look_tells_what_is_held_and_nothing_about_rates(world: World)
     fake = world.add("a")
     fake.write(memory=100 * MIB, cpu=5_000_000, refaults=1000, stalled=900_000)
     assert world.look()["a"] == SessionView(
-        id="a", priority=70, memory_bytes=100 * MIB, agent_bytes=50 * MIB, guarantee_bytes=64 * MIB
+        id="a",
+        priority=70,
+        memory_bytes=100 * MIB,
+        agent_bytes=50 * MIB,
+        guarantee_bytes=64 * MIB,
+        sampled_usec=world.now_usec,
     )
 
 

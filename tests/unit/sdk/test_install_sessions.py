@@ -30,6 +30,9 @@ class Host:
     meanwhile: Callable[[], object] | None = None
     """Happens while the daemon stops, the first time."""
     runs: bool = True
+    labelled: tuple[str, ...] = ()
+    """Containers that a daemon which starts makes sessions, a moment after its start."""
+    waits: int = 0
     done: list[str] = field(default_factory=list)
 
     @property
@@ -73,9 +76,17 @@ class Host:
             self.done.append(f"{arguments[0]} {unit}")
         if unit == "daemon":
             self.runs = arguments[0] == "start"
+            self.waits = 1 if self.runs else 0
         if self.meanwhile is not None and not self.runs:
             happens, self.meanwhile = self.meanwhile, None
             happens()
+
+    def sleep(self, seconds: float) -> None:
+        """Let the daemon find containers, where it has just been started."""
+        if self.waits:
+            self.waits = 0
+            for name in self.labelled:
+                self.adopt(f"/{name}", name)
 
     def __enter__(self) -> Host:
         return self
@@ -96,6 +107,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(install, "open_sessions", lambda: open_sessions((tmp_path,)))
     monkeypatch.setattr(install, "_has_systemd", lambda: True)
     monkeypatch.setattr(install, "_systemctl", made.systemctl)
+    monkeypatch.setattr("agentcgroup.cli.install.time.sleep", made.sleep)
     return made
 
 
@@ -148,6 +160,16 @@ def test_a_container_that_starts_while_the_daemon_stops_is_given_back_too(host: 
     install._stop(True)
     again = ["stop daemon", "start daemon", "close late"]
     assert host.done == ["close web", *again, *STOPPED]
+
+
+def test_what_a_daemon_that_starts_again_adopts_anew_is_given_back_again(host: Host) -> None:
+    host.labelled = ("db", "web")
+    for name in host.labelled:
+        host.adopt(f"/{name}", name)
+    host.meanwhile = lambda: host.adopt("/late", "late")
+    install._stop(True)
+    first = ["close db", "close web", "stop daemon", "start daemon"]
+    assert host.done == [*first, "close db", "close late", "close web", *STOPPED]
 
 
 def test_without_force_a_container_that_starts_meanwhile_stays_a_session(host: Host) -> None:
