@@ -519,6 +519,16 @@ class PoolInfo(_Answer):
     memory_full_percent: float | None = None
     cpu_some_percent: float | None = None
     io_some_percent: float | None = None
+    memory_held_bytes: int | None = None
+    """The part of the memory that the kernel cannot simply drop, as it does with file cache; some
+    seconds old."""
+
+    @property
+    def used_bytes(self) -> int | None:
+        """What counts of the limit: the memory that is held, or all of it where no more is known.
+        """
+        held = self.memory_held_bytes
+        return self.memory_current_bytes if held is None else held
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)

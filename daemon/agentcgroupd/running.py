@@ -161,6 +161,7 @@ class Running:
     async def _show_forever(self) -> None:
         """Keep the metrics of sessions and calls, which there may be thousands of."""
         await in_slices(look_at_adopted(self._pool, tuple(self._parts.sessions.open.values())))
+        self._show_held()
         await asyncio.sleep(SHOW_INTERVAL_S)
         shown = SessionMetrics(self._metrics, self._sessions_shown)
         while True:
@@ -183,6 +184,7 @@ class Running:
         except KnobError as error:
             log.error("the pool cannot be read: %s", error)
             held = None
+        self._pool.held_bytes = held
         self._metrics.pool_memory_held.set(nan if held is None else held)
         self._metrics.pool_memory_ratio.set(held / most if held is not None and most else nan)
 

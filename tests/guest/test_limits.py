@@ -439,6 +439,10 @@ def test_what_an_adopted_session_holds_is_the_pools(daemon: DaemonProcess) -> No
         before, free = of_pool(), budget_of(agent).memory_available_bytes
         adopt(daemon, made, "large")
         wait_until("the pool has it", lambda: of_pool() >= before + 0.9 * held)
+        wait_until(
+            "and holds it",
+            lambda: daemon.admin.GetPool(pb.GetPoolRequest()).memory_held_bytes >= 0.9 * held,
+        )
         assert budget_of(agent).memory_available_bytes <= free - 0.9 * held
         daemon.admin.CloseSession(pb.CloseSessionRequest(session_id="large"))
         wait_until("the pool has it no more", lambda: of_pool() < before + 0.5 * held)

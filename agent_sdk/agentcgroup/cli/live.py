@@ -162,7 +162,7 @@ def advice(look: Look, rates: Rates) -> list[str]:
 
 
 def _free(look: Look) -> str:
-    most, used = look.pool.memory_max_bytes, look.pool.memory_current_bytes
+    most, used = look.pool.memory_max_bytes, look.pool.used_bytes
     return "" if most is None or used is None else f", and {size(max(0, most - used))} are free"
 
 

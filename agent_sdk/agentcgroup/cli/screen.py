@@ -107,7 +107,7 @@ def frame(
 
 def _head(look: Look, rates: Rates, width: int, at_unix_usec: int) -> list[Line]:
     pool, calls = look.pool, look.calls
-    used, most = pool.memory_current_bytes, pool.memory_max_bytes
+    used, most = pool.used_bytes, pool.memory_max_bytes
     of = f" of {size(most)}" if most is not None else ", no limit"
     share = f" ({used / most:.0%})" if used is not None and most else ""
     busy = "-" if rates.pool.cores is None else f"{rates.pool.cores:.1f}"

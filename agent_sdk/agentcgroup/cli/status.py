@@ -73,7 +73,7 @@ def _pool_status(client: Admin, as_json: bool) -> None:
 def _pool_fields(pool: PoolInfo) -> list[tuple[str, str]]:
     fields = [
         ("pool", pool.cgroup_path),
-        ("memory", f"{size(pool.memory_current_bytes)} of {size(pool.memory_max_bytes)}"),
+        ("memory", f"{size(pool.used_bytes)} of {size(pool.memory_max_bytes)}"),
         ("cpu", f"{cores(pool.cpu_millicores)} core{'s' * (pool.cpu_millicores != 1000)}"),
         ("sessions", f"{pool.sessions_open} open"),
         ("calls", f"{pool.calls_open} open, {pool.calls_begun} begun, {pool.calls_ended} ended"),

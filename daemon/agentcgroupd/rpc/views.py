@@ -141,6 +141,7 @@ class Views:
             calls_waiting=len(self._queue),
             calls_paused=sum(is_paused(call) for call in self._calls.open.values()),
             usage=usage_of(self._pool.cgroup),
+            memory_held_bytes=self._pool.held_bytes,
             **pool_pressure(self._pool.cgroup),
         )
 

@@ -70,6 +70,8 @@ class Pool:
     share the pool's memory all the same."""
     adopted_for_good_bytes: int = 0
     """The part of it that the kernel cannot simply drop."""
+    held_bytes: int | None = None
+    """The same of all sessions, when it was looked at last; None: not known."""
 
     @property
     def missing(self) -> tuple[str, ...]:

@@ -141,6 +141,14 @@ def test_where_nobody_waits_it_says_what_is_free() -> None:
     ]
 
 
+def test_file_cache_that_can_be_dropped_does_not_count_as_used() -> None:
+    """With containers it may be more than the whole pool."""
+    now, rates = scene()
+    pool = dataclasses.replace(now.pool, memory_current_bytes=20 * GIB, memory_held_bytes=7 * GIB)
+    (first, *_) = shown(View(), found=(dataclasses.replace(now, pool=pool), rates))
+    assert "memory 7.0 GiB of 14.0 GiB (50%)" in first
+
+
 def test_a_session_at_its_own_limit_is_told_apart_from_a_full_pool() -> None:
     now, _ = scene()
     (only,) = advice(without(now, CallState.FROZEN, CallState.WAITING), Rates())
