@@ -525,8 +525,7 @@ class PoolInfo(_Answer):
 
     @property
     def used_bytes(self) -> int | None:
-        """What counts of the limit: the memory that is held, or all of it where no more is known.
-        """
+        """What counts of the limit: what is held, or all memory where no more is known."""
         held = self.memory_held_bytes
         return self.memory_current_bytes if held is None else held
 
