@@ -89,9 +89,9 @@ class Suite:
     marks: str = ""
     guest_options: tuple[str, ...] = ()
     goes_first: bool = False
-    """Its guest has a CPU before the other suite's: what it measures is time."""
+    """Whether the guest has a CPU before the other suite: what it measures is time."""
     is_idle: bool = False
-    """It hardly needs a CPU, so that it runs beside two others."""
+    """Whether it hardly needs a CPU, so that it runs beside two others."""
 
     @property
     def results(self) -> Path:

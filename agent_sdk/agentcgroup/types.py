@@ -525,7 +525,8 @@ class PoolInfo(_Answer):
 
     @property
     def used_bytes(self) -> int | None:
-        """What counts of the limit: what is held, or all memory where no more is known."""
+        """Bytes that count of the limit: without file cache, or with it where the daemon does not
+        tell."""
         held = self.memory_held_bytes
         return self.memory_current_bytes if held is None else held
 

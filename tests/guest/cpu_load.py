@@ -20,7 +20,7 @@ SCHED_EXT = 7
 SETTINGS = SchedSettings(
     slice_usec=4000, wait_max_usec=10_000_000, boost_lead_usec=20_000, penalty_most=8
 )
-"""Of the scheduler in tests."""
+"""Settings of the scheduler in tests."""
 
 
 def spin() -> None:

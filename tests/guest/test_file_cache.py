@@ -122,7 +122,7 @@ def test_a_call_grows_into_cache_that_another_one_uses(
 def test_what_an_adopted_session_has_in_cache_is_free_as_well(
     daemon: DaemonProcess, file: Path
 ) -> None:
-    """Its cgroup lies beside the pool's, and nothing above it has the kernel take cache back."""
+    """The cgroup lies beside the pool's, and nothing above it has the kernel take cache back."""
     with container(daemon, READ.replace("PATH", repr(str(file)))) as (made, _):
         wait_until(
             "the file is in use",

@@ -427,7 +427,7 @@ def test_a_container_that_its_runtime_ends_as_a_whole_loses_a_call(daemon: Daemo
 
 
 def test_what_an_adopted_session_holds_is_the_pools(daemon: DaemonProcess) -> None:
-    """Its cgroup lies beside the pool's: the pool's numbers and the budgets of others know it."""
+    """The cgroup lies beside the pool's: the pool's numbers and the budgets of others know it."""
     held = 100 * MIB
 
     def of_pool() -> int:

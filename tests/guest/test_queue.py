@@ -147,7 +147,7 @@ def test_who_goes_away_leaves_nothing_behind(daemon: DaemonProcess) -> None:
 
 
 def test_hundreds_at_once_all_get_their_turn(daemon: DaemonProcess) -> None:
-    """As many at once as can be started, each expecting a quarter of the pool; and the daemon
+    """A crowd as large as can be started, each expecting a quarter of the pool; and the daemon
     answers others."""
     # More than the reports that are kept of a session. A guest's CPU needs seconds to start a
     # hundred, and a launcher waits ten for its answer.

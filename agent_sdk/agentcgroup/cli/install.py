@@ -42,7 +42,7 @@ RUN, LOG = Path("/run/agentcgroup"), Path("/var/log/agentcgroup")
 STATE = Path("/var/lib/agentcgroup")
 SOCKETS = ("agentcgroupd-agent.socket", "agentcgroupd-admin.socket")
 ROUNDS = 3
-"""How often what was adopted while the daemon stopped is given back as well."""
+"""How often giving back is tried again, because a container was adopted meanwhile."""
 QUIET_S = 2.0
 """A daemon that has just been started finds the containers that are to be sessions in this time."""
 _DONE = {"new": "made", "changed": "replaced", "same": "as it was", "kept": "kept, as changed here"}
@@ -294,8 +294,8 @@ def _stop_daemon(force: bool) -> None:
 
 
 def _give_back_until_quiet() -> None:
-    """Give back what a daemon adopts that has just been started again: all containers that are to
-    be sessions. Those that it has given back itself it leaves alone."""
+    """Give back what a daemon adopts that has just been started again, which are all containers
+    that are to be sessions, until it adopts no more. Raises Refused."""
     for _ in range(ROUNDS):
         time.sleep(QUIET_S)
         found = _changing(open_sessions)

@@ -49,7 +49,7 @@ def now(look: Look, rates: Rates, at_unix_usec: int) -> dict[str, Any]:
     return {
         "at_unix_usec": at_unix_usec,
         "pool": {
-            "memory_current_bytes": pool.used_bytes,
+            "memory_current_bytes": pool.memory_current_bytes,
             "memory_max_bytes": pool.memory_max_bytes,
             "cpu_millicores": pool.cpu_millicores,
             "memory_some_percent": pool.memory_some_percent,

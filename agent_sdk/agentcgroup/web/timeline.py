@@ -69,7 +69,7 @@ class Sample:
         others = sum(map(memory_of, look.sessions)) - sum(held.values())
         if others:
             held[OTHERS] = others
-        return cls(at_unix_usec, look.pool.used_bytes or 0, held)
+        return cls(at_unix_usec, look.pool.memory_current_bytes or 0, held)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,8 +67,8 @@ def oom_advice(facts: EndFacts, hit: LimitHit) -> str:
             said.append("It may go through when tried again in a while.")
         case _:
             said.append(
-                "Others below it may have taken the memory: trying again later may help. Else that "
-                "limit is too low for this work."
+                "Others below that cgroup may have taken the memory: trying again later may help. "
+                "If not, its limit is too low for this work."
             )
     return " ".join(said)
 

@@ -307,8 +307,8 @@ class Actions:
     def reclaim_pool(
         self, size_bytes: int, why: str, holders: Sequence[CacheHolder]
     ) -> asyncio.Task[int]:
-        """Take the coldest file cache of these back, one after the other until it is so much, and
-        swap nobody's memory out; returns as `reclaim` does."""
+        """Take up to `size_bytes` of cold file cache back from `holders`, in their order, and swap
+        nobody's memory out; returns as `reclaim` does."""
         session_of = {holder.cgroup: holder.session for holder in holders}
 
         def go_on(cgroup: Cgroup) -> bool:

@@ -38,7 +38,7 @@ class CacheHolder:
     cgroup: Cgroup
     cold_bytes: int
     session: Session | None = None
-    """Whose it is where that is an adopted session; None: the pool."""
+    """The adopted session that the cgroup is of; None: the pool."""
 
 
 @dataclass(slots=True)
@@ -71,9 +71,9 @@ class Reclaimer:
     ) -> int:
         """Take up to `size_bytes` from these cgroups, one after the other; returns by how many
         bytes their use fell. `parts`: each with the most to take from it. `swappiness`: the first
-        of these that the kernel knows. `go_on` is asked before each step, in a thread. Cgroups that
-        have gone are passed over, and so are those that refuse while others do not. Raises
-        KnobError where nothing was to be had for that."""
+        of these that the kernel knows. `go_on` is asked before each cgroup, and in a thread before
+        each step. Cgroups that have gone are passed over, and those that refuse. Raises KnobError
+        where one has refused and nothing was got."""
         got = 0
         refused: KnobError | None = None
         for cgroup, most_bytes in parts:
@@ -120,7 +120,8 @@ class Reclaimer:
             if done.cancelled():  # it had not begun
                 os.close(fd)
             raise
-        return max(0, before - cgroup.read(knobs.MEMORY_CURRENT))
+        # One that has been given back meanwhile is closed, and cannot be asked.
+        return max(0, before - cgroup.read(knobs.MEMORY_CURRENT)) if go_on(cgroup) else 0
 
 
 def _write_steps(

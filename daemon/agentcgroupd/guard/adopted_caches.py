@@ -1,5 +1,5 @@
-"""File cache of adopted sessions, whose cgroups lie beside the pool's: memory that is free all the
-same, and that nothing above them has the kernel take back."""
+"""File cache of adopted sessions. Their cgroups lie beside the pool's, so that its memory.stat does
+not count it, and its limit does not make the kernel reclaim it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agentcgroupd.state.session import Session
 from agentcgroupd.units import CgroupId
 
 FRESH_USEC = 1_000_000
-"""What was read longer ago counts for nothing: the memory may hold something else by now."""
+"""Readings of adopted sessions that are older than this are not used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class _Read:
 
 
 class AdoptedCaches:
-    """Reads them in turns, as many as fit into a slice of time: memory.stat costs the kernel more
-    than any other file."""
+    """Reads the file cache of adopted sessions in turns, as many as fit into a slice of time:
+    memory.stat costs the kernel more than any other file."""
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class AdoptedCaches:
         self._clock_ns = clock_ns
         self._read: OrderedDict[CgroupId, _Read] = OrderedDict()
         """By the id of the cgroup, the one whose turn is next first."""
-        self.are_all_known = True
-        """Whether the last look told of all adopted sessions."""
+        self.known = 0
+        """How many sessions the last look told of."""
 
     def look(self, now_usec: int) -> FileCache:
         """Read those that are due; returns what is known of all of them."""
@@ -60,14 +60,13 @@ class AdoptedCaches:
             if self._clock_ns() >= end_ns:
                 break
         known = [read.cache for read in self._known(now_usec)]
-        self.are_all_known = len(known) == len(adopted)
+        self.known = len(known)
         return FileCache(
             sum(cache.cold_bytes for cache in known), sum(cache.clean_bytes for cache in known)
         )
 
     def cold(self, now_usec: int) -> list[tuple[Session, int]]:
-        """The sessions that had file cache at the last look which nobody has touched lately, and
-        how many bytes."""
+        """List the sessions with cold file cache at the last look, each with its bytes."""
         known = self._known(now_usec)
         return [(r.session, r.cache.cold_bytes) for r in known if r.cache.cold_bytes]
 

@@ -28,7 +28,7 @@ EVERY_USEC = 500_000
 CALLS_MOST = 256
 """Calls that are read at a time, the least important first: those are held back."""
 SESSIONS_MOST = 64
-"""Important sessions that are asked."""
+"""Important and adopted sessions that are read at a time."""
 STALLED = Knob("io.pressure", parse_stalled)
 
 
@@ -79,12 +79,12 @@ class IoSampler:
         self._shares: dict[str, float] = {}
         self._turn = 0
         self.pool_share: float | None = 0.0
-        """Part of the last moment in which some task of the pool waited for disks; None: this
-        kernel does not tell."""
+        """Part of the last moment in which some task of the pool, or of the adopted session that
+        waits most, waited for disks; None: this kernel does not tell."""
         self.calls: tuple[CallIo, ...] = ()
 
     def share_of(self, session_id: str) -> float:
-        """Tell the same of an important session; 0 of any other."""
+        """Tell the same of an important or adopted session; 0 of any other."""
         return self._shares.get(session_id, 0.0)
 
     def look(self, now_usec: int) -> bool:
@@ -108,9 +108,10 @@ class IoSampler:
         return bool(self.calls)
 
     def _look_at_sessions(self, before: Mapping[str, _Total], now_usec: int) -> None:
-        """See how important sessions wait, where any task of the pool does, and how adopted ones
-        do, whose cgroups lie beside the pool's: the one that waits most counts as the pool. Where
-        there are many, they have their turns."""
+        """Read how long important sessions wait, if any task of the pool does, and adopted sessions
+        in any case, whose cgroups lie beside the pool's. The adopted one that waits most counts as
+        the pool. Where there are many, they have their turns, and the last share counts till then.
+        """
         last, self._shares = self._shares, {}
         if self.pool_share is None:
             return
@@ -122,20 +123,17 @@ class IoSampler:
         ]
         turn = self._turn % max(1, len(asked))
         self._turn = turn + SESSIONS_MOST
-        asked = asked[turn:] + asked[:turn]
-        for session in asked[:SESSIONS_MOST]:
+        for number, session in enumerate(asked[turn:] + asked[:turn]):
             key = f"s {session.id}"
-            share = self._stalled(key, session.cgroup, before, now_usec) or 0.0
-            if session.limits.priority >= IMPORTANT_PRIORITY:
-                self._shares[session.id] = share
+            if number < SESSIONS_MOST:
+                share = self._stalled(key, session.cgroup, before, now_usec) or 0.0
+            else:
+                share = last.get(session.id, 0.0)
+                if key in before:
+                    self._totals[key] = before[key]
+            self._shares[session.id] = share
             if session.adopted:
                 self.pool_share = max(self.pool_share, share)
-        for session in asked[SESSIONS_MOST:]:
-            key = f"s {session.id}"
-            if key in before:
-                self._totals[key] = before[key]
-            if session.id in last:
-                self._shares[session.id] = last[session.id]
 
     def _still_lowered(self) -> bool:
         """Tell whether something of an open call is held back."""

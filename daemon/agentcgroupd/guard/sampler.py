@@ -21,7 +21,7 @@ from agentcgroupd.calls.lifecycle import Calls
 from agentcgroupd.cgroup import knobs
 from agentcgroupd.enforce.reclaimer import CacheHolder
 from agentcgroupd.errors import BpfError, KnobError
-from agentcgroupd.guard.adopted_caches import AdoptedCaches
+from agentcgroupd.guard.adopted_caches import FRESH_USEC, AdoptedCaches
 from agentcgroupd.guard.io_sampler import IoSampler
 from agentcgroupd.guard.look import CallLook, FileCache, FileLook, Seen, file_cache, read_cold
 from agentcgroupd.policy.choose import kill_least_bytes
@@ -42,8 +42,9 @@ CPU_ASKED = 64
 """Calls that are asked for their CPU time when one may have to be ended."""
 IN_TURN = 50
 """Calls that do nothing are judged anew so many at a time."""
-STALL_FRESH_USEC = 1_000_000
-"""What was seen of an adopted session's stalls longer ago is nothing of now."""
+CACHES_CHANGE = 0.05
+"""Share of the adopted sessions whose file cache may come to be known, or be known no more, from
+one sample to the next; more than that would show as growth."""
 STEADY_USEC = 10_000_000
 """A call is active for so long after it grew, unless the policy says otherwise."""
 
@@ -89,6 +90,7 @@ class Sampler:
         """The most important of `_views`; None: not known."""
         self._growth = Growth()
         self._caches = AdoptedCaches(adopted)
+        self._caches_known = 0
         self._pools_cold_bytes = 0
         self._stall: tuple[int, int] | None = None
         self._stalled_share = 0.0
@@ -177,7 +179,7 @@ class Sampler:
         return FileCache(own.cold_bytes + beside.cold_bytes, own.clean_bytes + beside.clean_bytes)
 
     def cache_holders(self) -> list[CacheHolder]:
-        """Who had file cache at the last sample that can be taken back, the most of it first."""
+        """List the cgroups that had cold file cache at the last sample, the most of it first."""
         found = [CacheHolder(self._pool.cgroup, self._pools_cold_bytes)]
         for session, cold_bytes in self._caches.cold(boottime_usec()):
             found.append(CacheHolder(session.cgroup, cold_bytes, session))
@@ -204,8 +206,10 @@ class Sampler:
             calls = self._with_cpu(calls, self._may_be_ended(calls))
         # With and without the cache are two series: from one to the other is no growth.
         key, other = ("pool", "pool and cache") if tight else ("pool and cache", "pool")
-        if tight and not self._caches.are_all_known:
-            self._growth.forget(key)  # what is not known yet would show as growth later
+        known, before = self._caches.known, self._caches_known
+        self._caches_known = known
+        if tight and abs(known - before) > CACHES_CHANGE * known:
+            self._growth.forget(key)
         growth = self._growth.of(key, now, used)
         self._growth.forget(other)
         sessions = self._sessions(now)
@@ -379,7 +383,7 @@ class Sampler:
         adopted = {session.id for session in self._adopted()}
         if not adopted:
             return share
-        fresh = (v for v in sessions if now - v.sampled_usec <= STALL_FRESH_USEC)
+        fresh = (v for v in sessions if now - v.sampled_usec <= FRESH_USEC)
         return max(share, *(view.stalled_share for view in fresh if view.id in adopted), 0.0)
 
     def _stalled_in_pool(self, now: int) -> float | None:

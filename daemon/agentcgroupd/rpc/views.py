@@ -122,11 +122,11 @@ class Views:
 
     def describe_pool(self) -> pb.Pool:
         """The pool as sent."""
-        held = self._pool.cgroup.read_if(knobs.MEMORY_CURRENT)
+        own = self._pool.cgroup.read_if(knobs.MEMORY_CURRENT)
         return pb.Pool(
             cgroup_path=self._pool.path,
             memory_max_bytes=self._pool.memory_max_bytes,
-            memory_current_bytes=None if held is None else held + self._pool.adopted_bytes,
+            memory_current_bytes=None if own is None else own + self._pool.adopted_bytes,
             cpu_millicores=self._pool.cpu_millicores,
             sessions_open=len(self._sessions.open),
             calls_open=len(self._calls.open),

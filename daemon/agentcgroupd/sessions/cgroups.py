@@ -34,9 +34,9 @@ from agentcgroupd.sessions.containers import (
     as_written,
     changed_by_runtime,
     check_processes,
-    left_weights,
     runtimes_disk_weights,
     runtimes_weights,
+    weights_left_to_runtime,
     with_changed,
     with_weights,
 )
@@ -44,8 +44,8 @@ from agentcgroupd.sessions.holding import used_for_good
 from agentcgroupd.sessions.limits import (
     as_found,
     change_limits,
+    clear_oom_group,
     drop_latency,
-    end_one_by_one,
     parse_limits,
     read_limits,
     tighten,
@@ -234,9 +234,9 @@ class SessionCgroups:
             raise FailedPrecondition(f"cgroup {path} cannot be split: {error}") from None
         try:
             move_all(cgroup, agent)
-            weights = left_weights(spec)
+            weights = weights_left_to_runtime(spec)
             limits = with_weights(tighten(cgroup.read_if, limits), cgroup.read_if, weights)
-            end_one_by_one(cgroup)
+            clear_oom_group(cgroup)
             return self._set_up(cgroup, path, spec.id, limits, labels, found, weights)
         except (KnobError, OSError) as error:
             again = Cgroup.open(self._pool.mount / path.strip("/"))
@@ -334,8 +334,8 @@ class SessionCgroups:
     @staticmethod
     def reread(session: Session) -> bool:
         """Take over limits that a runtime has changed on its container; what it has set stays, but
-        for the end of the container as a whole and for weights that the session has of its own.
-        Returns whether its limits are others now. Raises KnobError."""
+        for memory.oom.group, and for a CPU weight where the session has one of its own. Returns
+        whether its limits are others now. Raises KnobError."""
         changed = changed_by_runtime(session)
         if not changed:
             return False
@@ -345,7 +345,7 @@ class SessionCgroups:
         limits = with_changed(session.limits, changed)
         session.limits = with_weights(limits, as_found(session.found), theirs)
         session.cgroup.set_xattr(session.record())
-        end_one_by_one(session.cgroup)
+        clear_oom_group(session.cgroup)
         if knobs.CPU_WEIGHT.file in changed.keys() - theirs:
             session.cgroup.write(knobs.CPU_WEIGHT, session.limits.cpu_weight)
         return session.limits != before
@@ -381,7 +381,7 @@ class SessionCgroups:
                 session.agent = cgroup.make_child(AGENT_LEAF)
             move_all(cgroup, session.agent)
             write_limits(cgroup, session.limits, runtimes_disk_weights(session))
-            end_one_by_one(cgroup)
+            clear_oom_group(cgroup)
             cgroup.enable(offered_controllers(cgroup))
         except KnobError as error:
             log.error("session %s: its cgroup is no longer split: %s", session.id, error)

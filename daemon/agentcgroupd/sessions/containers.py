@@ -45,7 +45,7 @@ def agent_leaf(cgroup: Cgroup) -> Cgroup:
     return cgroup.child(AGENT_LEAF) if has_leaf else cgroup.make_child(AGENT_LEAF)
 
 
-def left_weights(spec: pb.SessionSpec) -> frozenset[str]:
+def weights_left_to_runtime(spec: pb.SessionSpec) -> frozenset[str]:
     """Name the files of the weights that a request leaves to the runtime: those that it neither
     names nor gives a priority for."""
     if spec.priority:
@@ -56,8 +56,8 @@ def left_weights(spec: pb.SessionSpec) -> frozenset[str]:
 
 
 def runtimes_weights(session: Session) -> frozenset[str]:
-    """Name the files of the weights that an adopted session has from its runtime: these alone were
-    taken down as written."""
+    """Name the files of the weights that an adopted session has from its runtime. `written` has
+    only these files of weights."""
     theirs = with_weights(session.limits, as_found(session.found), WEIGHT_FILES)
     # A record of an earlier daemon has all of them, and the session had its own.
     own = set()

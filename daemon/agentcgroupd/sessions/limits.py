@@ -249,10 +249,10 @@ def drop_latency(cgroup: Cgroup, found: Mapping[str, str]) -> None:
         _write_lines(cgroup, knobs.IO_LATENCY.file, found.get(knobs.IO_LATENCY.file, ""))
 
 
-def end_one_by_one(cgroup: Cgroup) -> None:
-    """Have the kernel end a call, or a process of the agent, when the memory of a container ends.
-    Its runtime may have asked for the container as a whole, as the kubelet does for each one since
-    Kubernetes 1.28. No error without the memory controller. Raises KnobError."""
+def clear_oom_group(cgroup: Cgroup) -> None:
+    """Set memory.oom.group of a container to 0, so that the kernel ends a call, or a process of the
+    agent, where it is out of memory. The runtime may have asked for the end of all of it, as the
+    kubelet does since Kubernetes 1.28. No error without the memory controller. Raises KnobError."""
     if cgroup.read_if(knobs.MEMORY_OOM_GROUP):
         cgroup.write(knobs.MEMORY_OOM_GROUP, False)
 
@@ -272,7 +272,7 @@ WRITTEN_KNOBS = (
     knobs.IO_BFQ_WEIGHT.file,
     knobs.IO_LATENCY.file,
 )
-"""What `write_limits` and `end_one_by_one` set."""
+"""What `write_limits` and `clear_oom_group` set."""
 DISK_FILES = frozenset((knobs.IO_WEIGHT.file, knobs.IO_BFQ_WEIGHT.file, knobs.IO_LATENCY.file))
 """Files of WRITTEN_KNOBS that have a line for each device."""
 

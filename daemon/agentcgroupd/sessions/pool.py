@@ -71,7 +71,8 @@ class Pool:
     adopted_for_good_bytes: int = 0
     """The part of it that the kernel cannot simply drop."""
     held_bytes: int | None = None
-    """The same of all sessions, when it was looked at last; None: not known."""
+    """What all sessions hold that the kernel cannot simply drop, some seconds old; None: not known.
+    """
 
     @property
     def missing(self) -> tuple[str, ...]:

@@ -107,13 +107,14 @@ class Metrics:
             "pool_memory_bytes", "Memory charged to the pool and to adopted sessions"
         )
         self.pool_memory_held = gauge(
-            "pool_memory_held_bytes", "What the pool and adopted sessions hold beside file cache"
+            "pool_memory_held_bytes",
+            "Memory of the pool and of adopted sessions without file cache",
         )
         self.pool_memory_held.set(float("nan"))  # until it has been looked at
         self.pool_memory_max = gauge("pool_memory_max_bytes", "The pool's limit (NaN: none)")
         self.pool_memory_ratio = gauge(
             "pool_memory_used_ratio",
-            "What is held beside file cache by the pool's limit (NaN: no limit)",
+            "Memory without file cache, divided by the pool's limit (NaN: no limit)",
         )
         self.sessions_open = gauge("sessions_open", "Open sessions", priority=known.PRIORITIES)
         self.sessions_memory = gauge(

@@ -94,7 +94,7 @@ def test_shares_and_rates_come_of_two_looks() -> None:
 
 
 def test_adopted_sessions_wait_for_disks_although_the_pool_does_not() -> None:
-    """Their cgroups lie beside the pool's: its file says nothing of them."""
+    """Cgroups that lie beside the pool's: its file says nothing of them."""
     files = {"vip": Files(stalled=0), "box": Files(stalled=0), "own": Files(stalled=0)}
     priorities = {"vip": 80, "box": 50, "own": 80}
     sessions: list[Any] = [

@@ -348,7 +348,7 @@ def test_file_cache_of_adopted_sessions_is_free_and_can_be_taken_back(
     of_all = sum(each.cgroup.cold for each in boxes)
     sampled, _ = beside(boxes, most=20)
     now = sampled.sample(GIB)
-    assert 0 < now.cache_bytes < of_all and now.growth_bytes_per_s == 0
+    assert 0 < now.cache_bytes < of_all
     at_usec += 10_000
     now = sampled.sample(GIB)
     assert now.cache_bytes == of_all and now.usage_bytes <= GIB - of_all
