@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing
@@ -52,6 +53,7 @@ from agentcgroupd.rpc.views import Views
 from agentcgroupd.running import Running, note_alive
 from agentcgroupd.runtime.watching import Runtimes
 from agentcgroupd.sessions.cgroups import SessionCgroups
+from agentcgroupd.sessions.holding import look_at_adopted
 from agentcgroupd.sessions.lifecycle import SessionLifecycle, SessionObserver
 from agentcgroupd.sessions.limits import Ceilings
 from agentcgroupd.sessions.pool import ALIVE_XATTR, Pool, PoolClaim
@@ -152,6 +154,7 @@ class Daemon:
         base.pool.settled_ticks = _last_alive_ticks(base.pool)
         acting.observers.follow(entry.calls)
         restore(lifecycle, base.sessions, entry.calls, base.notices, entry.peaks)
+        deque(look_at_adopted(base.pool, base.sessions.open.values()), maxlen=0)
 
         # Who may ask, and what goes on from now on.
         parts = self._make_parts(base, acting, entry, guard, lifecycle)

@@ -160,8 +160,6 @@ class Running:
 
     async def _show_forever(self) -> None:
         """Keep the metrics of sessions and calls, which there may be thousands of."""
-        await in_slices(look_at_adopted(self._pool, tuple(self._parts.sessions.open.values())))
-        self._show_held()
         await asyncio.sleep(SHOW_INTERVAL_S)
         shown = SessionMetrics(self._metrics, self._sessions_shown)
         while True:

@@ -158,7 +158,8 @@ def test_every_key_is_shown_with_the_default_that_it_has() -> None:
     assert settings.missing() == []
     assert parse_config(settings.as_dict(None)) == Config()
     text = settings.show(None)
-    assert "# the budget of all sessions together\n# memory_max = (default: 85 % of the" in text
+    assert "\n# memory_max = (default: 85 % of the" in text
+    assert "# the budget of all sessions together, adopted ones among them" in text
     assert 'timeout_max = "1d"' in text
     assert "](" not in text and "see below" not in text
 
