@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agentcgroupd.host.zram import Zram
+from tests.harness import wait_until
 
 
 @contextmanager
@@ -25,6 +26,11 @@ def mounted_zram(point: Path, size_bytes: int) -> Iterator[Path]:
         try:
             yield point
         finally:
-            subprocess.run(["umount", str(point)], check=True)
+            # A process that was killed lets go of its files a moment after its cgroup is empty.
+            wait_until("it is not busy", lambda: _command_works("umount", str(point)), every_s=0.1)
     finally:
         Path("/sys/class/zram-control/hot_remove").write_text(str(made.number))
+
+
+def _command_works(*argv: str) -> bool:
+    return subprocess.run(argv).returncode == 0
